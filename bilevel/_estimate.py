@@ -1,0 +1,101 @@
+"""What a hypergradient estimator is, and what it returns."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import final
+
+from torch import Tensor
+
+from bilevel._flat import FlatProblem
+from bilevel._result import Report, Stats, Status
+from bilevel._tree import Tree
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A warm start: what one estimate hands to the next.
+
+    Attributes:
+        y: where the inner solver starts: the structure of y.
+        v: where the linear solver starts, or None: the structure of y.
+        count: how many estimates came before; estimators that draw random numbers draw other ones at each count.
+    """
+
+    y: Tree
+    v: Tree | None = None
+    count: int = 0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A hypergradient and everything that is known about it.
+
+    Attributes:
+        grad: the estimate of grad Phi(x): the structure of x.
+        value: Phi at x, as the inner solution found it.
+        y: the inner solution: the structure of y (in task mode stacked along a leading axis).
+        v: the solution of the linear system H v = grad_y f, where the estimator solves one.
+        status: the worst status of its parts.
+        reports: how each part ended (inner solver, linear solver), with its residual.
+        stats: oracle counts.
+        start: the warm start for the next call: `hypergradient(..., start=estimate.start)`.
+        standard_error: for estimators that sample: an estimate of the root-mean-square distance |grad - E grad|.
+    """
+
+    grad: Tree = field(repr=False)
+    value: float
+    y: Tree = field(repr=False)
+    v: Tree | None = field(repr=False)
+    status: Status
+    reports: tuple[Report, ...]
+    stats: Stats
+    start: Start = field(repr=False)
+    standard_error: float | None = None
+
+    @property
+    def message(self) -> str:
+        """The reports of the parts that failed, one sentence each; empty if none did."""
+        return " ".join(str(report) for report in self.reports if not report.status.ok)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FlatStart:
+    """A warm start in vectors: y `(*tasks, q)`, v alike or None; see `Start`."""
+
+    y: Tensor
+    v: Tensor | None = None
+    count: int = 0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FlatEstimate:
+    """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`."""
+
+    grad: Tensor
+    value: Tensor
+    y: Tensor
+    reports: tuple[Report, ...]
+    v: Tensor | None = None
+    standard_error: float | None = None
+
+
+class AbstractEstimator(abc.ABC):
+    """Estimates the hypergradient h = grad Phi(x), Phi(x) = f(x, y*(x)).
+
+    An estimator is a frozen value that holds its solvers. It never raises for a failure to converge: that is in
+    the reports. It refuses problems to which its mathematics does not apply by a ValueError that says why.
+    """
+
+    @abc.abstractmethod
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        """The estimate at x `(p,)`, from a warm start; oracle calls are counted in `problem.tally`.
+
+        Raises:
+            ValueError: if the estimator does not apply to the problem.
+        """

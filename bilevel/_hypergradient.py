@@ -1,0 +1,126 @@
+"""One hypergradient: ravel the structures, estimate in vectors, give structures back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
+from bilevel._flat import FlatProblem
+from bilevel._problem import BilevelProblem, check_signature
+from bilevel._registry import resolve
+from bilevel._result import BilevelError, Report, Status
+from bilevel._tree import Structure, Tree, ravel, tree_leaves
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    x: Tree,
+    y0: Tree,
+    *,
+    estimator: AbstractEstimator | str = "aid-cg",
+    data: Any = None,
+    start: Start | None = None,
+    throw: bool = True,
+) -> Estimate:
+    """h ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
+
+    Cost and error are the estimator's; every oracle call is counted in the result. Nothing is added into
+    `.grad`, and no argument is modified.
+
+    Args:
+        problem: f and g.
+        x: where: a tensor, or a nested dict, list or tuple of tensors.
+        y0: where the inner solver starts (one task's start in task mode); its structure is that of y.
+        estimator: an estimator such as `AID(...)`, or a name with safe defaults; see `bilevel.estimators()`.
+        data: the third argument of f and g, if they take one; `Split(f=..., g=...)` if they differ.
+        start: a warm start, `estimate.start` of an earlier call; it replaces y0 and starts the linear solver.
+        throw: raise if any part did not succeed; otherwise see `Estimate.status`.
+
+    Returns:
+        The estimate: `grad`, `value`, `y`, `status`, `reports`, `stats`, `start`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if structures, dtypes or devices do not match, or the estimator does not apply.
+        BilevelError: if `throw` and a part did not succeed; its `partial` is the estimate.
+
+    Example:
+        >>> import torch
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x["a"]).square() / 2)
+        >>> hypergradient(problem, {"a": torch.tensor(1.0)}, torch.tensor(0.0)).grad
+        {'a': tensor(-2.)}
+    """
+    check_signature(problem, data)
+    x_vector, x_structure = ravel(x, "x")
+    y_vector, y_structure = ravel(y0, "y0")
+    if x_structure.dtype != y_structure.dtype or x_structure.device != y_structure.device:
+        raise ValueError(
+            f"`hypergradient(x, y0)` need one dtype and device. Got {x_structure.dtype} on {x_structure.device} and"
+            f" {y_structure.dtype} on {y_structure.device}. Convert one of them with `.to(...)`."
+        )
+    flat = FlatProblem(problem, x_structure, y_structure, data)
+    x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
+    chosen = resolve(estimator, flat, x_vector, y_vector)
+    before = flat_start(flat, start, y_vector)
+    found = structured(flat, chosen.estimate(flat, x_vector, before), before.count)
+    if throw and not found.status.ok:
+        raise BilevelError(f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found)
+    return found
+
+
+def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatStart:
+    """A user's warm start in vectors; y0 where there is none."""
+    if start is None:
+        return FlatStart(y0)
+    if not isinstance(start, Start):
+        raise TypeError(
+            f"`hypergradient(start=...)` must be a Start. Got {type(start).__name__}."
+            f" Pass `estimate.start`, or `bilevel.Start(y=...)`."
+        )
+    y = ravel_rows(problem, start.y, "start.y")
+    return FlatStart(y, None if start.v is None else ravel_rows(problem, start.v, "start.v"), start.count)
+
+
+def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
+    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. A copy."""
+    if problem.tasks is None:
+        return problem.y.ravel(tree, name).detach().clone()
+    stacked = Structure(
+        problem.y.spec,
+        tuple(torch.Size((problem.tasks, *shape)) for shape in problem.y.shapes),
+        problem.y.dtype,
+        problem.y.device,
+    )
+    stacked.ravel(tree, name)  # for its checks
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(tree)]
+    return torch.cat(leaves, dim=-1).detach().clone()
+
+
+def structured(problem: FlatProblem, found: FlatEstimate, count: int) -> Estimate:
+    """An estimate in the user's structures; whatever is not finite is reported, never replaced."""
+    reports = found.reports
+    if not bool(found.grad.isfinite().all()) or not bool(found.value.isfinite()):
+        if all(report.status.ok for report in reports):
+            size = float(found.value)
+            reports += (Report("hypergradient", Status.nonfinite, size, 0),)
+    y = problem.y.unravel(found.y)
+    v = None if found.v is None else problem.y.unravel(found.v)
+    start = Start(
+        problem.y.unravel(found.y.clone()),
+        None if found.v is None else problem.y.unravel(found.v.clone()),
+        count + 1,
+    )
+    return Estimate(
+        grad=problem.x.unravel(found.grad),
+        value=float(found.value),
+        y=y,
+        v=v,
+        status=Status.worst(report.status for report in reports),
+        reports=reports,
+        stats=problem.tally.stats(),
+        start=start,
+        standard_error=found.standard_error,
+    )

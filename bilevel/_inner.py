@@ -1,0 +1,126 @@
+"""Inner minimizations: the objective g(x, .) at a fixed x, and what an inner solver is."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import Linearization, grad, hessian_operator
+from bilevel._linear import LinearOperator
+from bilevel._result import Solved, Tally
+
+State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
+
+
+@final
+class Objective:
+    """y -> g(x, y) at a fixed x: values, gradients and Hessian products, counted.
+
+    Vectors are `(q,)`, or `(*batch, q)` for independent problems side by side with values `(*batch,)`. One
+    objective lives for one solve.
+
+    Args:
+        function: y -> values; differentiable by autograd.
+        tally: where the calls are counted.
+        linearize: how the owner wants the objective linearized at the solution; see :meth:`last_gradient`.
+        x: the outer variable at which it is taken, for solvers that know y*(x) in closed form: `(p,)`.
+        closed_form: applies a user's map x -> y in the user's structures; see `ClosedForm`.
+
+    Example:
+        >>> objective = Objective(lambda y: (y - 1).square().sum())
+        >>> objective.gradient(torch.zeros(2))
+        tensor([-2., -2.])
+    """
+
+    def __init__(  # noqa: D107
+        self,
+        function: Callable[[Tensor], Tensor],
+        tally: Tally | None = None,
+        linearize: Callable[[Tensor], Linearization] | None = None,
+        closed_form: Callable[[Callable[..., object]], Tensor] | None = None,
+    ) -> None:
+        self.function = function
+        self.tally = Tally() if tally is None else tally
+        self.closed_form = closed_form
+        self.linearization: Linearization | None = None
+        self._linearize = linearize
+
+    def value(self, y: Tensor) -> Tensor:
+        """g(x, y): `(*batch,)`, without a graph."""
+        self.tally.values += _rows(y)
+        with torch.no_grad():
+            return self.function(y)
+
+    def value_and_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """g(x, y) and grad_y g(x, y): `(*batch,)` and `(*batch, q)`, without a graph."""
+        self.tally.gradients += _rows(y)
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            value = self.function(leaf)
+            return value.detach(), grad(value.sum(), leaf)
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """grad_y g(x, y): `(*batch, q)`, without a graph."""
+        return self.value_and_gradient(y)[1]
+
+    def last_gradient(self, y: Tensor) -> Tensor:
+        """The gradient at the point that a solver is about to return; a solver calls it at most once, there.
+
+        Where the owner of the objective needs more at the solution (an implicit estimator needs the graph of
+        this very gradient), it is built here and kept as `linearization`, so that nothing is computed twice.
+        """
+        if self._linearize is None:
+            return self.gradient(y)
+        self.linearization = self._linearize(y)
+        return self.linearization.gradient
+
+    def hessian(self, y: Tensor) -> tuple[Tensor, Tensor, LinearOperator]:
+        """g, grad_y g and the operator of d2g/dy2 at y; the gradient's graph is built once and kept."""
+        self.tally.gradients += _rows(y)
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            value = self.function(leaf)
+            gradient = grad(value.sum(), leaf, create_graph=True)
+        return value.detach(), gradient.detach(), hessian_operator(gradient, leaf, self.tally)
+
+
+class AbstractInnerSolver(abc.ABC):
+    """Finds y*(x) = argmin_y g(x, y) to a tolerance or for a number of steps.
+
+    The contract of every solver: `Solved.residual` is |grad_y g| at the returned point itself; y0 is not
+    modified; NaN is a status; rows of a batch are independent problems, each with its own steps and status.
+    """
+
+    @abc.abstractmethod
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
+        """Minimize the objective from y0: `(q,)`, or `(*batch, q)` for independent problems side by side."""
+
+
+class AbstractUnrollable(AbstractInnerSolver):
+    """An inner solver that is an iteration of differentiable steps, which is what ITD differentiates.
+
+    A state is a tuple of tensors whose first entry is y. `solve` must take exactly these steps.
+    """
+
+    max_steps: int
+    tol: float | None
+
+    @abc.abstractmethod
+    def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
+        """This solver with every step size fixed; derived from the curvature at y0 where it was left open."""
+
+    @abc.abstractmethod
+    def begin(self, y0: Tensor) -> State:
+        """The state before the first step; differentiable in y0."""
+
+    @abc.abstractmethod
+    def advance(self, gradient: Tensor, state: State) -> State:
+        """One step, given the gradient at `state[0]`; differentiable in both."""
+
+
+def _rows(y: Tensor) -> int:
+    return y.shape[:-1].numel()

@@ -1,0 +1,117 @@
+"""Linear systems known by their products: the operator, and what a linear solver is."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._result import Solved
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LinearOperator:
+    """A matrix A known by its products `mv(v) = A v`; its properties are declared, and solvers demand them.
+
+    Vectors are `(n,)`, or `(batch, n)` for independent systems side by side (a block-diagonal A).
+
+    Attributes:
+        mv: the product; what it returns may alias its argument and must not be modified.
+        size: n.
+        positive_definite: whether A is declared symmetric positive definite. Unchecked; solvers that meet the
+            contrary report it by their status.
+        symmetric: whether A is declared symmetric.
+        last_mv: the product at the vector that a solver is about to return, for its true residual; an operator
+            may prepare there what its owner needs at that vector. None: the same as `mv`.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+        >>> LinearOperator(lambda v: v @ A, 2, positive_definite=True).dense(torch.zeros(2))
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+
+    mv: Callable[[Tensor], Tensor]
+    size: int
+    positive_definite: bool = False
+    symmetric: bool = True
+    last_mv: Callable[[Tensor], Tensor] | None = None
+
+    def residual(self, b: Tensor, v: Tensor) -> Tensor:
+        """The true residual b - A v at a vector that is about to be returned; one product."""
+        return b - (self.mv if self.last_mv is None else self.last_mv)(v)
+
+    def shifted(self, damping: float) -> LinearOperator:
+        """A + damping I, with the same declared properties (for damping >= 0)."""
+        if damping == 0.0:
+            return self
+        last = self.mv if self.last_mv is None else self.last_mv
+        return LinearOperator(
+            lambda v: self.mv(v).add(v, alpha=damping),
+            self.size,
+            self.positive_definite,
+            self.symmetric,
+            lambda v: last(v).add(v, alpha=damping),
+        )
+
+    def dense(self, like: Tensor) -> Tensor:
+        """A as a matrix `(n, n)`, or `(batch, n, n)`, by n products; `like` is a vector of the right shape."""
+        columns = []
+        for j in range(self.size):
+            unit = torch.zeros_like(like)
+            unit[..., j] = 1.0
+            columns.append(self.mv(unit).clone())
+        return torch.stack(columns, dim=-1)
+
+
+class AbstractLinearSolver(abc.ABC):
+    """Solves A v = b to a tolerance or for a number of steps.
+
+    The contract of every solver: a zero right-hand side gives zero; the returned vector is the one that met the
+    tolerance, and `Solved.residual` is its true residual, recomputed with one product; exact convergence before
+    the last step is success; NaN is a status, never replaced; b and guess are not modified; rows of a batch are
+    independent systems, each with its own step lengths and status.
+    """
+
+    @abc.abstractmethod
+    def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
+        """Solve A v = b.
+
+        Args:
+            operator: A, with its declared properties.
+            b: the right-hand side `(n,)` or `(batch, n)`.
+            guess: where to start, of the shape of b; None is zero, and saves one product.
+
+        Raises:
+            ValueError: if the operator is not declared to have a property that the method needs.
+        """
+
+
+class AbstractPreconditioner(abc.ABC):
+    """Builds r -> M^-1 r with M ~ A symmetric positive definite, once a solve."""
+
+    @abc.abstractmethod
+    def build(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The map, for vectors of the shape of `like`; products with the operator are counted as any other."""
+
+
+def demand(operator: LinearOperator, solver: str, *, positive_definite: bool = False, symmetric: bool = False) -> None:
+    """Refuse an operator without a declared property.
+
+    Raises:
+        ValueError: naming the solver, what it requires and what to use instead.
+    """
+    if positive_definite and not operator.positive_definite:
+        raise ValueError(
+            f"`{solver}` requires an operator declared symmetric positive definite. Got one that is not."
+            f" Use `MINRES` if it is symmetric, `GMRES` or `Dense` otherwise."
+        )
+    if symmetric and not (operator.symmetric or operator.positive_definite):
+        raise ValueError(
+            f"`{solver}` requires an operator declared symmetric. Got one that is not. Use `GMRES` or `Dense`."
+        )

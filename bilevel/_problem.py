@@ -1,0 +1,126 @@
+"""What a bilevel problem is: two objectives, and how the inner iteration starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from bilevel._tree import Tree
+
+
+class BilevelProblem:
+    """min_x Phi(x) = f(x, y*(x))  s.t.  y*(x) = argmin_y g(x, y).
+
+    x and y are tensors or nested dicts, lists or tuples of tensors, of any shapes, 0-d included. f and g return
+    a scalar tensor and are differentiated by autograd, so they are written in torch operations and may close
+    over any data. For data that change from call to call (mini-batches), f and g take a third argument, which
+    `hypergradient(data=...)` and `minimize(data=...)` supply.
+
+    Subclass it for a problem that carries data: define the methods `f` and `g` (and `init`) there; the base
+    constructor need not be called. This is the one class of the library that is meant to be subclassed freely.
+
+    Args:
+        f: the outer objective: `f(x, y) -> scalar`, or `f(x, y, data)`.
+        g: the inner objective: `g(x, y) -> scalar`, or `g(x, y, data)`, with a minimizer in y for each x.
+        init: where the inner iteration starts, if that depends on x (MAML: `init=lambda x: x`): `init(x) -> y`,
+            or `init(x, data)`. `ITD` and `ESJ` differentiate through it; the implicit estimators, for which the
+            start does not matter, refuse a problem in which y depends on x only in this way.
+        tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
+            with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
+
+    Raises:
+        TypeError: if f, g or init cannot be called.
+
+    Example:
+        >>> import torch
+        >>> problem = BilevelProblem(
+        ...     f=lambda x, y: (y - 1).square().sum(), g=lambda x, y: (y - 2).square().sum() + x * y.square().sum()
+        ... )
+        >>> float(problem.g(torch.tensor(1.0), torch.zeros(3)))
+        12.0
+    """
+
+    init: Callable[..., Tree] | None = None
+    tasks: bool = False
+
+    def __init__(  # noqa: D107
+        self,
+        f: Callable[..., Tensor],
+        g: Callable[..., Tensor],
+        *,
+        init: Callable[..., Tree] | None = None,
+        tasks: bool = False,
+    ) -> None:
+        for name, function in (("f", f), ("g", g), ("init", init)):
+            if not callable(function) and not (name == "init" and function is None):
+                raise TypeError(
+                    f"`BilevelProblem({name}=...)` must be a callable. Got {type(function).__name__}."
+                    f" Pass a function such as `lambda x, y: ...`."
+                )
+        self._f, self._g = f, g
+        self.init = init
+        self.tasks = tasks
+
+    def f(self, x: Tree, y: Tree, *data: Any) -> Tensor:
+        """The outer objective: a scalar."""
+        return self._f(x, y, *data)
+
+    def g(self, x: Tree, y: Tree, *data: Any) -> Tensor:
+        """The inner objective: a scalar."""
+        return self._g(x, y, *data)
+
+    def __repr__(self) -> str:
+        start = ", init=..." if self.init is not None else ""
+        tasks = ", tasks=True" if self.tasks else ""
+        return f"{type(self).__name__}(f, g{start}{tasks})"
+
+
+@final
+@dataclass(frozen=True)
+class Split:
+    """Separate data for the two levels: f is called with `Split.f` and g with `Split.g`.
+
+    Give it to `hypergradient(data=...)` with one batch for each, or to `minimize(data=...)` with one loader for
+    each (a re-iterable of batches, or a callable `step -> batch`).
+
+    Example:
+        >>> Split(f="validation batch", g="training batch").g
+        'training batch'
+    """
+
+    f: Any
+    g: Any
+
+
+def check_signature(problem: BilevelProblem, data: Any) -> None:
+    """Refuse, before any work, objectives that do not take the arguments that they will be called with.
+
+    Raises:
+        TypeError: naming the function, how it will be called and what to do.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(
+            f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
+        )
+    custom = type(problem).__init__ is not BilevelProblem.__init__
+    for name in ("f", "g", "init"):
+        function = getattr(problem, name if name == "init" or custom else f"_{name}")
+        if function is None:
+            continue
+        names = ("x",) if name == "init" else ("x", "y")
+        names += () if data is None else ("data",)
+        try:
+            inspect.signature(function).bind(*names)
+        except ValueError:  # a builtin without a signature: let the call itself tell
+            continue
+        except TypeError as error:
+            wants_data = "missing" in str(error) and data is None
+            hint = "Pass `data=...`." if wants_data else f"Write `def {name}({', '.join(names)}): ...`."
+            raise TypeError(
+                f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept"
+                f" ({error}). {hint}"
+            ) from error

@@ -1,0 +1,226 @@
+"""Estimators by name: the one file that knows both the estimators and default solvers for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import outer_gradients
+from bilevel._estimate import AbstractEstimator
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._linear import AbstractLinearSolver
+from bilevel._objective import inner_objective
+from bilevel._optimizer import AbstractOptimizer
+from bilevel._result import Tally
+from bilevel._spectrum import largest_eigenvalue
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What safe defaults are derived from: the problem at the point where it is first met."""
+
+    problem: FlatProblem
+    x: Tensor
+    y0: Tensor
+
+    @property
+    def double(self) -> bool:
+        """Whether the computation is in float64."""
+        return self.y0.dtype == torch.float64
+
+    def inner_tol(self) -> float:
+        """A gradient norm that counts as zero: relative to the gradient at y0, or to L |y0| if that is smaller.
+
+        A warm start makes the first gradient of later solves small, so that this is fixed where the problem is
+        first met. It is 1e-9 of the scale in float64 and 1e-4 of it in float32.
+        """
+        objective = inner_objective(self.problem.with_tally(Tally()), self.x)
+        y0 = self.problem.start(self.x, self.y0).detach()
+        _, gradient, hessian = objective.hessian(y0)
+        scale = torch.linalg.vector_norm(gradient, dim=-1)
+        if bool((y0 != 0).any()):
+            scale = torch.maximum(scale, largest_eigenvalue(hessian, y0).abs() * torch.linalg.vector_norm(y0, dim=-1))
+        relative = 1e-9 if self.double else 1e-4
+        return max(relative * float(scale.max()), torch.finfo(self.y0.dtype).tiny)
+
+    def penalty_weight(self) -> float:
+        """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y."""
+        quiet = self.problem.with_tally(Tally())
+        y0 = self.problem.start(self.x, self.y0).detach()
+        from bilevel._inner import Objective
+
+        inner = Objective(lambda y: quiet.g(self.x, y)).hessian(y0)[2]
+        outer = Objective(lambda y: quiet.f(self.x, y)).hessian(y0)[2]
+        top_g, top_f = (float(largest_eigenvalue(h, y0).abs().max()) for h in (inner, outer))
+        ratio = top_f / top_g if top_f > 0 and top_g > 0 else 1.0
+        if top_f == 0:  # f is linear in y: the shift of y is |grad f| / (weight mu), compared with |y| or 1
+            _, _, fy = outer_gradients(quiet, self.x, y0)
+            ratio = float(torch.linalg.vector_norm(fy)) / (top_g or 1.0)
+        return (1e4 if self.double else 1e2) * max(ratio, torch.finfo(self.y0.dtype).tiny)
+
+
+def _inner(s: Setting) -> AbstractInnerSolver:
+    from bilevel.solvers.lbfgs import LBFGS
+
+    return LBFGS(tol=s.inner_tol(), max_steps=1000)
+
+
+def _aid(linear: Callable[[Setting], AbstractLinearSolver]) -> Callable[[Setting], AbstractEstimator]:
+    def build(s: Setting) -> AbstractEstimator:
+        from bilevel.hypergrad.aid import AID
+
+        return AID(inner=_inner(s), linear=linear(s))
+
+    return build
+
+
+def _rtol(s: Setting) -> float:
+    return 1e-9 if s.double else 1e-4
+
+
+def _cg(s: Setting) -> AbstractLinearSolver:
+    from bilevel.solvers.cg import CG
+
+    return CG(rtol=_rtol(s))
+
+
+def _neumann(s: Setting) -> AbstractLinearSolver:
+    from bilevel.solvers.neumann import Neumann
+
+    return Neumann(step=None, terms=10_000, rtol=1e-6 if s.double else 1e-3)
+
+
+def _dense(s: Setting) -> AbstractLinearSolver:  # noqa: ARG001
+    from bilevel.solvers.dense import Dense
+
+    return Dense()
+
+
+def _minres(s: Setting) -> AbstractLinearSolver:
+    from bilevel.solvers.minres import MINRES
+
+    return MINRES(rtol=_rtol(s))
+
+
+def _gmres(s: Setting) -> AbstractLinearSolver:
+    from bilevel.solvers.gmres import GMRES
+
+    return GMRES(rtol=_rtol(s))
+
+
+def _nystrom(s: Setting) -> AbstractLinearSolver:
+    from bilevel.solvers.nystrom import Nystrom
+
+    return Nystrom(rank=min(20, s.y0.shape[-1]), damping=None)
+
+
+def _unrolled(s: Setting) -> AbstractInnerSolver:
+    from bilevel.solvers.gradient_descent import GradientDescent
+    from bilevel.solvers.iterate import Iterate
+
+    if s.problem.problem.init is not None:  # the number of steps is part of the problem: adaptation, not convergence
+        return Iterate(GradientDescent(), max_steps=10)
+    return Iterate(GradientDescent(), max_steps=5000, tol=s.inner_tol() * (1e2 if s.double else 10))
+
+
+def _itd(
+    truncate: int | None = None, forward: bool = False, checkpoint: bool = False
+) -> Callable[[Setting], AbstractEstimator]:
+    def build(s: Setting) -> AbstractEstimator:
+        from bilevel.hypergrad.itd import ITD
+
+        return ITD(_unrolled(s), truncate=truncate, forward=forward, checkpoint=checkpoint)
+
+    return build
+
+
+def _esj(s: Setting) -> AbstractEstimator:
+    from bilevel.hypergrad.esj import ESJ
+
+    directions = min(s.x.shape[-1], 20)
+    return ESJ(_unrolled(s), directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
+
+
+def _penalty(s: Setting) -> AbstractEstimator:
+    from bilevel.hypergrad.penalty import Penalty
+
+    return Penalty(_inner(s), weight=s.penalty_weight(), extrapolate=True)
+
+
+def _finite_difference(s: Setting) -> AbstractEstimator:
+    from bilevel.hypergrad.finite_difference import FiniteDifference
+
+    return FiniteDifference(_inner(s))
+
+
+@final
+@dataclass(frozen=True)
+class Named:
+    """A name's description and how its safe defaults are built where the problem is first met."""
+
+    description: str
+    build: Callable[[Setting], AbstractEstimator]
+
+
+_NAMED: dict[str, Named] = {
+    "aid-cg": Named("implicit gradient, conjugate gradients: the default for smooth strongly convex g", _aid(_cg)),
+    "aid-neumann": Named("implicit gradient, Neumann series with a step from the largest curvature", _aid(_neumann)),
+    "aid-dense": Named("implicit gradient, Cholesky factorization of the dense inner Hessian (few y)", _aid(_dense)),
+    "aid-minres": Named("implicit gradient, MINRES: symmetric systems, definite or not", _aid(_minres)),
+    "aid-gmres": Named("implicit gradient, GMRES: any invertible system", _aid(_gmres)),
+    "aid-nystrom": Named("implicit gradient, Nystrom approximation of low rank with damping (biased)", _aid(_nystrom)),
+    "itd": Named("reverse mode through the inner steps; memory grows with them", _itd()),
+    "itd-truncated": Named("reverse mode through the last 20 inner steps (biased)", _itd(truncate=20)),
+    "itd-forward": Named("forward mode through the inner steps; cost grows with the number of x", _itd(forward=True)),
+    "itd-checkpointed": Named("reverse mode, recomputing: memory grows with the root of the steps", _itd(checkpoint=True)),
+    "one-step": Named("reverse mode through the last inner step only, Jacobian-free (biased)", _itd(truncate=1)),
+    "esj": Named("evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch", _esj),
+    "penalty": Named("fully first-order value function, with Richardson extrapolation in the weight", _penalty),
+    "finite-difference": Named("central differences of Phi: an oracle for tests, 2p inner solves", _finite_difference),
+}
+
+
+def estimators() -> dict[str, str]:
+    """The estimators that can be asked for by name, each with one line of description.
+
+    Example:
+        >>> estimators()["aid-cg"][:17]
+        'implicit gradient'
+    """
+    return {name: named.description for name, named in _NAMED.items()}
+
+
+def resolve(estimator: AbstractEstimator | str, problem: FlatProblem, x: Tensor, y0: Tensor) -> AbstractEstimator:
+    """An estimator from a name or from itself.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if there is no estimator of that name.
+    """
+    if isinstance(estimator, AbstractEstimator):
+        return estimator
+    if not isinstance(estimator, str):
+        raise TypeError(
+            f"`estimator` must be an estimator such as `AID(...)` or a name. Got {type(estimator).__name__}."
+            f" Names: {', '.join(_NAMED)}."
+        )
+    if estimator not in _NAMED:
+        import difflib
+
+        near = difflib.get_close_matches(estimator, _NAMED, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no estimator {estimator!r}. {hint}Names: {', '.join(_NAMED)}.")
+    return _NAMED[estimator].build(Setting(problem, x, y0))
+
+
+def default_outer() -> AbstractOptimizer:
+    """The outer optimizer of `minimize` where none is given."""
+    from bilevel.solvers.adam import Adam
+
+    return Adam(0.05)

@@ -1,0 +1,173 @@
+"""What comes back: statuses whose values are messages, oracle counts, solutions of sub-problems."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, final
+
+from torch import Tensor
+
+
+class Status(enum.Enum):
+    """Why a solver stopped; the value is the sentence shown to the user.
+
+    Members are ordered from good to bad, which is what :meth:`worst` uses.
+
+    Example:
+        >>> Status.worst([Status.successful, Status.max_steps]).name
+        'max_steps'
+    """
+
+    successful = "The tolerance was met, or all the steps that were asked for were taken."
+    interrupted = "The run was interrupted; what was computed so far is kept. Resume it from its checkpoint."
+    max_steps = (
+        "The maximum number of steps was reached before the tolerance was met. Raise `max_steps`, loosen the"
+        " tolerance, or start closer (`start=` carries y and v over from the previous call)."
+    )
+    stagnated = (
+        "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"
+        " reached. Loosen the tolerance or compute in float64."
+    )
+    line_search_failed = (
+        "The line search found no acceptable step. The objective may be non-smooth, noisy (dropout sampled anew"
+        " at each call?) or its gradient wrong; `tol` may also be below what this dtype can reach."
+    )
+    negative_curvature = (
+        "A direction of negative or zero curvature was met: the inner Hessian is not positive definite here, so"
+        " y is not a strict minimum of g(x, .). Solve the inner problem more accurately, add a regularizer to g,"
+        " pass `damping=`, or use `MINRES`, which needs no definiteness."
+    )
+    not_positive_definite = (
+        "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
+        " minimum of g(x, .); solve the inner problem more accurately, add a regularizer to g or pass `damping=`."
+    )
+    breakdown = (
+        "The Krylov recurrence broke down before the tolerance was met: the operator is singular, or does not"
+        " have the properties that it was declared to have."
+    )
+    diverged = (
+        "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
+        " the largest curvature, or pass `step=None` to have the step derived from an estimate of L."
+    )
+    nonfinite = (
+        "NaN or Inf was met. Check f and g at the starting point, and their derivatives for operations such as"
+        " sqrt or norm at zero; lower the step sizes if the iterates had grown."
+    )
+
+    @property
+    def ok(self) -> bool:
+        """Whether this is :attr:`successful`."""
+        return self is Status.successful
+
+    def __repr__(self) -> str:
+        return f"Status.{self.name}"
+
+    @staticmethod
+    def worst(statuses: Iterable[Status]) -> Status:
+        """The last of the given statuses in the order of this enumeration; successful if there is none."""
+        order = list(Status)
+        return max(statuses, key=order.index, default=Status.successful)
+
+
+@final
+@dataclass(frozen=True)
+class Stats:
+    """Oracle calls, the currency of the field: addable counts, one unit a problem (a task, a direction).
+
+    Attributes:
+        gradients: gradients of g in y (and in x, where an estimator needs it).
+        hvps: products with the inner Hessian d2g/dy2.
+        cross_products: products with the mixed derivative d2g/dxdy.
+        outer_gradients: gradients of f.
+        values: evaluations of f or g without a derivative (line searches).
+        inner_steps: iterations of the inner solver.
+        linear_steps: iterations of the linear solver.
+
+    Example:
+        >>> (Stats(gradients=2) + Stats(gradients=3, hvps=1)).gradients
+        5
+    """
+
+    gradients: int = 0
+    hvps: int = 0
+    cross_products: int = 0
+    outer_gradients: int = 0
+    values: int = 0
+    inner_steps: int = 0
+    linear_steps: int = 0
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
+
+    def __sub__(self, other: Stats) -> Stats:
+        return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Stats)))
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts by name, as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(Stats)}
+
+
+@final
+class Tally:
+    """A running count of oracle calls, local to one estimate; :meth:`stats` reads it."""
+
+    def __init__(self) -> None:
+        self.gradients = self.hvps = self.cross_products = self.outer_gradients = 0
+        self.values = self.inner_steps = self.linear_steps = 0
+
+    def stats(self) -> Stats:
+        """What has been counted so far."""
+        return Stats(*(getattr(self, f.name) for f in fields(Stats)))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """The solution of a sub-problem (linear system or inner minimization), or of a batch of them.
+
+    Attributes:
+        value: the solution, `(n,)`, or `(batch, n)` for independent problems side by side.
+        statuses: why each problem stopped: one entry, or one for each row of the batch.
+        residual: `|b - A v|` or `|grad g|` at `value`, recomputed there: `()` or `(batch,)`.
+        steps: iterations taken (the most of any row).
+    """
+
+    value: Tensor
+    statuses: tuple[Status, ...]
+    residual: Tensor
+    steps: int
+
+    @property
+    def status(self) -> Status:
+        """The worst of the statuses."""
+        return Status.worst(self.statuses)
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """How one part of an estimate ended, in words: which part, why it stopped, its residual and steps."""
+
+    part: str
+    status: Status
+    residual: float
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.status.value} (residual {self.residual:.3g} after {self.steps} steps)"
+
+
+class BilevelError(RuntimeError):
+    """A computation that did not succeed, raised where `throw=True`.
+
+    Attributes:
+        status: the typed reason.
+        partial: what had been computed: the `Estimate` or `Solution` that `throw=False` would have returned.
+    """
+
+    def __init__(self, message: str, status: Status, partial: Any = None) -> None:  # noqa: D107
+        RuntimeError.__init__(self, message)
+        self.status = status
+        self.partial = partial

@@ -1,0 +1,137 @@
+"""Nested structures of tensors as one vector, and back: the only user of torch's pytree module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree: TypeAlias = Any  # a tensor, or a nested dict, list, tuple or named tuple of tensors
+
+
+@final
+@dataclass(frozen=True)
+class Structure:
+    """The shape of a nested structure of tensors: how a vector `(n,)` is cut into its leaves.
+
+    Attributes:
+        spec: the nesting.
+        shapes: the shape of each leaf.
+        dtype: the floating dtype of all leaves.
+        device: the device of all leaves.
+    """
+
+    spec: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of entries of each leaf."""
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the whole: n."""
+        return sum(self.sizes)
+
+    def unravel(self, vector: Tensor) -> Tree:
+        """Cut a vector `(*batch, n)` into leaves `(*batch, *shape)`; views where possible, differentiable."""
+        lead = vector.shape[:-1]
+        if len(self.shapes) == 1:  # no split: one node less in every graph
+            leaves = [vector.reshape(lead + self.shapes[0])]
+        else:  # one split, not many slices: its backward is one concatenation
+            parts = vector.split_with_sizes(self.sizes, dim=-1)
+            leaves = [part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def ravel(self, tree: Tree, name: str) -> Tensor:
+        """Join the leaves of `tree` into a vector `(n,)`; differentiable. `name` is for error messages.
+
+        Raises:
+            ValueError: if `tree` has another nesting, other shapes, dtype or device than this structure.
+        """
+        vector, other = ravel(tree, name)
+        if other.spec != self.spec or other.shapes != self.shapes:
+            raise ValueError(
+                f"{name} must have the structure {self.describe()}. Got {other.describe()}."
+            )
+        if other.dtype != self.dtype or other.device != self.device:
+            raise ValueError(
+                f"{name} must be {self.dtype} on {self.device}. Got {other.dtype} on {other.device}."
+                f" Convert it with `.to(...)`."
+            )
+        return vector
+
+    def describe(self) -> str:
+        """The nesting with the shape of each leaf in its place."""
+        return str(pytree.tree_unflatten([tuple(shape) for shape in self.shapes], self.spec))
+
+
+def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
+    """Join the leaves of a nested structure into one vector `(n,)`, and say how to undo it.
+
+    Differentiable, never an alias of its input where there is one leaf or more that is not flat.
+
+    Args:
+        tree: a tensor, or a nested dict, list, tuple or named tuple of tensors, of one dtype and device.
+        name: how error messages call it.
+
+    Returns:
+        The vector and the :class:`Structure` whose `unravel` undoes it.
+
+    Raises:
+        TypeError: if a leaf is not a floating-point tensor, or there is none.
+        ValueError: if leaves differ in dtype or device.
+
+    Example:
+        >>> vector, structure = ravel({"w": torch.ones(2, 2), "b": torch.zeros(())})
+        >>> structure.unravel(vector)["b"]
+        tensor(0.)
+    """
+    paths, spec = pytree.tree_flatten_with_path(tree)
+    for path, leaf in paths:
+        where = name + pytree.keystr(path)
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor or a nested dict, list or tuple of tensors."
+                f" Got {type(leaf).__name__} at {where}. Write `torch.tensor(...)`."
+            )
+        if not leaf.dtype.is_floating_point:
+            raise TypeError(
+                f"{name} must hold real floating-point tensors. Got {leaf.dtype} at {where}. Convert it with `.double()`"
+                f" if it is to be optimized; otherwise keep it in the closures of f and g."
+            )
+    if not paths:
+        raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
+    leaves: list[Tensor] = [leaf for _, leaf in paths]
+    for attribute in ("dtype", "device"):
+        found = {getattr(leaf, attribute) for leaf in leaves}
+        if len(found) > 1:
+            raise ValueError(
+                f"all tensors of {name} must have one {attribute}. Got {sorted(map(str, found))}. Convert them with"
+                f" `.to(...)`."
+            )
+    structure = Structure(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device)
+    flat = [leaf.reshape(-1) for leaf in leaves]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)), structure
+
+
+def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Apply `function` to every leaf."""
+    return pytree.tree_map(function, tree)
+
+
+def tree_leaves(tree: Tree) -> list[Any]:
+    """The leaves, in order."""
+    return pytree.tree_leaves(tree)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of matching rows: `(*batch, n), (*batch, n) -> (*batch,)`."""
+    return (a * b).sum(-1)

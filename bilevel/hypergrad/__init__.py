@@ -1,0 +1,3 @@
+"""The hypergradient estimators, one family a file."""
+
+from bilevel.hypergrad.aid import AID as AID

@@ -1,0 +1,49 @@
+"""A user's formula for the inner solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._result import Solved, Status
+from bilevel._tree import Tree
+
+
+@final
+@dataclass(frozen=True)
+class ClosedForm(AbstractInnerSolver):
+    """y*(x) = solution(x), given by the user; also the way to differentiate at a y found elsewhere.
+
+    Cost: one call of `solution`, and one gradient of g there, whose norm is the reported residual.
+
+    Args:
+        solution: `solution(x) -> y`, or `solution(x, data)` where g takes data, in the user's structures. It is
+            called without a graph; implicit estimators do not differentiate it.
+
+    Raises:
+        ValueError: from `solve`, if what it returns does not have the structure of y, or there is no x.
+
+    Example:
+        >>> from bilevel import AID, BilevelProblem, hypergradient
+        >>> from bilevel.solvers import Dense
+        >>> problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum())
+        >>> aid = AID(inner=ClosedForm(lambda x: x), linear=Dense())
+        >>> hypergradient(problem, torch.ones(2), torch.zeros(2), estimator=aid).grad
+        tensor([1., 1.])
+    """
+
+    solution: Callable[..., Tree]
+
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:  # noqa: D102
+        if objective.closed_form is None:
+            raise ValueError("`ClosedForm` needs an objective taken at some x; it cannot minimize a bare function of y.")
+        with torch.no_grad():
+            y = objective.closed_form(self.solution).detach().expand_as(y0).clone()
+        residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
+        finite = residual.isfinite().reshape(-1).tolist()
+        return Solved(y, tuple(Status.successful if ok else Status.nonfinite for ok in finite), residual, 0)

@@ -1,0 +1,53 @@
+"""Gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from bilevel._optimizer import AbstractOptimizer, OptimizerState
+
+
+@final
+@dataclass(frozen=True)
+class GradientDescent(AbstractOptimizer):
+    """y <- y - step grad g(y).
+
+    Converges linearly, with factor max(|1 - step mu|, |1 - step L|), on a mu-strongly convex L-smooth objective
+    if 0 < step < 2 / L; diverges in general if step > 2 / L.
+
+    Args:
+        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve.
+
+    Raises:
+        ValueError: if the step is not positive.
+
+    Example:
+        >>> import torch
+        >>> y, _ = GradientDescent(0.5).step(torch.tensor([2.0]), torch.tensor([1.0]), {})
+        >>> y
+        tensor([0.])
+    """
+
+    step_size: float | Tensor | None = None
+
+    def __init__(self, step: float | Tensor | None = None) -> None:  # noqa: D107
+        if isinstance(step, float | int) and not step > 0:
+            raise ValueError(f"`GradientDescent(step=...)` must be positive. Got {step}.")
+        object.__setattr__(self, "step_size", step)
+
+    def init(self, point: Tensor) -> OptimizerState:  # noqa: ARG002, D102
+        return {}
+
+    def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:  # noqa: D102
+        assert self.step_size is not None, "call `tuned` first"
+        return point - self.step_size * grad, state
+
+    @property
+    def needs_curvature(self) -> bool:  # noqa: D102
+        return self.step_size is None
+
+    def tuned(self, largest_curvature: Tensor) -> GradientDescent:  # noqa: D102
+        return GradientDescent(1.0 / largest_curvature) if self.needs_curvature else self

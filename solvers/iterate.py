@@ -1,0 +1,118 @@
+"""An optimizer run for a number of steps: the inner solver that can be unrolled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._inner import AbstractUnrollable, Objective, State
+from bilevel._optimizer import AbstractOptimizer
+from bilevel._result import Solved, Status
+from bilevel._spectrum import largest_eigenvalue
+
+_GROWTH = 10.0  # a gradient this many times larger than at the start, at a larger objective, is a divergence
+
+
+@final
+@dataclass(frozen=True)
+class Iterate(AbstractUnrollable):
+    """y_{k+1} = step(y_k, grad_y g(x, y_k)): an optimizer for `max_steps` steps, or until |grad_y g| <= tol.
+
+    Without a tolerance, completing the steps is success. Rows of a batch that meet the tolerance stop moving
+    while the others go on.
+
+    Cost: one gradient a step, and one at the returned point. Memory O(q).
+
+    Args:
+        optimizer: what a step is. Step sizes left open (`GradientDescent()`) are derived, at the start of each
+            solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products.
+        max_steps: how many steps.
+        tol: stop when the gradient norm is at most this; None or 0: take all the steps.
+
+    Raises:
+        ValueError: if `max_steps` or `tol` is negative.
+
+    Example:
+        >>> objective = Objective(lambda y: (y - 1).square().sum() / 2)
+        >>> Iterate(GradientDescent(0.5), max_steps=2).solve(objective, torch.zeros(1)).value
+        tensor([0.7500])
+    """
+
+    optimizer: AbstractOptimizer
+    max_steps: int
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0:
+            raise ValueError(f"`Iterate(max_steps=...)` must be at least 0. Got {self.max_steps}.")
+        if self.tol is not None and self.tol < 0:
+            raise ValueError(f"`Iterate(tol=...)` must be at least 0, or None. Got {self.tol}.")
+
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:  # noqa: D102
+        optimizer = self.tuned(objective, y0).optimizer
+        tol = self.tol or 0.0
+        y, state = y0.detach().clone(), optimizer.init(y0)
+        first_norm = first_value = None
+        moving = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
+        steps = 0
+        for steps in range(self.max_steps + 1):
+            if steps == self.max_steps:
+                break
+            value, gradient = objective.value_and_gradient(y)
+            if first_norm is None or tol:
+                norm = torch.linalg.vector_norm(gradient, dim=-1)
+                if first_norm is None:
+                    first_norm, first_value = norm, value
+                if tol:
+                    moving = ~(norm <= tol)
+                    if not moving.any() or not norm.isfinite().any():
+                        break
+            moved, state = optimizer.step(gradient, y, state)
+            y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
+            objective.tally.inner_steps += int(moving.sum()) if y.dim() > 1 else 1
+        residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
+        grown = torch.zeros_like(moving)
+        if first_norm is not None and first_value is not None:
+            large = residual > _GROWTH * first_norm
+            grown = large & ~(objective.value(y) <= first_value) if large.any() else grown
+        statuses = tuple(
+            _status(*row, tol=tol) for row in zip(*(t.reshape(-1).tolist() for t in (residual, grown)), strict=True)
+        )
+        return Solved(y, statuses, residual, steps)
+
+    def tuned(self, objective: Objective, y0: Tensor) -> Iterate:  # noqa: D102
+        if not self.optimizer.needs_curvature:
+            return self
+        _, _, hessian = objective.hessian(y0)
+        largest = largest_eigenvalue(hessian, y0)
+        # Where g is flat or concave along every direction tried, any step does; 1 is neutral.
+        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+        return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if y0.dim() > 1 else largest))
+
+    def begin(self, y0: Tensor) -> State:  # noqa: D102
+        state = self.optimizer.init(y0)
+        for key, entry in state.items():
+            if not isinstance(entry, Tensor):
+                raise ValueError(
+                    f"`ITD` cannot differentiate through {type(self.optimizer).__name__} (its state {key!r} is not a"
+                    f" tensor). Use `GradientDescent`, `HeavyBall`, `Nesterov` or `Adam`."
+                )
+        return (y0, *state.values())
+
+    def advance(self, gradient: Tensor, state: State) -> State:  # noqa: D102
+        keys = self.optimizer.init(state[0].detach()).keys()
+        point, new = self.optimizer.step(gradient, state[0], dict(zip(keys, state[1:], strict=True)))
+        return (point, *new.values())
+
+
+def _status(residual: float, grown: bool, tol: float) -> Status:
+    if residual != residual or residual == float("inf"):
+        return Status.nonfinite
+    if tol and residual <= tol:
+        return Status.successful
+    if grown:
+        return Status.diverged
+    return Status.max_steps if tol else Status.successful
