@@ -17,13 +17,13 @@ from bilevel._result import Tally
 
 
 def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Tensor:
-    """d output / d leaf, zero where output does not depend on leaf."""
+    """D output / d leaf, zero where output does not depend on leaf."""
     if not output.requires_grad:
         return torch.zeros_like(leaf)
     with explained():
-        return torch.autograd.grad(
-            output, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )[0]
+        return torch.autograd.grad(output, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)[
+            0
+        ]
 
 
 def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +115,7 @@ class AbstractProducts(abc.ABC):
 class Exact(AbstractProducts):
     """Second derivatives by double backward through one retained graph; exact, one backward pass a product."""
 
-    def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:  # noqa: D102
+    def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
         tally.gradients += rows
         with torch.enable_grad():
@@ -151,7 +151,7 @@ class FiniteDifferences(AbstractProducts):
 
     step: float | None = None
 
-    def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:  # noqa: D102
+    def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
         step = torch.finfo(y.dtype).eps ** (1 / 3) if self.step is None else self.step
 

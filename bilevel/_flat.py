@@ -31,7 +31,7 @@ class FlatProblem:
         tally: where oracle calls are counted.
     """
 
-    def __init__(  # noqa: D107
+    def __init__(
         self, problem: BilevelProblem, x: Structure, y: Structure, data: Any = None, tally: Tally | None = None
     ) -> None:
         self.problem, self.x, self.y, self.data = problem, x, y, data

@@ -25,7 +25,7 @@ def hypergradient(
     start: Start | None = None,
     throw: bool = True,
 ) -> Estimate:
-    """h ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
+    """H ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
 
     Cost and error are the estimator's; every oracle call is counted in the result. Nothing is added into
     `.grad`, and no argument is modified.
@@ -67,7 +67,9 @@ def hypergradient(
     before = flat_start(flat, start, y_vector)
     found = structured(flat, chosen.estimate(flat, x_vector, before), before.count)
     if throw and not found.status.ok:
-        raise BilevelError(f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found)
+        raise BilevelError(
+            f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found
+        )
     return found
 
 

@@ -36,7 +36,7 @@ class Objective:
         tensor([-2., -2.])
     """
 
-    def __init__(  # noqa: D107
+    def __init__(
         self,
         function: Callable[[Tensor], Tensor],
         tally: Tally | None = None,

@@ -47,7 +47,7 @@ class BilevelProblem:
     init: Callable[..., Tree] | None = None
     tasks: bool = False
 
-    def __init__(  # noqa: D107
+    def __init__(
         self,
         f: Callable[..., Tensor],
         g: Callable[..., Tensor],

@@ -178,7 +178,9 @@ _NAMED: dict[str, Named] = {
     "itd": Named("reverse mode through the inner steps; memory grows with them", _itd()),
     "itd-truncated": Named("reverse mode through the last 20 inner steps (biased)", _itd(truncate=20)),
     "itd-forward": Named("forward mode through the inner steps; cost grows with the number of x", _itd(forward=True)),
-    "itd-checkpointed": Named("reverse mode, recomputing: memory grows with the root of the steps", _itd(checkpoint=True)),
+    "itd-checkpointed": Named(
+        "reverse mode, recomputing: memory grows with the root of the steps", _itd(checkpoint=True)
+    ),
     "one-step": Named("reverse mode through the last inner step only, Jacobian-free (biased)", _itd(truncate=1)),
     "esj": Named("evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch", _esj),
     "penalty": Named("fully first-order value function, with Richardson extrapolation in the weight", _penalty),

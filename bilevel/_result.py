@@ -167,7 +167,7 @@ class BilevelError(RuntimeError):
         partial: what had been computed: the `Estimate` or `Solution` that `throw=False` would have returned.
     """
 
-    def __init__(self, message: str, status: Status, partial: Any = None) -> None:  # noqa: D107
+    def __init__(self, message: str, status: Status, partial: Any = None) -> None:
         RuntimeError.__init__(self, message)
         self.status = status
         self.partial = partial

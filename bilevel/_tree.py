@@ -58,9 +58,7 @@ class Structure:
         """
         vector, other = ravel(tree, name)
         if other.spec != self.spec or other.shapes != self.shapes:
-            raise ValueError(
-                f"{name} must have the structure {self.describe()}. Got {other.describe()}."
-            )
+            raise ValueError(f"{name} must have the structure {self.describe()}. Got {other.describe()}.")
         if other.dtype != self.dtype or other.device != self.device:
             raise ValueError(
                 f"{name} must be {self.dtype} on {self.device}. Got {other.dtype} on {other.device}."

@@ -60,7 +60,7 @@ class CG(AbstractLinearSolver):
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"`CG(max_steps=...)` must be at least 0. Got {self.max_steps}.")
 
-    def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:  # noqa: D102
+    def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         demand(operator, "CG", positive_definite=True)
         max_steps = 10 * operator.size if self.max_steps is None else self.max_steps
         return _solve(self, operator, b, guess, max_steps)
@@ -95,11 +95,11 @@ def _solve(solver: CG, operator: LinearOperator, b: Tensor, guess: Tensor | None
     codes, steps = torch.full_like(norm_b, _CONVERGED, dtype=torch.int64), 0
     running, before = ~solved_by_zero, torch.full_like(norm_b, math.inf)
     while True:
-        correction, new, used = run(
-            operator, r / scale.unsqueeze(-1), target / scale, max_steps - steps, precondition
-        )
-        v = torch.addcmul(v, scale.unsqueeze(-1), correction) if guess is not None or steps else correction.mul_(
-            scale.unsqueeze(-1)
+        correction, new, used = run(operator, r / scale.unsqueeze(-1), target / scale, max_steps - steps, precondition)
+        v = (
+            torch.addcmul(v, scale.unsqueeze(-1), correction)
+            if guess is not None or steps
+            else correction.mul_(scale.unsqueeze(-1))
         )
         steps += used
         codes = torch.where(running, new, codes)

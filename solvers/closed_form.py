@@ -39,9 +39,11 @@ class ClosedForm(AbstractInnerSolver):
 
     solution: Callable[..., Tree]
 
-    def solve(self, objective: Objective, y0: Tensor) -> Solved:  # noqa: D102
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
         if objective.closed_form is None:
-            raise ValueError("`ClosedForm` needs an objective taken at some x; it cannot minimize a bare function of y.")
+            raise ValueError(
+                "`ClosedForm` needs an objective taken at some x; it cannot minimize a bare function of y."
+            )
         with torch.no_grad():
             y = objective.closed_form(self.solution).detach().expand_as(y0).clone()
         residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)

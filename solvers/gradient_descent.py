@@ -33,21 +33,21 @@ class GradientDescent(AbstractOptimizer):
 
     step_size: float | Tensor | None = None
 
-    def __init__(self, step: float | Tensor | None = None) -> None:  # noqa: D107
+    def __init__(self, step: float | Tensor | None = None) -> None:
         if isinstance(step, float | int) and not step > 0:
             raise ValueError(f"`GradientDescent(step=...)` must be positive. Got {step}.")
         object.__setattr__(self, "step_size", step)
 
-    def init(self, point: Tensor) -> OptimizerState:  # noqa: ARG002, D102
+    def init(self, point: Tensor) -> OptimizerState:
         return {}
 
-    def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:  # noqa: D102
+    def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         assert self.step_size is not None, "call `tuned` first"
         return point - self.step_size * grad, state
 
     @property
-    def needs_curvature(self) -> bool:  # noqa: D102
+    def needs_curvature(self) -> bool:
         return self.step_size is None
 
-    def tuned(self, largest_curvature: Tensor) -> GradientDescent:  # noqa: D102
+    def tuned(self, largest_curvature: Tensor) -> GradientDescent:
         return GradientDescent(1.0 / largest_curvature) if self.needs_curvature else self

@@ -51,7 +51,7 @@ class Iterate(AbstractUnrollable):
         if self.tol is not None and self.tol < 0:
             raise ValueError(f"`Iterate(tol=...)` must be at least 0, or None. Got {self.tol}.")
 
-    def solve(self, objective: Objective, y0: Tensor) -> Solved:  # noqa: D102
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
         optimizer = self.tuned(objective, y0).optimizer
         tol = self.tol or 0.0
         y, state = y0.detach().clone(), optimizer.init(y0)
@@ -83,7 +83,7 @@ class Iterate(AbstractUnrollable):
         )
         return Solved(y, statuses, residual, steps)
 
-    def tuned(self, objective: Objective, y0: Tensor) -> Iterate:  # noqa: D102
+    def tuned(self, objective: Objective, y0: Tensor) -> Iterate:
         if not self.optimizer.needs_curvature:
             return self
         _, _, hessian = objective.hessian(y0)
@@ -92,7 +92,7 @@ class Iterate(AbstractUnrollable):
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if y0.dim() > 1 else largest))
 
-    def begin(self, y0: Tensor) -> State:  # noqa: D102
+    def begin(self, y0: Tensor) -> State:
         state = self.optimizer.init(y0)
         for key, entry in state.items():
             if not isinstance(entry, Tensor):
@@ -102,7 +102,7 @@ class Iterate(AbstractUnrollable):
                 )
         return (y0, *state.values())
 
-    def advance(self, gradient: Tensor, state: State) -> State:  # noqa: D102
+    def advance(self, gradient: Tensor, state: State) -> State:
         keys = self.optimizer.init(state[0].detach()).keys()
         point, new = self.optimizer.step(gradient, state[0], dict(zip(keys, state[1:], strict=True)))
         return (point, *new.values())

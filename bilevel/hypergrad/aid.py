@@ -63,7 +63,7 @@ class AID(AbstractEstimator):
         if not self.damping >= 0:
             raise ValueError(f"`AID(damping=...)` must be at least 0. Got {self.damping}.")
 
-    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:  # noqa: D102
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         objective = inner_objective(problem, x, self.products)
         solved = self.inner.solve(objective, problem.spread(start.y))
         y = solved.value
