@@ -1,0 +1,23 @@
+"""Rounding of computed constants to the safe side."""
+
+from __future__ import annotations
+
+from bilevel._certificate import Constants
+
+_MARGIN = 1e-10  # far above the rounding of an eigenvalue decomposition in float64, far below anything that matters
+
+
+def outward(
+    *, mu: float, L: float, L_fyy: float, L_fxy: float, M_yy: float = 0.0, M_xy: float = 0.0, C_G: float
+) -> Constants:
+    """Constants that stay valid although they were computed in floating point: mu rounded down, the others up."""
+    up = 1 + _MARGIN
+    return Constants(
+        mu=mu * (1 - _MARGIN),
+        L=L * up,
+        L_fyy=L_fyy * up,
+        L_fxy=L_fxy * up,
+        M_yy=M_yy * up,
+        M_xy=M_xy * up,
+        C_G=C_G * up,
+    )
