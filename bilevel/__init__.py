@@ -4,6 +4,7 @@ from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDiffere
 from bilevel._certificate import Constants as Constants
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
 from bilevel._hypergradient import hypergradient as hypergradient
+from bilevel._hyperobjective import HyperObjective as HyperObjective, hyperobjective as hyperobjective
 from bilevel._inner import AbstractInnerSolver as AbstractInnerSolver, AbstractUnrollable as AbstractUnrollable
 from bilevel._instance import Instance as Instance
 from bilevel._linear import (
@@ -11,7 +12,8 @@ from bilevel._linear import (
     AbstractPreconditioner as AbstractPreconditioner,
     LinearOperator as LinearOperator,
 )
-from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer
+from bilevel._minimize import Record as Record, Solution as Solution, minimize as minimize
+from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, AbstractOuterDriver as AbstractOuterDriver
 from bilevel._problem import BilevelProblem as BilevelProblem, Split as Split
 from bilevel._registry import estimators as estimators
 from bilevel._result import (
@@ -21,5 +23,10 @@ from bilevel._result import (
     Stats as Stats,
     Status as Status,
 )
+from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
 from bilevel.hypergrad.aid import AID as AID
+from bilevel.hypergrad.esj import ESJ as ESJ
+from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
+from bilevel.hypergrad.itd import ITD as ITD
+from bilevel.hypergrad.penalty import Penalty as Penalty

@@ -39,12 +39,13 @@ def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor,
     return value.detach(), fx, fy
 
 
-def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
-    """grad_x of the sum of g(x, y) over the batch: `(p,)`, without a graph."""
+def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | None:
+    """grad_x of the sum of g(x, y) over the batch: `(p,)`, without a graph; None where g does not depend on x."""
     problem.tally.gradients += y.shape[:-1].numel()
-    with torch.enable_grad():
+    with torch.enable_grad(), explained():
         x = x.detach().requires_grad_()
-        return grad(problem.g(x, y.detach()).sum(), x)
+        value = problem.g(x, y.detach()).sum()
+        return torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
 
 
 def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperator:

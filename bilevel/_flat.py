@@ -43,6 +43,10 @@ class FlatProblem:
         values = self._evaluate("f", x, y)
         return values.mean(-1) if self.tasks is not None else values
 
+    def f_each(self, x: Tensor, y: Tensor) -> Tensor:
+        """The outer objective of each problem in the batch, with the leading shape of y: no mean over tasks."""
+        return self._evaluate("f", x, y)
+
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of each problem in the batch, with the leading shape of y."""
         return self._evaluate("g", x, y)
@@ -55,7 +59,7 @@ class FlatProblem:
 
     def spread(self, y: Tensor) -> Tensor:
         """One task's vector `(q,)` for every task `(tasks, q)`; as it is where there are none or it has been."""
-        return y.expand(self.tasks, -1) if self.tasks is not None and y.dim() == 1 else y
+        return y.expand(self.tasks, -1).clone() if self.tasks is not None and y.dim() == 1 else y
 
     def data_of(self, level: str) -> Any:
         """The third argument of "f" or of "g"."""

@@ -104,10 +104,9 @@ def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
 def structured(problem: FlatProblem, found: FlatEstimate, count: int) -> Estimate:
     """An estimate in the user's structures; whatever is not finite is reported, never replaced."""
     reports = found.reports
-    if not bool(found.grad.isfinite().all()) or not bool(found.value.isfinite()):
-        if all(report.status.ok for report in reports):
-            size = float(found.value)
-            reports += (Report("hypergradient", Status.nonfinite, size, 0),)
+    finite = bool(found.grad.isfinite().all()) and bool(found.value.isfinite())
+    if not finite and all(report.status is not Status.nonfinite for report in reports):
+        reports += (Report("hypergradient", Status.nonfinite, float(torch.linalg.vector_norm(found.grad)), 0),)
     y = problem.y.unravel(found.y)
     v = None if found.v is None else problem.y.unravel(found.v)
     start = Start(

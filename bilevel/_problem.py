@@ -111,7 +111,7 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         function = getattr(problem, name if name == "init" or custom else f"_{name}")
         if function is None:
             continue
-        names = ("x",) if name == "init" else ("x", "y")
+        names: tuple[str, ...] = ("x",) if name == "init" else ("x", "y")
         names += () if data is None else ("data",)
         try:
             inspect.signature(function).bind(*names)

@@ -102,8 +102,8 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
             )
         if not leaf.dtype.is_floating_point:
             raise TypeError(
-                f"{name} must hold real floating-point tensors. Got {leaf.dtype} at {where}. Convert it with `.double()`"
-                f" if it is to be optimized; otherwise keep it in the closures of f and g."
+                f"{name} must hold real floating-point tensors. Got {leaf.dtype} at {where}. Convert it with"
+                f" `.double()` if it is to be optimized; otherwise keep it in the closures of f and g."
             )
     if not paths:
         raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")

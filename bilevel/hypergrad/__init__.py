@@ -1,3 +1,7 @@
 """The hypergradient estimators, one family a file."""
 
 from bilevel.hypergrad.aid import AID as AID
+from bilevel.hypergrad.esj import ESJ as ESJ
+from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
+from bilevel.hypergrad.itd import ITD as ITD
+from bilevel.hypergrad.penalty import Penalty as Penalty

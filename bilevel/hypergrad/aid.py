@@ -65,7 +65,7 @@ class AID(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         objective = inner_objective(problem, x, self.products)
-        solved = self.inner.solve(objective, problem.spread(start.y))
+        solved = self.inner.solve(objective, problem.start(x, start.y).detach())
         y = solved.value
         at = objective.linearization  # built where the solver stopped, if it asked for its last gradient
         if at is None or at.y.data_ptr() != y.data_ptr():

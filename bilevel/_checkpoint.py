@@ -1,0 +1,71 @@
+"""Checkpoints of an outer run: written atomically, read without executing anything."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel._algorithm import OuterState
+from bilevel._estimate import FlatStart
+
+_FORMAT = 1
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: OuterState, history: list[dict[str, Any]]) -> None:
+    """Write a state and the history so far; a crash leaves the previous file or the new one, never half of one."""
+    content = {
+        "format": _FORMAT,
+        "step": state.step,
+        "x": state.x,
+        "y": state.start.y,
+        "v": state.start.v,
+        "count": state.start.count,
+        "memory": state.memory,
+        "history": history,
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: str | os.PathLike[str], like: OuterState) -> tuple[OuterState, list[dict[str, Any]]]:
+    """Read back what :func:`save_checkpoint` wrote, for a run whose initial state is `like`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a checkpoint of this format, or of a problem with other sizes or dtype.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} to resume from. Run without `resume` first.")
+    try:
+        content = torch.load(path, map_location=like.x.device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} is not a readable checkpoint ({error}).") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
+    for name, saved, wanted in (("x", content["x"], like.x), ("y", content["y"], like.start.y)):
+        if saved.shape != wanted.shape or saved.dtype != wanted.dtype:
+            raise ValueError(
+                f"the checkpoint {str(path)!r} is of another problem: its {name} has {tuple(saved.shape)} entries of"
+                f" {saved.dtype}, this one {tuple(wanted.shape)} of {wanted.dtype}."
+            )
+    if content["memory"].keys() != like.memory.keys():
+        raise ValueError(
+            f"the checkpoint {str(path)!r} was written with another outer optimizer: its state has"
+            f" {sorted(content['memory'])}, this one {sorted(like.memory)}."
+        )
+    start = FlatStart(content["y"], content["v"], content["count"])
+    return OuterState(content["step"], content["x"], start, content["memory"]), content["history"]

@@ -1,0 +1,112 @@
+"""Phi as a differentiable function, for any torch optimizer, scheduler or logger."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._hypergradient import structured
+from bilevel._problem import BilevelProblem, check_signature
+from bilevel._registry import resolve
+from bilevel._result import BilevelError
+from bilevel._tree import Tree, ravel
+
+
+@final
+class HyperObjective:
+    """x -> Phi(x) = f(x, y*(x)), whose backward is a hypergradient estimate; see :func:`hyperobjective`.
+
+    Attributes:
+        last: the estimate of the latest call; None before the first.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, y0: Tree, estimator: AbstractEstimator | str, warm_start: bool, throw: bool
+    ) -> None:
+        self.last: Estimate | None = None
+        self._problem, self._y0, self._estimator = problem, y0, estimator
+        self._warm_start, self._throw = warm_start, throw
+        self._chosen: AbstractEstimator | None = None
+        self._start: FlatStart | None = None
+
+    def __call__(self, x: Tree, data: Any = None) -> Tensor:
+        """Phi(x) `()`, differentiable in the leaves of x that require grad.
+
+        Args:
+            x: the outer variable.
+            data: the third argument of f and g, if they take one.
+        """
+        check_signature(self._problem, data)
+        x_vector, x_structure = ravel(x, "x")
+        y_vector, y_structure = ravel(self._y0, "y0")
+        flat = FlatProblem(self._problem, x_structure, y_structure, data)
+        at, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
+        if self._chosen is None:
+            self._chosen = resolve(self._estimator, flat, at, y_vector)
+        start = self._start if self._start is not None else FlatStart(y_vector)
+        found = self._chosen.estimate(flat, at, start)
+        self.last = structured(flat, found, start.count)
+        if self._throw and not self.last.status.ok:
+            raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)
+        count = start.count + 1
+        self._start = FlatStart(found.y, found.v, count) if self._warm_start else FlatStart(y_vector, None, count)
+        value: Tensor = _Phi.apply(x_vector, found.value.detach(), found.grad.detach())
+        return value
+
+
+def hyperobjective(
+    problem: BilevelProblem,
+    y0: Tree,
+    *,
+    estimator: AbstractEstimator | str = "aid-cg",
+    warm_start: bool = True,
+    throw: bool = True,
+) -> HyperObjective:
+    """phi(x) = f(x, y*(x)) as a differentiable function of x, once: phi(x).backward() puts h into x.grad.
+
+    Each call solves the inner problem and estimates the hypergradient at once; `backward` only multiplies. The
+    returned object remembers the inner and linear solutions as warm starts for its next call; make a new one for an
+    independent sequence. A second derivative is refused.
+
+    Args:
+        problem: f and g.
+        y0: where the inner solver starts; its structure is that of y.
+        estimator: an estimator or a name; a name's defaults are fixed at the first call.
+        warm_start: whether a call starts from the solutions of the one before.
+        throw: raise if a part of an estimate did not succeed; otherwise see `phi.last.status`.
+
+    Returns:
+        phi, with phi.last the latest `Estimate`.
+
+    Raises:
+        BilevelError: from a call, if `throw` and the estimate did not succeed.
+
+    Example:
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> x = torch.tensor(1.0, requires_grad=True)
+        >>> phi = hyperobjective(problem, torch.tensor(0.0))
+        >>> phi(x).backward()
+        >>> x.grad
+        tensor(-2.)
+    """
+    return HyperObjective(problem, y0, estimator, warm_start, throw)
+
+
+class _Phi(torch.autograd.Function):
+    """x, Phi(x), h -> Phi(x), with derivative h in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(grad)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return weight * grad, None, None

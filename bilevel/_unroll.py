@@ -1,0 +1,262 @@
+"""Derivatives through an inner iteration: reverse mode over segments of steps, and forward mode."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import grad
+from bilevel._errors import explained, refuse_dropped_terms
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractUnrollable, State
+from bilevel._result import Solved, Status
+
+_GROWTH = 10.0  # a gradient this many times larger than at the start, at a larger objective, is a divergence
+
+Segment: TypeAlias = Callable[[], tuple[State, State, int]]  # () -> its first state (leaves), its last, its steps
+
+
+@final
+class Unroll:
+    """The iteration state_{k+1} = T(x, state_k) of an inner solver, as a differentiable map.
+
+    Args:
+        problem: the problem, at whose tally oracle calls are counted.
+        inner: the iteration, its step sizes fixed.
+        x: the outer variable `(p,)`.
+        y0: the start `(*tasks, q)`.
+    """
+
+    def __init__(self, problem: FlatProblem, inner: AbstractUnrollable, x: Tensor, y0: Tensor) -> None:
+        self.problem, self.inner = problem, inner
+        self.x = x.detach().requires_grad_()
+        self.y0 = y0.detach()
+        self.rows = y0.shape[:-1].numel()
+        self.steps = 0
+        self.first: tuple[Tensor, Tensor] | None = None  # |grad_y g| and g at the start
+
+    @property
+    def has_init(self) -> bool:
+        """Whether the start depends on x."""
+        return self.problem.problem.init is not None
+
+    # One step
+
+    def step(self, state: State, with_graph: bool) -> State | None:
+        """T(x, state); None if every row has met the tolerance. Rows that have stand still."""
+        y = state[0]
+        self.problem.tally.gradients += self.rows
+        with torch.set_grad_enabled(True):
+            at = y if y.requires_grad else y.detach().requires_grad_()
+            value = self.problem.g(self.x if with_graph else self.x.detach(), at)
+            gradient = grad(value.sum(), at, create_graph=with_graph)
+        norm = torch.linalg.vector_norm(gradient.detach(), dim=-1)
+        if self.first is None:
+            self.first = norm, value.detach()
+            if with_graph:
+                refuse_dropped_terms(gradient)
+        moving = norm > (self.inner.tol or 0.0)
+        if self.inner.tol and not moving.any():
+            return None
+        with torch.set_grad_enabled(with_graph):
+            new = self.inner.advance(gradient, state)
+        if not self.inner.tol or self.problem.tasks is None:
+            return new
+        held = moving.unsqueeze(-1)
+        return tuple(torch.where(held, n, s) if n.shape == y.shape else n for n, s in zip(new, state, strict=True))
+
+    def walk(self, visit: Callable[[int, State], None], stop: int) -> State:
+        """Steps without a graph up to `stop`; `visit(k, state)` sees the state before step k."""
+        with torch.no_grad():
+            state = self.inner.begin(self.y0)
+        while self.steps < stop:
+            new = self.step(state, with_graph=False)
+            if new is None:
+                break
+            visit(self.steps, state)
+            state, self.steps = new, self.steps + 1
+        return state
+
+    def live(self, state: State, length: int) -> tuple[State, State, int]:
+        """Up to `length` steps with a graph, from leaves that hold `state`."""
+        leaves = tuple(s.detach().requires_grad_() for s in state)
+        with torch.enable_grad():
+            end, taken = leaves, 0
+            while taken < length:
+                new = self.step(end, with_graph=True)
+                if new is None:
+                    break
+                end, taken = new, taken + 1
+        return leaves, end, taken
+
+    # Reverse mode: its forms differ only in how the steps are cut into segments
+
+    def segments(self, truncate: int | None, every: int | None) -> tuple[Tensor, list[Segment], bool]:
+        """y_N, the segments to pull back through, and whether the first of them begins at the start.
+
+        Args:
+            truncate: only the last so many steps.
+            every: keep every so-manieth state and recompute the steps between.
+        """
+        total = self.inner.max_steps
+        if every is not None:
+            kept: list[State] = []
+            last = self.walk(lambda k, state: kept.append(state) if k % every == 0 else None, total)
+            lengths = [every] * (len(kept) - 1) + [self.steps - every * (len(kept) - 1)]
+            pairs = zip(kept, lengths, strict=False)
+            return last[0], [lambda s=s, n=n: self.live(s, n) for s, n in pairs], True  # type: ignore[misc]
+        if truncate is not None and self.inner.tol:  # how many steps there are is not known before
+            recent: deque[State] = deque(maxlen=truncate)
+            last = self.walk(lambda _, state: recent.append(state), total)
+            return last[0], [lambda: self.live(recent[0], len(recent))] if recent else [], self.steps <= truncate
+        before = 0 if truncate is None else max(total - truncate, 0)
+        state = self.walk(lambda *_: None, before)
+        segment = self.live(state, total - before)
+        self.steps += segment[2]
+        return segment[1][0].detach(), [lambda: segment], before == 0
+
+    def reverse(self, segments: list[Segment], from_start: bool, fy: Tensor) -> Tensor:
+        """J_N' fy `(p,)`, J_N = dy_N/dx: adjoints pulled back through the segments, and through init(x)."""
+        total = torch.zeros_like(self.x)
+        adjoint: tuple[Tensor | None, ...] = (fy,)
+        for index in reversed(range(len(segments))):
+            leaves, end, length = segments[index]()
+            through = index > 0 or (from_start and self.has_init)
+            in_x, *in_state = self._pull_back(end, adjoint, (self.x, *leaves) if through else (self.x,))
+            del end
+            total = total if in_x is None else total + in_x
+            adjoint = tuple(in_state)
+            self.problem.tally.hvps += max(length - (0 if through else 1), 0) * self.rows
+            self.problem.tally.cross_products += length * self.rows
+        if from_start and self.has_init:
+            with torch.enable_grad():
+                begun = self.inner.begin(self.problem.start(self.x, self.y0))
+            in_x = self._pull_back(begun, adjoint, (self.x,))[0]
+            total = total if in_x is None else total + in_x
+        return total
+
+    @staticmethod
+    def _pull_back(
+        end: State, adjoint: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        pairs = [(e, a) for e, a in zip(end, adjoint, strict=False) if a is not None and e.requires_grad]
+        if not pairs:
+            return tuple(None for _ in inputs)
+        outputs, weights = zip(*pairs, strict=True)
+        with explained():
+            return torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+
+    # Forward mode
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """y_N and J_N' as `(p, *tasks, q)`: the tangents of the state for each outer variable, carried along."""
+        p = self.x.shape[-1]
+        units = torch.eye(p, dtype=self.x.dtype, device=self.x.device)
+        start = self.problem.start(self.x, self.y0) if self.has_init else self.y0
+        tangents = torch.stack([self._init_tangent(start, unit) for unit in units])
+        start = start.detach()
+        state, moved = self._push(lambda y: self.inner.begin(y), (start,), (tangents,))
+        while self.steps < self.inner.max_steps:
+            self.problem.tally.gradients += self.rows
+            with torch.enable_grad():
+                y = state[0].requires_grad_()
+                value = self.problem.g(self.x, y)
+                gx, gy = self._both(value.sum(), y)
+            norm = torch.linalg.vector_norm(gy.detach(), dim=-1)
+            if self.first is None:
+                self.first = norm, value.detach()
+                refuse_dropped_terms(gy)
+            moving = norm > (self.inner.tol or 0.0)
+            if self.inner.tol and not moving.any():
+                break
+            d_gradient = torch.stack(
+                [self._gradient_tangent(gx, gy, y, u, z) for u, z in zip(units, moved[0], strict=True)]
+            )
+            state = tuple(s.detach() for s in state)
+            new, new_moved = self._push(
+                lambda gradient, *s: self.inner.advance(gradient, s), (gy.detach(), *state), (d_gradient, *moved)
+            )
+            if self.inner.tol and self.problem.tasks is not None:
+                held, shape = moving.unsqueeze(-1), state[0].shape
+                new_moved = tuple(
+                    torch.where(held, n, m) if s.shape == shape else n
+                    for n, m, s in zip(new_moved, moved, state, strict=True)
+                )
+                new = tuple(torch.where(held, n, s) if n.shape == shape else n for n, s in zip(new, state, strict=True))
+            state, moved, self.steps = new, new_moved, self.steps + 1
+        return state[0].detach(), moved[0]
+
+    def _both(self, value: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """grad_x and grad_y of g with their graph."""
+        with explained():
+            gx, gy = torch.autograd.grad(
+                value, (self.x, y), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        return gx, gy
+
+    def _gradient_tangent(self, gx: Tensor, gy: Tensor, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        """H z + G'u, the derivative of grad_y g along (u, z): one backward pass, since H is symmetric."""
+        self.problem.tally.hvps += self.rows
+        self.problem.tally.cross_products += self.rows
+        pairs = [(part, w) for part, w in ((gx, u), (gy, z)) if part.requires_grad]
+        if not pairs:
+            return torch.zeros_like(z)
+        outputs, weights = zip(*pairs, strict=True)
+        with explained():
+            return torch.autograd.grad(
+                outputs, y, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+
+    def _init_tangent(self, start: Tensor, unit: Tensor) -> Tensor:
+        """The derivative of init(x) along a unit vector, as the derivative of its vector-Jacobian product."""
+        if not start.requires_grad:
+            return torch.zeros_like(start)
+        w = torch.zeros_like(start, requires_grad=True)
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(start, self.x, w, create_graph=True, allow_unused=True)[0]
+            if pulled is None or not pulled.requires_grad:
+                return torch.zeros_like(start)
+            return torch.autograd.grad(pulled @ unit, w, retain_graph=True)[0]
+
+    @staticmethod
+    def _push(
+        function: Callable[..., State], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+    ) -> tuple[State, State]:
+        """function(primals) and its derivatives along p tangents stacked in front; elementwise arithmetic only."""
+
+        def along(*tangent: Tensor) -> tuple[State, State]:
+            result: tuple[State, State] = torch.func.jvp(function, primals, tangent)
+            return result
+
+        value, moved = torch.vmap(along, out_dims=(None, 0))(*tangents)  # type: ignore[arg-type]
+        return value, moved
+
+    # How it went
+
+    def solved(self, y: Tensor) -> Solved:
+        """The verdict on y_N: its own gradient norm (one more gradient), and divergence if there was any."""
+        self.problem.tally.gradients += self.rows
+        self.problem.tally.inner_steps += self.steps * self.rows
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            value = self.problem.g(self.x.detach(), leaf)
+            residual = torch.linalg.vector_norm(grad(value.sum(), leaf), dim=-1)
+        tol = self.inner.tol or 0.0
+        first_norm, first_value = self.first if self.first is not None else (residual, value)
+        statuses = []
+        for r, r0, g, g0 in zip(
+            *(t.detach().reshape(-1).tolist() for t in (residual, first_norm, value, first_value)), strict=True
+        ):
+            if r != r or abs(r) == float("inf"):
+                statuses.append(Status.nonfinite)
+            elif tol and r <= tol:
+                statuses.append(Status.successful)
+            elif r > _GROWTH * r0 and not g <= g0:
+                statuses.append(Status.diverged)
+            else:
+                statuses.append(Status.max_steps if tol else Status.successful)
+        return Solved(y, tuple(statuses), residual, self.steps)

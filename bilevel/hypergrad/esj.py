@@ -1,0 +1,144 @@
+"""Evolution-strategy Jacobian: a zeroth-order estimate of dy/dx."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final, get_args
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import outer_gradients
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._objective import inner_objective, report
+from bilevel._result import Solved, Status
+
+Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
+
+
+@final
+@dataclass(frozen=True)
+class ESJ(AbstractEstimator):
+    """ESJ: h = grad_x f + (c/Q) sum_j <[y_N(x + r u_j) - y_N(x)] / r, grad_y f> u_j, no second derivatives.
+
+    y_N(x) is what the inner solver returns from the same start with the same steps; the Q perturbed solves and the
+    unperturbed one run as one batch, on the same data and the same random masks (common random numbers).
+
+    Directions u_j in R^p, with E[c u u'] = I: "gaussian" N(0, I), "rademacher" signs, "sphere" uniform on the unit
+    sphere with the dimension factor c = p, "orthonormal" Q <= p rows of a random rotation with c = p (for Q = p the
+    estimate is deterministic, and equals `ITD` where y_N is affine in x).
+
+    Cost: Q + 1 inner solves and one gradient of f; memory (Q + 1) q (in batches of `chunk`, less).
+
+    Error where y_N is affine in x, w = J_N' grad_y f: unbiased for `ITD` at any radius, with mean squared deviation
+    (p + 1)/Q |w|^2 for gaussian, (p - 1)/Q |w|^2 for rademacher and sphere, (p/Q - 1) |w|^2 for orthonormal
+    directions. In general the bias is at most r sqrt(p) times the Lipschitz constant of x -> J_N(x)' grad_y f; the
+    rounding of y_N over r, and the tolerance of an adaptive inner solver over r, come on top.
+    `Estimate.standard_error` reports the deviation, estimated from the sample.
+
+    Source: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, PZOBO.
+
+    Args:
+        inner: solves the inner problem; `Iterate` with fixed steps keeps perturbed and unperturbed runs alike.
+        directions: Q.
+        radius: r.
+        distribution: of the directions.
+        seed: of the random directions; call k of a warm-started sequence draws its own from (seed, k).
+        chunk: solve at most so many perturbed problems at a time; None: all at once.
+
+    Raises:
+        ValueError: if a number is out of range, or more orthonormal directions than outer variables are asked for.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import ESJ, BilevelProblem, hypergradient
+        >>> from bilevel.solvers import GradientDescent, Iterate
+        >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> esj = ESJ(Iterate(GradientDescent(1.0), max_steps=1), directions=2, radius=0.5, distribution="orthonormal")
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> torch.allclose(hypergradient(problem, x, torch.zeros(2), estimator=esj).grad, x)
+        True
+    """
+
+    inner: AbstractInnerSolver
+    directions: int = 20
+    radius: float = 1e-3
+    distribution: Distribution = "orthonormal"
+    seed: int = 0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("directions", "chunk"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"`ESJ({name}=...)` must be at least 1. Got {number}.")
+        if not self.radius > 0:
+            raise ValueError(f"`ESJ(radius=...)` must be positive. Got {self.radius}.")
+        if self.distribution not in get_args(Distribution):
+            raise ValueError(
+                f"`ESJ(distribution=...)` must be one of {', '.join(get_args(Distribution))}."
+                f" Got {self.distribution!r}."
+            )
+
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        u, c = self._draw(x, start.count)
+        y, moved, solved = self._solve(problem, x, u, start.y)
+        value, fx, fy = outer_gradients(problem, x, y)
+        slopes = (moved * fy).flatten(1).sum(1) / self.radius
+        samples = c * slopes.unsqueeze(-1) * u  # (Q, p), each an unbiased estimate of J_N' grad_y f
+        implicit = samples.mean(0)
+        return FlatEstimate(
+            fx + implicit, value, y, (report("inner solver", solved),), standard_error=self._error(samples, implicit)
+        )
+
+    def _draw(self, x: Tensor, count: int) -> tuple[Tensor, float]:
+        """Directions `(Q, p)` and the factor c; drawn on the CPU, so that every device sees the same ones."""
+        p, k = x.shape[-1], self.directions
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
+        if self.distribution == "orthonormal" and k > p:
+            raise ValueError(
+                f"`ESJ(directions=..., distribution='orthonormal')` must be at most the number of outer variables, {p}."
+                f" Got {k}. Use fewer directions, or 'rademacher'."
+            )
+        if self.distribution == "rademacher":
+            u = torch.randint(0, 2, (k, p), generator=generator, dtype=torch.float64) * 2 - 1
+            return u.to(x), 1.0
+        u = torch.randn(k, p, generator=generator, dtype=torch.float64)
+        if self.distribution == "gaussian":
+            return u.to(x), 1.0
+        if self.distribution == "sphere":
+            return (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).to(x), float(p)
+        q, r = torch.linalg.qr(u.T)  # its signs make q uniform over rotations (Mezzadri 2007)
+        return (q * torch.diagonal(r).sign()).T.to(x), float(p)
+
+    def _solve(self, problem: FlatProblem, x: Tensor, u: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Solved]:
+        """y_N(x), the Q differences y_N(x + r u_j) - y_N(x), and the verdict on all the solves."""
+        y0 = problem.spread(start)
+        y: Tensor | None = None
+        differences, statuses, residuals, steps = [], list[Status](), [], 0
+        for block in torch.split(u, self.chunk or len(u)):
+            points = x + self.radius * torch.cat([torch.zeros_like(u[:1]), block])  # the unperturbed one comes first
+            has_init = problem.problem.init is not None
+            starts = problem.start(points, y0).detach() if has_init else y0.expand(len(points), *y0.shape).clone()
+            solved = self.inner.solve(inner_objective(problem, points), starts)
+            y = solved.value[0] if y is None else y
+            differences.append(solved.value[1:] - solved.value[:1])
+            statuses += solved.statuses
+            residuals.append(solved.residual.reshape(-1))
+            steps = max(steps, solved.steps)
+        assert y is not None
+        return y.clone(), torch.cat(differences), Solved(y, tuple(statuses), torch.cat(residuals), steps)
+
+    def _error(self, samples: Tensor, implicit: Tensor) -> float:
+        """The root-mean-square deviation of the mean: from the sample, or where it cannot tell, from the law.
+
+        With E|mean - w|^2 = a |w|^2 also E|mean|^2 = (1 + a) |w|^2, so that a / (1 + a) |mean|^2 estimates it.
+        """
+        k, p = samples.shape
+        if self.distribution != "orthonormal" and k > 1:
+            return float((samples - implicit).square().sum() / (k * (k - 1))) ** 0.5
+        a = p / k - 1 if self.distribution == "orthonormal" else (p + 1 if self.distribution == "gaussian" else p - 1)
+        return math.sqrt(a / (1 + a)) * float(torch.linalg.vector_norm(implicit))

@@ -1,0 +1,76 @@
+"""Central differences of Phi: the oracle that other estimators are tested against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._objective import inner_objective, report
+from bilevel._result import Report
+
+
+@final
+@dataclass(frozen=True)
+class FiniteDifference(AbstractEstimator):
+    """FiniteDifference: h_i = [Phi(x + t e_i) - Phi(x - t e_i)] / 2t, Phi(x) = f(x, y(x)) with y from the inner solver.
+
+    Cost: 2p + 1 inner solves, 2p + 1 values of f. No derivative of f or g beyond what the inner solver takes.
+
+    Error: O(t^2) for smooth Phi plus (rounding and the inner solver's tolerance in Phi) / t; with the default step and
+    an accurate inner solver about 1e-9 relative in float64. As the solver is part of Phi, this sees everything that
+    it does, the start of the iteration included.
+
+    Args:
+        inner: solves the inner problem; to a tight tolerance, or in fixed steps.
+        step: t is `step` times max(1, |x_i|); None is the cube root of the dtype's rounding unit.
+
+    Raises:
+        ValueError: if the step is not positive.
+
+    Example:
+        >>> from bilevel import BilevelProblem, FiniteDifference, hypergradient
+        >>> from bilevel.solvers import LBFGS
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> x = torch.ones(1, dtype=torch.float64)
+        >>> hypergradient(problem, x, torch.zeros_like(x), estimator=FiniteDifference(LBFGS(tol=1e-10))).grad
+        tensor([-2.0000], dtype=torch.float64)
+    """
+
+    inner: AbstractInnerSolver
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not self.step > 0:
+            raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
+
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        value, y, first = self._phi(problem, x, start.y)
+        reports = [first]
+        step = torch.finfo(x.dtype).eps ** (1 / 3) if self.step is None else self.step
+        h = torch.empty_like(x)
+        for i in range(x.shape[-1]):
+            t = step * max(1.0, abs(float(x[i])))
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = x.clone()
+                moved[i] += sign * t
+                phi, _, ended = self._phi(problem, moved, start.y if problem.problem.init is not None else y)
+                ends.append((phi, moved[i]))
+                if not ended.status.ok:
+                    reports.append(ended)
+            (up, high), (down, low) = ends
+            h[i] = (up - down) / (high - low)  # the distance as it was rounded
+        return FlatEstimate(h, value, y, tuple(reports))
+
+    def _phi(self, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Report]:
+        solved = self.inner.solve(inner_objective(problem, x), problem.start(x, y0).detach())
+        problem.tally.values += solved.value.shape[:-1].numel()
+        with torch.no_grad():
+            value = problem.f(x, solved.value)
+        return value, solved.value, report("inner solver", solved)
