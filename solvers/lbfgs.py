@@ -1,0 +1,239 @@
+"""Limited-memory BFGS."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._result import Solved, Status
+from bilevel._tree import row_dots
+from bilevel.solvers.wolfe import Search, strong_wolfe
+
+_NOISE = 100.0  # in rounding units of the objective: differences below are not believed by the line search
+_PATIENCE = 30  # steps without the least progress of value or gradient before the rounding floor is declared
+
+
+@final
+@dataclass(frozen=True)
+class LBFGS(AbstractInnerSolver):
+    """L-BFGS: y <- y - t B grad g(y), B the BFGS inverse Hessian of the last `memory` steps, t by strong Wolfe.
+
+    Converges linearly on strongly convex objectives, in practice much faster; to a stationary point of a smooth
+    objective that is bounded below. Steps whose curvature is not positive are not remembered. Near the rounding
+    floor of the objective's values the line search goes by slopes, so that |grad g| can be brought down to its own
+    floor: 1e-10 and less in float64.
+
+    Cost: one gradient at y0 and one a trial step: 1.0 to 1.2 a step as a rule. The gradient at the returned point
+    is known, so none is spent on the residual. Memory (2 memory + 5) q. Rows of a batch have their own steps,
+    memory and line search and do not wait for one another; each call evaluates, and counts, all of them.
+
+    With tol = 0 it goes on for `max_steps` steps or to the rounding floor, and both are success.
+
+    Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Program. 45 (1989);
+    Nocedal, Wright, "Numerical optimization" (2006), algorithm 7.4.
+
+    Args:
+        tol: stop when |grad g| <= tol.
+        max_steps: at most this many steps.
+        memory: how many steps are remembered.
+
+    Raises:
+        ValueError: if `tol` or `max_steps` is negative, or `memory` less than 1.
+
+    Example:
+        >>> objective = Objective(lambda y: (y - 3).square().sum() / 2)
+        >>> LBFGS(tol=1e-6).solve(objective, torch.zeros(2)).value
+        tensor([3., 3.])
+    """
+
+    tol: float = 1e-8
+    max_steps: int = 1000
+    memory: int = 10
+
+    def __post_init__(self) -> None:
+        for name, least in (("tol", 0), ("max_steps", 0), ("memory", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"`LBFGS({name}=...)` must be at least {least}. Got {getattr(self, name)}.")
+
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
+        lead, eps = y0.shape[:-1], torch.finfo(y0.dtype).eps
+        y = y0.detach().reshape(-1, y0.shape[-1]).clone()
+
+        def evaluate(y: Tensor) -> tuple[Tensor, Tensor]:
+            values, gradients = objective.value_and_gradient(y.reshape(y0.shape))
+            return values.reshape(-1), gradients.reshape(y.shape)
+
+        values, g = evaluate(y)
+        memory = _Memory(self.memory, y)
+        rows = [_Row(*row, eps) for row in _numbers(values, torch.linalg.vector_norm(g, dim=-1))]
+        for row in rows:
+            row.end(self)
+        d = _begin(rows, [True] * len(rows), memory, g, torch.zeros_like(g))
+        while any(row.status is None for row in rows):
+            t = torch.tensor([[row.t] for row in rows], dtype=y.dtype, device=y.device)
+            trial = torch.addcmul(y, t, d)
+            values, gradients = evaluate(trial)
+            found = _numbers(values, row_dots(gradients, d), torch.linalg.vector_norm(gradients, dim=-1))
+            accepted = [row.send(*numbers) for row, numbers in zip(rows, found, strict=True)]
+            if any(accepted):
+                memory.push(
+                    trial - y, gradients - g, [row.curvature * ok for row, ok in zip(rows, accepted, strict=True)]
+                )
+                y, g = _where(accepted, trial, y), _where(accepted, gradients, g)
+            for row, ok in zip(rows, accepted, strict=True):
+                if ok:
+                    row.end(self)
+            d = _begin(rows, [ok or row.retry for row, ok in zip(rows, accepted, strict=True)], memory, g, d)
+
+        objective.tally.inner_steps += sum(row.steps for row in rows)
+        norms = torch.linalg.vector_norm(g, dim=-1).reshape(lead)
+        statuses = tuple(row.status or Status.successful for row in rows)
+        return Solved(y.reshape(y0.shape), statuses, norms, max((row.steps for row in rows), default=0))
+
+
+class _Row:
+    """The numbers of one problem: where it stands, and its line search."""
+
+    def __init__(self, value: float, norm: float, eps: float) -> None:
+        self.value, self.norm, self.eps = value, norm, eps
+        self.least_value, self.least_norm, self.idle = value, norm, 0
+        self.steps, self.t, self.first, self.slope, self.curvature = 0, 0.0, 1.0, 0.0, 0.0
+        self.plain, self.retry = True, False  # along -g; to be tried again along -g
+        self.search: Search | None = None
+        self.status: Status | None = None
+
+    @property
+    def noise(self) -> float:
+        return _NOISE * self.eps * abs(self.value)
+
+    def begin(self, slope: float) -> None:
+        """Start a line search along a new direction."""
+        self.slope, self.retry = slope, False
+        self.first = min(1.0, 1.0 / self.norm) if self.plain else 1.0
+        self.search = strong_wolfe(self.value, slope, self.first, self.noise)
+        self.t = next(self.search)
+
+    def send(self, phi: float, slope: float, norm: float) -> bool:
+        """Tell the line search what was found at its trial; whether that is the next point."""
+        if self.status is not None or self.search is None:
+            return False
+        tried = self.t
+        try:
+            self.t = self.search.send((phi, slope))
+            return False
+        except StopIteration as stop:
+            outcome: Status = stop.value
+        if outcome is not Status.successful:
+            if outcome is Status.line_search_failed and 0.5 * abs(self.slope) * self.first <= self.noise:
+                outcome = Status.stagnated
+            self.retry = not self.plain and outcome is not Status.stagnated
+            self.plain = True
+            if not self.retry:
+                self.status, self.t = outcome, 0.0
+            return False
+        self.curvature, self.plain = tried * (slope - self.slope), False
+        progress = phi < self.least_value - self.eps * abs(self.least_value) or norm < self.least_norm
+        self.idle = 0 if progress else self.idle + 1
+        self.least_value, self.least_norm = min(self.least_value, phi), min(self.least_norm, norm)
+        self.value, self.norm, self.steps = phi, norm, self.steps + 1
+        return True
+
+    def end(self, solver: LBFGS) -> None:
+        """Stop at a new point if there is reason to."""
+        if not (math.isfinite(self.value) and math.isfinite(self.norm)):
+            self.status = Status.nonfinite
+        elif self.norm <= solver.tol:
+            self.status = Status.successful
+        elif self.idle >= _PATIENCE:
+            self.status = Status.stagnated
+        elif self.steps >= solver.max_steps:
+            self.status = Status.max_steps if solver.tol else Status.successful
+        if self.status is not None:
+            self.t = 0.0
+
+
+class _Memory:
+    """The last steps s and changes of gradient w of each row, newest first; a row without some has rho = 0."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.size, self.tiny = size, torch.finfo(like.dtype).tiny
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.gamma = torch.ones_like(like[:, :1])
+
+    def push(self, s: Tensor, w: Tensor, curvatures: list[float]) -> None:
+        """Remember s and w = H s in the rows where s'w is positive."""
+        good = [c > self.tiny for c in curvatures]
+        if not any(good):
+            return
+        sw = self.gamma.new_tensor([[c if ok else 1.0] for c, ok in zip(curvatures, good, strict=True)])
+        self.gamma = _where(good, sw / row_dots(w, w).unsqueeze(-1), self.gamma)
+        new = (s, w, 1 / sw)
+        if all(good):
+            self.pairs = [new, *self.pairs][: self.size]
+            return
+        if len(self.pairs) < self.size:
+            self.pairs.append((torch.zeros_like(s), torch.zeros_like(w), torch.zeros_like(sw)))
+        shifted = [new, *self.pairs]
+        self.pairs = [
+            tuple(_where(good, a, b) for a, b in zip(younger, pair, strict=True))  # type: ignore[misc]
+            for younger, pair in zip(shifted, self.pairs, strict=False)
+        ]
+
+    def forget(self, which: list[bool]) -> None:
+        """Empty the memory of some rows."""
+        if all(which):
+            self.pairs.clear()
+        self.pairs = [(s, w, _where(which, torch.zeros_like(rho), rho)) for s, w, rho in self.pairs]
+        self.gamma = _where(which, torch.ones_like(self.gamma), self.gamma)
+
+    def product(self, g: Tensor) -> Tensor:
+        """B g by two loops over the pairs."""
+        q, alphas = g.clone(), []
+        for s, w, rho in self.pairs:
+            alphas.append(rho * row_dots(s, q).unsqueeze(-1))
+            q.addcmul_(alphas[-1], w, value=-1)
+        q.mul_(self.gamma)
+        for (s, w, rho), alpha in zip(reversed(self.pairs), reversed(alphas), strict=True):
+            q.addcmul_(alpha - rho * row_dots(w, q).unsqueeze(-1), s)
+        return q
+
+
+def _begin(rows: list[_Row], new: list[bool], memory: _Memory, g: Tensor, d: Tensor) -> Tensor:
+    """Directions for the rows that are to start a line search; zero in the rows that have ended."""
+    new = [start and row.status is None for row, start in zip(rows, new, strict=True)]
+    going = [row.status is None for row in rows]
+    if not any(new):
+        return _where(going, d, torch.zeros_like(d))
+    retry = [row.retry for row in rows]
+    if any(retry):
+        memory.forget(retry)
+    d = _where(going, _where(new, -memory.product(g), d), torch.zeros_like(d))
+    slopes = [slope for (slope,) in _numbers(row_dots(g, d))]
+    lost = [start and not slope < 0 for start, slope in zip(new, slopes, strict=True)]
+    if any(lost):  # rounding made the direction one of ascent
+        memory.forget(lost)
+        d = _where(lost, -g, d)
+        slopes = [slope for (slope,) in _numbers(row_dots(g, d))]
+    for row, start, again, slope in zip(rows, new, lost, slopes, strict=True):
+        if start:
+            row.plain = row.plain or again
+            row.begin(slope)
+    return d
+
+
+def _numbers(*columns: Tensor) -> list[list[float]]:
+    """The rows of a table of numbers; one transfer from the device."""
+    numbers: list[list[float]] = torch.stack(columns, dim=-1).tolist()
+    return numbers
+
+
+def _where(which: list[bool], a: Tensor, b: Tensor) -> Tensor:
+    """The rows of a that are marked, and the others of b; without a copy where all or none are."""
+    if all(which):
+        return a
+    return torch.where(torch.tensor(which, device=a.device).unsqueeze(-1), a, b) if any(which) else b
