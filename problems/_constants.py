@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bilevel._certificate import Constants
 
+RADIUS = 1.0  # where no constant holds for every y: those given hold for |y - y*(x)| <= RADIUS
+_ROUNDING = 1e-14  # of an eigenvalue, relative to the largest one
 _MARGIN = 1e-10  # far above the rounding of an eigenvalue decomposition in float64, far below anything that matters
 
 
@@ -13,7 +15,7 @@ def outward(
     """Constants that stay valid although they were computed in floating point: mu rounded down, the others up."""
     up = 1 + _MARGIN
     return Constants(
-        mu=mu * (1 - _MARGIN),
+        mu=mu * (1 - _MARGIN) - _ROUNDING * L,
         L=L * up,
         L_fyy=L_fyy * up,
         L_fxy=L_fxy * up,

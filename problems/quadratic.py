@@ -72,14 +72,16 @@ class QuadraticFamily:
 
     def solution(self, x: Tensor) -> Tensor:
         """y*(x) = A^-1 (Bx + c)."""
-        return torch.linalg.solve(self.A, self.B @ x + self.c)
+        y: Tensor = torch.linalg.solve(self.A, self.B @ x + self.c)
+        return y
 
     def jacobian(self) -> Tensor:
         """dy*/dx = A^-1 B: `(q, p)`."""
-        return torch.linalg.solve(self.A, self.B)
+        J: Tensor = torch.linalg.solve(self.A, self.B)
+        return J
 
     def gradient(self, x: Tensor) -> Tensor:
-        """grad Phi(x)."""
+        """The hypergradient at x: `(p,)`."""
         y = self.solution(x)
         return self.E @ y + self.R @ x + self.s + self.jacobian().T @ (self.C @ (y - self.t) + self.E.T @ x)
 
@@ -93,7 +95,8 @@ class QuadraticFamily:
         hessian = self.outer_hessian()
         if not bool(torch.linalg.eigvalsh(hessian)[0] > 0):
             return None
-        return -torch.linalg.solve(hessian, self.gradient(torch.zeros_like(self.s)))
+        x: Tensor = -torch.linalg.solve(hessian, self.gradient(torch.zeros_like(self.s)))
+        return x
 
     def constants(self) -> Constants:
         """The constants, which are the same at every x; all of them are attained."""
@@ -117,10 +120,10 @@ class QuadraticFamily:
             problem=BilevelProblem(self.f, self.g),
             x0=torch.zeros_like(self.s) if x0 is None else x0,
             y0=torch.zeros_like(self.c) if y0 is None else y0,
-            description=f"quadratic over quadratic, p={self.s.numel()}, q={self.c.numel()}, kappa={constants.kappa:.3g}",
+            description=f"quadratics: p={self.s.numel()}, q={self.c.numel()}, condition number {constants.kappa:.3g}",
             solution=self.solution,
             gradient=self.gradient,
-            constants=lambda x: constants,
+            constants=lambda _: constants,
             minimizer=self.minimizer(),
             settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 200},
         )
@@ -152,7 +155,7 @@ def random_quadratic(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def symmetric(values: Tensor) -> Tensor:
-        basis = torch.linalg.qr(normal(len(values), len(values)))[0]
+        basis: Tensor = torch.linalg.qr(normal(len(values), len(values)))[0]
         matrix = (basis * values) @ basis.T
         return (matrix + matrix.T) / 2
 

@@ -1,0 +1,179 @@
+"""Data for problems: built in, the user's arrays, or an .npz file; split and scaled reproducibly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+Arrays: TypeAlias = str | Path | Mapping[str, Any] | tuple[Any, Any]
+"""A path of an .npz file, a mapping with its keys, or a pair (X, y); numpy arrays or tensors.
+
+Keys: `X` and `y`, which are split; or `X_train`, `y_train` with `X_val`, `y_val` and `X_test`, `y_test`, where a
+missing validation or test part is split off the training part.
+"""
+
+_PARTS = ("train", "val", "test")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Inputs `(n, d)` and targets `(n,)` of three disjoint parts; labels are numbered 0 to classes - 1.
+
+    Attributes:
+        X_train: training inputs, scaled by their own statistics.
+        y_train: training targets.
+        X_val: validation inputs, scaled by those of the training part, as are the test inputs.
+        y_val: validation targets.
+        X_test: test inputs.
+        y_test: test targets.
+        raw_train: training inputs before scaling, for pictures.
+        classes: number of classes; 0 for real targets.
+    """
+
+    X_train: Tensor
+    y_train: Tensor
+    X_val: Tensor
+    y_val: Tensor
+    X_test: Tensor
+    y_test: Tensor
+    raw_train: Tensor
+    classes: int
+
+
+def load(
+    data: Arrays | None,
+    builtin: str,
+    *,
+    sizes: tuple[float, float],
+    seed: int,
+    regression: bool = False,
+    per_feature: bool = True,
+    bias: bool = True,
+    double: bool = True,
+) -> Dataset:
+    """Load, split by a seeded permutation, and scale by statistics of the training part only.
+
+    Args:
+        data: the user's data; None for the built-in ones.
+        builtin: which of scikit-learn's data sets: its name after `load_`.
+        sizes: of the training and validation parts: counts if at least 1, else shares; the rest is for testing.
+        seed: of the permutation.
+        regression: real targets, which are scaled too, else class labels.
+        per_feature: divide every feature by its own deviation, else all by a common one (pixels).
+        bias: append a feature that is always 1.
+        double: float64, else float32.
+
+    Raises:
+        ImportError: if a package that is needed is missing, naming the extra to install.
+        ValueError: if keys, shapes or sizes do not fit, or a value is not finite.
+    """
+    arrays = _arrays(data, builtin)
+    parts = _parts(arrays, sizes, seed)
+    dtype = torch.float64 if double else torch.float32
+    for name, (X, y) in parts.items():
+        if X.shape[0] != y.shape[0] or X.shape[0] == 0:
+            raise ValueError(
+                f"the {name} part needs as many inputs as targets, and at least one. Got {X.shape[0]} and {y.shape[0]}."
+            )
+        if not bool(X.isfinite().all()) or (regression and not bool(y.isfinite().all())):
+            raise ValueError(f"the {name} part holds NaN or infinite values. Drop or impute them first.")
+    inputs = {name: X for name, (X, _) in parts.items()}
+    targets = {name: y for name, (_, y) in parts.items()}
+    shift, scale = _statistics(inputs["train"], per_feature)
+    scaled = {name: ((X - shift) / scale).to(dtype) for name, X in inputs.items()}
+    if bias:
+        scaled = {name: torch.cat([X, torch.ones_like(X[:, :1])], dim=1) for name, X in scaled.items()}
+    classes = 0
+    if regression:
+        shift, scale = _statistics(targets["train"].double().unsqueeze(1), True)
+        targets = {name: ((y.double() - shift) / scale).to(dtype) for name, y in targets.items()}
+    else:
+        labels = torch.unique(torch.cat(list(targets.values())))
+        classes = len(labels)
+        targets = {name: torch.searchsorted(labels, y) for name, y in targets.items()}
+        if classes < 2:
+            raise ValueError(f"a classification problem needs at least 2 classes. Got {classes}.")
+    return Dataset(
+        X_train=scaled["train"],
+        y_train=targets["train"],
+        X_val=scaled["val"],
+        y_val=targets["val"],
+        X_test=scaled["test"],
+        y_test=targets["test"],
+        raw_train=inputs["train"],
+        classes=classes,
+    )
+
+
+def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
+    if data is None:
+        try:
+            from sklearn import datasets
+        except ImportError as error:
+            raise ImportError(
+                f'the data set "{builtin}" comes with scikit-learn: `pip install "bilevel[sklearn]"`,'
+                f" or pass your own with `data=`."
+            ) from error
+        X, y = getattr(datasets, f"load_{builtin}")(return_X_y=True)
+        return {"X": torch.as_tensor(X), "y": torch.as_tensor(y)}
+    if isinstance(data, str | Path):
+        try:
+            import numpy as np
+        except ImportError as error:
+            raise ImportError('reading .npz files needs numpy: `pip install "bilevel[sklearn]"`.') from error
+        if not Path(data).is_file() or Path(data).suffix != ".npz":
+            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}.")
+        with np.load(data, allow_pickle=False) as archive:
+            data = {key: archive[key] for key in archive.files if _is_part(key)}
+    if isinstance(data, tuple):
+        data = {"X": data[0], "y": data[1]}
+    found = {key: torch.as_tensor(value) for key, value in data.items() if _is_part(key)}
+    if not ({"X", "y"} <= set(found) or {"X_train", "y_train"} <= set(found)):
+        raise ValueError(f"`data=` needs the keys X and y, or X_train and y_train. Got {sorted(map(str, data))}.")
+    return found
+
+
+def _is_part(key: str) -> bool:
+    return key in {"X", "y"} | {f"{side}_{part}" for side in "Xy" for part in _PARTS}
+
+
+def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    arrays = {key: value.reshape(len(value), -1).double() if key[0] == "X" else value for key, value in arrays.items()}
+    given = {
+        part: (arrays[f"X_{part}"], arrays[f"y_{part}"])
+        for part in _PARTS
+        if f"X_{part}" in arrays and f"y_{part}" in arrays
+    }
+    pool = given.pop("train") if "train" in given else (arrays["X"], arrays["y"])
+    n = len(pool[0])
+    counts = {part: round(size if size >= 1 else size * n) for part, size in zip(_PARTS, sizes, strict=False)}
+    wanted = [part for part in ("train", "val") if part not in given]
+    if "test" in given and "val" in given:
+        counts["train"] = min(counts["train"], n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    parts, begin = dict(given), 0
+    for part in wanted:
+        chosen = order[begin : begin + counts[part]]
+        parts[part] = (pool[0][chosen], pool[1][chosen])
+        begin += counts[part]
+    if "test" not in given:
+        parts["test"] = (pool[0][order[begin:]], pool[1][order[begin:]])
+    if begin > n or ("test" not in given and begin == n):
+        raise ValueError(
+            f"the parts do not fit: {', '.join(f'{counts[part]} for {part}' for part in wanted)} of {n} samples."
+            f" Ask for fewer."
+        )
+    return parts
+
+
+def _statistics(X: Tensor, per_feature: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the training part; a constant feature is left at zero rather than divided by zero."""
+    shift, deviation = X.mean(0), X.std(0, correction=0)
+    scale = deviation if per_feature else deviation.square().mean().sqrt().expand_as(deviation)
+    return shift, torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,64 @@
+"""A reference minimizer for baselines: L-BFGS, then Newton steps to the rounding floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
+    """Minimize a smooth function from y0, to |gradient| <= tol.
+
+    Raises:
+        RuntimeError: if the tolerance is not reached: a baseline that is not solved is no baseline.
+    """
+    y = y0.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [y],
+        max_iter=2000,
+        tolerance_grad=tol / max(1.0, y.numel() ** 0.5),
+        tolerance_change=0.0,
+        history_size=30,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(y)
+        (y.grad,) = torch.autograd.grad(value, y)
+        return value.detach()
+
+    optimizer.step(closure)
+    for _ in range(20):  # the line search stalls where differences of values are rounding
+        value = loss(y)
+        (gradient,) = torch.autograd.grad(value, y, create_graph=True)
+        if float(gradient.detach().norm()) <= tol:
+            return y.detach()
+        step = _conjugate_gradients(gradient, y)
+        with torch.no_grad():
+            y -= step
+    raise RuntimeError(
+        f"a baseline did not converge: |gradient| is {float(gradient.detach().norm()):.3g}, and {tol:.3g} was asked"
+        f" for. Use float64, or a larger regularization."
+    )
+
+
+def _conjugate_gradients(gradient: Tensor, y: Tensor) -> Tensor:
+    """H^-1 gradient, to a tenth of a percent."""
+    r = gradient.detach().clone()
+    step, p, rr = torch.zeros_like(r), r.clone(), float(r.square().sum())
+    stop = 1e-6 * rr
+    for _ in range(500):
+        (hp,) = torch.autograd.grad(gradient, y, p, retain_graph=True)
+        curvature = float((p * hp).sum())
+        if curvature <= 0:
+            break
+        alpha = rr / curvature
+        step, r = step + alpha * p, r - alpha * hp
+        rr, before = float(r.square().sum()), rr
+        if rr <= stop:
+            break
+        p = r + (rr / before) * p
+    return step

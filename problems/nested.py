@@ -1,0 +1,69 @@
+"""A quadratic problem whose variables are nested structures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel._instance import Instance
+from bilevel._problem import BilevelProblem
+from bilevel._tree import Structure, Tree, ravel, tree_map
+from bilevel.problems.quadratic import random_quadratic
+
+
+def nested(*, kappa: float = 10.0, cross: float = 0.0, seed: int = 0) -> Instance:
+    """The quadratic family with x and y cut into nested dicts, lists and tuples, some leaves being 0-d.
+
+    Every leaf is coupled with every other, so that an order of leaves that is not kept shows. Constants are those
+    of :class:`QuadraticFamily`.
+
+    Args:
+        kappa: condition number of the inner Hessian.
+        cross: the norm of the term x'Ey of f.
+        seed: of the draw.
+
+    Example:
+        >>> nested().x0["scale"]["log"].shape
+        torch.Size([])
+    """
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    outer, inner = (
+        _flat({"shift": zeros(3), "scale": {"log": zeros(), "rows": [zeros(1, 2), zeros(2)]}}),
+        _flat({"weight": zeros(2, 3), "bias": zeros(), "rest": (zeros(1), {"deep": zeros(2)})}),
+    )
+    family = random_quadratic(
+        outer.size,
+        inner.size,
+        eigenvalues=torch.logspace(0.0, 1.0, inner.size, base=kappa, dtype=torch.float64).tolist(),
+        cross=cross,
+        seed=seed,
+    )
+    flat = family.instance()
+    constants = family.constants()
+
+    def f(x: Tree, y: Tree) -> torch.Tensor:
+        return family.f(outer.ravel(x, "x"), inner.ravel(y, "y"))
+
+    def g(x: Tree, y: Tree) -> torch.Tensor:
+        return family.g(outer.ravel(x, "x"), inner.ravel(y, "y"))
+
+    return replace(
+        flat,
+        problem=BilevelProblem(f, g),
+        x0=outer.unravel(flat.x0),
+        y0=inner.unravel(flat.y0),
+        description="quadratics in nested dicts, lists and tuples with 0-d leaves",
+        solution=lambda x: inner.unravel(family.solution(outer.ravel(x, "x"))),
+        gradient=lambda x: outer.unravel(family.gradient(outer.ravel(x, "x"))),
+        constants=lambda _: constants,
+        minimizer=None if flat.minimizer is None else outer.unravel(flat.minimizer),
+    )
+
+
+def _flat(tree: Any) -> Structure:
+    return ravel(tree_map(torch.clone, tree))[1]
