@@ -1,8 +1,18 @@
 """How sub-problems are solved: linear systems, inner minimizations, outer steps; one algorithm a file."""
 
 from bilevel.solvers.adam import Adam as Adam
+from bilevel.solvers.armijo import Armijo as Armijo
 from bilevel.solvers.cg import CG as CG
 from bilevel.solvers.closed_form import ClosedForm as ClosedForm
+from bilevel.solvers.dense import Dense as Dense
+from bilevel.solvers.gmres import GMRES as GMRES
 from bilevel.solvers.gradient_descent import GradientDescent as GradientDescent
+from bilevel.solvers.heavy_ball import HeavyBall as HeavyBall
 from bilevel.solvers.iterate import Iterate as Iterate
+from bilevel.solvers.jacobi import Jacobi as Jacobi
 from bilevel.solvers.lbfgs import LBFGS as LBFGS
+from bilevel.solvers.minres import MINRES as MINRES
+from bilevel.solvers.nesterov import Nesterov as Nesterov
+from bilevel.solvers.neumann import Neumann as Neumann
+from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
+from bilevel.solvers.torch_optim import TorchOptim as TorchOptim

@@ -13,7 +13,7 @@ from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Adam(AbstractOptimizer):
     """y <- y - step mhat / (sqrt(vhat + eps_root) + eps), with running means m of g and v of g^2, g = grad g(y).
 
@@ -46,7 +46,7 @@ class Adam(AbstractOptimizer):
         tensor([ 1.9000, -2.9000])
     """
 
-    step_size: float | Tensor
+    step_size: float | Tensor  # given as `step=`; as an attribute that is the method's name
     beta1: float
     beta2: float
     eps: float
@@ -72,6 +72,12 @@ class Adam(AbstractOptimizer):
             ("step_size", step), ("beta1", beta1), ("beta2", beta2), ("eps", eps), ("eps_root", eps_root)
         ):  # fmt: skip
             object.__setattr__(self, name, field)
+
+    def __repr__(self) -> str:
+        return (
+            f"Adam(step={self.step_size}, beta1={self.beta1}, beta2={self.beta2}, eps={self.eps},"
+            f" eps_root={self.eps_root})"
+        )
 
     def init(self, point: Tensor) -> OptimizerState:
         zero = torch.zeros_like(point)

@@ -11,12 +11,12 @@ from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class GradientDescent(AbstractOptimizer):
     """y <- y - step grad g(y).
 
     Converges linearly, with factor max(|1 - step mu|, |1 - step L|), on a mu-strongly convex L-smooth objective
-    if 0 < step < 2 / L; diverges in general if step > 2 / L.
+    if 0 < step < 2 / L; diverges in general if step > 2 / L. No state.
 
     Args:
         step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve.
@@ -31,12 +31,15 @@ class GradientDescent(AbstractOptimizer):
         tensor([0.])
     """
 
-    step_size: float | Tensor | None = None
+    step_size: float | Tensor | None  # given as `step=`; as an attribute that is the method's name
 
     def __init__(self, step: float | Tensor | None = None) -> None:
-        if isinstance(step, float | int) and not step > 0:
+        if step is not None and not isinstance(step, Tensor) and not step > 0:
             raise ValueError(f"`GradientDescent(step=...)` must be positive. Got {step}.")
         object.__setattr__(self, "step_size", step)
+
+    def __repr__(self) -> str:
+        return f"GradientDescent(step={self.step_size})"
 
     def init(self, point: Tensor) -> OptimizerState:
         return {}

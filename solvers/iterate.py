@@ -12,8 +12,11 @@ from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Solved, Status
 from bilevel._spectrum import largest_eigenvalue
+from bilevel.solvers.armijo import Armijo, descend
+from bilevel.solvers.gradient_descent import GradientDescent
 
-_GROWTH = 10.0  # a gradient this many times larger than at the start, at a larger objective, is a divergence
+# A gradient this many times larger than at the start, still growing and at a larger objective, is a divergence.
+_GROWTH, _STILL = 10.0, 2.0
 
 
 @final
@@ -21,19 +24,26 @@ _GROWTH = 10.0  # a gradient this many times larger than at the start, at a larg
 class Iterate(AbstractUnrollable):
     """y_{k+1} = step(y_k, grad_y g(x, y_k)): an optimizer for `max_steps` steps, or until |grad_y g| <= tol.
 
-    Without a tolerance, completing the steps is success. Rows of a batch that meet the tolerance stop moving
-    while the others go on.
+    Without a tolerance, completing the steps is success. Rows of a batch that meet the tolerance, or meet NaN, stop
+    moving while the others go on.
 
-    Cost: one gradient a step, and one at the returned point. Memory O(q).
+    Divergence: where at the end |grad g| is more than 10 times what it was at y0 and 2 times what it was half way,
+    and g is larger than at y0, the status says so, also where no tolerance was given. The half way mark tells an
+    iteration that blows up from one, such as Adam, that was started near the minimum and hovers around it.
+
+    Cost: one gradient a step, and one at the returned point; all rows of a batch are evaluated, and counted, at
+    each. With a line search one gradient a step and one at y0, and one value a trial. Memory O(q).
 
     Args:
         optimizer: what a step is. Step sizes left open (`GradientDescent()`) are derived, at the start of each
             solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products.
         max_steps: how many steps.
         tol: stop when the gradient norm is at most this; None or 0: take all the steps.
+        line_search: finds the step length at each step, for `GradientDescent` (whose step, if it has one, multiplies
+            it). The steps then depend on y in a way that cannot be differentiated: `ITD` refuses it.
 
     Raises:
-        ValueError: if `max_steps` or `tol` is negative.
+        ValueError: if `max_steps` or `tol` is negative, or there is a line search for another optimizer.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum() / 2)
@@ -44,6 +54,7 @@ class Iterate(AbstractUnrollable):
     optimizer: AbstractOptimizer
     max_steps: int
     tol: float | None = None
+    line_search: Armijo | None = None
 
     def __post_init__(self) -> None:
         if self.max_steps < 0:
@@ -51,40 +62,52 @@ class Iterate(AbstractUnrollable):
         if self.tol is not None and self.tol < 0:
             raise ValueError(f"`Iterate(tol=...)` must be at least 0, or None. Got {self.tol}.")
 
+        if self.line_search is not None and not isinstance(self.optimizer, GradientDescent):
+            raise ValueError(
+                f"`Iterate(line_search=...)` applies to `GradientDescent` only. Got {type(self.optimizer).__name__}."
+            )
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        optimizer = self.tuned(objective, y0).optimizer
         tol = self.tol or 0.0
-        y, state = y0.detach().clone(), optimizer.init(y0)
-        first_norm = first_value = None
+        if self.line_search is not None:
+            assert isinstance(self.optimizer, GradientDescent)
+            step = self.optimizer.step_size
+            return descend(self.line_search, 1.0 if step is None else step, objective, y0, self.max_steps, tol)
+        optimizer = self.tuned(objective, y0).optimizer
+        y = y0.detach().clone()
+        state = optimizer.init(y)
+        first: tuple[Tensor, Tensor] | None = None  # |grad g| and g at y0
+        halfway = torch.full(y.shape[:-1], torch.inf, dtype=y.dtype, device=y.device)
         moving = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
         steps = 0
         for steps in range(self.max_steps + 1):
             if steps == self.max_steps:
                 break
             value, gradient = objective.value_and_gradient(y)
-            if first_norm is None or tol:
+            if tol or steps in (0, self.max_steps // 2):
                 norm = torch.linalg.vector_norm(gradient, dim=-1)
-                if first_norm is None:
-                    first_norm, first_value = norm, value
+                first = (norm, value) if first is None else first
+                halfway = norm if steps <= self.max_steps // 2 else halfway
                 if tol:
-                    moving = ~(norm <= tol)
-                    if not moving.any() or not norm.isfinite().any():
+                    moving = (norm > tol) & norm.isfinite()
+                    if not moving.any():
                         break
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
-            objective.tally.inner_steps += int(moving.sum()) if y.dim() > 1 else 1
+            objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
         residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
         grown = torch.zeros_like(moving)
-        if first_norm is not None and first_value is not None:
-            large = residual > _GROWTH * first_norm
-            grown = large & ~(objective.value(y) <= first_value) if large.any() else grown
+        if first is not None:
+            large = (residual > _GROWTH * first[0]) & (residual > _STILL * halfway)
+            grown = large & ~(objective.value(y) <= first[1]) if large.any() else grown
         statuses = tuple(
-            _status(*row, tol=tol) for row in zip(*(t.reshape(-1).tolist() for t in (residual, grown)), strict=True)
+            _status(norm, large, tol)
+            for norm, large in zip(residual.reshape(-1).tolist(), grown.reshape(-1).tolist(), strict=True)
         )
         return Solved(y, statuses, residual, steps)
 
     def tuned(self, objective: Objective, y0: Tensor) -> Iterate:
-        if not self.optimizer.needs_curvature:
+        if not self.optimizer.needs_curvature or self.line_search is not None:
             return self
         _, _, hessian = objective.hessian(y0)
         largest = largest_eigenvalue(hessian, y0)
@@ -93,6 +116,11 @@ class Iterate(AbstractUnrollable):
         return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if y0.dim() > 1 else largest))
 
     def begin(self, y0: Tensor) -> State:
+        if self.line_search is not None:
+            raise ValueError(
+                "`ITD` cannot differentiate through a line search. Drop `line_search=`: the step of `GradientDescent()`"
+                " is derived from the curvature."
+            )
         state = self.optimizer.init(y0)
         for key, entry in state.items():
             if not isinstance(entry, Tensor):

@@ -15,7 +15,7 @@ from bilevel._tree import row_dots
 from bilevel.solvers.wolfe import Search, strong_wolfe
 
 _NOISE = 100.0  # in rounding units of the objective: differences below are not believed by the line search
-_PATIENCE = 30  # steps without the least progress of value or gradient before the rounding floor is declared
+_PATIENCE = 100  # steps without the least progress of value or gradient before the rounding floor is declared
 
 
 @final
@@ -47,8 +47,8 @@ class LBFGS(AbstractInnerSolver):
 
     Example:
         >>> objective = Objective(lambda y: (y - 3).square().sum() / 2)
-        >>> LBFGS(tol=1e-6).solve(objective, torch.zeros(2)).value
-        tensor([3., 3.])
+        >>> LBFGS(tol=1e-6).solve(objective, torch.zeros(2, dtype=torch.float64)).value
+        tensor([3., 3.], dtype=torch.float64)
     """
 
     tol: float = 1e-8
@@ -70,7 +70,7 @@ class LBFGS(AbstractInnerSolver):
 
         values, g = evaluate(y)
         memory = _Memory(self.memory, y)
-        rows = [_Row(*row, eps) for row in _numbers(values, torch.linalg.vector_norm(g, dim=-1))]
+        rows = [_Row(value, norm, eps) for value, norm in _numbers(values, torch.linalg.vector_norm(g, dim=-1))]
         for row in rows:
             row.end(self)
         d = _begin(rows, [True] * len(rows), memory, g, torch.zeros_like(g))

@@ -1,0 +1,177 @@
+"""Backtracking to a sufficient decrease."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bilevel._inner import Objective
+from bilevel._result import Solved, Status
+from bilevel._tree import row_dots
+
+_NOISE = 100.0  # in rounding units of the objective: differences of values below are not believed
+_PATIENCE = 100  # steps without the least progress before the rounding floor is declared
+
+
+@final
+@dataclass(frozen=True)
+class Armijo:
+    """t = initial shrink^j with the least j for which g(y + t d) <= g(y) + slope t d' grad g(y).
+
+    Exists for every smooth objective and descent direction d. The next step starts from the last t doubled. Where
+    the decrease to be expected is below the rounding of the values, the condition is tested by gradients, as
+    d' grad g(y + t d) <= (2 slope - 1) d' grad g(y), which on quadratics is the same.
+
+    Cost: one value a trial; a gradient a trial at the rounding floor. Rows of a batch have a t each.
+
+    Source: Armijo, "Minimization of functions having Lipschitz continuous first partial derivatives", Pacific J.
+    Math. 16 (1966); for the rounding floor Hager, Zhang, "A new conjugate gradient method with guaranteed descent
+    and an efficient line search", SIAM J. Optim. 16 (2005).
+
+    Args:
+        initial: the first t to try.
+        shrink: by what it is multiplied until the condition holds, in (0, 1).
+        slope: the share of the decrease along the tangent that is asked for, in (0, 1/2).
+        max_halvings: give up after so many shrinkings.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> from bilevel.solvers import GradientDescent, Iterate
+        >>> objective = Objective(lambda y: 50 * (y - 1).square().sum())
+        >>> solver = Iterate(GradientDescent(), max_steps=100, tol=1e-6, line_search=Armijo())
+        >>> solver.solve(objective, torch.zeros(1, dtype=torch.float64)).status.name
+        'successful'
+    """
+
+    initial: float = 1.0
+    shrink: float = 0.5
+    slope: float = 1e-4
+    max_halvings: int = 30
+
+    def __post_init__(self) -> None:
+        if not self.initial > 0:
+            raise ValueError(f"`Armijo(initial=...)` must be positive. Got {self.initial}.")
+        if not 0 < self.shrink < 1:
+            raise ValueError(f"`Armijo(shrink=...)` must be in (0, 1). Got {self.shrink}.")
+        if not 0 < self.slope < 0.5:
+            raise ValueError(f"`Armijo(slope=...)` must be in (0, 1/2). Got {self.slope}.")
+        if self.max_halvings < 0:
+            raise ValueError(f"`Armijo(max_halvings=...)` must be at least 0. Got {self.max_halvings}.")
+
+    def search(self, objective: Objective, at: Along, t: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """A t for each active row, `(*batch,)`, and which rows have found one; t is 0 in all others."""
+        noise = rounding(at.value)
+        d = torch.where(active.unsqueeze(-1), at.d, torch.zeros_like(at.d))
+        t = torch.where(active, t, torch.zeros_like(t))
+        pending = active
+        for _ in range(self.max_halvings + 1):
+            trial = torch.addcmul(at.y, t.unsqueeze(-1), d)
+            fine = t * -at.slope <= noise  # the decrease to be expected is lost in the rounding of the values
+            if bool((pending & fine).any()):
+                value, gradient = objective.value_and_gradient(trial)
+                level = (value <= at.value + noise) & (row_dots(gradient, d) <= (2 * self.slope - 1) * at.slope)
+            else:
+                value, level = objective.value(trial), torch.zeros_like(pending)
+            found = (value <= at.value + self.slope * t * at.slope) & ~fine | fine & level
+            pending = pending & ~found
+            if not pending.any():
+                break
+            t = torch.where(pending, self.shrink * t, t)
+        return torch.where(pending, torch.zeros_like(t), t), active & ~pending
+
+
+class Along(NamedTuple):
+    """A point y, the value there, a direction d and the slope d' grad g(y) along it, for each row."""
+
+    y: Tensor
+    value: Tensor
+    d: Tensor
+    slope: Tensor
+
+
+def rounding(value: Tensor) -> Tensor:
+    """What differences of the objective are not believed at this value of it."""
+    return _NOISE * torch.finfo(value.dtype).eps * value.abs()
+
+
+def descend(
+    search: Armijo, scale: float | Tensor, objective: Objective, y0: Tensor, max_steps: int, tol: float
+) -> Solved:
+    """Gradient descent y <- y - t scale grad g(y), t by Armijo's rule, a t for each row."""
+    y = y0.detach().clone()
+    value, gradient = objective.value_and_gradient(y)
+    lead = value.shape
+    t = torch.full(lead, search.initial, dtype=y.dtype, device=y.device)
+    progress = Progress(value)
+    status: list[Status | None] = [None] * lead.numel()
+    steps = 0
+    while True:
+        norm = torch.linalg.vector_norm(gradient, dim=-1)
+        progress.see(value, norm)
+        status = ends(status, value, norm, progress.idle, tol)
+        active = torch.tensor([s is None for s in status], device=y.device).reshape(lead)
+        if steps == max_steps or not active.any():
+            break
+        d = -scale * gradient
+        at = Along(y, value, d, row_dots(gradient, d))
+        tried, found = search.search(objective, at, t, active)
+        status = stops(status, active & ~found, at, t)
+        if not found.any():
+            continue
+        y = torch.where(found.unsqueeze(-1), torch.addcmul(y, tried.unsqueeze(-1), d), y)
+        t = torch.where(found, 2 * tried, t)
+        objective.tally.inner_steps += int(found.sum())
+        steps += 1
+        value, gradient = objective.value_and_gradient(y)
+    late = Status.max_steps if tol else Status.successful
+    return Solved(y, tuple(s or late for s in status), norm, steps)
+
+
+@final
+class Progress:
+    """How many steps each row has gone without its least value or gradient so far."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = self.norm = torch.full_like(value, torch.inf)
+        self.idle = torch.zeros_like(value)
+
+    def see(self, value: Tensor, norm: Tensor) -> None:
+        """Take note of where the rows are now."""
+        better = (value < self.value - torch.finfo(value.dtype).eps * self.value.abs()) | (norm < self.norm)
+        better |= self.value.isinf()
+        self.idle = torch.where(better, torch.zeros_like(self.idle), self.idle + 1)
+        self.value, self.norm = torch.minimum(self.value, value), torch.minimum(self.norm, norm)
+
+
+def ends(status: list[Status | None], value: Tensor, norm: Tensor, idle: Tensor, tol: float) -> list[Status | None]:
+    """Which rows stop where they are, and why."""
+    numbers = torch.stack((value, norm, idle), dim=-1).reshape(-1, 3)
+    finite = numbers.isfinite().all(-1).tolist()
+    return [
+        before or _end(ok, row[1], row[2], tol)
+        for before, ok, row in zip(status, finite, numbers.tolist(), strict=True)
+    ]
+
+
+def _end(finite: bool, norm: float, idle: float, tol: float) -> Status | None:
+    if not finite:
+        return Status.nonfinite
+    if norm <= tol:
+        return Status.successful
+    if idle >= _PATIENCE:
+        return Status.stagnated if tol else Status.successful
+    return None
+
+
+def stops(status: list[Status | None], failed: Tensor, at: Along, t: Tensor) -> list[Status | None]:
+    """Why no step length was found in the rows that failed: none exists, or rounding hides it."""
+    hidden = (t * -at.slope <= rounding(at.value)).reshape(-1).tolist()
+    return [
+        (Status.stagnated if floor else Status.line_search_failed) if now else before
+        for before, now, floor in zip(status, failed.reshape(-1).tolist(), hidden, strict=True)
+    ]
