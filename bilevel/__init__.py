@@ -1,8 +1,10 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y)."""
 
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
-from bilevel._certificate import Constants as Constants
+from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
+from bilevel._certify import certify as certify
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
+from bilevel._functional import Functional as Functional, functional as functional
 from bilevel._hypergradient import hypergradient as hypergradient
 from bilevel._hyperobjective import HyperObjective as HyperObjective, hyperobjective as hyperobjective
 from bilevel._inner import AbstractInnerSolver as AbstractInnerSolver, AbstractUnrollable as AbstractUnrollable

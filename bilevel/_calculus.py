@@ -17,9 +17,11 @@ from bilevel._result import Tally
 
 
 def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Tensor:
-    """D output / d leaf, zero where output does not depend on leaf."""
+    """D output / d leaf, zero where output does not depend on leaf; with a graph only where that is complete."""
     if not output.requires_grad:
         return torch.zeros_like(leaf)
+    if create_graph:
+        refuse_dropped_terms(output, leaf)
     with explained():
         return torch.autograd.grad(output, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)[
             0
@@ -63,6 +65,30 @@ def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperato
             return torch.autograd.grad(gradient, y, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
 
     return LinearOperator(mv, y.shape[-1], positive_definite=True)
+
+
+def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOperator, Tensor]:
+    """G'G or GG', whichever is smaller, with G = d2g/dxdy `(p, q)`, and a vector like those that it acts on.
+
+    Its largest eigenvalue is |G|^2. Two products with second derivatives of g each time; tasks side by side are one G.
+    """
+    problem.tally.gradients += y.shape[:-1].numel()
+    with torch.enable_grad():
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        value = problem.g(x, y).sum()
+        gx, gy = grad(value, x, create_graph=True), grad(value, y, create_graph=True)
+
+    def pull(gradient: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
+        problem.tally.cross_products += y.shape[:-1].numel()
+        if not gradient.requires_grad:
+            return torch.zeros_like(leaf)
+        with explained():
+            return torch.autograd.grad(gradient, leaf, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+    if x.numel() <= y.numel():  # GG' u = G (G' u), with G' u the derivative in y of <grad_x g, u>
+        return LinearOperator(lambda u: pull(gy, x, pull(gx, y, u)), x.numel()), x.detach()
+    flat = y.detach().reshape(-1)
+    return LinearOperator(lambda z: pull(gx, y, pull(gy, x, z.reshape(y.shape))).reshape(-1), flat.numel()), flat
 
 
 @final
@@ -122,7 +148,6 @@ class Exact(AbstractProducts):
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             gradient = grad(problem.g(x, y).sum(), y, create_graph=True)
-        refuse_dropped_terms(gradient)
         operator = hessian_operator(gradient, y, tally)
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -57,8 +57,6 @@ class Unroll:
         norm = torch.linalg.vector_norm(gradient.detach(), dim=-1)
         if self.first is None:
             self.first = norm, value.detach()
-            if with_graph:
-                refuse_dropped_terms(gradient)
         moving = norm > (self.inner.tol or 0.0)
         if self.inner.tol and not moving.any():
             return None
@@ -169,7 +167,7 @@ class Unroll:
             norm = torch.linalg.vector_norm(gy.detach(), dim=-1)
             if self.first is None:
                 self.first = norm, value.detach()
-                refuse_dropped_terms(gy)
+                refuse_dropped_terms(value.sum(), y)
             moving = norm > (self.inner.tol or 0.0)
             if self.inner.tol and not moving.any():
                 break
