@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,17 +31,19 @@ def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
         (y.grad,) = torch.autograd.grad(value, y)
         return value.detach()
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    residual = math.inf
     for _ in range(20):  # the line search stalls where differences of values are rounding
         value = loss(y)
         (gradient,) = torch.autograd.grad(value, y, create_graph=True)
-        if float(gradient.detach().norm()) <= tol:
+        residual = float(gradient.detach().norm())
+        if residual <= tol:
             return y.detach()
         step = _conjugate_gradients(gradient, y)
         with torch.no_grad():
             y -= step
     raise RuntimeError(
-        f"a baseline did not converge: |gradient| is {float(gradient.detach().norm()):.3g}, and {tol:.3g} was asked"
+        f"a baseline did not converge: |gradient| is {residual:.3g}, and {tol:.3g} was asked"
         f" for. Use float64, or a larger regularization."
     )
 

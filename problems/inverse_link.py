@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.problems._constants import RADIUS, outward
+from bilevel.problems._constants import RADIUS, structural
 
 
 class AbstractPotential(abc.ABC):
@@ -188,7 +188,9 @@ class InverseLink:
         """The constants for |y - y*(x)| <= 1."""
         y = self.solution(x)
         mu, L, M_yy = self.potential.bounds(y - RADIUS, y + RADIUS)
-        return outward(mu=mu, L=L, L_fyy=1.0, L_fxy=0.0, M_yy=M_yy, C_G=float(torch.linalg.matrix_norm(self.B, 2)))
+        return structural(
+            mu=mu, L=L, L_fyy=1.0, M_yy=M_yy, C_G=float(torch.linalg.matrix_norm(self.B, 2)), radius=RADIUS
+        )
 
     def instance(self, description: str) -> Instance:
         """The problem with everything known about it; it starts at x = 0."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.problems._constants import RADIUS, outward
+from bilevel.problems._constants import RADIUS, structural
 
 SOFTMAX_THIRD = math.sqrt(2) / (3 * math.sqrt(3))  # the greatest third derivative of log-sum-exp along a unit vector
 
@@ -67,7 +67,7 @@ class LogSumExp:
         q = self.t.numel()
         least = float(self.probabilities(x).min()) * math.exp(-math.sqrt(2) * RADIUS)
         L = float(q) if q > 1 else 1.0
-        return outward(mu=least if q > 1 else 1.0, L=L, L_fyy=1.0, L_fxy=0.0, M_yy=SOFTMAX_THIRD, C_G=1.0)
+        return structural(mu=least if q > 1 else 1.0, L=L, L_fyy=1.0, M_yy=SOFTMAX_THIRD, C_G=1.0, radius=RADIUS)
 
 
 def log_sum_exp(*, q: int = 5, seed: int = 0) -> Instance:

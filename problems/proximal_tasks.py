@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.problems._constants import RADIUS, outward
+from bilevel.problems._constants import RADIUS, structural
 
 Prior: TypeAlias = dict[str, Tensor]
 
@@ -76,11 +76,11 @@ class ProximalTasks:
         # The mean's rows of d2g/dxdy are -D once a task; a row of log_precision holds D (y - m), here in the ball.
         shift = x["log_precision"].exp() * (self.solution(x) - x["mean"])
         lengths = shift.norm() if x["log_precision"].dim() == 0 else torch.linalg.vector_norm(shift, dim=0).max()
-        return outward(
+        return structural(
             mu=float(eigenvalues[:, 0].min()),
             L=float(eigenvalues[:, -1].max()),
             L_fyy=float(torch.linalg.matrix_norm(self.U, 2).square().max()) / self.c.numel(),
-            L_fxy=0.0,
+            radius=RADIUS,
             M_xy=top,
             C_G=((tasks**0.5 * top) ** 2 + (float(lengths) + RADIUS * top) ** 2) ** 0.5,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.problems._constants import outward
+from bilevel.problems._constants import structural
 
 
 @final
@@ -105,8 +105,13 @@ class QuadraticFamily:
         def norm(matrix: Tensor) -> float:
             return float(torch.linalg.matrix_norm(matrix.double(), 2))
 
-        return outward(
-            mu=float(eigenvalues[0]), L=float(eigenvalues[-1]), L_fyy=norm(self.C), L_fxy=norm(self.E), C_G=norm(self.B)
+        return structural(
+            mu=float(eigenvalues[0]),
+            L=float(eigenvalues[-1]),
+            L_fyy=norm(self.C),
+            L_fxy=norm(self.E),
+            C_G=norm(self.B),
+            L_f_minus=max(0.0, -float(torch.linalg.eigvalsh(self.C.double())[0])),
         )
 
     def to(self, dtype: torch.dtype) -> QuadraticFamily:

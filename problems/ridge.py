@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.problems._constants import RADIUS, outward
+from bilevel.problems._constants import RADIUS, structural
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._plots import draw_penalties
 
@@ -68,11 +68,11 @@ class Ridge:
         eigenvalues = torch.linalg.eigvalsh(self._hessian(x).double())
         weights, y = x.exp(), self.solution(x)
         bound = weights * (y.norm() + RADIUS) if x.dim() == 0 else (weights * (y.abs() + RADIUS)).max()
-        return outward(
+        return structural(
             mu=float(eigenvalues[0]),
             L=float(eigenvalues[-1]),
             L_fyy=float(torch.linalg.matrix_norm(self.U, 2)) ** 2 / self.U.shape[0],
-            L_fxy=0.0,
+            radius=RADIUS,
             M_xy=float(weights.max()),
             C_G=float(bound),
         )

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.problems._constants import RADIUS, outward
+from bilevel.problems._constants import RADIUS, structural
 
 LOGISTIC_THIRD = 1 / (6 * math.sqrt(3))  # the greatest |third derivative| of log(1 + exp)
 
@@ -74,11 +74,11 @@ class WeightedLogit:
         entries = torch.maximum(
             *((1 / (1 + math.exp(-z)) - positive).abs() for z in ends),
         )
-        return outward(
+        return structural(
             mu=weight * variance(far),
             L=weight * variance(near),
             L_fyy=0.25,
-            L_fxy=0.0,
+            radius=RADIUS,
             M_yy=weight * LOGISTIC_THIRD,
             M_xy=0.25 * float(torch.linalg.vector_norm(slopes)),
             C_G=float(torch.linalg.vector_norm(slopes * entries)),
