@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from bilevel._krylov import row_norms
 from bilevel._linear import LinearOperator
 from bilevel._tree import row_dots
 
@@ -19,6 +20,7 @@ def largest_eigenvalue(
     k Lanczos steps with full reorthogonalization from a uniformly random start give a Ritz value theta below
     lambda_max; then P[lambda_max > theta / (1 - e)] <= 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)) over the start. With k
     chosen for that to be `failure`, theta / (1 - e) is returned, e = `overshoot`. After n steps theta is exact.
+    Rows of a batch share the start, so that the failure probability holds for each of them, not for all at once.
 
     Cost: k = ceil((1 + ln(1.648 sqrt(n) / failure) / sqrt(e)) / 2) products, 14 for n = 300 and the defaults.
     Memory k n.
@@ -34,7 +36,7 @@ def largest_eigenvalue(
         seed: of the random start.
 
     Returns:
-        The bound: `()` or `(*batch,)`.
+        The bound: `()` or `(*batch,)`; NaN where a product is not finite.
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
@@ -42,35 +44,31 @@ def largest_eigenvalue(
         5.0
     """
     n = like.shape[-1]
+    eps, tiny = torch.finfo(like.dtype).eps, torch.finfo(like.dtype).tiny
     wanted = 0.5 * (1 + math.log(1.648 * math.sqrt(n) / failure) / math.sqrt(overshoot))
     steps = min(n, math.ceil(wanted))
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    start = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-    basis = [start / torch.linalg.vector_norm(start, dim=-1, keepdim=True)]
-    tiny = torch.finfo(like.dtype).tiny
+    start = torch.randn(n, generator=generator, dtype=torch.float64)
+    # The same start for all rows: what is found for a system does not depend on its neighbours.
+    basis = [(start / torch.linalg.vector_norm(start)).to(like).expand_as(like).contiguous()]
     tridiagonal = torch.zeros(*like.shape[:-1], steps, steps, dtype=torch.float64)
     for k in range(steps):
         w = operator.mv(basis[k])
         tridiagonal[..., k, k] = row_dots(w, basis[k]).double().cpu()
+        if k + 1 == steps:
+            break
         for _ in range(2):  # twice is enough
             for q in basis:
                 w = w - row_dots(w, q).unsqueeze(-1) * q
-        beta = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-        if k + 1 < steps:
-            # An exhausted Krylov space leaves w at rounding level: the row is decoupled by a zero, not divided by.
-            scale = torch.linalg.vector_norm(operator_scale(tridiagonal), dim=-1).to(beta).unsqueeze(-1)
-            alive = beta > 10 * torch.finfo(like.dtype).eps * scale
-            tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = (
-                torch.where(alive, beta, torch.zeros_like(beta)).squeeze(-1).double().cpu()
-            )
-            basis.append(torch.where(alive, w / beta.clamp_min(tiny), torch.zeros_like(w)))
-    if not torch.isfinite(tridiagonal).all():
-        return torch.full(like.shape[:-1], math.nan, dtype=like.dtype, device=like.device)
-    theta = torch.linalg.eigvalsh(tridiagonal)[..., -1]
-    exact = steps == n
-    return (theta if exact else theta / (1 - overshoot)).to(like)
-
-
-def operator_scale(tridiagonal: Tensor) -> Tensor:
-    """The diagonal of a (partly filled) tridiagonal matrix: a scale for its entries."""
-    return torch.diagonal(tridiagonal, dim1=-2, dim2=-1)
+        beta = row_norms(w)
+        # An exhausted Krylov space leaves w at rounding level: the row is decoupled by a zero, not divided by.
+        alive = beta > 10 * eps * torch.linalg.matrix_norm(tridiagonal).to(beta)
+        beta = torch.where(alive, beta, torch.zeros_like(beta))
+        tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = beta.double().cpu()
+        column = beta.clamp_min(tiny).unsqueeze(-1)
+        basis.append(torch.where(alive.unsqueeze(-1), w / column, torch.zeros_like(w)))
+    finite = tridiagonal.isfinite().all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], tridiagonal, torch.zeros_like(tridiagonal))
+    theta = torch.linalg.eigvalsh(safe)[..., -1]
+    bound = theta if steps == n else theta / (1 - overshoot)
+    return torch.where(finite, bound, torch.full_like(bound, math.nan)).to(like)
