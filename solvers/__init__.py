@@ -14,5 +14,8 @@ from bilevel.solvers.lbfgs import LBFGS as LBFGS
 from bilevel.solvers.minres import MINRES as MINRES
 from bilevel.solvers.nesterov import Nesterov as Nesterov
 from bilevel.solvers.neumann import Neumann as Neumann
+from bilevel.solvers.newton import Newton as Newton
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
+from bilevel.solvers.scipy_inner import Scipy as Scipy
+from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim

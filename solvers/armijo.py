@@ -128,8 +128,7 @@ def descend(
         objective.tally.inner_steps += int(found.sum())
         steps += 1
         value, gradient = objective.value_and_gradient(y)
-    late = Status.max_steps if tol else Status.successful
-    return Solved(y, tuple(s or late for s in status), norm, steps)
+    return Solved(y, final_statuses(status, tol), norm, steps)
 
 
 @final
@@ -158,13 +157,20 @@ def ends(status: list[Status | None], value: Tensor, norm: Tensor, idle: Tensor,
     ]
 
 
+def final_statuses(status: list[Status | None], tol: float) -> tuple[Status, ...]:
+    """The statuses at the end: without a tolerance, steps that ran out and the rounding floor are success."""
+    if not tol:
+        return tuple(Status.successful if s in (None, Status.stagnated) else s for s in status)  # type: ignore[misc]
+    return tuple(Status.max_steps if s is None else s for s in status)
+
+
 def _end(finite: bool, norm: float, idle: float, tol: float) -> Status | None:
     if not finite:
         return Status.nonfinite
     if norm <= tol:
         return Status.successful
     if idle >= _PATIENCE:
-        return Status.stagnated if tol else Status.successful
+        return Status.stagnated
     return None
 
 

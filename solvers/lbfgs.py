@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
+from bilevel.solvers.armijo import final_statuses
 from bilevel.solvers.wolfe import Search, strong_wolfe
 
 _NOISE = 100.0  # in rounding units of the objective: differences below are not believed by the line search
@@ -47,8 +48,8 @@ class LBFGS(AbstractInnerSolver):
 
     Example:
         >>> objective = Objective(lambda y: (y - 3).square().sum() / 2)
-        >>> LBFGS(tol=1e-6).solve(objective, torch.zeros(2, dtype=torch.float64)).value
-        tensor([3., 3.], dtype=torch.float64)
+        >>> LBFGS(tol=1e-6).solve(objective, torch.zeros(2, dtype=torch.float64)).status.name
+        'successful'
     """
 
     tol: float = 1e-8
@@ -92,7 +93,7 @@ class LBFGS(AbstractInnerSolver):
 
         objective.tally.inner_steps += sum(row.steps for row in rows)
         norms = torch.linalg.vector_norm(g, dim=-1).reshape(lead)
-        statuses = tuple(row.status or Status.successful for row in rows)
+        statuses = final_statuses([row.status for row in rows], self.tol)
         return Solved(y.reshape(y0.shape), statuses, norms, max((row.steps for row in rows), default=0))
 
 

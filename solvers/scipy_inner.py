@@ -1,0 +1,165 @@
+"""Minimizers of scipy for the inner problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._result import Solved, Status
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Bound: TypeAlias = float | Tensor | None
+
+_METHODS = ("L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC", "trust-constr")
+_BOUNDED = ("L-BFGS-B", "SLSQP", "TNC", "trust-constr")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Scipy(AbstractInnerSolver):
+    """`scipy.optimize.minimize` of g(x, .), with bounds on y: argmin {g(x, y): lower <= y <= upper}.
+
+    The residual is |y - P(y - grad g)|, P the projection onto the bounds: |grad g| where no bound is active. It is
+    measured at the returned point in its own dtype, and decides about success, whatever scipy reports.
+
+    The implicit function theorem, which `AID` and `Penalty` rest on, sees no bounds: their hypergradients are right
+    only if no bound is active at the solution.
+
+    Cost: one gradient an evaluation (scipy works in float64 on the CPU) and one at the returned point. Rows of a
+    batch are minimized jointly, as the one problem of their sum: they are independent, so its solution is theirs.
+    Needs `pip install "bilevel[scipy]"`.
+
+    Source: Byrd, Lu, Nocedal, Zhu, "A limited memory algorithm for bound constrained optimization", SIAM J. Sci.
+    Comput. 16 (1995), for L-BFGS-B.
+
+    Args:
+        method: "L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC" or "trust-constr".
+        bounds: (lower, upper), each a number, a flat tensor `(q,)`, or None for no bound.
+        tol: stop when the residual is at most this.
+        max_steps: at most this many iterations.
+
+    Raises:
+        ValueError: if the method is unknown or takes no bounds, a bound has another size than y or exceeds its
+            counterpart, or `tol` or `max_steps` is negative.
+        ImportError: from `solve`, without scipy.
+
+    Example:
+        >>> objective = Objective(lambda y: (y - 3).square().sum())
+        >>> Scipy(bounds=(None, 2.0)).solve(objective, torch.zeros(2)).value
+        tensor([2., 2.])
+    """
+
+    method: str = "L-BFGS-B"
+    bounds: tuple[Bound, Bound] | None = None
+    tol: float = 1e-8
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.method not in _METHODS:
+            raise ValueError(f"`Scipy(method=...)` must be one of {', '.join(_METHODS)}. Got {self.method!r}.")
+        if self.bounds is not None and self.method not in _BOUNDED:
+            raise ValueError(f"`Scipy(bounds=...)` needs one of {', '.join(_BOUNDED)}. Got method={self.method!r}.")
+        for name in ("tol", "max_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`Scipy({name}=...)` must be at least 0. Got {getattr(self, name)}.")
+        if self.bounds is not None and None not in self.bounds:
+            lower, upper = (torch.as_tensor(bound) for bound in self.bounds)
+            if bool((lower > upper).any()):
+                raise ValueError("`Scipy(bounds=(lower, upper))` must have lower <= upper everywhere.")
+
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
+        lower, upper = self._limits(y0)
+        y, steps, exhausted = y0.detach().clamp(lower, upper).clone(), 0, True
+        if self.max_steps > 0:
+            y, steps, exhausted = self._minimize(objective, y, lower, upper)
+        gradient = objective.last_gradient(y)
+        residual = torch.linalg.vector_norm(y - (y - gradient).clamp(lower, upper), dim=-1)
+        if self.bounds is None:
+            residual = torch.linalg.vector_norm(gradient, dim=-1)
+        objective.tally.inner_steps += steps * residual.numel()
+        late = Status.stagnated if not exhausted else Status.max_steps
+        statuses = tuple(_status(norm, self.tol, late) for norm in residual.reshape(-1).tolist())
+        return Solved(y, statuses, residual, steps)
+
+    def _minimize(self, objective: Objective, y: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, int, bool]:
+        optimize = scipy_optimize("Scipy")
+
+        def function(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
+            value, gradient = objective.value_and_gradient(torch.from_numpy(flat).to(y).reshape(y.shape))
+            return float(value.double().sum()), as_numpy(gradient)
+
+        bounds = None
+        if self.bounds is not None:
+            bounds = optimize.Bounds(as_numpy(lower.expand_as(y)), as_numpy(upper.expand_as(y)))
+        # scipy stops by the largest entry of the gradient of the sum; the contract is on the norm of each row
+        tol = self.tol / math.sqrt(y.shape[-1])
+        found = optimize.minimize(
+            function,
+            as_numpy(y),
+            jac=True,
+            method=self.method,
+            bounds=bounds,
+            options=options_of(self.method, tol, self.max_steps),
+        )
+        steps = int(found.nit)
+        return torch.from_numpy(found.x).to(y).reshape(y.shape), steps, steps >= self.max_steps
+
+    def _limits(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        limits = []
+        for bound, default in zip(self.bounds or (None, None), (-torch.inf, torch.inf), strict=True):
+            limit = torch.as_tensor(default if bound is None else bound).to(y)
+            if limit.dim() and limit.shape != y.shape[-1:]:
+                raise ValueError(
+                    f"`Scipy(bounds=...)` must be numbers or flat tensors of {y.shape[-1]} entries, as y has."
+                    f" Got shape {tuple(limit.shape)}."
+                )
+            limits.append(limit)
+        return limits[0], limits[1]
+
+
+def options_of(method: str, tol: float | None, max_steps: int) -> dict[str, Any]:
+    """How the methods of scipy call their limits; with a tolerance on the gradient, no other test ends them early."""
+    names = {"L-BFGS-B": "gtol", "BFGS": "gtol", "CG": "gtol", "TNC": "gtol", "SLSQP": "ftol", "trust-constr": "gtol"}
+    options: dict[str, Any] = {"maxfun" if method == "TNC" else "maxiter": max_steps}
+    if method == "L-BFGS-B":
+        options["maxfun"] = 20 * max_steps + 20
+    if tol is None:
+        return options
+    options[names[method]] = tol if method != "SLSQP" else tol * tol
+    if method in ("L-BFGS-B", "TNC"):
+        options["ftol"] = 0.0
+    if method in ("TNC", "trust-constr"):
+        options["xtol"] = 0.0
+    return options
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The entries in float64 on the CPU: `(n,)`."""
+    array: np.ndarray[Any, Any] = tensor.detach().reshape(-1).double().cpu().numpy()
+    return array.copy()
+
+
+def scipy_optimize(user: str) -> Any:
+    """The module scipy.optimize.
+
+    Raises:
+        ImportError: naming the extra.
+    """
+    try:
+        from scipy import optimize
+    except ImportError as error:
+        raise ImportError(f'`{user}` needs scipy: pip install "bilevel[scipy]"') from error
+    return optimize
+
+
+def _status(residual: float, tol: float, otherwise: Status) -> Status:
+    if not math.isfinite(residual):
+        return Status.nonfinite
+    return Status.successful if residual <= tol or tol == 0 else otherwise
