@@ -1,9 +1,16 @@
-"""The constants that error bounds are made of."""
+"""Error bounds as values: the constants that they assume, and what they say."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import final
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, final
+
+from bilevel._result import Stats
+from bilevel._tree import Tree
+
+Source: TypeAlias = Literal["given", "structural", "estimated"]
 
 
 @final
@@ -14,13 +21,20 @@ class Constants:
     Each constant is kept apart, never lumped into one L; None means unknown.
 
     Attributes:
-        mu: strong convexity of g(x, .): a lower bound on the eigenvalues of d2g/dy2.
+        mu: strong convexity of g(x, .): a lower bound on the eigenvalues of d2g/dy2. None: none is known, which
+            leaves the local theorem, at a strict local minimum.
         L: an upper bound on them.
         L_fyy: Lipschitz constant in y of grad_y f.
         L_fxy: Lipschitz constant in y of grad_x f.
         M_yy: Lipschitz constant in y of d2g/dy2.
         M_xy: Lipschitz constant in y of d2g/dxdy.
-        C_G: a bound on the norm of d2g/dxdy.
+        C_G: a bound on the norm of d2g/dxdy. None: bounded from the operator at y, with a stated confidence.
+        L_f_minus: a bound on the most negative curvature of f in y: 0 where f is convex in y. None: L_fyy.
+        radius: the constants hold for points within this distance of y*(x).
+        source: where they come from: "given" by the user, "structural" (from the formula of a problem), or
+            "estimated" from products.
+        heuristic: the names of those that are estimates without a guarantee.
+        confidence: the probability that the other estimated ones hold.
 
     Raises:
         ValueError: if mu is not positive or another constant is negative.
@@ -30,23 +44,102 @@ class Constants:
         10.0
     """
 
-    mu: float
+    mu: float | None
     L: float | None = None
     L_fyy: float | None = None
     L_fxy: float | None = None
     M_yy: float | None = None
     M_xy: float | None = None
     C_G: float | None = None
+    L_f_minus: float | None = None
+    radius: float = math.inf
+    source: Source = "given"
+    heuristic: frozenset[str] = frozenset()
+    confidence: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.mu > 0:
+        if self.mu is not None and not self.mu > 0:
             raise ValueError(f"`Constants(mu=...)` must be positive: g must be strongly convex in y. Got {self.mu}.")
-        for name in ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G"):
+        for name in ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus"):
             constant = getattr(self, name)
             if constant is not None and not constant >= 0:
                 raise ValueError(f"`Constants({name}=...)` must be at least 0, or None if unknown. Got {constant}.")
+        if not self.radius > 0 or not 0 < self.confidence <= 1:
+            raise ValueError("`Constants` needs radius > 0 and 0 < confidence <= 1.")
 
     @property
     def kappa(self) -> float | None:
-        """The condition number L / mu of the inner Hessian; None if L is unknown."""
-        return None if self.L is None else self.L / self.mu
+        """The condition number L / mu of the inner Hessian; None if either is unknown."""
+        return None if self.L is None or self.mu is None else self.L / self.mu
+
+
+@final
+@dataclass(frozen=True)
+class Assumption:
+    """One constant that a certificate rests on: its name, value, and where it came from."""
+
+    name: str
+    value: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.value:.3g} ({self.source})"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """A bound on |z - h(x)| for an estimate z of the hypergradient h, and everything that it rests on.
+
+    Attributes:
+        bound: the bound; infinite where the theorem does not apply (see `reason`).
+        terms: its parts: "inner" (the inner solution), "linear" (the linear system), "estimate" (the distance from z
+            to the implicit gradient that was certified), "rounding".
+        theorem: "A" (global mu), "B" (local, Newton-Kantorovich) or "penalty" (first-order).
+        proven: whether the bound is a theorem given `assumed`; otherwise some constant is a heuristic.
+        confidence: the probability that the estimated constants hold.
+        assumed: the constants, with their sources.
+        distance: the bound on |y - y*(x)|.
+        grad_norm: |z|.
+        stats: the oracle calls that certifying took.
+        refined: where asked for, a better hypergradient: after one Newton correction of y.
+        refined_bound: its own error bound.
+        reason: why the bound is infinite or not proven; empty otherwise.
+    """
+
+    bound: float
+    terms: Mapping[str, float] = field(repr=False)
+    theorem: str
+    proven: bool
+    confidence: float
+    assumed: tuple[Assumption, ...] = field(repr=False)
+    distance: float = field(repr=False)
+    grad_norm: float = field(repr=False)
+    stats: Stats = field(repr=False)
+    refined: Tree | None = field(default=None, repr=False)
+    refined_bound: float | None = None
+    reason: str = ""
+
+    @property
+    def descent(self) -> bool:
+        """Whether -z is certainly a descent direction of Phi: bound < |z| implies <z, h> > 0."""
+        return self.bound < self.grad_norm
+
+    @property
+    def norm_interval(self) -> tuple[float, float]:
+        """An interval that holds |h(x)|: [|z| - bound, |z| + bound], cut at 0."""
+        return max(0.0, self.grad_norm - self.bound), self.grad_norm + self.bound
+
+    def __str__(self) -> str:
+        kind = "proven" if self.proven else "heuristic"
+        if self.confidence < 1:
+            kind += f", with probability {self.confidence:.3g}"
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in self.terms.items() if value > 0)
+        lines = [f"|grad - h| <= {self.bound:.3g}  ({kind}; theorem {self.theorem})", f"  parts: {parts or 'none'}"]
+        lines.append("  assumed: " + "; ".join(map(str, self.assumed)))
+        low, high = self.norm_interval
+        verdict = "a descent direction" if self.descent else "not known to be a descent direction"
+        lines.append(f"  so {low:.3g} <= |h| <= {high:.3g}, and -grad is {verdict}")
+        if self.reason:
+            lines.append(f"  note: {self.reason}")
+        return "\n".join(lines)

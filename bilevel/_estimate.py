@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -44,6 +45,8 @@ class Estimate:
         stats: oracle counts.
         start: the warm start for the next call: `hypergradient(..., start=estimate.start)`.
         standard_error: for estimators that sample: an estimate of the root-mean-square distance |grad - E grad|.
+        penalized: for the penalty estimator: y_w and the weight w.
+        second_level: how `error_estimate` is computed.
     """
 
     grad: Tree = field(repr=False)
@@ -55,6 +58,18 @@ class Estimate:
     stats: Stats
     start: Start = field(repr=False)
     standard_error: float | None = None
+    penalized: tuple[Tree, float] | None = field(default=None, repr=False)
+    second_level: Callable[[], float] | None = field(default=None, repr=False)
+
+    @property
+    def error_estimate(self) -> float:
+        """An estimate of |grad - grad Phi(x)| that needs no constants; not a bound (see `certify` for one).
+
+        The distance to the implicit gradient after one Newton correction of y, whose own error is of second order in
+        |y - y*|. Computed when it is read, at the cost of two linear solves, two gradients of g and one of f, which
+        `stats` does not count. NaN where the correction does not exist.
+        """
+        return float("nan") if self.second_level is None else self.second_level()
 
     @property
     def message(self) -> str:
@@ -83,6 +98,7 @@ class FlatEstimate:
     reports: tuple[Report, ...]
     v: Tensor | None = None
     standard_error: float | None = None
+    penalized: tuple[Tensor, float] | None = None
 
 
 class AbstractEstimator(abc.ABC):

@@ -11,7 +11,8 @@ from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatSta
 from bilevel._flat import FlatProblem
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import resolve
-from bilevel._result import BilevelError, Report, Status
+from bilevel._result import BilevelError, Report, Status, Tally
+from bilevel._second_level import second_level
 from bilevel._tree import Structure, Tree, ravel, tree_leaves
 
 
@@ -53,6 +54,11 @@ def hypergradient(
         >>> hypergradient(problem, {"a": torch.tensor(1.0)}, torch.tensor(0.0)).grad
         {'a': tensor(-2.)}
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "`hypergradient` differentiates f and g, which `torch.inference_mode()` forbids. Call it outside, or under"
+            " `torch.no_grad()`, which does not matter to it."
+        )
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y0, "y0")
@@ -65,7 +71,7 @@ def hypergradient(
     x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
     chosen = resolve(estimator, flat, x_vector, y_vector)
     before = flat_start(flat, start, y_vector)
-    found = structured(flat, chosen.estimate(flat, x_vector, before), before.count)
+    found = structured(flat, x_vector, chosen.estimate(flat, x_vector, before), before.count)
     if throw and not found.status.ok:
         raise BilevelError(
             f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found
@@ -101,7 +107,7 @@ def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
     return torch.cat(leaves, dim=-1).detach().clone()
 
 
-def structured(problem: FlatProblem, found: FlatEstimate, count: int) -> Estimate:
+def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int) -> Estimate:
     """An estimate in the user's structures; whatever is not finite is reported, never replaced."""
     reports = found.reports
     finite = bool(found.grad.isfinite().all()) and bool(found.value.isfinite())
@@ -124,4 +130,6 @@ def structured(problem: FlatProblem, found: FlatEstimate, count: int) -> Estimat
         stats=problem.tally.stats(),
         start=start,
         standard_error=found.standard_error,
+        penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
+        second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
     )

@@ -50,7 +50,7 @@ class HyperObjective:
             self._chosen = resolve(self._estimator, flat, at, y_vector)
         start = self._start if self._start is not None else FlatStart(y_vector)
         found = self._chosen.estimate(flat, at, start)
-        self.last = structured(flat, found, start.count)
+        self.last = structured(flat, at, found, start.count)
         if self._throw and not self.last.status.ok:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)
         count = start.count + 1

@@ -220,7 +220,7 @@ class _Run:
                 before = time.perf_counter()
                 found = algorithm.evaluate(problem, state)
                 norm = float(algorithm.stationarity(state, found))
-                estimate = structured(problem, found, state.start.count)
+                estimate = structured(problem, state.x, found, state.start.count)
                 self._record(state.step, estimate, norm, time.perf_counter() - before)
                 ended = self._ended(estimate, norm, state.step >= max_steps)
                 if ended is not None:
@@ -250,7 +250,7 @@ class _Run:
             if last and warm_start:
                 start = FlatStart(last[0][2].y, last[0][2].v, len(self.history))
             found = self.estimator.estimate(problem, x, start)
-            estimate = structured(problem, found, start.count)
+            estimate = structured(problem, x, found, start.count)
             norm = float(torch.linalg.vector_norm(found.grad))
             self._record(len(self.history), estimate, norm, time.perf_counter() - before)
             last[:] = [(x.clone(), estimate, found)]

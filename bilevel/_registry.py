@@ -226,3 +226,10 @@ def default_outer() -> AbstractOptimizer:
     from bilevel.solvers.adam import Adam
 
     return Adam(0.05)
+
+
+def default_linear(like: Tensor) -> AbstractLinearSolver:
+    """The linear solver that certificates use where none is given: conjugate gradients, accurate for the dtype."""
+    from bilevel.solvers.cg import CG
+
+    return CG(rtol=1e-10 if like.dtype == torch.float64 else 1e-5, max_steps=10 * like.shape[-1])

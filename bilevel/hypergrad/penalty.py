@@ -72,9 +72,10 @@ class Penalty(AbstractEstimator):
         value, _, _ = outer_gradients(problem, x, y)
         reports = [report("inner solver", solved)]
         h, y_w = self._at(problem, x, y, gx, self.weight, reports)
+        penalized = None if self.extrapolate else (y_w, self.weight)
         if self.extrapolate:
             h = 2 * self._at(problem, x, y_w, gx, 2 * self.weight, reports)[0] - h
-        return FlatEstimate(h, value, y, tuple(reports))
+        return FlatEstimate(h, value, y, tuple(reports), penalized=penalized)
 
     def _at(
         self, problem: FlatProblem, x: Tensor, y: Tensor, gx: Tensor | None, w: float, reports: list[Report]
