@@ -224,14 +224,26 @@ class Unroll:
     def _push(
         function: Callable[..., State], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
     ) -> tuple[State, State]:
-        """function(primals) and its derivatives along p tangents stacked in front; elementwise arithmetic only."""
+        """function(primals) and its derivatives along p tangents stacked in front.
 
-        def along(*tangent: Tensor) -> tuple[State, State]:
-            result: tuple[State, State] = torch.func.jvp(function, primals, tangent)
-            return result
-
-        value, moved = torch.vmap(along, out_dims=(None, 0))(*tangents)  # type: ignore[arg-type]
-        return value, moved
+        J t is the derivative of w -> J'w along t: two reverse passes over elementwise arithmetic. Torch's own
+        forward mode loads its rules with TorchScript, which takes a second and warns of its deprecation.
+        """
+        with torch.enable_grad():
+            leaves = tuple(primal.detach().requires_grad_() for primal in primals)
+            value = function(*leaves)
+            weights = tuple(torch.zeros_like(v, requires_grad=True) for v in value)
+            live = [(v, w) for v, w in zip(value, weights, strict=True) if v.requires_grad]
+            outputs, cotangents = zip(*live, strict=True)
+            pulled = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True, allow_unused=True)
+            along = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
+            sources, directions = zip(*along, strict=True)
+            moved = torch.autograd.grad(sources, weights, directions, is_grads_batched=True, allow_unused=True)
+        zeros = (tangents[0].new_zeros(len(tangents[0]), *v.shape) for v in value)
+        return (
+            tuple(v.detach() for v in value),
+            tuple(z if m is None else m for m, z in zip(moved, zeros, strict=True)),
+        )
 
     # How it went
 
