@@ -100,7 +100,8 @@ class FlatProblem:
 
 
 def _task_count(data: Any) -> int:
-    leaves = [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor)]
+    both = (data.f, data.g) if isinstance(data, Split) else data
+    leaves = [leaf for leaf in tree_leaves(both) if isinstance(leaf, Tensor)]
     counts = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         raise ValueError(

@@ -130,6 +130,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         stats=problem.tally.stats(),
         start=start,
         standard_error=found.standard_error,
+        bound=found.bound,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
         second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ def stream(data: Any) -> Callable[[int], Any]:
     )
 
 
+@final
 class _Loader:
     """An iterable of batches by step: run forward as far as is asked for, the latest batch kept."""
 

@@ -84,7 +84,7 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
         The vector and the :class:`Structure` whose `unravel` undoes it.
 
     Raises:
-        TypeError: if a leaf is not a floating-point tensor, or there is none.
+        TypeError: if a leaf is not a dense floating-point tensor, or there is none.
         ValueError: if leaves differ in dtype or device.
 
     Example:
@@ -105,6 +105,8 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
                 f"{name} must hold real floating-point tensors. Got {leaf.dtype} at {where}. Convert it with"
                 f" `.double()` if it is to be optimized; otherwise keep it in the closures of f and g."
             )
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{name} must hold dense tensors. Got {leaf.layout} at {where}. Write `.to_dense()`.")
     if not paths:
         raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
     leaves: list[Tensor] = [leaf for _, leaf in paths]

@@ -417,7 +417,8 @@ class Once(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return g * ctx.saved_tensors[0].cos()
+        saved: Tensor = ctx.saved_tensors[0]
+        return g * saved.cos()
 
 
 class UsesNumpy(torch.autograd.Function):
