@@ -89,6 +89,8 @@ class Descent(AbstractAlgorithm):
         return OuterState(state.step + 1, x.detach(), start, memory)
 
     def stationarity(self, state: OuterState, found: FlatEstimate) -> Tensor:
+        # A projection moves no further than its argument: the certified error adds to either measure.
+        error = 0.0 if found.bound is None else found.bound
         if self.project is None:
-            return torch.linalg.vector_norm(found.grad)
-        return torch.linalg.vector_norm(state.x - self.project(state.x - found.grad))
+            return torch.linalg.vector_norm(found.grad) + error
+        return torch.linalg.vector_norm(state.x - self.project(state.x - found.grad)) + error

@@ -115,7 +115,7 @@ def certify_flat(
     if v is None:
         at = Exact().linearize(problem, x, y)
         v = linear.solve(at.operator, outer_gradients(problem, x, y)[2]).value
-    known, notes = _complete(problem, x, y, constants)
+    known, notes = completed(problem, x, y, constants)
     found = measure(problem, x, y, v, known.L)
     bound = _theorem(problem, x, y, found, known)
     distance = float(torch.linalg.vector_norm(z.double() - found.h.double()))
@@ -210,7 +210,7 @@ def _widened(known: Constants, delta: float) -> Constants:
     return replace(known, C_G=known.C_G + known.M_xy * delta)
 
 
-def _complete(
+def completed(
     problem: FlatProblem, x: Tensor, y: Tensor, constants: Constants
 ) -> tuple[Constants, tuple[Assumption, ...]]:
     """The constants with C_G bounded from the operator at y where it was not given; it is then marked."""

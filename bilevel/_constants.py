@@ -71,7 +71,20 @@ def estimate_constants(
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y, "y")
     flat = FlatProblem(problem, x_structure, y_structure, data)
-    at_x, at_y = x_vector.detach(), y_vector.detach()
+    return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure)
+
+
+def estimated(
+    flat: FlatProblem,
+    at_x: Tensor,
+    at_y: Tensor,
+    mu: float | None = None,
+    radius: float | None = None,
+    samples: int = 3,
+    seed: int = 0,
+    failure: float = 0.01,
+) -> Constants:
+    """The constants in vectors; see :func:`estimate_constants`."""
     hessian = Exact().linearize(flat, at_x, at_y).operator
     L = float(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed))
     cross, like = cross_operator(flat, at_x, at_y)

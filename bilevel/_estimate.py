@@ -45,6 +45,7 @@ class Estimate:
         stats: oracle counts.
         start: the warm start for the next call: `hypergradient(..., start=estimate.start)`.
         standard_error: for estimators that sample: an estimate of the root-mean-square distance |grad - E grad|.
+        bound: a certified bound on the error, where the estimator was asked for an accuracy.
         penalized: for the penalty estimator: y_w and the weight w.
         second_level: how `error_estimate` is computed.
     """
@@ -58,6 +59,7 @@ class Estimate:
     stats: Stats
     start: Start = field(repr=False)
     standard_error: float | None = None
+    bound: float | None = None
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
     second_level: Callable[[], float] | None = field(default=None, repr=False)
 
@@ -99,6 +101,7 @@ class FlatEstimate:
     v: Tensor | None = None
     standard_error: float | None = None
     penalized: tuple[Tensor, float] | None = None
+    bound: float | None = None
 
 
 class AbstractEstimator(abc.ABC):

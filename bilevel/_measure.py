@@ -26,7 +26,6 @@ class Measured:
         r: |grad_y f - H v|, with its rounding.
         v: |v|.
         h: the implicit gradient grad_x f - G v at this point `(p,)`.
-        value: f there.
         rounding: a bound on the rounding of h itself.
     """
 
@@ -34,15 +33,40 @@ class Measured:
     r: Tensor
     v: Tensor
     h: Tensor
-    value: Tensor
     rounding: float
+
+
+def measured(
+    y: Tensor, v: Tensor, gradient: Tensor, residual: Tensor, fx: Tensor, fy: Tensor, gv: Tensor | None, largest: float
+) -> Measured:
+    """Norms from what an implicit estimator has at hand anyway: no oracle call.
+
+    The rounding of each is added: some units of it times the size of the terms, |H| |y| for the gradient and |H| |v|
+    for the residual, with `largest` for |H|.
+
+    Args:
+        y: `(*tasks, q)`.
+        v: alike; the solution of the linear system.
+        gradient: grad_y g there.
+        residual: grad_y f - H v.
+        fx: grad_x f `(p,)`.
+        fy: grad_y f `(*tasks, q)`.
+        gv: G v `(p,)`, or None for zero.
+        largest: the largest curvature L, or what has been seen of it.
+    """
+    rows = 1 if y.dim() == 1 else y.shape[0]  # the mean over tasks put 1 / rows into fy and v
+    gv = torch.zeros_like(fx) if gv is None else gv
+    eps = _ROUNDING * torch.finfo(y.dtype).eps
+    e, norm_v = _norm(gradient), _norm(v)
+    e = e + eps * (largest * _norm(y) + e)
+    r = rows * (_norm(residual) + eps * (largest * norm_v + _norm(fy)))
+    return Measured(e, r, rows * norm_v, fx - gv, float(eps * (_norm(fx) + _norm(gv))))
 
 
 def measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: float | None) -> Measured:
     """Two gradients, one Hessian product and one cross product; in float64 wherever f and g can be evaluated in it.
 
-    Where they cannot (closures over float32 data), the rounding of each residual is added to it, estimated as some
-    units of rounding times the size of its terms.
+    Where they cannot (closures over float32 data), the rounding that is granted is that of the dtype.
 
     Args:
         problem: the problem, at whose tally the calls are counted.
@@ -59,7 +83,7 @@ def measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: floa
             if "dtype" not in str(error) and "scalar type" not in str(error):
                 raise
         else:
-            add(problem.tally, trial)
+            problem.tally.add(trial.stats())
             return found
     return _measure(problem, x, y, v, largest)
 
@@ -77,28 +101,18 @@ def in_double(problem: FlatProblem, tally: Tally) -> FlatProblem:
     return FlatProblem(problem.problem, double(problem.x), double(problem.y), data, tally)
 
 
-def add(tally: Tally, other: Tally) -> None:
-    """Count another tally's calls in this one."""
-    for name, count in other.stats().as_dict().items():
-        setattr(tally, name, getattr(tally, name) + count)
-
-
 def _measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: float | None) -> Measured:
     at = Exact().linearize(problem, x, y)
-    value, fx, fy = outer_gradients(problem, x, y)
+    _, fx, fy = outer_gradients(problem, x, y)
     hv, gv = at.products(v)
-    gv = torch.zeros_like(x) if gv is None else gv
-    rows = 1 if y.dim() == 1 else y.shape[0]  # the mean over tasks put 1/rows into fy and v
+    return measured(y, v, at.gradient, fy - hv, fx, fy, gv, curvature_seen(hv, v, largest))
 
-    def norm(t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(t, dim=-1)
 
-    # What it costs to evaluate in this dtype: the products' terms are at most |H| times the vector, and |H| is at
-    # least what was seen of it.
-    eps = _ROUNDING * torch.finfo(y.dtype).eps
-    seen = (norm(hv) / norm(v).clamp_min(torch.finfo(y.dtype).tiny)).max()
-    scale = max(float(seen), 0.0 if largest is None else largest)
-    e = norm(at.gradient) + eps * (scale * norm(y) + norm(at.gradient))
-    r = rows * (norm(fy - hv) + eps * (scale * norm(v) + norm(fy)))
-    rounding = float(eps * (norm(fx) + norm(gv)))
-    return Measured(e, r, rows * norm(v), fx - gv, value, rounding)
+def curvature_seen(hv: Tensor, v: Tensor, largest: float | None) -> float:
+    """L where it is known, and at least what the product H v shows of it."""
+    seen = float((_norm(hv) / _norm(v).clamp_min(torch.finfo(v.dtype).tiny)).max())
+    return max(seen, 0.0 if largest is None else largest)
+
+
+def _norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dim=-1)

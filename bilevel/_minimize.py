@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
 
+from bilevel._accuracy import adaptive
 from bilevel._algorithm import AbstractAlgorithm, Descent, OuterState
+from bilevel._certificate import Constants
 from bilevel._checkpoint import load_checkpoint, save_checkpoint
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
@@ -33,7 +35,7 @@ class Record:
     Attributes:
         step: which.
         value: Phi at the iterate, as the inner solution found it.
-        grad_norm: |h|; with a constraint |x - P(x - h)|.
+        grad_norm: |h|; with a constraint |x - P(x - h)|; plus the error bound, where one was asked for.
         status: the name of the estimate's status.
         stats: the oracle calls of this step.
         seconds: the wall-clock time of this step.
@@ -101,6 +103,8 @@ def minimize(
     checkpoint_every: int = 10,
     resume: bool = False,
     warm_start: bool = True,
+    accuracy: Literal["fixed", "adaptive"] = "fixed",
+    constants: Constants | Callable[[Tree], Constants] | None = None,
     throw: bool = True,
 ) -> Solution:
     """min_x Phi(x) = f(x, y*(x)) by x <- P(outer.step(x, h)), h a hypergradient estimate at each step.
@@ -125,6 +129,10 @@ def minimize(
         checkpoint_every: how often.
         resume: continue from `checkpoint`. Loaders are run forward to where they were; callables are exact.
         warm_start: start each inner and linear solve where the previous ended.
+        accuracy: "adaptive" (implicit estimators only): each hypergradient is certified to 30 % of its own norm and no
+            better, so that early steps are cheap, and the run stops when |h| is certified to be at most `tol`, that
+            is |h_estimated| plus its error bound. "fixed": the estimator's own tolerances.
+        constants: what is known of f and g, or a function of x that tells, for adaptive accuracy; None: estimated.
         throw: raise at the first estimate that does not succeed, and if `tol` is given and missed. Otherwise the run
             goes on as long as it stays finite, and `Solution.status` is the worst that was met.
 
@@ -163,6 +171,8 @@ def minimize(
     check_signature(problem, first)
     flat = FlatProblem(problem, x_structure, y_structure, first)
     chosen = resolve(estimator, flat, x, y)
+    if accuracy != "fixed":
+        chosen = adaptive(chosen, accuracy, constants, tol)
     chosen_outer = default_outer() if outer is None else outer
     run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw)
     if isinstance(chosen_outer, AbstractOuterDriver):

@@ -117,6 +117,11 @@ class Tally:
         self.gradients = self.hvps = self.cross_products = self.outer_gradients = 0
         self.values = self.inner_steps = self.linear_steps = 0
 
+    def add(self, stats: Stats) -> None:
+        """Count these calls too."""
+        for name, count in stats.as_dict().items():
+            setattr(self, name, getattr(self, name) + count)
+
     def stats(self) -> Stats:
         """What has been counted so far."""
         return Stats(*(getattr(self, f.name) for f in fields(Stats)))

@@ -1,0 +1,140 @@
+"""Certified accuracy: how accurate the inner and the linear solution have to be for a hypergradient to be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor
+
+from bilevel._certificate import Constants
+from bilevel._certify import Terms, completed, theorem_a
+from bilevel._constants import estimated
+from bilevel._estimate import AbstractEstimator
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._linear import AbstractLinearSolver
+from bilevel._measure import Measured
+from bilevel._tree import Tree
+
+S = TypeVar("S", AbstractInnerSolver, AbstractLinearSolver)
+
+
+@final
+@dataclass(frozen=True)
+class Accuracy:
+    """Make an error bound at most max(absolute, relative |h|).
+
+    Args:
+        constants: what is known of f and g, mu included; or a function of x, in the user's structure, that tells;
+            None: estimated where they are first needed.
+        absolute: the target for the bound.
+        relative: the target relative to the hypergradient's norm; below 1 it certifies a descent direction.
+
+    Raises:
+        ValueError: if both targets are 0, or one is negative.
+
+    Example:
+        >>> Accuracy(Constants(mu=1.0), absolute=1e-3).target(torch.tensor(5.0))
+        0.001
+    """
+
+    constants: Constants | Callable[[Tree], Constants] | None
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.absolute >= 0 and self.relative >= 0 and self.absolute + self.relative > 0):
+            raise ValueError(
+                f"`Accuracy(absolute=..., relative=...)` must be at least 0, and one of them positive."
+                f" Got {self.absolute} and {self.relative}."
+            )
+
+    def target(self, norm: Tensor) -> float:
+        """What the bound must be at most, at a hypergradient of this norm."""
+        return max(self.absolute, self.relative * float(norm))
+
+    def known(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Constants:
+        """The constants at x; C_G is bounded from the operator at y if it is not among them.
+
+        Raises:
+            ValueError: if mu or another needed constant is unknown.
+        """
+        if self.constants is None:
+            return estimated(problem, x, y)
+        given = self.constants if isinstance(self.constants, Constants) else self.constants(problem.x.unravel(x))
+        missing = [n for n in ("mu", "L_fyy", "L_fxy", "M_yy", "M_xy") if getattr(given, n) is None]
+        if missing:
+            raise ValueError(f"certified accuracy needs the constants {', '.join(missing)}. Give them in `constants=`.")
+        return completed(problem, x, y, given)[0]
+
+
+def bound(found: Measured, known: Constants) -> Terms:
+    """Theorem A from residuals at hand."""
+    assert known.mu is not None
+    return theorem_a(found, known.mu, found.e / known.mu, known)
+
+
+def inner_tolerance(target: float, found: Measured, known: Constants) -> float:
+    """The |grad_y g| at which the inner part of the bound is half the target: theorem A solved for it."""
+    assert known.mu is not None and known.C_G is not None
+    assert known.L_fxy is not None and known.M_xy is not None and known.L_fyy is not None and known.M_yy is not None
+    slope = known.L_fxy + known.M_xy * found.v + known.C_G / known.mu * (known.L_fyy + known.M_yy * found.v)
+    return target * known.mu / (2 * max(float(slope.max()), torch.finfo(torch.float64).tiny))
+
+
+def linear_tolerance(target: float, known: Constants) -> float:
+    """The |grad_y f - H v| at which the linear part of the bound is half the target."""
+    assert known.mu is not None and known.C_G is not None
+    return target * known.mu / (2 * max(known.C_G, torch.finfo(torch.float64).tiny))
+
+
+def with_tolerance(solver: S, tol: float, size: float = 1.0) -> S:
+    """The solver with another absolute tolerance; as it is, if it has none (a closed form, a factorization).
+
+    Args:
+        solver: an inner solver with a field `tol`, or a linear solver with `atol` or `rtol`.
+        tol: the tolerance.
+        size: |b|, for linear solvers that know relative tolerances only.
+    """
+    names = {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    if "tol" in names:
+        return replace(solver, tol=tol)  # type: ignore[type-var]
+    if "atol" in names:
+        return replace(solver, atol=tol, rtol=0.0)  # type: ignore[type-var]
+    if "rtol" in names:
+        return replace(solver, rtol=tol / size if size > 0 else 0.0)  # type: ignore[type-var]
+    return solver
+
+
+RELATIVE = 0.3  # of adaptive accuracy: below 1, so that every step is certified to be along a descent direction
+
+
+def adaptive(
+    estimator: AbstractEstimator,
+    accuracy: str,
+    constants: Constants | Callable[[Tree], Constants] | None,
+    tol: float | None,
+) -> AbstractEstimator:
+    """The estimator with its accuracy tied to the hypergradient's norm, down to what `tol` needs.
+
+    Raises:
+        ValueError: if `accuracy` is not "adaptive".
+        TypeError: if the estimator has no targets for its error.
+    """
+    if accuracy != "adaptive":
+        raise ValueError(f"`minimize(accuracy=...)` must be 'fixed' or 'adaptive'. Got {accuracy!r}.")
+    names = {f.name for f in dataclasses.fields(estimator)}  # type: ignore[arg-type]
+    if not {"target_error", "relative_error", "constants"} <= names:
+        raise TypeError(
+            f"`minimize(accuracy='adaptive')` needs an implicit estimator. Got {type(estimator).__name__}."
+            f" Use `AID(...)` or one of the names 'aid-...'."
+        )
+    floor = None if tol is None else tol / 4
+    own = estimator.constants  # type: ignore[attr-defined]
+    return replace(  # type: ignore[type-var]
+        estimator, target_error=floor, relative_error=RELATIVE, constants=own if constants is None else constants
+    )
