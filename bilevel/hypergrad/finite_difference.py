@@ -60,7 +60,7 @@ class FiniteDifference(AbstractEstimator):
             for sign in (1.0, -1.0):
                 moved = x.clone()
                 moved[i] += sign * t
-                phi, _, ended = self._phi(problem, moved, start.y if problem.problem.init is not None else y)
+                phi, _, ended = self._phi(problem, moved, start.y)  # the same iteration: the same start
                 ends.append((phi, moved[i]))
                 if not ended.status.ok:
                     reports.append(ended)

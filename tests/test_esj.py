@@ -1,0 +1,184 @@
+"""Evolution strategies: the laws of their variance, the standard error that is reported, common random numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from bilevel_strategies import normal
+
+from bilevel import ESJ, ITD, BilevelProblem, hypergradient
+from bilevel.hypergrad.esj import Distribution
+from bilevel.problems.quadratic import random_quadratic
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.iterate import Iterate
+
+P = 4
+FAMILY = random_quadratic(P, 6, eigenvalues=[1.0, 1.5, 2.0, 3.0, 4.0, 5.0], cross=0.5)
+PROBLEM = BilevelProblem(FAMILY.f, FAMILY.g)
+INNER = Iterate(GradientDescent(0.2), max_steps=4)
+X, Y0 = normal(P, seed=1), normal(6, seed=2)
+DRAWS = 40_000
+
+
+def factor(distribution: str, k: int, p: int = P) -> float:
+    """E|mean - w|^2 / |w|^2."""
+    return {
+        "gaussian": (p + 1) / k,
+        "rademacher": (p - 1) / k,
+        "sphere": (p - 1) / k,
+        "orthonormal": p / k - 1,
+    }[distribution]
+
+
+def indirect() -> torch.Tensor:
+    """w = J_N' grad_y f, by ITD."""
+    itd = hypergradient(PROBLEM, X, Y0, estimator=ITD(INNER))
+    return itd.grad - (FAMILY.E @ itd.y + FAMILY.R @ X + FAMILY.s)
+
+
+def many(distribution: Any, k: int, estimates: int, seed: int) -> torch.Tensor:
+    """Estimates of w `(estimates, p)` from k directions each, u and its factor being the estimator's own."""
+    w = indirect()
+    if distribution == "orthonormal":
+        drawn = [ESJ(INNER, k, distribution=distribution, seed=seed)._draw(X, count) for count in range(estimates)]
+        u, c = torch.stack([d for d, _ in drawn]), drawn[0][1]
+    else:
+        u, c = ESJ(INNER, k * estimates, distribution=distribution, seed=seed)._draw(X, 0)
+        u = u.reshape(estimates, k, P)
+    return c * ((u @ w).unsqueeze(-1) * u).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "k"),
+    [("gaussian", 1), ("gaussian", 3), ("rademacher", 1), ("rademacher", 3), ("sphere", 1), ("sphere", 3)]
+    + [("orthonormal", 1), ("orthonormal", 3), ("orthonormal", 4)],
+)
+def test_mean_and_variance_follow_the_laws(distribution: Any, k: int) -> None:
+    w = indirect()
+    estimates = many(distribution, k, DRAWS if distribution != "orthonormal" else DRAWS // 2, seed=7)
+    squares = (estimates - w).square().sum(1)
+    expected = factor(distribution, k) * float(w.square().sum())
+    if expected == 0:
+        assert float(squares.max()) <= 1e-20
+        return
+    n = len(squares)
+    assert abs(float(squares.mean()) - expected) <= 5 * float(squares.std()) / math.sqrt(n)
+    assert abs(float(squares.mean()) - expected) <= 0.05 * expected  # the test can tell p + 1 from p or p - 1
+    deviation = (estimates.mean(0) - w).abs() / (estimates.std(0) / math.sqrt(n))
+    assert float(deviation.max()) <= 5
+
+
+@pytest.mark.parametrize("distribution", get_args(Distribution))
+def test_estimates_end_to_end_follow_the_law(distribution: Any) -> None:
+    """Whole estimates over seeds, as a user takes them: their mean is ITD's, their deviation the law's."""
+    reference, w = hypergradient(PROBLEM, X, Y0, estimator=ITD(INNER)).grad, indirect()
+    squares, errors, k, n = [], [], 3, 300
+    total = torch.zeros(P)
+    for seed in range(n):
+        esj = ESJ(INNER, k, radius=0.5, distribution=distribution, seed=seed)
+        found = hypergradient(PROBLEM, X, Y0, estimator=esj)
+        total += found.grad - reference
+        squares.append(float((found.grad - reference).square().sum()))
+        assert found.standard_error is not None
+        errors.append(found.standard_error**2)
+    true = factor(distribution, k) * float(w.square().sum())
+    for sample in (torch.tensor(squares), torch.tensor(errors)):  # `standard_error` squared is true on average
+        assert abs(float(sample.mean()) - true) <= 5 * float(sample.std()) / math.sqrt(n)
+    assert float(total.norm()) / n <= 5 * math.sqrt(true / n)
+
+
+@pytest.mark.parametrize("distribution", get_args(Distribution))
+def test_standard_error_of_a_single_direction_is_true_on_average(distribution: Any) -> None:
+    w = indirect()
+    esj, true = ESJ(INNER, 1, distribution=distribution), factor(distribution, 1) * float(w.square().sum())
+    samples = many(distribution, 1, 20_000, seed=3)
+    ratio = (esj._error(samples[:1], samples[0]) / float(samples[0].norm())) ** 2
+    squares = ratio * samples.square().sum(1)
+    assert abs(float(squares.mean()) - true) <= 5 * float(squares.std()) / math.sqrt(len(squares))
+
+
+@pytest.mark.parametrize("distribution", get_args(Distribution))
+def test_directions_are_isotropic(distribution: Any) -> None:
+    u, c = ESJ(INNER, P, distribution=distribution, seed=11)._draw(X, 0)
+    assert u.shape == (P, P)
+    blocks = [ESJ(INNER, P, distribution=distribution, seed=s)._draw(X, 0)[0] for s in range(3000)]
+    cover = c * torch.stack([b.T @ b / P for b in blocks]).mean(0)
+    assert float((cover - torch.eye(P)).abs().max()) <= 0.15
+    if distribution == "orthonormal":
+        assert float((u @ u.T - torch.eye(P)).abs().max()) <= 1e-12
+        first = torch.stack([b[0] for b in blocks])
+        assert float(first.mean(0).abs().max()) <= 5 / math.sqrt(3000)  # no preferred sign
+    if distribution == "sphere":
+        assert float((u.norm(dim=1) - 1).abs().max()) <= 1e-12
+    if distribution == "rademacher":
+        assert set(u.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_seed_and_count_choose_the_directions() -> None:
+    grads = {
+        (seed, count): hypergradient(
+            PROBLEM, X, Y0, estimator=ESJ(INNER, 2, seed=seed), start=hypergradient_start(count)
+        ).grad
+        for seed in (0, 1)
+        for count in (0, 1)
+    }
+    values = list(grads.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
+    again = hypergradient(PROBLEM, X, Y0, estimator=ESJ(INNER, 2, seed=1), start=hypergradient_start(1))
+    assert torch.equal(again.grad, grads[1, 1])
+
+
+def hypergradient_start(count: int) -> Any:
+    from bilevel import Start
+
+    return Start(y=Y0, count=count)
+
+
+def test_chunks_give_the_same_estimate() -> None:
+    whole = hypergradient(PROBLEM, X, Y0, estimator=ESJ(INNER, 7, distribution="gaussian"))
+    for chunk in (1, 2, 7, 50):
+        part = hypergradient(PROBLEM, X, Y0, estimator=ESJ(INNER, 7, distribution="gaussian", chunk=chunk))
+        assert float((part.grad - whole.grad).norm()) <= 1e-9 * float(whole.grad.norm())
+        assert part.standard_error == pytest.approx(whole.standard_error)
+
+
+def test_perturbed_and_unperturbed_solves_share_their_random_numbers() -> None:
+    """A g that draws a mask anew at each call: the same mask in all rows of the batch, so differences stay exact."""
+
+    def g(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        mask = torch.rand(6) + 0.5
+        return ((y - FAMILY.B @ x).square() * mask).sum() / 2
+
+    problem = BilevelProblem(lambda x, y: y.sum(), g)
+    torch.manual_seed(0)
+    esj = ESJ(INNER, P, radius=1e-4)
+    found = hypergradient(problem, X, Y0, estimator=esj)
+    torch.manual_seed(0)
+    masks = [torch.rand(6) + 0.5 for _ in range(4)]
+    J = torch.zeros(6, P)
+    for mask in masks:
+        J = J - 0.2 * mask.unsqueeze(1) * (J - FAMILY.B)
+    assert float((found.grad - J.sum(0)).norm()) <= 1e-8
+
+
+def test_more_orthonormal_directions_than_variables_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most the number of outer variables, 4"):
+        hypergradient(PROBLEM, X, Y0, estimator=ESJ(INNER, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directions": 0}, r"ESJ\(directions=\.\.\.\)` must be at least 1"),
+        ({"chunk": 0}, r"ESJ\(chunk=\.\.\.\)` must be at least 1"),
+        ({"radius": 0.0}, r"ESJ\(radius=\.\.\.\)` must be positive"),
+        ({"radius": math.nan}, r"ESJ\(radius=\.\.\.\)` must be positive"),
+        ({"distribution": "uniform"}, "must be one of gaussian, rademacher, sphere, orthonormal"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ESJ(INNER, **options)
