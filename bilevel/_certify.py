@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, cross_operator, outer_gradients
 from bilevel._certificate import Assumption, Certificate, Constants
+from bilevel._certify_penalty import certify_penalty
 from bilevel._estimate import Estimate
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import ravel_rows
@@ -34,6 +35,7 @@ def certify(
     data: Any = None,
     linear: AbstractLinearSolver | None = None,
     refine: bool = False,
+    first_order: bool = False,
 ) -> Certificate:
     """A bound on |z - h(x)| for any estimate z of h = grad Phi(x), from one implicit gradient at its y.
 
@@ -63,6 +65,7 @@ def certify(
         data: the third argument of f and g, as for the estimate.
         linear: solves for v where the estimate has none, and for the correction; by default accurate CG.
         refine: also return the hypergradient after one Newton correction of y, and the least of both bounds.
+        first_order: for an estimate of `Penalty` without extrapolation: use gradients only, no Hessian product.
 
     Returns:
         The certificate. Its bound is infinite, with a reason, where the theorem does not apply.
@@ -96,8 +99,26 @@ def certify(
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, problem.tasks), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
+    if first_order:
+        return _first_order(flat, x_vector.detach(), z.detach(), y, estimate, constants)
     solver = default_linear(y) if linear is None else linear
     return certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
+
+
+def _first_order(
+    problem: FlatProblem, x: Tensor, z: Tensor, y: Tensor, estimate: Estimate, constants: Constants
+) -> Certificate:
+    if estimate.penalized is None or constants.mu is None:
+        raise ValueError(
+            "`certify(first_order=True)` needs an estimate of `Penalty(..., extrapolate=False)`, and mu."
+            " Leave it out: any estimate is certified through one implicit gradient."
+        )
+    y_w = ravel_rows(problem, estimate.penalized[0], "estimate.penalized")
+    known, notes = completed(problem, x, y, constants)
+    distance = float(torch.linalg.vector_norm(y_w - y, dim=-1).max())
+    known = _widened(known, 2 * distance)
+    found = certify_penalty(problem, x, z, y, y_w, estimate.penalized[1], known)
+    return replace(found, assumed=tuple(_assumptions(constants, known, constants.mu)) + notes)
 
 
 def certify_flat(
@@ -251,5 +272,3 @@ def _one_row(y: Tree, tasks: bool) -> Structure:
         return structure
     shapes = tuple(shape[1:] for shape in structure.shapes)
     return Structure(structure.spec, shapes, vector.dtype, vector.device)
-
-
