@@ -190,9 +190,10 @@ def _fixed_random_state(seed: int, devices: list[int]) -> Iterator[Callable[[], 
 
 def _settle_normalization(working: nn.Module, policy: BatchNormPolicy) -> None:
     for name, layer in working.named_modules():
-        stateful = isinstance(layer, _BatchNorm) or (isinstance(layer, _NormBase) and layer.track_running_stats)
-        if not stateful or not layer.training:
+        if not isinstance(layer, _NormBase) or not layer.training:
             continue
+        if not isinstance(layer, _BatchNorm) and not layer.track_running_stats:
+            continue  # instance normalization: stateless
         where = f"layer {name or '(root)'!r} ({type(layer).__name__})"
         if policy == "refuse":
             raise ValueError(
