@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from bilevel._algorithm import OuterState
 from bilevel._estimate import FlatStart
+from bilevel._files import write_atomically
 
 _FORMAT = 1
 
@@ -27,18 +27,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: OuterState, history: li
         "memory": state.memory,
         "history": history,
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: str | os.PathLike[str], like: OuterState) -> tuple[OuterState, list[dict[str, Any]]]:

@@ -1,0 +1,172 @@
+"""The command line: `bilevel`, or `python -m bilevel`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+SUCCESS, FAILED, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
+
+_DEBUG = "show the traceback of an error"
+_EPILOG = """\
+exit codes:
+  0    success
+  1    the computation did not succeed (a solver missed its tolerance, diverged, met NaN, or f or g raised);
+       what was computed until then is written all the same
+  2    wrong usage or input: nothing was computed
+  3    an optional package is missing; the message names the extra to install
+  130  interrupted by Ctrl-C; a run can be continued with --resume
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"bilevel: error: {message}. See `{self.prog} --help`.\n")
+
+
+class _Version(argparse.Action):
+    """Looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from bilevel.commands.result import version
+
+        parser.exit(SUCCESS, f"bilevel {version('bilevel')}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `command` to the function that carries it out."""
+    top = _Parser(
+        prog="bilevel",
+        description="Bilevel optimization: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit")
+    commands = top.add_subparsers(metavar="COMMAND", title="commands")
+    _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ..."))
+    _add_run(
+        commands.add_parser(
+            "run",
+            help="solve a problem and keep everything about the run in a folder",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    return top
+
+
+def _add_list(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_list)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "problem",
+        metavar="PROBLEM",
+        help="a name from `bilevel list`, or my_file.py:NAME, where NAME is a BilevelProblem with x0 and y0 next to it,"
+        " an Instance, or a function that returns (problem, x0, y0) or an Instance",
+    )
+    add("--estimator", metavar="NAME", help="how hypergradients are estimated (see `bilevel list`)")
+    add("--outer", metavar="NAME", help="the outer method (see `bilevel list`); default: the problem's, or adam")
+    add("--step", type=_number(float, "a positive number", lambda step: step > 0), help="its step length")
+    add("--steps", type=_number(int, "an integer >= 0", lambda steps: steps >= 0), help="how many outer steps")
+    add("--tol", type=_number(float, "a number >= 0", lambda tol: tol >= 0), help="stop when |h| is at most this")
+    add("--seed", type=_number(int, "an integer", lambda _: True), help="of the problem and of the estimator")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
+    add("--out", metavar="DIR", help="the run's folder; default: runs/PROBLEM-DATE-TIME")
+    add("--resume", action="store_true", help="continue the run in DIR from its checkpoint, bit for bit")
+    add("--overwrite", action="store_true", help="replace the run in DIR")
+    add("--keep-going", action="store_true", help="go on after an estimate that did not succeed, unless it is NaN")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    add("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_run)
+
+
+def _number(kind: Callable[[str], float], wanted: str, valid: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = float("nan")
+        if number != number or not valid(number):
+            raise argparse.ArgumentTypeError(f"must be {wanted}. Got {text!r}")
+        return number
+
+    return parse
+
+
+def _list(options: argparse.Namespace) -> int:
+    from bilevel.commands.listing import listing
+
+    print(listing(as_json=options.json))
+    return SUCCESS
+
+
+def _run(options: argparse.Namespace) -> int:
+    from bilevel.commands.plan import Request
+    from bilevel.commands.run import run
+
+    wanted = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "set")}
+    run(Request(**wanted, arguments=tuple(options.set)))
+    return SUCCESS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line and return its exit code; errors are one line on stderr.
+
+    Args:
+        arguments: the words after `bilevel`; None: those of this process.
+
+    Example:
+        >>> main(["list", "--json"]) == SUCCESS  # doctest: +ELLIPSIS
+        {...
+        True
+    """
+    debug = False
+    try:
+        options = parser().parse_args(arguments)
+        if not hasattr(options, "command"):
+            raise ValueError("a command is needed: `bilevel list` or `bilevel run PROBLEM`. See `bilevel --help`.")
+        debug = options.debug
+        return int(options.command(options))
+    except SystemExit as stop:  # argparse: --help, --version and wrong usage
+        return stop.code if isinstance(stop.code, int) else USAGE
+    except KeyboardInterrupt as stop:
+        print(f"bilevel: {stop or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `bilevel list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"bilevel: error: {_one_line(error)}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    from bilevel.commands.run import Failure
+
+    if isinstance(error, Failure):
+        return FAILED
+    return MISSING if isinstance(error, ImportError) else USAGE
+
+
+def _one_line(error: Exception) -> str:
+    from bilevel.commands.run import Failure
+
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | TypeError | OSError | ImportError | Failure) and text:
+        return text
+    return f"{type(error).__name__}: {text} (`--debug` shows where)"

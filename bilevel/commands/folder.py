@@ -1,0 +1,122 @@
+"""The folder of a run: which file is where, and how each is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from bilevel._files import write_atomically
+from bilevel._minimize import Record
+from bilevel._tree import Tree
+from bilevel.commands.result import plain
+
+
+@final
+@dataclass(frozen=True)
+class Folder:
+    """A run's files; each is replaced whole, so that a crash leaves none of them half written.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def result(self) -> Path:
+        """Final values, settings, versions, oracle counts, seconds: JSON."""
+        return self.path / "result.json"
+
+    @property
+    def history(self) -> Path:
+        """One JSON record a line and outer step."""
+        return self.path / "history.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """The picture."""
+        return self.path / "plot.png"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What `--resume` continues from."""
+        return self.path / "checkpoint.pt"
+
+    @property
+    def solution(self) -> Path:
+        """The tensors x and y, for `torch.load`."""
+        return self.path / "solution.pt"
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a run wrote here before."""
+        return self.result.exists() or self.history.exists()
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and nothing else."""
+        for file in (self.result, self.history, self.plot, self.checkpoint, self.solution):
+            file.unlink(missing_ok=True)
+
+    def read_result(self) -> dict[str, Any]:
+        """What an earlier run recorded.
+
+        Raises:
+            ValueError: if there is none that can be read.
+        """
+        if not self.result.exists() or not self.checkpoint.exists():
+            raise ValueError(
+                f"there is no run to resume in {str(self.path)!r}. Start it with the same `--out`, without `--resume`."
+            )
+        try:
+            content = json.loads(self.result.read_text())
+        except ValueError as error:
+            raise ValueError(f"{str(self.result)!r} is not readable ({error}).") from error
+        if not isinstance(content, dict) or "settings" not in content:
+            raise ValueError(f"{str(self.result)!r} is not the result of a run.")
+        return content
+
+    def read_checkpoint(self) -> dict[str, Any]:
+        """The checkpoint's content: x, y, history and the rest.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
+        try:
+            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{str(self.checkpoint)!r} is not a readable checkpoint ({error}).") from error
+        if not isinstance(content, dict) or not {"x", "y", "history"} <= content.keys():
+            raise ValueError(f"{str(self.checkpoint)!r} is not a checkpoint of this version of bilevel.")
+        return content
+
+    def write_result(self, content: Mapping[str, Any]) -> None:
+        """Replace result.json."""
+        text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        write_atomically(self.result, lambda file: file.write(text.encode()))
+
+    def write_history(self, records: Iterable[Record]) -> None:
+        """Replace history.jsonl."""
+        text = "".join(map(_line, records))
+        write_atomically(self.history, lambda file: file.write(text.encode()))
+
+    def append_history(self, record: Record) -> None:
+        """Add a line to history.jsonl by one write at its end."""
+        handle = os.open(self.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, _line(record).encode())
+        finally:
+            os.close(handle)
+
+    def write_solution(self, x: Tree, y: Tree) -> None:
+        """Replace solution.pt."""
+        write_atomically(self.solution, lambda file: torch.save({"x": x, "y": y}, file))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(plain(record.as_dict()), allow_nan=False) + "\n"

@@ -1,0 +1,130 @@
+"""From PROBLEM and the values of `--set` to an instance."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bilevel._instance import Instance
+from bilevel._problem import BilevelProblem
+from bilevel.commands.arguments import bind, takes
+
+
+def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Instance, bool]:
+    """The instance that PROBLEM names, and whether the seed was used in building it.
+
+    Args:
+        problem: a name of the catalogue, or `my_file.py:NAME`.
+        arguments: what `--set` gave, as text; typed from the signature of the function that builds the instance.
+        seed: passed to that function if it takes one.
+
+    Raises:
+        ValueError: if there is no such problem, or it does not take these arguments.
+        TypeError: if NAME is nothing that can be run.
+        ImportError: if a package is missing.
+    """
+    path, colon, name = problem.rpartition(":")
+    if colon and path.endswith(".py"):
+        module = _module(Path(path))
+        return _instance(problem, _member(module, path, name), module, arguments, seed)
+    if problem.endswith(".py"):
+        raise ValueError(f"{problem!r} is a file: say which problem in it, as {problem}:NAME.")
+    from bilevel.problems import catalogue
+
+    known = catalogue()
+    if problem not in known:
+        import difflib
+
+        near = difflib.get_close_matches(problem, known, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"there is no problem {problem!r}. {hint}`bilevel list` shows the names; a problem of your own is"
+            f" my_file.py:NAME."
+        )
+    return _instance(problem, known[problem].build, None, arguments, seed)
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # it may import its neighbours, then and later
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(f"{_where(path, error)}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _where(path: Path, error: Exception) -> str:
+    """`file.py:12`: the last line of the file that the error passed through."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}:{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _member(module: ModuleType, path: str, name: str) -> Any:
+    if not hasattr(module, name):
+        runnable = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, BilevelProblem | Instance)
+            or (inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_"))
+        ]
+        found = f"It has: {', '.join(runnable)}." if runnable else "It defines no problem and no function."
+        raise ValueError(f"{path} has no {name!r}. {found}")
+    return getattr(module, name)
+
+
+def _instance(
+    problem: str, found: Any, module: ModuleType | None, arguments: Mapping[str, str], seed: int | None
+) -> tuple[Instance, bool]:
+    if isinstance(found, Instance | BilevelProblem) or not callable(found):
+        if arguments:
+            raise ValueError(f"{problem} is not a function: it takes no `--set`. Got {', '.join(arguments)}.")
+        return _complete(problem, found, module), False
+    seeded = takes(found, "seed") and seed is not None
+    if seeded and "seed" in arguments:
+        raise ValueError("the seed was given twice: by `--seed` and by `--set seed=...`. Use `--seed`.")
+    bound = bind(problem, found, arguments, {"seed": seed} if seeded else {})
+    try:
+        built = found(**bound)
+    except (ValueError, ImportError):  # its own words are the best ones
+        raise
+    except Exception as error:
+        where = f" ({_where(Path(module.__file__), error)})" if module is not None and module.__file__ else ""
+        raise ValueError(f"building {problem} failed: {type(error).__name__}: {error}{where}") from error
+    return _complete(problem, built, module), seeded
+
+
+def _complete(problem: str, found: Any, module: ModuleType | None) -> Instance:
+    """An instance from whatever PROBLEM led to."""
+    if isinstance(found, Instance):
+        return found
+    if isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], BilevelProblem):
+        return Instance(*found)
+    if not isinstance(found, BilevelProblem):
+        raise TypeError(
+            f"{problem} must be a BilevelProblem, an Instance, or a function that returns (problem, x0, y0) or an"
+            f" Instance. Got {type(found).__name__}."
+        )
+    missing = [name for name in ("x0", "y0") if not hasattr(module, name)]
+    if missing:
+        raise ValueError(
+            f"{problem} is a BilevelProblem without a start: define x0 and y0 next to it (there is no"
+            f" {' and no '.join(missing)}), or name a function that returns (problem, x0, y0) or an Instance."
+        )
+    return Instance(found, getattr(module, "x0"), getattr(module, "y0"))  # noqa: B009  (a module's type has no such names)

@@ -1,0 +1,186 @@
+"""What a run is: from the command line, and from what a resumed run recorded, to the arguments of `minimize`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, final
+
+from bilevel._estimate import AbstractEstimator
+from bilevel._flat import FlatProblem
+from bilevel._instance import Instance
+from bilevel._problem import check_signature
+from bilevel._registry import default_outer, estimators, resolve
+from bilevel._stream import stream
+from bilevel._tree import ravel
+from bilevel.commands.arguments import split, takes
+from bilevel.commands.listing import outer_method
+from bilevel.commands.loading import load
+
+_KNOWN = {"estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
+_FIXED = ("estimator", "outer", "step", "seed")  # what cannot change when a run is resumed
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """The words of `bilevel run`; None where nothing was said."""
+
+    problem: str
+    estimator: str | None = None
+    outer: str | None = None
+    step: float | None = None
+    steps: int | None = None
+    tol: float | None = None
+    seed: int | None = None
+    arguments: tuple[str, ...] = ()
+    out: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    keep_going: bool = False
+    quiet: bool = False
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run that is ready to start.
+
+    Attributes:
+        instance: the problem.
+        options: keyword arguments of `minimize`.
+        settings: what was asked for, as plain data: enough to ask for it again.
+        notes: what a person should know before it starts.
+    """
+
+    instance: Instance
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
+    """What to run.
+
+    Args:
+        request: the command line.
+        recorded: the settings of the run that is resumed, or None.
+
+    Raises:
+        ValueError: if a name is unknown, a value out of range, or a resumed run would become another one.
+        TypeError: if the problem is none.
+        ImportError: if a package is missing.
+    """
+    arguments = split(request.arguments)
+    if recorded is not None:
+        request, arguments = _merge(request, arguments, recorded)
+    instance, seeded = load(request.problem, arguments, request.seed)
+    known = instance.settings
+    unknown = set(known) - _KNOWN
+    if unknown:
+        raise ValueError(
+            f"the settings of {request.problem} have an unknown entry {sorted(unknown)[0]!r}."
+            f" Known: {', '.join(sorted(_KNOWN))}."
+        )
+    estimator = request.estimator if request.estimator is not None else known.get("estimator", "aid-cg")
+    if isinstance(estimator, str) and estimator not in estimators():
+        raise ValueError(
+            f"there is no estimator {estimator!r}. Names: {', '.join(estimators())}."
+        )  # before anything is computed
+    notes = []
+    if request.seed is not None:
+        chosen = _seeded(estimator, instance, request.seed)
+        if chosen is None and not seeded:
+            notes.append(f"--seed has no effect: neither {request.problem} nor the estimator draws random numbers.")
+        estimator = estimator if chosen is None else chosen
+    outer = _outer(request, known)
+    options = {
+        "estimator": estimator,
+        "outer": outer,
+        "max_steps": request.steps if request.steps is not None else known.get("max_steps", 100),
+        "tol": request.tol if request.tol is not None else known.get("tol"),
+        **{name: known[name] for name in ("data", "constraint", "warm_start") if name in known},
+    }
+    settings = {
+        "problem": request.problem,
+        "set": arguments,
+        "seed": request.seed,
+        "estimator": request.estimator if request.estimator is not None else _name(known.get("estimator", "aid-cg")),
+        "outer": request.outer,
+        "step": request.step,
+        "steps": options["max_steps"],
+        "tol": options["tol"],
+        "chosen": {"estimator": estimator if isinstance(estimator, str) else repr(estimator), "outer": repr(outer)},
+    }
+    return Plan(instance, options, settings, notes)
+
+
+def _name(estimator: object) -> str | None:
+    return estimator if isinstance(estimator, str) else None
+
+
+def _merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, Any]) -> tuple[Request, dict[str, str]]:
+    """A resumed run is what it was; only its number of steps and its tolerance may change.
+
+    Raises:
+        ValueError: if the command line says otherwise.
+    """
+    changed = [
+        f"{name} {getattr(request, name)} (it was {recorded.get(name) or 'not given'})"
+        for name in _FIXED
+        if getattr(request, name) is not None and getattr(request, name) != recorded.get(name)
+    ]
+    if PurePath(request.problem).name != PurePath(recorded["problem"]).name:
+        changed.append(f"problem {request.problem} (it was {recorded['problem']})")
+    for name, text in arguments.items():
+        if recorded["set"].get(name) != text:
+            changed.append(f"{name}={text} (it was {recorded['set'].get(name, 'not given')})")
+    if changed:
+        raise ValueError(
+            f"`--resume` continues a run as it was begun; this would change {'; '.join(changed)}. Leave it out, or"
+            f" start another run in another `--out`."
+        )
+    kept: dict[str, Any] = {
+        name: recorded.get(name) for name in (*_FIXED, "steps", "tol") if getattr(request, name) is None
+    }
+    return dataclasses.replace(request, **kept), dict(recorded["set"])
+
+
+def _seeded(estimator: AbstractEstimator | str, instance: Instance, seed: int) -> AbstractEstimator | None:
+    """The estimator with this seed, or None if it takes none."""
+    if isinstance(estimator, str):  # built as `minimize` would
+        x, x_structure = ravel(instance.x0, "x0")
+        y, y_structure = ravel(instance.y0, "y0")
+        batch = stream(instance.settings.get("data"))(0)
+        check_signature(instance.problem, batch)
+        flat = FlatProblem(instance.problem, x_structure, y_structure, batch)
+        estimator = resolve(estimator, flat, x.detach().clone(), y.detach().clone())
+    if not dataclasses.is_dataclass(estimator) or "seed" not in {field.name for field in dataclasses.fields(estimator)}:
+        return None
+    return dataclasses.replace(estimator, seed=seed)
+
+
+def _outer(request: Request, known: Mapping[str, Any]) -> Any:
+    """The outer method: the problem's own unless another is named; its step length belongs to its own method."""
+    own = known.get("outer", "adam")
+    if request.outer is None and not isinstance(own, str):
+        if request.step is None:
+            return own
+        raise ValueError(f"the outer method of {request.problem} is {own!r}: `--step` needs `--outer NAME`.")
+    name = own if request.outer is None else request.outer
+    build = outer_method(name)
+    step = request.step
+    if step is None and isinstance(own, str) and build is outer_method(own):
+        step = known.get("outer_step")
+    if not takes(build, "step"):
+        if request.step is not None:
+            raise ValueError(f"`--outer {name}` chooses its own steps: leave out `--step`.")
+        return build()
+    if step is not None:
+        return build(step=step)
+    default = default_outer()
+    if build is type(default):
+        return default
+    raise ValueError(f"`--outer {name}` needs a step length: add `--step`.")
