@@ -65,7 +65,8 @@ class Setting:
         return (1e4 if self.double else 1e2) * max(ratio, torch.finfo(self.y0.dtype).tiny)
 
 
-def _inner(s: Setting) -> AbstractInnerSolver:
+def default_inner(s: Setting) -> AbstractInnerSolver:
+    """The inner solver behind names whose estimator takes any: accurate L-BFGS."""
     from bilevel.solvers.lbfgs import LBFGS
 
     return LBFGS(tol=s.inner_tol(), max_steps=1000)
@@ -75,7 +76,7 @@ def _aid(linear: Callable[[Setting], AbstractLinearSolver]) -> Callable[[Setting
     def build(s: Setting) -> AbstractEstimator:
         from bilevel.hypergrad.aid import AID
 
-        return AID(inner=_inner(s), linear=linear(s))
+        return AID(inner=default_inner(s), linear=linear(s))
 
     return build
 
@@ -150,13 +151,13 @@ def _esj(s: Setting) -> AbstractEstimator:
 def _penalty(s: Setting) -> AbstractEstimator:
     from bilevel.hypergrad.penalty import Penalty
 
-    return Penalty(_inner(s), weight=s.penalty_weight(), extrapolate=True)
+    return Penalty(default_inner(s), weight=s.penalty_weight(), extrapolate=True)
 
 
 def _finite_difference(s: Setting) -> AbstractEstimator:
     from bilevel.hypergrad.finite_difference import FiniteDifference
 
-    return FiniteDifference(_inner(s))
+    return FiniteDifference(default_inner(s))
 
 
 @final
