@@ -87,7 +87,7 @@ def nestings(draw: st.DrawFn, size: int) -> Callable[[Tensor], Any]:
 
     def cut(vector: Tensor) -> Any:
         leaves = []
-        for low, high, kind in zip(bounds, bounds[1:], kinds, strict=True):
+        for low, high, kind in zip(bounds[:-1], bounds[1:], kinds, strict=True):
             leaf = vector[low:high]
             leaf = leaf.reshape(()) if high - low == 1 and kind == "plain" else leaf
             leaves.append({"a": [leaf.reshape(1, -1)]} if kind == "deep" else leaf.reshape(-1, 1) if kind == "row" else leaf)
