@@ -160,7 +160,7 @@ def ends(status: list[Status | None], value: Tensor, norm: Tensor, idle: Tensor,
 def final_statuses(status: list[Status | None], tol: float) -> tuple[Status, ...]:
     """The statuses at the end: without a tolerance, steps that ran out and the rounding floor are success."""
     if not tol:
-        return tuple(Status.successful if s in (None, Status.stagnated) else s for s in status)  # type: ignore[misc]
+        return tuple(Status.successful if s is None or s is Status.stagnated else s for s in status)
     return tuple(Status.max_steps if s is None else s for s in status)
 
 

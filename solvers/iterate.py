@@ -11,7 +11,6 @@ from torch import Tensor
 from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Solved, Status
-from bilevel._spectrum import largest_eigenvalue
 from bilevel.solvers.armijo import Armijo, descend
 from bilevel.solvers.gradient_descent import GradientDescent
 
@@ -109,8 +108,7 @@ class Iterate(AbstractUnrollable):
     def tuned(self, objective: Objective, y0: Tensor) -> Iterate:
         if not self.optimizer.needs_curvature or self.line_search is not None:
             return self
-        _, _, hessian = objective.hessian(y0)
-        largest = largest_eigenvalue(hessian, y0)
+        largest = objective.largest_curvature(y0)
         # Where g is flat or concave along every direction tried, any step does; 1 is neutral.
         largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if y0.dim() > 1 else largest))

@@ -97,6 +97,7 @@ class LBFGS(AbstractInnerSolver):
         return Solved(y.reshape(y0.shape), statuses, norms, max((row.steps for row in rows), default=0))
 
 
+@final
 class _Row:
     """The numbers of one problem: where it stands, and its line search."""
 
@@ -158,6 +159,7 @@ class _Row:
             self.t = 0.0
 
 
+@final
 class _Memory:
     """The last steps s and changes of gradient w of each row, newest first; a row without some has rho = 0."""
 
@@ -181,8 +183,8 @@ class _Memory:
             self.pairs.append((torch.zeros_like(s), torch.zeros_like(w), torch.zeros_like(sw)))
         shifted = [new, *self.pairs]
         self.pairs = [
-            tuple(_where(good, a, b) for a, b in zip(younger, pair, strict=True))  # type: ignore[misc]
-            for younger, pair in zip(shifted, self.pairs, strict=False)
+            (_where(good, s, older_s), _where(good, w, older_w), _where(good, rho, older_rho))
+            for (s, w, rho), (older_s, older_w, older_rho) in zip(shifted, self.pairs, strict=False)
         ]
 
     def forget(self, which: list[bool]) -> None:

@@ -11,6 +11,7 @@ from bilevel._result import Status
 DECREASE = 1e-4  # phi(t) <= phi(0) + DECREASE t phi'(0)
 CURVATURE = 0.9  # |phi'(t)| <= CURVATURE |phi'(0)|
 _EVALUATIONS = 40
+_EVALUATIONS_IN_NOISE = 10
 _GROWTH = 10.0  # how much longer the next step may be while no upper end is known
 
 Search: TypeAlias = Generator[float, tuple[float, float], Status]
@@ -45,7 +46,7 @@ def strong_wolfe(phi0: float, slope0: float, t: float, noise: float) -> Search:
         line_search_failed: there is no decrease.
     """
     lo, hi = _End(0.0, phi0, slope0), None
-    for _ in range(_EVALUATIONS):
+    for count in range(1, _EVALUATIONS + 1):
         phi, slope = yield t
         end = _End(t, phi, slope)
         finite = math.isfinite(phi) and math.isfinite(slope)
@@ -60,12 +61,14 @@ def strong_wolfe(phi0: float, slope0: float, t: float, noise: float) -> Search:
         if hi is None:
             t = _GROWTH * t
         elif abs(hi.t - lo.t) <= 1e-12 * max(hi.t, lo.t):
-            break
+            break  # a kink, or rounding
+        elif -t * slope0 <= noise and count >= _EVALUATIONS_IN_NOISE:
+            break  # values and slopes are both noise
         else:
             t = _between(lo, hi, noise)
     if hi is None:
         return Status.diverged
-    if lo.t > 0:
+    if lo.phi < phi0:
         yield lo.t
         return Status.successful
     return Status.line_search_failed if math.isfinite(hi.phi) else Status.nonfinite
