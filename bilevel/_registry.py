@@ -12,12 +12,11 @@ from torch import Tensor
 from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
-from bilevel._inner import AbstractInnerSolver
+from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
 from bilevel._objective import inner_objective
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Tally
-from bilevel._spectrum import largest_eigenvalue
 
 
 @final
@@ -42,10 +41,9 @@ class Setting:
         """
         objective = inner_objective(self.problem.with_tally(Tally()), self.x)
         y0 = self.problem.start(self.x, self.y0).detach()
-        _, gradient, hessian = objective.hessian(y0)
-        scale = torch.linalg.vector_norm(gradient, dim=-1)
+        scale = torch.linalg.vector_norm(objective.gradient(y0), dim=-1)
         if bool((y0 != 0).any()):
-            scale = torch.maximum(scale, largest_eigenvalue(hessian, y0).abs() * torch.linalg.vector_norm(y0, dim=-1))
+            scale = scale.maximum(objective.largest_curvature(y0).abs() * torch.linalg.vector_norm(y0, dim=-1))
         relative = 1e-9 if self.double else 1e-4
         return max(relative * float(scale.max()), torch.finfo(self.y0.dtype).tiny)
 
@@ -53,11 +51,8 @@ class Setting:
         """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y."""
         quiet = self.problem.with_tally(Tally())
         y0 = self.problem.start(self.x, self.y0).detach()
-        from bilevel._inner import Objective
-
-        inner = Objective(lambda y: quiet.g(self.x, y)).hessian(y0)[2]
-        outer = Objective(lambda y: quiet.f(self.x, y)).hessian(y0)[2]
-        top_g, top_f = (float(largest_eigenvalue(h, y0).abs().max()) for h in (inner, outer))
+        objectives = (Objective(lambda y: quiet.g(self.x, y)), Objective(lambda y: quiet.f_each(self.x, y)))
+        top_g, top_f = (float(objective.largest_curvature(y0).abs().max()) for objective in objectives)
         ratio = top_f / top_g if top_f > 0 and top_g > 0 else 1.0
         if top_f == 0:  # f is linear in y: the shift of y is |grad f| / (weight mu), compared with |y| or 1
             _, _, fy = outer_gradients(quiet, self.x, y0)
