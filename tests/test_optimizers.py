@@ -15,6 +15,7 @@ from bilevel import BilevelProblem, Box, minimize
 from bilevel._inner import Objective
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import BilevelError, Status
+from bilevel._tree import tree_leaves
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.heavy_ball import HeavyBall
@@ -119,7 +120,7 @@ def test_adam_in_single_precision_is_torch_adam_in_double() -> None:
 
 
 def flat_tensors(state: OptimizerState) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(state)
+    leaves = tree_leaves(state)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
