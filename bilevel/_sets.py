@@ -42,9 +42,10 @@ class Box(AbstractSet):
     upper: float | Tensor | None = None
 
     def __post_init__(self) -> None:
-        both = self.lower is not None and self.upper is not None
-        if both and bool((torch.as_tensor(self.lower) > torch.as_tensor(self.upper)).any()):
-            raise ValueError("`Box(lower, upper)` must have lower <= upper everywhere.")
+        lower = torch.as_tensor(-torch.inf if self.lower is None else self.lower)
+        upper = torch.as_tensor(torch.inf if self.upper is None else self.upper)
+        if not bool((lower <= upper).all()):
+            raise ValueError("`Box(lower, upper)` must have lower <= upper everywhere, and no NaN.")
 
     def project(self, x: Tensor) -> Tensor:
         lower, upper = self.bounds(x)
@@ -93,6 +94,7 @@ class Simplex(AbstractSet):
             raise ValueError(f"`Simplex(total=...)` must be positive. Got {self.total}.")
 
     def project(self, x: Tensor) -> Tensor:
+        x = x - x.max()  # changes nothing, and the total is not lost in the rounding of large entries
         ordered = x.sort(descending=True).values
         excess = ordered.cumsum(0) - self.total
         counts = torch.arange(1, x.numel() + 1, dtype=x.dtype, device=x.device)
@@ -153,6 +155,10 @@ def _parts(constraint: Mapping[str, AbstractSet], x: Structure) -> list[tuple[Te
     places: Tree = x.unravel(torch.arange(x.size, dtype=torch.float64))
     found = []
     for key, part in constraint.items():
+        if not isinstance(part, AbstractSet):
+            raise TypeError(
+                f"`minimize(constraint=...)` must be a set for {key!r}, such as `Box(0, 1)`. Got {type(part).__name__}."
+            )
         if not isinstance(places, Mapping) or key not in places:
             raise ValueError(f"`minimize(constraint=...)` names {key!r}, which x does not have: x is {x.describe()}.")
         found.append((ravel(places[key])[0].long().to(x.device), part))
