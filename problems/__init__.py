@@ -1,0 +1,122 @@
+"""Bilevel problems with everything known about them, and their catalogue by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+from bilevel._instance import Instance
+from bilevel.problems._data import Arrays, Dataset
+from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
+from bilevel.problems.ill_posed import double_well, rank_deficient
+from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, lambert
+from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
+from bilevel.problems.logistic import Logistic, logistic, logistic_breast_cancer, multinomial_digits
+from bilevel.problems.minimax import minimax
+from bilevel.problems.nested import nested
+from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
+from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
+from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
+from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
+
+__all__ = [
+    "Arrays",
+    "Dataset",
+    "Entry",
+    "HyperCleaning",
+    "Instance",
+    "InverseLink",
+    "LogSumExp",
+    "Logistic",
+    "ProximalTasks",
+    "QuadraticFamily",
+    "Ridge",
+    "WeightedLogit",
+    "asinh",
+    "atanh",
+    "cardano",
+    "catalogue",
+    "double_well",
+    "hyper_cleaning",
+    "hyper_cleaning_synthetic",
+    "lambert",
+    "log_sum_exp",
+    "logistic",
+    "logistic_breast_cancer",
+    "minimax",
+    "multinomial_digits",
+    "nested",
+    "proximal_tasks",
+    "quadratic",
+    "random_quadratic",
+    "rank_deficient",
+    "ridge",
+    "ridge_diabetes",
+    "ridge_orthonormal",
+    "ridge_per_feature_diabetes",
+    "weighted_logit",
+]
+
+
+@final
+@dataclass(frozen=True)
+class Entry:
+    """A problem that can be built by name.
+
+    Attributes:
+        name: what the command line calls it.
+        description: one line.
+        build: makes the problem; its keyword arguments are those that `--set` passes.
+    """
+
+    name: str
+    description: str
+    build: Callable[..., Instance]
+
+
+def catalogue() -> dict[str, Entry]:
+    """Every problem by its name.
+
+    Example:
+        >>> catalogue()["quadratic"].build(p=2, q=3).x0.shape
+        torch.Size([2])
+    """
+    entries = (
+        Entry(
+            "hyper-cleaning", "find mislabelled digits by learning a weight for each training sample", hyper_cleaning
+        ),
+        Entry("hyper-cleaning-synthetic", "the same on random data of any size (benchmarks)", hyper_cleaning_synthetic),
+        Entry(
+            "logistic-breast-cancer",
+            "logistic regression with learned penalties, breast cancer data",
+            logistic_breast_cancer,
+        ),
+        Entry(
+            "multinomial-digits", "multinomial logistic regression with learned penalties, digits", multinomial_digits
+        ),
+        Entry("logistic", "logistic regression with learned penalties, random data of any size", logistic),
+        Entry("ridge-diabetes", "ridge regression with one learned penalty, diabetes data", ridge_diabetes),
+        Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),
+        Entry("ridge", "ridge regression with learned penalties, random data", ridge),
+        Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
+        Entry(
+            "proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks
+        ),
+        Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
+        Entry("nested", "quadratic objectives with x and y in nested structures", nested),
+        Entry("minimax", "a saddle point: g = -f, the implicit term vanishes", minimax),
+        Entry("asinh", "inner problem of the form cosh", asinh),
+        Entry("lambert", "inner problem with an exponential, y* by Lambert's W", lambert),
+        Entry("cardano", "quartic inner problem, y* by Cardano's formula", cardano),
+        Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
+        Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
+        Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
+        Entry(
+            "rank-deficient",
+            "singular inner Hessian: the hypergradient does not exist (a failure test)",
+            rank_deficient,
+        ),
+        Entry("double-well", "nonconvex inner problem with two wells (a failure test)", double_well),
+    )
+    return {entry.name: entry for entry in entries}

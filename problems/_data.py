@@ -13,10 +13,11 @@ from torch import Tensor
 Arrays: TypeAlias = str | Path | Mapping[str, Any] | tuple[Any, Any]
 """A path of an .npz file, a mapping with its keys, or a pair (X, y); numpy arrays or tensors.
 
-Keys: `X` and `y`, which are split; or `X_train`, `y_train` with `X_val`, `y_val` and `X_test`, `y_test`, where a
-missing validation or test part is split off the training part.
+Keys: `X` and `y` (or `images` and `labels`), which are split; or `X_train` and `y_train` with `X_val`, `y_val` and
+`X_test`, `y_test`, where a missing validation or test part is split off the training part.
 """
 
+_ALIASES = {"images": "X", "labels": "y"}
 _PARTS = ("train", "val", "test")
 
 
@@ -133,14 +134,14 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
             data = {key: archive[key] for key in archive.files if _is_part(key)}
     if isinstance(data, tuple):
         data = {"X": data[0], "y": data[1]}
-    found = {key: torch.as_tensor(value) for key, value in data.items() if _is_part(key)}
+    found = {_ALIASES.get(key, key): torch.as_tensor(value) for key, value in data.items() if _is_part(key)}
     if not ({"X", "y"} <= set(found) or {"X_train", "y_train"} <= set(found)):
         raise ValueError(f"`data=` needs the keys X and y, or X_train and y_train. Got {sorted(map(str, data))}.")
     return found
 
 
 def _is_part(key: str) -> bool:
-    return key in {"X", "y"} | {f"{side}_{part}" for side in "Xy" for part in _PARTS}
+    return key in _ALIASES or key in {"X", "y"} | {f"{side}_{part}" for side in "Xy" for part in _PARTS}
 
 
 def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> dict[str, tuple[Tensor, Tensor]]:

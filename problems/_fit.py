@@ -18,7 +18,8 @@ def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
     y = y0.detach().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [y],
-        max_iter=2000,
+        max_iter=5000,
+        max_eval=10000,
         tolerance_grad=tol / max(1.0, y.numel() ** 0.5),
         tolerance_change=0.0,
         history_size=30,
@@ -26,25 +27,24 @@ def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
     )
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
         value = loss(y)
         (y.grad,) = torch.autograd.grad(value, y)
         return value.detach()
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    residual = math.inf
-    for _ in range(20):  # the line search stalls where differences of values are rounding
-        value = loss(y)
-        (gradient,) = torch.autograd.grad(value, y, create_graph=True)
-        residual = float(gradient.detach().norm())
+    point, residual, before = y.detach().clone(), math.inf, math.inf
+    for _ in range(20):  # the line search stalls where differences of values are rounding; Newton's method goes on
+        leaf = point.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        before, residual = residual, float(gradient.detach().norm())
         if residual <= tol:
-            return y.detach()
-        step = _conjugate_gradients(gradient, y)
-        with torch.no_grad():
-            y -= step
+            return leaf.detach()
+        if not residual < before:
+            break
+        point = leaf.detach() - _conjugate_gradients(gradient, leaf)
     raise RuntimeError(
-        f"a baseline did not converge: |gradient| is {residual:.3g}, and {tol:.3g} was asked"
-        f" for. Use float64, or a larger regularization."
+        f"a baseline did not converge: |gradient| is {min(before, residual):.3g}, and {tol:.3g} was asked for."
+        f" Use float64, or a larger regularization."
     )
 
 

@@ -192,11 +192,11 @@ class InverseLink:
             mu=mu, L=L, L_fyy=1.0, M_yy=M_yy, C_G=float(torch.linalg.matrix_norm(self.B, 2)), radius=RADIUS
         )
 
-    def instance(self, description: str) -> Instance:
-        """The problem with everything known about it; it starts at x = 0."""
+    def instance(self, description: str, x0: Tensor | None = None) -> Instance:
+        """The problem with everything known about it; it starts at x = 0 unless told otherwise."""
         return Instance(
             problem=BilevelProblem(self.f, self.g),
-            x0=torch.zeros_like(self.c),
+            x0=torch.zeros_like(self.c) if x0 is None else x0,
             y0=torch.zeros_like(self.c),
             description=description,
             solution=self.solution,
@@ -270,4 +270,4 @@ def atanh(*, target: float = 0.8) -> Instance:
     """
     one = torch.ones((1, 1), dtype=torch.float64)
     family = InverseLink(LogCosh(), one, torch.zeros(1, dtype=torch.float64), one[0] * target)
-    return family.instance("inner curvature 1 - x^2, y* = atanh x")
+    return family.instance("inner curvature 1 - x^2, y* = atanh x", x0=torch.full_like(family.c, -0.3))

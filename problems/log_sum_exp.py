@@ -91,7 +91,7 @@ def log_sum_exp(*, q: int = 5, seed: int = 0) -> Instance:
     family = LogSumExp(t)
     return Instance(
         problem=BilevelProblem(family.f, family.g),
-        x0=torch.full((q,), 1 / q, dtype=torch.float64),
+        x0=torch.softmax(torch.linspace(-0.5, 0.5, q, dtype=torch.float64), 0),
         y0=torch.zeros_like(t),
         description="log-sum-exp inner problem: coupled, not quadratic",
         solution=family.solution,

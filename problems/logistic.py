@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
 
@@ -240,5 +239,5 @@ def _baselines(family: Logistic, parts: Dataset) -> dict[str, float]:
         x = torch.tensor(float(exponent), dtype=family.X.dtype)
         y = fit(functools.partial(plain.g, x), y, tol=1e-6)
         path.append(y)
-    best = min(path, key=lambda y: float(plain.f(x, y)))
+    best = min(path, key=lambda y: float(plain.f(plain.start(False), y)))
     return _scores(parts, path[-1], "_almost_unregularized") | _scores(parts, best, "_grid_search")

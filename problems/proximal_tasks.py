@@ -128,5 +128,5 @@ def proximal_tasks(
         solution=family.solution,
         gradient=family.gradient,
         constants=family.constants,
-        settings={"estimator": "aid-cg", "outer_step": 0.05, "max_steps": 300},
+        settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 300},
     )

@@ -103,7 +103,7 @@ def weighted_logit(*, n: int = 8, share: float = 0.7, seed: int = 0) -> Instance
     if n < 2 or not 0 < share < 1:
         raise ValueError(f"`weighted_logit(n=..., share=...)` needs n >= 2 and 0 < share < 1. Got {n} and {share}.")
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.where(torch.randperm(n, generator=generator) < n // 2, 1.0, -1.0).double()
+    labels = torch.where(torch.randperm(n, generator=generator) < (n + 2) // 3, 1.0, -1.0).double()
     family = WeightedLogit(labels, share)
     return Instance(
         problem=BilevelProblem(family.f, family.g),

@@ -1,0 +1,259 @@
+"""Data hyper-cleaning: find mislabelled training samples by learning a weight for each of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bilevel._certificate import Constants
+from bilevel._instance import Instance
+from bilevel._problem import BilevelProblem
+from bilevel._tree import Tree, ravel, tree_leaves
+from bilevel.problems._constants import structural
+from bilevel.problems._data import Arrays, Dataset, load
+from bilevel.problems._fit import fit
+from bilevel.problems._losses import accuracy, largest_moment, logit_bounds, outputs, sample_losses
+from bilevel.problems._plots import draw_cleaning
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HyperCleaning:
+    """g = mean_i sigmoid(x_i) CE(y; z_i, b_i) + c |y|^2,  f = mean CE on validation data with clean labels.
+
+    y is a matrix `(C, d)` of a linear softmax model, or a dict of the weights of a network with one hidden layer
+    of tanh units (`hidden` `(h, d)`, `weight` `(C, h)`, `bias` `(C,)`).
+
+    For the linear model mu = 2c, and all constants hold for every y; for a network g is not convex.
+
+    Args:
+        X: training inputs `(n, d)`.
+        labels: training labels `(n,)`, some of them wrong.
+        X_val: validation inputs.
+        labels_val: validation labels.
+        outputs: C.
+        c: the weight of |y|^2.
+    """
+
+    X: Tensor
+    labels: Tensor
+    X_val: Tensor
+    labels_val: Tensor
+    outputs: int
+    c: float
+
+    def f(self, _: Tensor, y: Tree) -> Tensor:
+        """The outer objective."""
+        return sample_losses(logits(y, self.X_val), self.labels_val).mean()
+
+    def g(self, x: Tensor, y: Tree) -> Tensor:
+        """The inner objective."""
+        return self.weighted(torch.sigmoid(x), y)
+
+    def weighted(self, weights: Tensor, y: Tree) -> Tensor:
+        """The inner objective with sample weights w_i in the place of sigmoid(x_i)."""
+        loss = (weights * sample_losses(logits(y, self.X), self.labels)).mean()
+        for leaf in tree_leaves(y):
+            loss = loss + self.c * leaf.square().sum()
+        return loss
+
+    def constants(self, x: Tensor) -> Constants:
+        """The constants at x, of the linear model."""
+        first, second, third = logit_bounds(self.outputs)
+        w, norms = torch.sigmoid(x.double()), self.X.double().norm(dim=1)
+        slopes = w * (1 - w) / x.numel()
+        return structural(
+            mu=2 * self.c,
+            L=second * largest_moment(self.X, w) + 2 * self.c,
+            L_fyy=second * largest_moment(self.X_val),
+            M_yy=third * float((w * norms.pow(3)).mean()),
+            M_xy=second * float((slopes * norms.square()).norm()),
+            C_G=first * float((slopes * norms).norm()),
+        )
+
+
+def logits(y: Tree, X: Tensor) -> Tensor:
+    """The model's outputs `(n, C)`."""
+    if isinstance(y, Tensor):
+        return linear(X, y)
+    weight: Tensor = y["weight"]
+    return linear(torch.tanh(linear(X, y["hidden"])), weight, y["bias"])
+
+
+def hyper_cleaning(
+    *,
+    corrupted: float = 0.4,
+    n_train: int = 900,
+    n_val: int = 400,
+    hidden: int = 0,
+    regularization: float = 5e-3,
+    max_steps: int = 100,
+    data: Arrays | None = None,
+    seed: int = 0,
+    double: bool = True,
+) -> Instance:
+    """Data hyper-cleaning on scikit-learn's digits (1797 x 64), or on `data`; see :class:`HyperCleaning`.
+
+    A share of the training labels is replaced by another class, drawn uniformly. The samples that are neither in
+    the training nor in the validation part are for testing; nothing is chosen by them.
+
+    Args:
+        corrupted: the share of training labels that are replaced.
+        n_train: training samples, each with a weight.
+        n_val: validation samples.
+        hidden: number of hidden units; 0 for a linear model.
+        regularization: c.
+        max_steps: outer steps of a run.
+        data: the user's own data, with clean labels; see `bilevel.problems.Arrays`.
+        seed: of the split, of the corruption and of the network's initial weights.
+        double: float64, else float32.
+
+    Raises:
+        ImportError: if scikit-learn is needed and missing.
+        ValueError: if an argument is out of its range.
+    """
+    if not 0 < corrupted < 1 or hidden < 0 or not regularization > 0 or min(n_train, n_val) < 1:
+        raise ValueError(
+            "`hyper_cleaning` needs 0 < corrupted < 1, n_train and n_val >= 1, hidden >= 0 and regularization > 0. Got"
+            f" {corrupted}, {n_train}, {n_val}, {hidden} and {regularization}."
+        )
+    parts = load(data, "digits", sizes=(n_train, n_val), seed=seed, per_feature=False, double=double)
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels, wrong = corrupt(parts.y_train, corrupted, parts.classes, generator)
+    family = HyperCleaning(parts.X_train, labels, parts.X_val, parts.y_val, outputs(parts.classes), regularization)
+    model = f"{hidden} hidden units" if hidden else "a linear model"
+    baselines = functools.cache(lambda: _baselines(family, parts, wrong, y0))
+    y0 = _initial(family, hidden, generator)
+
+    def metrics(x: Tensor, y: Tree) -> dict[str, float]:
+        return _found(x, wrong) | {"test_accuracy_learned": _test(parts, y)} | baselines()
+
+    def plot(figure: Any, x: Tensor, y: Tree) -> None:
+        draw_cleaning(figure, torch.sigmoid(x.detach()), wrong, metrics(x, y), parts.raw_train, labels, parts.y_train)
+
+    return Instance(
+        problem=BilevelProblem(family.f, family.g),
+        x0=torch.zeros(len(labels), dtype=parts.X_train.dtype),
+        y0=y0,
+        description=f"{'digits' if data is None else 'your data'} with {corrupted:.0%} wrong labels, {model}",
+        constants=None if hidden else family.constants,
+        metrics=metrics,
+        plot=plot,
+        settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": max_steps},
+    )
+
+
+def hyper_cleaning_synthetic(
+    *,
+    n_train: int = 5000,
+    n_val: int = 1000,
+    d: int = 784,
+    classes: int = 10,
+    hidden: int = 0,
+    corrupted: float = 0.4,
+    regularization: float = 5e-3,
+    seed: int = 0,
+    double: bool = False,
+) -> Instance:
+    """Data hyper-cleaning on Gaussian classes of any size: a benchmark; see :class:`HyperCleaning`.
+
+    Args:
+        n_train: training samples.
+        n_val: validation samples, and as many for testing.
+        d: number of features.
+        classes: number of classes.
+        hidden: number of hidden units; 0 for a linear model.
+        corrupted: the share of training labels that are replaced.
+        regularization: c.
+        seed: of the draw.
+        double: float64, else float32.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> hyper_cleaning_synthetic(n_train=20, n_val=10, d=5, classes=3).y0.shape
+        torch.Size([3, 6])
+    """
+    if min(n_train, n_val, d) < 1 or classes < 2:
+        raise ValueError(
+            "`hyper_cleaning_synthetic` needs n_train, n_val and d of at least 1, and at least 2 classes."
+            f" Got {n_train}, {n_val}, {d} and {classes}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    n = n_train + 2 * n_val
+    y = torch.arange(n) % classes
+    centers = 3 / d**0.5 * torch.randn(classes, d, generator=generator)
+    X = centers[y] + torch.randn(n, d, generator=generator)
+    return hyper_cleaning(
+        corrupted=corrupted,
+        n_train=n_train,
+        n_val=n_val,
+        hidden=hidden,
+        regularization=regularization,
+        data=(X, y),
+        seed=seed,
+        double=double,
+    )
+
+
+def corrupt(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Replace a share of the labels by another class, drawn uniformly; the new labels, and which are wrong."""
+    n = len(labels)
+    wrong = torch.zeros(n, dtype=torch.bool)
+    wrong[torch.randperm(n, generator=generator)[: round(share * n)]] = True
+    shift = torch.randint(1, classes, (n,), generator=generator)
+    return torch.where(wrong, (labels + shift) % classes, labels), wrong
+
+
+def auc(score: Tensor, positive: Tensor) -> float:
+    """The probability that a positive sample scores above a negative one, ties counted half."""
+    order, counts = torch.unique(score, return_inverse=True, return_counts=True)[1:]
+    ends = counts.cumsum(0).double()
+    rank = (ends - (counts.double() - 1) / 2)[order]
+    n = int(positive.sum())
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+
+def _initial(family: HyperCleaning, hidden: int, generator: torch.Generator) -> Tree:
+    d, C = family.X.shape[1], family.outputs
+    if not hidden:
+        return family.X.new_zeros((C, d))
+
+    def normal(rows: int, columns: int) -> Tensor:
+        weights = torch.randn(rows, columns, generator=generator, dtype=torch.float64) / math.sqrt(columns)
+        return weights.to(family.X)
+
+    return {"hidden": normal(hidden, d), "weight": normal(C, hidden), "bias": family.X.new_zeros(C)}
+
+
+def _test(parts: Dataset, y: Tree) -> float:
+    return accuracy(logits(y, parts.X_test), parts.y_test)
+
+
+def _found(x: Tensor, wrong: Tensor) -> dict[str, float]:
+    """How well 1 - sigmoid(x) ranks the corrupted samples."""
+    suspicion = -x.detach()
+    worst = suspicion.argsort(descending=True, stable=True)[: int(wrong.sum())]
+    return {"auc": auc(suspicion, wrong), "precision_at_true_count": float(wrong[worst].double().mean())}
+
+
+def _baselines(family: HyperCleaning, parts: Dataset, wrong: Tensor, y0: Tree) -> dict[str, float]:
+    """The same model and regularization, trained on everything, and on the clean samples alone (an oracle)."""
+    vector, structure = ravel(y0)
+    tol = 1e-8 if vector.dtype == torch.float64 else 1e-3
+    everything = torch.ones_like(family.X[:, 0])
+    found = {}
+    for name, weights in (("everything", everything), ("oracle", everything * ~wrong)):
+
+        def loss(v: Tensor, weights: Tensor = weights) -> Tensor:
+            return family.weighted(weights, structure.unravel(v))
+
+        found[f"test_accuracy_{name}"] = _test(parts, structure.unravel(fit(loss, vector, tol=tol)))
+    return found
