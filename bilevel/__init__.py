@@ -4,6 +4,7 @@ from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDiffere
 from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
 from bilevel._certify import certify as certify
 from bilevel._check import Check as Check, Outcome as Outcome, Verdict as Verdict, check as check
+from bilevel._compare import Comparison as Comparison, Row as Row, compare as compare
 from bilevel._constants import estimate_constants as estimate_constants
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
 from bilevel._functional import Functional as Functional, functional as functional

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
-from bilevel._estimate import AbstractEstimator
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
@@ -229,3 +229,91 @@ def default_linear(like: Tensor) -> AbstractLinearSolver:
     from bilevel.solvers.cg import CG
 
     return CG(rtol=1e-10 if like.dtype == torch.float64 else 1e-5, max_steps=10 * like.shape[-1])
+
+
+def reference(s: Setting) -> tuple[FlatEstimate, str]:
+    """The implicit gradient as accurately as the dtype allows, and how it was computed.
+
+    Raises:
+        ValueError: if implicit differentiation does not apply; the reference is then a central difference of Phi.
+    """
+    from bilevel.hypergrad.aid import AID
+    from bilevel.hypergrad.finite_difference import FiniteDifference
+    from bilevel.solvers.cg import CG
+    from bilevel.solvers.dense import Dense
+    from bilevel.solvers.newton import Newton
+
+    tol = s.inner_tol() * 1e-2
+    dense = s.y0.shape[-1] <= 200
+    linear: AbstractLinearSolver = Dense() if dense else CG(rtol=1e-13 if s.double else 1e-6)
+    start = FlatStart(s.y0)
+    try:
+        near = AID(default_inner(s), linear).estimate(s.problem, s.x, start)
+        found = AID(Newton(tol=tol, max_steps=50), linear).estimate(s.problem, s.x, FlatStart(near.y, near.v))
+        return found, f"the implicit gradient ({'dense' if dense else 'conjugate gradients'})"
+    except (ValueError, NotImplementedError):
+        found = FiniteDifference(_unrolled(s)).estimate(s.problem, s.x, start)
+        return found, "central differences of Phi"
+
+
+def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
+    """The named estimator made to spend about `budget` gradients and products of g: half inner, half linear.
+
+    Raises:
+        ValueError: if there is no estimator of that name, or the budget is too small for it.
+    """
+    from bilevel.hypergrad.aid import AID
+    from bilevel.hypergrad.esj import ESJ
+    from bilevel.hypergrad.finite_difference import FiniteDifference
+    from bilevel.hypergrad.itd import ITD
+    from bilevel.hypergrad.penalty import Penalty
+    from bilevel.solvers.gradient_descent import GradientDescent
+    from bilevel.solvers.iterate import Iterate
+
+    p, q = s.x.shape[-1], s.y0.shape[-1]
+    directions = min(p, 20)
+    spent_on = {  # how many gradients or products one inner step takes
+        "itd": 2,
+        "itd-truncated": 1,
+        "itd-checkpointed": 3,
+        "itd-forward": 1 + p,
+        "one-step": 1,
+        "esj": directions + 1,
+        "penalty": 3,
+        "finite-difference": 2 * p + 1,
+    }
+    if name not in _NAMED:
+        raise ValueError(f"there is no estimator {name!r}. Names: {', '.join(_NAMED)}.")
+    steps = budget // (2 if name.startswith("aid") else spent_on[name])
+    if steps < 1 or (name in ("aid-dense", "aid-nystrom") and budget <= 1):
+        raise ValueError(f"a budget of {budget} oracle calls is too small for {name!r}.")
+    inner = Iterate(GradientDescent(), max_steps=steps)
+    if name.startswith("aid"):
+        return AID(inner, _budgeted_linear(name, min(steps, q) if name in ("aid-dense", "aid-nystrom") else steps))
+    if name == "esj":
+        return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
+    if name == "penalty":
+        return Penalty(inner, weight=s.penalty_weight(), extrapolate=True)
+    if name == "finite-difference":
+        return FiniteDifference(inner)
+    truncate = {"itd-truncated": min(20, steps), "one-step": 1}.get(name)
+    return ITD(inner, truncate=truncate, forward=name == "itd-forward", checkpoint=name == "itd-checkpointed")
+
+
+def _budgeted_linear(name: str, steps: int) -> AbstractLinearSolver:
+    from bilevel.solvers.cg import CG
+    from bilevel.solvers.dense import Dense
+    from bilevel.solvers.gmres import GMRES
+    from bilevel.solvers.minres import MINRES
+    from bilevel.solvers.neumann import Neumann
+    from bilevel.solvers.nystrom import Nystrom
+
+    solvers: dict[str, AbstractLinearSolver] = {
+        "aid-cg": CG(rtol=0.0, max_steps=steps),
+        "aid-neumann": Neumann(step=None, terms=steps),
+        "aid-dense": Dense(),
+        "aid-minres": MINRES(rtol=0.0, max_steps=steps),
+        "aid-gmres": GMRES(rtol=0.0, max_steps=steps),
+        "aid-nystrom": Nystrom(rank=steps, damping=None),
+    }
+    return solvers[name]

@@ -1,0 +1,292 @@
+"""Every estimator that applies, side by side, against a certified reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._certificate import Constants
+from bilevel._certify import certify_flat
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._memory import peak_memory
+from bilevel._problem import BilevelProblem, check_signature
+from bilevel._registry import Setting, budgeted, default_linear, estimators as named_estimators, reference, resolve
+from bilevel._result import Stats, Status, Tally
+from bilevel._tree import Tree, ravel
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One estimator at one budget.
+
+    Attributes:
+        name: which.
+        budget: how many oracle calls it was given; None: its own tolerances.
+        error: |h_estimated - h_reference|.
+        relative: the same over |h_reference|.
+        cosine: of the angle between the two.
+        certificate: the bound on the error; None without constants.
+        standard_error: for estimators that sample.
+        stats: oracle calls.
+        seconds: wall-clock time, of the faster of two calls.
+        memory: the most bytes of tensors held at once.
+        status: the name of the estimate's status.
+        reason: why it does not apply, or what did not succeed; empty otherwise.
+    """
+
+    name: str
+    budget: int | None
+    error: float | None = None
+    relative: float | None = None
+    cosine: float | None = None
+    certificate: float | None = None
+    standard_error: float | None = None
+    stats: Stats | None = None
+    seconds: float | None = None
+    memory: int | None = None
+    status: str = ""
+    reason: str = ""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the estimator gave a number."""
+        return self.error is not None
+
+    @property
+    def cost(self) -> int | None:
+        """Oracle calls with derivatives of g: gradients, Hessian products and cross products."""
+        s = self.stats
+        return None if s is None else s.gradients + s.hvps + s.cross_products
+
+
+@final
+@dataclass(frozen=True)
+class Comparison:
+    """The estimators on one problem; print it, or plot it.
+
+    Attributes:
+        rows: one for each estimator and budget.
+        norm: |h| of the reference.
+        reference: how the reference was computed.
+        reference_error: its own certified error where constants are known, else its two-level estimate.
+    """
+
+    rows: tuple[Row, ...]
+    norm: float
+    reference: str
+    reference_error: float = field(default=float("nan"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as plain data."""
+        return {
+            "norm": self.norm,
+            "reference": self.reference,
+            "reference_error": self.reference_error,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        head = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
+        table = [head]
+        for row in self.rows:
+            if row.applies:
+                table.append(self._cells(row))
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in table
+        ]
+        lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, known to within {self.reference_error:.2g}")
+        for row in self.rows:
+            if not row.applies:
+                lines.append(f"not {row.name}: {row.reason}")
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        def number(value: float | None, form: str = ".1e") -> str:
+            return "" if value is None else f"{value:{form}}"
+
+        scale = self.norm or 1.0
+        return (
+            row.name,
+            "" if row.budget is None else str(row.budget),
+            number(row.relative),
+            number(None if row.certificate is None else row.certificate / scale),
+            number(None if row.standard_error is None else row.standard_error / scale),
+            number(None if row.cosine is None else 1 - row.cosine),
+            str(row.cost),
+            number(None if row.seconds is None else 1e3 * row.seconds, ".3g"),
+            number(None if row.memory is None else row.memory / 1e6, ".3g"),
+            row.status,
+        )
+
+    def plot(self, figure: Any) -> None:
+        """Error against oracle calls, one line an estimator, its certificate dashed, on a matplotlib figure."""
+        axes = figure.subplots()
+        names = list(dict.fromkeys(row.name for row in self.rows if row.applies))
+        scale = self.norm or 1.0
+        for index, name in enumerate(names):
+            rows = sorted((r for r in self.rows if r.name == name and r.applies), key=lambda r: r.cost or 0)
+            color = f"C{index % 10}"
+            axes.plot(
+                [r.cost for r in rows], [max(r.relative or 0.0, 1e-17) for r in rows], "o-", color=color, label=name
+            )
+            if all(r.certificate is not None for r in rows):
+                axes.plot(
+                    [r.cost for r in rows], [(r.certificate or 0.0) / scale for r in rows], ".--", color=color, lw=0.8
+                )
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="gradients + Hessian products + cross products",
+            ylabel="relative error (dashed: certificate)",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", ncols=2)
+
+
+def compare(
+    problem: BilevelProblem,
+    x: Tree,
+    y0: Tree,
+    *,
+    estimators: Sequence[str] | Mapping[str, AbstractEstimator] | None = None,
+    budgets: Sequence[int] | None = None,
+    data: Any = None,
+    constants: Constants | Callable[[Tree], Constants] | None = None,
+    memory: bool = True,
+) -> Comparison:
+    """Every estimator that applies at (x, y0): its error against a reference, its certificate, its cost.
+
+    The reference is the implicit gradient at an inner solution as accurate as the dtype allows, by a dense
+    factorization for q <= 200 and tight conjugate gradients above, itself certified where constants are given.
+
+    Cost: each estimator three times (twice to time it, once to measure its memory), and one linear solve more for its
+    certificate where it has none of its own.
+
+    Args:
+        problem: f and g.
+        x: where.
+        y0: where the inner solvers start.
+        estimators: names, or a dict of estimators under labels of yours; by default every name.
+        budgets: for names: oracle calls to spend, one row each, instead of the names' own tolerances.
+        data: the third argument of f and g, if they take one.
+        constants: what is known of f and g, or a function of x that tells; for certificates.
+        memory: whether to measure peak memory, which takes a further, slow, call.
+
+    Returns:
+        The comparison; print it. Estimators that do not apply are listed with the reason.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if structures do not match, or a name is unknown.
+        BilevelError: if not even the reference could be computed.
+
+    Example:
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
+        >>> x = torch.ones(2, dtype=torch.float64)
+        >>> found = compare(problem, x, torch.zeros_like(x), estimators=["aid-cg", "one-step"])
+        >>> [row.name for row in found.rows if row.relative < 1e-6]
+        ['aid-cg']
+    """
+    check_signature(problem, data)
+    x_vector, x_structure = ravel(x, "x")
+    y_vector, y_structure = ravel(y0, "y0")
+    flat = FlatProblem(problem, x_structure, y_structure, data)
+    comparer = _Comparer(flat, x_vector.detach().clone(), y_vector.detach().clone(), memory)
+    if callable(constants):
+        constants = constants(x)
+    comparer.constants = constants
+    comparer.make_reference()
+    rows = []
+    if isinstance(estimators, Mapping):
+        for label, estimator in estimators.items():
+            rows.append(comparer.row(label, None, lambda e=estimator: e))  # type: ignore[misc]
+        return comparer.comparison(rows)
+    names = list(named_estimators()) if estimators is None else list(estimators)
+    for name in names:
+        if budgets is None:
+            rows.append(comparer.row(name, None, lambda n=name: resolve(n, flat, comparer.x, comparer.y0)))  # type: ignore[misc]
+        for budget in budgets or ():
+            setting = Setting(flat, comparer.x, comparer.y0)
+            rows.append(comparer.row(name, budget, lambda n=name, s=setting, b=budget: budgeted(n, s, b)))  # type: ignore[misc]
+    return comparer.comparison(rows)
+
+
+@final
+class _Comparer:
+    """One point of one problem, its reference and the rows measured against it."""
+
+    def __init__(self, problem: FlatProblem, x: Tensor, y0: Tensor, memory: bool) -> None:
+        self.problem, self.x, self.y0, self.memory = problem, x, y0, memory
+        self.constants: Constants | None = None
+        self.h = x
+        self.how, self.error = "", float("nan")
+
+    def make_reference(self) -> None:
+        """The hypergradient that the others are measured against, and how well it is known."""
+        found, self.how = reference(Setting(self.problem.with_tally(Tally()), self.x, self.y0))
+        self.h = found.grad
+        if self.constants is not None and found.v is not None:
+            self.error = self._certificate(found)
+        elif found.v is not None:
+            from bilevel._second_level import second_level
+
+            quiet = self.problem.with_tally(Tally())
+            self.error = second_level(quiet, self.x, found.y, found.v, found.grad)
+
+    def row(self, name: str, budget: int | None, build: Callable[[], AbstractEstimator]) -> Row:
+        try:
+            estimator = build()
+            found, stats, seconds = self._timed(estimator)
+        except (ValueError, NotImplementedError) as error:
+            return Row(name, budget, reason=str(error))
+        held = None
+        if self.memory:
+            run = self._run(estimator)
+            held = peak_memory(lambda: run(self.problem.with_tally(Tally())), self.x.device)[1]
+        off = float(torch.linalg.vector_norm(found.grad - self.h))
+        norm, size = float(torch.linalg.vector_norm(self.h)), float(torch.linalg.vector_norm(found.grad))
+        status = Status.worst(report.status for report in found.reports)
+        return Row(
+            name=name,
+            budget=budget,
+            error=off,
+            relative=off / norm if norm > 0 else off,
+            cosine=float(found.grad @ self.h) / (norm * size) if norm > 0 and size > 0 else None,
+            certificate=None if self.constants is None else self._certificate(found),
+            standard_error=found.standard_error,
+            stats=stats,
+            seconds=seconds,
+            memory=held,
+            status=status.name,
+            reason=" ".join(str(report) for report in found.reports if not report.status.ok),
+        )
+
+    def comparison(self, rows: list[Row]) -> Comparison:
+        return Comparison(tuple(rows), float(torch.linalg.vector_norm(self.h)), self.how, self.error)
+
+    def _run(self, estimator: AbstractEstimator) -> Callable[[FlatProblem], FlatEstimate]:
+        return lambda problem: estimator.estimate(problem, self.x, FlatStart(self.y0))
+
+    def _timed(self, estimator: AbstractEstimator) -> tuple[FlatEstimate, Stats, float]:
+        best, run = float("inf"), self._run(estimator)
+        for _ in range(2):
+            problem = self.problem.with_tally(Tally())
+            before = time.perf_counter()
+            found = run(problem)
+            best = min(best, time.perf_counter() - before)
+        return found, problem.tally.stats(), best
+
+    def _certificate(self, found: FlatEstimate) -> float:
+        assert self.constants is not None
+        quiet = self.problem.with_tally(Tally())
+        linear = default_linear(found.y)
+        return certify_flat(quiet, self.x, found.grad, found.y, found.v, self.constants, linear).bound
