@@ -62,11 +62,7 @@ def hypergradient(
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y0, "y0")
-    if x_structure.dtype != y_structure.dtype or x_structure.device != y_structure.device:
-        raise ValueError(
-            f"`hypergradient(x, y0)` need one dtype and device. Got {x_structure.dtype} on {x_structure.device} and"
-            f" {y_structure.dtype} on {y_structure.device}. Convert one of them with `.to(...)`."
-        )
+    demand_alike("hypergradient(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data)
     x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
     chosen = resolve(estimator, flat, x_vector, y_vector)
@@ -77,6 +73,19 @@ def hypergradient(
             f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found
         )
     return found
+
+
+def demand_alike(call: str, x: Structure, y: Structure) -> None:
+    """Refuse x and y that cannot meet in one computation.
+
+    Raises:
+        ValueError: if their dtypes or devices differ.
+    """
+    if x.dtype != y.dtype or x.device != y.device:
+        raise ValueError(
+            f"`{call}` need one dtype and device. Got {x.dtype} on {x.device} and {y.dtype} on {y.device}."
+            f" Convert one of them with `.to(...)`."
+        )
 
 
 def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatStart:

@@ -6,11 +6,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._hypergradient import structured
+from bilevel._hypergradient import demand_alike, structured
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import resolve
 from bilevel._result import BilevelError
@@ -44,6 +43,7 @@ class HyperObjective:
         check_signature(self._problem, data)
         x_vector, x_structure = ravel(x, "x")
         y_vector, y_structure = ravel(self._y0, "y0")
+        demand_alike("hyperobjective(x, y0)", x_structure, y_structure)
         flat = FlatProblem(self._problem, x_structure, y_structure, data)
         at, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
         if self._chosen is None:
@@ -85,6 +85,7 @@ def hyperobjective(
 
     Raises:
         BilevelError: from a call, if `throw` and the estimate did not succeed.
+        NotImplementedError: where a second derivative is asked for.
 
     Example:
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
@@ -101,12 +102,26 @@ class _Phi(torch.autograd.Function):
     """x, Phi(x), h -> Phi(x), with derivative h in x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.save_for_backward(grad)
+    def forward(ctx: Any, x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(x, grad)
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return weight * grad, None, None
+        x, grad = ctx.saved_tensors
+        return _Once.apply(weight * grad, x), None, None
+
+
+class _Once(torch.autograd.Function):
+    """h(x) -> h(x), with a derivative that is refused: without this, autograd would take h for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor) -> Tensor:  # noqa: ARG004
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> Any:  # noqa: ARG004
+        raise NotImplementedError(
+            "`hyperobjective` has a first derivative only, and a second one was asked for. Take differences of"
+            " hypergradients, or drop `create_graph=True`."
+        )

@@ -17,7 +17,7 @@ from bilevel._certificate import Constants
 from bilevel._checkpoint import load_checkpoint, save_checkpoint
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._hypergradient import structured
+from bilevel._hypergradient import demand_alike, structured
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import default_outer, resolve
@@ -160,11 +160,7 @@ def minimize(
         raise ValueError("`minimize(resume=True)` needs `checkpoint=` to say from which file.")
     x, x_structure = ravel(x0, "x0")
     y, y_structure = ravel(y0, "y0")
-    if x_structure.dtype != y_structure.dtype or x_structure.device != y_structure.device:
-        raise ValueError(
-            f"`minimize(x0, y0)` need one dtype and device. Got {x_structure.dtype} on {x_structure.device} and"
-            f" {y_structure.dtype} on {y_structure.device}. Convert one of them with `.to(...)`."
-        )
+    demand_alike("minimize(x0, y0)", x_structure, y_structure)
     x, y = x.detach().clone(), y.detach().clone()
     batches = stream(data)
     first = batches(0)
