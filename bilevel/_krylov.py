@@ -24,8 +24,9 @@ _STATUS = (
     Status.max_steps,
 )
 
-# (operator, right-hand side, residual norm to stop at, most steps) -> (solution, how it ended, steps taken)
-Run: TypeAlias = Callable[[LinearOperator, Tensor, Tensor, int], tuple[Tensor, Tensor, int]]
+# (operator, right-hand side, residual norm to stop at, most steps, size of A as far as known, zero at first)
+# -> (solution, how it ended, steps taken, size of A)
+Run: TypeAlias = Callable[[LinearOperator, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, int, Tensor]]
 
 
 def row_norms(v: Tensor) -> Tensor:
@@ -37,12 +38,12 @@ def row_norms(v: Tensor) -> Tensor:
     """
     norms: Tensor = torch.linalg.vector_norm(v, dim=-1)
     info = torch.finfo(v.dtype)
-    if bool(((norms > math.sqrt(info.tiny) / info.eps) & (norms < math.sqrt(info.max))).all()):
+    if v.shape[-1] == 0 or bool(((norms > math.sqrt(info.tiny) / info.eps) & (norms < math.sqrt(info.max))).all()):
         return norms
     largest = v.abs().amax(-1, keepdim=True)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
-    norms = torch.linalg.vector_norm(v / scale, dim=-1) * scale.squeeze(-1)
-    return norms
+    scaled: Tensor = torch.linalg.vector_norm(v / scale, dim=-1)
+    return scaled * scale.squeeze(-1)
 
 
 def over(v: Tensor, norm: Tensor, active: Tensor) -> Tensor:
@@ -105,9 +106,9 @@ def solve_by_runs(
     column = scale.unsqueeze(-1)
 
     codes, steps, fresh = torch.full_like(norm_b, CONVERGED, dtype=torch.int64), 0, guess is None
-    running, before = ~zero, torch.full_like(norm_b, math.inf)
+    running, before, norm_A = ~zero, torch.full_like(norm_b, math.inf), torch.zeros_like(norm_b)
     while True:
-        correction, new, used = run(operator, r / column, stop, max_steps - steps)
+        correction, new, used, norm_A = run(operator, r / column, stop, max_steps - steps, norm_A)
         v = correction.mul_(column) if fresh else torch.addcmul(v, column, correction)
         steps, fresh = steps + used, False
         codes = torch.where(running, new, codes)
@@ -129,6 +130,11 @@ def solve_by_runs(
         r = operator.residual(b, v)
         residual = row_norms(r)
     codes = torch.where(running, OUT_OF_STEPS, codes)
+    unmet = (codes != CONVERGED) & ~((target > 0) & (residual <= target))
+    if bool(unmet.any()):
+        # A solution so large that rounding errors of A v are of the size of b: A is singular to this precision.
+        unmet = unmet & ((codes == OUT_OF_STEPS) | (codes == STALLED))
+        codes = torch.where(unmet & (eps * norm_A * row_norms(v) > 0.1 * norm_b), BREAKDOWN, codes)
     # Steps that run out or no longer help are a failure only for those who gave a tolerance, and did not meet it.
     idle = (codes == OUT_OF_STEPS) | (codes == STALLED)
     codes = torch.where(idle & ((target == 0) | (residual <= target)), CONVERGED, codes)

@@ -52,9 +52,15 @@ def largest_eigenvalue(
     # The same start for all rows: what is found for a system does not depend on its neighbours.
     basis = [(start / torch.linalg.vector_norm(start)).to(like).expand_as(like).contiguous()]
     tridiagonal = torch.zeros(*like.shape[:-1], steps, steps, dtype=torch.float64)
+    first, alive = (
+        torch.zeros(like.shape[:-1]).to(like),
+        torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device),
+    )
     for k in range(steps):
         w = operator.mv(basis[k])
-        tridiagonal[..., k, k] = row_dots(w, basis[k]).double().cpu()
+        alpha = row_dots(w, basis[k])
+        first = alpha if k == 0 else first  # repeated where the row is decoupled: never above the others
+        tridiagonal[..., k, k] = torch.where(alive, alpha, first).double().cpu()
         if k + 1 == steps:
             break
         for _ in range(2):  # twice is enough
@@ -62,7 +68,7 @@ def largest_eigenvalue(
                 w = w - row_dots(w, q).unsqueeze(-1) * q
         beta = row_norms(w)
         # An exhausted Krylov space leaves w at rounding level: the row is decoupled by a zero, not divided by.
-        alive = beta > 10 * eps * torch.linalg.matrix_norm(tridiagonal).to(beta)
+        alive = alive & (beta > 10 * eps * torch.linalg.matrix_norm(tridiagonal).to(beta))
         beta = torch.where(alive, beta, torch.zeros_like(beta))
         tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = beta.double().cpu()
         column = beta.clamp_min(tiny).unsqueeze(-1)

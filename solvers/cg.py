@@ -71,8 +71,8 @@ Precondition: TypeAlias = Callable[[Tensor], Tensor] | None
 
 
 def _run_one(
-    operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, precondition: Precondition
-) -> tuple[Tensor, Tensor, int]:
+    operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, largest_seen: Tensor, precondition: Precondition
+) -> tuple[Tensor, Tensor, int, Tensor]:
     """One system: Python floats and in-place updates, so that little beside the products costs time."""
     eps, target = torch.finfo(r.dtype).eps, float(stop)
     d = torch.zeros_like(r)
@@ -82,7 +82,7 @@ def _run_one(
     rz = pp = rr
     if precondition is not None:
         rz, pp = torch.dot(r, z).item(), torch.dot(p, p).item()
-    best, best_rr, largest = None, rr, 0.0
+    best, best_rr, largest = None, rr, float(largest_seen)
     steps, code = 0, OUT_OF_STEPS
     while True:
         if not (math.isfinite(rr) and math.isfinite(rz)):
@@ -124,19 +124,19 @@ def _run_one(
             before_rz, rz = rz, torch.dot(r, z).item()
             p.mul_(rz / before_rz).add_(z)
             pp = torch.dot(p, p).item()
-    return d, torch.tensor(code, device=r.device), steps
+    return d, torch.tensor(code, device=r.device), steps, torch.full_like(largest_seen, largest)
 
 
 def _run_batch(
-    operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, precondition: Precondition
-) -> tuple[Tensor, Tensor, int]:
+    operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, largest_seen: Tensor, precondition: Precondition
+) -> tuple[Tensor, Tensor, int, Tensor]:
     """Independent systems side by side: a step length for each row; rows that ended stand still."""
     eps = torch.finfo(r.dtype).eps
     d = torch.zeros_like(r)
     z = r if precondition is None else precondition(r)
     p, rz, rr = z, row_dots(r, z), row_dots(r, r)
     codes = torch.full_like(rr, OUT_OF_STEPS, dtype=torch.int64)
-    best, best_rr, largest, zero = d, rr, torch.zeros_like(rr), torch.zeros_like(rr)
+    best, best_rr, largest, zero = d, rr, largest_seen, torch.zeros_like(rr)
     steps = 0
     while True:
         codes = torch.where((codes == OUT_OF_STEPS) & ~(rr.isfinite() & rz.isfinite()), NONFINITE, codes)
@@ -164,4 +164,4 @@ def _run_batch(
         z = r if precondition is None else precondition(r)
         before, rz = rz, row_dots(r, z)
         p = z + torch.where(active, rz / before, zero).unsqueeze(-1) * p
-    return d, codes, steps
+    return d, codes, steps, largest

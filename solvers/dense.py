@@ -13,6 +13,8 @@ from bilevel._krylov import row_norms
 from bilevel._linear import AbstractLinearSolver, LinearOperator
 from bilevel._result import Solved, Status
 
+_FAR = 1e-3  # a residual above this part of |b| is no solution
+
 
 @final
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Dense(AbstractLinearSolver):
         v, indefinite, singular = _solve(A, rhs, skewed, operator.positive_definite)
         v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
         residual = row_norms(operator.residual(b, v))
-        broken = skewed | singular | (residual > 1e-3 * norm_b)
+        broken = skewed | singular | (residual > _FAR * norm_b)
         columns = (zero, residual.isfinite(), indefinite, broken)
         rows = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
         return Solved(v, tuple(_status(*row) for row in rows), residual, 1)
@@ -69,7 +71,8 @@ def _asymmetric(A: Tensor) -> Tensor:
 
 def _solve(A: Tensor, b: Tensor, skewed: Tensor, positive_definite: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A^-1 b, refined once; which rows have no Cholesky factorization though they should; which are singular."""
-    eps, n, column = torch.finfo(A.dtype).eps, A.shape[-1], b.unsqueeze(-1)
+    n, column = A.shape[-1], b.unsqueeze(-1)
+    level = max(10.0, math.sqrt(n)) * torch.finfo(A.dtype).eps
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
     indefinite = torch.zeros_like(skewed)
     if positive_definite:
@@ -77,21 +80,29 @@ def _solve(A: Tensor, b: Tensor, skewed: Tensor, positive_definite: bool) -> tup
         L, info = torch.linalg.cholesky_ex(A)
         pivots = torch.diagonal(L, dim1=-2, dim2=-1)
         # A pivot at rounding level says nothing: the matrix may as well be singular or indefinite.
-        rounding = n * eps * torch.diagonal(A, dim1=-2, dim2=-1).abs().amax(-1)
+        rounding = level * torch.diagonal(A, dim1=-2, dim2=-1).abs().amax(-1)
         indefinite = ((info != 0) | (pivots.square() <= rounding.unsqueeze(-1)).any(-1)) & ~skewed
         if not bool((indefinite | skewed).any()):
             v = torch.cholesky_solve(column, L)
             v = v + torch.cholesky_solve(column - A @ v, L)
-            return v.squeeze(-1), indefinite, torch.zeros_like(skewed)
+            indefinite = _missed(A, column, v)
+            if not bool(indefinite.any()):
+                return v.squeeze(-1), indefinite, indefinite
     LU, pivot, info = torch.linalg.lu_factor_ex(A)
     diagonal = torch.diagonal(LU, dim1=-2, dim2=-1).abs()
-    singular = (info != 0) | (diagonal.amin(-1) <= n * eps * diagonal.amax(-1))
+    singular = (info != 0) | (diagonal.amin(-1) <= level * diagonal.amax(-1))
     LU = torch.where(singular[..., None, None], eye, LU)
     v = torch.linalg.lu_solve(LU, pivot, column)
     v = v + torch.linalg.lu_solve(LU, pivot, column - A @ v)
+    singular = singular | _missed(A, column, v)
     if bool(singular.any()):
         v = torch.where(singular[..., None, None], torch.linalg.pinv(A) @ column, v)
     return v.squeeze(-1), indefinite, singular & ~indefinite
+
+
+def _missed(A: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """Whether a factorization was of a matrix singular to rounding: its solution is far from solving A v = b."""
+    return row_norms((b - A @ v).squeeze(-1)) > _FAR * row_norms(b.squeeze(-1))
 
 
 def _status(zero: bool, finite: bool, indefinite: bool, broken: bool) -> Status:

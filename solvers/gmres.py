@@ -69,7 +69,9 @@ class GMRES(AbstractLinearSolver):
         return solve_by_runs(partial(_run, cycle=cycle), operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
 
 
-def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, cycle: int) -> tuple[Tensor, Tensor, int]:
+def _run(
+    operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, norm_A: Tensor, cycle: int
+) -> tuple[Tensor, Tensor, int, Tensor]:
     """One cycle: an orthonormal basis Q of the Krylov space, A Q = Q H, and rotations that triangularize H."""
     rounding = 10 * torch.finfo(r.dtype).eps
     phi = row_norms(r)  # signed; |phi| is the norm of the residual
@@ -82,7 +84,7 @@ def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, cycl
     rotations = one[..., None, None]  # the product of all so far, (*batch, k + 1, k + 1)
     columns: list[Tensor] = []  # of the triangular factor
     entries: list[Tensor] = []  # of the rotated right-hand side
-    norm_A, steps = zero, 0
+    first, steps = norm_A == 0, 0
     while steps < min(max_steps, cycle):
         active = codes == OUT_OF_STEPS
         if not bool(active.any()):
@@ -102,6 +104,8 @@ def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, cycl
         column = (rotations @ h.unsqueeze(-1)).squeeze(-1)
         diagonal = torch.hypot(column[..., k], below)
         codes = torch.where(active & (diagonal <= rounding * norm_A), BREAKDOWN, codes)
+        # Near a breakdown errors of the recurrence decide: once, start anew from the true residual.
+        codes = torch.where(active & first & (diagonal <= 100 * rounding * norm_A) & (k > 0), RESTART, codes)
         codes = torch.where(active & ~diagonal.isfinite(), NONFINITE, codes)
         active = codes == OUT_OF_STEPS
         c = torch.where(active, column[..., k] / diagonal, one)
@@ -120,7 +124,7 @@ def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, cycl
         basis[..., steps, :] = q
     if steps == cycle < max_steps:
         codes = torch.where(codes == OUT_OF_STEPS, RESTART, codes)
-    return _combine(basis, columns, entries, r), codes, steps
+    return _combine(basis, columns, entries, r), codes, steps, norm_A
 
 
 def _rotate(rotations: Tensor, c: Tensor, s: Tensor) -> Tensor:

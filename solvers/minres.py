@@ -13,6 +13,7 @@ from bilevel._krylov import (
     CONVERGED,
     NONFINITE,
     OUT_OF_STEPS,
+    RESTART,
     check_tolerances,
     over,
     row_norms,
@@ -64,7 +65,9 @@ class MINRES(AbstractLinearSolver):
         return solve_by_runs(_run, operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
 
 
-def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int) -> tuple[Tensor, Tensor, int]:
+def _run(
+    operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, norm_A: Tensor
+) -> tuple[Tensor, Tensor, int, Tensor]:
     """Lanczos vectors q, the rotations (c, s) that triangularize their tridiagonal matrix, directions w."""
     rounding = 10 * torch.finfo(r.dtype).eps
     d = w = w_old = q_old = torch.zeros_like(r)
@@ -74,7 +77,7 @@ def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int) -> t
     codes = torch.where(phi.isfinite(), codes, NONFINITE)
     codes = torch.where(phi <= stop, CONVERGED, codes)
     q = over(r, phi, codes == OUT_OF_STEPS)
-    beta, norm_A = zero, zero
+    beta, first = zero, norm_A == 0
     c_old, s_old, c, s = one, zero, one, zero
     steps = 0
     while steps < max_steps:
@@ -95,7 +98,11 @@ def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int) -> t
         rho_2 = s * alpha + c_old * c * beta
         rho_3 = s_old * beta
         # |A r| / |r| is the length of (delta, c next_beta): at rounding level r is a least residual and not small.
-        codes = torch.where(active & (torch.hypot(delta, c * next_beta) <= rounding * norm_A), BREAKDOWN, codes)
+        # Near it, errors of the recurrence decide: once, start anew from the true residual.
+        curvature = torch.hypot(delta, c * next_beta)
+        doubtful = active & first & (curvature <= 100 * rounding * norm_A) & (steps > 1)
+        codes = torch.where(active & (curvature <= rounding * norm_A), BREAKDOWN, codes)
+        codes = torch.where(doubtful, RESTART, codes)
         codes = torch.where(active & ~(alpha.isfinite() & next_beta.isfinite()), NONFINITE, codes)
         active = codes == OUT_OF_STEPS
 
@@ -106,4 +113,4 @@ def _run(operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int) -> t
         codes = torch.where(active & (phi.abs() <= stop), CONVERGED, codes)
         w_old, w = w, next_w
         q_old, q, beta = q, over(next_q, next_beta, codes == OUT_OF_STEPS), next_beta
-    return d, codes, steps
+    return d, codes, steps, norm_A
