@@ -1,0 +1,146 @@
+"""The benchmarks compare what they say they compare: tiny problems, numbers only, no times."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODULES = ("_threads", "_harness", "_workloads", "peers", "run_all", "esj", "w4_memory")
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="an installed package comes without its benchmarks")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    for name in ("XLA_FLAGS", "JAX_PLATFORMS", "MPLBACKEND"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("method", ["cg", "neumann"])
+@pytest.mark.parametrize("kind", ["binary", "multinomial", "network"])
+def test_our_call_equals_the_reference(load: Any, method: str, kind: str) -> None:
+    harness, workloads = load("_harness"), load("_workloads")
+    if kind == "network":
+        workload = workloads.weighted_network("tiny", [3, 4, 2], 12, ridge=1.0, steps=20, step=0.3)
+    else:
+        workload = workloads.logistic(40, 5, 1 if kind == "binary" else 3)
+    workload = workload.double()
+    truth = harness.reference(workload, method, 4)
+    assert not truth.concave
+    assert harness.relative_error(harness.ours(workload, method, 4)(), truth.grad) < 1e-9
+
+
+def test_the_floor_makes_the_calls_that_it_names(load: Any) -> None:
+    harness, workloads = load("_harness"), load("_workloads")
+    workload = workloads.logistic(40, 5, 3).double()
+    # With v = grad_y f the cross product is that of zero products: h = grad_x f - G v, and f does not contain x.
+    cross = harness.floor(workload, 3)()
+    x, y = workload.x.requires_grad_(), workload.flat.requires_grad_()
+    (fy,) = torch.autograd.grad(workload.f(x, workload.cut(y)), y)
+    (gy,) = torch.autograd.grad(workload.g(x, workload.cut(y)), y, create_graph=True)
+    torch.testing.assert_close(cross, torch.autograd.grad(gy @ fy, x)[0])
+
+
+def test_reference_reports_negative_curvature(load: Any) -> None:
+    harness, workloads = load("_harness"), load("_workloads")
+    workload = workloads.weighted_network("concave", [3, 4, 2], 12, ridge=-1.0, steps=0, step=0.3)
+    assert harness.reference(workload, "cg", 2).concave
+
+
+def test_the_esj_loop_is_the_estimator(load: Any) -> None:
+    esj, workloads = load("esj"), load("_workloads")
+    w = workloads.weighted_network("tiny", [3, 4, 2], 12, ridge=1.0, steps=0, step=0.1).double()
+    problem = esj.BilevelProblem(w.f, w.g)
+    found = esj.hypergradient(problem, w.x, w.ys, estimator=esj.estimator(w, 3)).grad
+    torch.testing.assert_close(found, esj.loop(w, 3)(), rtol=1e-9, atol=1e-12)
+
+
+def test_unrolled_candidates_agree(load: Any) -> None:
+    w4, workloads = load("w4_memory"), load("_workloads")
+    w = replace(workloads.logistic(40, 5, 3, solved=False), step=0.5).double()
+    truth = w4.loop(w, 7)()
+    calls = w4.ours(w, 7)
+    for name in ("bilevel ITD", "bilevel ITD(checkpoint=True)"):
+        torch.testing.assert_close(calls[name](), truth, rtol=1e-10, atol=1e-14)
+
+
+def test_each_round_runs_every_call_and_failures_are_kept(load: Any) -> None:
+    harness = load("_harness")
+    ran: list[str] = []
+
+    def note(name: str) -> torch.Tensor:
+        ran.append(name)
+        return torch.zeros(())
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("no such thing")
+
+    calls = {"a": lambda: note("a"), "b": lambda: note("b"), "c": fail}
+    timings, failures = harness.interleave(calls, rounds=3, least=0.0)
+    assert ran == ["a", "a", "b", "b"] + ["a", "b"] + ["b", "a"] + ["a", "b"]  # twice before, then in rotation
+    assert {name: len(timing.cpu) for name, timing in timings.items()} == {"a": 3, "b": 3}
+    assert failures == {"c": "failed: RuntimeError: no such thing"}
+
+
+def test_the_ratio_is_the_median_within_rounds(load: Any) -> None:
+    harness = load("_harness")
+    slow, quick = harness.Timing([2.0, 30.0, 4.0], []), harness.Timing([1.0, 10.0, 2.0], [])
+    assert harness.against(slow, quick) == 2.0
+
+
+def test_tables_are_written_whole(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    harness = load("_harness")
+    row = harness.Row("a|b", ["1.0"], {"ratio": 1.0})
+    table = harness.Table("Title", ["", "x", "y"], [row], ["A note."])
+    chosen = harness.options("", rounds=3, arguments=["--out", str(tmp_path), "--peers", ""])
+    harness.save("name", "Heading", [table], chosen)
+    text = (tmp_path / "name.md").read_text()
+    assert "| a\\|b | 1.0 |  |" in text
+    assert "`python benchmarks/name.py --rounds 3`" in text
+    assert text.strip() == capsys.readouterr().out.strip()
+    record = json.loads((tmp_path / "name.json").read_text())
+    assert record["tables"][0]["rows"][0]["numbers"] == {"ratio": 1.0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.json", "name.md"]
+
+
+def test_a_failed_write_leaves_the_old_file(load: Any, tmp_path: Path) -> None:
+    harness = load("_harness")
+    path = tmp_path / "table.md"
+    harness.write(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        harness.write(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_absent_peer_is_a_reason(load: Any) -> None:
+    harness = load("_harness")
+    chosen = harness.options("", rounds=1, arguments=["--peers", "hypertorch"])
+    calls, refusals = harness.candidates(chosen, lambda adapter: {})
+    assert calls == {}
+    assert refusals == {"hypertorch": "skipped: pass --hypertorch PATH"}
+
+
+def test_results_replace_only_what_is_between_the_marks(load: Any, tmp_path: Path) -> None:
+    run_all = load("run_all")
+    (tmp_path / "esj.md").write_text("### ESJ\n")
+    text = f"before\n{run_all.BEGIN}old\n{run_all.END}after\n"
+    new = run_all.with_results(text, tmp_path)
+    assert new.startswith(f"before\n{run_all.BEGIN}")
+    assert new.endswith(f"### ESJ\n\n{run_all.END}after\n")
+    assert "old" not in new
