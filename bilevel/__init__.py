@@ -1,5 +1,6 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y)."""
 
+from bilevel._auto import Auto as Auto
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
 from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
 from bilevel._certify import certify as certify

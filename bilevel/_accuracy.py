@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from bilevel._certificate import Constants
-from bilevel._certify import Terms, completed, theorem_a
 from bilevel._constants import estimated
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._measure import Measured
+from bilevel._theorems import Terms, completed, theorem_a
 from bilevel._tree import Tree
 
 S = TypeVar("S", AbstractInnerSolver, AbstractLinearSolver)

@@ -83,7 +83,8 @@ def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOp
         if not gradient.requires_grad:
             return torch.zeros_like(leaf)
         with explained():
-            return torch.autograd.grad(gradient, leaf, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+            found = torch.autograd.grad(gradient, leaf, v, retain_graph=True, allow_unused=True, materialize_grads=True)
+        return found[0]
 
     if x.numel() <= y.numel():  # GG' u = G (G' u), with G' u the derivative in y of <grad_x g, u>
         return LinearOperator(lambda u: pull(gy, x, pull(gx, y, u)), x.numel()), x.detach()

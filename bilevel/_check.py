@@ -301,7 +301,7 @@ class _Checker:
 
             top = max(most, 1e-30)
             shifted = LinearOperator(lambda v: top * v - hessian.mv(v), hessian.size)
-            # A Ritz value: at most lambda_max of the shifted operator, so that `least` may be too large, never too small.
+            # A Ritz value is at most lambda_max of the shifted operator: `least` may be too large, never too small.
             least = top - float(largest_eigenvalue(shifted, self.y, overshoot=0.01).max()) * 0.99
         eps = torch.finfo(self.y.dtype).eps * hessian.size
         self.definite = least > eps * abs(most)
@@ -319,8 +319,8 @@ class _Checker:
         self._say(
             "curvature",
             True if kappa < 1e6 else None,
-            f"positive definite, condition number {kappa:.3g}; conjugate gradients need about {min(steps, hessian.size)}"
-            f" steps",
+            f"positive definite, condition number {kappa:.3g}; conjugate gradients need about"
+            f" {min(steps, hessian.size)} steps",
             "ill conditioned: rescale y, strengthen the regularizer, or give CG a preconditioner",
         )
 

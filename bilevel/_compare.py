@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from bilevel._certificate import Constants
-from bilevel._certify import certify_flat
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._memory import peak_memory
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import Setting, budgeted, default_linear, estimators as named_estimators, reference, resolve
 from bilevel._result import Stats, Status, Tally
+from bilevel._theorems import certify_flat
 from bilevel._tree import Tree, ravel
 
 

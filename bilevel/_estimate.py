@@ -46,6 +46,7 @@ class Estimate:
         start: the warm start for the next call: `hypergradient(..., start=estimate.start)`.
         standard_error: for estimators that sample: an estimate of the root-mean-square distance |grad - E grad|.
         bound: a certified bound on the error, where the estimator was asked for an accuracy.
+        note: why this estimator, where it was chosen for you.
         penalized: for the penalty estimator: y_w and the weight w.
         second_level: how `error_estimate` is computed.
     """
@@ -60,6 +61,7 @@ class Estimate:
     start: Start = field(repr=False)
     standard_error: float | None = None
     bound: float | None = None
+    note: str = ""
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
     second_level: Callable[[], float] | None = field(default=None, repr=False)
 
@@ -102,6 +104,7 @@ class FlatEstimate:
     standard_error: float | None = None
     penalized: tuple[Tensor, float] | None = None
     bound: float | None = None
+    note: str = ""
 
 
 class AbstractEstimator(abc.ABC):

@@ -118,3 +118,18 @@ def _scalar(name: str, value: Tree) -> Tensor:
             f"`problem.{name}` must return a scalar tensor. Got {got}. Reduce it with `.mean()` or `.sum()`."
         )
     return value.reshape(()) if value.dim() else value
+
+
+def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
+    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. A copy."""
+    if problem.tasks is None:
+        return problem.y.ravel(tree, name).detach().clone()
+    stacked = Structure(
+        problem.y.spec,
+        tuple(torch.Size((problem.tasks, *shape)) for shape in problem.y.shapes),
+        problem.y.dtype,
+        problem.y.device,
+    )
+    stacked.ravel(tree, name)  # for its checks
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(tree)]
+    return torch.cat(leaves, dim=-1).detach().clone()

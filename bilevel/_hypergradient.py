@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
-from bilevel._flat import FlatProblem
+from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import resolve
 from bilevel._result import BilevelError, Report, Status, Tally
 from bilevel._second_level import second_level
-from bilevel._tree import Structure, Tree, ravel, tree_leaves
+from bilevel._tree import Structure, Tree, ravel
 
 
 def hypergradient(
@@ -21,7 +22,7 @@ def hypergradient(
     x: Tree,
     y0: Tree,
     *,
-    estimator: AbstractEstimator | str = "aid-cg",
+    estimator: AbstractEstimator | Auto | str = "aid-cg",
     data: Any = None,
     start: Start | None = None,
     throw: bool = True,
@@ -101,21 +102,6 @@ def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatSta
     return FlatStart(y, None if start.v is None else ravel_rows(problem, start.v, "start.v"), start.count)
 
 
-def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
-    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. A copy."""
-    if problem.tasks is None:
-        return problem.y.ravel(tree, name).detach().clone()
-    stacked = Structure(
-        problem.y.spec,
-        tuple(torch.Size((problem.tasks, *shape)) for shape in problem.y.shapes),
-        problem.y.dtype,
-        problem.y.device,
-    )
-    stacked.ravel(tree, name)  # for its checks
-    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(tree)]
-    return torch.cat(leaves, dim=-1).detach().clone()
-
-
 def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int) -> Estimate:
     """An estimate in the user's structures; whatever is not finite is reported, never replaced."""
     reports = found.reports
@@ -140,6 +126,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         start=start,
         standard_error=found.standard_error,
         bound=found.bound,
+        note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
         second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
     )

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import demand_alike, structured
@@ -25,7 +26,12 @@ class HyperObjective:
     """
 
     def __init__(
-        self, problem: BilevelProblem, y0: Tree, estimator: AbstractEstimator | str, warm_start: bool, throw: bool
+        self,
+        problem: BilevelProblem,
+        y0: Tree,
+        estimator: AbstractEstimator | Auto | str,
+        warm_start: bool,
+        throw: bool,
     ) -> None:
         self.last: Estimate | None = None
         self._problem, self._y0, self._estimator = problem, y0, estimator
@@ -63,7 +69,7 @@ def hyperobjective(
     problem: BilevelProblem,
     y0: Tree,
     *,
-    estimator: AbstractEstimator | str = "aid-cg",
+    estimator: AbstractEstimator | Auto | str = "aid-cg",
     warm_start: bool = True,
     throw: bool = True,
 ) -> HyperObjective:
@@ -120,7 +126,7 @@ class _Once(torch.autograd.Function):
         return h.clone()
 
     @staticmethod
-    def backward(ctx: Any, *weights: Tensor) -> Any:  # noqa: ARG004
+    def backward(ctx: Any, *weights: Tensor) -> Any:
         raise NotImplementedError(
             "`hyperobjective` has a first derivative only, and a second one was asked for. Take differences of"
             " hypergradients, or drop `create_graph=True`."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel._accuracy import adaptive
 from bilevel._algorithm import AbstractAlgorithm, Descent, OuterState
+from bilevel._auto import Auto
 from bilevel._certificate import Constants
 from bilevel._checkpoint import load_checkpoint, save_checkpoint
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart
@@ -92,7 +93,7 @@ def minimize(
     x0: Tree,
     y0: Tree,
     *,
-    estimator: AbstractEstimator | str = "aid-cg",
+    estimator: AbstractEstimator | Auto | str = "aid-cg",
     outer: AbstractOptimizer | AbstractOuterDriver | None = None,
     max_steps: int = 100,
     tol: float | None = None,
@@ -172,10 +173,10 @@ def minimize(
     chosen_outer = default_outer() if outer is None else outer
     run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw)
     if isinstance(chosen_outer, AbstractOuterDriver):
-        if resume or data is not None:
+        if checkpoint is not None or data is not None:
             raise ValueError(
                 f"`{type(chosen_outer).__name__}` runs its own loop on a deterministic problem: it takes neither"
-                f" `resume` nor `data`. Close f and g over the data, or use an optimizer such as `Adam`."
+                f" `checkpoint` nor `data`. Close f and g over the data, or use an optimizer such as `Adam`."
             )
         return run.drive(chosen_outer, x, bounds(constraint, x_structure, x), max_steps, warm_start)
     if not isinstance(chosen_outer, AbstractOptimizer):

@@ -9,7 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._auto import Auto, Chosen
 from bilevel._calculus import outer_gradients
+from bilevel._choose import choose
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
@@ -194,7 +196,9 @@ def estimators() -> dict[str, str]:
     return {name: named.description for name, named in _NAMED.items()}
 
 
-def resolve(estimator: AbstractEstimator | str, problem: FlatProblem, x: Tensor, y0: Tensor) -> AbstractEstimator:
+def resolve(
+    estimator: AbstractEstimator | Auto | str, problem: FlatProblem, x: Tensor, y0: Tensor
+) -> AbstractEstimator:
     """An estimator from a name or from itself.
 
     Raises:
@@ -203,6 +207,9 @@ def resolve(estimator: AbstractEstimator | str, problem: FlatProblem, x: Tensor,
     """
     if isinstance(estimator, AbstractEstimator):
         return estimator
+    if estimator == "auto" or isinstance(estimator, Auto):
+        wish = estimator if isinstance(estimator, Auto) else Auto()
+        return _choose(wish, Setting(problem, x, y0))
     if not isinstance(estimator, str):
         raise TypeError(
             f"`estimator` must be an estimator such as `AID(...)` or a name. Got {type(estimator).__name__}."
@@ -269,6 +276,7 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
     from bilevel.hypergrad.penalty import Penalty
     from bilevel.solvers.gradient_descent import GradientDescent
     from bilevel.solvers.iterate import Iterate
+    from bilevel.solvers.lbfgs import LBFGS
 
     p, q = s.x.shape[-1], s.y0.shape[-1]
     directions = min(p, 20)
@@ -288,14 +296,15 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
     if steps < 1 or (name in ("aid-dense", "aid-nystrom") and budget <= 1):
         raise ValueError(f"a budget of {budget} oracle calls is too small for {name!r}.")
     inner = Iterate(GradientDescent(), max_steps=steps)
+    fast = LBFGS(tol=0.0, max_steps=steps)
     if name.startswith("aid"):
-        return AID(inner, _budgeted_linear(name, min(steps, q) if name in ("aid-dense", "aid-nystrom") else steps))
+        return AID(fast, _budgeted_linear(name, min(steps, q) if name in ("aid-dense", "aid-nystrom") else steps))
     if name == "esj":
         return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
     if name == "penalty":
-        return Penalty(inner, weight=s.penalty_weight(), extrapolate=True)
+        return Penalty(fast, weight=s.penalty_weight(), extrapolate=True)
     if name == "finite-difference":
-        return FiniteDifference(inner)
+        return FiniteDifference(fast)
     truncate = {"itd-truncated": min(20, steps), "one-step": 1}.get(name)
     return ITD(inner, truncate=truncate, forward=name == "itd-forward", checkpoint=name == "itd-checkpointed")
 
@@ -317,3 +326,24 @@ def _budgeted_linear(name: str, steps: int) -> AbstractLinearSolver:
         "aid-nystrom": Nystrom(rank=steps, damping=None),
     }
     return solvers[name]
+
+
+def _choose(wish: Auto, s: Setting) -> Chosen:
+    p, q = s.x.shape[-1], s.y0.shape[-1]
+    names = [name for name in _NAMED if name not in ("finite-difference", "itd-checkpointed", "aid-gmres")]
+    if q > 500:  # a dense factorization or a dense difference would cost more than it can save
+        names.remove("aid-dense")
+    if p > 50:
+        names.remove("itd-forward")
+    accurate, _ = reference(Setting(s.problem.with_tally(Tally()), s.x, s.y0))
+    return choose(
+        wish,
+        s.problem,
+        s.x,
+        s.y0,
+        names,
+        lambda name, budget: budgeted(name, s, budget),
+        accurate,
+        default_linear,
+        _NAMED["aid-cg"].build(s),
+    )

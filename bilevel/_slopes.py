@@ -1,4 +1,4 @@
-"""Taylor remainders: is a function smooth along a line, and is its derivative right?"""
+"""Taylor remainders: whether a function is smooth along a line, and its derivative right."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from bilevel._linear import AbstractLinearSolver
 from bilevel._measure import measured
 from bilevel._objective import inner_objective, report
 from bilevel._result import Report, Solved, Status
-
 from bilevel._tree import Tree
 
 _ATTEMPTS = 20  # of a certified estimate: each at least halves the inner residual, mostly one or two are needed
@@ -84,7 +83,9 @@ class AID(AbstractEstimator):
         if self.target_error is not None or self.relative_error is not None:
             self._accuracy()
             if self.damping:
-                raise ValueError("`AID(target_error=...)` needs damping = 0: a damped system is biased by an unknown amount.")
+                raise ValueError(
+                    "`AID(target_error=...)` needs damping = 0: a damped system is biased by an unknown amount."
+                )
 
     def _accuracy(self) -> Accuracy:
         return Accuracy(self.constants, self.target_error or 0.0, self.relative_error or 0.0)
