@@ -11,11 +11,10 @@ from torch import Tensor
 from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Solved, Status
-from bilevel.solvers.armijo import Armijo, descend
+from bilevel.solvers.armijo import Armijo, descend, rounding
 from bilevel.solvers.gradient_descent import GradientDescent
 
-# A gradient this many times larger than at the start, still growing and at a larger objective, is a divergence.
-_GROWTH, _STILL = 10.0, 2.0
+_GROWTH = 10.0  # a gradient this many times larger than at the start, at a larger objective, is a divergence
 
 
 @final
@@ -26,9 +25,10 @@ class Iterate(AbstractUnrollable):
     Without a tolerance, completing the steps is success. Rows of a batch that meet the tolerance, or meet NaN, stop
     moving while the others go on.
 
-    Divergence: where at the end |grad g| is more than 10 times what it was at y0 and 2 times what it was half way,
-    and g is larger than at y0, the status says so, also where no tolerance was given. The half way mark tells an
-    iteration that blows up from one, such as Adam, that was started near the minimum and hovers around it.
+    Divergence: where at the end |grad g| is more than 10 times what it was at y0 and g is larger than there, the
+    status says so, also where no tolerance was given, and whether the iterates blow up or settle into a cycle. `Adam`,
+    whose first step has full length whatever the gradient, can meet this from a start very near the minimum; a
+    tolerance stops it before.
 
     Cost: one gradient a step, and one at the returned point; all rows of a batch are evaluated, and counted, at
     each. With a line search one gradient a step and one at y0, and one value a trial. Memory O(q).
@@ -76,17 +76,15 @@ class Iterate(AbstractUnrollable):
         y = y0.detach().clone()
         state = optimizer.init(y)
         first: tuple[Tensor, Tensor] | None = None  # |grad g| and g at y0
-        halfway = torch.full(y.shape[:-1], torch.inf, dtype=y.dtype, device=y.device)
         moving = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
         steps = 0
         for steps in range(self.max_steps + 1):
             if steps == self.max_steps:
                 break
             value, gradient = objective.value_and_gradient(y)
-            if tol or steps in (0, self.max_steps // 2):
+            if tol or first is None:
                 norm = torch.linalg.vector_norm(gradient, dim=-1)
                 first = (norm, value) if first is None else first
-                halfway = norm if steps <= self.max_steps // 2 else halfway
                 if tol:
                     moving = (norm > tol) & norm.isfinite()
                     if not moving.any():
@@ -97,8 +95,8 @@ class Iterate(AbstractUnrollable):
         residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
         grown = torch.zeros_like(moving)
         if first is not None:
-            large = (residual > _GROWTH * first[0]) & (residual > _STILL * halfway)
-            grown = large & ~(objective.value(y) <= first[1]) if large.any() else grown
+            large = residual > _GROWTH * first[0]
+            grown = large & ~(objective.value(y) <= first[1] + rounding(first[1])) if large.any() else grown
         statuses = tuple(
             _status(norm, large, tol)
             for norm, large in zip(residual.reshape(-1).tolist(), grown.reshape(-1).tolist(), strict=True)
