@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -26,20 +26,27 @@ _REMEDIES = {
 }
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
+@final
+class explained:  # noqa: N801
     """Turn torch's error about a missing second derivative into one that names the operation and a remedy.
+
+    A context manager; written out as a class, since it is entered at every product.
 
     Raises:
         NotImplementedError: if an operation of f or g has no second derivative.
     """
-    try:
-        yield
-    except RuntimeError as error:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, RuntimeError):
+            return
         operation = _missing_derivative(str(error))
-        if operation is None:
-            raise
-        raise NotImplementedError(_refusal(operation)) from error
+        if operation is not None:
+            raise NotImplementedError(_refusal(operation)) from error
 
 
 def _refusal(operation: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, final
 
 import torch
@@ -30,7 +31,7 @@ class Structure:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """The number of entries of each leaf."""
         return [shape.numel() for shape in self.shapes]
@@ -42,12 +43,12 @@ class Structure:
 
     def unravel(self, vector: Tensor) -> Tree:
         """Cut a vector `(*batch, n)` into leaves `(*batch, *shape)`; views where possible, differentiable."""
-        lead = vector.shape[:-1]
-        if len(self.shapes) == 1:  # no split: one node less in every graph
-            leaves = [vector.reshape(lead + self.shapes[0])]
+        shapes = self.shapes if vector.dim() == 1 else [vector.shape[:-1] + shape for shape in self.shapes]
+        if len(shapes) == 1:  # no split: one node less in every graph
+            leaves = [vector.reshape(shapes[0])]
         else:  # one split, not many slices: its backward is one concatenation
             parts = vector.split_with_sizes(self.sizes, dim=-1)
-            leaves = [part.reshape(lead + shape) for part, shape in zip(parts, self.shapes, strict=True)]
+            leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def ravel(self, tree: Tree, name: str) -> Tensor:
@@ -92,8 +93,25 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
         >>> structure.unravel(vector)["b"]
         tensor(0.)
     """
-    paths, spec = pytree.tree_flatten_with_path(tree)
-    for path, leaf in paths:
+    leaves, spec = pytree.tree_flatten(tree)
+    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided for leaf in leaves):
+        _refuse_leaf(tree, name)
+    if not leaves:
+        raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
+    for attribute in ("dtype", "device"):
+        found = {getattr(leaf, attribute) for leaf in leaves}
+        if len(found) > 1:
+            raise ValueError(
+                f"all tensors of {name} must have one {attribute}. Got {sorted(map(str, found))}. Convert them with"
+                f" `.to(...)`."
+            )
+    structure = Structure(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device)
+    flat = [leaf.reshape(-1) for leaf in leaves]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)), structure
+
+
+def _refuse_leaf(tree: Tree, name: str) -> None:
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
         where = name + pytree.keystr(path)
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -107,19 +125,6 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
             )
         if leaf.layout != torch.strided:
             raise TypeError(f"{name} must hold dense tensors. Got {leaf.layout} at {where}. Write `.to_dense()`.")
-    if not paths:
-        raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
-    leaves: list[Tensor] = [leaf for _, leaf in paths]
-    for attribute in ("dtype", "device"):
-        found = {getattr(leaf, attribute) for leaf in leaves}
-        if len(found) > 1:
-            raise ValueError(
-                f"all tensors of {name} must have one {attribute}. Got {sorted(map(str, found))}. Convert them with"
-                f" `.to(...)`."
-            )
-    structure = Structure(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device)
-    flat = [leaf.reshape(-1) for leaf in leaves]
-    return (flat[0] if len(flat) == 1 else torch.cat(flat)), structure
 
 
 def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -135,3 +140,9 @@ def tree_leaves(tree: Tree) -> list[Any]:
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of matching rows: `(*batch, n), (*batch, n) -> (*batch,)`."""
     return (a * b).sum(-1)
+
+
+def row_norms(a: Tensor) -> Tensor:
+    """Euclidean norms of rows: `(*batch, n) -> (*batch,)`."""
+    norms: Tensor = torch.linalg.vector_norm(a, dim=-1)
+    return norms
