@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._tree import row_norms
 
 
 @final
@@ -92,5 +92,5 @@ class Descent(AbstractAlgorithm):
         # A projection moves no further than its argument: the certified error adds to either measure.
         error = 0.0 if found.bound is None else found.bound
         if self.project is None:
-            return torch.linalg.vector_norm(found.grad) + error
-        return torch.linalg.vector_norm(state.x - self.project(state.x - found.grad)) + error
+            return row_norms(found.grad) + error
+        return row_norms(state.x - self.project(state.x - found.grad)) + error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -138,6 +139,10 @@ def check(
     return _Checker(flat, x_vector.detach().clone(), y_vector.detach().clone(), inner, seed).run()
 
 
+def _swapped(function: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    return function(x, y)
+
+
 @final
 class _Checker:
     """The tests, in order; each may use what those before it found."""
@@ -172,7 +177,8 @@ class _Checker:
 
     def _random(self, like: Tensor) -> Tensor:
         d = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
-        return d / torch.linalg.vector_norm(d)
+        unit: Tensor = d / torch.linalg.vector_norm(d)
+        return unit
 
     def _f(self, x: Tensor, y: Tensor) -> Tensor:
         return self.problem.f(x, y)
@@ -220,8 +226,8 @@ class _Checker:
         x = self.x + 0.01 * (1 + torch.linalg.vector_norm(self.x)) * self._random(self.x)
         found: list[tuple[str, Slope]] = []
         for name, function in (("f", self._f), ("g", self._g)):
-            found.append((f"{name} in x", self._slope(lambda t, fn=function: fn(t, base), x)))
-            found.append((f"{name} in y", self._slope(lambda t, fn=function: fn(x, t), base)))
+            found.append((f"{name} in x", self._slope(partial(_swapped, function, base), x)))
+            found.append((f"{name} in y", self._slope(partial(function, x), base)))
         bad = [f"{name} ({s})" for name, s in found if not s.smooth]
         self.smooth = not bad
         self._say(

@@ -94,7 +94,7 @@ class Comparison:
 
     def __str__(self) -> str:
         head = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
-        table = [head]
+        table: list[tuple[str, ...]] = [head]
         for row in self.rows:
             if row.applies:
                 table.append(self._cells(row))

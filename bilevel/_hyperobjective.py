@@ -61,7 +61,7 @@ class HyperObjective:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)
         count = start.count + 1
         self._start = FlatStart(found.y, found.v, count) if self._warm_start else FlatStart(y_vector, None, count)
-        value: Tensor = _Phi.apply(x_vector, found.value.detach(), found.grad.detach())
+        value: Tensor = _Phi.apply(x_vector, found.value.detach(), found.grad.detach())  # type: ignore[no-untyped-call]
         return value
 
 

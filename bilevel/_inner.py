@@ -102,7 +102,8 @@ class Objective:
 
         def mv(v: Tensor) -> Tensor:
             t = step / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-            return (self.gradient(y + t * v) - self.gradient(y - t * v)) / (2 * t)
+            product: Tensor = (self.gradient(y + t * v) - self.gradient(y - t * v)) / (2 * t)
+            return product
 
         return largest_eigenvalue(LinearOperator(mv, y.shape[-1]), y)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._result import Tally
-from bilevel._tree import Structure, tree_map
+from bilevel._tree import Structure, row_norms, tree_map
 
 _ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times its largest term
 
@@ -57,10 +57,10 @@ def measured(
     rows = 1 if y.dim() == 1 else y.shape[0]  # the mean over tasks put 1 / rows into fy and v
     gv = torch.zeros_like(fx) if gv is None else gv
     eps = _ROUNDING * torch.finfo(y.dtype).eps
-    e, norm_v = _norm(gradient), _norm(v)
-    e = e + eps * (largest * _norm(y) + e)
-    r = rows * (_norm(residual) + eps * (largest * norm_v + _norm(fy)))
-    return Measured(e, r, rows * norm_v, fx - gv, float(eps * (_norm(fx) + _norm(gv))))
+    e, norm_v = row_norms(gradient), row_norms(v)
+    e = e + eps * (largest * row_norms(y) + e)
+    r = rows * (row_norms(residual) + eps * (largest * norm_v + row_norms(fy)))
+    return Measured(e, r, rows * norm_v, fx - gv, float(eps * (row_norms(fx) + row_norms(gv))))
 
 
 def measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: float | None) -> Measured:
@@ -110,9 +110,5 @@ def _measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: flo
 
 def curvature_seen(hv: Tensor, v: Tensor, largest: float | None) -> float:
     """L where it is known, and at least what the product H v shows of it."""
-    seen = float((_norm(hv) / _norm(v).clamp_min(torch.finfo(v.dtype).tiny)).max())
+    seen = float((row_norms(hv) / row_norms(v).clamp_min(torch.finfo(v.dtype).tiny)).max())
     return max(seen, 0.0 if largest is None else largest)
-
-
-def _norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t, dim=-1)

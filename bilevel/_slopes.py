@@ -49,7 +49,7 @@ def slope(phi: Callable[[float], float], derivative: float, size: float, dtype: 
     """
     eps = torch.finfo(dtype).eps
     at_zero = phi(0.0)
-    points = []
+    points: list[tuple[float, float]] = []
     t = 0.1 * max(size, 1.0)
     while t > eps**0.5 * max(size, 1.0):
         # Both sides, so that a kink exactly at 0 shows as well.

@@ -157,7 +157,6 @@ class AID(AbstractEstimator):
             y = solved.value
         reached = terms.total + found.rounding
         status = Status.successful if reached <= target else Status.stagnated
-        reports = (report("linear solver", system), Report("certified accuracy", status, reached, attempt))
-        if solved is not None:
-            reports = (report("inner solver", solved, at.gradient), *reports)
-        return FlatEstimate(h, value, y, reports, v, bound=reached)
+        reports = [] if solved is None else [report("inner solver", solved, at.gradient)]
+        reports += [report("linear solver", system), Report("certified accuracy", status, reached, attempt)]
+        return FlatEstimate(h, value, y, tuple(reports), v, bound=reached)

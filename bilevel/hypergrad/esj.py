@@ -139,6 +139,6 @@ class ESJ(AbstractEstimator):
         """
         k, p = samples.shape
         if self.distribution != "orthonormal" and k > 1:
-            return float((samples - implicit).square().sum() / (k * (k - 1))) ** 0.5
+            return math.sqrt(float((samples - implicit).square().sum()) / (k * (k - 1)))
         a = p / k - 1 if self.distribution == "orthonormal" else (p + 1 if self.distribution == "gaussian" else p - 1)
         return math.sqrt(a / (1 + a)) * float(torch.linalg.vector_norm(implicit))
