@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, final
 
 SUCCESS, FAILED, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -23,6 +23,7 @@ exit codes:
 """
 
 
+@final
 class _Parser(argparse.ArgumentParser):
     """Errors in one line."""
 
@@ -30,13 +31,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"bilevel: error: {message}. See `{self.prog} --help`.\n")
 
 
+@final
 class _Version(argparse.Action):
     """Looked up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from bilevel.commands.result import version
 
-        parser.exit(SUCCESS, f"bilevel {version('bilevel')}\n")
+        print(f"bilevel {version('bilevel')}")
+        parser.exit(SUCCESS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,17 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
+    from bilevel._result import BilevelError
     from bilevel.commands.run import Failure
 
-    if isinstance(error, Failure):
+    if isinstance(error, Failure | BilevelError):
         return FAILED
     return MISSING if isinstance(error, ImportError) else USAGE
 
 
 def _one_line(error: Exception) -> str:
+    from bilevel._result import BilevelError
     from bilevel.commands.run import Failure
 
     text = " ".join(str(error).split())
-    if isinstance(error, ValueError | TypeError | OSError | ImportError | Failure) and text:
+    if isinstance(error, ValueError | TypeError | OSError | ImportError | Failure | BilevelError) and text:
         return text
     return f"{type(error).__name__}: {text} (`--debug` shows where)"

@@ -72,7 +72,8 @@ def _where(path: Path, error: Exception) -> str:
     """`file.py:12`: the last line of the file that the error passed through."""
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 

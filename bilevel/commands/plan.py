@@ -86,39 +86,33 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
         )
     estimator = request.estimator if request.estimator is not None else known.get("estimator", "aid-cg")
     if isinstance(estimator, str) and estimator not in estimators():
-        raise ValueError(
-            f"there is no estimator {estimator!r}. Names: {', '.join(estimators())}."
-        )  # before anything is computed
-    notes = []
+        raise ValueError(f"there is no estimator {estimator!r}. Names: {', '.join(estimators())}.")
+    asked, notes = estimator if isinstance(estimator, str) else None, []
     if request.seed is not None:
         chosen = _seeded(estimator, instance, request.seed)
         if chosen is None and not seeded:
             notes.append(f"--seed has no effect: neither {request.problem} nor the estimator draws random numbers.")
         estimator = estimator if chosen is None else chosen
-    outer = _outer(request, known)
+    outer, name, step = _outer(request, known)
     options = {
         "estimator": estimator,
         "outer": outer,
         "max_steps": request.steps if request.steps is not None else known.get("max_steps", 100),
         "tol": request.tol if request.tol is not None else known.get("tol"),
-        **{name: known[name] for name in ("data", "constraint", "warm_start") if name in known},
+        **{key: known[key] for key in ("data", "constraint", "warm_start") if key in known},
     }
     settings = {
         "problem": request.problem,
         "set": arguments,
         "seed": request.seed,
-        "estimator": request.estimator if request.estimator is not None else _name(known.get("estimator", "aid-cg")),
-        "outer": request.outer,
-        "step": request.step,
+        "estimator": asked,
+        "outer": name,
+        "step": step,
         "steps": options["max_steps"],
         "tol": options["tol"],
         "chosen": {"estimator": estimator if isinstance(estimator, str) else repr(estimator), "outer": repr(outer)},
     }
     return Plan(instance, options, settings, notes)
-
-
-def _name(estimator: object) -> str | None:
-    return estimator if isinstance(estimator, str) else None
 
 
 def _merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, Any]) -> tuple[Request, dict[str, str]]:
@@ -128,7 +122,7 @@ def _merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, A
         ValueError: if the command line says otherwise.
     """
     changed = [
-        f"{name} {getattr(request, name)} (it was {recorded.get(name) or 'not given'})"
+        f"{name} {getattr(request, name)} (it was {_said(recorded.get(name))})"
         for name in _FIXED
         if getattr(request, name) is not None and getattr(request, name) != recorded.get(name)
     ]
@@ -136,7 +130,7 @@ def _merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, A
         changed.append(f"problem {request.problem} (it was {recorded['problem']})")
     for name, text in arguments.items():
         if recorded["set"].get(name) != text:
-            changed.append(f"{name}={text} (it was {recorded['set'].get(name, 'not given')})")
+            changed.append(f"{name}={text} (it was {_said(recorded['set'].get(name))})")
     if changed:
         raise ValueError(
             f"`--resume` continues a run as it was begun; this would change {'; '.join(changed)}. Leave it out, or"
@@ -146,6 +140,10 @@ def _merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, A
         name: recorded.get(name) for name in (*_FIXED, "steps", "tol") if getattr(request, name) is None
     }
     return dataclasses.replace(request, **kept), dict(recorded["set"])
+
+
+def _said(value: object) -> object:
+    return "not given" if value is None else value
 
 
 def _seeded(estimator: AbstractEstimator | str, instance: Instance, seed: int) -> AbstractEstimator | None:
@@ -162,25 +160,24 @@ def _seeded(estimator: AbstractEstimator | str, instance: Instance, seed: int) -
     return dataclasses.replace(estimator, seed=seed)
 
 
-def _outer(request: Request, known: Mapping[str, Any]) -> Any:
-    """The outer method: the problem's own unless another is named; its step length belongs to its own method."""
+def _outer(request: Request, known: Mapping[str, Any]) -> tuple[Any, str | None, float | None]:
+    """The outer method, its name and its step length, which belongs to the problem's own method unless it is given."""
     own = known.get("outer", "adam")
     if request.outer is None and not isinstance(own, str):
         if request.step is None:
-            return own
+            return own, None, None
         raise ValueError(f"the outer method of {request.problem} is {own!r}: `--step` needs `--outer NAME`.")
     name = own if request.outer is None else request.outer
-    build = outer_method(name)
-    step = request.step
+    build, step = outer_method(name), request.step
     if step is None and isinstance(own, str) and build is outer_method(own):
         step = known.get("outer_step")
     if not takes(build, "step"):
         if request.step is not None:
             raise ValueError(f"`--outer {name}` chooses its own steps: leave out `--step`.")
-        return build()
-    if step is not None:
-        return build(step=step)
+        return build(), name, None
     default = default_outer()
-    if build is type(default):
-        return default
-    raise ValueError(f"`--outer {name}` needs a step length: add `--step`.")
+    if step is None and build is type(default):
+        return default, name, None
+    if step is None:
+        raise ValueError(f"`--outer {name}` needs a step length: add `--step`.")
+    return build(step=step), name, step

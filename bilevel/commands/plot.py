@@ -11,7 +11,7 @@ from bilevel._instance import Instance
 from bilevel._minimize import Record
 from bilevel._tree import Tree
 
-_WIDTH, _HEIGHT, _DPI = 9.0, 3.6, 110
+_WIDTH, _DPI = 9.0, 110
 
 
 def draw(file: BinaryIO, instance: Instance, x: Tree, y: Tree, history: Sequence[Record]) -> None:
@@ -29,10 +29,10 @@ def draw(file: BinaryIO, instance: Instance, x: Tree, y: Tree, history: Sequence
         from matplotlib.image import imsave
     except ImportError as error:
         raise ImportError('drawing plot.png needs matplotlib: `pip install "bilevel[plots]"`.') from error
-    figures = [Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")]
+    figures = [Figure(figsize=(_WIDTH, 3.4), dpi=_DPI, layout="constrained")]
     _curves(figures[0], history)
     if instance.plot is not None:
-        figures.insert(0, Figure(figsize=(_WIDTH, _HEIGHT), dpi=_DPI))
+        figures.insert(0, Figure(figsize=(_WIDTH, 4.6), dpi=_DPI))
         instance.plot(figures[0], x, y)
     pictures = []
     for figure in figures:
@@ -53,6 +53,7 @@ def _curves(figure: Any, history: Sequence[Record]) -> None:
     for column, (name, values) in enumerate(curves.items()):
         axes = figure.add_subplot(1, 2, column + 1)
         axes.plot(steps, values, color="#4c72b0", marker="." if len(steps) < 30 else "")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("outer step")
         axes.set_title(name, loc="left")
         axes.grid(alpha=0.3)

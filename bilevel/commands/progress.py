@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import TextIO, TypeAlias
 
 from bilevel._minimize import Record
 
@@ -18,7 +18,7 @@ def progress(max_steps: int, *, quiet: bool) -> Iterator[Show]:
     """A function to be called with the record of each step."""
     if quiet:
         yield lambda record: None  # noqa: ARG005
-    elif sys.stderr.isatty() and _has_rich():
+    elif _fancy(sys.stderr):
         with _bar(max_steps) as show:
             yield show
     else:
@@ -33,7 +33,7 @@ def progress(max_steps: int, *, quiet: bool) -> Iterator[Show]:
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values."""
-    if sys.stdout.isatty() and _has_rich():
+    if _fancy(sys.stdout):
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -77,7 +77,8 @@ def _state(record: Record) -> str:
     return f"Phi {number(record.value)}  |h| {record.grad_norm:.2e}{failed}"
 
 
-def _has_rich() -> bool:
+def _fancy(stream: TextIO) -> bool:
+    """Whether to draw with rich."""
     import importlib.util
 
-    return importlib.util.find_spec("rich") is not None
+    return stream.isatty() and importlib.util.find_spec("rich") is not None

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any, final
 
 from bilevel._estimate import Estimate
-from bilevel._files import write_atomically
 from bilevel._instance import Instance
 from bilevel._minimize import Record, Solution, minimize
-from bilevel._result import BilevelError, Stats
-from bilevel._tree import Tree, ravel
+from bilevel._optimizer import AbstractOuterDriver
+from bilevel._result import BilevelError
+from bilevel._tree import ravel
 from bilevel.commands.folder import Folder
+from bilevel.commands.outcome import Outcome, head, write
 from bilevel.commands.plan import Plan, Request, plan
-from bilevel.commands.plot import draw
-from bilevel.commands.progress import note, number, progress, table
-from bilevel.commands.result import describe, versions
+from bilevel.commands.progress import note, progress
 
 
 class Failure(Exception):  # noqa: N818  (its name is what the exit code says)
     """A computation that began and did not succeed; what it computed has been written."""
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """How a run ended: the name of a status, "interrupted", or "failed" for an exception of f or g."""
-
-    status: str
-    message: str
-    x: Tree
-    y: Tree
-    history: tuple[Record, ...]
 
 
 def run(request: Request) -> None:
@@ -58,7 +43,7 @@ def run(request: Request) -> None:
     earlier = 0.0 if before is None else float(before.get("seconds") or 0.0)
     outcome, began, cause = _compute(request, made, folder)
     seconds = earlier + time.perf_counter() - began
-    _write(request, made, folder, outcome, seconds)
+    write(request, made, folder, outcome, seconds)
     if outcome.status == "interrupted":
         raise KeyboardInterrupt(outcome.message) from cause
     if outcome.status != "successful":
@@ -72,12 +57,9 @@ def _folder(request: Request) -> Folder:
         if request.resume:
             raise ValueError("`--resume` needs `--out DIR` to say which run.")
         stem = PurePath(request.problem).name.replace(".py:", "-")
-        path = Path("runs") / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-        again = 1
-        while path.exists():
-            again += 1
-            path = path.with_name(f"{path.name.partition('.')[0]}.{again}")
-        return Folder(path)
+        name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
+        return Folder(next(path for path in (Path("runs") / name for name in names) if not path.exists()))
     folder = Folder(Path(request.out))
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"`--out {request.out}` is a file: name a folder.")
@@ -99,7 +81,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
         def callback(record: Record, _: Estimate) -> None:
             nonlocal first
             if first:
-                folder.write_result(_head(request, made) | {"status": "running"})
+                folder.write_result(head(request, made) | {"status": "running"})
                 first = False
             records.append(record)
             folder.append_history(record)
@@ -111,7 +93,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
                 instance.x0,
                 instance.y0,
                 callback=callback,
-                checkpoint=folder.checkpoint,
+                checkpoint=None if isinstance(made.options["outer"], AbstractOuterDriver) else folder.checkpoint,
                 resume=request.resume,
                 throw=not request.keep_going,
                 **made.options,
@@ -121,12 +103,17 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
                 raise
             return _ended(error.partial), began, error
         except KeyboardInterrupt as error:
+            if not records and not folder.checkpoint.exists():
+                raise
             step = records[-1].step if records else 0
             again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
-            message = f"interrupted after step {step}. Continue with: {again}"
+            kept = f"Continue with: {again}" if folder.checkpoint.exists() else "This outer method keeps no checkpoint."
+            message = f"interrupted after step {step}. {kept}"
             return _stopped(instance, folder, records, "interrupted", message), began, error
         except Exception as error:
             if first:  # nothing was computed: the input is at fault
+                if not request.resume:
+                    folder.clear()
                 raise
             message = f"stopped after step {records[-1].step} by {type(error).__name__}: {error}"
             return _stopped(instance, folder, records, "failed", message), began, error
@@ -135,80 +122,16 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
 
 def _ended(solution: Solution) -> Outcome:
     message = "" if solution.status.ok else f"the run did not succeed. {solution.message}"
-    return Outcome(solution.status.name, message, solution.x, solution.y, solution.history)
+    return Outcome(solution.status.name, message, solution.history[-1].step, (solution.x, solution.y), solution.history)
 
 
 def _stopped(instance: Instance, folder: Folder, records: list[Record], status: str, message: str) -> Outcome:
     """What the checkpoint, which `minimize` wrote on its way out, says."""
-    x, y = instance.x0, instance.y0
-    if folder.checkpoint.exists():
-        saved = folder.read_checkpoint()
-        x = ravel(instance.x0, "x0")[1].unravel(saved["x"])
-        y = ravel(instance.y0, "y0")[1].unravel(saved["y"])
-    return Outcome(status, message, x, y, tuple(records))
-
-
-def _head(request: Request, made: Plan) -> dict[str, Any]:
-    return {
-        "problem": request.problem,
-        "description": made.instance.description,
-        "settings": made.settings,
-        "versions": versions(),
-    }
-
-
-def _write(request: Request, made: Plan, folder: Folder, outcome: Outcome, seconds: float) -> None:
-    notes: list[str] = []
-    history, instance = outcome.history, made.instance
-    stats = sum((record.stats for record in history), Stats())
-    content = _head(request, made) | {
-        "status": outcome.status,
-        "message": outcome.message,
-        "steps": history[-1].step if history else 0,
-        "initial": {"value": history[0].value, "grad_norm": history[0].grad_norm} if history else None,
-        "final": {"value": history[-1].value, "grad_norm": history[-1].grad_norm} if history else None,
-        "x": describe(outcome.x),
-        "metrics": {},
-        "stats": stats.as_dict(),
-        "seconds": seconds,
-        "notes": notes,
-    }
-    folder.write_history(history)
-    folder.write_solution(outcome.x, outcome.y)
-    folder.write_result(content)  # before anything that a problem's own code could stop
-    if instance.metrics is not None:
-        metrics = instance.metrics
-        _attempt("its metrics", lambda: content.update(metrics=dict(metrics(outcome.x, outcome.y))), notes)
-    if history:
-        picture = lambda file: draw(file, instance, outcome.x, outcome.y, history)  # noqa: E731
-        _attempt("plot.png", lambda: write_atomically(folder.plot, picture), notes)
-    folder.write_result(content)
-    for text in notes:
-        note(text)
-    if not request.quiet and history:
-        _show(made, folder, content)
-
-
-def _attempt(what: str, action: Callable[[], object], notes: list[str]) -> None:
-    """Something without which the run is still a success: if it fails, a note says so."""
-    try:
-        action()
-    except Exception as error:
-        missing = isinstance(error, ImportError)
-        notes.append(f"{what} left out: {error if missing else f'{type(error).__name__}: {error}'}")
-
-
-def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
-    settings, counts = made.settings, content["stats"]
-    files = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
-    rows = [
-        ("status", content["status"]),
-        ("Phi", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),
-        ("|h|", f"{number(content['initial']['grad_norm'])} -> {number(content['final']['grad_norm'])}"),
-        *((name.replace("_", " "), number(value)) for name, value in content["metrics"].items()),
-        ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
-        ("outer steps", str(content["steps"])),
-        ("seconds", f"{content['seconds']:.2f}"),
-        ("files", f"{folder.path}: {', '.join(files)}"),
-    ]
-    table(f"{settings['problem']}: {settings['chosen']['estimator']}, {settings['chosen']['outer']}", rows)
+    if not folder.checkpoint.exists():
+        return Outcome(status, message, records[-1].step, None, tuple(records))
+    saved = folder.read_checkpoint()
+    x, y = (
+        structure.unravel(vector.to(structure.device))
+        for structure, vector in ((ravel(instance.x0)[1], saved["x"]), (ravel(instance.y0)[1], saved["y"]))
+    )
+    return Outcome(status, message, saved["step"], (x, y), tuple(records))

@@ -1,0 +1,111 @@
+"""How a run ended, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from bilevel._files import write_atomically
+from bilevel._minimize import Record
+from bilevel._result import Stats
+from bilevel._tree import Tree
+from bilevel.commands.folder import Folder
+from bilevel.commands.plan import Plan, Request
+from bilevel.commands.plot import draw
+from bilevel.commands.progress import note, number, table
+from bilevel.commands.result import describe, versions
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: the name of a `Status`, "interrupted", or "failed" for an exception of f or g.
+        message: what to do about it.
+        steps: how many outer steps led to x; one more than the last record's where the run was stopped after a step.
+        point: x and y; None where the run was stopped inside an outer method that keeps no checkpoint.
+        history: the records.
+    """
+
+    status: str
+    message: str
+    steps: int
+    point: tuple[Tree, Tree] | None
+    history: tuple[Record, ...]
+
+
+def head(request: Request, made: Plan) -> dict[str, Any]:
+    """What is known before a run starts."""
+    return {
+        "problem": request.problem,
+        "description": made.instance.description,
+        "settings": made.settings,
+        "versions": versions(),
+    }
+
+
+def write(request: Request, made: Plan, folder: Folder, outcome: Outcome, seconds: float) -> None:
+    """Write every file of a run that has ended, and show its table."""
+    notes: list[str] = []
+    history, instance = outcome.history, made.instance
+    stats = sum((record.stats for record in history), Stats())
+    content = head(request, made) | {
+        "status": outcome.status,
+        "message": outcome.message,
+        "steps": outcome.steps,
+        "initial": _values(history[0]) if history else None,
+        "final": _values(history[-1]) if history else None,
+        "x": None if outcome.point is None else describe(outcome.point[0]),
+        "metrics": {},
+        "stats": stats.as_dict(),
+        "seconds": seconds,
+        "notes": notes,
+    }
+    folder.write_history(history)
+    folder.write_result(content)  # before anything that a problem's own code could stop
+    if outcome.point is not None:
+        x, y = outcome.point
+        folder.write_solution(x, y)
+        if instance.metrics is not None:
+            metrics = instance.metrics
+            _attempt("its metrics", lambda: content.update(metrics=dict(metrics(x, y))), notes)
+        if history:
+            picture = lambda file: draw(file, instance, x, y, history)  # noqa: E731
+            _attempt("plot.png", lambda: write_atomically(folder.plot, picture), notes)
+    folder.write_result(content)
+    for text in notes:
+        note(text)
+    if not request.quiet and history:
+        _show(made, folder, content)
+
+
+def _values(record: Record) -> dict[str, Any]:
+    return {"step": record.step, "value": record.value, "grad_norm": record.grad_norm}
+
+
+def _attempt(what: str, action: Callable[[], object], notes: list[str]) -> None:
+    """Something without which the run is still a success: if it fails, a note says so."""
+    try:
+        action()
+    except Exception as error:
+        missing = isinstance(error, ImportError)
+        notes.append(f"left out {what}: {error if missing else f'{type(error).__name__}: {error}'}")
+
+
+def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
+    settings, counts = made.settings, content["stats"]
+    files = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
+    rows = [
+        ("status", content["status"]),
+        ("Phi", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),
+        ("|h|", f"{number(content['initial']['grad_norm'])} -> {number(content['final']['grad_norm'])}"),
+        *((name.replace("_", " "), number(value)) for name, value in content["metrics"].items()),
+        ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
+        ("outer steps", str(content["steps"])),
+        ("seconds", f"{content['seconds']:.2f}"),
+        ("files", f"{folder.path}: {', '.join(files)}"),
+    ]
+    table(f"{settings['problem']}: {settings['chosen']['estimator']}, {settings['chosen']['outer']}", rows)
