@@ -25,8 +25,8 @@ _STATUS = (
 )
 
 # (operator, right-hand side, residual norm to stop at, most steps, size of A as far as known, zero at first)
-# -> (solution, how it ended, steps taken, size of A)
-Run: TypeAlias = Callable[[LinearOperator, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, int, Tensor]]
+# -> (solution, how each row ended, steps taken, size of A)
+Run: TypeAlias = Callable[[LinearOperator, Tensor, Tensor, int, Tensor], tuple[Tensor, list[int], int, Tensor]]
 
 
 def row_norms(v: Tensor) -> Tensor:
@@ -44,6 +44,14 @@ def row_norms(v: Tensor) -> Tensor:
     scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
     scaled: Tensor = torch.linalg.vector_norm(v / scale, dim=-1)
     return scaled * scale.squeeze(-1)
+
+
+def _norms(v: Tensor) -> list[float]:
+    """Euclidean norms of all rows as floats, which for few rows are cheaper to compare than tensors."""
+    norms: list[float] = torch.linalg.vector_norm(v, dim=-1).reshape(-1).tolist()
+    info = torch.finfo(v.dtype)
+    low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max)
+    return norms if all(low < norm < high for norm in norms) else row_norms(v).reshape(-1).tolist()
 
 
 def over(v: Tensor, norm: Tensor, active: Tensor) -> Tensor:
@@ -91,51 +99,70 @@ def solve_by_runs(
     """
     max_steps = 10 * operator.size if max_steps is None else max_steps
     eps = torch.finfo(b.dtype).eps
-    norm_b = row_norms(b)
-    target = (rtol * norm_b).clamp_min(atol)
-    zero = norm_b == 0
-    v, r, norm = torch.zeros_like(b), b, norm_b
+    norms = _norms(b)
+    targets = [max(rtol * norm, atol) for norm in norms]
+    v, r, sizes = torch.zeros_like(b), b, norms
     if guess is not None:
-        v = torch.where(zero.unsqueeze(-1), v, guess)
-        r = torch.where(zero.unsqueeze(-1), b, b - operator.mv(v))
-        norm = torch.maximum(norm, row_norms(r))
+        zero = b.new_tensor(norms).reshape((*b.shape[:-1], 1)) == 0
+        v = torch.where(zero, v, guess)
+        r = torch.where(zero, b, b - operator.mv(v))
+        sizes = [max(norm, size) for norm, size in zip(norms, _norms(r), strict=True)]
     # Squared norms of the scaled system neither overflow nor underflow in float32.
-    scale = torch.where((norm > 0) & norm.isfinite(), norm, torch.ones_like(norm))
+    scales = [size if 0 < size < math.inf else 1.0 for size in sizes]
     # Below a tenth of a rounding error of b, it has converged exactly as far as this dtype can tell.
-    stop = torch.maximum(target, 0.1 * eps * norm_b) / scale
-    column = scale.unsqueeze(-1)
+    stops = [max(t, 0.1 * eps * norm) / scale for t, norm, scale in zip(targets, norms, scales, strict=True)]
+    scale = b.new_tensor(scales).reshape((*b.shape[:-1], 1))
+    stop = b.new_tensor(stops).reshape(b.shape[:-1])
 
-    codes, steps, fresh = torch.full_like(norm_b, CONVERGED, dtype=torch.int64), 0, guess is None
-    running, before, norm_A = ~zero, torch.full_like(norm_b, math.inf), torch.zeros_like(norm_b)
+    steps, fresh, norm_A = 0, guess is None, torch.zeros_like(stop)
+    running, before, codes = [norm != 0 for norm in norms], [math.inf] * len(norms), [CONVERGED] * len(norms)
     while True:
-        correction, new, used, norm_A = run(operator, r / column, stop, max_steps - steps, norm_A)
-        v = correction.mul_(column) if fresh else torch.addcmul(v, column, correction)
+        correction, ends, used, norm_A = run(operator, r / scale, stop, max_steps - steps, norm_A)
+        v = correction.mul_(scale) if fresh else torch.addcmul(v, scale, correction)
         steps, fresh = steps + used, False
-        codes = torch.where(running, new, codes)
-        last = steps >= max_steps or not bool((codes == RESTART).any())
+        codes = [new if ran else old for ran, new, old in zip(running, ends, codes, strict=True)]
+        last = steps >= max_steps or RESTART not in codes
         r = operator.residual(b, v) if last else b - operator.mv(v)
-        residual = row_norms(r)
-        codes = torch.where(running & ~residual.isfinite(), NONFINITE, codes)
-        met = (target > 0) & (residual <= target)
-        codes = torch.where((codes == RESTART) & met, CONVERGED, codes)
-        missed = running & (codes == CONVERGED) & (target > 0) & ~met
-        # What claims to have converged must at least halve the true residual, anything else must lower it.
-        codes = torch.where(missed & (residual > 0.5 * before), STALLED, codes)
-        codes = torch.where((codes == RESTART) & (residual >= (1 - 10 * eps) * before), STALLED, codes)
-        running = (missed & (codes == CONVERGED)) | (codes == RESTART)
-        if steps >= max_steps or not bool(running.any()):
+        residuals = _norms(r)
+        rows = zip(running, codes, residuals, targets, before, strict=True)
+        codes = [_judged(code, norm, aim, old, eps) if ran else code for ran, code, norm, aim, old in rows]
+        running = [code == RESTART for code in codes]
+        if steps >= max_steps or RESTART not in codes:
             break
-        r, before = torch.where(running.unsqueeze(-1), r, torch.zeros_like(r)), residual
+        if not all(running):
+            r = torch.where(b.new_tensor(running, dtype=torch.bool).unsqueeze(-1), r, torch.zeros_like(r))
+        before = residuals
     if not last:
-        r = operator.residual(b, v)
-        residual = row_norms(r)
-    codes = torch.where(running, OUT_OF_STEPS, codes)
-    unmet = (codes != CONVERGED) & ~((target > 0) & (residual <= target))
-    if bool(unmet.any()):
-        # A solution so large that rounding errors of A v are of the size of b: A is singular to this precision.
-        unmet = unmet & ((codes == OUT_OF_STEPS) | (codes == STALLED))
-        codes = torch.where(unmet & (eps * norm_A * row_norms(v) > 0.1 * norm_b), BREAKDOWN, codes)
-    # Steps that run out or no longer help are a failure only for those who gave a tolerance, and did not meet it.
-    idle = (codes == OUT_OF_STEPS) | (codes == STALLED)
-    codes = torch.where(idle & ((target == 0) | (residual <= target)), CONVERGED, codes)
-    return Solved(v, tuple(_STATUS[code] for code in codes.reshape(-1).tolist()), residual, steps)
+        residuals = _norms(operator.residual(b, v))
+    if any(code != CONVERGED for code in codes):
+        blurs = [eps * size for size in (norm_A.reshape(-1) * v.norm(dim=-1).reshape(-1)).tolist()]
+        codes = [_ended(*row) for row in zip(codes, residuals, targets, blurs, norms, strict=True)]
+    residual = b.new_tensor(residuals).reshape(b.shape[:-1])
+    return Solved(v, tuple(_STATUS[code] for code in codes), residual, steps)
+
+
+def _judged(code: int, residual: float, target: float, before: float, eps: float) -> int:
+    """How a run ended in the light of the true residual; RESTART if another one is to follow."""
+    if not math.isfinite(residual):
+        return NONFINITE
+    if code not in (CONVERGED, RESTART):
+        return code
+    if residual <= target or (code == CONVERGED and target == 0):
+        return CONVERGED
+    # What claims to have converged must at least halve the true residual, anything else must lower it.
+    progress = 0.5 if code == CONVERGED else 1 - 10 * eps
+    return RESTART if residual < progress * before else STALLED
+
+
+def _ended(code: int, residual: float, target: float, blur: float, norm: float) -> int:
+    """Why a row stopped: no further steps, or none that help, fail only those who gave a tolerance and missed it."""
+    if code not in (OUT_OF_STEPS, STALLED, RESTART):
+        return code
+    if residual <= target:
+        return CONVERGED
+    # A solution so large that rounding errors of A v are of the size of b: A is singular to this precision.
+    if blur > 0.1 * norm:
+        return BREAKDOWN
+    if target == 0:
+        return CONVERGED
+    return STALLED if code == STALLED else OUT_OF_STEPS

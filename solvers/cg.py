@@ -72,7 +72,7 @@ Precondition: TypeAlias = Callable[[Tensor], Tensor] | None
 
 def _run_one(
     operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, largest_seen: Tensor, precondition: Precondition
-) -> tuple[Tensor, Tensor, int, Tensor]:
+) -> tuple[Tensor, list[int], int, Tensor]:
     """One system: Python floats and in-place updates, so that little beside the products costs time."""
     eps, target = torch.finfo(r.dtype).eps, float(stop)
     d = torch.zeros_like(r)
@@ -124,12 +124,12 @@ def _run_one(
             before_rz, rz = rz, torch.dot(r, z).item()
             p.mul_(rz / before_rz).add_(z)
             pp = torch.dot(p, p).item()
-    return d, torch.tensor(code, device=r.device), steps, torch.full_like(largest_seen, largest)
+    return d, [code], steps, torch.full_like(largest_seen, largest)
 
 
 def _run_batch(
     operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, largest_seen: Tensor, precondition: Precondition
-) -> tuple[Tensor, Tensor, int, Tensor]:
+) -> tuple[Tensor, list[int], int, Tensor]:
     """Independent systems side by side: a step length for each row; rows that ended stand still."""
     eps = torch.finfo(r.dtype).eps
     d = torch.zeros_like(r)
@@ -164,4 +164,4 @@ def _run_batch(
         z = r if precondition is None else precondition(r)
         before, rz = rz, row_dots(r, z)
         p = z + torch.where(active, rz / before, zero).unsqueeze(-1) * p
-    return d, codes, steps, largest
+    return d, codes.tolist(), steps, largest

@@ -71,7 +71,7 @@ class GMRES(AbstractLinearSolver):
 
 def _run(
     operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, norm_A: Tensor, cycle: int
-) -> tuple[Tensor, Tensor, int, Tensor]:
+) -> tuple[Tensor, list[int], int, Tensor]:
     """One cycle: an orthonormal basis Q of the Krylov space, A Q = Q H, and rotations that triangularize H."""
     rounding = 10 * torch.finfo(r.dtype).eps
     phi = row_norms(r)  # signed; |phi| is the norm of the residual
@@ -124,7 +124,7 @@ def _run(
         basis[..., steps, :] = q
     if steps == cycle < max_steps:
         codes = torch.where(codes == OUT_OF_STEPS, RESTART, codes)
-    return _combine(basis, columns, entries, r), codes, steps, norm_A
+    return _combine(basis, columns, entries, r), codes.reshape(-1).tolist(), steps, norm_A
 
 
 def _rotate(rotations: Tensor, c: Tensor, s: Tensor) -> Tensor:

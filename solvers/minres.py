@@ -67,7 +67,7 @@ class MINRES(AbstractLinearSolver):
 
 def _run(
     operator: LinearOperator, r: Tensor, stop: Tensor, max_steps: int, norm_A: Tensor
-) -> tuple[Tensor, Tensor, int, Tensor]:
+) -> tuple[Tensor, list[int], int, Tensor]:
     """Lanczos vectors q, the rotations (c, s) that triangularize their tridiagonal matrix, directions w."""
     rounding = 10 * torch.finfo(r.dtype).eps
     d = w = w_old = q_old = torch.zeros_like(r)
@@ -113,4 +113,4 @@ def _run(
         codes = torch.where(active & (phi.abs() <= stop), CONVERGED, codes)
         w_old, w = w, next_w
         q_old, q, beta = q, over(next_q, next_beta, codes == OUT_OF_STEPS), next_beta
-    return d, codes, steps, norm_A
+    return d, codes.reshape(-1).tolist(), steps, norm_A
