@@ -75,6 +75,39 @@ class Entry:
     build: Callable[..., Instance]
 
 
+_ENTRIES = (
+    Entry("hyper-cleaning", "find mislabelled digits by learning a weight for each training sample", hyper_cleaning),
+    Entry("hyper-cleaning-synthetic", "the same on random data of any size (benchmarks)", hyper_cleaning_synthetic),
+    Entry(
+        "logistic-breast-cancer",
+        "logistic regression with learned penalties, breast cancer data",
+        logistic_breast_cancer,
+    ),
+    Entry("multinomial-digits", "multinomial logistic regression with learned penalties, digits", multinomial_digits),
+    Entry("logistic", "logistic regression with learned penalties, random data of any size", logistic),
+    Entry("ridge-diabetes", "ridge regression with one learned penalty, diabetes data", ridge_diabetes),
+    Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),
+    Entry("ridge", "ridge regression with learned penalties, random data", ridge),
+    Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
+    Entry("proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks),
+    Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
+    Entry("nested", "quadratic objectives with x and y in nested structures", nested),
+    Entry("minimax", "a saddle point: g = -f, the implicit term vanishes", minimax),
+    Entry("asinh", "inner problem of the form cosh", asinh),
+    Entry("lambert", "inner problem with an exponential, y* by Lambert's W", lambert),
+    Entry("cardano", "quartic inner problem, y* by Cardano's formula", cardano),
+    Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
+    Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
+    Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
+    Entry(
+        "rank-deficient",
+        "singular inner Hessian: the hypergradient does not exist (a failure test)",
+        rank_deficient,
+    ),
+    Entry("double-well", "nonconvex inner problem with two wells (a failure test)", double_well),
+)
+
+
 def catalogue() -> dict[str, Entry]:
     """Every problem by its name.
 
@@ -82,41 +115,4 @@ def catalogue() -> dict[str, Entry]:
         >>> catalogue()["quadratic"].build(p=2, q=3).x0.shape
         torch.Size([2])
     """
-    entries = (
-        Entry(
-            "hyper-cleaning", "find mislabelled digits by learning a weight for each training sample", hyper_cleaning
-        ),
-        Entry("hyper-cleaning-synthetic", "the same on random data of any size (benchmarks)", hyper_cleaning_synthetic),
-        Entry(
-            "logistic-breast-cancer",
-            "logistic regression with learned penalties, breast cancer data",
-            logistic_breast_cancer,
-        ),
-        Entry(
-            "multinomial-digits", "multinomial logistic regression with learned penalties, digits", multinomial_digits
-        ),
-        Entry("logistic", "logistic regression with learned penalties, random data of any size", logistic),
-        Entry("ridge-diabetes", "ridge regression with one learned penalty, diabetes data", ridge_diabetes),
-        Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),
-        Entry("ridge", "ridge regression with learned penalties, random data", ridge),
-        Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
-        Entry(
-            "proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks
-        ),
-        Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
-        Entry("nested", "quadratic objectives with x and y in nested structures", nested),
-        Entry("minimax", "a saddle point: g = -f, the implicit term vanishes", minimax),
-        Entry("asinh", "inner problem of the form cosh", asinh),
-        Entry("lambert", "inner problem with an exponential, y* by Lambert's W", lambert),
-        Entry("cardano", "quartic inner problem, y* by Cardano's formula", cardano),
-        Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
-        Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
-        Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
-        Entry(
-            "rank-deficient",
-            "singular inner Hessian: the hypergradient does not exist (a failure test)",
-            rank_deficient,
-        ),
-        Entry("double-well", "nonconvex inner problem with two wells (a failure test)", double_well),
-    )
-    return {entry.name: entry for entry in entries}
+    return {entry.name: entry for entry in _ENTRIES}

@@ -78,10 +78,6 @@ def load(
     parts = _parts(arrays, sizes, seed)
     dtype = torch.float64 if double else torch.float32
     for name, (X, y) in parts.items():
-        if X.shape[0] != y.shape[0] or X.shape[0] == 0:
-            raise ValueError(
-                f"the {name} part needs as many inputs as targets, and at least one. Got {X.shape[0]} and {y.shape[0]}."
-            )
         if not bool(X.isfinite().all()) or (regression and not bool(y.isfinite().all())):
             raise ValueError(f"the {name} part holds NaN or infinite values. Drop or impute them first.")
     inputs = {name: X for name, (X, _) in parts.items()}
@@ -152,11 +148,16 @@ def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> 
         if f"X_{part}" in arrays and f"y_{part}" in arrays
     }
     pool = given.pop("train") if "train" in given else (arrays["X"], arrays["y"])
+    for name, (X, y) in (("whole", pool), *given.items()):
+        if len(X) != len(y) or len(X) == 0:
+            raise ValueError(
+                f"`data=` needs as many inputs as targets, and at least one. Got {len(X)} and {len(y)} ({name})."
+            )
     n = len(pool[0])
     counts = {part: round(size if size >= 1 else size * n) for part, size in zip(_PARTS, sizes, strict=False)}
     wanted = [part for part in ("train", "val") if part not in given]
     if "test" in given and "val" in given:
-        counts["train"] = min(counts["train"], n)
+        counts["train"] = min(counts["train"], n) if sizes[0] >= 1 else n
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     parts, begin = dict(given), 0
     for part in wanted:
