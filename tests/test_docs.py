@@ -1,0 +1,276 @@
+"""The documentation is true: every block of README.md and docs/ runs, and shows what it says it shows.
+
+Conventions of the pages:
+
+- Blocks marked ``python`` run in order, in one namespace a page, in an empty directory, with torch's default float32.
+  A block with ``title="name.py"`` is also saved under that name.
+- ``expression  # -> text`` at the end of a statement: what an interactive session shows for it is exactly the text.
+- ``statement  # raises Name: text``: it raises an exception of that name whose message contains the text.
+- Blocks marked ``bash``: every ``make`` target exists, and every ``bilevel`` command line is one that its parser
+  accepts, of problems and estimators that exist; runs of a file that the page itself defines are carried out.
+"""
+
+import argparse
+import ast
+import contextlib
+import inspect
+import io
+import re
+import shlex
+import sys
+import textwrap
+import tokenize
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilevel
+from bilevel import _registry, cli
+from bilevel.problems import catalogue
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {"git", "pip", "python", "pytest", "mkdocs", "cd", "source"}  # besides `make` and `bilevel`
+
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its title, its text and the line on which the text begins."""
+
+    language: str
+    title: str
+    text: str
+    line: int
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page."""
+    found = []
+    for match in _FENCE.finditer(page):
+        title = re.search(r'title="([^"]*)"', match["info"])
+        line = page[: match.start("text")].count("\n") + 1
+        found.append(
+            Block(match["language"], title.group(1) if title else "", textwrap.dedent(match["text"]), line)
+        )
+    return found
+
+
+def expectations(source: str) -> dict[int, tuple[str, str]]:
+    """By line, what a trailing comment promises: ("->", text) or ("raises", text)."""
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            match = re.match(r"# *(->|raises\b) *(.*)", token.string)
+            if match:
+                found[token.start[0]] = (match[1], match[2].strip())
+    return found
+
+
+def run_block(source: str, namespace: dict[str, object], name: str, line: int = 1) -> None:
+    """Run a block statement by statement, holding it to its comments."""
+    promised = expectations(source)
+    for statement in ast.parse(source).body:
+        end = statement.end_lineno or statement.lineno
+        kind, text = promised.pop(end, ("", ""))
+        where = f"{name}:{line + end - 1}"
+        ast.increment_lineno(statement, line - 1)
+        if kind == "raises":
+            expected, _, message = text.partition(":")
+            try:
+                shown(statement, namespace, name)
+            except Exception as error:
+                assert type(error).__name__ == expected, f"{where} raised {error!r}"
+                assert message.strip() in str(error), f"{where} raised the message {str(error)!r}"
+            else:
+                pytest.fail(f"{where} did not raise {expected}")
+        else:
+            output = shown(statement, namespace, name)
+            if kind == "->":
+                assert output == text, f"{where} shows {output!r}, the page says {text!r}"
+    assert not promised, f"{name}: comments that promise an output but do not end a statement: {promised}"
+
+
+def shown(statement: ast.stmt, namespace: dict[str, object], name: str) -> str:
+    """What an interactive session shows when it runs a statement."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if isinstance(statement, ast.Expr):
+            value = eval(compile(ast.Expression(statement.value), name, "eval"), namespace)
+            if value is not None:
+                print(repr(value))  # noqa: T201
+        else:
+            exec(compile(ast.Module([statement], []), name, "exec"), namespace)
+    return printed.getvalue().strip()
+
+
+@pytest.fixture
+def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """An empty directory, torch's own default dtype, and a fresh main module's namespace."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    monkeypatch.setattr(_registry, "_NAMED", dict(_registry._NAMED))  # a page may add a name
+    yield vars(module)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_says_what_is_true(page: Path, as_a_user: dict[str, object]) -> None:
+    for block in blocks(page.read_text()):
+        if block.language == "python":
+            if block.title:
+                Path(block.title).write_text(block.text)
+            run_block(block.text, as_a_user, page.name, block.line)
+        elif block.language == "bash":
+            for command in block.text.replace("\\\n", " ").splitlines():
+                check_command(shlex.split(command, comments=True))
+
+
+def check_command(words: list[str]) -> None:
+    """Refuse a command line that a reader could not type as it stands."""
+    if not words:
+        return
+    program, arguments = words[0], words[1:]
+    if words[:3] == ["python", "-m", "bilevel"]:
+        program, arguments = "bilevel", words[3:]
+    if program == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert set(arguments) <= targets, f"the Makefile has no target {set(arguments) - targets}"
+    elif program == "bilevel":
+        check_bilevel(arguments)
+    else:
+        assert program in COMMANDS, f"unknown command {program!r}"
+        for word in arguments:
+            if word.endswith((".py", ".txt", ".toml")):
+                assert (ROOT / word).exists(), f"there is no file {word}"
+
+
+def check_bilevel(arguments: list[str]) -> None:
+    """The parser accepts it and every name in it exists; a run of the page's own file is carried out."""
+    try:
+        options = cli.parser().parse_args(arguments)
+    except SystemExit as stop:
+        assert not stop.code, f"`bilevel` does not accept {arguments}"
+        return
+    problem = getattr(options, "problem", None)
+    if problem is None:
+        return
+    if ".py:" in problem:
+        assert cli.main([*arguments, "--quiet"]) == 0, f"`bilevel {shlex.join(arguments)}` failed"
+        return
+    assert problem in catalogue(), f"there is no problem {problem!r}"
+    assert options.estimator is None or options.estimator in bilevel.estimators()
+    wanted = {word.partition("=")[0] for word in options.set}
+    known = set(inspect.signature(catalogue()[problem].build).parameters)
+    assert wanted <= known, f"{problem} has no argument {wanted - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_images_lead_somewhere(page: Path) -> None:
+    text = _FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}, and there is no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ +(.*)$", _FENCE.sub("", page.read_text()), re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings]
+    return {re.sub(r"\s+", "-", heading) for heading in plain}
+
+
+def test_the_readme_names_every_estimator_and_no_other() -> None:
+    rows = re.findall(r'^\| `"([\w-]+)"` \| ([^|]*) \|', (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {name: description.strip() for name, description in rows} == bilevel.estimators()
+    assert len(rows) == len(bilevel.estimators())
+
+
+def test_the_pages_name_every_problem_flag_and_exit_code_and_no_other() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|", (ROOT / "docs" / "problems.md").read_text(), re.MULTILINE)
+    assert dict(rows) == {entry.name: entry.description for entry in catalogue().values()}
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    flags = set(re.findall(r"(--[a-z][a-z-]*)", "".join(parser_of("run").format_help())))
+    assert set(re.findall(r"^\| `(--[\w-]+)[^|]* \|", page, re.MULTILINE)) == flags - {"--help"}
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert codes == {cli.SUCCESS, cli.FAILED, cli.USAGE, cli.MISSING, cli.INTERRUPTED}
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    actions = [action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    found: argparse.ArgumentParser = actions[0].choices[command]
+    return found
+
+
+def test_the_table_of_statuses_is_complete() -> None:
+    page = (ROOT / "docs" / "how_to_choose.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page.partition("## What to do on each status")[2], re.MULTILINE)
+    assert rows == [status.name for status in bilevel.Status]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.name for page in PAGES if page.name != "README.md"}
+
+
+def test_pictures_are_small() -> None:
+    pictures = list((ROOT / "docs").rglob("*.png"))
+    assert pictures
+    assert all(picture.stat().st_size < 200_000 for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("1 + 1  # -> 3", "says '3'"),
+        ("x = 1  # -> 1", "says '1'"),
+        ("print('a')  # -> b", "says 'b'"),
+        ("# -> 1", "do not end a statement"),
+        ("(\n    1  # -> 1\n)", "do not end a statement"),
+        ("1 / 0  # raises ValueError: zero", "ZeroDivisionError"),
+        ("1 / 0  # raises ZeroDivisionError: nonsense", "the message"),
+        ("1 / 1  # raises ZeroDivisionError: zero", "did not raise"),
+    ],
+)
+def test_a_page_that_says_something_wrong_fails(source: str, complaint: str) -> None:
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=re.escape(complaint)):
+        run_block(source, {}, "page")
+
+
+def test_a_page_that_is_right_passes() -> None:
+    namespace: dict[str, object] = {}
+    source = "x = 2\nx + 1  # -> 3\nprint(x)  # -> 2\nx / 0  # raises ZeroDivisionError: division by zero"
+    run_block(source, namespace, "page")
+    assert namespace["x"] == 2
+
+
+def test_a_command_that_does_not_exist_is_refused() -> None:
+    for command in (
+        "make tea",
+        "curl x",
+        "python no_such_file.py",
+        "bilevel brew",
+        "bilevel run ridge --sugar",
+        "bilevel run tea",
+        "bilevel run ridge --estimator tea",
+        "bilevel run ridge --set tea=1",
+        "python -m bilevel run tea",
+    ):
+        with pytest.raises(AssertionError):
+            check_command(command.split())
