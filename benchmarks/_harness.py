@@ -23,7 +23,7 @@ import torch
 from _workloads import Workload
 from torch import Tensor
 
-from bilevel import AID, BilevelProblem, hypergradient
+from bilevel import AID, BilevelProblem, Estimate, hypergradient
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 from bilevel.solvers.neumann import Neumann
@@ -33,7 +33,7 @@ FLOOR, OURS = "floor", "bilevel"
 Call = Callable[[], Tensor]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why a peer takes no part: it is not installed, or has no such method."""
 
 
@@ -111,11 +111,18 @@ def linear_solver(method: str, products: int, workload: Workload) -> Any:
     return Neumann(step=workload.step, terms=products + 1)
 
 
-def ours(workload: Workload, method: str, products: int) -> Call:
+def estimate(workload: Workload, method: str, products: int) -> Callable[[], Estimate]:
     """`bilevel.hypergradient` at the given inner solution, by its public interface."""
     problem = BilevelProblem(workload.f, workload.g)
-    estimator = AID(inner=ClosedForm(lambda x: workload.ys), linear=linear_solver(method, products, workload))
-    return lambda: hypergradient(problem, workload.x, workload.ys, estimator=estimator, throw=False).grad
+    inner = ClosedForm(lambda _: workload.ys)
+    estimator = AID(inner=inner, linear=linear_solver(method, products, workload))
+    return lambda: hypergradient(problem, workload.x, workload.ys, estimator=estimator, throw=False)
+
+
+def ours(workload: Workload, method: str, products: int) -> Call:
+    """What is timed: the whole call."""
+    call = estimate(workload, method, products)
+    return lambda: call().grad
 
 
 @dataclass(frozen=True)
@@ -272,16 +279,16 @@ def peer(name: str, options: Options) -> Any:
     """The adapter of a peer.
 
     Raises:
-        Unavailable: if the peer cannot be imported.
+        UnavailableError: if the peer cannot be imported.
     """
     if name == "hypertorch":
         if options.hypertorch is None:
-            raise Unavailable("skipped: pass --hypertorch PATH")
+            raise UnavailableError("skipped: pass --hypertorch PATH")
         sys.path.insert(0, str(options.hypertorch.resolve()))
     try:
         return importlib.import_module(f"peers.{name}")
     except ImportError as error:
-        raise Unavailable(f"skipped: not installed ({error})") from error
+        raise UnavailableError(f"skipped: not installed ({error})") from error
 
 
 def candidates(
@@ -294,7 +301,7 @@ def candidates(
         try:
             for label, call in build(peer(name, options)).items():
                 calls[f"{name} {label}".strip()] = call
-        except Unavailable as reason:
+        except UnavailableError as reason:
             refusals[name] = str(reason)
         except Exception as error:  # a peer's failure is a row of the table
             refusals[name] = f"failed: {type(error).__name__}: {error}"[:160]
@@ -337,9 +344,7 @@ def _timed(name: str, call: Call, timings: dict[str, Timing], truth: Reference) 
 
 
 def _notes(workload: Workload, method: str, products: int, truth: Reference) -> list[str]:
-    problem = BilevelProblem(workload.f, workload.g)
-    estimator = AID(inner=ClosedForm(lambda x: workload.ys), linear=linear_solver(method, products, workload))
-    found = hypergradient(problem, workload.x, workload.ys, estimator=estimator, throw=False)
+    found = estimate(workload, method, products)()
     notes = []
     if found.stats.hvps != products + 1 or not found.status.ok:
         notes.append(
@@ -348,6 +353,7 @@ def _notes(workload: Workload, method: str, products: int, truth: Reference) -> 
         )
     if truth.concave:
         notes.append(
-            f"Negative curvature in float64 at steps {truth.concave}: peers go on through it, and their numbers mean nothing."
+            f"Negative curvature in float64 at steps {truth.concave}: peers go on through it, and their numbers mean"
+            " nothing."
         )
     return notes

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import _threads  # noqa: F401
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 Leaves = tuple[Tensor, ...]
 
@@ -116,11 +117,11 @@ def logistic(samples: int, features: int, classes: int, seed: int = 0, *, solved
     workload = Workload(
         name=f"logistic regression, n={samples}, d={features}, C={classes}",
         arrays=arrays,
-        outer=lambda a, x, ys: loss(F.linear(a["val"], ys[0]), a["val_labels"]),
+        outer=lambda a, _, ys: loss(F.linear(a["val"], ys[0]), a["val_labels"]),
         inner=lambda a, x, ys: (
             loss(F.linear(a["train"], ys[0]), a["train_labels"]) + (ys[0].square() @ x.exp()).sum() / 2
         ),
-        outer_jax=lambda a, x, ys: loss_jax(a["val"] @ ys[0].T, a["val_labels"]),
+        outer_jax=lambda a, _, ys: loss_jax(a["val"] @ ys[0].T, a["val_labels"]),
         inner_jax=lambda a, x, ys: (
             loss_jax(a["train"] @ ys[0].T, a["train_labels"]) + ((ys[0] ** 2) @ _exp_jax(x)).sum() / 2
         ),
@@ -172,7 +173,7 @@ def weighted_network(
         other = torch.randint(0, classes, (samples,), generator=generator)
         arrays[part + "_labels"] = torch.where(wrong, other, labels) if part == "train" else labels
     ys: list[Tensor] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         ys += [torch.randn(after, before, generator=generator) / before**0.5, torch.zeros(after)]
 
     arrays |= {f"start{k}": y for k, y in enumerate(ys)}
@@ -194,9 +195,9 @@ def weighted_network(
     workload = Workload(
         name=name,
         arrays=arrays,
-        outer=lambda a, x, ys: F.cross_entropy(_mlp(a["val"], ys), a["val_labels"]),
+        outer=lambda a, _, ys: F.cross_entropy(_mlp(a["val"], ys), a["val_labels"]),
         inner=inner,
-        outer_jax=lambda a, x, ys: _cross_entropy_jax(_mlp_jax(a["val"], ys), a["val_labels"]).mean(),
+        outer_jax=lambda a, _, ys: _cross_entropy_jax(_mlp_jax(a["val"], ys), a["val_labels"]).mean(),
         inner_jax=inner_jax,
         x=torch.randn(samples, generator=generator),
         ys=tuple(ys),

@@ -1,7 +1,7 @@
 """W4: memory and time against the number of inner steps, logistic regression with n=2000, d=200, C=10.
 
 Memory is how much more the process's resident size peaks during N steps than during 2 steps (Linux only), in a process
-of its own for each library and each N. Time is interleaved, at 500 steps, against a plain autograd loop on one flat leaf.
+of its own for each library and each N. Time is interleaved, at 500 steps, against a plain autograd loop on a flat leaf.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, final
 
 from torch import Tensor
@@ -109,7 +110,7 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
     custom = type(problem).__init__ is not BilevelProblem.__init__
     for name in ("f", "g", "init"):
         function = getattr(problem, name if name == "init" or custom else f"_{name}")
-        if function is None:
+        if function is None or _is_plain(function, (1 if name == "init" else 2) + (data is not None)):
             continue
         names: tuple[str, ...] = ("x",) if name == "init" else ("x", "y")
         names += () if data is None else ("data",)
@@ -124,3 +125,9 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
                 f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept"
                 f" ({error}). {hint}"
             ) from error
+
+
+def _is_plain(function: object, count: int) -> bool:
+    """Whether this is a Python function of exactly so many arguments, without defaults; `inspect` takes far longer."""
+    code = function.__code__ if isinstance(function, FunctionType) else None
+    return code is not None and code.co_argcount == count and not code.co_kwonlyargcount

@@ -94,8 +94,9 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
         tensor(0.)
     """
     leaves, spec = pytree.tree_flatten(tree)
-    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided for leaf in leaves):
-        _refuse_leaf(tree, name)
+    for leaf in leaves:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided):
+            _refuse_leaf(tree, name)
     if not leaves:
         raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
     for attribute in ("dtype", "device"):

@@ -1,4 +1,5 @@
-"""One adapter a library: `implicit(workload, method, products)` and `unrolled(workload, steps)`, by its public interface.
+"""One adapter a library: `implicit(workload, method, products)` and `unrolled(workload, steps)`.
 
-Each returns a call without arguments that gives the hypergradient; whatever can be built once is built outside it.
+By its public interface, each returns a call without arguments that gives the hypergradient (`unrolled`: several, by
+name); whatever can be built once is built outside it.
 """

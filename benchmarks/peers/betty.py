@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 import torch
-from _harness import Call, Unavailable
+from _harness import Call, UnavailableError
 from _workloads import Workload
 from betty.configs import Config, EngineConfig
 from betty.engine import Engine
@@ -82,6 +82,6 @@ def implicit(workload: Workload, method: str, products: int) -> Call:
     return call
 
 
-def unrolled(workload: Workload, steps: int) -> dict[str, Call]:
+def unrolled(workload: Workload, steps: int) -> dict[str, Call]:  # noqa: ARG001
     """Not compared."""
-    raise Unavailable("skipped: `IterativeProblem` has no adapter here")
+    raise UnavailableError("skipped: `IterativeProblem` has no adapter here")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import higher
 import torch
-from _harness import Call, Unavailable
+from _harness import Call, UnavailableError
 from _workloads import Workload
 from torch import Tensor
 
@@ -15,9 +15,9 @@ class _Leaves(torch.nn.Module):
         self.leaves = torch.nn.ParameterList([torch.nn.Parameter(leaf.clone()) for leaf in leaves])
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:
+def implicit(workload: Workload, method: str, products: int) -> Call:  # noqa: ARG001
     """There is none."""
-    raise Unavailable("skipped: no implicit differentiation")
+    raise UnavailableError("skipped: no implicit differentiation")
 
 
 def unrolled(workload: Workload, steps: int) -> dict[str, Call]:

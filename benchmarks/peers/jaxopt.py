@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jaxopt
 import torch
-from _harness import Call, Unavailable
+from _harness import Call, UnavailableError
 from _workloads import Workload
 from torch import Tensor
 
@@ -30,14 +30,14 @@ def _result(value: Any) -> Tensor:
 def implicit(workload: Workload, method: str, products: int) -> Call:
     """CG at the given inner solution."""
     if method != "cg":
-        raise Unavailable("skipped: no Neumann series")
+        raise UnavailableError("skipped: no Neumann series")
     arrays, x, ys = _arrays(workload)
     solve = functools.partial(jaxopt.linear_solve.solve_cg, maxiter=products, tol=0.0)
 
     @jax.jit
     def gradient(x: Any, ys: Any, arrays: Any) -> Any:
         optimality = jax.grad(lambda ys, x, arrays: workload.inner_jax(arrays, x, ys))
-        solution = jaxopt.implicit_diff.custom_root(optimality, solve=solve)(lambda init, x, arrays: init)
+        solution = jaxopt.implicit_diff.custom_root(optimality, solve=solve)(lambda init, *_: init)
         return jax.grad(lambda x: workload.outer_jax(arrays, x, solution(ys, x, arrays)))(x)
 
     return lambda: _result(gradient(x, ys, arrays).block_until_ready())

@@ -1,7 +1,7 @@
 """torchopt: `custom_root` with `solve_cg` or `solve_inv(ns=True)`, and `FuncOptimizer(sgd)` unrolled.
 
-Settings: `rtol=atol=0`, so that CG takes all the steps; the optimality condition is `torch.func.grad` of the inner loss.
-Its deprecation warnings, one a call, are silenced.
+Settings: `rtol=atol=0`, so that CG takes all the steps; the optimality condition is `torch.func.grad`
+of g. Its deprecation warnings, which come at every call, are silenced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def implicit(workload: Workload, method: str, products: int) -> Call:
     optimality = torch.func.grad(lambda ys, x: workload.g(x, ys))
 
     @torchopt.diff.implicit.custom_root(lambda ys, x: optimality(ys, x), argnums=1, solve=solve)
-    def solution(init: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
+    def solution(init: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG001
         return init
 
     x = workload.x.clone().requires_grad_()
