@@ -266,6 +266,9 @@ def test_instance_normalization_that_tracks_statistics_is_settled_alike() -> Non
     module = seeded(lambda: nn.Sequential(nn.Conv1d(4, 3, 1), nn.InstanceNorm1d(3, track_running_stats=True)))
     net, x = functional(module), X.T[None]
     assert torch.equal(net(net.params, x), net(net.params, x))
+    images = torch.stack([x, 2 * x + 1])
+    batched = torch.vmap(lambda x: net(net.params, x), randomness="same")(images)
+    torch.testing.assert_close(batched, torch.stack([net(net.params, x) for x in images]))
     with pytest.raises(ValueError, match="InstanceNorm1d"):
         functional(module, batch_norm="refuse")
     functional(seeded(lambda: nn.Sequential(nn.Conv1d(4, 3, 1), nn.InstanceNorm1d(3))), batch_norm="refuse")
