@@ -269,7 +269,7 @@ def logistic() -> tuple[Callable[[Tensor], Tensor], Tensor]:
         lambda y: tuple(part.numpy() for part in objective.value_and_gradient(torch.from_numpy(y))),
         torch.zeros(5, dtype=torch.float64).numpy(),
         jac=True,
-        hess=lambda y: torch.autograd.functional.hessian(function, torch.from_numpy(y)).numpy(),
+        hess=lambda y: objective.hessian(torch.from_numpy(y))[2].dense(torch.from_numpy(y)).numpy(),
         method="trust-exact",
         options={"gtol": 1e-13},
     )
@@ -504,6 +504,18 @@ def test_the_line_search_tells_how_it_failed() -> None:
     assert search(lambda t: (float("nan") if t else 0.0, -1.0), 1.0)[1] is Status.nonfinite
 
 
+@pytest.mark.parametrize("jitter", [3e-15, -3e-15])
+def test_below_the_noise_of_values_the_line_search_goes_by_slopes(jitter: float) -> None:
+    def phi(t: float) -> tuple[float, float]:
+        return 1.0 + (jitter if t else 0.0) * math.cos(t), 1e-16 * (t - 3)
+
+    for first in (1e-2, 1.0, 50.0, 100.0):
+        t, status, count = search(phi, first, noise=1e-14)
+        assert status is Status.successful
+        assert abs(t - 3) <= CURVATURE * 3
+        assert count <= 4
+
+
 def test_the_line_search_takes_the_best_point_of_a_kink() -> None:
     t, status, _ = search(lambda t: (abs(t - 1), math.copysign(1.0, t - 1)), 0.3)
     assert status is Status.successful
@@ -525,6 +537,33 @@ def test_lbfgs_takes_about_as_many_gradients_as_scipy() -> None:
         assert LBFGS(tol=1e-7).solve(ours, y0).status is Status.successful
         assert Scipy(tol=1e-7).solve(theirs, y0).status is Status.successful
         assert ours.tally.gradients <= 1.25 * theirs.tally.gradients
+
+
+def test_rows_of_lbfgs_do_not_wait_for_one_another() -> None:
+    """Each row needs another number of trials at each step, and takes those that it takes alone."""
+    y0 = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    together = LBFGS(tol=1e-9).solve(Objective(rosenbrock), y0)
+    objectives = [Objective(rosenbrock) for _ in y0]
+    alone = [LBFGS(tol=1e-9).solve(o, row) for o, row in zip(objectives, y0, strict=True)]
+    batch = Objective(rosenbrock)
+    for row, solved in zip(LBFGS(tol=0.0, max_steps=15).solve(batch, y0).value, y0, strict=True):
+        expected = LBFGS(tol=0.0, max_steps=15).solve(Objective(rosenbrock), solved).value
+        torch.testing.assert_close(row, expected, rtol=1e-6, atol=1e-6)
+    assert together.statuses == (Status.successful,) * 5
+    assert abs(together.steps - max(solved.steps for solved in alone)) <= 1
+    assert len({objective.tally.gradients - objective.tally.inner_steps for objective in objectives}) > 1
+
+
+def test_lbfgs_reaches_the_floor_of_gradients_under_noisy_values() -> None:
+    """The sum of 200 squares far from zero jitters by some 1e-12, a step at the end changes it by 1e-21."""
+    generator = torch.Generator().manual_seed(9)
+    A = torch.randn(200, 10, generator=generator, dtype=torch.float64)
+    b = 10 * torch.randn(200, generator=generator, dtype=torch.float64)
+    for seed in range(5):
+        y0 = torch.randn(10, generator=generator, dtype=torch.float64) + seed
+        solved = LBFGS(tol=2e-10).solve(Objective(lambda y: (A @ y - b).square().sum(-1) / 2), y0)
+        assert solved.status is Status.successful
+        torch.testing.assert_close(solved.value, torch.linalg.lstsq(A, b).solution, rtol=0, atol=1e-11)
 
 
 def test_lbfgs_spends_no_gradient_on_its_residual() -> None:
