@@ -4,7 +4,7 @@ from bilevel._auto import Auto as Auto
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
 from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
 from bilevel._certify import certify as certify
-from bilevel._check import Check as Check, Outcome as Outcome, Verdict as Verdict, check as check
+from bilevel._check import check as check
 from bilevel._compare import Comparison as Comparison, Row as Row, compare as compare
 from bilevel._constants import estimate_constants as estimate_constants
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
@@ -31,6 +31,7 @@ from bilevel._result import (
 )
 from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
+from bilevel._verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference

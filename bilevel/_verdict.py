@@ -1,0 +1,75 @@
+"""What a check of a problem found."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, final
+
+
+class Outcome(enum.Enum):
+    """How a test of a problem came out."""
+
+    passed = "ok"
+    warning = "note"
+    failed = "FAIL"
+
+
+@final
+@dataclass(frozen=True)
+class Verdict:
+    """One test: its name, how it came out, what was found, and what to do."""
+
+    name: str
+    outcome: Outcome
+    found: str
+    remedy: str = ""
+
+
+@final
+@dataclass(frozen=True)
+class Check:
+    """The verdicts on a problem; print it.
+
+    Attributes:
+        verdicts: in the order in which they build on each other.
+        dependence: how y depends on x: "inner objective", "start", "both" or "none"; empty if that is unknown.
+        estimators: for each name of `bilevel.estimators()`, why it does not apply, or an empty string if it does.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    dependence: str
+    estimators: dict[str, str] = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no test failed."""
+        return all(verdict.outcome is not Outcome.failed for verdict in self.verdicts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdicts as plain data."""
+        return {
+            "ok": self.ok,
+            "dependence": self.dependence,
+            "verdicts": [
+                {"name": v.name, "outcome": v.outcome.value, "found": v.found, "remedy": v.remedy}
+                for v in self.verdicts
+            ],
+            "estimators": dict(self.estimators),
+        }
+
+    def __str__(self) -> str:
+        width = max(len(v.name) for v in self.verdicts)
+        lines = []
+        for v in self.verdicts:
+            lines.append(f"{v.outcome.value:>4}  {v.name:<{width}}  {v.found}")
+            if v.remedy:
+                lines.append(f"{'':>4}  {'':<{width}}  -> {v.remedy}")
+        apply = [name for name, why in self.estimators.items() if not why]
+        lines.append(f"estimators that apply: {', '.join(apply) or 'none'}")
+        refused: dict[str, list[str]] = {}
+        for name, why in self.estimators.items():
+            if why:
+                refused.setdefault(why, []).append(name)
+        lines += [f"  not {', '.join(names)}: {why}" for why, names in refused.items()]
+        return "\n".join(lines)
