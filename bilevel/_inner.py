@@ -128,6 +128,7 @@ class AbstractUnrollable(AbstractInnerSolver):
 
     max_steps: int
     tol: float | None
+    min_steps: int  # taken though the tolerance is met, for the sake of the derivative
 
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:

@@ -126,7 +126,7 @@ def minimize(
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
-            when the run is interrupted or fails.
+            when the run is interrupted or fails. A driver keeps its state to itself, and writes none.
         checkpoint_every: how often.
         resume: continue from `checkpoint`. Loaders are run forward to where they were; callables are exact.
         warm_start: start each inner and linear solve where the previous ended.
@@ -173,10 +173,10 @@ def minimize(
     chosen_outer = default_outer() if outer is None else outer
     run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw)
     if isinstance(chosen_outer, AbstractOuterDriver):
-        if checkpoint is not None or data is not None:
+        if resume or data is not None:
             raise ValueError(
                 f"`{type(chosen_outer).__name__}` runs its own loop on a deterministic problem: it takes neither"
-                f" `checkpoint` nor `data`. Close f and g over the data, or use an optimizer such as `Adam`."
+                f" `resume` nor `data`. Close f and g over the data, or use an optimizer such as `Adam`."
             )
         return run.drive(chosen_outer, x, bounds(constraint, x_structure, x), max_steps, warm_start)
     if not isinstance(chosen_outer, AbstractOptimizer):

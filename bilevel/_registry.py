@@ -36,18 +36,48 @@ class Setting:
         return self.y0.dtype == torch.float64
 
     def inner_tol(self) -> float:
-        """A gradient norm that counts as zero: relative to the gradient at y0, or to L |y0| if that is smaller.
+        """A gradient norm that counts as zero: relative to the gradient at y0, or to L |y0| if that is larger.
 
         A warm start makes the first gradient of later solves small, so that this is fixed where the problem is
-        first met. It is 1e-9 of the scale in float64 and 1e-4 of it in float32.
+        first met. It is 1e-9 of the scale in float64 and 1e-4 of it in float32. Where y0 = 0 happens to be the
+        solution, the scale is what the gradient becomes as x moves.
         """
-        objective = inner_objective(self.problem.with_tally(Tally()), self.x)
+        quiet = self.problem.with_tally(Tally())
+        objective = inner_objective(quiet, self.x)
         y0 = self.problem.start(self.x, self.y0).detach()
-        scale = torch.linalg.vector_norm(objective.gradient(y0), dim=-1)
+        gradient = objective.gradient(y0)
+        scale = torch.linalg.vector_norm(gradient, dim=-1)
         if bool((y0 != 0).any()):
             scale = scale.maximum(objective.largest_curvature(y0).abs() * torch.linalg.vector_norm(y0, dim=-1))
+        root = torch.finfo(y0.dtype).eps ** 0.5
+        signs = torch.randint(0, 2, self.x.shape, generator=torch.Generator().manual_seed(0)).to(self.x) * 2 - 1
+        reach = self.x.abs().max().clamp_min(1.0)
+        moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y0)
+        response = torch.linalg.vector_norm(moved - gradient, dim=-1).max() / root
+        largest = scale.max() if bool(scale.max() > root * response) else response
         relative = 1e-9 if self.double else 1e-4
-        return max(relative * float(scale.max()), torch.finfo(self.y0.dtype).tiny)
+        return max(relative * float(largest), torch.finfo(self.y0.dtype).tiny)
+
+    def derivative_steps(self) -> int:
+        """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
+
+        That is the k with |(I - H / L)^k grad_y f| <= 1e-7 |grad_y f| (float32: 1e-3), found by taking them at y*(x).
+        """
+        quiet = self.problem.with_tally(Tally())
+        objective = inner_objective(quiet, self.x)
+        y0 = self.problem.start(self.x, self.y0).detach()
+        if self.problem.problem.init is not None:
+            return 0
+        y = default_inner(self).solve(objective, y0).value
+        left = outer_gradients(quiet, self.x, y)[2]
+        hessian = objective.hessian(y)[2]
+        step = 1 / objective.largest_curvature(y).clamp_min(torch.finfo(y.dtype).tiny).unsqueeze(-1)
+        target = (1e-7 if self.double else 1e-3) * torch.linalg.vector_norm(left)
+        for k in range(_MOST_STEPS):
+            if not torch.linalg.vector_norm(left) > target:
+                return k
+            left = left - step * hessian.mv(left)
+        return _MOST_STEPS
 
     def penalty_weight(self) -> float:
         """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y."""
@@ -118,13 +148,17 @@ def _nystrom(s: Setting) -> AbstractLinearSolver:
     return Nystrom(rank=min(20, s.y0.shape[-1]), damping=None)
 
 
-def _unrolled(s: Setting) -> AbstractInnerSolver:
+_MOST_STEPS = 5000  # of an unrolled iteration
+
+
+def _unrolled(s: Setting, min_steps: int = 0) -> AbstractInnerSolver:
     from bilevel.solvers.gradient_descent import GradientDescent
     from bilevel.solvers.iterate import Iterate
 
     if s.problem.problem.init is not None:  # the number of steps is part of the problem: adaptation, not convergence
         return Iterate(GradientDescent(), max_steps=10)
-    return Iterate(GradientDescent(), max_steps=5000, tol=s.inner_tol() * (1e2 if s.double else 10))
+    tol = s.inner_tol() * (1e2 if s.double else 10)
+    return Iterate(GradientDescent(), max_steps=_MOST_STEPS, tol=tol, min_steps=min_steps)
 
 
 def _itd(
@@ -133,7 +167,8 @@ def _itd(
     def build(s: Setting) -> AbstractEstimator:
         from bilevel.hypergrad.itd import ITD
 
-        return ITD(_unrolled(s), truncate=truncate, forward=forward, checkpoint=checkpoint)
+        least = s.derivative_steps() if truncate is None else truncate
+        return ITD(_unrolled(s, least), truncate=truncate, forward=forward, checkpoint=checkpoint)
 
     return build
 
@@ -142,7 +177,9 @@ def _esj(s: Setting) -> AbstractEstimator:
     from bilevel.hypergrad.esj import ESJ
 
     directions = min(s.x.shape[-1], 20)
-    return ESJ(_unrolled(s), directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
+    # The rounding and the tolerance of y come over the radius, its square over one: the balance of the two.
+    inner = _unrolled(s) if s.problem.problem.init is not None else default_inner(s)
+    return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
 
 
 def _penalty(s: Setting) -> AbstractEstimator:
@@ -154,7 +191,8 @@ def _penalty(s: Setting) -> AbstractEstimator:
 def _finite_difference(s: Setting) -> AbstractEstimator:
     from bilevel.hypergrad.finite_difference import FiniteDifference
 
-    return FiniteDifference(default_inner(s))
+    inner = _unrolled(s) if s.problem.problem.init is not None else default_inner(s)
+    return FiniteDifference(inner, step=1e-4 if s.double else 2e-2)
 
 
 @final

@@ -26,6 +26,11 @@ class Status(enum.Enum):
         "The maximum number of steps was reached before the tolerance was met. Raise `max_steps`, loosen the"
         " tolerance, or start closer (`start=` carries y and v over from the previous call)."
     )
+    truncated = (
+        "The unrolled steps are too few for the derivative, although y met its tolerance: the start was so close to"
+        " the solution that the iteration stopped early. Pass `min_steps=` to `Iterate`, or take fixed steps without"
+        " `tol`, or start cold (`warm_start=False`); for `AID` a warm start is harmless."
+    )
     stagnated = (
         "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"
         " reached. Loosen the tolerance or compute in float64."

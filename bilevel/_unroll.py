@@ -9,13 +9,14 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import grad
+from bilevel._calculus import grad, inner_gradient_in_x
 from bilevel._errors import explained, refuse_dropped_terms
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable, State
-from bilevel._result import Solved, Status
+from bilevel._result import Report, Solved, Status
 
 _GROWTH = 10.0  # a gradient this many times larger than at the start, at a larger objective, is a divergence
+_LEFT = 1e-2  # the part of the derivative that an iteration with a tolerance may lack
 
 Segment: TypeAlias = Callable[[], tuple[State, State, int]]  # () -> its first state (leaves), its last, its steps
 
@@ -37,6 +38,7 @@ class Unroll:
         self.y0 = y0.detach()
         self.rows = y0.shape[:-1].numel()
         self.steps = 0
+        self.left = 0.0
         self.first: tuple[Tensor, Tensor] | None = None  # |grad_y g| and g at the start
 
     @property
@@ -44,10 +46,15 @@ class Unroll:
         """Whether the start depends on x."""
         return self.problem.problem.init is not None
 
+    @property
+    def checked(self) -> bool:
+        """Whether the iteration is to converge, and its derivative with it."""
+        return bool(self.inner.tol) and not self.has_init
+
     # One step
 
-    def step(self, state: State, with_graph: bool) -> State | None:
-        """T(x, state); None if every row has met the tolerance. Rows that have stand still."""
+    def step(self, state: State, index: int, with_graph: bool) -> State | None:
+        """T(x, state), step number `index`; None if every row has met the tolerance. Rows that have stand still."""
         y = state[0]
         self.problem.tally.gradients += self.rows
         with torch.set_grad_enabled(True):
@@ -57,7 +64,7 @@ class Unroll:
         norm = torch.linalg.vector_norm(gradient.detach(), dim=-1)
         if self.first is None:
             self.first = norm, value.detach()
-        moving = norm > (self.inner.tol or 0.0)
+        moving = self._moving(norm, index)
         if self.inner.tol and not moving.any():
             return None
         with torch.set_grad_enabled(with_graph):
@@ -67,25 +74,29 @@ class Unroll:
         held = moving.unsqueeze(-1)
         return tuple(torch.where(held, n, s) if n.shape == y.shape else n for n, s in zip(new, state, strict=True))
 
+    def _moving(self, norm: Tensor, index: int) -> Tensor:
+        """The rows that take step number `index`: those above the tolerance, or all of them at first."""
+        return (norm > (self.inner.tol or 0.0)) | ((index < self.inner.min_steps) & norm.isfinite())
+
     def walk(self, visit: Callable[[int, State], None], stop: int) -> State:
         """Steps without a graph up to `stop`; `visit(k, state)` sees the state before step k."""
         with torch.no_grad():
             state = self.inner.begin(self.y0)
         while self.steps < stop:
-            new = self.step(state, with_graph=False)
+            new = self.step(state, self.steps, with_graph=False)
             if new is None:
                 break
             visit(self.steps, state)
             state, self.steps = new, self.steps + 1
         return state
 
-    def live(self, state: State, length: int) -> tuple[State, State, int]:
-        """Up to `length` steps with a graph, from leaves that hold `state`."""
+    def live(self, state: State, index: int, length: int) -> tuple[State, State, int]:
+        """Up to `length` steps with a graph, from leaves that hold `state`, which is that before step `index`."""
         leaves = tuple(s.detach().requires_grad_() for s in state)
         with torch.enable_grad():
             end, taken = leaves, 0
             while taken < length:
-                new = self.step(end, with_graph=True)
+                new = self.step(end, index + taken, with_graph=True)
                 if new is None:
                     break
                 end, taken = new, taken + 1
@@ -105,31 +116,38 @@ class Unroll:
             kept: list[State] = []
             last = self.walk(lambda k, state: kept.append(state) if k % every == 0 else None, total)
             lengths = [every] * (len(kept) - 1) + [self.steps - every * (len(kept) - 1)]
-            pairs = zip(kept, lengths, strict=False)
-            return last[0], [lambda s=s, n=n: self.live(s, n) for s, n in pairs], True  # type: ignore[misc]
+            pieces = zip(kept, range(0, self.steps, every), lengths, strict=False)
+            return last[0], [lambda s=s, k=k, n=n: self.live(s, k, n) for s, k, n in pieces], True  # type: ignore[misc]
         if truncate is not None and self.inner.tol:  # how many steps there are is not known before
             recent: deque[State] = deque(maxlen=truncate)
             last = self.walk(lambda _, state: recent.append(state), total)
-            return last[0], [lambda: self.live(recent[0], len(recent))] if recent else [], self.steps <= truncate
+            begun = self.steps - len(recent)
+            return last[0], [lambda: self.live(recent[0], begun, len(recent))] if recent else [], begun == 0
         before = 0 if truncate is None else max(total - truncate, 0)
         state = self.walk(lambda *_: None, before)
-        segment = self.live(state, total - before)
+        segment = self.live(state, before, total - before)
         self.steps += segment[2]
         return segment[1][0].detach(), [lambda: segment], before == 0
 
     def reverse(self, segments: list[Segment], from_start: bool, fy: Tensor) -> Tensor:
-        """J_N' fy `(p,)`, J_N = dy_N/dx: adjoints pulled back through the segments, and through init(x)."""
+        """J_N' fy `(p,)`, J_N = dy_N/dx: adjoints pulled back through the segments, and through init(x).
+
+        With a tolerance, what reaches the start, (dy_N/dy_0)' fy, is measured: see `carried`.
+        """
         total = torch.zeros_like(self.x)
         adjoint: tuple[Tensor | None, ...] = (fy,)
         for index in reversed(range(len(segments))):
             leaves, end, length = segments[index]()
-            through = index > 0 or (from_start and self.has_init)
+            through = index > 0 or (from_start and (self.has_init or self.checked))
             in_x, *in_state = self._pull_back(end, adjoint, (self.x, *leaves) if through else (self.x,))
             del end
             total = total if in_x is None else total + in_x
             adjoint = tuple(in_state)
             self.problem.tally.hvps += max(length - (0 if through else 1), 0) * self.rows
             self.problem.tally.cross_products += length * self.rows
+        if from_start and self.checked and adjoint[0] is not None:
+            whole = torch.linalg.vector_norm(fy)
+            self.left = float(torch.linalg.vector_norm(adjoint[0]) / whole) if whole > 0 else 0.0
         if from_start and self.has_init:
             with torch.enable_grad():
                 begun = self.inner.begin(self.problem.start(self.x, self.y0))
@@ -157,6 +175,7 @@ class Unroll:
         start = self.problem.start(self.x, self.y0) if self.has_init else self.y0
         tangents = torch.stack([self._init_tangent(start, unit) for unit in units])
         start = start.detach()
+        first: float | None = None  # |d2g/dxdy|, that is the size of H Z + G' at Z = 0
         state, moved = self._push(lambda y: self.inner.begin(y), (start,), (tangents,))
         while self.steps < self.inner.max_steps:
             self.problem.tally.gradients += self.rows
@@ -168,12 +187,18 @@ class Unroll:
             if self.first is None:
                 self.first = norm, value.detach()
                 refuse_dropped_terms(value.sum(), y)
-            moving = norm > (self.inner.tol or 0.0)
-            if self.inner.tol and not moving.any():
+            moving = self._moving(norm, self.steps)
+            ended = bool(self.inner.tol) and not moving.any()
+            if ended and not self.checked:
                 break
             d_gradient = torch.stack(
                 [self._gradient_tangent(gx, gy, y, u, z) for u, z in zip(units, moved[0], strict=True)]
             )
+            residual = float(torch.linalg.vector_norm(d_gradient))
+            first = residual if first is None else first
+            if ended:
+                self.left = residual / first if first > 0 else 0.0
+                break
             state = tuple(s.detach() for s in state)
             new, new_moved = self._push(
                 lambda gradient, *s: self.inner.advance(gradient, s), (gy.detach(), *state), (d_gradient, *moved)
@@ -246,6 +271,17 @@ class Unroll:
         )
 
     # How it went
+
+    def carried(self) -> Report | None:
+        """Whether the steps were enough for the derivative; None where they are not to converge.
+
+        In reverse mode |(dy_N/dy_0)' grad_y f| / |grad_y f| is what they lack, in forward mode |H dy_N/dx + G'| / |G'|.
+        """
+        if not self.checked:
+            return None
+        depends = self.left <= _LEFT or inner_gradient_in_x(self.problem, self.x, self.y0) is not None
+        status = Status.truncated if self.left > _LEFT and depends else Status.successful
+        return Report("unrolled derivative", status, self.left, self.steps)
 
     def solved(self, y: Tensor) -> Solved:
         """The verdict on y_N: its own gradient norm (one more gradient), and divergence if there was any."""

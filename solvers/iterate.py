@@ -40,9 +40,11 @@ class Iterate(AbstractUnrollable):
         tol: stop when the gradient norm is at most this; None or 0: take all the steps.
         line_search: finds the step length at each step, for `GradientDescent` (whose step, if it has one, multiplies
             it). The steps then depend on y in a way that cannot be differentiated: `ITD` refuses it.
+        min_steps: take at least so many, for `ITD`, whose derivative needs them even where y starts at the solution;
+            a line search ignores it.
 
     Raises:
-        ValueError: if `max_steps` or `tol` is negative, or there is a line search for another optimizer.
+        ValueError: if `max_steps` or `tol` is negative, `min_steps` not between 0 and `max_steps`, or there is a line search for another optimizer.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum() / 2)
@@ -54,13 +56,17 @@ class Iterate(AbstractUnrollable):
     max_steps: int
     tol: float | None = None
     line_search: Armijo | None = None
+    min_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.max_steps < 0:
             raise ValueError(f"`Iterate(max_steps=...)` must be at least 0. Got {self.max_steps}.")
         if self.tol is not None and self.tol < 0:
             raise ValueError(f"`Iterate(tol=...)` must be at least 0, or None. Got {self.tol}.")
-
+        if not 0 <= self.min_steps <= self.max_steps:
+            raise ValueError(
+                f"`Iterate(min_steps=...)` must be between 0 and max_steps={self.max_steps}. Got {self.min_steps}."
+            )
         if self.line_search is not None and not isinstance(self.optimizer, GradientDescent):
             raise ValueError(
                 f"`Iterate(line_search=...)` applies to `GradientDescent` only. Got {type(self.optimizer).__name__}."
@@ -86,7 +92,7 @@ class Iterate(AbstractUnrollable):
                 norm = torch.linalg.vector_norm(gradient, dim=-1)
                 first = (norm, value) if first is None else first
                 if tol:
-                    moving = (norm > tol) & norm.isfinite()
+                    moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
                     if not moving.any():
                         break
             moved, state = optimizer.step(gradient, y, state)

@@ -14,6 +14,7 @@ from bilevel import BilevelError, BilevelProblem, Start, Status, hypergradient, 
 from bilevel._tree import tree_leaves, tree_map
 
 TOL, TOL_SINGLE = 1e-11, 1e-4
+UNROLLED = {"itd", "itd-forward", "itd-checkpointed"}
 every_estimator = pytest.mark.parametrize("row", ESTIMATORS, ids=str)
 
 
@@ -71,7 +72,7 @@ def test_inputs_stay_untouched(row: Row) -> None:
     before = bits((x, y0))
     versions = [leaf._version for leaf in tree_leaves((x, y0))]
     found = hypergradient(instance.problem, x, y0, estimator=built(row, x))
-    again = hypergradient(instance.problem, x, y0, estimator=built(row, x), start=found.start)
+    again = hypergradient(instance.problem, x, y0, estimator=built(row, x), start=found.start, throw=False)
     assert bits((x, y0)) == before
     assert versions == [leaf._version for leaf in tree_leaves((x, y0))]
     assert all(bool((leaf.grad == 7).all()) and leaf.requires_grad for leaf in tree_leaves((x, y0)))
@@ -84,7 +85,8 @@ def test_warm_start_stays_untouched_and_is_no_alias_of_the_solution(row: Row) ->
     x = point(instance)
     found = hypergradient(instance.problem, x, instance.y0, estimator=built(row, x))
     before = bits((found.start.y, found.start.v))
-    hypergradient(instance.problem, point(instance, 5), instance.y0, estimator=built(row, x), start=found.start)
+    near = point(instance, 5)
+    hypergradient(instance.problem, near, instance.y0, estimator=built(row, x), start=found.start, throw=False)
     assert bits((found.start.y, found.start.v)) == before
     for leaf in tree_leaves(found.y):
         leaf.fill_(math.nan)
@@ -133,11 +135,12 @@ def test_warm_start_never_changes_the_answer_beyond_the_tolerance(row: Row, name
     start = hypergradient(instance.problem, near, instance.y0, estimator=estimator).start
     assert start.count == 1
     cold = hypergradient(instance.problem, x, instance.y0, estimator=estimator)
-    warm = hypergradient(instance.problem, x, instance.y0, estimator=estimator, start=start)
+    warm = hypergradient(instance.problem, x, instance.y0, estimator=estimator, start=start, throw=False)
     rtol = row.rtol if name in AFFINE or row.rtol_curved is None else row.rtol_curved
-    # ITD's derivative is that of its steps: started at the solution it takes none, and says nothing of J
-    if not row.name.startswith("itd"):
+    # ITD's derivative is that of its steps: it may take too few, but not without saying so
+    if row.name not in UNROLLED:
         assert distance(warm.grad, cold.grad) <= 2 * rtol
+    assert warm.status.ok or (row.name in UNROLLED and warm.status is Status.truncated)
     assert distance(warm.y, cold.y) <= 1e-8
     assert warm.start.count == 2
 
@@ -147,7 +150,8 @@ def test_warm_start_at_the_solution_costs_less(row: Row) -> None:
     instance = PROBLEMS["quadratic"]()
     x = point(instance)
     cold = hypergradient(instance.problem, x, instance.y0, estimator=built(row, x))
-    warm = hypergradient(instance.problem, x, instance.y0, estimator=built(row, x), start=cold.start)
+    warm = hypergradient(instance.problem, x, instance.y0, estimator=built(row, x), start=cold.start, throw=False)
+    assert warm.status is (Status.truncated if row.name in UNROLLED else Status.successful)
     assert warm.stats.inner_steps < cold.stats.inner_steps
     assert warm.stats.linear_steps <= cold.stats.linear_steps // 2 or row.name == "aid-dense"
 

@@ -17,6 +17,7 @@ from bilevel import (
     BilevelProblem,
     FiniteDifference,
     Penalty,
+    Status,
     hypergradient,
 )
 from bilevel.problems.quadratic import QuadraticFamily
@@ -324,3 +325,36 @@ def test_finite_differences_see_the_start_of_the_iteration() -> None:
     inner, x = Iterate(GradientDescent(0.5), max_steps=2), torch.tensor([1.0, -2.0])
     fd = hypergradient(problem, x, torch.zeros(2), estimator=FiniteDifference(inner)).grad
     assert float((fd - x / 4).norm()) <= 1e-9
+
+
+# Too few steps for the derivative, though y is accurate
+
+
+@pytest.mark.parametrize("form", ["reverse", "forward", "checkpointed"])
+@settings(max_examples=10)
+@given(family=families(kappa=10.0), seed=st.integers(0, 9))
+def test_warm_started_itd_never_lacks_more_than_it_says(form: str, family: QuadraticFamily, seed: int) -> None:
+    """With a tolerance, what is lacking is at most 1 % of grad_y f or |G|, or the status is `truncated`."""
+    x, mu = normal(family.s.numel(), seed=seed), float(torch.linalg.eigvalsh(family.A)[0])
+    warm = family.solution(x) * (1 + 10.0 ** -(seed % 5))
+    problem, step = problem_of(family), 1 / largest(family)
+    for least in (0, 150):
+        inner = Iterate(GradientDescent(step), max_steps=4000, tol=1e-4 * mu, min_steps=least)
+        found = hypergradient(problem, x, warm, estimator=ITD(inner, **FORMS[form]), throw=False)
+        lacking = powers(family, step, found.stats.inner_steps)
+        _, fy = outer_gradients(family, x, found.y)
+        left = float((lacking @ fy).norm() / fy.norm())
+        if form == "forward":
+            left = float((family.A @ lacking @ family.jacobian()).norm() / family.B.norm())
+        assert found.reports[1].residual == pytest.approx(left, rel=1e-5, abs=1e-9)
+        assert found.status is (Status.truncated if left > 1e-2 else Status.successful)
+        assert found.stats.inner_steps >= least
+
+
+def test_nothing_is_lacking_where_y_does_not_see_x() -> None:
+    problem = BilevelProblem(lambda x, y: (x * x).sum() + y.sum(), lambda x, y: (y - 2).square().sum())
+    for options in (FORMS["reverse"], FORMS["forward"]):
+        itd = ITD(Iterate(GradientDescent(0.1), max_steps=100, tol=1e-6), **options)
+        found = hypergradient(problem, torch.ones(2), torch.full((2,), 2.0), estimator=itd)
+        assert found.stats.inner_steps == 0
+        assert found.grad.tolist() == [2.0, 2.0]

@@ -29,8 +29,12 @@ class ITD(AbstractEstimator):
     `truncate=K`, reverse mode through the last K steps only, which is another, biased number (K = 1 is the
     one-step or Jacobian-free gradient).
 
-    Cost for N steps: N gradients and one of f; reverse: N Hessian products (N - 1 if the start is constant) and N
-    cross products, memory N times that of one gradient's graph; checkpointed: another N gradients, memory
+    Where the inner solver has a tolerance, its steps may be too few for the derivative although y is accurate: a
+    warm start at the solution would take none. What they lack is measured, and above 1 % reported as
+    `Status.truncated`; `Iterate(..., min_steps=)` prevents it.
+
+    Cost for N steps: N gradients and one of f; reverse: N Hessian products (N - 1 if the start is constant and
+    there is no tolerance) and N cross products, memory N times that of one gradient's graph; checkpointed: another N gradients, memory
     sqrt(N); forward: p products of each kind a step, memory p q; truncated: K - 1 and K, memory K.
 
     Error with gradient descent where f and g are quadratic, P = I - step H, d = y_N - y*, J = dy*/dx: exactly
@@ -91,4 +95,6 @@ class ITD(AbstractEstimator):
             y, segments, from_start = unroll.segments(self.truncate, every)
             value, fx, fy = outer_gradients(problem, x, y)
             implicit = unroll.reverse(segments, from_start, fy)
-        return FlatEstimate(fx + implicit, value, y, (report("inner solver", unroll.solved(y)),))
+        reports = (report("inner solver", unroll.solved(y)),)
+        carried = unroll.carried() if self.truncate is None else None
+        return FlatEstimate(fx + implicit, value, y, reports if carried is None else (*reports, carried))
