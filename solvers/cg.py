@@ -117,12 +117,12 @@ def _run_one(
         if precondition is None:
             beta = rr / rz
             rz = rr
-            p.mul_(beta).add_(r)
+            torch.add(r, p, alpha=beta, out=p)  # one pass over memory, where `mul_` and `add_` take two
             pp = rr + beta * beta * pp  # the new residual is orthogonal to the old direction
         else:
             z = precondition(r)
             before_rz, rz = rz, torch.dot(r, z).item()
-            p.mul_(rz / before_rz).add_(z)
+            torch.add(z, p, alpha=rz / before_rz, out=p)
             pp = torch.dot(p, p).item()
     return d, [code], steps, torch.full_like(largest_seen, largest)
 
