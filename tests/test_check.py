@@ -1,0 +1,174 @@
+"""check finds what is wrong with a problem, says what to do, and finds nothing wrong with sound ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bilevel
+from bilevel import BilevelProblem, Check, Outcome, check
+from bilevel._slopes import slope
+from bilevel.problems.inverse_link import asinh
+from bilevel.problems.nested import nested
+from bilevel.problems.quadratic import quadratic
+from bilevel.problems.ridge import ridge
+from bilevel.problems.weighted_logit import weighted_logit
+
+
+def outcome(found: Check, name: str) -> Outcome:
+    return next(v.outcome for v in found.verdicts if v.name == name)
+
+
+def sound_g(x: Tensor, y: Tensor) -> Tensor:
+    return (y - x).square().sum()
+
+
+def sound_f(x: Tensor, y: Tensor) -> Tensor:
+    return (y - 3).square().sum()
+
+
+X, Y0 = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
+
+
+@pytest.mark.parametrize("build", [quadratic, nested, ridge, asinh, weighted_logit])
+def test_nothing_is_wrong_with_a_sound_problem(build: Callable[[], Any]) -> None:
+    instance = build()
+    found = check(instance.problem, instance.x0, instance.y0)
+    assert found.ok, str(found)
+    assert found.dependence == "inner objective"
+    assert not any(found.estimators.values())
+    assert outcome(found, "hypergradient") is Outcome.passed
+
+
+def test_resampled_dropout_is_found() -> None:
+    found = check(BilevelProblem(sound_f, lambda x, y: F.dropout(y - x, 0.5).square().sum()), X, torch.ones(2))
+    assert outcome(found, "same value twice") is Outcome.failed
+    assert "functional" in next(v.remedy for v in found.verdicts if v.name == "same value twice")
+
+
+def test_dropout_with_a_fixed_mask_is_sound() -> None:
+    module = torch.nn.Sequential(
+        torch.nn.Linear(3, 3), torch.nn.Dropout(0.5), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+    ).double()
+    net = bilevel.functional(module, seed=1)
+    inputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    problem = BilevelProblem(
+        lambda x, y: net(y, inputs).square().mean(),
+        lambda x, y: (net(y, inputs) - 1).square().mean() + x.exp() * sum(leaf.square().sum() for leaf in y.values()),
+    )
+    found = check(problem, torch.tensor(0.0), dict(net.params))
+    assert outcome(found, "same value twice") is Outcome.passed
+    assert outcome(found, "second derivatives") is Outcome.passed
+
+
+def test_a_detached_part_makes_the_slope_wrong() -> None:
+    problem = BilevelProblem(sound_f, lambda x, y: sound_g(x, y) + (y.detach() * y).sum())
+    found = check(problem, X, Y0)
+    assert outcome(found, "differentiable") is Outcome.warning
+    assert "g in y" in next(v.found for v in found.verdicts if v.name == "differentiable")
+
+
+def test_a_kink_is_a_note_not_a_failure() -> None:
+    rough = check(BilevelProblem(lambda x, y: y.abs().sum(), lambda x, y: sound_g(x, y) + y.abs().sum()), X, X)
+    assert outcome(rough, "differentiable") is not Outcome.failed
+    kink = slope(lambda t: abs(t), 0.0, 1.0, torch.float64)
+    assert not kink.smooth
+    assert kink.order == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_remainder_of_second_order_is_smooth() -> None:
+    assert slope(lambda t: (1 + t) ** 4, 4.0, 1.0, torch.float64).order == pytest.approx(2.0, abs=0.1)
+    assert slope(lambda t: 3 * t, 3.0, 1.0, torch.float64).smooth
+    assert not slope(lambda t: (1 + t) ** 4, 4.1, 1.0, torch.float64).smooth
+
+
+@pytest.mark.parametrize(
+    ("g", "word"),
+    [
+        (lambda x, y: (y[0] - x[0]).square() + 0 * y[1], "no curvature"),
+        (lambda x, y: ((y - x).square() - 1).square().sum(), "positive definite"),
+        (lambda x, y: (y - x).square().sum() * 1e-3 + 1e4 * (y.sum() - x.sum()).square(), "condition number 2e+07"),
+    ],
+)
+def test_the_curvature_at_the_solution_is_judged(g: Callable[[Tensor, Tensor], Tensor], word: str) -> None:
+    found = check(BilevelProblem(sound_f, g), X, Y0)
+    assert word in next(v.found for v in found.verdicts if v.name == "curvature")
+
+
+def test_without_a_strict_minimum_definite_solvers_do_not_apply() -> None:
+    found = check(BilevelProblem(sound_f, lambda x, y: (y.sum() - x.sum()).square()), X, Y0)
+    assert not found.ok
+    assert "not positive definite" in found.estimators["aid-cg"]
+    assert not found.estimators["aid-minres"]
+
+
+def test_y_that_does_not_depend_on_x_is_found() -> None:
+    found = check(BilevelProblem(sound_f, lambda x, y: (y - x.detach()).square().sum()), X, Y0)
+    assert found.dependence == "none"
+    assert outcome(found, "y depends on x") is Outcome.failed
+
+
+def test_y_that_depends_on_x_through_its_start_only_is_found() -> None:
+    problem = BilevelProblem(sound_f, lambda x, y: (y - 1).square().sum(), init=lambda x: x)
+    found = check(problem, X, Y0)
+    assert found.dependence == "start"
+    assert found.estimators["aid-cg"]
+    assert found.estimators["penalty"]
+    assert not found.estimators["itd"]
+    assert check(BilevelProblem(sound_f, sound_g, init=lambda x: x), X, Y0).dependence == "both"
+
+
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    problem = BilevelProblem(sound_f, lambda x, y: torch.cdist(y[None], x[None]).square().sum())
+    found = check(problem, X, Y0)
+    verdict = next(v for v in found.verdicts if v.name == "second derivatives")
+    assert "cdist" in verdict.found
+    assert "FiniteDifferences" in verdict.remedy
+    assert "second derivative" in found.estimators["aid-cg"]
+    assert not found.estimators["penalty"]
+
+
+def test_a_value_that_is_not_finite_or_raises_is_the_only_verdict() -> None:
+    assert [v.name for v in check(BilevelProblem(lambda x, y: y.sum() / 0, sound_g), X, Y0).verdicts] == ["values"]
+    raising = check(BilevelProblem(sound_f, lambda x, y: y @ torch.ones(5)), X, Y0)
+    assert not raising.ok
+    assert "RuntimeError" in raising.verdicts[0].found
+
+
+def test_an_unbounded_inner_problem_is_not_called_solved() -> None:
+    found = check(BilevelProblem(sound_f, lambda x, y: (y * x).sum()), X, Y0)
+    assert outcome(found, "inner solution") is Outcome.failed
+
+
+def test_uneven_scales_are_noted() -> None:
+    found = check(BilevelProblem(sound_f, sound_g), torch.tensor([1e-9, 1.0]), Y0)
+    assert outcome(found, "scales") is Outcome.warning
+
+
+def test_tasks_are_checked_together() -> None:
+    problem = BilevelProblem(
+        lambda x, y, t: (y - t).square().sum(), lambda x, y, t: (y - x * t).square().sum(), tasks=True
+    )
+    data = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    found = check(problem, torch.tensor(2.0), torch.zeros(2), data=data)
+    assert found.ok, str(found)
+
+
+def test_a_check_is_plain_data_and_readable() -> None:
+    found = check(BilevelProblem(sound_f, sound_g), X, Y0)
+    assert found.as_dict()["ok"] is True
+    assert {v["name"] for v in found.as_dict()["verdicts"]} >= {"values", "curvature", "hypergradient"}
+    assert "estimators that apply: aid-cg" in str(found)
+
+
+def test_a_check_leaves_its_arguments_alone() -> None:
+    x, y = X.clone().requires_grad_(), Y0.clone().requires_grad_()
+    check(BilevelProblem(sound_f, sound_g), x, y)
+    assert x.grad is None
+    assert y.grad is None
+    assert torch.equal(x.detach(), X)

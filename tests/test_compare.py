@@ -1,0 +1,173 @@
+"""compare measures every estimator against a certified reference; auto picks the cheapest that is good enough."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cases import distance, flat, point
+from torch import Tensor
+
+from bilevel import AID, Auto, BilevelProblem, compare, estimators, hypergradient, minimize
+from bilevel._memory import peak_memory
+from bilevel.problems.quadratic import quadratic
+from bilevel.solvers.cg import CG
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.lbfgs import LBFGS
+
+INSTANCE = quadratic(p=3, q=5, cross=0.5, seed=2)
+X = point(INSTANCE)
+
+
+def test_errors_are_those_against_the_closed_form() -> None:
+    assert INSTANCE.gradient is not None
+    h = INSTANCE.gradient(X)
+    found = compare(INSTANCE.problem, X, INSTANCE.y0, memory=False)
+    assert found.norm == pytest.approx(float(h.norm()), rel=1e-8)
+    assert [row.name for row in found.rows] == list(estimators())
+    for row in found.rows:
+        truth = distance(hypergradient(INSTANCE.problem, X, INSTANCE.y0, estimator=row.name).grad, h)
+        assert row.relative == pytest.approx(truth, rel=0.05, abs=1e-9)
+
+
+def test_certificates_are_above_the_errors() -> None:
+    assert INSTANCE.constants is not None
+    found = compare(
+        INSTANCE.problem, X, INSTANCE.y0, constants=INSTANCE.constants, budgets=[10, 100, 1000], memory=False
+    )
+    assert len(found.rows) == 3 * len(estimators())
+    for row in found.rows:
+        if row.applies:
+            assert row.certificate is not None
+            assert row.certificate >= (row.error or 0.0) - found.reference_error
+    assert found.reference_error < 1e-8
+
+
+def test_a_larger_budget_costs_more_and_errs_less() -> None:
+    found = compare(
+        INSTANCE.problem, X, INSTANCE.y0, estimators=["itd", "aid-neumann"], budgets=[20, 2000], memory=False
+    )
+    for name in ("itd", "aid-neumann"):
+        small, large = (row for row in found.rows if row.name == name)
+        assert (large.cost or 0) > (small.cost or 0)
+        assert (large.error or 0.0) < 0.1 * (small.error or 0.0)
+
+
+def test_the_reason_is_given_where_an_estimator_does_not_apply() -> None:
+    problem = BilevelProblem(lambda x, y: y.square().sum(), lambda x, y: (y - 1).square().sum(), init=lambda x: 2 * x)
+    found = compare(problem, torch.ones(2), torch.zeros(2), memory=False)
+    reasons = {row.name: row.reason for row in found.rows if not row.applies}
+    assert "init" in reasons["aid-cg"]
+    assert "penalty" in reasons
+    assert "itd" not in reasons
+    assert found.reference == "central differences of Phi"
+    assert "not aid-cg:" in str(found)
+
+
+def test_operations_without_a_second_derivative_leave_first_order_estimators() -> None:
+    problem = BilevelProblem(
+        lambda x, y: (y - 2).square().sum(),
+        lambda x, y: torch.cdist(y[None], x[None]).square().sum() + y.square().sum(),
+    )
+    found = compare(problem, torch.ones(2), torch.zeros(2), memory=False)
+    applies = {row.name for row in found.rows if row.applies}
+    assert applies == {"esj", "penalty", "finite-difference"}
+    for row in found.rows:
+        if row.applies:
+            assert (row.relative or 0.0) < 1e-4
+
+
+def test_own_estimators_keep_their_labels() -> None:
+    mine = {"three steps": AID(LBFGS(1e-10), CG(rtol=0.0, max_steps=3)), "tight": AID(LBFGS(1e-10), CG(rtol=1e-12))}
+    found = compare(INSTANCE.problem, X, INSTANCE.y0, estimators=mine, memory=False)
+    assert [row.name for row in found.rows] == ["three steps", "tight"]
+    assert (found.rows[1].relative or 0.0) < 1e-9 < (found.rows[0].relative or 0.0)
+
+
+def test_a_comparison_is_plain_data_and_a_table() -> None:
+    found = compare(INSTANCE.problem, X, INSTANCE.y0, estimators=["aid-cg", "esj"], memory=False)
+    content = json.loads(json.dumps(found.as_dict()))
+    assert content["rows"][0]["stats"]["cross_products"] == 1
+    assert str(found).splitlines()[1].split()[0] == "estimator"
+
+
+def test_the_plot_has_a_line_for_each_estimator() -> None:
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figure = figure_module.Figure()
+    found = compare(INSTANCE.problem, X, INSTANCE.y0, estimators=["aid-cg", "itd"], budgets=[10, 100], memory=False)
+    found.plot(figure)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["aid-cg", "itd"]
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    kilobyte = 128  # numbers in float64
+
+    def held_together() -> list[Tensor]:
+        return [torch.zeros(kilobyte * 100) for _ in range(4)]
+
+    def one_after_the_other() -> None:
+        for _ in range(4):
+            torch.zeros(kilobyte * 100)
+
+    assert peak_memory(held_together, torch.device("cpu"))[1] == pytest.approx(4 * 100 * 1024, rel=0.1)
+    assert peak_memory(one_after_the_other, torch.device("cpu"))[1] == pytest.approx(100 * 1024, rel=0.1)
+
+
+def test_unrolling_holds_more_than_checkpointing() -> None:
+    inner = Iterate(GradientDescent(), max_steps=400)
+    from bilevel import ITD
+
+    rows = compare(
+        INSTANCE.problem,
+        X,
+        INSTANCE.y0,
+        estimators={"plain": ITD(inner), "checkpointed": ITD(inner, checkpoint=True)},
+    ).rows
+    plain, checkpointed = (row.memory for row in rows)
+    assert plain is not None
+    assert checkpointed is not None
+    assert plain > 4 * checkpointed
+
+
+@pytest.mark.parametrize("relative", [0.3, 1e-3, 1e-6])
+def test_auto_meets_its_target(relative: float) -> None:
+    assert INSTANCE.gradient is not None
+    found = hypergradient(INSTANCE.problem, X, INSTANCE.y0, estimator=Auto(relative))
+    assert distance(found.grad, INSTANCE.gradient(X)) <= relative
+    assert "measured error" in found.note
+
+
+def test_auto_certifies_where_constants_are_known() -> None:
+    assert INSTANCE.gradient is not None
+    wish = Auto(relative_error=0.0, target_error=1e-3, constants=INSTANCE.constants)
+    found = hypergradient(INSTANCE.problem, X, INSTANCE.y0, estimator=wish)
+    assert float((flat(found.grad) - flat(INSTANCE.gradient(X))).norm()) <= 1e-3
+    assert "certified error" in found.note
+
+
+def test_auto_takes_less_for_less() -> None:
+    costs = []
+    for relative in (0.3, 1e-8):
+        stats = hypergradient(INSTANCE.problem, X, INSTANCE.y0, estimator=Auto(relative)).stats
+        costs.append(stats.gradients + stats.hvps + stats.cross_products)
+    assert costs[0] < costs[1]
+
+
+def test_auto_is_chosen_once_in_minimize() -> None:
+    solution = minimize(
+        INSTANCE.problem, INSTANCE.x0, INSTANCE.y0, estimator="auto", outer=GradientDescent(0.01), max_steps=3
+    )
+    assert solution.estimate.note.startswith("chosen")
+
+
+def test_auto_refuses_problems_in_which_the_number_of_steps_matters() -> None:
+    problem = BilevelProblem(lambda x, y: y.square().sum(), lambda x, y: (y - 1).square().sum(), init=lambda x: 2 * x)
+    with pytest.raises(ValueError, match="part of the problem"):
+        hypergradient(problem, torch.ones(2), torch.zeros(2), estimator="auto")
+
+
+def test_a_senseless_wish_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of them positive"):
+        Auto(relative_error=0.0)
