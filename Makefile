@@ -15,6 +15,9 @@ PIP = $(IN_VENV) -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --constraint constraints.txt --editable
 TORCH = $(shell grep '^torch==' constraints.txt)
 
+# small matrices: threads would only wait for each other
+demo test: export OMP_NUM_THREADS ?= 1
+
 .PHONY: help demo test check clean
 
 help:
@@ -23,7 +26,6 @@ help:
 demo: $(VENV)/.demo
 	$(IN_VENV) -m bilevel run hyper-cleaning --out runs/demo --overwrite
 
-test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(IN_VENV) -m pytest $(PYTEST_FLAGS)
 
