@@ -631,6 +631,14 @@ def test_newton_descends_along_negative_curvature(linear: CG | None) -> None:
     torch.testing.assert_close(solved.value, start.sign(), rtol=0, atol=1e-8)
 
 
+def test_newton_converges_from_where_full_steps_diverge() -> None:
+    """On sqrt(1 + y^2) a full step takes y to -y^3."""
+    y0 = torch.tensor([[5.0], [-0.5]], dtype=torch.float64)
+    solved = Newton(tol=1e-9).solve(Objective(lambda y: (1 + y.square()).sqrt().sum(-1)), y0)
+    assert solved.statuses == (Status.successful,) * 2
+    torch.testing.assert_close(solved.value, torch.zeros_like(y0), rtol=0, atol=2e-9)
+
+
 def test_newton_counts_its_products_and_gradients() -> None:
     function, _ = quadratic(torch.linspace(1.0, 3.0, 4, dtype=torch.float64), 6)
     objective = Objective(function)
@@ -662,6 +670,16 @@ def test_bounds_are_kept_and_the_residual_is_projected(method: str, batch: bool)
     assert solved.statuses == (Status.successful,) * (2 if batch else 1)
     torch.testing.assert_close(solved.value, tensor(2.0, -1.0, 4.0).expand_as(y0), rtol=0, atol=1e-6)
     assert float(solved.residual.max()) <= 1e-6
+
+
+def test_scipy_minimizes_rows_as_their_sum() -> None:
+    """So many that the decrease of their mean along the gradient of the sum would be no sufficient one."""
+    curvature = torch.linspace(1.0, 9.0, 20_000, dtype=torch.float64)
+    objective = Objective(lambda y: curvature * (y - 1).square().sum(-1) / 2)
+    solved = Scipy(tol=1e-6).solve(objective, torch.zeros(20_000, 1, dtype=torch.float64))
+    assert set(solved.statuses) == {Status.successful}
+    torch.testing.assert_close(solved.value, torch.ones(20_000, 1, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert objective.tally.gradients % 20_000 == 0
 
 
 def test_a_missed_tolerance_of_scipy_is_not_success() -> None:
