@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -54,9 +55,10 @@ class Setting:
         reach = self.x.abs().max().clamp_min(1.0)
         moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y0)
         response = torch.linalg.vector_norm(moved - gradient, dim=-1).max() / root
-        largest = scale.max() if bool(scale.max() > root * response) else response
-        relative = 1e-9 if self.double else 1e-4
-        return max(relative * float(largest), torch.finfo(self.y0.dtype).tiny)
+        largest = response if bool(scale.max() <= root * response) else scale.max()
+        tol = (1e-9 if self.double else 1e-4) * float(largest)
+        tiny = torch.finfo(self.y0.dtype).tiny
+        return max(tol, tiny) if math.isfinite(tol) else tiny  # what is not finite is reported by the solver
 
     def derivative_steps(self) -> int:
         """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
@@ -89,6 +91,7 @@ class Setting:
         if top_f == 0:  # f is linear in y: the shift of y is |grad f| / (weight mu), compared with |y| or 1
             _, _, fy = outer_gradients(quiet, self.x, y0)
             ratio = float(torch.linalg.vector_norm(fy)) / (top_g or 1.0)
+        ratio = ratio if math.isfinite(ratio) else 1.0
         return (1e4 if self.double else 1e2) * max(ratio, torch.finfo(self.y0.dtype).tiny)
 
 

@@ -27,8 +27,8 @@ class Status(enum.Enum):
         " tolerance, or start closer (`start=` carries y and v over from the previous call)."
     )
     truncated = (
-        "The unrolled steps are too few for the derivative, although y met its tolerance: the start was so close to"
-        " the solution that the iteration stopped early. Pass `min_steps=` to `Iterate`, or take fixed steps without"
+        "The unrolled steps are too few for the derivative, although y met its tolerance: the start was close to the"
+        " solution, so that the iteration stopped early, or the inner Hessian is nearly singular. Pass `min_steps=` to `Iterate`, or take fixed steps without"
         " `tol`, or start cold (`warm_start=False`); for `AID` a warm start is harmless."
     )
     stagnated = (

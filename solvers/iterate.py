@@ -44,7 +44,8 @@ class Iterate(AbstractUnrollable):
             a line search ignores it.
 
     Raises:
-        ValueError: if `max_steps` or `tol` is negative, `min_steps` not between 0 and `max_steps`, or there is a line search for another optimizer.
+        ValueError: if `max_steps` or `tol` is negative, `min_steps` is not between 0 and `max_steps`, or there is a
+            line search for another optimizer.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum() / 2)

@@ -1,0 +1,115 @@
+"""All tasks as one batch against a loop over tasks: every estimator, to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bilevel_strategies import normal
+from cases import distance
+from torch import Tensor
+
+from bilevel import AID, ESJ, ITD, BilevelProblem, FiniteDifference, Penalty, hypergradient
+from bilevel._tree import tree_leaves, tree_map
+from bilevel.solvers.cg import CG
+from bilevel.solvers.dense import Dense
+from bilevel.solvers.gmres import GMRES
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.heavy_ball import HeavyBall
+from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.minres import MINRES
+
+TASKS, P = 3, 4
+DATA = {
+    "A": torch.stack([torch.eye(3) * (k + 1) + 0.3 for k in range(TASKS)]),
+    "B": normal(TASKS, 3, P, seed=1),
+    "t": normal(TASKS, 3, seed=2),
+}
+X = {"a": normal(3, seed=3), "b": torch.tensor(0.4)}
+Y0 = {"u": torch.zeros(2), "w": torch.tensor(0.1)}
+
+
+def joined(x: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.cat([leaf.reshape(-1) for leaf in tree_leaves(part)]) for part in (x,))
+
+
+def g(x: Any, y: Any, task: Any) -> Tensor:
+    (x,), (y,) = joined(x), joined(y)
+    return y @ task["A"] @ y / 2 + y.cosh().sum() - y @ task["B"] @ x
+
+
+def f(x: Any, y: Any, task: Any) -> Tensor:
+    (x,), (y,) = joined(x), joined(y)
+    return (y - task["t"]).square().sum() + (x.square() * y[0]).sum()
+
+
+def start(x: Any, task: Any) -> Any:
+    return {"u": x["a"][:2].sin() * task["t"][0], "w": x["b"] * 2}
+
+
+FIXED = Iterate(GradientDescent(0.1), 6)
+ESTIMATORS: dict[str, tuple[Any, float]] = {
+    "aid-cg": (AID(LBFGS(1e-11), CG(1e-12)), 1e-9),
+    "aid-cg-few-steps": (AID(FIXED, CG(rtol=0.0, max_steps=2)), 1e-11),
+    "aid-minres": (AID(LBFGS(1e-11), MINRES(1e-12)), 1e-9),
+    "aid-gmres": (AID(LBFGS(1e-11), GMRES(1e-12)), 1e-9),
+    "aid-dense": (AID(LBFGS(1e-11), Dense()), 1e-9),
+    "itd": (ITD(FIXED), 1e-12),
+    "itd-forward": (ITD(FIXED, forward=True), 1e-12),
+    "itd-checkpointed": (ITD(FIXED, checkpoint=True), 1e-12),
+    "itd-truncated": (ITD(FIXED, truncate=2), 1e-12),
+    "itd-adaptive": (ITD(Iterate(GradientDescent(0.2), 500, tol=1e-3)), 1e-11),
+    "itd-adaptive-forward": (ITD(Iterate(GradientDescent(0.2), 500, tol=1e-3), forward=True), 1e-11),
+    "itd-adaptive-checkpointed": (ITD(Iterate(GradientDescent(0.2), 500, tol=1e-3), checkpoint=True), 1e-11),
+    "itd-least": (ITD(Iterate(GradientDescent(0.2), 500, tol=0.5, min_steps=9)), 1e-11),
+    "itd-heavy-ball": (ITD(Iterate(HeavyBall(0.1, 0.5), 6)), 1e-12),
+    "itd-tuned": (ITD(Iterate(GradientDescent(), 6)), 1e-11),
+    "esj": (ESJ(FIXED, directions=3, radius=1e-2), 1e-9),
+    "penalty": (Penalty(LBFGS(1e-12), weight=50.0, extrapolate=True), 1e-8),
+    "finite-difference": (FiniteDifference(FIXED), 1e-8),
+}
+
+
+def loop(estimator: Any, init: Any) -> list[Any]:
+    found = []
+    for k in range(TASKS):
+        task = tree_map(lambda leaf, k=k: leaf[k], DATA)
+        problem = BilevelProblem(f, g, init=init)
+        found.append(hypergradient(problem, X, Y0, estimator=estimator, data=task, throw=False))
+    return found
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("has_init", [False, True])
+def test_batch_is_the_mean_of_a_loop(name: str, has_init: bool) -> None:
+    estimator, rtol = ESTIMATORS[name]
+    init = start if has_init else None
+    batch = hypergradient(
+        BilevelProblem(f, g, init=init, tasks=True), X, Y0, estimator=estimator, data=DATA, throw=False
+    )
+    singles = loop(estimator, init)
+    assert batch.value == pytest.approx(sum(single.value for single in singles) / TASKS, rel=1e-10)
+    mean = tree_map(lambda *leaves: sum(leaves) / TASKS, X)
+    for key in X:
+        mean[key] = sum(single.grad[key] for single in singles) / TASKS
+    assert distance(batch.grad, mean) <= rtol
+    for key in Y0:
+        assert torch.allclose(batch.y[key], torch.stack([single.y[key] for single in singles]), atol=1e-9)
+    assert batch.grad["b"].shape == ()
+    assert batch.y["u"].shape == (TASKS, 2)
+    assert batch.status is max((single.status for single in singles), key=lambda s: not s.ok)
+
+
+@pytest.mark.parametrize("name", ["aid-cg", "penalty", "finite-difference"])
+def test_warm_start_of_a_batch(name: str) -> None:
+    estimator, rtol = ESTIMATORS[name]
+    problem = BilevelProblem(f, g, tasks=True)
+    cold = hypergradient(problem, X, Y0, estimator=estimator, data=DATA)
+    assert cold.start.y["u"].shape == (TASKS, 2)
+    if name == "finite-difference":
+        return  # from another start, fixed steps go elsewhere
+    warm = hypergradient(problem, X, Y0, estimator=estimator, data=DATA, start=cold.start)
+    assert distance(warm.grad, cold.grad) <= 100 * rtol
+    assert warm.stats.inner_steps < cold.stats.inner_steps
