@@ -4,7 +4,7 @@ Conventions of the pages:
 
 - Blocks marked ``python`` run in order, in one namespace a page, in an empty directory, with torch's default float32.
   A block with ``title="name.py"`` is also saved under that name.
-- ``expression  # -> text`` at the end of a statement: what an interactive session shows for it is exactly the text.
+- ``expression  # -> text`` at the end of a statement: what the interpreter shows for it is exactly the text.
 - ``statement  # raises Name: text``: it raises an exception of that name whose message contains the text.
 - Blocks marked ``bash``: every ``make`` target exists, and every ``bilevel`` command line is one that its parser
   accepts, of problems and estimators that exist; runs of a file that the page itself defines are carried out.
@@ -93,7 +93,7 @@ def run_block(source: str, namespace: dict[str, object], name: str, line: int = 
 
 
 def shown(statement: ast.stmt, namespace: dict[str, object], name: str) -> str:
-    """What an interactive session shows when it runs a statement."""
+    """What the interpreter shows when it runs a statement."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         if isinstance(statement, ast.Expr):
