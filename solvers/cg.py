@@ -164,4 +164,4 @@ def _run_batch(
         z = r if precondition is None else precondition(r)
         before, rz = rz, row_dots(r, z)
         p = z + torch.where(active, rz / before, zero).unsqueeze(-1) * p
-    return d, codes.tolist(), steps, largest
+    return d, codes.reshape(-1).tolist(), steps, largest
