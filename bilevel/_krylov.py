@@ -124,8 +124,8 @@ def solve_by_runs(
         last = steps >= max_steps or RESTART not in codes
         r = operator.residual(b, v) if last else b - operator.mv(v)
         residuals = _norms(r)
-        rows = zip(running, codes, residuals, targets, before, strict=True)
-        codes = [_judged(code, norm, aim, old, eps) if ran else code for ran, code, norm, aim, old in rows]
+        rows = zip(running, codes, residuals, targets, before, norms, strict=True)
+        codes = [_judged(code, res, aim, old, norm, eps) if ran else code for ran, code, res, aim, old, norm in rows]
         running = [code == RESTART for code in codes]
         if steps >= max_steps or RESTART not in codes:
             break
@@ -141,14 +141,16 @@ def solve_by_runs(
     return Solved(v, tuple(_STATUS[code] for code in codes), residual, steps)
 
 
-def _judged(code: int, residual: float, target: float, before: float, eps: float) -> int:
+def _judged(code: int, residual: float, target: float, before: float, norm: float, eps: float) -> int:
     """How a run ended in the light of the true residual; RESTART if another one is to follow."""
     if not math.isfinite(residual):
         return NONFINITE
     if code not in (CONVERGED, RESTART):
         return code
-    if residual <= target or (code == CONVERGED and target == 0):
+    if residual <= target:
         return CONVERGED
+    if code == CONVERGED and target == 0:
+        return CONVERGED if residual <= math.sqrt(eps) * norm else STALLED
     # What claims to have converged must at least halve the true residual, anything else must lower it.
     progress = 0.5 if code == CONVERGED else 1 - 10 * eps
     return RESTART if residual < progress * before else STALLED

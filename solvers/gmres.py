@@ -84,7 +84,7 @@ def _run(
     rotations = one[..., None, None]  # the product of all so far, (*batch, k + 1, k + 1)
     columns: list[Tensor] = []  # of the triangular factor
     entries: list[Tensor] = []  # of the rotated right-hand side
-    first, steps = norm_A == 0, 0
+    steps = 0
     while steps < min(max_steps, cycle):
         active = codes == OUT_OF_STEPS
         if not bool(active.any()):
@@ -104,8 +104,6 @@ def _run(
         column = (rotations @ h.unsqueeze(-1)).squeeze(-1)
         diagonal = torch.hypot(column[..., k], below)
         codes = torch.where(active & (diagonal <= rounding * norm_A), BREAKDOWN, codes)
-        # Near a breakdown errors of the recurrence decide: once, start anew from the true residual.
-        codes = torch.where(active & first & (diagonal <= 100 * rounding * norm_A) & (k > 0), RESTART, codes)
         codes = torch.where(active & ~diagonal.isfinite(), NONFINITE, codes)
         active = codes == OUT_OF_STEPS
         c = torch.where(active, column[..., k] / diagonal, one)

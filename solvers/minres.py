@@ -13,7 +13,6 @@ from bilevel._krylov import (
     CONVERGED,
     NONFINITE,
     OUT_OF_STEPS,
-    RESTART,
     check_tolerances,
     over,
     row_norms,
@@ -77,7 +76,7 @@ def _run(
     codes = torch.where(phi.isfinite(), codes, NONFINITE)
     codes = torch.where(phi <= stop, CONVERGED, codes)
     q = over(r, phi, codes == OUT_OF_STEPS)
-    beta, first = zero, norm_A == 0
+    beta = zero
     c_old, s_old, c, s = one, zero, one, zero
     steps = 0
     while steps < max_steps:
@@ -98,11 +97,7 @@ def _run(
         rho_2 = s * alpha + c_old * c * beta
         rho_3 = s_old * beta
         # |A r| / |r| is the length of (delta, c next_beta): at rounding level r is a least residual and not small.
-        # Near it, errors of the recurrence decide: once, start anew from the true residual.
-        curvature = torch.hypot(delta, c * next_beta)
-        doubtful = active & first & (curvature <= 100 * rounding * norm_A) & (steps > 1)
-        codes = torch.where(active & (curvature <= rounding * norm_A), BREAKDOWN, codes)
-        codes = torch.where(doubtful, RESTART, codes)
+        codes = torch.where(active & (torch.hypot(delta, c * next_beta) <= rounding * norm_A), BREAKDOWN, codes)
         codes = torch.where(active & ~(alpha.isfinite() & next_beta.isfinite()), NONFINITE, codes)
         active = codes == OUT_OF_STEPS
 

@@ -233,6 +233,13 @@ def test_what_is_not_finite_is_reported_for_its_row_only(solver: AbstractLinearS
     torch.testing.assert_close(both.value[1], alone.value, rtol=1e-9, atol=1e-12)
 
 
+@table({name: solver for name, solver in EVERY.items() if name.startswith(("cg", "minres", "gmres", "neumann"))})
+@pytest.mark.parametrize("batched", [False, True])
+def test_nan_ends_the_steps(solver: AbstractLinearSolver, batched: bool) -> None:
+    b = torch.ones(2, 30) if batched else torch.ones(30)
+    assert solver.solve(operator(torch.full((30, 30), math.nan)), b).steps <= 1
+
+
 @table(EVERY)
 @given(system=batch_of(spd_matrices(min_size=4, max_condition=10.0)))
 def test_a_batch_equals_a_loop(solver: AbstractLinearSolver, system: tuple[Tensor, Tensor]) -> None:
@@ -290,6 +297,15 @@ def test_steps_beyond_exact_convergence_are_harmless(
     A, b = system
     assert_solves(solver.solve(operator(A), b), A, b, 1e-12)
     assert_solves(solver.solve(operator(A), b, torch.linalg.solve(A, b)), A, b, 1e-12)
+
+
+@pytest.mark.parametrize("kind", [CG, MINRES, GMRES])
+@pytest.mark.parametrize("batched", [False, True])
+def test_exact_convergence_ends_the_steps(kind: type, batched: bool) -> None:
+    probe, b = Probe(spd(torch.linspace(1, 3, 5), 3)), gaussian(5, seed=1)
+    solved = kind(rtol=0.0, max_steps=40).solve(probe.operator(), torch.stack([b, -b]) if batched else b)
+    assert solved.status.ok
+    assert probe.products <= 10
 
 
 @pytest.mark.parametrize("kind", [CG, MINRES, GMRES])
