@@ -10,6 +10,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
+from bilevel._assumed import NEEDED, completed
 from bilevel._certificate import Constants
 from bilevel._constants import estimated
 from bilevel._estimate import AbstractEstimator
@@ -17,8 +18,9 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._measure import Measured
-from bilevel._theorems import Terms, completed, theorem_a
 from bilevel._tree import Tree
+
+_TINY = torch.finfo(torch.float64).tiny
 
 S = TypeVar("S", AbstractInnerSolver, AbstractLinearSolver)
 
@@ -64,32 +66,32 @@ class Accuracy:
             ValueError: if mu or another needed constant is unknown.
         """
         if self.constants is None:
-            return estimated(problem, x, y)
-        given = self.constants if isinstance(self.constants, Constants) else self.constants(problem.x.unravel(x))
-        missing = [n for n in ("mu", "L_fyy", "L_fxy", "M_yy", "M_xy") if getattr(given, n) is None]
+            given = estimated(problem, x, y)
+        elif isinstance(self.constants, Constants):
+            given = self.constants
+        else:
+            given = self.constants(problem.x.unravel(x))
+        missing = [name for name in ("mu", *NEEDED) if getattr(given, name) is None]
         if missing:
-            raise ValueError(f"certified accuracy needs the constants {', '.join(missing)}. Give them in `constants=`.")
+            raise ValueError(
+                f"certified accuracy needs the constants {', '.join(missing)}"
+                f"{', which could not be estimated' if self.constants is None else ''}. Give them in `constants=`."
+            )
         return completed(problem, x, y, given)[0]
 
 
-def bound(found: Measured, known: Constants) -> Terms:
-    """Theorem A from residuals at hand."""
-    assert known.mu is not None
-    return theorem_a(found, known.mu, found.e / known.mu, known)
-
-
-def inner_tolerance(target: float, found: Measured, known: Constants) -> float:
-    """The |grad_y g| at which the inner part of the bound is half the target: theorem A solved for it."""
+def inner_tolerance(part: float, found: Measured, known: Constants) -> float:
+    """The |grad_y g| at which the inner part of the bound is this: theorem A solved for it."""
     assert known.mu is not None and known.C_G is not None
     assert known.L_fxy is not None and known.M_xy is not None and known.L_fyy is not None and known.M_yy is not None
     slope = known.L_fxy + known.M_xy * found.v + known.C_G / known.mu * (known.L_fyy + known.M_yy * found.v)
-    return target * known.mu / (2 * max(float(slope.max()), torch.finfo(torch.float64).tiny))
+    return part * known.mu / max(float(slope.max()), _TINY)
 
 
-def linear_tolerance(target: float, known: Constants) -> float:
-    """The |grad_y f - H v| at which the linear part of the bound is half the target."""
+def linear_tolerance(part: float, known: Constants) -> float:
+    """The |grad_y f - H v| at which the linear part of the bound is this."""
     assert known.mu is not None and known.C_G is not None
-    return target * known.mu / (2 * max(known.C_G, torch.finfo(torch.float64).tiny))
+    return part * known.mu / max(known.C_G, _TINY)
 
 
 def with_tolerance(solver: S, tol: float, size: float = 1.0) -> S:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, final
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias, final
 
 from bilevel._result import Stats
 from bilevel._tree import Tree
@@ -30,11 +30,14 @@ class Constants:
         M_xy: Lipschitz constant in y of d2g/dxdy.
         C_G: a bound on the norm of d2g/dxdy. None: bounded from the operator at y, with a stated confidence.
         L_f_minus: a bound on the most negative curvature of f in y: 0 where f is convex in y. None: L_fyy.
-        radius: the constants hold for points within this distance of y*(x).
+        radius: the constants hold for points within this distance of y*(x), and y is known to be among them, by the
+            convexity of g or otherwise; without mu, within this distance of the y that is certified.
         source: where they come from: "given" by the user, "structural" (from the formula of a problem), or
             "estimated" from products.
         heuristic: the names of those that are estimates without a guarantee.
         confidence: the probability that the other estimated ones hold.
+        local: the names of those among mu, L and C_G that were measured at y only: certificates extend them along the
+            segment, by M_yy and M_xy.
 
     Raises:
         ValueError: if mu is not positive or another constant is negative.
@@ -56,6 +59,7 @@ class Constants:
     source: Source = "given"
     heuristic: frozenset[str] = frozenset()
     confidence: float = 1.0
+    local: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.mu is not None and not self.mu > 0:
@@ -76,7 +80,17 @@ class Constants:
 @final
 @dataclass(frozen=True)
 class Assumption:
-    """One constant that a certificate rests on: its name, value, and where it came from."""
+    """One constant that a certificate rests on.
+
+    Attributes:
+        name: which.
+        value: its value, as it entered the bound.
+        source: where it came from, in words.
+
+    Example:
+        >>> print(Assumption("mu", 0.1, "given"))
+        mu = 0.1 (given)
+    """
 
     name: str
     value: float
@@ -94,16 +108,17 @@ class Certificate:
     Attributes:
         bound: the bound; infinite where the theorem does not apply (see `reason`).
         terms: its parts: "inner" (the inner solution), "linear" (the linear system), "estimate" (the distance from z
-            to the implicit gradient that was certified), "rounding".
+            to the implicit gradient that was certified), "rounding"; or, where that is less, "estimate" (the distance
+            to the refined hypergradient) and "refined" (its bound).
         theorem: "A" (global mu), "B" (local, Newton-Kantorovich) or "penalty" (first-order).
         proven: whether the bound is a theorem given `assumed`; otherwise some constant is a heuristic.
-        confidence: the probability that the estimated constants hold.
+        confidence: the probability that the constants hold which were bounded from products.
         assumed: the constants, with their sources.
         distance: the bound on |y - y*(x)|.
         grad_norm: |z|.
         stats: the oracle calls that certifying took.
         refined: where asked for, a better hypergradient: after one Newton correction of y.
-        refined_bound: its own error bound.
+        refined_bound: its own error bound; infinite where the theorem does not apply there.
         reason: why the bound is infinite or not proven; empty otherwise.
     """
 
@@ -130,6 +145,27 @@ class Certificate:
         """An interval that holds |h(x)|: [|z| - bound, |z| + bound], cut at 0."""
         return max(0.0, self.grad_norm - self.bound), self.grad_norm + self.bound
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the refined hypergradient as plain data; what is not finite is None, as JSON has no such."""
+        low, high = self.norm_interval
+        content = {
+            "bound": self.bound,
+            "terms": dict(self.terms),
+            "theorem": self.theorem,
+            "proven": self.proven,
+            "confidence": self.confidence,
+            "assumed": [asdict(assumption) for assumption in self.assumed],
+            "distance": self.distance,
+            "grad_norm": self.grad_norm,
+            "norm_interval": [low, high],
+            "descent": self.descent,
+            "refined_bound": self.refined_bound,
+            "stats": self.stats.as_dict(),
+            "reason": self.reason,
+        }
+        plain: dict[str, Any] = _finite(content)
+        return plain
+
     def __str__(self) -> str:
         kind = "proven" if self.proven else "heuristic"
         if self.confidence < 1:
@@ -143,3 +179,11 @@ class Certificate:
         if self.reason:
             lines.append(f"  note: {self.reason}")
         return "\n".join(lines)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from bilevel._assumed import NEEDED
 from bilevel._certificate import Certificate, Constants
 from bilevel._certify_penalty import certify_penalty
 from bilevel._estimate import Estimate
@@ -15,7 +14,7 @@ from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import default_linear
-from bilevel._theorems import NEEDED, assumptions, certify_flat, completed, widened
+from bilevel._theorems import certify_flat
 from bilevel._tree import Structure, Tree, ravel
 
 
@@ -37,10 +36,16 @@ def certify(
 
         |z - h| <= |z - h_v| + d (L_fxy + M_xy |v|) + (C_G / mu) (|r| + d (L_fyy + M_yy |v|)).
 
+    mu, L_fyy, L_fxy, M_yy and M_xy must hold on the segment from y to y*, C_G at both of its ends.
+
     The estimate may come from any estimator: one that solved no linear system has one solved here. Without mu, the
     local theorem applies: with m the least eigenvalue of H at y and 2 M_yy |e| <= m^2, a stationary point lies within
     d = (m - m*) / M_yy, m* = sqrt(m^2 - 2 M_yy |e|), and the bound holds with m* for mu; it is then the local branch
-    of y* that is certified.
+    of y* that is certified. M_yy must hold within d of y. The same theorem extends a mu that was measured at y.
+
+    Residuals and norms are recomputed in float64 wherever f and g can be evaluated in it, whatever the dtype of x and
+    y. Where they cannot, a rounding error is added to each, 8 units times the size of the terms, and the certificate
+    says so. A mu or C_G that the products contradict makes the bound infinite.
 
     Cost: two gradients, one Hessian product and one cross product with all constants and v given. Without C_G some
     ten products more, to bound |G| at y with 99 % confidence; without mu q products, for the dense Hessian; with
@@ -68,6 +73,7 @@ def certify(
         ValueError: if needed constants are missing, or structures do not match.
 
     Example:
+        >>> import torch
         >>> from bilevel import hypergradient
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
         >>> x = torch.tensor(1.0, dtype=torch.float64)
@@ -106,12 +112,10 @@ def _first_order(
             "`certify(first_order=True)` needs an estimate of `Penalty(..., extrapolate=False)`, and mu."
             " Leave it out: any estimate is certified through one implicit gradient."
         )
+    if "mu" in constants.local:
+        raise ValueError("`certify(first_order=True)` needs a mu that holds along the segment. Got one measured at y.")
     y_w = ravel_rows(problem, estimate.penalized[0], "estimate.penalized")
-    known, notes = completed(problem, x, y, constants)
-    distance = float(torch.linalg.vector_norm(y_w - y, dim=-1).max())
-    known = widened(known, 2 * distance)
-    found = certify_penalty(problem, x, z, y, y_w, estimate.penalized[1], known)
-    return replace(found, assumed=tuple(assumptions(constants, known, constants.mu)) + notes)
+    return certify_penalty(problem, x, z, y, y_w, estimate.penalized[1], constants)
 
 
 def _one_row(y: Tree, tasks: bool) -> Structure:

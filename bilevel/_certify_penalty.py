@@ -7,15 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from bilevel._calculus import outer_gradients
+from bilevel._assumed import assumptions, completed, moved
+from bilevel._calculus import grad, outer_gradients
 from bilevel._certificate import Certificate, Constants
 from bilevel._flat import FlatProblem
-
-_ROUNDING = 8.0
+from bilevel._measure import ROUNDING
+from bilevel._theorems import beyond, precise
+from bilevel._tree import row_norms
 
 
 def certify_penalty(
-    problem: FlatProblem, x: Tensor, z: Tensor, y: Tensor, y_w: Tensor, w: float, known: Constants
+    problem: FlatProblem, x: Tensor, z: Tensor, y: Tensor, y_w: Tensor, w: float, constants: Constants
 ) -> Certificate:
     """A bound on |z - h(x)|, z = grad_x f(x, y_w) + w [grad_x g(x, y_w) - grad_x g(x, y)], without Hessian products.
 
@@ -24,64 +26,70 @@ def certify_penalty(
 
         |z - h| <= (L_fxy + k L_fyy) d + w/2 (M_xy + k M_yy) d^2 + (L_fxy + w C_G) d_w + w C_G d_g.
 
-    Needs w mu > l: the weight must dominate f's negative curvature. Two gradients of g and one of f.
+    Needs w mu > l: the weight must dominate f's negative curvature. Two gradients of g and one of f; C_G, where it is
+    not given, takes products. In float64 wherever f and g can be evaluated in it.
     """
+    return precise(lambda problem, to, _: _certify(problem, to(x), to(z), to(y), to(y_w), w, constants), problem)
+
+
+def _certify(
+    problem: FlatProblem, x: Tensor, z: Tensor, y: Tensor, y_w: Tensor, w: float, constants: Constants
+) -> Certificate:
+    known, notes = completed(problem, x, y, constants)
     assert known.mu is not None and known.C_G is not None
     assert known.L_fxy is not None and known.L_fyy is not None and known.M_xy is not None and known.M_yy is not None
-    rows = 1 if y.dim() == 1 else y.shape[0]
+    rows = y.shape[:-1].numel()
 
     def g_gradients(at: Tensor) -> tuple[Tensor, Tensor]:
         problem.tally.gradients += rows
         with torch.enable_grad():
             xs, ys = x.detach().requires_grad_(), at.detach().requires_grad_()
             value = problem.g(xs, ys).sum()
-            in_x, in_y = torch.autograd.grad(value, (xs, ys), allow_unused=True, materialize_grads=True)
-            return in_x, in_y
+        return grad(value, xs), grad(value, ys)
 
     gx, gy = g_gradients(y)
     gx_w, gy_w = g_gradients(y_w)
     _, fx, fy = outer_gradients(problem, x, y_w)
     recomputed = fx + w / rows * (gx_w - gx)
 
-    eps = _ROUNDING * torch.finfo(y.dtype).eps
-    L = known.L if known.L is not None else known.mu
-    e_g = torch.linalg.vector_norm(gy, dim=-1) + eps * L * torch.linalg.vector_norm(y, dim=-1)
-    e_w = torch.linalg.vector_norm(rows * fy + w * gy_w, dim=-1)
-    e_w = e_w + eps * (w * L * torch.linalg.vector_norm(y_w, dim=-1) + rows * torch.linalg.vector_norm(fy, dim=-1))
+    eps = ROUNDING * torch.finfo(y.dtype).eps
+    L, size, size_w = known.L or known.mu, row_norms(y.double()), row_norms(y_w.double())
+    f_y = rows * row_norms(fy.double()) + known.L_fyy * size_w
+    e_g, e_w = row_norms(gy.double()), row_norms(rows * fy.double() + w * gy_w.double())
+    e_g, e_w = e_g + eps * (L * size + e_g), e_w + eps * (w * L * size_w + f_y)
     negative = known.L_fyy if known.L_f_minus is None else known.L_f_minus
     dominance = w * known.mu - negative
-    k = known.C_G / known.mu
-    reason = ""
+    apart = row_norms(y_w.double() - y.double())
+    reason, bias, inexact, farthest = "", math.inf, 0.0, math.inf
     if dominance > 0:
         d_g, d_w = e_g / known.mu, e_w / dominance
-        d = torch.linalg.vector_norm(y_w - y, dim=-1) + d_g + d_w
-        bias = (known.L_fxy + k * known.L_fyy) * d + 0.5 * w * (known.M_xy + k * known.M_yy) * d.square()
-        inexact = (known.L_fxy + w * known.C_G) * d_w + w * known.C_G * d_g
-        parts, distance = (float(bias.mean()), float(inexact.mean())), float(d_g.max())
+        d = apart + d_g + d_w
+        farthest = float(d.max())
+        known = moved(known, float(torch.maximum(d_g, apart + d_w).max()))  # C_G is needed at y*, at y_w and y_w*
+        assert known.C_G is not None and known.mu is not None
+        k = known.C_G / known.mu
+        quadratic = 0.5 * w * (known.M_xy + k * known.M_yy) * d.square()
+        bias = float(((known.L_fxy + k * known.L_fyy) * d + quadratic).mean())
+        inexact = float(((known.L_fxy + w * known.C_G) * d_w + w * known.C_G * d_g).mean())
+        reason = beyond(farthest, constants)
     else:
-        parts, distance = (math.inf, 0.0), math.inf
         reason = (
             f"the weight does not dominate f: weight times mu = {w * known.mu:.3g} must exceed {negative:.3g}."
             f" Raise the weight, or give L_f_minus (0 where f is convex in y)."
         )
-    rounding = float(
-        eps
-        * (
-            torch.linalg.vector_norm(fx)
-            + w / rows * torch.linalg.vector_norm(gx).maximum(torch.linalg.vector_norm(gx_w))
-        )
-    )
-    off = float(torch.linalg.vector_norm(z - recomputed))
-    total = sum(parts) + off + rounding
+    gx_size = max(float(row_norms(t.double())) for t in (gx, gx_w)) / rows + known.C_G * float((size + size_w).mean())
+    rounding = eps * (float(row_norms(fx.double())) + known.L_fxy * float(size_w.mean()) + w * gx_size)
+    off = float(torch.linalg.vector_norm(z.double() - recomputed.double()))
+    total = bias + inexact + off + rounding
     return Certificate(
         bound=total,
-        terms={"penalty": parts[0], "inner": parts[1], "estimate": off, "rounding": rounding},
+        terms={"penalty": bias, "inner": inexact, "estimate": off, "rounding": rounding},
         theorem="penalty",
-        proven=not known.heuristic and math.isfinite(total),
+        proven=not constants.heuristic and not reason and math.isfinite(total),
         confidence=known.confidence,
-        assumed=(),
-        distance=distance,
-        grad_norm=float(torch.linalg.vector_norm(z)),
+        assumed=tuple(assumptions(constants, known, known.mu)) + notes,
+        distance=farthest,
+        grad_norm=float(torch.linalg.vector_norm(z.double())),
         stats=problem.tally.stats(),
         reason=reason,
     )

@@ -14,6 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._spectrum import largest_eigenvalue
+from bilevel._theorems import least_eigenvalue
 from bilevel._tree import Tree, ravel
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated
@@ -31,33 +32,44 @@ def estimate_constants(
     samples: int = 3,
     seed: int = 0,
     failure: float = 0.01,
+    shift_steps: int = 100,
 ) -> Constants:
     """mu, L, L_fyy, L_fxy, M_yy, M_xy and C_G of f and g near y, from products with their second derivatives.
 
-    L and C_G are upper bounds at y that fail with probability `failure` each (Kuczynski-Wozniakowski). The others are
-    heuristics, and named so in `Constants.heuristic`: mu, where it is not given, is the least eigenvalue of H at y
-    (by q products for q <= 200, else by the spectral shift L - lambda_max(L - H), which is only as sharp as 10 % of L
-    and may leave None); L_fyy and L_fxy are norms of f's second derivatives at y, exact where f is quadratic; M_yy and
-    M_xy are twice the largest change of H and G over `samples` random displacements by `radius`.
+    L and C_G are upper bounds at y that fail with probability `failure` each (Kuczynski, Wozniakowski), and are named
+    in `Constants.local`. So is mu, where it is not given, the least eigenvalue of H at y: computed by q products for
+    q <= 200; beyond, mu = s - lambda_max(s I - H) with s = L, whose bound by k = `shift_steps` steps of Lanczos'
+    method fails with probability `failure` and lies at most e L below the least eigenvalue, e = (ln(1.648 sqrt(q) /
+    failure) / (2k - 1))^2: it says something only for condition numbers below 1 / e, and is None where it does not.
+    Certificates extend these along the segment from y to y*, by M_yy and M_xy, with the theorem for local constants.
 
-    Cost: some 15 products for each of L, C_G, L_fyy, L_fxy, and twice that for each sample of M_yy and M_xy.
+    The others are heuristics, and named in `Constants.heuristic`, which makes every certificate a heuristic: L_fyy and
+    L_fxy are norms of f's second derivatives at y, exact where f is quadratic; M_yy and M_xy are twice the largest
+    change of H and G over `samples` random displacements by `radius`. Replace those that you know by formula.
+
+    Cost: some 15 products for each of L, C_G, L_fyy, L_fxy, and twice that for each sample of M_yy and M_xy; for mu q
+    or `shift_steps` products.
+
+    Source: Kuczynski, Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
+    random start", SIAM J. Matrix Anal. Appl. 13 (1992).
 
     Args:
         problem: f and g.
         x: the outer variable.
-        y: the inner solution, or a point near it.
+        y: the inner solution, or a point near it: the y of the estimate that is to be certified.
         data: the third argument of f and g, if they take one.
         mu: strong convexity where it is known from the formula of g (a ridge weight), which beats any estimate.
         radius: how far to displace y; None is a hundredth of 1 + |y|.
         samples: how many displacements.
         seed: of the random directions.
         failure: of each bound.
+        shift_steps: products that are spent on mu for q > 200. Memory `shift_steps` q.
 
     Returns:
-        The constants, with source "estimated".
+        The constants, with source "estimated", and their confidence.
 
     Raises:
-        ValueError: in task mode: give the constants, which hold for every task.
+        ValueError: if a number is out of range; in task mode: give the constants, which hold for every task.
 
     Example:
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
@@ -66,12 +78,17 @@ def estimate_constants(
         (1.0, 1.0, 0.0)
     """
     check_signature(problem, data)
+    if not (0 < failure < 1 / 3 and shift_steps >= 1 and samples >= 1):
+        raise ValueError(
+            "`estimate_constants` needs 0 < failure < 1/3, shift_steps >= 1 and samples >= 1. Got"
+            f" {failure}, {shift_steps} and {samples}."
+        )
     if problem.tasks:
         raise ValueError("`estimate_constants` needs one inner problem. Got tasks=True: give constants valid for each.")
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y, "y")
     flat = FlatProblem(problem, x_structure, y_structure, data)
-    return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure)
+    return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure, shift_steps)
 
 
 def estimated(
@@ -83,16 +100,21 @@ def estimated(
     samples: int = 3,
     seed: int = 0,
     failure: float = 0.01,
+    shift_steps: int = 100,
 ) -> Constants:
     """The constants in vectors; see :func:`estimate_constants`."""
     hessian = Exact().linearize(flat, at_x, at_y).operator
     L = float(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed))
     cross, like = cross_operator(flat, at_x, at_y)
     C_G = _root(largest_eigenvalue(cross, like, failure=failure, seed=seed))
-    heuristic = {"L_fyy", "L_fxy", "M_yy", "M_xy"}
+    local, bounds = {"L", "C_G"}, 2
     if mu is None:
-        mu = _least(hessian, at_y, L, failure, seed)
-        heuristic.add("mu")
+        local.add("mu")
+        if hessian.size <= _DENSE:
+            mu = float(least_eigenvalue(hessian.dense(at_y)))
+        else:
+            mu, bounds = _shifted(hessian, at_y, L, failure, seed, shift_steps), 3
+        mu = mu if mu > 0 else None
     fyy, fxy = _outer_operators(flat, at_x, at_y)
     distance = 0.01 * (1 + float(torch.linalg.vector_norm(at_y))) if radius is None else radius
     M_yy, M_xy = _sampled(flat, at_x, at_y, distance, samples, seed)
@@ -105,8 +127,9 @@ def estimated(
         M_xy=M_xy,
         C_G=C_G,
         source="estimated",
-        heuristic=frozenset(heuristic),
-        confidence=(1 - failure) ** 2,
+        heuristic=frozenset({"L_fyy", "L_fxy", "M_yy", "M_xy"}),
+        confidence=1 - bounds * failure,
+        local=frozenset(local),
     )
 
 
@@ -114,14 +137,22 @@ def _root(square: Tensor) -> float:
     return math.sqrt(max(float(square), 0.0))
 
 
-def _least(hessian: LinearOperator, like: Tensor, L: float, failure: float, seed: int) -> float | None:
-    if hessian.size <= _DENSE:
-        matrix = hessian.dense(like)
-        least = float(torch.linalg.eigvalsh((matrix + matrix.mT) / 2)[0])
-    else:
-        shifted = LinearOperator(lambda v: L * v - hessian.mv(v), hessian.size)
-        least = L - float(largest_eigenvalue(shifted, like, failure=failure, seed=seed))
-    return least if least > 0 else None
+def overshoot(steps: int, size: int, failure: float) -> float:
+    """The relative error e that this many steps of Lanczos' method leave: steps = (1 + ln(1.648 sqrt n / failure) /
+    sqrt e) / 2, solved for e; 1 and more says nothing.
+    """
+    return (math.log(1.648 * math.sqrt(size) / failure) / max(2 * steps - 1, 1)) ** 2
+
+
+def _shifted(hessian: LinearOperator, like: Tensor, L: float, failure: float, seed: int, steps: int) -> float:
+    """L - lambda_max(L I - H), bounded from below; valid if L is above the spectrum."""
+    e = overshoot(min(steps, hessian.size), hessian.size, failure)
+    if e >= 1:
+        return 0.0
+    shifted = LinearOperator(lambda v: L * v - hessian.mv(v), hessian.size)
+    # The products round, and the difference has lost what they rounded.
+    rounding = 10 * torch.finfo(like.dtype).eps * L
+    return L - float(largest_eigenvalue(shifted, like, overshoot=e, failure=failure, seed=seed + 1)) - rounding
 
 
 def _outer_operators(

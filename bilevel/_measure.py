@@ -9,17 +9,23 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
+from bilevel._certificate import Constants
 from bilevel._flat import FlatProblem
+from bilevel._problem import Split
 from bilevel._result import Tally
-from bilevel._tree import Structure, row_norms, tree_map
+from bilevel._tree import Structure, row_dots, row_norms, tree_map
 
-_ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times its largest term
+ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times the size of its terms
+
+
+class SinglePrecisionError(RuntimeError):
+    """f or g computes in a lower precision than its arguments have."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Norms at (x, y, v), one row a task, as if each task's system were H_i v_i = grad_y f_i.
+    """Norms at (x, y, v) in float64, one row a task, as if each task's system were H_i v_i = grad_y f_i.
 
     Attributes:
         e: |grad_y g|, with its rounding.
@@ -27,6 +33,8 @@ class Measured:
         v: |v|.
         h: the implicit gradient grad_x f - G v at this point `(p,)`.
         rounding: a bound on the rounding of h itself.
+        curvatures: the least and the largest <v, H v> / |v|^2 over the tasks, where that is known.
+        coupling: |G v| / |v|, where that is known; what C_G cannot be less than.
     """
 
     e: Tensor
@@ -34,58 +42,85 @@ class Measured:
     v: Tensor
     h: Tensor
     rounding: float
+    curvatures: tuple[float, float] | None = None
+    coupling: float | None = None
 
 
 def measured(
-    y: Tensor, v: Tensor, gradient: Tensor, residual: Tensor, fx: Tensor, fy: Tensor, gv: Tensor | None, largest: float
+    y: Tensor,
+    v: Tensor,
+    gradient: Tensor,
+    residual: Tensor,
+    fx: Tensor,
+    fy: Tensor,
+    gv: Tensor | None,
+    known: Constants,
+    largest: float = 0.0,
 ) -> Measured:
     """Norms from what an implicit estimator has at hand anyway: no oracle call.
 
-    The rounding of each is added: some units of it times the size of the terms, |H| |y| for the gradient and |H| |v|
-    for the residual, with `largest` for |H|.
+    The rounding of each is added, as `ROUNDING` units of it times the size of the terms: |H| |y| + |e| for the
+    gradient e, |H| |v| + |grad_y f| + L_fyy |y| for the residual, |grad_x f| + L_fxy |y| + |G| |v| for h.
 
     Args:
         y: `(*tasks, q)`.
         v: alike; the solution of the linear system.
         gradient: grad_y g there.
-        residual: grad_y f - H v.
+        residual: grad_y f - H v, or its norms `(*tasks, 1)`.
         fx: grad_x f `(p,)`.
         fy: grad_y f `(*tasks, q)`.
         gv: G v `(p,)`, or None for zero.
-        largest: the largest curvature L, or what has been seen of it.
+        known: the constants, as far as they are.
+        largest: the largest curvature that has been seen, in case L is not known.
     """
-    rows = 1 if y.dim() == 1 else y.shape[0]  # the mean over tasks put 1 / rows into fy and v
+    rows = y.shape[:-1].numel()  # the mean over tasks put 1 / rows into fy and v
     gv = torch.zeros_like(fx) if gv is None else gv
-    eps = _ROUNDING * torch.finfo(y.dtype).eps
-    e, norm_v = row_norms(gradient), row_norms(v)
-    e = e + eps * (largest * row_norms(y) + e)
-    r = rows * (row_norms(residual) + eps * (largest * norm_v + row_norms(fy)))
-    return Measured(e, r, rows * norm_v, fx - gv, float(eps * (row_norms(fx) + row_norms(gv))))
+    eps = ROUNDING * torch.finfo(y.dtype).eps
+    size, norm_v, norm_fy = (row_norms(t.double()) for t in (y, v, fy))
+    e, r = row_norms(gradient.double()), row_norms(residual.double())
+    norm_fx, norm_gv = float(row_norms(fx.double())), float(row_norms(gv.double()))
+    L = max(largest, known.L or 0.0)
+    e = e + eps * (L * size + e)
+    r = rows * (r + eps * (L * norm_v + norm_fy)) + eps * (known.L_fyy or 0.0) * size
+    terms = norm_fx + (known.L_fxy or 0.0) * float(size.mean()) + max(norm_gv, (known.C_G or 0.0) * float(norm_v.sum()))
+    return Measured(e, r, rows * norm_v, fx - gv, eps * terms)
 
 
-def measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: float | None) -> Measured:
-    """Two gradients, one Hessian product and one cross product; in float64 wherever f and g can be evaluated in it.
-
-    Where they cannot (closures over float32 data), the rounding that is granted is that of the dtype.
+def measure(
+    problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, known: Constants, suspicious: bool = False
+) -> Measured:
+    """Two gradients, one Hessian product and one cross product, in the dtype of y.
 
     Args:
         problem: the problem, at whose tally the calls are counted.
         x: `(p,)`.
         y: `(*tasks, q)`.
         v: alike.
-        largest: the largest curvature L, if it is known; for rounding.
+        known: the constants, as far as they are; for rounding.
+        suspicious: whether f and g were written for another dtype than that of y.
+
+    Raises:
+        SinglePrecisionError: if they are, and computed in float32 inside.
     """
-    if y.dtype != torch.float64:
-        trial = Tally()
-        try:
-            found = _measure(in_double(problem, trial), x.double(), y.double(), v.double(), largest)
-        except RuntimeError as error:
-            if "dtype" not in str(error) and "scalar type" not in str(error):
-                raise
-        else:
-            problem.tally.add(trial.stats())
-            return found
-    return _measure(problem, x, y, v, largest)
+    at = Exact().linearize(problem, x, y)
+    value, fx, fy = outer_gradients(problem, x, y)
+    hv, gv = at.products(v)
+    if suspicious and (_single(at.gradient, hv) or _single(value, fx, fy)):
+        raise SinglePrecisionError
+    squares = row_dots(v, v).double().clamp_min(torch.finfo(torch.float64).tiny)
+    seen = row_dots(v, hv).double() / squares
+    largest = float((row_norms(hv.double()) / squares.sqrt()).max())
+    found = measured(y, v, at.gradient, fy - hv, fx, fy, gv, known, largest)
+    if not bool((v != 0).any(-1).all()):
+        return found
+    coupling = 0.0 if gv is None else float(row_norms(gv.double()) / squares.sqrt().sum())
+    curvatures = (float(seen.min()), float(seen.max()))
+    return Measured(found.e, found.r, found.v, found.h, found.rounding, curvatures, coupling)
+
+
+def _single(*tensors: Tensor) -> bool:
+    """Whether float32 holds all of these exactly: then they were computed in it, or are so simple that it may be."""
+    return any(bool(t.any()) for t in tensors) and all(torch.equal(t, t.float().double()) for t in tensors)
 
 
 def in_double(problem: FlatProblem, tally: Tally) -> FlatProblem:
@@ -97,18 +132,9 @@ def in_double(problem: FlatProblem, tally: Tally) -> FlatProblem:
     def convert(leaf: object) -> object:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else leaf
 
-    data = None if problem.data is None else tree_map(convert, problem.data)
+    data = problem.data
+    if isinstance(data, Split):
+        data = Split(tree_map(convert, data.f), tree_map(convert, data.g))
+    elif data is not None:
+        data = tree_map(convert, data)
     return FlatProblem(problem.problem, double(problem.x), double(problem.y), data, tally)
-
-
-def _measure(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, largest: float | None) -> Measured:
-    at = Exact().linearize(problem, x, y)
-    _, fx, fy = outer_gradients(problem, x, y)
-    hv, gv = at.products(v)
-    return measured(y, v, at.gradient, fy - hv, fx, fy, gv, curvature_seen(hv, v, largest))
-
-
-def curvature_seen(hv: Tensor, v: Tensor, largest: float | None) -> float:
-    """L where it is known, and at least what the product H v shows of it."""
-    seen = float((row_norms(hv) / row_norms(v).clamp_min(torch.finfo(v.dtype).tiny)).max())
-    return max(seen, 0.0 if largest is None else largest)

@@ -3,79 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import Exact, cross_operator, outer_gradients
+from bilevel._assumed import assumptions, completed, contradiction, moved
+from bilevel._calculus import Exact, outer_gradients
 from bilevel._certificate import Assumption, Certificate, Constants
 from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
-from bilevel._measure import Measured, measure
-from bilevel._spectrum import largest_eigenvalue
-
-NEEDED = ("L_fyy", "L_fxy", "M_yy", "M_xy")
-_FAILURE = 0.01  # of the bound on |G|, where it is estimated
-
-
-def certify_flat(
-    problem: FlatProblem,
-    x: Tensor,
-    z: Tensor,
-    y: Tensor,
-    v: Tensor | None,
-    constants: Constants,
-    linear: AbstractLinearSolver,
-    refine: bool = False,
-) -> Certificate:
-    """The certificate in vectors; see `certify`."""
-    tally = problem.tally
-    if v is None:
-        at = Exact().linearize(problem, x, y)
-        v = linear.solve(at.operator, outer_gradients(problem, x, y)[2]).value
-    known, notes = completed(problem, x, y, constants)
-    found = measure(problem, x, y, v, known.L)
-    bound = _theorem(problem, x, y, found, known)
-    distance = float(torch.linalg.vector_norm(z.double() - found.h.double()))
-    plain = distance + bound.total + found.rounding
-    best, refined, refined_bound = plain, None, None
-    if refine and math.isfinite(bound.total):
-        refined, refined_bound = _refine(problem, x, y, v, known, linear)
-        best = min(plain, float(torch.linalg.vector_norm(z.double() - refined.double())) + refined_bound)
-    heuristic = bool(constants.heuristic) or bound.distance > constants.radius
-    reason = bound.reason
-    if bound.distance > constants.radius:
-        reason = (
-            f"the constants hold within {constants.radius:g} of y*, but y is only known to be within"
-            f" {bound.distance:.3g} of it: solve the inner problem more accurately."
-        )
-    return Certificate(
-        bound=best,
-        terms={"inner": bound.inner, "linear": bound.linear, "estimate": distance, "rounding": found.rounding},
-        theorem="A" if constants.mu is not None else "B",
-        proven=not heuristic and math.isfinite(best),
-        confidence=constants.confidence * (1 - _FAILURE if constants.C_G is None else 1.0),
-        assumed=tuple(assumptions(constants, known, bound.mu)) + notes,
-        distance=bound.distance,
-        grad_norm=float(torch.linalg.vector_norm(z)),
-        stats=tally.stats(),
-        refined=None if refined is None else problem.x.unravel(refined.to(x.dtype)),
-        refined_bound=refined_bound,
-        reason=reason,
-    )
+from bilevel._measure import ROUNDING, Measured, in_double, measure
+from bilevel._result import Tally
+from bilevel._tree import tree_leaves, tree_map
 
 
 @final
 @dataclass(frozen=True)
 class Terms:
-    """The bound of one point: its parts, the distance |y - y*| and the mu that it used."""
+    """The bound of one point: its parts, the distance |y - y*|, the mu and the constants that it used.
+
+    `unique` is the radius of the ball around y in which y* is the only stationary point.
+    """
 
     inner: float
     linear: float
     distance: float
     mu: float
+    known: Constants
+    unique: float = math.inf
     reason: str = ""
 
     @property
@@ -88,6 +46,7 @@ def theorem_a(found: Measured, mu: float | Tensor, delta: Tensor, known: Constan
     """The bound with a strong convexity mu valid on the segment, and delta >= |y - y*|; the mean over tasks.
 
     h - h_v = (a* - a) - (G* - G) v - G* (v* - v) with v* - v = H*^-1 [(b* - b) + r + (H - H*) v], stars at y*.
+    C_G must hold at y*.
     """
     assert known.L_fxy is not None and known.M_xy is not None and known.L_fyy is not None and known.M_yy is not None
     assert known.C_G is not None
@@ -95,71 +54,188 @@ def theorem_a(found: Measured, mu: float | Tensor, delta: Tensor, known: Constan
     inner = delta * (known.L_fxy + known.M_xy * found.v) + kappa_g * delta * (known.L_fyy + known.M_yy * found.v)
     linear = kappa_g * found.r
     least = float(mu.min()) if isinstance(mu, Tensor) else mu
-    return Terms(float(inner.mean()), float(linear.mean()), float(delta.max()), least)
+    return Terms(float(inner.mean()), float(linear.mean()), float(delta.max()), least, known)
 
 
-def _theorem(problem: FlatProblem, x: Tensor, y: Tensor, found: Measured, known: Constants) -> Terms:
-    """Theorem A with the given mu, or theorem B with the least eigenvalue of H at y."""
-    if known.mu is not None:
-        delta = found.e / known.mu
-        return theorem_a(found, known.mu, delta, widened(known, float(delta.max())))
-    matrix = Exact().linearize(problem, x, y).operator.dense(y)
-    eps = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
-    eigenvalues = torch.linalg.eigvalsh(((matrix + matrix.mT) / 2).double())
-    m = eigenvalues[..., 0] - eps * eigenvalues.abs().amax(-1)
+def theorem_b(found: Measured, least: Tensor, known: Constants) -> Terms:
+    """Theorem A from the least eigenvalue m of H at y alone, by Newton and Kantorovich.
+
+    If 2 M_yy |e| <= m^2, with m* = sqrt(m^2 - 2 M_yy |e|): a stationary point y* lies within d = (m - m*) / M_yy of
+    y, H >= m* there and on the segment, and it is the only one within (m + m*) / M_yy.
+    """
     assert known.M_yy is not None
-    room = m * m - 2 * known.M_yy * found.e
-    if not bool((m > 0).all()) or not bool((room >= 0).all()):
+    room = least * least - 2 * known.M_yy * found.e
+    if not bool((least > 0).all()) or not bool((room >= 0).all()):
         why = (
-            "the inner Hessian is not positive definite at y, which is no strict minimum of g(x, .)"
-            if not bool((m > 0).all())
+            "the inner Hessian is not known to be positive definite at y: no strict minimum of g(x, .) can be certified"
+            if not bool((least > 0).all())
             else "|grad_y g| is too large for a stationary point nearby to be certain: solve the inner problem better"
         )
-        return Terms(math.inf, 0.0, math.inf, float(m.min()), why)
+        return Terms(math.inf, 0.0, math.inf, float(least.min()), known, 0.0, why)
     mu = room.sqrt()
-    # (m - mu) / M_yy without cancellation, which also covers M_yy = 0
-    delta = 2 * found.e / (m + mu)
-    return theorem_a(found, mu, delta, widened(known, float(delta.max())))
+    delta = 2 * found.e / (least + mu)  # (m - m*) / M_yy without cancellation, which also covers M_yy = 0
+    unique = float(((least + mu) / known.M_yy).min()) if known.M_yy > 0 else math.inf
+    return replace(theorem_a(found, mu, delta, along(known, float(delta.max()))), unique=unique)
 
 
-def widened(known: Constants, delta: float) -> Constants:
-    """C_G measured at y, made valid at y*: |G(y*)| <= |G(y)| + M_xy delta; a given one holds there already."""
-    if "C_G" not in known.heuristic:
-        return known
-    assert known.C_G is not None and known.M_xy is not None
-    return replace(known, C_G=known.C_G + known.M_xy * delta)
+def along(known: Constants, delta: float) -> Constants:
+    """C_G valid at y*, if it was measured at y: |G(y*)| <= |G(y)| + M_xy delta."""
+    return replace(moved(known, delta), mu=known.mu)
 
 
-def completed(
-    problem: FlatProblem, x: Tensor, y: Tensor, constants: Constants
-) -> tuple[Constants, tuple[Assumption, ...]]:
-    """The constants with C_G bounded from the operator at y where it was not given; it is then marked."""
-    if constants.C_G is not None:
-        return replace(constants, heuristic=constants.heuristic - {"C_G"}), ()
-    squared, like = cross_operator(problem, x, y)
-    c_g = math.sqrt(max(float(largest_eigenvalue(squared, like, failure=_FAILURE)), 0.0))
-    note = Assumption("C_G", c_g, f"|G| at y, bounded by Lanczos with confidence {1 - _FAILURE:g}")
-    return replace(constants, C_G=c_g, heuristic=constants.heuristic | {"C_G"}), (note,)
+def bounded(found: Measured, known: Constants) -> Terms:
+    """Theorem A where mu is known along the segment; B where it was measured at y."""
+    assert known.mu is not None
+    if "mu" in known.local:
+        terms = theorem_b(found, torch.full_like(found.e, known.mu), known)
+    else:
+        delta = found.e / known.mu
+        terms = theorem_a(found, known.mu, delta, along(known, float(delta.max())))
+    return _confronted(found, terms)
+
+
+def theorem(problem: FlatProblem, x: Tensor, y: Tensor, found: Measured, known: Constants) -> Terms:
+    """The bound at (x, y); without any mu theorem B from the least eigenvalue of the dense H there."""
+    if known.mu is not None:
+        return bounded(found, known)
+    matrix = Exact().linearize(problem, x, y).operator.dense(y)
+    return _confronted(found, theorem_b(found, least_eigenvalue(matrix), known))
+
+
+def _confronted(found: Measured, terms: Terms) -> Terms:
+    refuted = contradiction(found, terms.known)
+    return replace(terms, inner=math.inf, distance=math.inf, unique=0.0, reason=refuted) if refuted else terms
+
+
+def least_eigenvalue(matrix: Tensor) -> Tensor:
+    """The least eigenvalue of a symmetric matrix, or of several, less the rounding of its entries."""
+    eigenvalues = torch.linalg.eigvalsh(((matrix + matrix.mT) / 2).double())
+    return eigenvalues[..., 0] - matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().amax(-1)
+
+
+def certify_flat(
+    problem: FlatProblem,
+    x: Tensor,
+    z: Tensor,
+    y: Tensor,
+    v: Tensor | None,
+    constants: Constants,
+    linear: AbstractLinearSolver,
+    refine: bool = False,
+) -> Certificate:
+    """The certificate in vectors; see `certify`. In float64 wherever f and g can be evaluated in it."""
+    return precise(
+        lambda problem, to, doubled: _certify(problem, to(x), to(z), to(y), to(v), constants, linear, refine, doubled),
+        problem,
+    )
+
+
+def precise(certificate: Callable[[FlatProblem, Any, bool], Certificate], problem: FlatProblem) -> Certificate:
+    """Evaluate (problem, cast, whether cast) -> certificate in float64, or, where that fails, in the problem's dtype."""
+    single = problem.y.dtype
+    if single != torch.float64:
+        trial = in_double(problem, Tally())
+        try:
+            found: Certificate = certificate(trial, lambda t: None if t is None else t.double(), True)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # closures over float32 data, as a rule; whatever else it was is met again below
+        else:
+            problem.tally.add(trial.tally.stats())
+            return _in_dtype(replace(found, stats=problem.tally.stats()), single)
+    found = certificate(problem, lambda t: t, False)
+    if single == torch.float64:
+        return found
+    unit = ROUNDING * torch.finfo(single).eps
+    note = Assumption("rounding", unit, f"relative, modelled: f and g cannot be evaluated in float64, only {single}")
+    return replace(found, assumed=(*found.assumed, note))
+
+
+def _in_dtype(found: Certificate, dtype: torch.dtype) -> Certificate:
+    """The refined hypergradient in the user's dtype, with the rounding of that in its bound."""
+    if found.refined is None or found.refined_bound is None:
+        return found
+    rounded = tree_map(lambda leaf: leaf.to(dtype), found.refined)
+    off = math.hypot(*(_distance(a, b) for a, b in zip(tree_leaves(rounded), tree_leaves(found.refined), strict=True)))
+    return replace(found, refined=rounded, refined_bound=found.refined_bound + off)
+
+
+def _certify(
+    problem: FlatProblem,
+    x: Tensor,
+    z: Tensor,
+    y: Tensor,
+    v: Tensor | None,
+    constants: Constants,
+    linear: AbstractLinearSolver,
+    refine: bool,
+    doubled: bool,
+) -> Certificate:
+    if v is None:
+        at = Exact().linearize(problem, x, y)
+        v = linear.solve(at.operator, outer_gradients(problem, x, y)[2]).value
+    known, notes = completed(problem, x, y, constants)
+    found = measure(problem, x, y, v, known, doubled)
+    bound = theorem(problem, x, y, found, known)
+    reason = bound.reason or beyond(bound.distance, constants)
+    distance = _distance(z, found.h)
+    if not reason and not math.isfinite(distance + bound.total):
+        reason = "NaN or Inf was met"
+    best, refined, refined_bound = distance + bound.total + found.rounding, None, None
+    terms = {"inner": bound.inner, "linear": bound.linear, "estimate": distance, "rounding": found.rounding}
+    if refine and math.isfinite(best):
+        refined, refined_bound = _refine(problem, x, y, v, known, bound, linear)
+        if _distance(z, refined) + refined_bound < best and not reason:
+            terms = {"estimate": _distance(z, refined), "refined": refined_bound}
+            best = sum(terms.values())
+    return Certificate(
+        bound=best,
+        terms=terms,
+        theorem="A" if known.mu is not None and "mu" not in known.local else "B",
+        proven=not constants.heuristic and not reason and math.isfinite(best),
+        confidence=known.confidence,
+        assumed=tuple(assumptions(constants, bound.known, bound.mu)) + notes,
+        distance=bound.distance,
+        grad_norm=float(torch.linalg.vector_norm(z.double())),
+        stats=problem.tally.stats(),
+        refined=None if refined is None else problem.x.unravel(refined),
+        refined_bound=refined_bound,
+        reason=reason,
+    )
+
+
+def beyond(distance: float, constants: Constants) -> str:
+    """Why a bound is no theorem although its formula applies: it reaches beyond where the constants hold."""
+    if distance <= constants.radius:
+        return ""
+    return (
+        f"the constants hold within {constants.radius:g} of y*, but y is only known to be within {distance:.3g} of it:"
+        f" solve the inner problem more accurately."
+    )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a.double() - b.double()))
 
 
 def _refine(
-    problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, known: Constants, linear: AbstractLinearSolver
+    problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, known: Constants, plain: Terms, linear: AbstractLinearSolver
 ) -> tuple[Tensor, float]:
     """The implicit gradient at y - H^-1 e, whose error is of second order in |y - y*|, and its own bound."""
     at = Exact().linearize(problem, x, y)
-    s = linear.solve(at.operator, at.gradient).value
-    y = y - s
+    step = linear.solve(at.operator, at.gradient).value
+    y = y - step
     at = Exact().linearize(problem, x, y)
     v = linear.solve(at.operator, outer_gradients(problem, x, y)[2], v).value
-    found = measure(problem, x, y, v, known.L)
-    return found.h, _theorem(problem, x, y, found, known).total + found.rounding
-
-
-def assumptions(constants: Constants, known: Constants, mu: float) -> list[Assumption]:
-    listed = [Assumption("mu", mu, constants.source if constants.mu is not None else "least eigenvalue of H at y")]
-    for name in (*NEEDED, "C_G"):
-        given = getattr(constants, name)
-        if given is not None:
-            source = f"{constants.source}, heuristic" if name in constants.heuristic else constants.source
-            listed.append(Assumption(name, getattr(known, name), source))
-    return listed
+    reach = float(torch.linalg.vector_norm(step.double(), dim=-1).max())
+    if not math.isfinite(reach):
+        return torch.full_like(x, math.nan), math.inf
+    local = moved(known, reach)
+    if known.mu is not None and local.mu is None:
+        return torch.full_like(x, math.nan), math.inf
+    found = measure(problem, x, y, v, local)
+    bound = theorem(problem, x, y, found, local)
+    # Both bounds are of one stationary point: that of y - s lies where that of y is the only one; and y - s, as well
+    # as y, is where the constants hold.
+    near = reach + (plain.distance if plain.unique == math.inf else bound.distance)
+    same = reach + bound.distance <= plain.unique and near <= known.radius
+    return found.h, bound.total + found.rounding if same else math.inf

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._accuracy import Accuracy, bound, inner_tolerance, linear_tolerance, with_tolerance
+from bilevel._accuracy import Accuracy, inner_tolerance, linear_tolerance, with_tolerance
+from bilevel._assumed import moved
 from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
 from bilevel._certificate import Constants
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
@@ -19,9 +21,12 @@ from bilevel._linear import AbstractLinearSolver
 from bilevel._measure import measured
 from bilevel._objective import inner_objective, report
 from bilevel._result import Report, Solved, Status
+from bilevel._theorems import bounded
 from bilevel._tree import Tree
 
-_ATTEMPTS = 20  # of a certified estimate: each at least halves the inner residual, mostly one or two are needed
+_ATTEMPTS = 100  # of a certified estimate: mostly two to four are needed, more where solvers take few steps each
+_INNER = 0.4  # of the target, which the inner solver aims at; the linear solver has what is left
+_SLACK = 0.95  # of the target, for what changes while it is being met
 
 
 @final
@@ -86,6 +91,11 @@ class AID(AbstractEstimator):
                 raise ValueError(
                     "`AID(target_error=...)` needs damping = 0: a damped system is biased by an unknown amount."
                 )
+            if not isinstance(self.products, Exact):
+                raise ValueError(
+                    "`AID(target_error=...)` needs exact products: the error of finite differences is unknown."
+                    " Leave out `products=`."
+                )
 
     def _accuracy(self) -> Accuracy:
         return Accuracy(self.constants, self.target_error or 0.0, self.relative_error or 0.0)
@@ -93,19 +103,24 @@ class AID(AbstractEstimator):
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         if self.target_error is not None or self.relative_error is not None:
             return self._certified(problem, x, start, self._accuracy())
-        objective = inner_objective(problem, x, self.products)
-        solved = self.inner.solve(objective, problem.start(x, start.y).detach())
+        solved, at = self._inner(problem, x, problem.start(x, start.y).detach(), self.inner)
         y = solved.value
-        at = objective.linearization  # built where the solver stopped, if it asked for its last gradient
-        if at is None or at.y.data_ptr() != y.data_ptr():
-            at = self.products.linearize(problem, x, y)
-
         value, fx, fy = outer_gradients(problem, x, y)
         system = self._solve(problem, at, fy, start.v, self.linear)
         v = system.value
         h = self._hypergradient(problem, fx, at.cross(v))
         reports = (report("inner solver", solved, at.gradient), report("linear solver", system))
         return FlatEstimate(h, value, y, reports, v)
+
+    def _inner(
+        self, problem: FlatProblem, x: Tensor, y: Tensor, solver: AbstractInnerSolver
+    ) -> tuple[Solved, Linearization]:
+        objective = inner_objective(problem, x, self.products)
+        solved = solver.solve(objective, y)
+        at = objective.linearization  # built where the solver stopped, if it asked for its last gradient
+        if at is None or at.y.data_ptr() != solved.value.data_ptr():
+            at = self.products.linearize(problem, x, solved.value)
+        return solved, at
 
     def _solve(
         self, problem: FlatProblem, at: Linearization, fy: Tensor, guess: Tensor | None, linear: AbstractLinearSolver
@@ -127,36 +142,64 @@ class AID(AbstractEstimator):
     def _certified(self, problem: FlatProblem, x: Tensor, start: FlatStart, accuracy: Accuracy) -> FlatEstimate:
         """Solve whichever of the two systems keeps the bound above its target, to the tolerance that it needs.
 
-        The bound itself costs nothing: its residuals are those that the solvers report.
+        The bound itself costs nothing: its residuals are those that are at hand. Linear systems are solved for the
+        correction of v, from the residual that is known.
         """
-        y, v, linear_tol = problem.start(x, start.y).detach(), start.v, 0.0
+        y = problem.start(x, start.y).detach()
+        rows, attempt, stuck, failed = y.shape[:-1].numel(), 0, False, False
+        at = self.products.linearize(problem, x, y)
+        known, anchor = accuracy.known(problem, x, y), y
         solved: Solved | None = None
-        known: Constants | None = None
-        for attempt in range(_ATTEMPTS):
-            at = self.products.linearize(problem, x, y)
-            value, fx, fy = outer_gradients(problem, x, y)
-            known = accuracy.known(problem, x, y) if known is None else known
-            size = float(torch.linalg.vector_norm(fy))
-            while True:
-                # The first system is solved roughly: its solution is only to tell how large v and h are.
-                tol = linear_tol or 0.1 * size
-                system = self._solve(problem, at, fy, v, with_tolerance(self.linear, tol, size))
-                v, cross = system.value, at.cross(system.value)
-                h = self._hypergradient(problem, fx, cross)
-                found = measured(y, v, at.gradient, system.residual.unsqueeze(-1), fx, fy, cross, known.L or 0.0)
-                terms, target = bound(found, known), accuracy.target(torch.linalg.vector_norm(h))
-                needed = linear_tolerance(target, known)
-                if terms.linear <= target / 2 or not system.status.ok or tol <= needed / 2:
-                    break
-                linear_tol = needed
-            failed = not system.status.ok or (solved is not None and not solved.status.ok)
-            if terms.total + found.rounding <= target or failed or attempt == _ATTEMPTS - 1:
+        system: Solved | None = None
+        value, fx, fy = outer_gradients(problem, x, y)
+        v, h, r = self._from(problem, at, fx, fy, start.v)
+        while True:
+            here = moved(known, float(torch.linalg.vector_norm(y - anchor, dim=-1).max()))
+            if here.mu is None or (here.C_G or 0.0) > 2 * (known.C_G or 0.0):  # what was measured is too far away
+                known, anchor = accuracy.known(problem, x, y), y
+                here = known
+            found = measured(y, v, at.gradient, r, fx, fy, fx - h, here)
+            terms, target = bounded(found, here), accuracy.target(torch.linalg.vector_norm(h))
+            bound = terms.total + found.rounding
+            valid = terms.distance <= here.radius
+            if (bound <= target and valid) or failed or attempt == _ATTEMPTS or not math.isfinite(float(found.r.sum())):
                 break
-            tol = min(inner_tolerance(target, found, known), 0.5 * float(found.e.max()))
-            solved = with_tolerance(self.inner, tol).solve(inner_objective(problem, x), y)
-            y = solved.value
-        reached = terms.total + found.rounding
-        status = Status.successful if reached <= target else Status.stagnated
-        reports = [] if solved is None else [report("inner solver", solved, at.gradient)]
-        reports += [report("linear solver", system), Report("certified accuracy", status, reached, attempt)]
-        return FlatEstimate(h, value, y, tuple(reports), v, bound=reached)
+            attempt += 1
+            guessed = start.v is not None or system is not None  # how large v and h are
+            if guessed and not stuck and (terms.inner > target / 2 or not valid):
+                before = float(torch.linalg.vector_norm(at.gradient, dim=-1).max())
+                tol = min(inner_tolerance(_INNER * target, found, here), 0.5 * before, 0.5 * here.radius * terms.mu)
+                solved, at = self._inner(problem, x, y, with_tolerance(self.inner, tol))
+                y = solved.value
+                stuck = not float(solved.residual.max()) < 0.9 * before  # at its rounding floor
+                value, fx, fy = outer_gradients(problem, x, y)
+                v, h, r = self._from(problem, at, fx, fy, v)
+            else:
+                if r.shape != fy.shape:  # its norm is known, but not itself
+                    v, h, r = self._from(problem, at, fx, fy, v)
+                size = float(torch.linalg.vector_norm(r, dim=-1).max())
+                left, floor = _SLACK * target - terms.inner - found.rounding, terms.inner + found.rounding
+                # Where the target is out of reach, as accurately as the rest of the bound makes sensible.
+                last = guessed and (stuck or left <= 0)
+                needed = linear_tolerance(max(left, 0.1 * floor), here) / rows
+                tol = min(needed, 0.5 * size) if guessed else 0.1 * size
+                system = self._solve(problem, at, r, None, with_tolerance(self.linear, tol, size))
+                failed = last or not (system.status.ok or float(system.residual.max()) < 0.5 * size)
+                v, h = v + system.value, self._hypergradient(problem, h, at.cross(system.value))
+                r = system.residual.unsqueeze(-1)
+        status = Status.successful if bound <= target and valid else Status.stagnated
+        parts = (("inner solver", solved, at.gradient), ("linear solver", system, r))
+        reports = [report(name, solution, left) for name, solution, left in parts if solution is not None]
+        if status.ok:  # the target is met: what the solvers could not do was not needed
+            reports = [replace(each, status=Status.successful) for each in reports]
+        reports.append(Report("certified accuracy", status, bound, attempt))
+        return FlatEstimate(h, value, y, tuple(reports), v, bound=bound if valid else math.inf)
+
+    def _from(
+        self, problem: FlatProblem, at: Linearization, fx: Tensor, fy: Tensor, v: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """v, the implicit gradient fx - G v, and the residual fy - H v; at v = 0 without a product."""
+        if v is None:
+            return torch.zeros_like(fy), fx, fy
+        hv, gv = at.products(v)
+        return v, self._hypergradient(problem, fx, gv), fy - hv
