@@ -113,9 +113,10 @@ class _Phi(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor, None, None]:
         x, grad = ctx.saved_tensors
-        return _Once.apply(weight * grad, x), None, None
+        h: Tensor = _Once.apply(weights[0] * grad, x)  # type: ignore[no-untyped-call]
+        return h, None, None
 
 
 class _Once(torch.autograd.Function):

@@ -48,7 +48,7 @@ class Logistic:
 
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
-        n, q = self.Z.shape
+        q = self.Z.shape[1]
         loss = torch.nn.functional.softplus(-self.b * (self.Z @ y))
         return (torch.sigmoid(x[q:]) * loss).mean() + (x[:q].exp() * y.square()).sum() / 2
 
@@ -61,8 +61,8 @@ class Logistic:
 def logistic(draw: st.DrawFn) -> tuple[Logistic, Tensor, Tensor]:
     """A logistic problem with a point x and a start y0."""
     n, q, seed = draw(st.integers(2, 8)), draw(st.integers(1, 4)), draw(st.integers(0, 1000))
-    rows = [normal(n, q, seed=seed), normal(n, seed=seed + 1).sign(), normal(n, q, seed=seed + 2)]
-    problem = Logistic(*rows, c=normal(n, seed=seed + 3).sign())
+    Z, U = normal(n, q, seed=seed), normal(n, q, seed=seed + 2)
+    problem = Logistic(Z, normal(n, seed=seed + 1).sign(), U, normal(n, seed=seed + 3).sign())
     return problem, 0.5 * normal(q + n, seed=seed + 4), torch.zeros(q, dtype=torch.float64)
 
 
@@ -82,7 +82,9 @@ def nestings(draw: st.DrawFn, size: int) -> Callable[[Tensor], Any]:
     """A way to cut a vector of this size into a nested structure; a map from vectors to structures."""
     cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=3))) if size > 1 else []
     bounds = [0, *cuts, size]
-    kinds = draw(st.lists(st.sampled_from(["plain", "row", "deep"]), min_size=len(bounds) - 1, max_size=len(bounds) - 1))
+    kinds = draw(
+        st.lists(st.sampled_from(["plain", "row", "deep"]), min_size=len(bounds) - 1, max_size=len(bounds) - 1)
+    )
     outer = draw(st.sampled_from(["dict", "list", "tuple"]))
 
     def cut(vector: Tensor) -> Any:
@@ -90,7 +92,9 @@ def nestings(draw: st.DrawFn, size: int) -> Callable[[Tensor], Any]:
         for low, high, kind in zip(bounds[:-1], bounds[1:], kinds, strict=True):
             leaf = vector[low:high]
             leaf = leaf.reshape(()) if high - low == 1 and kind == "plain" else leaf
-            leaves.append({"a": [leaf.reshape(1, -1)]} if kind == "deep" else leaf.reshape(-1, 1) if kind == "row" else leaf)
+            leaves.append(
+                {"a": [leaf.reshape(1, -1)]} if kind == "deep" else leaf.reshape(-1, 1) if kind == "row" else leaf
+            )
         if outer == "dict":
             return {f"k{i}": leaf for i, leaf in enumerate(leaves)}
         return leaves if outer == "list" else tuple(leaves)

@@ -1,4 +1,4 @@
-"""Estimators against the exact formulas of what they compute: inexact inner solutions, truncation, momentum, weights."""
+"""Estimators against the exact formulas of what they compute: inexact solutions, truncation, momentum, weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def close(a: Tensor, b: Tensor, rtol: float) -> bool:
 
 def powers(family: QuadraticFamily, step: float, k: int) -> Tensor:
     """(I - step A)^k."""
-    return torch.linalg.matrix_power(torch.eye(family.A.shape[0]) - step * family.A, k)
+    power: Tensor = torch.linalg.matrix_power(torch.eye(family.A.shape[0]) - step * family.A, k)
+    return power
 
 
 # Implicit differentiation
@@ -75,6 +76,7 @@ def test_aid_error_is_the_identity_of_inner_error_and_linear_residual(
         Iterate(GradientDescent(1 / largest(family)), max_steps=inner_steps), CG(rtol=0.0, max_steps=linear_steps)
     )
     found = hypergradient(problem_of(family), x, y0, estimator=aid)
+    assert found.v is not None
     d = found.y - family.solution(x)
     r = outer_gradients(family, x, found.y)[1] - family.A @ found.v
     expected = family.E @ d + family.jacobian().T @ (family.C @ d - r)
@@ -138,6 +140,7 @@ def test_one_step_gradient_is_a_cross_product_at_the_last_point_but_one() -> Non
     """h = grad_x f(y_N) - step G(y_{N-1}) grad_y f(y_N), where G changes with y."""
     problem = BilevelProblem(lambda x, y: (y - 1).pow(4).sum(), lambda x, y: (x * y.pow(3)).sum() / 3 + y.cosh().sum())
     x, y, step = torch.tensor([0.3, 0.2]), torch.tensor([1.0, 0.5]), 0.1
+    before = y
     for _ in range(3):
         before, y = y, y - step * (x * y**2 + y.sinh())
     itd = ITD(Iterate(GradientDescent(step), max_steps=3), truncate=1)
@@ -247,7 +250,8 @@ def test_penalty_is_its_closed_form(family: QuadraticFamily, seed: int) -> None:
     fy = outer_gradients(family, x, family.solution(x))[1]
 
     def biased(w: float) -> Tensor:
-        return h - (family.E + J.T @ family.C) @ torch.linalg.solve(family.C + w * family.A, fy)
+        shift: Tensor = torch.linalg.solve(family.C + w * family.A, fy)
+        return h - (family.E + J.T @ family.C) @ shift
 
     inner = LBFGS(tol=1e-10 * mu)
     for w in (3.0 / mu, 100.0 / mu):
@@ -319,9 +323,7 @@ def test_finite_differences_step_with_the_size_of_x() -> None:
 
 
 def test_finite_differences_see_the_start_of_the_iteration() -> None:
-    problem = BilevelProblem(
-        lambda x, y: y.square().sum() / 2, lambda x, y: y.square().sum() / 2, init=lambda x: 2 * x
-    )
+    problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: y.square().sum() / 2, init=lambda x: 2 * x)
     inner, x = Iterate(GradientDescent(0.5), max_steps=2), torch.tensor([1.0, -2.0])
     fd = hypergradient(problem, x, torch.zeros(2), estimator=FiniteDifference(inner)).grad
     assert float((fd - x / 4).norm()) <= 1e-9

@@ -38,7 +38,7 @@ def test_gradient_is_the_hypergradient_bit_for_bit(row: Any) -> None:
     assert value.item() == expected.value
     assert phi.last is not None
     assert bits((phi.last.grad, phi.last.y)) == bits((expected.grad, expected.y))
-    value.backward()
+    torch.autograd.backward(value)
     assert bits([leaf.grad for leaf in tree_leaves(x)]) == bits(expected.grad)
 
 
@@ -46,9 +46,9 @@ def test_backward_accumulates_as_any_function_of_torch() -> None:
     instance = quadratic()
     x = leaf_of(point(instance))
     phi = hyperobjective(instance.problem, instance.y0, estimator=AID_CG)
-    phi(x).backward()
+    torch.autograd.backward(phi(x))
     once = x.grad.clone()  # type: ignore[union-attr]
-    phi(x).backward()
+    torch.autograd.backward(phi(x))
     assert distance(x.grad, 2 * once) <= 1e-9
 
 
@@ -58,7 +58,7 @@ def test_operations_before_and_after() -> None:
     z = leaf_of(point(instance))
     phi = hyperobjective(instance.problem, instance.y0, estimator=AID_CG)
     x = z.sin()
-    (2 * phi(x) + x.sum()).backward()
+    torch.autograd.backward(2 * phi(x) + x.sum())
     assert instance.gradient is not None
     assert distance(z.grad, z.detach().cos() * (2 * instance.gradient(z.detach().sin()) + 1)) <= 1e-9
 
@@ -67,7 +67,7 @@ def test_two_calls_in_one_graph() -> None:
     instance = quadratic()
     a, b = leaf_of(point(instance, 1)), leaf_of(point(instance, 2))
     phi = hyperobjective(instance.problem, instance.y0, estimator=AID_CG)
-    (phi(a) * phi(b)).backward()
+    torch.autograd.backward(phi(a) * phi(b))
     assert instance.gradient is not None
     assert distance(a.grad, instance.value(b.detach()) * instance.gradient(a.detach())) <= 1e-8
     assert distance(b.grad, instance.value(a.detach()) * instance.gradient(b.detach())) <= 1e-8
@@ -83,7 +83,7 @@ def test_slope_along_any_direction_is_that_of_its_values(family: QuadraticFamily
         throw=False,
     )  # fmt: skip
     leaf = leaf_of(x)
-    phi(leaf).backward()
+    torch.autograd.backward(phi(leaf))
     slope = float(leaf.grad @ u)  # type: ignore[operator]
     with torch.no_grad():
         difference = float(phi(x + u / 2) - phi(x - u / 2))
@@ -95,7 +95,7 @@ def test_only_leaves_that_require_grad_get_one() -> None:
     x = point(instance)
     x["scale"]["log"].requires_grad_()
     phi = hyperobjective(instance.problem, instance.y0, estimator=AID_CG)
-    phi(x).backward()
+    torch.autograd.backward(phi(x))
     assert instance.gradient is not None
     assert distance(x["scale"]["log"].grad, instance.gradient(tree_map(Tensor.detach, x))["scale"]["log"]) <= 1e-8
     assert x["shift"].grad is None
@@ -120,7 +120,7 @@ def test_torch_adam_with_a_scheduler_descends_to_the_minimizer() -> None:
     for _ in range(300):
         optimizer.zero_grad()
         value = phi(x)
-        value.backward()
+        torch.autograd.backward(value)
         optimizer.step()
         scheduler.step()
         values.append(value.item())
@@ -131,7 +131,7 @@ def test_torch_adam_with_a_scheduler_descends_to_the_minimizer() -> None:
 def test_warm_start_is_kept_and_saves_work() -> None:
     instance = quadratic()
     x = point(instance)
-    counts = {}
+    counts: dict[bool, int] = {}
     for warm in (True, False):
         phi = hyperobjective(instance.problem, instance.y0, estimator=AID_CG, warm_start=warm)
         assert phi.last is None
@@ -168,14 +168,14 @@ def test_second_derivative_is_refused() -> None:
     assert instance.gradient is not None
     assert distance(h, instance.gradient(x.detach())) <= 1e-8
     with pytest.raises(NotImplementedError, match="first derivative only"):
-        (h.square().sum() + x.sum()).backward()
+        torch.autograd.backward(h.square().sum() + x.sum())
 
 
 def test_float32_in_and_out() -> None:
     problem, x, y0 = single(quadratic())
     x = leaf_of(x)
     value = hyperobjective(problem, y0)(x)
-    value.backward()
+    torch.autograd.backward(value)
     assert value.dtype == torch.float32
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
@@ -187,7 +187,7 @@ def test_data_are_handed_through() -> None:
     phi = hyperobjective(problem, torch.zeros(2), estimator=AID_CG)
     for d in (2.0, 3.0):
         x.grad = None
-        phi(x, torch.tensor(d)).backward()
+        torch.autograd.backward(phi(x, torch.tensor(d)))
         assert distance(x.grad, torch.full((2,), d * d)) <= 1e-9
     with pytest.raises(TypeError, match=r"Pass `data=\.\.\.`"):
         phi(x)
@@ -202,7 +202,7 @@ def test_failures_raise_or_are_kept() -> None:
     assert caught.value.status is Status.max_steps
     assert caught.value.partial.grad.shape == (2,)
     phi = hyperobjective(problem, torch.zeros(2), estimator=estimator, throw=False)
-    phi(x).backward()
+    torch.autograd.backward(phi(x))
     assert phi.last is not None
     assert phi.last.status is Status.max_steps
 

@@ -39,9 +39,7 @@ def spent(estimator: Any, **options: Any) -> Stats:
 def test_aid_with_cg(d: int, n: int) -> None:
     """D + 1 gradients, N + 1 Hessian products, one gradient of f, one cross product; a warm start: one product more."""
     aid = AID(descent(d), CG(rtol=0.0, max_steps=n))
-    expected = Stats(
-        gradients=d + 1, hvps=n + 1, cross_products=1, outer_gradients=1, inner_steps=d, linear_steps=n
-    )
+    expected = Stats(gradients=d + 1, hvps=n + 1, cross_products=1, outer_gradients=1, inner_steps=d, linear_steps=n)
     cold = hypergradient(PROBLEM, X, Y0, estimator=aid)
     assert cold.stats == expected
     assert spent(aid, start=cold.start) == expected + Stats(hvps=1)
@@ -169,7 +167,8 @@ def test_counts_are_what_is_evaluated() -> None:
     def counted(name: str, function: Any) -> Any:
         def call(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             calls[name] += 1
-            return function(x, y)
+            value: torch.Tensor = function(x, y)
+            return value
 
         return call
 

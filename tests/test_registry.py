@@ -37,9 +37,7 @@ STATED = {
     "finite-difference": (1e-4, 2e-2),
 }
 SCALES = [(1.0, 1.0), (1e-6, 1.0), (1e6, 1.0), (1.0, 1e-6), (1.0, 1e6)]
-LOGISTIC = Logistic(
-    normal(8, 3, seed=1), normal(8, seed=2).sign(), normal(8, 3, seed=3), normal(8, seed=4).sign()
-)
+LOGISTIC = Logistic(normal(8, 3, seed=1), normal(8, seed=2).sign(), normal(8, 3, seed=3), normal(8, seed=4).sign())
 
 
 def problem_of(name: str, c_g: float, c_f: float, double: bool) -> tuple[BilevelProblem, Any, Any, Any]:
@@ -52,7 +50,11 @@ def problem_of(name: str, c_g: float, c_f: float, double: bool) -> tuple[Bilevel
     reference = hypergradient(BilevelProblem(f, g), x, y0, estimator=AID(LBFGS(1e-12), Dense())).grad * c_f
 
     def scaled(function: Any, c: float) -> Any:
-        return (lambda x, y: c * function(x, y)) if double else (lambda x, y: (c * function(x.double(), y.double())).float())
+        return (
+            (lambda x, y: c * function(x, y))
+            if double
+            else (lambda x, y: (c * function(x.double(), y.double())).float())
+        )
 
     problem = BilevelProblem(scaled(f, c_f), scaled(g, c_g))
     return (problem, x, y0, reference) if double else (problem, x.float(), y0.float(), reference)
@@ -155,9 +157,7 @@ def test_start_at_the_solution_is_no_trap(name: str) -> None:
     family_solution = instance.solution
     assert family_solution is not None
     y0 = family_solution(instance.x0)
-    shifted = BilevelProblem(
-        lambda x, y: instance.problem.f(x, y + y0), lambda x, y: instance.problem.g(x, y + y0)
-    )
+    shifted = BilevelProblem(lambda x, y: instance.problem.f(x, y + y0), lambda x, y: instance.problem.g(x, y + y0))
     for start in (torch.zeros(3), 1e-17 * torch.ones(3)):
         found = hypergradient(shifted, instance.x0, start, estimator=name)
         assert instance.gradient is not None
@@ -169,9 +169,7 @@ def test_start_at_the_solution_is_no_trap(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["aid-cg", "aid-minres", "aid-gmres", "aid-dense", "aid-neumann", "penalty"])
 def test_dependence_through_the_start_only_is_refused(name: str) -> None:
-    problem = BilevelProblem(
-        lambda x, y: y.square().sum(), lambda x, y: (y - 1).square().sum(), init=lambda x: x
-    )
+    problem = BilevelProblem(lambda x, y: y.square().sum(), lambda x, y: (y - 1).square().sum(), init=lambda x: x)
     with pytest.raises(ValueError, match="does not apply: g does not depend on x"):
         hypergradient(problem, torch.ones(2), torch.zeros(2), estimator=name)
 
@@ -179,9 +177,7 @@ def test_dependence_through_the_start_only_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["itd", "itd-forward", "itd-checkpointed", "esj", "finite-difference"])
 def test_dependence_through_the_start_is_differentiated_by_name(name: str) -> None:
     """Ten steps of length 1 / L on (y_1^2 + y_2^2 / 2) from y_0 = x: y = (0, x_2 / 2^10)."""
-    problem = BilevelProblem(
-        lambda x, y: y.sum(), lambda x, y: y[0].square() + y[1].square() / 2, init=lambda x: 1 * x
-    )
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: y[0].square() + y[1].square() / 2, init=lambda x: 1 * x)
     found = hypergradient(problem, torch.ones(2), torch.zeros(2), estimator=name)
     assert found.grad.tolist() == pytest.approx([0.0, 2.0**-10], abs=1e-9)
 

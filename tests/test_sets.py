@@ -98,7 +98,11 @@ def test_arguments_out_of_range_are_refused(make: Any, message: str) -> None:
         make()
 
 
-TREE = {"w": torch.tensor([[0.2, 3.0], [-1.0, 0.1]]), "free": torch.tensor(-7.0), "v": [torch.tensor([5.0, -5.0])]}
+TREE: dict[str, Any] = {
+    "w": torch.tensor([[0.2, 3.0], [-1.0, 0.1]]),
+    "free": torch.tensor(-7.0),
+    "v": [torch.tensor([5.0, -5.0])],
+}
 
 
 def test_sets_for_entries_of_a_dict_leave_the_others() -> None:
@@ -134,7 +138,7 @@ def test_constraints_that_do_not_fit_are_refused() -> None:
     vector, structure = ravel(TREE)
     with pytest.raises(ValueError, match="names 'u', which x does not have"):
         projection({"u": Box()}, structure)
-    with pytest.raises(ValueError, match="handles bounds only. Got Simplex"):
+    with pytest.raises(ValueError, match=r"handles bounds only\. Got Simplex"):
         bounds({"w": Simplex()}, structure, vector)
     with pytest.raises(TypeError, match=r"must be a set such as `Box\(0, 1\)`"):
         projection([Box()], structure)  # type: ignore[arg-type]

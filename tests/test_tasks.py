@@ -11,7 +11,7 @@ from cases import distance
 from torch import Tensor
 
 from bilevel import AID, ESJ, ITD, BilevelProblem, FiniteDifference, Penalty, hypergradient
-from bilevel._tree import tree_leaves, tree_map
+from bilevel._tree import tree_leaves
 from bilevel.solvers.cg import CG
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gmres import GMRES
@@ -31,18 +31,20 @@ X = {"a": normal(3, seed=3), "b": torch.tensor(0.4)}
 Y0 = {"u": torch.zeros(2), "w": torch.tensor(0.1)}
 
 
-def joined(x: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.cat([leaf.reshape(-1) for leaf in tree_leaves(part)]) for part in (x,))
+def joined(tree: Any) -> Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(tree)])
 
 
 def g(x: Any, y: Any, task: Any) -> Tensor:
-    (x,), (y,) = joined(x), joined(y)
-    return y @ task["A"] @ y / 2 + y.cosh().sum() - y @ task["B"] @ x
+    p, q = joined(x), joined(y)
+    value: Tensor = (q * (task["A"] @ q / 2 - task["B"] @ p) + q.cosh()).sum()
+    return value
 
 
 def f(x: Any, y: Any, task: Any) -> Tensor:
-    (x,), (y,) = joined(x), joined(y)
-    return (y - task["t"]).square().sum() + (x.square() * y[0]).sum()
+    p, q = joined(x), joined(y)
+    value: Tensor = (q - task["t"]).square().sum() + (p.square() * q[0]).sum()
+    return value
 
 
 def start(x: Any, task: Any) -> Any:
@@ -75,7 +77,7 @@ ESTIMATORS: dict[str, tuple[Any, float]] = {
 def loop(estimator: Any, init: Any) -> list[Any]:
     found = []
     for k in range(TASKS):
-        task = tree_map(lambda leaf, k=k: leaf[k], DATA)
+        task = {key: table[k] for key, table in DATA.items()}
         problem = BilevelProblem(f, g, init=init)
         found.append(hypergradient(problem, X, Y0, estimator=estimator, data=task, throw=False))
     return found
@@ -91,9 +93,7 @@ def test_batch_is_the_mean_of_a_loop(name: str, has_init: bool) -> None:
     )
     singles = loop(estimator, init)
     assert batch.value == pytest.approx(sum(single.value for single in singles) / TASKS, rel=1e-10)
-    mean = tree_map(lambda *leaves: sum(leaves) / TASKS, X)
-    for key in X:
-        mean[key] = sum(single.grad[key] for single in singles) / TASKS
+    mean = {key: sum(single.grad[key] for single in singles) / TASKS for key in X}
     assert distance(batch.grad, mean) <= rtol
     for key in Y0:
         assert torch.allclose(batch.y[key], torch.stack([single.y[key] for single in singles]), atol=1e-9)
