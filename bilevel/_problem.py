@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, final
 
 from torch import Tensor
@@ -128,6 +128,8 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
 
 
 def _is_plain(function: object, count: int) -> bool:
-    """Whether this is a Python function of exactly so many arguments, without defaults; `inspect` takes far longer."""
+    """Whether this is a function or method of exactly so many arguments, no defaults; `inspect` takes far longer."""
+    if isinstance(function, MethodType):
+        function, count = function.__func__, count + 1
     code = function.__code__ if isinstance(function, FunctionType) else None
     return code is not None and code.co_argcount == count and not code.co_kwonlyargcount
