@@ -212,8 +212,11 @@ def test_resuming_continues_bit_for_bit(estimator: str) -> None:
     words = ("quadratic", "--estimator", estimator, "--seed", "3", "--set", "p=5", "--outer", "adam", "--step", "0.07")
     assert run(*words, "--steps", "20", out="whole") == 0
     assert run(*words, "--steps", "10", out="parts") == 0
-    assert len(history("parts")) == 11
+    before, seconds = history("parts"), result("parts")["seconds"]
+    assert len(before) == 11
     assert run("quadratic", "--resume", "--steps", "20", out="parts") == 0  # the rest is as it was recorded
+    assert history("parts")[:10] == before[:10]  # with their seconds: they were not taken again
+    assert result("parts")["seconds"] > seconds
     for name in ("x", "y"):
         assert torch.equal(solution("whole")[name], solution("parts")[name])
     assert without_seconds(history("whole")) == without_seconds(history("parts"))

@@ -42,16 +42,24 @@ def run(tests: list[doctest.DocTest]) -> None:
     """Run examples; skip where an optional package that they need is missing."""
     runner = doctest.DebugRunner(verbose=False)  # raises at the first difference
     for test in tests:
+        complaint = missing = ""
         try:
             runner.run(test)
         except doctest.UnexpectedException as error:
-            where = f"{test.name}, line {(test.lineno or 0) + error.example.lineno + 1}"
+            complaint = f"{_where(test, error.example)} raised {error.exc_info[1]!r}\n{error.example.source}"
             if isinstance(error.exc_info[1], ImportError) and 'pip install "bilevel[' in str(error.exc_info[1]):
-                pytest.skip(f"{where}: {error.exc_info[1]}")
-            pytest.fail(f"{where} raised {error.exc_info[1]!r}\n{error.example.source}")
+                missing = f"{_where(test, error.example)}: {error.exc_info[1]}"
         except doctest.DocTestFailure as error:
-            where = f"{test.name}, line {(test.lineno or 0) + error.example.lineno + 1}"
-            pytest.fail(f"{where}\n{error.example.source}expected:\n{error.example.want}got:\n{error.got}")
+            wanted = f"expected:\n{error.example.want}got:\n{error.got}"
+            complaint = f"{_where(test, error.example)}\n{error.example.source}{wanted}"
+        if missing:
+            pytest.skip(missing)
+        if complaint:
+            pytest.fail(complaint)
+
+
+def _where(test: doctest.DocTest, example: doctest.Example) -> str:
+    return f"{test.name}, line {(test.lineno or 0) + example.lineno + 1}"
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
