@@ -35,6 +35,7 @@ class Auto:
         ValueError: if both targets are 0 or one is negative.
 
     Example:
+        >>> import torch
         >>> from bilevel import BilevelProblem, hypergradient
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
         >>> x = torch.ones(2, dtype=torch.float64)
