@@ -14,12 +14,10 @@ from bilevel._tree import Tree, tree_leaves
 COLORS = ("#4c72b0", "#c44e52", "#55a868", "#8c8c8c")
 
 
-def draw_bars(axes: Any, values: Mapping[str, float], label: str) -> None:
-    """Horizontal bars with their values written at the end."""
+def draw_bars(axes: Any, values: Mapping[str, float], label: str, colors: int = 3) -> None:
+    """Horizontal bars with their values written at the end, in so many alternating colors."""
     names = list(values)
-    bars = axes.barh(
-        range(len(names)), list(values.values()), color=[COLORS[k % len(COLORS)] for k in range(len(names))]
-    )
+    bars = axes.barh(range(len(names)), list(values.values()), color=[COLORS[k % colors] for k in range(len(names))])
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
@@ -30,7 +28,7 @@ def draw_bars(axes: Any, values: Mapping[str, float], label: str) -> None:
 def draw_penalties(figure: Any, x: Tree, metrics: Mapping[str, float], label: str) -> None:
     """The losses in `metrics` beside the learned penalties exp(x)."""
     left, right = figure.subplots(1, 2)
-    draw_bars(left, {name: value for name, value in metrics.items() if "loss" in name}, label)
+    draw_bars(left, {name: value for name, value in metrics.items() if "loss" in name}, label, 2)
     learned = torch.cat([leaf.detach().reshape(-1) for leaf in tree_leaves(x)]).exp().tolist()
     right.bar(range(len(learned)), learned, color=COLORS[0])
     right.set_yscale("log")
@@ -85,6 +83,6 @@ def draw_cleaning(
                 f"{given} → {true}" if given != true else f"{given}", fontsize=9, color=COLORS[given != true]
             )
     figure.suptitle(
-        "Below: the samples with the least weight (label given → true label)" if pictures else "", y=0.02, fontsize=9
+        "The samples with the least weight (label given → true label)" if pictures else "", y=0.02, fontsize=9
     )
     figure.tight_layout()

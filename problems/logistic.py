@@ -110,7 +110,12 @@ class Logistic:
             description=description,
             solution=self.solution,
             constants=self.constants,
-            settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 100},
+            # Penalties of single features may run off to zero, and mu with them: fewer and shorter steps.
+            settings={
+                "estimator": "aid-cg",
+                "outer_step": 0.05 if per_feature else 0.1,
+                "max_steps": 60 if per_feature else 100,
+            },
         )
 
 
