@@ -101,7 +101,7 @@ def hyper_cleaning(
     """Data hyper-cleaning on scikit-learn's digits (1797 x 64), or on `data`; see :class:`HyperCleaning`.
 
     A share of the training labels is replaced by another class, drawn uniformly. The samples that are neither in
-    the training nor in the validation part are for testing; nothing is chosen by them.
+    the training nor in the validation part are for testing; a run does not see them.
 
     Args:
         corrupted: the share of training labels that are replaced.
