@@ -226,6 +226,16 @@ def test_resuming_continues_bit_for_bit(estimator: str) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_steps_after_the_last_checkpoint_of_a_killed_run_are_taken_again() -> None:
+    assert run("quadratic", "--steps", "10") == 0
+    with Path("out/history.jsonl").open("a") as file:
+        file.write(json.dumps(history()[-1] | {"step": 11}) + '\n{"step": 12, "val')  # the last line was cut
+    assert run("quadratic", "--steps", "12", "--resume") == 0
+    assert run("quadratic", "--steps", "12", out="whole") == 0
+    assert without_seconds(history()) == without_seconds(history("whole"))
+
+
+@pytest.mark.usefixtures("here")
 def test_resuming_a_finished_run_changes_nothing() -> None:
     assert run("quadratic", "--steps", "5") == 0
     before, records = solution(), history()

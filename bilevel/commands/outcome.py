@@ -64,7 +64,6 @@ def write(request: Request, made: Plan, folder: Folder, outcome: Outcome, second
         "seconds": seconds,
         "notes": notes,
     }
-    folder.write_history(history)
     folder.write_result(content)  # before anything that a problem's own code could stop
     if outcome.point is not None:
         x, y = outcome.point

@@ -73,7 +73,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
     instance, records = made.instance, list[Record]()
     if request.resume:
         records = [Record.from_dict(record) for record in folder.read_checkpoint()["history"]]
-        folder.write_history(records)
+    folder.write_history(records)
     began, first = time.perf_counter(), True
 
     with progress(made.options["max_steps"], quiet=request.quiet) as show:
@@ -104,6 +104,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
             return _ended(error.partial), began, error
         except KeyboardInterrupt as error:
             if not records and not folder.checkpoint.exists():
+                folder.clear()
                 raise
             step = records[-1].step if records else 0
             again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
