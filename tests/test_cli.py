@@ -601,6 +601,8 @@ def test_an_exception_on_the_way_is_exit_code_1_and_the_run_can_be_resumed(capsy
     assert [record["step"] for record in history()] == list(range(step + 1))
     assert result()["steps"] == step + 1
     Path("mended").touch()
+    assert run(f"{file}:breaks", "--steps", str(step + 1), out="so_far") == 0
+    assert torch.equal(solution()["x"], solution("so_far")["x"])
     assert run(f"{file}:breaks", "--resume") == 0
     assert run(f"{file}:breaks", "--steps", "12", out="whole") == 0
     assert torch.equal(solution()["x"], solution("whole")["x"])
