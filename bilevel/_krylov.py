@@ -99,21 +99,7 @@ def solve_by_runs(
     """
     max_steps = 10 * operator.size if max_steps is None else max_steps
     eps = torch.finfo(b.dtype).eps
-    norms = _norms(b)
-    targets = [max(rtol * norm, atol) for norm in norms]
-    v, r, sizes = torch.zeros_like(b), b, norms
-    if guess is not None:
-        zero = b.new_tensor(norms).reshape((*b.shape[:-1], 1)) == 0
-        v = torch.where(zero, v, guess)
-        r = torch.where(zero, b, b - operator.mv(v))
-        sizes = [max(norm, size) for norm, size in zip(norms, _norms(r), strict=True)]
-    # Squared norms of the scaled system neither overflow nor underflow in float32.
-    scales = [size if 0 < size < math.inf else 1.0 for size in sizes]
-    # Below a tenth of a rounding error of b, it has converged exactly as far as this dtype can tell.
-    stops = [max(t, 0.1 * eps * norm) / scale for t, norm, scale in zip(targets, norms, scales, strict=True)]
-    scale = b.new_tensor(scales).reshape((*b.shape[:-1], 1))
-    stop = b.new_tensor(stops).reshape(b.shape[:-1])
-
+    v, r, norms, targets, scale, stop = _scaled(operator, b, guess, rtol, atol)
     steps, fresh, norm_A = 0, guess is None, torch.zeros_like(stop)
     running, before, codes = [norm != 0 for norm in norms], [math.inf] * len(norms), [CONVERGED] * len(norms)
     while True:
@@ -139,6 +125,54 @@ def solve_by_runs(
         codes = [_ended(*row) for row in zip(codes, residuals, targets, blurs, norms, strict=True)]
     residual = b.new_tensor(residuals).reshape(b.shape[:-1])
     return Solved(v, tuple(_STATUS[code] for code in codes), residual, steps)
+
+
+def solve_by_one_run(
+    run: Run,
+    operator: LinearOperator,
+    b: Tensor,
+    guess: Tensor | None,
+    *,
+    rtol: float,
+    atol: float = 0.0,
+    max_steps: int | None = None,
+) -> Solved:
+    """Solve A v = b by one run, whose own residual, left in its argument, is taken at its word: no product more."""
+    max_steps = 10 * operator.size if max_steps is None else max_steps
+    v, r, _, targets, scale, stop = _scaled(operator, b, guess, rtol, atol)
+    r = r / scale
+    correction, codes, steps, _ = run(operator, r, stop, max_steps, torch.zeros_like(stop))
+    v = correction.mul_(scale) if guess is None else torch.addcmul(v, scale, correction)
+    residuals = _norms(r.mul_(scale))
+    statuses = []
+    for code, residual, target in zip(codes, residuals, targets, strict=True):
+        if not math.isfinite(residual):
+            code = NONFINITE
+        elif code == OUT_OF_STEPS and (target == 0 or residual <= target):
+            code = CONVERGED
+        statuses.append(_STATUS[code])
+    return Solved(v, tuple(statuses), b.new_tensor(residuals).reshape(b.shape[:-1]), steps)
+
+
+def _scaled(
+    operator: LinearOperator, b: Tensor, guess: Tensor | None, rtol: float, atol: float
+) -> tuple[Tensor, Tensor, list[float], list[float], Tensor, Tensor]:
+    """Where to start: v, b - A v, |b|, the targets, the scale that makes the residual of norm 1, where to stop then."""
+    eps = torch.finfo(b.dtype).eps
+    norms = _norms(b)
+    targets = [max(rtol * norm, atol) for norm in norms]
+    v, r, sizes = torch.zeros_like(b), b, norms
+    if guess is not None:
+        zero = b.new_tensor(norms).reshape((*b.shape[:-1], 1)) == 0
+        v = torch.where(zero, v, guess)
+        r = torch.where(zero, b, b - operator.mv(v))
+        sizes = [max(norm, size) for norm, size in zip(norms, _norms(r), strict=True)]
+    # Squared norms of the scaled system neither overflow nor underflow in float32.
+    scales = [size if 0 < size < math.inf else 1.0 for size in sizes]
+    # Below a tenth of a rounding error of b, it has converged exactly as far as this dtype can tell.
+    stops = [max(t, 0.1 * eps * norm) / scale for t, norm, scale in zip(targets, norms, scales, strict=True)]
+    scale = b.new_tensor(scales).reshape((*b.shape[:-1], 1))
+    return v, r, norms, targets, scale, b.new_tensor(stops).reshape(b.shape[:-1])
 
 
 def _judged(code: int, residual: float, target: float, before: float, norm: float, eps: float) -> int:

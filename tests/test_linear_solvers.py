@@ -938,3 +938,35 @@ def test_arguments_are_checked(call, message: str) -> None:  # type: ignore[no-u
 @given(n=st.integers(1, 5), data=st.data())
 def test_right_hand_sides_are_never_zero(n: int, data: st.DataObject) -> None:
     assert float(data.draw(right_hand_sides(n)).norm()) > 0
+
+
+@given(systems(spd_matrices()))
+def test_without_recomputing_cg_takes_one_product_less_for_the_same_answer(system: tuple[Tensor, Tensor]) -> None:
+    A, b = system
+    counts = []
+    for recompute in (True, False):
+        calls = [0]
+
+        def mv(v: Tensor, calls: list[int] = calls) -> Tensor:
+            calls[0] += 1
+            return v @ A
+
+        solver = CG(rtol=0.0, max_steps=3, recompute=recompute)
+        solved = solver.solve(LinearOperator(mv, len(b), positive_definite=True), b)
+        counts.append((calls[0], solved))
+    (more, checked), (fewer, unchecked) = counts
+    assert fewer == more - 1
+    assert torch.equal(checked.value, unchecked.value)
+    assert abs(float(checked.residual - unchecked.residual)) <= 1e-9 * float(b.norm())
+
+
+def test_without_recomputing_batches_and_guesses_are_solved_and_missed_tolerances_reported() -> None:
+    A = spd(torch.tensor([1.0, 2.0, 5.0]), seed=3)
+    b = gaussian(2, 3, seed=1)
+    operator = LinearOperator(lambda v: v @ A, 3, positive_definite=True)
+    exact = torch.linalg.solve(A, b.T).T
+    solved = CG(rtol=1e-12, recompute=False).solve(operator, b, guess=gaussian(2, 3, seed=2))
+    assert solved.status is Status.successful
+    assert float((solved.value - exact).norm()) <= 1e-11
+    assert CG(rtol=1e-12, max_steps=1, recompute=False).solve(operator, b).status is Status.max_steps
+    assert CG(recompute=False).solve(operator, b * torch.nan).status is Status.nonfinite
