@@ -1,5 +1,6 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y)."""
 
+from bilevel import bounds as bounds
 from bilevel._auto import Auto as Auto
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
 from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
@@ -7,6 +8,7 @@ from bilevel._certify import certify as certify
 from bilevel._check import check as check
 from bilevel._compare import Comparison as Comparison, Row as Row, compare as compare
 from bilevel._constants import estimate_constants as estimate_constants
+from bilevel._error_bound import error_bound as error_bound
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
 from bilevel._functional import Functional as Functional, functional as functional
 from bilevel._hypergradient import hypergradient as hypergradient

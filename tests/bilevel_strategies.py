@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from bilevel import BilevelProblem
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
+from bilevel.testing.logistic import Logistic as Logistic
 
 
 @st.composite
@@ -32,29 +32,6 @@ def families(draw: st.DrawFn, max_p: int = 5, max_q: int = 6, kappa: float = 30.
 def normal(*shape: int, seed: int) -> Tensor:
     """Standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Logistic:
-    """g = mean_i w(x_i) log(1 + exp(-b_i z_i'y)) + sum_j exp(x_j) y_j^2 / 2 + y'My / 2, f a validation loss plus sin x.
-
-    x weighs samples and penalties at once, so that every derivative up to the third is there.
-    """
-
-    Z: Tensor
-    b: Tensor
-    U: Tensor
-    c: Tensor
-
-    def g(self, x: Tensor, y: Tensor) -> Tensor:
-        """The inner objective."""
-        q = self.Z.shape[1]
-        loss = torch.nn.functional.softplus(-self.b * (self.Z @ y))
-        return (torch.sigmoid(x[q:]) * loss).mean() + (x[:q].exp() * y.square()).sum() / 2
-
-    def f(self, x: Tensor, y: Tensor) -> Tensor:
-        """The outer objective."""
-        return torch.nn.functional.softplus(-self.c * (self.U @ y)).mean() + x.sin().sum() / 10 + x[0] * y[0] / 5
 
 
 @st.composite
