@@ -15,8 +15,8 @@ _DEBUG = "show the traceback of an error"
 _EPILOG = """\
 exit codes:
   0    success
-  1    the computation did not succeed (a solver missed its tolerance, diverged, met NaN, or f or g raised);
-       what was computed until then is written all the same
+  1    the computation did not succeed (a solver missed its tolerance, diverged, met NaN, or f or g raised), or a
+       test of `check` failed; what was computed until then is written all the same
   2    wrong usage or input: nothing was computed
   3    an optional package is missing; the message names the extra to install
   130  interrupted by Ctrl-C; a run can be continued with --resume
@@ -54,15 +54,20 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit")
     commands = top.add_subparsers(metavar="COMMAND", title="commands")
     _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ..."))
-    _add_run(
-        commands.add_parser(
-            "run",
-            help="solve a problem and keep everything about the run in a folder",
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+    for name, add, purpose in (
+        ("check", _add_check, "is a problem well posed, and which estimators apply to it"),
+        ("compare", _add_compare, "the estimators on a problem: error, certificate, cost and time of each"),
+        ("run", _add_run, "solve a problem and keep everything about the run in a folder"),
+    ):
+        add(
+            commands.add_parser(
+                name,
+                help=purpose,
+                epilog=_EPILOG,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
         )
-    )
     return top
 
 
@@ -72,7 +77,7 @@ def _add_list(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_list)
 
 
-def _add_run(command: argparse.ArgumentParser) -> None:
+def _add_problem(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
         "problem",
@@ -80,13 +85,63 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="a name from `bilevel list`, or my_file.py:NAME, where NAME is a BilevelProblem with x0 and y0 next to it,"
         " an Instance, or a function that returns (problem, x0, y0) or an Instance",
     )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
+
+
+def _add_check(command: argparse.ArgumentParser) -> None:
+    _add_problem(command)
+    add = command.add_argument
+    add("--seed", type=_number(int, "an integer", lambda _: True), help="of the problem and of the random directions")
+    add("--json", action="store_true", help="as JSON")
+    add("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_check)
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    _add_problem(command)
+    add = command.add_argument
+    add(
+        "--estimator",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one of those to compare (see `bilevel list`); repeatable; default: all that apply",
+    )
+    add(
+        "--budgets",
+        type=_budgets,
+        default=(),
+        metavar="N,N,...",
+        help="oracle calls to spend, one row each; default: each estimator's own tolerances",
+    )
+    add(
+        "--estimate-constants",
+        action="store_true",
+        help="heuristic certificates, where the problem does not come with its constants",
+    )
+    add("--seed", type=_number(int, "an integer", lambda _: True), help="of the problem")
+    add("--out", metavar="DIR", help="write compare.json and compare.png there, replacing earlier ones")
+    add("--json", action="store_true", help="as JSON")
+    add("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_compare)
+
+
+def _budgets(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"must be positive integers separated by commas. Got {text!r}")
+    return tuple(map(int, words))
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    _add_problem(command)
+    add = command.add_argument
     add("--estimator", metavar="NAME", help="how hypergradients are estimated (see `bilevel list`)")
     add("--outer", metavar="NAME", help="the outer method (see `bilevel list`); default: the problem's, or adam")
     add("--step", type=_number(float, "a positive number", lambda step: step > 0), help="its step length")
     add("--steps", type=_number(int, "an integer >= 0", lambda steps: steps >= 0), help="how many outer steps")
     add("--tol", type=_number(float, "a number >= 0", lambda tol: tol >= 0), help="stop when |h| is at most this")
     add("--seed", type=_number(int, "an integer", lambda _: True), help="of the problem and of the estimator")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
     add("--out", metavar="DIR", help="the run's folder; default: runs/PROBLEM-DATE-TIME")
     add("--resume", action="store_true", help="continue the run in DIR from its checkpoint, bit for bit")
     add("--overwrite", action="store_true", help="replace the run in DIR")
@@ -113,6 +168,21 @@ def _list(options: argparse.Namespace) -> int:
     from bilevel.commands.listing import listing
 
     print(listing(as_json=options.json))
+    return SUCCESS
+
+
+def _check(options: argparse.Namespace) -> int:
+    from bilevel.commands.check import check
+
+    check(options.problem, options.set, options.seed, as_json=options.json)
+    return SUCCESS
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from bilevel.commands.compare import Wish, compare
+
+    wanted = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "set")}
+    compare(Wish(**wanted | {"estimator": tuple(options.estimator), "arguments": tuple(options.set)}))
     return SUCCESS
 
 

@@ -7,7 +7,7 @@ Conventions of the pages:
 - ``expression  # -> text`` at the end of a statement: what the interpreter shows for it is exactly the text.
 - ``statement  # raises Name: text``: it raises an exception of that name whose message contains the text.
 - Blocks marked ``bash``: every ``make`` target exists, and every ``bilevel`` command line is one that its parser
-  accepts, of problems and estimators that exist; runs of a file that the page itself defines are carried out.
+  accepts, of problems and estimators that exist; commands on a file that the page itself defines are carried out.
 """
 
 import argparse
@@ -167,17 +167,19 @@ def parsed(arguments: Sequence[str]) -> tuple[object, argparse.Namespace]:
 
 
 def check_bilevel(arguments: Sequence[str]) -> None:
-    """The parser accepts it and every name in it exists; a run of the page's own file is carried out."""
+    """The parser accepts it and every name in it exists; a command on the page's own file is carried out."""
     code, options = parsed(arguments)
     assert not code, f"`bilevel` does not accept {arguments}"
     problem = getattr(options, "problem", None)
     if problem is None:
         return
     if ".py:" in problem:
-        assert cli.main([*arguments, "--quiet"]) == 0, f"`bilevel {shlex.join(arguments)}` failed"
+        quiet = ["--quiet"] if hasattr(options, "quiet") else []
+        assert cli.main([*arguments, *quiet]) == 0, f"`bilevel {shlex.join(arguments)}` failed"
         return
     assert problem in catalogue(), f"there is no problem {problem!r}"
-    assert options.estimator is None or options.estimator in bilevel.estimators()
+    named = getattr(options, "estimator", None) or []
+    assert set([named] if isinstance(named, str) else named) <= set(bilevel.estimators())
     wanted = {word.partition("=")[0] for word in options.set}
     known = set(inspect.signature(catalogue()[problem].build).parameters)
     assert wanted <= known, f"{problem} has no argument {wanted - known}"
@@ -213,8 +215,12 @@ def test_the_pages_name_every_problem_flag_and_exit_code_and_no_other() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|", (ROOT / "docs" / "problems.md").read_text(), re.MULTILINE)
     assert dict(rows) == {entry.name: entry.description for entry in catalogue().values()}
     page = (ROOT / "docs" / "command_line.md").read_text()
-    flags = set(re.findall(r"(--[a-z][a-z-]*)", "".join(parser_of("run").format_help())))
-    assert set(re.findall(r"^\| `(--[\w-]+)[^|]* \|", page, re.MULTILINE)) == flags - {"--help"}
+    for command in ("run", "check", "compare"):
+        section = re.search(rf"`bilevel {command} PROBLEM` takes\n\n((?:\|.*\n)+)", page)
+        assert section, command
+        flags = {flag for action in parser_of(command)._actions for flag in action.option_strings}
+        named = set(re.findall(r"^\| `(--[\w-]+)[^|]* \|", section[1], re.MULTILINE))
+        assert named == flags - {"--help", "-h"}, command
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
     assert codes == {cli.SUCCESS, cli.FAILED, cli.USAGE, cli.MISSING, cli.INTERRUPTED}
 
@@ -277,6 +283,9 @@ def test_a_command_that_does_not_exist_is_refused() -> None:
         "bilevel run ridge --sugar",
         "bilevel run tea",
         "bilevel run ridge --estimator tea",
+        "bilevel compare ridge --estimator aid-cg --estimator tea",
+        "bilevel check tea",
+        "bilevel check ridge --budgets 10",
         "bilevel run ridge --set tea=1",
         "python -m bilevel run tea",
     ):

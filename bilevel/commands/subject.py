@@ -1,0 +1,34 @@
+"""The point that `bilevel check` and `bilevel compare` look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from bilevel._instance import Instance
+from bilevel._stream import stream
+from bilevel.commands.arguments import split
+from bilevel.commands.loading import load
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A problem at its start, with the first of its data.
+
+    Attributes:
+        instance: the problem, x0 and y0.
+        data: the third argument of f and g, or None.
+        seeded: whether the seed was used in building it.
+    """
+
+    instance: Instance
+    data: Any
+    seeded: bool
+
+
+def subject(problem: str, settings: Sequence[str], seed: int | None) -> Subject:
+    """What PROBLEM, `--set` and `--seed` name; see :func:`bilevel.commands.loading.load`."""
+    instance, seeded = load(problem, split(settings), seed)
+    return Subject(instance, stream(instance.settings.get("data"))(0), seeded)
