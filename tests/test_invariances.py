@@ -37,7 +37,7 @@ ESTIMATORS: dict[str, tuple[Callable[[int, float], Any], float]] = {
     "finite-difference": (lambda p, c: FiniteDifference(LBFGS(1e-11 * c), step=1e-3), 1e-6),
 }
 every = pytest.mark.parametrize("name", ESTIMATORS)
-few = settings(max_examples=5)
+few = settings(max_examples=4)
 
 
 def grad_of(name: str, problem: BilevelProblem, x: Any, y0: Any, c: float = 1.0) -> Any:

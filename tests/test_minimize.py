@@ -517,6 +517,7 @@ def test_checkpoint_is_written_on_time(tmp_path: Path) -> None:
     minimize(SQUARE, ZERO, ZERO, estimator=AID_CG, max_steps=7, checkpoint=file, checkpoint_every=3, callback=look)
     assert seen == [None, None, None, 3, 3, 3, 6, 6]
     assert torch.load(file, weights_only=True)["step"] == 7
+    assert [record["step"] for record in torch.load(file, weights_only=True)["history"]] == list(range(7))
 
 
 def test_failed_run_can_be_resumed_with_more_patience(tmp_path: Path) -> None:

@@ -87,12 +87,11 @@ def test_ill_conditioning_is_mastered_or_reported(name: str) -> None:
     assert good or not found.status.ok
 
 
-@pytest.mark.parametrize("name", STATED)
+# the others differentiate their iteration, the value function or the damped system, which have derivatives
+@pytest.mark.parametrize(
+    "name", ["aid-cg", "aid-dense", "aid-minres", "aid-gmres", "aid-neumann", "itd", "itd-checkpointed"]
+)
 def test_singular_hessian_without_a_hypergradient_is_reported(name: str) -> None:
-    if name in ("itd-truncated", "one-step", "esj", "itd", "itd-forward", "itd-checkpointed", "finite-difference"):
-        pytest.skip("the iteration has a derivative, and that is what it computes")
-    if name in ("penalty", "aid-nystrom"):
-        pytest.skip("the value function and the damped system have derivatives, and they say that they are others")
     instance = rank_deficient()
     found = hypergradient(instance.problem, instance.x0 + 0.3, instance.y0, estimator=name, throw=False)
     assert not found.status.ok
