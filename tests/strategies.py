@@ -7,37 +7,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
+from bilevel.testing.strategies import (
+    gaussian as gaussian,
+    orthogonal as orthogonal,
+    spd as spd,
+    spd_matrices as spd_matrices,
+    spectra as spectra,
+)
+
 SEEDS = st.integers(0, 2**20)
-
-
-def gaussian(*shape: int, seed: int) -> Tensor:
-    """Standard normal entries in float64; the same for the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthogonal(n: int, seed: int) -> Tensor:
-    """An orthogonal matrix `(n, n)`; the identity for seed 0, so that failures shrink to diagonal matrices."""
-    return torch.eye(n, dtype=torch.float64) if seed == 0 else torch.linalg.qr(gaussian(n, n, seed=seed)).Q
-
-
-def spd(eigenvalues: Tensor, seed: int) -> Tensor:
-    """The symmetric matrix with these eigenvalues and random eigenvectors."""
-    Q = orthogonal(eigenvalues.shape[0], seed)
-    A = Q @ torch.diag(eigenvalues) @ Q.T
-    return 0.5 * (A + A.T)
-
-
-@st.composite
-def spectra(draw: DrawFn, min_size: int = 1, max_size: int = 8, max_condition: float = 1e3) -> Tensor:
-    """Positive numbers in [1, max_condition], spread evenly in logarithm: `(n,)`."""
-    exponents = draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=min_size, max_size=max_size))
-    return max_condition ** torch.tensor(exponents, dtype=torch.float64)
-
-
-@st.composite
-def spd_matrices(draw: DrawFn, min_size: int = 1, max_size: int = 8, max_condition: float = 1e3) -> Tensor:
-    """Symmetric positive definite matrices with eigenvalues in [1, max_condition]."""
-    return spd(draw(spectra(min_size, max_size, max_condition)), draw(SEEDS))
 
 
 @st.composite

@@ -1,1 +1,14 @@
-"""Property tests for your own estimators and problems."""
+"""Property tests for your own estimators and problems.
+
+`check_estimator` and `check_problem` are one call each; the properties behind them are functions of their own. Only
+`bilevel.testing.strategies` needs hypothesis: `pip install "bilevel[test]"`.
+"""
+
+from bilevel.testing import properties as properties, strategies as strategies
+from bilevel.testing.estimators import (
+    check_estimator as check_estimator,
+    estimator_checks as estimator_checks,
+    parametrize_with_checks as parametrize_with_checks,
+)
+from bilevel.testing.instances import check_problem as check_problem
+from bilevel.testing.logistic import Logistic as Logistic
