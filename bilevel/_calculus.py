@@ -105,6 +105,7 @@ class Linearization:
         operator: dF/dy, the inner Hessian H, as an operator; its `last_mv` prepares the cross product as well.
         products: v -> (H v, G v) in one pass, G = d2g/dxdy as a p-by-q matrix; G v is None where g does not
             depend on x.
+        pull: v -> G v alone, where that is cheaper; None: it is not.
     """
 
     y: Tensor
@@ -112,6 +113,7 @@ class Linearization:
     operator: LinearOperator = field(init=False)
     mv: Callable[[Tensor], Tensor]
     products: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    pull: Callable[[Tensor], Tensor | None] | None = None
     _last: tuple[Tensor, int, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class Linearization:
         """
         if self._last is not None and self._last[0] is v and self._last[1] == v._version:
             return self._last[2]
-        return self.products(v)[1]
+        return self.products(v)[1] if self.pull is None else self.pull(v)
 
 
 class AbstractProducts(abc.ABC):
@@ -162,7 +164,14 @@ class Exact(AbstractProducts):
                 hv, gv = torch.autograd.grad(gradient, (y, x), v, retain_graph=True, allow_unused=True)
             return torch.zeros_like(v) if hv is None else hv, gv
 
-        return Linearization(y.detach(), gradient.detach(), operator.mv, products)
+        def pull(v: Tensor) -> Tensor | None:
+            tally.cross_products += rows
+            if not gradient.requires_grad:
+                return None
+            with explained():
+                return torch.autograd.grad(gradient, x, v, retain_graph=True, allow_unused=True)[0]
+
+        return Linearization(y.detach(), gradient.detach(), operator.mv, products, pull)
 
 
 @final
