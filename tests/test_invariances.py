@@ -20,6 +20,7 @@ from bilevel.solvers.gmres import GMRES
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.testing import properties
 
 Case = tuple[BilevelProblem, Tensor, Tensor]
 
@@ -50,20 +51,19 @@ def check(name: str, got: Any, expected: Any, slack: float = 1.0) -> None:
     assert float((got - expected).norm()) <= bound
 
 
+def at(name: str, case: Case) -> tuple[Any, BilevelProblem, Tensor, Tensor]:
+    """What a property of the testing kit takes."""
+    problem, x, y0 = case
+    return ESTIMATORS[name][0](size(x), 1.0), problem, x, y0
+
+
 @every
 @few
 @given(st.data(), smooth_problems())
 def test_cutting_x_and_y_into_leaves(name: str, data: st.DataObject, case: Case) -> None:
-    problem, x, y0 = case
+    _, x, y0 = case
     cut_x, cut_y = data.draw(nestings(x.numel())), data.draw(nestings(y0.numel()))
-
-    def joined(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
-        return lambda x, y: function(ravel(x)[0], ravel(y)[0])
-
-    split = BilevelProblem(joined(problem.f), joined(problem.g))
-    found = grad_of(name, split, cut_x(x), cut_y(y0))
-    check(name, found, grad_of(name, problem, x, y0))
-    assert [leaf.shape for leaf in tree_leaves(found)] == [leaf.shape for leaf in tree_leaves(cut_x(x))]
+    properties.same_on_leaves(*at(name, case), tol=ESTIMATORS[name][1], cut_x=cut_x, cut_y=cut_y)
 
 
 @every
@@ -72,46 +72,32 @@ def test_cutting_x_and_y_into_leaves(name: str, data: st.DataObject, case: Case)
 def test_permuting_leaves_permutes_the_gradient(name: str, data: st.DataObject, case: Case) -> None:
     if name == "esj":
         return  # its directions are drawn in the order of the leaves
-    problem, x, y0 = case
-    order = data.draw(st.permutations(range(x.numel())))
-    inner_order = data.draw(st.permutations(range(y0.numel())))
-    back = sorted(range(x.numel()), key=lambda i: order[i])
-    inner_back = sorted(range(y0.numel()), key=lambda i: inner_order[i])
-
-    def permuted(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
-        return lambda x, y: function(torch.stack([x[i] for i in back]), torch.stack([y[i] for i in inner_back]))
-
-    other = BilevelProblem(permuted(problem.f), permuted(problem.g))
-    found = grad_of(name, other, [x[i] for i in order], [y0[i] for i in inner_order])
-    check(name, [found[i] for i in back], grad_of(name, problem, x, y0))
+    _, x, y0 = case
+    order, inner_order = data.draw(st.permutations(range(x.numel()))), data.draw(st.permutations(range(y0.numel())))
+    properties.permuting_leaves(*at(name, case), tol=ESTIMATORS[name][1], order=order, inner_order=inner_order)
 
 
 @every
 @few
 @given(smooth_problems(), st.sampled_from([1e-3, 0.5, 40.0]))
 def test_scaling_g(name: str, case: Case, c: float) -> None:
-    problem, x, y0 = case
-    scaled = BilevelProblem(problem.f, lambda x, y: c * problem.g(x, y))
-    check(name, grad_of(name, scaled, x, y0, c), grad_of(name, problem, x, y0), slack=10)
+    scaled = ESTIMATORS[name][0](size(case[1]), c)
+    properties.scaling_g(*at(name, case), tol=10 * ESTIMATORS[name][1], c=c, scaled=scaled)
 
 
 @every
 @few
 @given(smooth_problems())
 def test_term_in_x_only_of_g_changes_nothing(name: str, case: Case) -> None:
-    problem, x, y0 = case
-    more = BilevelProblem(problem.f, lambda x, y: problem.g(x, y) + (x.sin() + x**3).sum())
     # the penalty estimator subtracts two gradients in x, which the term makes larger
-    check(name, grad_of(name, more, x, y0), grad_of(name, problem, x, y0), slack=10)
+    properties.term_in_x_of_g(*at(name, case), tol=10 * ESTIMATORS[name][1])
 
 
 @every
 @few
 @given(smooth_problems())
 def test_term_in_x_only_of_f_adds_its_gradient(name: str, case: Case) -> None:
-    problem, x, y0 = case
-    more = BilevelProblem(lambda x, y: problem.f(x, y) + (x.sin() + x**2).sum(), problem.g)
-    check(name, grad_of(name, more, x, y0), grad_of(name, problem, x, y0) + x.cos() + 2 * x, slack=10)
+    properties.term_in_x_of_f(*at(name, case), tol=10 * ESTIMATORS[name][1])
 
 
 @every
@@ -120,14 +106,7 @@ def test_term_in_x_only_of_f_adds_its_gradient(name: str, case: Case) -> None:
 def test_linear_in_f(name: str, case: Case, a: float, b: float) -> None:
     if name == "penalty":
         return  # linear in f in the limit of the weight only
-    problem, x, y0 = case
-
-    def other(x: Tensor, y: Tensor) -> Tensor:
-        return (y + 0.3).pow(2).sum() + x.sum() * y[0]
-
-    combined = BilevelProblem(lambda x, y: a * problem.f(x, y) + b * other(x, y), problem.g)
-    first, second = (grad_of(name, p, x, y0) for p in (problem, BilevelProblem(other, problem.g)))
-    check(name, grad_of(name, combined, x, y0), a * first + b * second, slack=10 * max(1.0, float(second.norm())))
+    properties.linear_in_f(*at(name, case), tol=10 * ESTIMATORS[name][1], a=a, b=b)
 
 
 @every
@@ -135,10 +114,7 @@ def test_linear_in_f(name: str, case: Case, a: float, b: float) -> None:
 @given(smooth_problems(), st.integers(0, 99))
 def test_orthogonal_change_of_y(name: str, case: Case, seed: int) -> None:
     problem, x, y0 = case
-    y0 = y0 + 0.2
-    V = torch.linalg.qr(normal(y0.numel(), y0.numel(), seed=seed))[0]
-    turned = BilevelProblem(lambda x, z: problem.f(x, V @ z), lambda x, z: problem.g(x, V @ z))
-    check(name, grad_of(name, turned, x, V.T @ y0), grad_of(name, problem, x, y0), slack=10)
+    properties.orthogonal_change_of_y(*at(name, (problem, x, y0 + 0.2)), tol=10 * ESTIMATORS[name][1], seed=seed)
 
 
 @every
@@ -218,7 +194,7 @@ def test_float32_is_close_to_float64(name: str, case: Case) -> None:
 
     tolerances = {"aid-cg": CG(1e-5), "aid-gmres": GMRES(1e-5), "aid-dense": Dense()}
     double = grad_of(name, problem, x, y0)
-    scale = float(torch.autograd.functional.hessian(lambda y: problem.g(x, y), y0).norm())
+    scale = float(torch.func.hessian(lambda y: problem.g(x, y))(y0).norm())
     if name in tolerances:
         estimator: Any = AID(LBFGS(1e-5 * max(scale, 1e-2)), tolerances[name])
     else:

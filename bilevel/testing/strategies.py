@@ -77,7 +77,7 @@ def spd_matrices(draw: DrawFn, min_size: int = 1, max_size: int = 8, max_conditi
 
 @_composite
 def quadratics(draw: DrawFn, max_p: int = 5, max_q: int = 6, kappa: float = 30.0) -> QuadraticFamily:
-    """Quadratic problems with all constants: inner eigenvalues in [mu, kappa mu], repeated ones and every scale of mu."""
+    """Quadratic problems with all constants: inner eigenvalues in [mu, kappa mu], some repeated, mu of every scale."""
     st = _hypothesis()
     p, q = draw(st.integers(1, max_p)), draw(st.integers(1, max_q))
     mu = 10.0 ** draw(st.integers(-2, 2))
