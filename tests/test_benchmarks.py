@@ -45,11 +45,20 @@ def test_our_call_equals_the_reference(load: Any, method: str, kind: str) -> Non
     assert harness.relative_error(harness.ours(workload, method, 4)(), truth.grad) < 1e-9
 
 
-def test_the_floor_makes_the_calls_that_it_names(load: Any) -> None:
+def test_the_floor_makes_the_calls_that_it_names(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     harness, workloads = load("_harness"), load("_workloads")
     workload = workloads.logistic(40, 5, 3).double()
-    # With v = grad_y f the cross product is that of zero products: h = grad_x f - G v, and f does not contain x.
+    calls, grad = [], torch.autograd.grad
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return grad(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
     cross = harness.floor(workload, 3)()
+    monkeypatch.undo()
+    # The gradients of f and of g, the products, the cross product.
+    assert calls == [{}, {"create_graph": True}, *([{"retain_graph": True}] * 3), {}]
     x, y = workload.x.requires_grad_(), workload.flat.requires_grad_()
     (fy,) = torch.autograd.grad(workload.f(x, workload.cut(y)), y)
     (gy,) = torch.autograd.grad(workload.g(x, workload.cut(y)), y, create_graph=True)
