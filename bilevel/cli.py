@@ -181,8 +181,9 @@ def _check(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from bilevel.commands.compare import Wish, compare
 
-    wanted = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "set")}
-    compare(Wish(**wanted | {"estimator": tuple(options.estimator), "arguments": tuple(options.set)}))
+    omitted = ("command", "debug", "set", "estimator")
+    wanted = {name: value for name, value in vars(options).items() if name not in omitted}
+    compare(Wish(**wanted, estimator=tuple(options.estimator), arguments=tuple(options.set)))
     return SUCCESS
 
 
