@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -112,6 +112,11 @@ def with_tolerance(solver: S, tol: float, size: float = 1.0) -> S:
     return solver
 
 
+def has_tolerance(solver: AbstractInnerSolver) -> bool:
+    """Whether an inner solver takes a tolerance; a closed form does not, and is exact."""
+    return "tol" in {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
+
+
 RELATIVE = 0.3  # of adaptive accuracy: below 1, so that every step is certified to be along a descent direction
 
 
@@ -136,7 +141,7 @@ def adaptive(
             f" Use `AID(...)` or one of the names 'aid-...'."
         )
     floor = None if tol is None else tol / 4
-    own = estimator.constants  # type: ignore[attr-defined]
-    return replace(  # type: ignore[type-var]
-        estimator, target_error=floor, relative_error=RELATIVE, constants=own if constants is None else constants
-    )
+    implicit: Any = estimator
+    own = implicit.constants if constants is None else constants
+    adapted: AbstractEstimator = replace(implicit, target_error=floor, relative_error=RELATIVE, constants=own)
+    return adapted

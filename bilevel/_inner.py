@@ -88,7 +88,6 @@ class Objective:
             gradient = grad(value.sum(), leaf, create_graph=True)
         return value.detach(), gradient.detach(), hessian_operator(gradient, leaf, self.tally)
 
-
     def largest_curvature(self, y: Tensor) -> Tensor:
         """An upper estimate of the largest eigenvalue of d2g/dy2 at y: `(*batch,)`; some 10 to 20 products.
 

@@ -32,7 +32,7 @@ def peak_memory(function: Callable[[], T], device: torch.device) -> tuple[T, int
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
         most = max(most, held)
     return result, most
 

@@ -372,8 +372,8 @@ def _budgeted_linear(name: str, steps: int) -> AbstractLinearSolver:
 def _choose(wish: Auto, s: Setting) -> Chosen:
     if s.problem.problem.init is not None:
         raise ValueError(
-            "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the problem."
-            " Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
+            "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the"
+            " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
         )
     p, q = s.x.shape[-1], s.y0.shape[-1]
     names = [name for name in _NAMED if name not in ("finite-difference", "itd-checkpointed", "aid-gmres")]

@@ -181,9 +181,17 @@ def _check(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from bilevel.commands.compare import Wish, compare
 
-    omitted = ("command", "debug", "set", "estimator")
-    wanted = {name: value for name, value in vars(options).items() if name not in omitted}
-    compare(Wish(**wanted, estimator=tuple(options.estimator), arguments=tuple(options.set)))
+    wish = Wish(
+        problem=options.problem,
+        estimator=tuple(options.estimator),
+        budgets=tuple(options.budgets),
+        arguments=tuple(options.set),
+        seed=options.seed,
+        out=options.out,
+        json=options.json,
+        estimate_constants=options.estimate_constants,
+    )
+    compare(wish)
     return SUCCESS
 
 

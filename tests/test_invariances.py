@@ -194,7 +194,7 @@ def test_float32_is_close_to_float64(name: str, case: Case) -> None:
 
     tolerances = {"aid-cg": CG(1e-5), "aid-gmres": GMRES(1e-5), "aid-dense": Dense()}
     double = grad_of(name, problem, x, y0)
-    hessian = torch.autograd.functional.hessian(lambda y: problem.g(x, y), y0)  # type: ignore[no-untyped-call]
+    hessian: Any = torch.autograd.functional.hessian(lambda y: problem.g(x, y), y0)  # type: ignore[no-untyped-call]
     scale = float(hessian.norm())
     if name in tolerances:
         estimator: Any = AID(LBFGS(1e-5 * max(scale, 1e-2)), tolerances[name])

@@ -33,9 +33,9 @@ class ITD(AbstractEstimator):
     warm start at the solution would take none. What they lack is measured, and above 1 % reported as
     `Status.truncated`; `Iterate(..., min_steps=)` prevents it.
 
-    Cost for N steps: N gradients and one of f; reverse: N Hessian products (N - 1 if the start is constant and
-    there is no tolerance) and N cross products, memory N times that of one gradient's graph; checkpointed: another N gradients, memory
-    sqrt(N); forward: p products of each kind a step, memory p q; truncated: K - 1 and K, memory K.
+    Cost for N steps: N + 1 gradients (the last for the residual that is reported) and one of f; reverse: N Hessian
+    products (N - 1 if the start is constant and there is no tolerance) and N cross products, memory N times that of
+    one gradient's graph; checkpointed: another N gradients, memory sqrt(N); forward: p products of each kind a step, memory p q; truncated: K - 1 and K, memory K.
 
     Error with gradient descent where f and g are quadratic, P = I - step H, d = y_N - y*, J = dy*/dx: exactly
     (d2f/dxdy) d + J'(d2f/dy2) d - J' P^N grad_y f(y_N); truncated to K: P^K in place of P^N in the last term, a
