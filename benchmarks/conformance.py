@@ -2,15 +2,16 @@
 
 `python benchmarks/conformance.py --hypertorch PATH`, in an environment with the libraries to be compared.
 
-Each library is called through the adapters in peers/, whose first lines state the settings: the best that its
-documentation offers, with at least as many products as the problem needs. `--tolerance` is what a relative error must
-not exceed to be called right.
+Each library is called through the adapters in peers/, whose first lines state the settings. `--tolerance` is what a
+relative error must not exceed to be called right.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +29,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "conformance.md"
 BEGIN, END = "<!-- results: written by conformance.py -->\n", "<!-- end of results -->\n"
 PACKAGES = {"torchopt": "torchopt", "betty": "betty-ml", "boat": "boat-torch", "higher": "higher", "jaxopt": "jaxopt"}
 P, Q = 4, 6
-Build = Callable[[Workload], Call]  # a library with a method, for any number of products
+TIGHT, TIGHT_SINGLE = 1e-12, 1e-6  # of the linear solvers that have a tolerance, in float64 and in float32
+# How many products: as many as there are inner variables; four times that; or as CG needs in exact arithmetic.
+ENOUGH, BEYOND, FEWEST = "enough", "beyond", "fewest"
 
 
 # Quadratics with closed forms
@@ -107,12 +110,25 @@ def _flat(ys: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How many products, or inner steps, are taken, and to which tolerance of the linear system."""
+
+    count: int
+    tolerance: float
+
+
+Build = Callable[[Workload, Steps], Call]  # a library with a method
+
+
+@dataclass(frozen=True)
 class Property:
-    """One row: what is asked, and the error found: 0 is right."""
+    """One row: what is asked of a problem, and how the error is measured; 0 is right."""
 
     name: str
-    error: Callable[[Build], float]
-    single: bool = False  # whether in float32, where errors are those of rounding
+    family: Family
+    error: Callable[[Callable[[Workload], Call], Family], float]
+    beyond: bool = False  # past exact convergence, with a tolerance of 0
+    own: bool = False  # about the user's own tensors, which some libraries do not work on
 
 
 def off(found: Tensor, truth: Tensor) -> float:
@@ -121,26 +137,22 @@ def off(found: Tensor, truth: Tensor) -> float:
     return float(torch.linalg.vector_norm(found.detach().double() - truth)) / (size if size > 1e-12 else 1.0)
 
 
-def exact(family: Family) -> Callable[[Build], float]:
+def exact(build: Callable[[Workload], Call], family: Family) -> float:
     """The error against the closed form."""
-
-    def error(build: Build) -> float:
-        workload, h = family.workload()
-        return off(build(workload)(), h)
-
-    return error
+    workload, h = family.workload()
+    return off(build(workload)(), h)
 
 
-def repeated(build: Build) -> float:
+def repeated(build: Callable[[Workload], Call], family: Family) -> float:
     """The most that three calls of one object differ from the closed form."""
-    workload, h = Family().workload()
+    workload, h = family.workload()
     call = build(workload)
     return max(off(call(), h) for _ in range(3))
 
 
-def unpolluted(build: Build) -> float:
+def unpolluted(build: Callable[[Workload], Call], family: Family) -> float:
     """What arrives in the .grad of the user's own tensors, and how they change."""
-    workload, _ = Family().workload()
+    workload, _ = family.workload()
     x, ys = workload.x.requires_grad_(), tuple(leaf.requires_grad_() for leaf in workload.ys)
     before = [leaf.detach().clone() for leaf in (x, *ys)]
     call = build(replace(workload, x=x, ys=ys))
@@ -151,66 +163,80 @@ def unpolluted(build: Build) -> float:
     return max(written + moved)
 
 
-SCALAR = (2.0,)
-IMPLICIT = [
-    Property("exact: A = 2I", exact(Family(eigenvalues=(2.0,) * Q))),
-    Property("exact: condition number 10", exact(Family())),
-    Property("the same for y in three leaves", exact(Family(leaves=((3,), (1,), (2,))))),
-    Property("the same for 7 g", exact(Family(scale=7.0))),
-    Property("the same with 50 &#124;x&#124;² added to g", exact(Family(extra=50.0))),
-    Property("zero right-hand side gives zero", exact(Family(match=True))),
-    Property("y a tensor without axes", exact(Family(eigenvalues=SCALAR, leaves=((),)))),
-    Property("the same when called again", repeated),
-    Property("leaves the user's tensors alone", unpolluted),
-    Property("float32 close to float64", exact(Family(dtype=torch.float32)), single=True),
+PROPERTIES = [
+    Property("exact: A = 2I", Family(eigenvalues=(2.0,) * Q), exact),
+    Property("exact: condition number 10", Family(), exact),
+    Property("the same for y in three leaves", Family(leaves=((3,), (1,), (2,))), exact),
+    Property("the same for 7 g", Family(scale=7.0), exact),
+    Property("the same with 50 &#124;x&#124;² added to g", Family(extra=50.0), exact),
+    Property("the same past exact convergence, tolerance 0", Family(), exact, beyond=True),
+    Property("a right-hand side of zero gives zero", Family(match=True), exact),
+    Property("y a tensor without axes", Family(eigenvalues=(2.0,), leaves=((),)), exact),
+    Property("the same when called again", Family(), repeated),
+    Property("leaves the user's tensors alone", Family(), unpolluted, own=True),
+    Property("float32 close to float64", Family(dtype=torch.float32), exact),
 ]
 
 
 # Libraries
 
+OWN = {
+    "betty": "variables live in its modules, in whose .grad it returns",
+    "boat": "variables live in its modules, in whose .grad it returns",
+    "jaxopt": "arrays are immutable",
+}
+
 
 @dataclass(frozen=True)
 class Column:
-    """A library with a method: how it is built for a number of products, or why it is not."""
+    """A library with a method: how it is built, or why it is not."""
 
     library: str
-    method: str
-    products: int
     build: Build | None = None
     why: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.library}<br>{self.method}"
+        """The name under which it is installed."""
+        return PACKAGES.get(self.library, self.library)
 
 
 def columns(kind: str, options: Options) -> list[Column]:
     """All the libraries with one method: "cg", "neumann" or "unrolled"."""
-    found = [Column("bilevel", kind, 0, ours(kind))]
+    found = [Column("bilevel", ours(kind))]
     for name in options.peers:
         try:
-            found.append(Column(PACKAGES.get(name, name), kind, 0, theirs(_harness.peer(name, options), kind)))
+            found.append(Column(name, theirs(_harness.peer(name, options), kind)))
         except UnavailableError as reason:
-            found.append(Column(PACKAGES.get(name, name), kind, 0, None, str(reason)))
+            found.append(Column(name, None, str(reason)))
     return found
 
 
-def work(kind: str, workload: Workload) -> int:
-    """Products that suffice: far more than CG needs, so that it runs on past exact convergence; others converge."""
-    return {"cg": 4 * workload.size, "neumann": 600, "unrolled": 600}[kind]
+def steps(kind: str, family: Family, amount: str) -> Steps:
+    """CG: as many steps as y has entries, to a tight tolerance; a series or an unroll: until it has converged."""
+    if kind != "cg":
+        return Steps(1200 if amount == BEYOND else 600, 0.0)
+    if amount == FEWEST:
+        return Steps(len(set(family.eigenvalues)), 0.0)
+    if amount == BEYOND:
+        return Steps(4 * len(family.eigenvalues), 0.0)
+    return Steps(len(family.eigenvalues), TIGHT if family.dtype == torch.float64 else TIGHT_SINGLE)
 
 
 def ours(kind: str) -> Build:
-    """This library, with tolerances of 0."""
-    from bilevel import ITD, BilevelProblem, hypergradient
-    from bilevel.solvers import GradientDescent, Iterate
+    """This library."""
+    from bilevel import AID, ITD, BilevelProblem, hypergradient
+    from bilevel.solvers import CG, ClosedForm, GradientDescent, Iterate, Neumann
 
-    def build(workload: Workload) -> Call:
-        if kind != "unrolled":
-            return _harness.ours(workload, kind, work(kind, workload))
+    def build(workload: Workload, taken: Steps) -> Call:
         problem = BilevelProblem(workload.f, workload.g)
-        itd = ITD(Iterate(GradientDescent(workload.step), max_steps=work(kind, workload)))
-        return lambda: hypergradient(problem, workload.x, workload.ys, estimator=itd).grad
+        inner = ClosedForm(lambda _: workload.ys)
+        estimator = {
+            "cg": lambda: AID(inner, CG(rtol=taken.tolerance, max_steps=taken.count)),
+            "neumann": lambda: AID(inner, Neumann(step=workload.step, terms=taken.count + 1)),
+            "unrolled": lambda: ITD(Iterate(GradientDescent(workload.step), max_steps=taken.count)),
+        }[kind]()
+        return lambda: hypergradient(problem, workload.x, workload.ys, estimator=estimator, throw=False).grad
 
     return build
 
@@ -218,30 +244,42 @@ def ours(kind: str) -> Build:
 def theirs(adapter: Any, kind: str) -> Build:
     """A peer; UnavailableError is raised where it is called, if it has no such method."""
 
-    def build(workload: Workload) -> Call:
+    def build(workload: Workload, taken: Steps) -> Call:
         if kind != "unrolled":
-            return adapter.implicit(workload, kind, work(kind, workload))
-        return next(iter(adapter.unrolled(workload, work(kind, workload)).values()))
+            return adapter.implicit(workload, kind, taken.count, taken.tolerance)
+        return next(iter(adapter.unrolled(workload, taken.count).values()))
 
     return build
 
 
-def cell(prop: Property, column: Column, tolerance: float) -> str:
-    """`right`, the error, or the first words of the exception."""
+def cell(prop: Property, column: Column, kind: str, tolerance: float) -> str:
+    """`right`, the error, the first words of the exception, or why the property does not apply."""
     if column.build is None:
-        return column.why
+        return f"- ({column.why.removeprefix('skipped: ')})"
+    if prop.own and column.library in OWN:
+        return f"- ({OWN[column.library]})"
+    family = prop.family if kind != "unrolled" else replace(prop.family, solved=False)
+    found = attempt(prop, column.build, steps(kind, family, BEYOND if prop.beyond else ENOUGH), family, tolerance)
+    if kind != "cg" or prop.beyond or found == "right" or found.startswith("-"):
+        return found
+    fewest = steps(kind, family, FEWEST)
+    if attempt(prop, column.build, fewest, family, tolerance) == "right":
+        return f"{found} (right with tolerance 0 and {fewest.count} step{'s' if fewest.count > 1 else ''})"
+    return found
+
+
+def attempt(prop: Property, build: Build, taken: Steps, family: Family, tolerance: float) -> str:
+    """What comes of one setting."""
     try:
-        error = prop.error(column.build)
+        error = prop.error(lambda workload: build(workload, taken), family)
     except UnavailableError as reason:
-        return f"– ({str(reason).removeprefix('skipped: ')})"
-    except Exception as error:  # whatever a library raises is its result
-        words = " ".join(str(error).split()).replace("|", "&#124;").replace("<", "&lt;")
-        return f"{type(error).__name__}: {words[:60]}"
+        return f"- ({str(reason).removeprefix('skipped: ')})"
+    except Exception as raised:  # whatever a library raises is its result
+        words = " ".join(str(raised).split()).replace("|", "&#124;").replace("<", "&lt;").replace("[", "\\[")
+        return f"{type(raised).__name__}: {words[:60]}"
     if error != error:
         return "**NaN**"
-    if error <= (1e-5 if prop.single else tolerance):
-        return "right"
-    return f"**{error:.1e}**"
+    return "right" if error <= (tolerance if family.dtype == torch.float64 else 1e-5) else f"**{error:.1e}**"
 
 
 # The page
@@ -250,20 +288,15 @@ def cell(prop: Property, column: Column, tolerance: float) -> str:
 def table(kind: str, heading: str, options: Options, tolerance: float) -> str:
     """One method: a row a property, a column a library."""
     chosen = columns(kind, options)
-    lines = [f"### {heading}", "", "| property | " + " | ".join(c.library for c in chosen) + " |"]
+    lines = [f"### {heading}", "", "| property | " + " | ".join(c.title for c in chosen) + " |"]
     lines.append("|---" * (len(chosen) + 1) + "|")
-    for prop in IMPLICIT if kind != "unrolled" else UNROLLED:
-        cells = [cell(prop, column, tolerance) for column in chosen]
+    for prop in PROPERTIES:
+        if kind == "unrolled" and prop.family.match:
+            continue  # it solves no linear system
+        cells = [cell(prop, column, kind, tolerance) for column in chosen]
         lines.append(f"| {prop.name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines) + "\n"
-
-
-UNROLLED = [
-    replace(prop, error=exact(Family(solved=False))) if prop.name.startswith("exact: cond") else prop
-    for prop in IMPLICIT
-    if not prop.name.startswith("zero right-hand")
-]
 
 
 def versions(options: Options) -> str:
@@ -276,17 +309,19 @@ def versions(options: Options) -> str:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{name} not installed")
     if options.hypertorch is not None:
-        found.append(f"hypertorch {_commit(options.hypertorch)}")
+        found.append(f"hypertorch {_checkout(options.hypertorch)}")
     return ", ".join(found)
 
 
-def _commit(checkout: Path) -> str:
-    import subprocess
-
-    done = subprocess.run(
-        ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "of unknown commit"
+def _checkout(path: Path) -> str:
+    """The version in setup.py, and the commit where there is one."""
+    setup = path / "setup.py"
+    declared = re.search(r"version\s*=\s*['\"]([^'\"]+)", setup.read_text()) if setup.exists() else None
+    command = ["git", "-C", str(path), "rev-parse", "--short", "HEAD"]
+    commit = ""
+    if (path / ".git").exists():
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return " ".join(filter(None, [declared[1] if declared else "", commit.strip(), "(a checkout)"]))
 
 
 def main() -> int:

@@ -24,8 +24,8 @@ class _Leaves(torch.nn.Module):
         self.leaves = torch.nn.ParameterList([torch.nn.Parameter(leaf.clone()) for leaf in leaves])
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:
-    """CG or Neumann, after an inner step of length zero."""
+def implicit(workload: Workload, method: str, products: int, tolerance: float = 0.0) -> Call:  # noqa: ARG001
+    """CG or Neumann, after an inner step of length zero; neither has a tolerance."""
     get_logger().setLevel(logging.WARNING)
     found: list[Tensor] = []
 

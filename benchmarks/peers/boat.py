@@ -1,7 +1,7 @@
 """BOAT: `Problem.run_iter` with the operators NGD and CG, NS or RAD.
 
-Settings: tolerance 0; one inner step (at least one is required) for CG and NS, with the workload's step as its learning
-rate, which their fixed-point map uses as well, so that it differentiates at a y one step on. The time contains that
+Settings: tolerance 0 by default; one inner step (at least one is required) for CG and NS, with the workload's step as its
+learning rate, which their fixed-point map uses as well, so that it differentiates at a y one step on. The time contains that
 step and two loss evaluations. Its loss history, which it writes to disk again at each call, is emptied after each.
 """
 
@@ -36,7 +36,7 @@ def outer_loss(feed: Any, outer_model: Any, inner_model: Any, params: Any = None
     return feed["workload"].f(next(iter(outer_model.parameters())), params)
 
 
-def _problem(workload: Workload, operator: str, inner_steps: int, products: int) -> Call:
+def _problem(workload: Workload, operator: str, inner_steps: int, products: int, tolerance: float = 0.0) -> Call:
     inner, outer = _Leaves(workload.ys), _Leaves((workload.x,))
     log = Path(tempfile.mkdtemp()) / "losses.json"
     config = {
@@ -53,7 +53,7 @@ def _problem(workload: Workload, operator: str, inner_steps: int, products: int)
         "device": "cpu",
         "GDA": {"alpha_init": 0.0, "alpha_decay": 0.0},
         "RGT": {"truncate_iter": 0},
-        "CG": {"tolerance": 0.0, "k": products},
+        "CG": {"tolerance": tolerance, "k": products},
         "FD": {"r": 1e-2},
         "copy_last_param": False,
         "return_grad": True,
@@ -80,9 +80,9 @@ def _problem(workload: Workload, operator: str, inner_steps: int, products: int)
     return call
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:
+def implicit(workload: Workload, method: str, products: int, tolerance: float = 0.0) -> Call:
     """CG or Neumann, after one inner step."""
-    return _problem(workload, "CG" if method == "cg" else "NS", 1, products)
+    return _problem(workload, "CG" if method == "cg" else "NS", 1, products, tolerance)
 
 
 def unrolled(workload: Workload, steps: int) -> dict[str, Call]:

@@ -15,7 +15,7 @@ class _Leaves(torch.nn.Module):
         self.leaves = torch.nn.ParameterList([torch.nn.Parameter(leaf.clone()) for leaf in leaves])
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:  # noqa: ARG001
+def implicit(workload: Workload, method: str, products: int, tolerance: float = 0.0) -> Call:  # noqa: ARG001
     """There is none."""
     raise UnavailableError("skipped: no implicit differentiation")
 

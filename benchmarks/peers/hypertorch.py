@@ -1,7 +1,7 @@
 """hypertorch: `CG`, `neumann`, `reverse_unroll`, `reverse`.
 
-Settings: `tol=0`, so that it takes all the steps; `set_grad=False`. For CG the fixed-point map is y - grad g, which
-saves a multiplication and does not change CG; for Neumann it is gradient descent with the workload's step.
+Settings: `tol=0` by default, so that it takes all the steps; `set_grad=False`. For CG the fixed-point map is y - grad g,
+which saves a multiplication and does not change CG; for Neumann it is gradient descent with the workload's step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypergrad.diff_optimizers import GradientDescent
 from torch import Tensor
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:
+def implicit(workload: Workload, method: str, products: int, tolerance: float = 0.0) -> Call:
     """CG or Neumann at the given inner solution."""
 
     def gradients(params: list[Tensor], hparams: list[Tensor]) -> tuple[Tensor, ...]:
@@ -33,7 +33,7 @@ def implicit(workload: Workload, method: str, products: int) -> Call:
     solver, fp_map = (hypergradients.CG, plain) if method == "cg" else (hypergradients.neumann, descent)
 
     def call() -> Tensor:
-        return solver(list(workload.ys), [x], products, fp_map, outer, tol=0.0, set_grad=False)[0]
+        return solver(list(workload.ys), [x], products, fp_map, outer, tol=tolerance, set_grad=False)[0]
 
     return call
 

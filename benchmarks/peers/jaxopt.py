@@ -1,7 +1,7 @@
 """jaxopt: `custom_root` with `linear_solve.solve_cg`, and `GradientDescent(implicit_diff=False)`, both compiled.
 
-Settings: `tol=0`, so that CG takes all the steps. Compilation is not timed. Compiled code is not bound by the floor of
-eager autograd.
+Settings: `tol=0` by default, so that CG takes all the steps. Compilation is not timed. Compiled code is not bound by the floor
+of eager autograd.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def _result(value: Any) -> Tensor:
     return torch.from_numpy(jax.device_get(value).copy())
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:
+def implicit(workload: Workload, method: str, products: int, tolerance: float = 0.0) -> Call:
     """CG at the given inner solution."""
     if method != "cg":
         raise UnavailableError("skipped: no Neumann series")
     arrays, x, ys = _arrays(workload)
-    solve = functools.partial(jaxopt.linear_solve.solve_cg, maxiter=products, tol=0.0)
+    solve = functools.partial(jaxopt.linear_solve.solve_cg, maxiter=products, tol=tolerance)
 
     @jax.jit
     def gradient(x: Any, ys: Any, arrays: Any) -> Any:

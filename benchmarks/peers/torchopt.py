@@ -1,6 +1,6 @@
 """torchopt: `custom_root` with `solve_cg` or `solve_inv(ns=True)`, and `FuncOptimizer(sgd)` unrolled.
 
-Settings: `rtol=atol=0`, so that CG takes all the steps; the optimality condition is `torch.func.grad`
+Settings: `rtol=atol=0` by default, so that CG takes all the steps; the optimality condition is `torch.func.grad`
 of g. Its deprecation warnings, which come at every call, are silenced.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 warnings.filterwarnings("ignore", category=FutureWarning, message=".*functorch.*")
 
 
-def implicit(workload: Workload, method: str, products: int) -> Call:
+def implicit(workload: Workload, method: str, products: int, tolerance: float = 0.0) -> Call:
     """CG or Neumann at the given inner solution."""
     if method == "cg":
-        solve = torchopt.linear_solve.solve_cg(maxiter=products, rtol=0.0, atol=0.0)
+        solve = torchopt.linear_solve.solve_cg(maxiter=products, rtol=tolerance, atol=0.0)
     else:
         solve = torchopt.linear_solve.solve_inv(ns=True, maxiter=products, alpha=workload.step)
     optimality = torch.func.grad(lambda ys, x: workload.g(x, ys))
