@@ -1,8 +1,9 @@
 """BOAT: `Problem.run_iter` with the operators NGD and CG, NS or RAD.
 
-Settings: tolerance 0 by default; one inner step (at least one is required) for CG and NS, with the workload's step as its
-learning rate, which their fixed-point map uses as well, so that it differentiates at a y one step on. The time contains that
-step and two loss evaluations. Its loss history, which it writes to disk again at each call, is emptied after each.
+Settings: tolerance 0 by default; one inner step (at least one is required) for CG and NS, with the workload's step as
+its learning rate, which their fixed-point map uses as well, so that it differentiates at a y one step on. The time
+contains that step and two loss evaluations. Its loss history, which it writes to disk again at each call, is emptied
+after each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """hypertorch: `CG`, `neumann`, `reverse_unroll`, `reverse`.
 
-Settings: `tol=0` by default, so that it takes all the steps; `set_grad=False`. For CG the fixed-point map is y - grad g,
-which saves a multiplication and does not change CG; for Neumann it is gradient descent with the workload's step.
+Settings: `tol=0` by default, so that it takes all the steps; `set_grad=False`. For CG the fixed-point map is y - grad
+g, which saves a multiplication and does not change CG; for Neumann it is gradient descent with the workload's step.
 """
 
 from __future__ import annotations

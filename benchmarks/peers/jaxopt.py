@@ -1,7 +1,7 @@
 """jaxopt: `custom_root` with `linear_solve.solve_cg`, and `GradientDescent(implicit_diff=False)`, both compiled.
 
-Settings: `tol=0` by default, so that CG takes all the steps. Compilation is not timed. Compiled code is not bound by the floor
-of eager autograd.
+Settings: `tol=0` by default, so that CG takes all the steps. Compilation is not timed. Compiled code is not bound by
+the floor of eager autograd.
 """
 
 from __future__ import annotations
