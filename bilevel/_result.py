@@ -29,7 +29,8 @@ class Status(enum.Enum):
     truncated = (
         "The unrolled steps are too few for the derivative, although y met its tolerance: the start was close to the"
         " solution, so that the iteration stopped early, or the inner Hessian is nearly singular. Pass `min_steps=` to"
-        " `Iterate`, or take fixed steps without `tol`, or start cold (`warm_start=False`); for `AID` a warm start is harmless."
+        " `Iterate`, or take fixed steps without `tol`, or start cold (`warm_start=False`); for `AID` a warm start is"
+        " harmless."
     )
     stagnated = (
         "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"

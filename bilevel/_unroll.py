@@ -115,9 +115,21 @@ class Unroll:
         if every is not None:
             kept: list[State] = []
             last = self.walk(lambda k, state: kept.append(state) if k % every == 0 else None, total)
-            lengths = [every] * (len(kept) - 1) + [self.steps - every * (len(kept) - 1)]
-            pieces = zip(kept, range(0, self.steps, every), lengths, strict=False)
-            return last[0], [lambda s=s, k=k, n=n: self.live(s, k, n) for s, k, n in pieces], True  # type: ignore[misc]
+            between: dict[int, State] = {}
+
+            def one(k: int) -> tuple[State, State, int]:
+                if k not in between:
+                    between.clear()
+                    at, state = k - k % every, kept[k // every]
+                    between[at] = state
+                    while at < k:
+                        following = self.step(state, at, with_graph=False)
+                        assert following is not None
+                        at, state = at + 1, following
+                        between[at] = state
+                return self.live(between.pop(k), k, 1)
+
+            return last[0], [lambda k=k: one(k) for k in range(self.steps)], True  # type: ignore[misc]
         if truncate is not None and self.inner.tol:  # how many steps there are is not known before
             recent: deque[State] = deque(maxlen=truncate)
             last = self.walk(lambda _, state: recent.append(state), total)

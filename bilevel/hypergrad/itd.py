@@ -25,7 +25,7 @@ class ITD(AbstractEstimator):
     start taken as constant unless the problem has an `init` (MAML), which is differentiated as well.
 
     Four forms of the same number: reverse mode; `checkpoint=True`, reverse mode that keeps only every sqrt(N)-th
-    state and recomputes the others; `forward=True`, tangents of the p outer variables carried along; and
+    state, recomputes the others, and builds the graph of one step at a time; `forward=True`, tangents of the p outer variables carried along; and
     `truncate=K`, reverse mode through the last K steps only, which is another, biased number (K = 1 is the
     one-step or Jacobian-free gradient).
 
@@ -35,7 +35,8 @@ class ITD(AbstractEstimator):
 
     Cost for N steps: N + 1 gradients (the last for the residual that is reported) and one of f; reverse: N Hessian
     products (N - 1 if the start is constant and there is no tolerance) and N cross products, memory N times that of
-    one gradient's graph; checkpointed: another N gradients, memory sqrt(N); forward: p products of each kind a step, memory p q; truncated: K - 1 and K, memory K.
+    one gradient's graph; checkpointed: less than 2N gradients more, memory that of one graph and of 2 sqrt(N) states;
+    forward: p products of each kind a step, memory p q; truncated: K - 1 and K, memory K.
 
     Error with gradient descent where f and g are quadratic, P = I - step H, d = y_N - y*, J = dy*/dx: exactly
     (d2f/dxdy) d + J'(d2f/dy2) d - J' P^N grad_y f(y_N); truncated to K: P^K in place of P^N in the last term, a
