@@ -35,7 +35,10 @@ def known():
 def batches():
     f = lambda x, y, batch: (y - batch).square().sum()
     g = lambda x, y, batch: (y - x).square().sum() / 2
-    return Instance(BilevelProblem(f, g), x0, y0, settings={"data": [target, target + 1]})
+    return Instance(BilevelProblem(f, g), x0, y0, settings={"data": [target, target + 2]})
+
+def quartic():  # y = 1 where x = 2, with curvature 4
+    return BilevelProblem(problem.f, lambda x, y: (y.square() / 2 + y.pow(4) / 4 - x * y).sum()), x0 + 2, y0
 
 def raises():
     def f(x, y):
@@ -144,11 +147,11 @@ def test_the_table_says_what_the_certificates_are_worth(capsys: pytest.CaptureFi
 
 
 def test_estimated_constants_are_those_at_the_inner_solution(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["mine.py:scaled", "--set", "scale=3", "--estimator", "aid-cg", "--estimate-constants", "--json"]
+    words = ["mine.py:quartic", "--estimator", "aid-cg", "--estimate-constants", "--json"]
     assert main(["compare", *words]) == 0
     found = as_json(capsys.readouterr().out)["constants"]
-    assert found["mu"] == pytest.approx(1.0)
-    assert found["C_G"] == pytest.approx(3.0, rel=0.2)
+    assert found["mu"] == pytest.approx(4.0, rel=1e-6)
+    assert found["C_G"] == pytest.approx(1.0, rel=0.2)
     assert found["L_fyy"] == pytest.approx(2.0, rel=0.2)
     assert found["heuristic"] == ["L_fxy", "L_fyy", "M_xy", "M_yy"]
 
