@@ -16,7 +16,7 @@ from bilevel._flat import FlatProblem
 from bilevel._memory import peak_memory
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._registry import Setting, budgeted, default_linear, estimators as named_estimators, reference, resolve
-from bilevel._result import Stats, Status, Tally
+from bilevel._result import BilevelError, Stats, Status, Tally
 from bilevel._theorems import certify_flat
 from bilevel._tree import Tree, ravel
 
@@ -212,6 +212,9 @@ def compare(
             rows.append(comparer.row(label, None, lambda e=estimator: e))  # type: ignore[misc]
         return comparer.comparison(rows)
     names = list(named_estimators()) if estimators is None else list(estimators)
+    unknown = [name for name in names if name not in named_estimators()]
+    if unknown:
+        raise ValueError(f"there is no estimator {unknown[0]!r}. Names: {', '.join(named_estimators())}.")
     for name in names:
         if budgets is None:
             rows.append(comparer.row(name, None, lambda n=name: resolve(n, flat, comparer.x, comparer.y0)))  # type: ignore[misc]
@@ -234,6 +237,12 @@ class _Comparer:
     def make_reference(self) -> None:
         """The hypergradient that the others are measured against, and how well it is known."""
         found, self.how = reference(Setting(self.problem.with_tally(Tally()), self.x, self.y0))
+        status = Status.worst(report.status for report in found.reports)
+        # At the rounding floor a reference is as good as one can be; anything else leaves nothing to compare with.
+        at_floor = status in (Status.successful, Status.stagnated, Status.line_search_failed)
+        if not at_floor or not bool(found.grad.isfinite().all()):
+            words = " ".join(str(report) for report in found.reports if not report.status.ok)
+            raise BilevelError(f"`compare` could not compute its reference, {self.how}. {words}", status, found)
         self.h = found.grad
         if self.constants is not None and found.v is not None:
             self.error = self._certificate(found)

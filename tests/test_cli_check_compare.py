@@ -200,10 +200,10 @@ def test_a_seed_without_effect_is_noted(capsys: pytest.CaptureFixture[str]) -> N
     assert "--seed" not in capsys.readouterr().err
 
 
-def test_a_reference_that_is_not_known_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_reference_there_is_no_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--estimator", "one-step", "--budgets", "4"]
-    assert main(["compare", "mine.py:unbounded", *words]) == 0
-    assert "`bilevel check mine.py:unbounded` may say why" in capsys.readouterr().err
+    assert main(["compare", "mine.py:unbounded", *words]) == 1
+    assert "could not compute its reference" in one_error(capsys.readouterr().err)
     assert main(["compare", "mine.py:problem", *words]) == 0
     assert capsys.readouterr().err == ""
 
