@@ -108,6 +108,9 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     finite = bool(found.grad.isfinite().all()) and bool(found.value.isfinite())
     if not finite and all(report.status is not Status.nonfinite for report in reports):
         reports += (Report("hypergradient", Status.nonfinite, float(torch.linalg.vector_norm(found.grad)), 0),)
+    # A derivative of what is not finite is not a number, even where a solver stopped before it showed.
+    lost = any(report.status is Status.nonfinite for report in reports)
+    h = torch.full_like(found.grad, torch.nan) if lost else found.grad
     y = problem.y.unravel(found.y)
     v = None if found.v is None else problem.y.unravel(found.v)
     start = Start(
@@ -116,7 +119,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         count + 1,
     )
     return Estimate(
-        grad=problem.x.unravel(found.grad),
+        grad=problem.x.unravel(h),
         value=float(found.value),
         y=y,
         v=v,

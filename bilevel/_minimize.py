@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -159,6 +160,12 @@ def minimize(
         )
     if resume and checkpoint is None:
         raise ValueError("`minimize(resume=True)` needs `checkpoint=` to say from which file.")
+    if checkpoint is not None and (not Path(checkpoint).name or Path(checkpoint).is_dir()):
+        raise ValueError(
+            f"`minimize(checkpoint=...)` must be a file. Got {str(checkpoint)!r}. Write `'run/checkpoint.pt'`."
+        )
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"`minimize(tol=...)` must be at least 0, or None to take all the steps. Got {tol}.")
     x, x_structure = ravel(x0, "x0")
     y, y_structure = ravel(y0, "y0")
     demand_alike("minimize(x0, y0)", x_structure, y_structure)
@@ -235,8 +242,11 @@ class _Run:
                 state = algorithm.step(state, found)
                 if self.checkpoint is not None and state.step % self.every == 0:
                     self._save(state)
-        except BaseException:
-            self._save(state)  # of the last whole step; its record, if it has one, is written again on resuming
+        except BaseException as error:
+            try:
+                self._save(state)  # of the last whole step; its record, if it has one, is written again on resuming
+            except OSError as failure:  # must not hide what went wrong first
+                error.add_note(f"The checkpoint could not be written either: {failure}")
             raise
         self._save(state)
         return self._finish(state.x, estimate, ended)

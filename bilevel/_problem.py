@@ -47,31 +47,39 @@ class BilevelProblem:
 
     init: Callable[..., Tree] | None = None
     tasks: bool = False
+    _f: Callable[..., Tensor] | None = None
+    _g: Callable[..., Tensor] | None = None
 
     def __init__(
         self,
-        f: Callable[..., Tensor],
-        g: Callable[..., Tensor],
+        f: Callable[..., Tensor] | None = None,
+        g: Callable[..., Tensor] | None = None,
         *,
         init: Callable[..., Tree] | None = None,
         tasks: bool = False,
     ) -> None:
         for name, function in (("f", f), ("g", g), ("init", init)):
-            if not callable(function) and not (name == "init" and function is None):
+            if function is None and (name == "init" or _overridden(self, name)):
+                continue
+            if not callable(function):
                 raise TypeError(
                     f"`BilevelProblem({name}=...)` must be a callable. Got {type(function).__name__}."
                     f" Pass a function such as `lambda x, y: ...`."
                 )
         self._f, self._g = f, g
-        self.init = init
-        self.tasks = tasks
+        if init is not None:
+            self.init = init
+        if tasks:
+            self.tasks = tasks
 
     def f(self, x: Tree, y: Tree, *data: Any) -> Tensor:
         """The outer objective: a scalar."""
+        assert self._f is not None
         return self._f(x, y, *data)
 
     def g(self, x: Tree, y: Tree, *data: Any) -> Tensor:
         """The inner objective: a scalar."""
+        assert self._g is not None
         return self._g(x, y, *data)
 
     def __repr__(self) -> str:
@@ -107,9 +115,13 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         raise TypeError(
             f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
         )
-    custom = type(problem).__init__ is not BilevelProblem.__init__
     for name in ("f", "g", "init"):
-        function = getattr(problem, name if name == "init" or custom else f"_{name}")
+        own = name == "init" or _overridden(problem, name)
+        function = getattr(problem, name if own else f"_{name}")
+        if function is None and name != "init":
+            raise TypeError(
+                f"`{type(problem).__name__}` must define the method {name}(self, x, y), or be given `{name}=`."
+            )
         if function is None or _is_plain(function, (1 if name == "init" else 2) + (data is not None)):
             continue
         names: tuple[str, ...] = ("x",) if name == "init" else ("x", "y")
@@ -125,6 +137,11 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
                 f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept"
                 f" ({error}). {hint}"
             ) from error
+
+
+def _overridden(problem: BilevelProblem, name: str) -> bool:
+    """Whether a subclass defines this objective as a method."""
+    return getattr(type(problem), name) is not getattr(BilevelProblem, name)
 
 
 def _is_plain(function: object, count: int) -> bool:

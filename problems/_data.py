@@ -140,8 +140,23 @@ def _is_part(key: str) -> bool:
     return key in _ALIASES or key in {"X", "y"} | {f"{side}_{part}" for side in "Xy" for part in _PARTS}
 
 
+def _column(key: str, y: Tensor) -> Tensor:
+    """One target a sample; a single column is taken as such, for it would broadcast against predictions."""
+    if y.dim() == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.dim() != 1:
+        raise ValueError(f"`data=` needs one target a sample in {key}, of shape (n,). Got {tuple(y.shape)}.")
+    return y.to(torch.int64) if y.dtype is torch.bool else y
+
+
 def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    arrays = {key: value.reshape(len(value), -1).double() if key[0] == "X" else value for key, value in arrays.items()}
+    arrays = {
+        key: value.reshape(len(value), -1).double() if key[0] == "X" else _column(key, value)
+        for key, value in arrays.items()
+    }
+    for part in _PARTS:
+        if (f"X_{part}" in arrays) != (f"y_{part}" in arrays):
+            raise ValueError(f"`data=` needs X_{part} and y_{part} together. Got only one of them.")
     given = {
         part: (arrays[f"X_{part}"], arrays[f"y_{part}"])
         for part in _PARTS

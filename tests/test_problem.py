@@ -231,3 +231,26 @@ def test_nan_is_reported_and_not_replaced() -> None:
     assert found.status is Status.nonfinite
     assert cast(Tensor, found.grad).isnan().all()
     assert found.value != found.value
+
+
+class _OnlyMethods(BilevelProblem):
+    def f(self, x: Tensor, y: Tensor, *data: Tensor) -> Tensor:
+        return (y - 3).square().sum() / 2
+
+    def g(self, x: Tensor, y: Tensor, *data: Tensor) -> Tensor:
+        return (y - x).square().sum() / 2
+
+
+class _WithoutG(BilevelProblem):
+    def f(self, x: Tensor, y: Tensor, *data: Tensor) -> Tensor:
+        return y.sum()
+
+
+def test_a_subclass_needs_its_methods_only() -> None:
+    x = torch.ones(2)
+    assert torch.allclose(hypergradient(_OnlyMethods(), x, torch.zeros(2)).grad, x - 3)
+
+
+def test_a_subclass_without_an_objective_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"BilevelProblem\(g="):
+        _WithoutG()

@@ -75,6 +75,10 @@ class ESJ(AbstractEstimator):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"`ESJ({name}=...)` must be at least 1. Got {number}.")
+        if not isinstance(self.seed, int):
+            raise TypeError(
+                f"`ESJ(seed=...)` must be an int. Got {type(self.seed).__name__}. Pass `generator.initial_seed()`."
+            )
         if not self.radius > 0:
             raise ValueError(f"`ESJ(radius=...)` must be positive. Got {self.radius}.")
         if self.distribution not in get_args(Distribution):
