@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ def test_the_certificate_figure_shows_bounds_that_hold_and_fall(tmp_path: Path) 
     drawn = example.draw(tmp_path / "images" / "certificate.png", [8, 16])
     assert (tmp_path / "images" / "certificate.png").read_bytes().startswith(b"\x89PNG")
     assert len(drawn) == 2
+    curves: Any = {}
     for curves in drawn.values():
         (_, error), (_, plain), (_, refined) = (curves[name] for name in example.NAMES)
         assert all(e <= r <= p for e, r, p in zip(error, refined, plain, strict=True))
