@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._calculus import Exact, cross_operator
 from bilevel._certificate import Assumption, Constants
 from bilevel._flat import FlatProblem
-from bilevel._measure import Measured
+from bilevel._measure import ROUNDING, Measured
 from bilevel._spectrum import largest_eigenvalue
 
 NEEDED = ("L_fyy", "L_fxy", "M_yy", "M_xy")
@@ -60,9 +60,10 @@ def contradiction(found: Measured, known: Constants) -> str:
     if found.curvatures is None or found.coupling is None:
         return ""
     least, largest = found.curvatures
-    if known.mu is not None and least < known.mu - _SLACK * max(known.mu, abs(largest)):
+    slack = max(_SLACK, 8 * ROUNDING * torch.finfo(found.h.dtype).eps)
+    if known.mu is not None and least < known.mu - slack * max(known.mu, abs(largest)):
         return f"mu = {known.mu:.3g} does not hold: the curvature along v is {least:.3g} at y"
-    if known.C_G is not None and found.coupling > known.C_G * (1 + _SLACK) + torch.finfo(torch.float64).tiny:
+    if known.C_G is not None and found.coupling > known.C_G * (1 + slack) + torch.finfo(torch.float64).tiny:
         return f"C_G = {known.C_G:.3g} does not hold: |G v| / |v| is {found.coupling:.3g} at y"
     return ""
 

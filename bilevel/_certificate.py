@@ -142,8 +142,9 @@ class Certificate:
 
     @property
     def norm_interval(self) -> tuple[float, float]:
-        """An interval that holds |h(x)|: [|z| - bound, |z| + bound], cut at 0."""
-        return max(0.0, self.grad_norm - self.bound), self.grad_norm + self.bound
+        """An interval that holds |h(x)|: [|z| - bound, |z| + bound], cut at 0 and rounded outward."""
+        ulps = 1e-15 * (self.grad_norm + self.bound)
+        return max(0.0, self.grad_norm - self.bound - ulps), self.grad_norm + self.bound + ulps
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the refined hypergradient as plain data; what is not finite is None, as JSON has no such."""

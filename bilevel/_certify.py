@@ -43,9 +43,10 @@ def certify(
     d = (m - m*) / M_yy, m* = sqrt(m^2 - 2 M_yy |e|), and the bound holds with m* for mu; it is then the local branch
     of y* that is certified. M_yy must hold within d of y. The same theorem extends a mu that was measured at y.
 
-    Residuals and norms are recomputed in float64 wherever f and g can be evaluated in it, whatever the dtype of x and
-    y. Where they cannot, a rounding error is added to each, 8 units times the size of the terms, and the certificate
-    says so. A mu or C_G that the products contradict makes the bound infinite.
+    Residuals and norms are recomputed in float64, whatever the dtype of x and y and of the data that f and g close
+    over. Where f or g cannot be evaluated in it, a rounding error is added to each, 8 units of the dtype times |H| |y|
+    and the like; what cancels inside of f and g it does not see, and so the certificate is then a heuristic. A mu or
+    C_G that the products contradict makes the bound infinite.
 
     Cost: two gradients, one Hessian product and one cross product with all constants and v given. Without C_G some
     ten products more, to bound |G| at y with 99 % confidence; without mu q products, for the dense Hessian; with

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bilevel._assumed import assumptions, completed, moved
-from bilevel._calculus import grad, outer_gradients
+from bilevel._calculus import outer_gradients
 from bilevel._certificate import Certificate, Constants
 from bilevel._flat import FlatProblem
 from bilevel._measure import ROUNDING
-from bilevel._theorems import beyond, precise
+from bilevel._theorems import beyond, distance, precise
 from bilevel._tree import row_norms
 
 
@@ -45,7 +46,10 @@ def _certify(
         with torch.enable_grad():
             xs, ys = x.detach().requires_grad_(), at.detach().requires_grad_()
             value = problem.g(xs, ys).sum()
-        return grad(value, xs), grad(value, ys)
+            if not value.requires_grad:
+                return torch.zeros_like(x), torch.zeros_like(at)
+            in_x, in_y = torch.autograd.grad(value, (xs, ys), allow_unused=True, materialize_grads=True)
+        return in_x, in_y
 
     gx, gy = g_gradients(y)
     gx_w, gy_w = g_gradients(y_w)
@@ -60,26 +64,25 @@ def _certify(
     negative = known.L_fyy if known.L_f_minus is None else known.L_f_minus
     dominance = w * known.mu - negative
     apart = row_norms(y_w.double() - y.double())
-    reason, bias, inexact, farthest = "", math.inf, 0.0, math.inf
+    reason, bias, inexact, farthest, C_G = "", math.inf, 0.0, math.inf, known.C_G
     if dominance > 0:
         d_g, d_w = e_g / known.mu, e_w / dominance
         d = apart + d_g + d_w
         farthest = float(d.max())
-        known = moved(known, float(torch.maximum(d_g, apart + d_w).max()))  # C_G is needed at y*, at y_w and y_w*
-        assert known.C_G is not None and known.mu is not None
-        k = known.C_G / known.mu
+        C_G = moved(known, float(torch.maximum(d_g, apart + d_w).max())).C_G or 0.0  # at y*, y_w and y_w* too
+        k = C_G / known.mu
         quadratic = 0.5 * w * (known.M_xy + k * known.M_yy) * d.square()
         bias = float(((known.L_fxy + k * known.L_fyy) * d + quadratic).mean())
-        inexact = float(((known.L_fxy + w * known.C_G) * d_w + w * known.C_G * d_g).mean())
+        inexact = float(((known.L_fxy + w * C_G) * d_w + w * C_G * d_g).mean())
         reason = beyond(farthest, constants)
     else:
         reason = (
             f"the weight does not dominate f: weight times mu = {w * known.mu:.3g} must exceed {negative:.3g}."
             f" Raise the weight, or give L_f_minus (0 where f is convex in y)."
         )
-    gx_size = max(float(row_norms(t.double())) for t in (gx, gx_w)) / rows + known.C_G * float((size + size_w).mean())
+    gx_size = max(float(row_norms(t.double())) for t in (gx, gx_w)) / rows + C_G * float((size + size_w).mean())
     rounding = eps * (float(row_norms(fx.double())) + known.L_fxy * float(size_w.mean()) + w * gx_size)
-    off = float(torch.linalg.vector_norm(z.double() - recomputed.double()))
+    off = distance(z, recomputed)
     total = bias + inexact + off + rounding
     return Certificate(
         bound=total,
@@ -87,7 +90,7 @@ def _certify(
         theorem="penalty",
         proven=not constants.heuristic and not reason and math.isfinite(total),
         confidence=known.confidence,
-        assumed=tuple(assumptions(constants, known, known.mu)) + notes,
+        assumed=tuple(assumptions(constants, replace(known, C_G=C_G), known.mu)) + notes,
         distance=farthest,
         grad_norm=float(torch.linalg.vector_norm(z.double())),
         stats=problem.tally.stats(),

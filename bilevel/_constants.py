@@ -138,8 +138,9 @@ def _root(square: Tensor) -> float:
 
 
 def overshoot(steps: int, size: int, failure: float) -> float:
-    """The relative error e that this many steps of Lanczos' method leave: steps = (1 + ln(1.648 sqrt n / failure) /
-    sqrt e) / 2, solved for e; 1 and more says nothing.
+    """The relative error e that so many steps of Lanczos' method leave; 1 and more says nothing.
+
+    It solves steps = (1 + ln(1.648 sqrt n / failure) / sqrt e) / 2.
     """
     return (math.log(1.648 * math.sqrt(size) / failure) / max(2 * steps - 1, 1)) ** 2
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._certificate import Constants
 from bilevel._flat import FlatProblem
-from bilevel._problem import Split
-from bilevel._result import Tally
-from bilevel._tree import Structure, row_dots, row_norms, tree_map
+from bilevel._tree import row_dots, row_norms
 
 ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times the size of its terms
 
@@ -105,7 +103,7 @@ def measure(
     at = Exact().linearize(problem, x, y)
     value, fx, fy = outer_gradients(problem, x, y)
     hv, gv = at.products(v)
-    if suspicious and (_single(at.gradient, hv) or _single(value, fx, fy)):
+    if suspicious and (_single(at.gradient, hv) or _single(value, fx, fy)) and _single_inside(problem, x, y):
         raise SinglePrecisionError
     squares = row_dots(v, v).double().clamp_min(torch.finfo(torch.float64).tiny)
     seen = row_dots(v, hv).double() / squares
@@ -118,23 +116,15 @@ def measure(
     return Measured(found.e, found.r, found.v, found.h, found.rounding, curvatures, coupling)
 
 
+def _single_inside(problem: FlatProblem, x: Tensor, y: Tensor) -> bool:
+    """Whether f or g computes in float32: its values fit into it at a point at which those of float64 do not."""
+    x, y = (t + 1e-3 * torch.sin(1.0 + torch.arange(t.numel()).to(t)).reshape(t.shape) for t in (x, y))
+    at = Exact().linearize(problem, x, y)
+    value, fx, fy = outer_gradients(problem, x, y)
+    products = at.products(torch.cos(1.0 + torch.arange(y.numel()).to(y)).reshape(y.shape))
+    return _single(at.gradient, products[0]) or _single(value, fx, fy)
+
+
 def _single(*tensors: Tensor) -> bool:
     """Whether float32 holds all of these exactly: then they were computed in it, or are so simple that it may be."""
     return any(bool(t.any()) for t in tensors) and all(torch.equal(t, t.float().double()) for t in tensors)
-
-
-def in_double(problem: FlatProblem, tally: Tally) -> FlatProblem:
-    """The same problem on float64 vectors and data; what f and g close over is theirs."""
-
-    def double(structure: Structure) -> Structure:
-        return Structure(structure.spec, structure.shapes, torch.float64, structure.device)
-
-    def convert(leaf: object) -> object:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype.is_floating_point else leaf
-
-    data = problem.data
-    if isinstance(data, Split):
-        data = Split(tree_map(convert, data.f), tree_map(convert, data.g))
-    elif data is not None:
-        data = tree_map(convert, data)
-    return FlatProblem(problem.problem, double(problem.x), double(problem.y), data, tally)

@@ -131,7 +131,7 @@ def minimize(
         checkpoint_every: how often.
         resume: continue from `checkpoint`. Loaders are run forward to where they were; callables are exact.
         warm_start: start each inner and linear solve where the previous ended.
-        accuracy: "adaptive" (implicit estimators only): each hypergradient is certified to 30 % of its own norm and no
+        accuracy: "adaptive" (implicit estimators only): each hypergradient is certified to half of its own norm and no
             better, so that early steps are cheap, and the run stops when |h| is certified to be at most `tol`, that
             is |h_estimated| plus its error bound. "fixed": the estimator's own tolerances.
         constants: what is known of f and g, or a function of x that tells, for adaptive accuracy; None: estimated.

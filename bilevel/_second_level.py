@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
-from bilevel._measure import in_double
+from bilevel._precision import in_double
 from bilevel._registry import default_linear
 
 
@@ -25,7 +25,7 @@ def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z
         try:
             found = _second_level(doubled, x.double(), y.double(), None if v is None else v.double(), z)
         except (RuntimeError, TypeError, ValueError):
-            found = math.nan  # closures over float32 data
+            found = math.nan  # f or g insists on its dtype
         if math.isfinite(found):
             return found
     return _second_level(problem, x, y, v, z)

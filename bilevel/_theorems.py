@@ -15,7 +15,8 @@ from bilevel._calculus import Exact, outer_gradients
 from bilevel._certificate import Assumption, Certificate, Constants
 from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
-from bilevel._measure import ROUNDING, Measured, in_double, measure
+from bilevel._measure import ROUNDING, Measured, measure
+from bilevel._precision import in_double
 from bilevel._result import Tally
 from bilevel._tree import tree_leaves, tree_map
 
@@ -110,7 +111,8 @@ def _confronted(found: Measured, terms: Terms) -> Terms:
 def least_eigenvalue(matrix: Tensor) -> Tensor:
     """The least eigenvalue of a symmetric matrix, or of several, less the rounding of its entries."""
     eigenvalues = torch.linalg.eigvalsh(((matrix + matrix.mT) / 2).double())
-    return eigenvalues[..., 0] - matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().amax(-1)
+    least: Tensor = eigenvalues[..., 0] - matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().amax(-1)
+    return least
 
 
 def certify_flat(
@@ -131,14 +133,14 @@ def certify_flat(
 
 
 def precise(certificate: Callable[[FlatProblem, Any, bool], Certificate], problem: FlatProblem) -> Certificate:
-    """Evaluate (problem, cast, whether cast) -> certificate in float64, or, where that fails, in the problem's dtype."""
+    """(problem, cast, whether cast) -> certificate, in float64, or, where that fails, in the problem's dtype."""
     single = problem.y.dtype
     if single != torch.float64:
         trial = in_double(problem, Tally())
         try:
             found: Certificate = certificate(trial, lambda t: None if t is None else t.double(), True)
         except (RuntimeError, TypeError, ValueError):
-            pass  # closures over float32 data, as a rule; whatever else it was is met again below
+            pass  # f or g insists on its dtype; whatever else it was is met again below
         else:
             problem.tally.add(trial.tally.stats())
             return _in_dtype(replace(found, stats=problem.tally.stats()), single)
@@ -146,8 +148,9 @@ def precise(certificate: Callable[[FlatProblem, Any, bool], Certificate], proble
     if single == torch.float64:
         return found
     unit = ROUNDING * torch.finfo(single).eps
-    note = Assumption("rounding", unit, f"relative, modelled: f and g cannot be evaluated in float64, only {single}")
-    return replace(found, assumed=(*found.assumed, note))
+    note = Assumption("rounding", unit, f"modelled, of {single}")
+    reason = found.reason or f"rounding errors of {single} are modelled: f and g cannot be evaluated in float64"
+    return replace(found, assumed=(*found.assumed, note), proven=False, reason=reason)
 
 
 def _in_dtype(found: Certificate, dtype: torch.dtype) -> Certificate:
@@ -155,8 +158,8 @@ def _in_dtype(found: Certificate, dtype: torch.dtype) -> Certificate:
     if found.refined is None or found.refined_bound is None:
         return found
     rounded = tree_map(lambda leaf: leaf.to(dtype), found.refined)
-    off = math.hypot(*(_distance(a, b) for a, b in zip(tree_leaves(rounded), tree_leaves(found.refined), strict=True)))
-    return replace(found, refined=rounded, refined_bound=found.refined_bound + off)
+    loss = math.hypot(*(distance(a, b) for a, b in zip(tree_leaves(rounded), tree_leaves(found.refined), strict=True)))
+    return replace(found, refined=rounded, refined_bound=found.refined_bound + loss)
 
 
 def _certify(
@@ -177,15 +180,15 @@ def _certify(
     found = measure(problem, x, y, v, known, doubled)
     bound = theorem(problem, x, y, found, known)
     reason = bound.reason or beyond(bound.distance, constants)
-    distance = _distance(z, found.h)
-    if not reason and not math.isfinite(distance + bound.total):
+    off = distance(z, found.h)
+    if not reason and not math.isfinite(off + bound.total):
         reason = "NaN or Inf was met"
-    best, refined, refined_bound = distance + bound.total + found.rounding, None, None
-    terms = {"inner": bound.inner, "linear": bound.linear, "estimate": distance, "rounding": found.rounding}
+    best, refined, refined_bound = off + bound.total + found.rounding, None, None
+    terms = {"inner": bound.inner, "linear": bound.linear, "estimate": off, "rounding": found.rounding}
     if refine and math.isfinite(best):
         refined, refined_bound = _refine(problem, x, y, v, known, bound, linear)
-        if _distance(z, refined) + refined_bound < best and not reason:
-            terms = {"estimate": _distance(z, refined), "refined": refined_bound}
+        if distance(z, refined) + refined_bound < best and not reason:
+            terms = {"estimate": distance(z, refined), "refined": refined_bound}
             best = sum(terms.values())
     return Certificate(
         bound=best,
@@ -203,18 +206,19 @@ def _certify(
     )
 
 
-def beyond(distance: float, constants: Constants) -> str:
+def beyond(reach: float, constants: Constants) -> str:
     """Why a bound is no theorem although its formula applies: it reaches beyond where the constants hold."""
-    if distance <= constants.radius:
+    if reach <= constants.radius:
         return ""
     return (
-        f"the constants hold within {constants.radius:g} of y*, but y is only known to be within {distance:.3g} of it:"
+        f"the constants hold within {constants.radius:g} of y*, but y is only known to be within {reach:.3g} of it:"
         f" solve the inner problem more accurately."
     )
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a.double() - b.double()))
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a - b|, rounded up."""
+    return float(torch.linalg.vector_norm(a.double() - b.double())) * (1 + ROUNDING * torch.finfo(torch.float64).eps)
 
 
 def _refine(

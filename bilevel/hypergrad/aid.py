@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._accuracy import Accuracy, inner_tolerance, linear_tolerance, with_tolerance
+from bilevel._accuracy import Accuracy, has_tolerance, inner_tolerance, linear_tolerance, with_tolerance
 from bilevel._assumed import moved
 from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
 from bilevel._certificate import Constants
@@ -26,6 +26,8 @@ from bilevel._tree import Tree
 
 _ATTEMPTS = 100  # of a certified estimate: mostly two to four are needed, more where solvers take few steps each
 _INNER = 0.4  # of the target, which the inner solver aims at; the linear solver has what is left
+_FORCING = 1e-3  # the least relative residual of a Newton step: more is lost to what it neglects
+_GAIN = 0.1  # what a Newton step must reduce the inner residual to, or the inner solver takes over
 _SLACK = 0.95  # of the target, for what changes while it is being met
 
 
@@ -54,7 +56,8 @@ class AID(AbstractEstimator):
         products: how second derivatives are formed: `Exact()`, or `FiniteDifferences()` where g has operations
             without a second derivative.
         target_error: solve both problems until the certified error of the hypergradient, `Estimate.bound`, is at most
-            this, instead of to the tolerances of the solvers.
+            this, instead of to the tolerances of the solvers. Near a warm start y is corrected by Newton steps with the
+            linear solver, and by the inner solver where these gain little.
         relative_error: the same, relative to |h|: below 1 it certifies a descent direction. With both, the larger
             target counts.
         constants: what is known of f and g, or a function of x that tells; for the certified error. None: estimated at
@@ -147,6 +150,7 @@ class AID(AbstractEstimator):
         """
         y = problem.start(x, start.y).detach()
         rows, attempt, stuck, failed = y.shape[:-1].numel(), 0, False, False
+        newton = start.v is not None and has_tolerance(self.inner)  # near y*, where the linear solver is the faster one
         at = self.products.linearize(problem, x, y)
         known, anchor = accuracy.known(problem, x, y), y
         solved: Solved | None = None
@@ -169,9 +173,14 @@ class AID(AbstractEstimator):
             if guessed and not stuck and (terms.inner > target / 2 or not valid):
                 before = float(torch.linalg.vector_norm(at.gradient, dim=-1).max())
                 tol = min(inner_tolerance(_INNER * target, found, here), 0.5 * before, 0.5 * here.radius * terms.mu)
-                solved, at = self._inner(problem, x, y, with_tolerance(self.inner, tol))
+                at_floor = not newton
+                if newton:
+                    solved, at = self._newton(problem, x, at, tol)
+                    newton = solved.status.ok
+                else:
+                    solved, at = self._inner(problem, x, y, with_tolerance(self.inner, tol))
                 y = solved.value
-                stuck = not float(solved.residual.max()) < 0.9 * before  # at its rounding floor
+                stuck = at_floor and not float(solved.residual.max()) < 0.9 * before  # at its rounding floor
                 value, fx, fy = outer_gradients(problem, x, y)
                 v, h, r = self._from(problem, at, fx, fy, v)
             else:
@@ -194,6 +203,24 @@ class AID(AbstractEstimator):
             reports = [replace(each, status=Status.successful) for each in reports]
         reports.append(Report("certified accuracy", status, bound, attempt))
         return FlatEstimate(h, value, y, tuple(reports), v, bound=bound if valid else math.inf)
+
+    def _newton(self, problem: FlatProblem, x: Tensor, at: Linearization, tol: float) -> tuple[Solved, Linearization]:
+        """Newton steps from where `at` was taken, by the linear solver, to |grad_y g| <= tol or until one gains little.
+
+        A step that gains nothing is taken back.
+        """
+        norms, steps, gained = torch.linalg.vector_norm(at.gradient, dim=-1), 0, True
+        while gained and float(norms.max()) > tol:
+            before, steps = float(norms.max()), steps + 1
+            solver = with_tolerance(self.linear, max(0.5 * tol, _FORCING * before), before, trusting=True)
+            step = self._solve(problem, at, at.gradient, None, solver)
+            there = self.products.linearize(problem, x, at.y - step.value)
+            left = torch.linalg.vector_norm(there.gradient, dim=-1)
+            gained = float(left.max()) < _GAIN * before
+            if float(left.max()) < before:
+                at, norms = there, left
+        ends = tuple(Status.successful if e <= tol else Status.max_steps for e in norms.reshape(-1).tolist())
+        return Solved(at.y, ends, norms, steps), at
 
     def _from(
         self, problem: FlatProblem, at: Linearization, fx: Tensor, fy: Tensor, v: Tensor | None
