@@ -26,8 +26,8 @@ class ITD(AbstractEstimator):
 
     Four forms of the same number: reverse mode; `checkpoint=True`, reverse mode that keeps only every sqrt(N)-th
     state, recomputes the others, and builds the graph of one step at a time; `forward=True`, tangents of the p outer
-    variables carried along; and `truncate=K`, reverse mode through the last K steps only, which is another, biased number (K = 1 is the
-    one-step or Jacobian-free gradient).
+    variables carried along; and `truncate=K`, reverse mode through the last K steps only, which is another, biased
+    number (K = 1 is the one-step or Jacobian-free gradient).
 
     Where the inner solver has a tolerance, its steps may be too few for the derivative although y is accurate: a
     warm start at the solution would take none. What they lack is measured, and above 1 % reported as
