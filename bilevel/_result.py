@@ -143,12 +143,15 @@ class Solved:
         statuses: why each problem stopped: one entry, or one for each row of the batch.
         residual: `|b - A v|` or `|grad g|` at `value`, recomputed there: `()` or `(batch,)`.
         steps: iterations taken (the most of any row).
+        at_bounds: how many entries of `value` are held by bounds: there the gradient need not vanish, and y is not a
+            stationary point of the objective.
     """
 
     value: Tensor
     statuses: tuple[Status, ...]
     residual: Tensor
     steps: int
+    at_bounds: int = 0
 
     @property
     def status(self) -> Status:

@@ -86,7 +86,8 @@ class Scipy(AbstractInnerSolver):
         objective.tally.inner_steps += steps * residual.numel()
         late = Status.stagnated if not exhausted else Status.max_steps
         statuses = tuple(_status(norm, self.tol, late) for norm in residual.reshape(-1).tolist())
-        return Solved(y, statuses, residual, steps)
+        held = ((y <= lower) & (gradient > 0)) | ((y >= upper) & (gradient < 0))
+        return Solved(y, statuses, residual, steps, at_bounds=int(held.sum()))
 
     def _minimize(self, objective: Objective, y: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, int, bool]:
         optimize = scipy_optimize("Scipy")

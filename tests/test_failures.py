@@ -26,6 +26,7 @@ from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.minres import MINRES
 from bilevel.solvers.neumann import Neumann
+from bilevel.solvers.scipy_inner import Scipy
 
 INSTANCE = quadratic(p=3, q=5, kappa=10.0)  # L = 10
 X = torch.tensor([0.5, -1.0, 2.0])
@@ -150,3 +151,13 @@ def test_itd_refuses_what_cannot_be_unrolled() -> None:
 def test_numbers_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(Iterate(GradientDescent(0.1), 5))
+
+
+def test_active_bounds_on_y_are_refused_by_implicit_estimators() -> None:
+    pytest.importorskip("scipy")
+    problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
+    x = torch.tensor([2.0, 0.5])
+    tight, loose = (AID(Scipy(bounds=(-bound, bound)), CG()) for bound in (1.0, 5.0))
+    with pytest.raises(ValueError, match="1 entries of y are held by bounds"):
+        hypergradient(problem, x, torch.zeros(2), estimator=tight)
+    assert torch.allclose(hypergradient(problem, x, torch.zeros(2), estimator=loose).grad, 2 * (x - 3), atol=1e-5)

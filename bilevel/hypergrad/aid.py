@@ -64,8 +64,8 @@ class AID(AbstractEstimator):
             the start, which makes the bound a heuristic.
 
     Raises:
-        ValueError: from `estimate`, if y depends on x only through its start (`init=`): the implicit function
-            theorem does not see the start; use `ITD` or `ESJ`.
+        ValueError: from `estimate`, if bounds on y are active, or if y depends on x only through its start (`init=`):
+            the implicit function theorem does not see the start; use `ITD` or `ESJ`.
 
     Example:
         >>> import torch
@@ -120,6 +120,12 @@ class AID(AbstractEstimator):
     ) -> tuple[Solved, Linearization]:
         objective = inner_objective(problem, x, self.products)
         solved = solver.solve(objective, y)
+        if solved.at_bounds:
+            raise ValueError(
+                f"`AID` does not apply: {solved.at_bounds} entries of y are held by bounds, where grad_y g is not zero"
+                f" and the implicit function theorem for unconstrained minima does not hold. Use `FiniteDifference` or"
+                f" `Penalty`, or move the bounds out of the way."
+            )
         at = objective.linearization  # built where the solver stopped, if it asked for its last gradient
         if at is None or at.y.data_ptr() != solved.value.data_ptr():
             at = self.products.linearize(problem, x, solved.value)
