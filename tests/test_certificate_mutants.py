@@ -43,7 +43,9 @@ def bound(found: Measured, mu: float, delta: Tensor, known: Constants) -> float:
     return theorem_a(found, mu, delta, along(known, float(delta.max()))).total + found.rounding
 
 
-def tried(case: Drawn, seed: int) -> None:
+@settings(max_examples=80)
+@given(drawn(("quadratic", "logistic", "cleaning", "curved", "curved"), (torch.float64,)), st.integers(0, 10_000))
+def cases(case: Drawn, seed: int) -> None:
     flat = case.flat(torch.float64)
     for y, v in pairs(case, seed, 5, 5):
         known, _ = completed(flat, case.x, y, case.constants)
@@ -57,16 +59,10 @@ def tried(case: Drawn, seed: int) -> None:
             VIOLATIONS[name] += error > bound(*mutate(*whole))
 
 
-DOUBLE = (torch.float64,)
-SETS = [drawn(("quadratic", "logistic", "cleaning"), DOUBLE)]
-SETS += [drawn(("curved",), DOUBLE, (term,)) for term in ("all", "c", "s", "k", "w")]  # each constant has its turn
-
-
 @pytest.fixture(scope="module")
 def violations() -> Counter[str]:
     VIOLATIONS.clear()
-    for cases in SETS:
-        settings(max_examples=20)(given(cases, st.integers(0, 10_000))(tried))()
+    cases()
     return VIOLATIONS
 
 
