@@ -27,7 +27,7 @@ from bilevel import (
     certify,
     hypergradient,
 )
-from bilevel._assumed import completed
+from bilevel._assumed import completed, moved
 from bilevel._measure import measure
 from bilevel._theorems import certify_flat, theorem
 from bilevel.problems.logistic import logistic
@@ -338,6 +338,52 @@ def test_the_certificate_of_a_mean_over_tasks_holds(steps: int, single: bool, se
     first = certify(problem, x, penalty, Constants(mu, **worst), data=data, first_order=True)
     assert distance(penalty.grad, h) <= first.bound < math.inf
     assert first.stats.hvps == first.stats.cross_products == 0
+
+
+def sharp(tasks: int | None, v: float) -> tuple[BilevelProblem, Tensor, Estimate, Any]:
+    """g = (1 + x) y^2 / 2 - y and f = y at x = y = 0: h = -1, y* = v* = 1, and G = y vanishes at y."""
+    if tasks is None:
+        problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: ((1 + x) * y.square() / 2 - y).sum())
+    else:
+        problem = BilevelProblem(
+            lambda x, y, d: y.sum(), lambda x, y, d: ((1 + x) * y.square() / 2 - d * y).sum(), tasks=True
+        )
+    data = None if tasks is None else torch.ones(tasks, 1)
+    rows = torch.zeros(1) if tasks is None else torch.zeros(tasks, 1)
+    x, still = torch.zeros(1), AID(Iterate(GradientDescent(0.1), max_steps=0), CG())
+    estimate = hypergradient(problem, x, torch.zeros(1), data=data, estimator=still, throw=False)
+    return problem, x, replace(estimate, grad=x, y=rows, v=rows + v / (tasks or 1)), data
+
+
+@pytest.mark.parametrize("tasks", [None, 1, 3])
+@pytest.mark.parametrize("v", [0.0, 1.0])
+@pytest.mark.parametrize("mu", [1.0, None])
+def test_in_one_dimension_the_bound_is_attained_for_one_problem_and_for_tasks_alike(
+    tasks: int | None, v: float, mu: float | None
+) -> None:
+    """At v = 1 all of the error is M_xy |y - y*| |v|; at v = 0 it is that of the linear system, with C_G of y*."""
+    problem, x, estimate, data = sharp(tasks, v)
+    constants = Constants(mu, L_fyy=0.0, L_fxy=0.0, M_yy=0.0, M_xy=1.0, C_G=1.0 if tasks else None)
+    assert 1.0 <= certify(problem, x, estimate, constants, data=data).bound <= 1.0 + 1e-12
+
+
+def test_constants_measured_at_a_point_are_moved_to_another_one() -> None:
+    known = Constants(mu=1.0, L=3.0, M_yy=2.0, M_xy=4.0, C_G=5.0, local=frozenset({"mu", "L", "C_G"}))
+    near = moved(known, 0.25)
+    assert (near.mu, near.L, near.C_G) == (0.5, 3.5, 6.0)
+    assert moved(known, 0.5).mu is None
+    fixed = replace(known, local=frozenset())
+    assert moved(fixed, 0.25) == fixed
+
+
+def test_first_order_certificates_count_what_inexact_solutions_add() -> None:
+    """With a large weight, that is nearly all of the error."""
+    assert INSTANCE.gradient is not None
+    crude = Penalty(Iterate(GradientDescent(), max_steps=10), weight=1e3)
+    estimate = hypergradient(INSTANCE.problem, X, INSTANCE.y0, estimator=crude, throw=False)
+    error = distance(estimate.grad, INSTANCE.gradient(X))
+    found = certify(INSTANCE.problem, X, estimate, KNOWN, first_order=True)
+    assert found.bound - found.terms["inner"] < error <= found.bound
 
 
 def test_the_refined_hypergradient_is_better() -> None:
