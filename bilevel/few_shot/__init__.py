@@ -1,0 +1,1 @@
+"""Few-shot learning: training a learner over tasks, and evaluating it."""

@@ -1,0 +1,1 @@
+"""Where tasks come from: sinusoids, linear regressions, images by class, and your own."""
