@@ -59,10 +59,15 @@ def _typing(node: ast.AST) -> bool:
 
 
 def side(name: str) -> str:
-    """Where a module belongs: to solvers, problems, hypergrad, the face or the core."""
+    """Where a module belongs: to solvers, problems, hypergrad, methods, the face or the core.
+
+    A method is a problem over tasks together with the estimator and the inner solver that it is published with.
+    """
     if name in FACE or name.startswith(("bilevel.commands", "bilevel.testing")):
         return "face"
     sub_package = name.split(".")[1]
+    if sub_package == "problems" and name != "bilevel.problems" and "bilevel._learner" in imports(MODULES[name]):
+        return "methods"
     return sub_package if sub_package in ("solvers", "problems", "hypergrad") else "core"
 
 
@@ -94,9 +99,17 @@ def test_tests_and_scripts_import_sub_packages_by_their_full_name_too() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if side(name) in ("solvers", "problems")])
 def test_problems_and_solvers_import_the_core_and_never_each_other(name: str) -> None:
+    allowed = {side(name), "core"} | ({"methods"} if name == "bilevel.problems" else set())
     for imported in imports(MODULES[name]):
         if imported.split(".")[0] == "bilevel" and imported != "bilevel":
-            assert side(imported) in (side(name), "core"), imported
+            assert side(imported) in allowed, imported
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if side(name) == "methods"])
+def test_methods_import_the_core_and_what_they_are_made_of(name: str) -> None:
+    for imported in imports(MODULES[name]):
+        if imported.split(".")[0] == "bilevel":
+            assert side(imported) in ("core", "problems", "solvers", "hypergrad", "methods"), imported
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if side(name) == "hypergrad"])
