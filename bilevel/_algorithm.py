@@ -9,6 +9,7 @@ from typing import final
 
 from torch import Tensor
 
+from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
@@ -66,19 +67,21 @@ class Descent(AbstractAlgorithm):
         outer: the outer optimizer.
         project: the projection onto the constraint, or None.
         warm_start: start each estimate from the inner and linear solutions of the one before.
+        chunk_size: in task mode, how many tasks to treat at a time.
     """
 
     estimator: AbstractEstimator
     outer: AbstractOptimizer
     project: Callable[[Tensor], Tensor] | None = None
     warm_start: bool = True
+    chunk_size: int | None = None
 
     def init(self, x: Tensor, start: FlatStart) -> OuterState:
         x = x if self.project is None else self.project(x)
         return OuterState(0, x, start, self.outer.init(x))
 
     def evaluate(self, problem: FlatProblem, state: OuterState) -> FlatEstimate:
-        return self.estimator.estimate(problem, state.x, state.start)
+        return apply_estimator(self.estimator, problem, state.x, state.start, self.chunk_size)
 
     def step(self, state: OuterState, found: FlatEstimate) -> OuterState:
         x, memory = self.outer.step(found.grad, state.x, state.memory)

@@ -63,5 +63,9 @@ class Chosen(AbstractEstimator):
     estimator: AbstractEstimator
     why: str
 
+    @property
+    def takes_encoding(self) -> bool:
+        return self.estimator.takes_encoding
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         return replace(self.estimator.estimate(problem, x, start), note=self.why)

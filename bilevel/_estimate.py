@@ -114,6 +114,15 @@ class AbstractEstimator(abc.ABC):
     the reports. It refuses problems to which its mathematics does not apply by a ValueError that says why.
     """
 
+    @property
+    def takes_encoding(self) -> bool:
+        """Whether it may be given z = encode(x) in the place of x, and the chain rule applied after.
+
+        True for one that only forms products with derivatives of f and g; one that moves x, or states its error in x,
+        must see x itself.
+        """
+        return False
+
     @abc.abstractmethod
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         """The estimate at x `(p,)`, from a warm start; oracle calls are counted in `problem.tally`.

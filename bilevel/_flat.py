@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
-from bilevel._tree import Structure, Tree, tree_leaves
+from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map
 
 
 @final
@@ -23,39 +23,53 @@ class FlatProblem:
     evaluation is vectorized (`torch.vmap` of the forward pass); derivatives are taken outside by
     `torch.autograd.grad` of the sum, because `grad` inside `vmap` is wrong through affine BatchNorm.
 
+    Where the problem has an `encode`, `encode` gives z and `encoded` the same problem as a function of z in the place
+    of x: one z for each task, all of them side by side in one vector.
+
     Args:
         problem: the problem in the user's structures.
         x: the structure of x.
         y: the structure of y (of one task).
         data: what f and g take as their third argument; None if they take two.
         tally: where oracle calls are counted.
+        is_encoded: whether x stands for encode(x, data) already.
     """
 
     def __init__(
-        self, problem: BilevelProblem, x: Structure, y: Structure, data: Any = None, tally: Tally | None = None
+        self,
+        problem: BilevelProblem,
+        x: Structure,
+        y: Structure,
+        data: Any = None,
+        tally: Tally | None = None,
+        *,
+        is_encoded: bool = False,
     ) -> None:
-        self.problem, self.x, self.y, self.data = problem, x, y, data
+        self.problem, self.x, self.y, self.data, self.is_encoded = problem, x, y, data, is_encoded
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """Phi's integrand: f(x, y) `(directions,)`, the mean over tasks; a scalar without leading axes."""
-        values = self._evaluate("f", x, y)
+        values = self.f_each(x, y)
         return values.mean(-1) if self.tasks is not None else values
 
     def f_each(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer objective of each problem in the batch, with the leading shape of y: no mean over tasks."""
-        return self._evaluate("f", x, y)
+        f = self.problem.f
+        return self.map(lambda x, y, *data: _scalar("f", f(x, self.y.unravel(y), *data)), "f", x, y)
 
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of each problem in the batch, with the leading shape of y."""
-        return self._evaluate("g", x, y)
+        g = self.problem.g
+        return self.map(lambda x, y, *data: _scalar("g", g(x, self.y.unravel(y), *data)), "g", x, y)
 
     def start(self, x: Tensor, y0: Tensor) -> Tensor:
         """The start of the inner iteration: init(x) where the problem has it, else `y0`; one row for each task."""
-        if self.problem.init is not None:
-            return self._init(x)
-        return self.spread(y0)
+        init = self.problem.init
+        if init is None:
+            return self.spread(y0)
+        return self.map(lambda x, *data: self.y.ravel(init(x, *data), "init(x)"), "g", x)
 
     def spread(self, y: Tensor) -> Tensor:
         """One task's vector `(q,)` for every task `(tasks, q)`; as it is where there are none or it has been."""
@@ -65,38 +79,61 @@ class FlatProblem:
         """The third argument of "f" or of "g"."""
         return getattr(self.data, level) if isinstance(self.data, Split) else self.data
 
-    def _init(self, x: Tensor) -> Tensor:
-        init = self.problem.init
-        assert init is not None
+    def map(self, function: Callable[..., Tensor], level: str, x: Tensor, *rows: Tensor) -> Tensor:
+        """function(x or encode(x), *rows, data) of each problem of the batch; x in the user's structure.
+
+        Args:
+            function: of the x of one problem, its rows and its data.
+            level: whose data, "f" or "g".
+            x: the outer variable, or several.
+            rows: one for each problem, such as y.
+        """
+        data = () if self.data is None else (self.data_of(level),)
+        encode = None if self.is_encoded else self.problem.encode
+
+        def one(x: Tensor, *rest: Any) -> Tensor:
+            outer = self.x.unravel(x)
+            return function(outer if encode is None else encode(outer, *rest[len(rows) :]), *rest)
+
+        called: Callable[..., Tensor] = one
+        if self.tasks is not None:
+            own = self.is_encoded  # each task has its part of x
+            called = torch.vmap(one, in_dims=(0 if own else None,) + (0,) * (len(rows) + 1), randomness="same")
+            x = x.reshape(*x.shape[:-1], self.tasks, -1) if own else x
+        if x.dim() > 1 + (self.is_encoded and self.tasks is not None):
+            called = torch.vmap(called, in_dims=(0,) * (1 + len(rows)) + (None,) * len(data), randomness="same")
+        return called(x, *rows, *data)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, FlatProblem]:
+        """The encodings z of all tasks side by side, differentiable, and the problem as a function of them."""
+        encode, found = self.problem.encode, []
+        if encode is None or self.is_encoded or isinstance(self.data, Split):  # f and g see two z, each its own
+            return x, self
 
         def one(x: Tensor, *data: Any) -> Tensor:
-            return self.y.ravel(init(self.x.unravel(x), *data), "init(x)")
+            vector, structure = ravel(encode(self.x.unravel(x), *data), "encode(x)")
+            found.append(structure)
+            return vector
 
-        data = () if self.data is None else (self.data_of("g"),)
-        function: Callable[..., Tensor] = one
+        called: Callable[..., Tensor] = one
         if self.tasks is not None:
-            function = torch.vmap(one, in_dims=(None, 0), randomness="same")
-        if x.dim() > 1:
-            function = torch.vmap(function, in_dims=(0,) + (None,) * len(data), randomness="same")
-        return function(x, *data)
+            called = torch.vmap(one, in_dims=(None, 0), randomness="same")
+        z = called(x, *(() if self.data is None else (self.data,)))
+        return z.reshape(-1), FlatProblem(self.problem, found[0], self.y, self.data, self.tally, is_encoded=True)
 
-    def _evaluate(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        method: Callable[..., Tensor] = getattr(self.problem, name)
+    def part(self, tasks: slice) -> FlatProblem:
+        """The problem of some of the tasks, counting at the same place."""
 
-        def one(x: Tensor, y: Tensor, *data: Any) -> Tensor:
-            return _scalar(name, method(self.x.unravel(x), self.y.unravel(y), *data))
+        def cut(leaf: Any) -> Any:
+            return leaf[tasks] if isinstance(leaf, Tensor) else leaf
 
-        data = () if self.data is None else (self.data_of(name),)
-        function: Callable[..., Tensor] = one
-        if self.tasks is not None:
-            function = torch.vmap(one, in_dims=(None, 0, 0), randomness="same")
-        if x.dim() > 1:
-            function = torch.vmap(function, in_dims=(0, 0) + (None,) * len(data), randomness="same")
-        return function(x, y, *data)
+        both = isinstance(self.data, Split)
+        data = Split(tree_map(cut, self.data.f), tree_map(cut, self.data.g)) if both else tree_map(cut, self.data)
+        return FlatProblem(self.problem, self.x, self.y, data, self.tally)
 
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
-        return FlatProblem(self.problem, self.x, self.y, self.data, tally)
+        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
 
 
 def _task_count(data: Any) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel._apply import apply_estimator, check_chunks
 from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
 from bilevel._flat import FlatProblem, ravel_rows
@@ -25,6 +26,7 @@ def hypergradient(
     estimator: AbstractEstimator | Auto | str = "aid-cg",
     data: Any = None,
     start: Start | None = None,
+    chunk_size: int | None = None,
     throw: bool = True,
 ) -> Estimate:
     """H ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
@@ -39,6 +41,8 @@ def hypergradient(
         estimator: an estimator such as `AID(...)`, or a name with safe defaults; see `bilevel.estimators()`.
         data: the third argument of f and g, if they take one; `Split(f=..., g=...)` if they differ.
         start: a warm start, `estimate.start` of an earlier call; it replaces y0 and starts the linear solver.
+        chunk_size: in task mode, how many tasks to treat at a time: bounds the memory; None: all. The estimate is the
+            same up to rounding.
         throw: raise if any part did not succeed; otherwise see `Estimate.status`.
 
     Returns:
@@ -61,6 +65,7 @@ def hypergradient(
             " `torch.no_grad()`, which does not matter to it."
         )
     check_signature(problem, data)
+    check_chunks("hypergradient", problem, chunk_size)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y0, "y0")
     demand_alike("hypergradient(x, y0)", x_structure, y_structure)
@@ -68,7 +73,7 @@ def hypergradient(
     x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
     chosen = resolve(estimator, flat, x_vector, y_vector)
     before = flat_start(flat, start, y_vector)
-    found = structured(flat, x_vector, chosen.estimate(flat, x_vector, before), before.count)
+    found = structured(flat, x_vector, apply_estimator(chosen, flat, x_vector, before, chunk_size), before.count)
     if throw and not found.status.ok:
         raise BilevelError(
             f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found

@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._apply import apply_estimator, check_chunks
 from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
@@ -31,11 +32,12 @@ class HyperObjective:
         y0: Tree,
         estimator: AbstractEstimator | Auto | str,
         warm_start: bool,
+        chunk_size: int | None,
         throw: bool,
     ) -> None:
         self.last: Estimate | None = None
         self._problem, self._y0, self._estimator = problem, y0, estimator
-        self._warm_start, self._throw = warm_start, throw
+        self._warm_start, self._chunk_size, self._throw = warm_start, chunk_size, throw
         self._chosen: AbstractEstimator | None = None
         self._start: FlatStart | None = None
 
@@ -55,7 +57,7 @@ class HyperObjective:
         if self._chosen is None:
             self._chosen = resolve(self._estimator, flat, at, y_vector)
         start = self._start if self._start is not None else FlatStart(y_vector)
-        found = self._chosen.estimate(flat, at, start)
+        found = apply_estimator(self._chosen, flat, at, start, self._chunk_size)
         self.last = structured(flat, at, found, start.count)
         if self._throw and not self.last.status.ok:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)
@@ -71,6 +73,7 @@ def hyperobjective(
     *,
     estimator: AbstractEstimator | Auto | str = "aid-cg",
     warm_start: bool = True,
+    chunk_size: int | None = None,
     throw: bool = True,
 ) -> HyperObjective:
     """phi(x) = f(x, y*(x)) as a differentiable function of x, once: phi(x).backward() puts h into x.grad.
@@ -84,6 +87,7 @@ def hyperobjective(
         y0: where the inner solver starts; its structure is that of y.
         estimator: an estimator or a name; a name's defaults are fixed at the first call.
         warm_start: whether a call starts from the solutions of the one before.
+        chunk_size: in task mode, how many tasks to treat at a time; None: all.
         throw: raise if a part of an estimate did not succeed; otherwise see `phi.last.status`.
 
     Returns:
@@ -101,7 +105,8 @@ def hyperobjective(
         >>> x.grad
         tensor(-2.)
     """
-    return HyperObjective(problem, y0, estimator, warm_start, throw)
+    check_chunks("hyperobjective", problem, chunk_size)
+    return HyperObjective(problem, y0, estimator, warm_start, chunk_size, throw)
 
 
 class _Phi(torch.autograd.Function):

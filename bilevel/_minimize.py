@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bilevel._accuracy import adaptive
 from bilevel._algorithm import AbstractAlgorithm, Descent, OuterState
+from bilevel._apply import apply_estimator, check_chunks
 from bilevel._auto import Auto
 from bilevel._certificate import Constants
 from bilevel._checkpoint import load_checkpoint, save_checkpoint
@@ -105,6 +106,7 @@ def minimize(
     checkpoint_every: int = 10,
     resume: bool = False,
     warm_start: bool = True,
+    chunk_size: int | None = None,
     accuracy: Literal["fixed", "adaptive"] = "fixed",
     constants: Constants | Callable[[Tree], Constants] | None = None,
     throw: bool = True,
@@ -131,6 +133,7 @@ def minimize(
         checkpoint_every: how often.
         resume: continue from `checkpoint`. Loaders are run forward to where they were; callables are exact.
         warm_start: start each inner and linear solve where the previous ended.
+        chunk_size: in task mode, how many tasks to treat at a time: bounds the memory; None: all.
         accuracy: "adaptive" (implicit estimators only): each hypergradient is certified to half of its own norm and no
             better, so that early steps are cheap, and the run stops when |h| is certified to be at most `tol`, that
             is |h_estimated| plus its error bound. "fixed": the estimator's own tolerances.
@@ -173,12 +176,13 @@ def minimize(
     batches = stream(data)
     first = batches(0)
     check_signature(problem, first)
+    check_chunks("minimize", problem, chunk_size)
     flat = FlatProblem(problem, x_structure, y_structure, first)
     chosen = resolve(estimator, flat, x, y)
     if accuracy != "fixed":
         chosen = adaptive(chosen, accuracy, constants, tol)
     chosen_outer = default_outer() if outer is None else outer
-    run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw)
+    run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw, chunk_size)
     if isinstance(chosen_outer, AbstractOuterDriver):
         if resume or data is not None:
             raise ValueError(
@@ -193,7 +197,7 @@ def minimize(
         )
     if chosen_outer.needs_curvature:
         raise ValueError(f"`minimize(outer={type(chosen_outer).__name__}())` needs a step size: pass `step=...`.")
-    algorithm = Descent(chosen, chosen_outer, projection(constraint, x_structure), warm_start)
+    algorithm = Descent(chosen, chosen_outer, projection(constraint, x_structure), warm_start, chunk_size)
     return run.descend(algorithm, algorithm.init(x, FlatStart(y)), batches, max_steps, resume)
 
 
@@ -211,9 +215,11 @@ class _Run:
         checkpoint: str | os.PathLike[str] | None,
         every: int,
         throw: bool,
+        chunk_size: int | None,
     ) -> None:
         self.problem, self.y0, self.estimator = problem, y0, estimator
         self.tol, self.callback, self.checkpoint, self.every, self.throw = tol, callback, checkpoint, every, throw
+        self.chunk_size = chunk_size
         self.history: list[Record] = []
 
     def descend(
@@ -266,7 +272,7 @@ class _Run:
             start = FlatStart(self.y0, count=len(self.history))
             if last and warm_start:
                 start = FlatStart(last[0][2].y, last[0][2].v, len(self.history))
-            found = self.estimator.estimate(problem, x, start)
+            found = apply_estimator(self.estimator, problem, x, start, self.chunk_size)
             estimate = structured(problem, x, found, start.count)
             norm = float(torch.linalg.vector_norm(found.grad))
             self._record(len(self.history), estimate, norm, time.perf_counter() - before)

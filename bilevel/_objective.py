@@ -30,14 +30,12 @@ def closed_form(problem: FlatProblem, x: Tensor) -> Callable[[Callable[..., Tree
     """How a user's map x -> y*(x) becomes one of vectors; see `ClosedForm`."""
 
     def apply(solution: Callable[..., Tree]) -> Tensor:
-        def one(row: Tensor, *data: object) -> Tensor:
-            return problem.y.ravel(solution(problem.x.unravel(row), *data), "ClosedForm(solution=...)(x)")
+        def one(x: Tree, *data: object) -> Tensor:
+            return problem.y.ravel(solution(x, *data), "ClosedForm(solution=...)(x)")
 
-        data = () if problem.data is None else (problem.data_of("g"),)
-        function = one if problem.tasks is None else torch.vmap(one, in_dims=(None, 0), randomness="same")
         if x.dim() == 1:
-            return function(x, *data)
-        return torch.stack([function(row, *data) for row in x])  # a user's map need not be vectorizable
+            return problem.map(one, "g", x)
+        return torch.stack([problem.map(one, "g", row) for row in x])  # a user's map need not be vectorizable
 
     return apply
 
@@ -46,4 +44,4 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
     residual = solved.residual if gradient is None else torch.linalg.vector_norm(gradient, dim=-1)
     worst = float(residual.max()) if residual.numel() else 0.0
-    return Report(part, solved.status, worst, solved.steps)
+    return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bilevel._tree import Tree
 
+_OPTIONAL = ("init", "encode")  # functions that a problem may do without
+
 
 class BilevelProblem:
     """min_x Phi(x) = f(x, y*(x))  s.t.  y*(x) = argmin_y g(x, y).
@@ -30,11 +32,15 @@ class BilevelProblem:
         init: where the inner iteration starts, if that depends on x (MAML: `init=lambda x: x`): `init(x) -> y`,
             or `init(x, data)`. `ITD` and `ESJ` differentiate through it; the implicit estimators, for which the
             start does not matter, refuse a problem in which y depends on x only in this way.
+        encode: what f, g and init need of x, where that is costly and does not change with y: they are called with
+            z = encode(x), or encode(x, data), in the place of x. The features of a body that all tasks share, for
+            example: they are then computed once for each hypergradient, whatever the number of inner steps, and the
+            chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
         tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
             with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
 
     Raises:
-        TypeError: if f, g or init cannot be called.
+        TypeError: if f, g, init or encode cannot be called.
 
     Example:
         >>> import torch
@@ -46,6 +52,7 @@ class BilevelProblem:
     """
 
     init: Callable[..., Tree] | None = None
+    encode: Callable[..., Tree] | None = None
     tasks: bool = False
     _f: Callable[..., Tensor] | None = None
     _g: Callable[..., Tensor] | None = None
@@ -56,10 +63,11 @@ class BilevelProblem:
         g: Callable[..., Tensor] | None = None,
         *,
         init: Callable[..., Tree] | None = None,
+        encode: Callable[..., Tree] | None = None,
         tasks: bool = False,
     ) -> None:
-        for name, function in (("f", f), ("g", g), ("init", init)):
-            if function is None and (name == "init" or _overridden(self, name)):
+        for name, function in (("f", f), ("g", g), ("init", init), ("encode", encode)):
+            if function is None and (name in _OPTIONAL or _overridden(self, name)):
                 continue
             if not callable(function):
                 raise TypeError(
@@ -69,6 +77,8 @@ class BilevelProblem:
         self._f, self._g = f, g
         if init is not None:
             self.init = init
+        if encode is not None:
+            self.encode = encode
         if tasks:
             self.tasks = tasks
 
@@ -83,9 +93,9 @@ class BilevelProblem:
         return self._g(x, y, *data)
 
     def __repr__(self) -> str:
-        start = ", init=..." if self.init is not None else ""
+        given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
         tasks = ", tasks=True" if self.tasks else ""
-        return f"{type(self).__name__}(f, g{start}{tasks})"
+        return f"{type(self).__name__}(f, g{given}{tasks})"
 
 
 @final
@@ -115,16 +125,17 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         raise TypeError(
             f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
         )
-    for name in ("f", "g", "init"):
-        own = name == "init" or _overridden(problem, name)
+    for name in ("f", "g", *_OPTIONAL):
+        own = name in _OPTIONAL or _overridden(problem, name)
         function = getattr(problem, name if own else f"_{name}")
-        if function is None and name != "init":
+        if function is None and name not in _OPTIONAL:
             raise TypeError(
                 f"`{type(problem).__name__}` must define the method {name}(self, x, y), or be given `{name}=`."
             )
-        if function is None or _is_plain(function, (1 if name == "init" else 2) + (data is not None)):
+        if function is None or _is_plain(function, (1 if name in _OPTIONAL else 2) + (data is not None)):
             continue
-        names: tuple[str, ...] = ("x",) if name == "init" else ("x", "y")
+        first = "x" if name == "encode" or problem.encode is None else "z"
+        names: tuple[str, ...] = (first,) if name in _OPTIONAL else (first, "y")
         names += () if data is None else ("data",)
         try:
             inspect.signature(function).bind(*names)

@@ -162,15 +162,26 @@ class Solved:
 @final
 @dataclass(frozen=True)
 class Report:
-    """How one part of an estimate ended, in words: which part, why it stopped, its residual and steps."""
+    """How one part of an estimate ended, in words: which part, why it stopped, its residual and steps.
+
+    Attributes:
+        part: "inner solver", "linear solver" and the like.
+        status: why it stopped; with tasks, the worst of them.
+        residual: the largest.
+        steps: the most.
+        statuses: in task mode, why each task stopped; else empty.
+    """
 
     part: str
     status: Status
     residual: float
     steps: int
+    statuses: tuple[Status, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.part}: {self.status.value} (residual {self.residual:.3g} after {self.steps} steps)"
+        failed = sum(not status.ok for status in self.statuses)
+        tasks = f" in {failed} of {len(self.statuses)} tasks" if failed else ""
+        return f"{self.part}{tasks}: {self.status.value} (residual {self.residual:.3g} after {self.steps} steps)"
 
 
 class BilevelError(RuntimeError):

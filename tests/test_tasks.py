@@ -113,3 +113,56 @@ def test_warm_start_of_a_batch(name: str) -> None:
     warm = hypergradient(problem, X, Y0, estimator=estimator, data=DATA, start=cold.start)
     assert distance(warm.grad, cold.grad) <= 100 * rtol
     assert warm.stats.inner_steps < cold.stats.inner_steps
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_chunks_of_tasks_give_the_estimate_of_all(name: str, chunk_size: int) -> None:
+    estimator, rtol = ESTIMATORS[name]
+    problem = BilevelProblem(f, g, tasks=True)
+    whole = hypergradient(problem, X, Y0, estimator=estimator, data=DATA, throw=False)
+    found = hypergradient(problem, X, Y0, estimator=estimator, data=DATA, chunk_size=chunk_size, throw=False)
+    assert distance(found.grad, whole.grad) <= rtol
+    assert found.value == pytest.approx(whole.value, rel=1e-12)
+    for key in Y0:
+        assert torch.allclose(found.y[key], whole.y[key], atol=1e-9)
+        if whole.v is not None:
+            assert found.v is not None
+            assert torch.allclose(found.v[key], whole.v[key], atol=1e-8)
+    if not has_tolerances(name):
+        assert found.stats == whole.stats
+    assert [report.part for report in found.reports] == [report.part for report in whole.reports]
+    assert [report.statuses for report in found.reports] == [report.statuses for report in whole.reports]
+
+
+def has_tolerances(name: str) -> bool:
+    return name not in ("itd", "itd-truncated", "itd-checkpointed", "itd-forward", "itd-heavy-ball")
+
+
+def test_a_warm_start_is_cut_into_chunks() -> None:
+    estimator, rtol = ESTIMATORS["aid-cg"]
+    problem = BilevelProblem(f, g, tasks=True)
+    cold = hypergradient(problem, X, Y0, estimator=estimator, data=DATA)
+    warm = hypergradient(problem, X, Y0, estimator=estimator, data=DATA, start=cold.start, chunk_size=2)
+    assert distance(warm.grad, cold.grad) <= rtol
+    assert warm.stats.linear_steps == 0
+
+
+@pytest.mark.parametrize(("tasks", "chunk_size"), [(True, 0), (False, 2)])
+def test_a_chunk_size_that_means_nothing_is_refused(tasks: bool, chunk_size: int) -> None:
+    with pytest.raises(ValueError, match=r"`hypergradient\(chunk_size=...\)` must be at least 1"):
+        hypergradient(BilevelProblem(f, g, tasks=tasks), X, Y0, data=DATA, chunk_size=chunk_size)
+
+
+def test_every_task_has_a_status() -> None:
+    """One task cannot be solved; the others stop where they would without it."""
+    data = {"c": torch.tensor([1.0, -1.0, 2.0])}
+    problem = BilevelProblem(
+        lambda x, y, d: (x * y).sum(), lambda x, y, d: d["c"] * y.square().sum() / 2 - (x * y).sum(), tasks=True
+    )
+    x = torch.tensor([1.0, 2.0])
+    estimate = hypergradient(problem, x, torch.zeros(2), estimator=AID(FIXED, CG()), data=data, throw=False)
+    linear = estimate.reports[-1]
+    assert [status.name for status in linear.statuses] == ["successful", "negative_curvature", "successful"]
+    assert "1 of 3 tasks" in estimate.message
+    assert torch.allclose(estimate.v[2], x / 2 / 3)

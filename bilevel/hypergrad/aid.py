@@ -103,6 +103,10 @@ class AID(AbstractEstimator):
     def _accuracy(self) -> Accuracy:
         return Accuracy(self.constants, self.target_error or 0.0, self.relative_error or 0.0)
 
+    @property
+    def takes_encoding(self) -> bool:
+        return self.target_error is None and self.relative_error is None  # a certificate is of the error in x
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         if self.target_error is not None or self.relative_error is not None:
             return self._certified(problem, x, start, self._accuracy())

@@ -82,6 +82,10 @@ class ITD(AbstractEstimator):
         if self.truncate is not None and self.truncate < 1:
             raise ValueError(f"`ITD(truncate=...)` must be at least 1. Got {self.truncate}.")
 
+    @property
+    def takes_encoding(self) -> bool:
+        return True
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         assert isinstance(self.inner, AbstractUnrollable)
         y0 = problem.start(x, start.y).detach()

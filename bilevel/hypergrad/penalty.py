@@ -60,6 +60,10 @@ class Penalty(AbstractEstimator):
         if not self.weight > 0:
             raise ValueError(f"`Penalty(weight=...)` must be positive. Got {self.weight}.")
 
+    @property
+    def takes_encoding(self) -> bool:
+        return True
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
         y = solved.value

@@ -1,0 +1,104 @@
+"""How an estimator is applied to a problem: to a part of the tasks at a time, and to an encoding of x."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bilevel._errors import explained
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._problem import BilevelProblem
+from bilevel._result import Report, Status
+
+
+def apply_estimator(
+    estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, chunk_size: int | None = None
+) -> FlatEstimate:
+    """The estimate at x; with `chunk_size` that of so many tasks at a time, to bound memory, and the mean of them.
+
+    Where the problem has an `encode`, the estimator sees z = encode(x) in the place of x, and its h_z is pulled back:
+    h = (dz/dx)' h_z, which every estimator that is linear in the derivatives of f and g commutes with.
+    """
+    if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
+        return _encoded(estimator, problem, x, start)
+    tasks, parts = problem.tasks, []
+    for begin in range(0, tasks, chunk_size):
+        rows = slice(begin, min(begin + chunk_size, tasks))
+        share = (rows.stop - begin) / tasks
+        # v solves H v = grad_y f, where f is the mean over those tasks that are in the batch.
+        v = None if start.v is None else start.v[rows] / share
+        y = start.y if start.y.dim() == 1 else start.y[rows]
+        parts.append((share, _encoded(estimator, problem.part(rows), x, FlatStart(y, v, start.count))))
+    return _mean(parts)
+
+
+def check_chunks(call: str, problem: BilevelProblem, chunk_size: int | None) -> None:
+    """Refuse a chunk size that means nothing.
+
+    Raises:
+        ValueError: if it is less than 1, or there are no tasks.
+        TypeError: if it is not an integer.
+    """
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise TypeError(f"`{call}(chunk_size=...)` must be an integer or None. Got {chunk_size!r}.")
+    if chunk_size < 1 or not problem.tasks:
+        got = f"{chunk_size}" if problem.tasks else "a problem without tasks"
+        raise ValueError(
+            f"`{call}(chunk_size=...)` must be at least 1, for a `BilevelProblem(tasks=True)`. Got {got}. Leave it out."
+        )
+
+
+def _encoded(estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+    if problem.problem.encode is None or not estimator.takes_encoding:
+        return estimator.estimate(problem, x, start)
+    with torch.enable_grad(), explained():
+        leaf = x.detach().requires_grad_()
+        z, in_z = problem.encode(leaf)
+        if z is leaf:
+            return estimator.estimate(problem, x, start)
+        found = estimator.estimate(in_z, z.detach(), start)
+        h = torch.autograd.grad(z, leaf, found.grad)[0] if z.requires_grad else torch.zeros_like(x)
+    return replace(found, grad=h)
+
+
+def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
+    """The estimate of all tasks from those of parts of them, each with its share of the tasks."""
+    found = [estimate for _, estimate in parts]
+
+    def total(terms: list[Tensor]) -> Tensor:
+        return torch.stack([share * term for (share, _), term in zip(parts, terms, strict=True)]).sum(0)
+
+    def sum_of(numbers: list[float | None]) -> float | None:
+        terms = [share * number for (share, _), number in zip(parts, numbers, strict=True) if number is not None]
+        return sum(terms) if len(terms) == len(parts) else None
+
+    vs = [share * estimate.v for share, estimate in parts if estimate.v is not None]
+    ends = [estimate.penalized for estimate in found if estimate.penalized is not None]
+    return FlatEstimate(
+        grad=total([estimate.grad for estimate in found]),
+        value=total([estimate.value for estimate in found]),
+        y=torch.cat([estimate.y for estimate in found]),
+        reports=tuple(_worst(same) for same in zip(*(estimate.reports for estimate in found), strict=True)),
+        v=torch.cat(vs) if vs else None,
+        # Estimates along the same directions are not independent: their deviations may add up.
+        standard_error=sum_of([estimate.standard_error for estimate in found]),
+        penalized=(torch.cat([y for y, _ in ends]), ends[0][1]) if ends else None,
+        bound=sum_of([estimate.bound for estimate in found]),
+        note=found[0].note,
+    )
+
+
+def _worst(reports: tuple[Report, ...]) -> Report:
+    """One part of the estimate in all chunks: the worst status, the largest residual, the most steps."""
+    return Report(
+        reports[0].part,
+        Status.worst(report.status for report in reports),
+        max((report.residual for report in reports), key=lambda r: (r != r, r)),
+        max(report.steps for report in reports),
+        tuple(status for report in reports for status in report.statuses),
+    )
