@@ -215,17 +215,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {...
         True
     """
-    debug = False
+    debug, problem = False, ""
     try:
         options = parser().parse_args(arguments)
         if not hasattr(options, "command"):
             raise ValueError("a command is needed: `bilevel list` or `bilevel run PROBLEM`. See `bilevel --help`.")
-        debug = options.debug
+        debug, problem = options.debug, getattr(options, "problem", "")
         return int(options.command(options))
     except SystemExit as stop:  # argparse: --help, --version and wrong usage
         return stop.code if isinstance(stop.code, int) else USAGE
     except KeyboardInterrupt as stop:
-        print(f"bilevel: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"bilevel: {_flat(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `bilevel list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -233,24 +233,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"bilevel: error: {_one_line(error)}", file=sys.stderr)
+        print(f"bilevel: error: {_one_line(error, problem)}", file=sys.stderr)
         return _exit_code(error)
 
 
 def _exit_code(error: Exception) -> int:
     from bilevel._result import BilevelError
+    from bilevel.commands.raised import raised_by
     from bilevel.commands.run import Failure
 
-    if isinstance(error, Failure | BilevelError):
-        return FAILED
-    return MISSING if isinstance(error, ImportError) else USAGE
+    if isinstance(error, ImportError):
+        return MISSING
+    return FAILED if isinstance(error, Failure | BilevelError) or raised_by(error) else USAGE
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, problem: str) -> str:
     from bilevel._result import BilevelError
+    from bilevel.commands.raised import raised_by, told
     from bilevel.commands.run import Failure
 
-    text = " ".join(str(error).split())
-    if isinstance(error, ValueError | TypeError | OSError | ImportError | Failure | BilevelError) and text:
-        return text
-    return f"{type(error).__name__}: {text} (`--debug` shows where)"
+    if isinstance(error, ImportError):
+        return _flat(error)
+    ours = isinstance(error, ValueError | TypeError | OSError | Failure | BilevelError) and str(error)
+    if ours and not raised_by(error):
+        return _flat(error)
+    return _flat(error, f"{told(error, problem)}. `--debug` shows the traceback.")
+
+
+def _flat(error: BaseException, text: str | None = None) -> str:
+    """The text and notes of an error in one line."""
+    return " ".join(" ".join([str(error) if text is None else text, *getattr(error, "__notes__", ())]).split())

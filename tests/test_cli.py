@@ -306,6 +306,72 @@ def test_overwriting_leaves_nothing_of_the_run_before(monkeypatch: pytest.Monkey
     assert not Path("out/plot.png").exists()
 
 
+FIRST = """
+def first(error):
+    def f(x, y):
+        raise error
+    return BilevelProblem(f, problem.g)
+
+raises, stopped = first(RuntimeError("no data")), first(KeyboardInterrupt())
+fails = BilevelProblem(lambda x, y: (y - 2).log().sum(), problem.g)
+scalar = BilevelProblem(lambda x, y: y, problem.g)
+"""
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize(("name", "code"), [("raises", 1), ("fails", 1), ("scalar", 2), ("stopped", 130)])
+@pytest.mark.usefixtures("here")
+def test_overwriting_by_a_run_that_fails_at_once_destroys_nothing(
+    name: str, code: int, earlier: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if earlier:
+        assert run("quadratic", "--steps", "2") == 0
+    before = {path.name: path.read_bytes() for path in Path().glob("out/*")}
+    assert run(f"{user_file(FIRST)}:{name}", "--overwrite") == code
+    text = capsys.readouterr().err
+    assert ("The earlier run in 'out' is kept." in text) == earlier
+    if earlier:
+        assert "--resume" not in text
+        assert {path.name: path.read_bytes() for path in Path().glob("out/*")} == before
+        assert not Path("out/.replaced").exists()
+        assert run("quadratic", "--steps", "4", "--resume") == 0
+        assert len(history()) == 5
+
+
+@pytest.mark.usefixtures("here")
+def test_overwriting_by_a_run_that_is_killed_at_once_destroys_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quadratic", "--steps", "2") == 0
+    before = Path("out/result.json").read_bytes()
+    file = user_file("""
+        import os
+        killed = BilevelProblem(lambda x, y: os._exit(9), problem.g)
+    """)
+    words = [sys.executable, "-m", "bilevel", "run", f"{file}:killed", "--overwrite", "--out", "out"]
+    assert subprocess.run(words, check=False).returncode == 9
+    assert not Path("out/result.json").exists()
+    assert run("quadratic", "--steps", "1") == 2
+    assert "'out' holds a run" in error_line(capsys)
+    assert Path("out/result.json").read_bytes() == before
+    assert run("quadratic", "--steps", "4", "--resume") == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_overwriting_clears_the_folder_once_the_first_evaluation_has_succeeded() -> None:
+    assert run("quadratic", "--steps", "2") == 0
+    file = user_file("""
+        from pathlib import Path
+        def f(x, y):
+            if Path("out/result.json").exists():
+                raise RuntimeError
+            return (y - target).square().sum()
+        later = BilevelProblem(f, problem.g)
+    """)
+    assert run(f"{file}:later", "--overwrite") == 1
+    assert result()["problem"] == "mine.py:later"
+    assert len(history()) == 1
+    assert sorted(path.name for path in Path("out").iterdir()) == FILES
+
+
 @pytest.mark.usefixtures("here")
 def test_a_file_is_replaced_whole_or_not_at_all() -> None:
     target = Path("folder/file")
@@ -595,7 +661,7 @@ def test_an_exception_on_the_way_is_exit_code_1_and_the_run_can_be_resumed(capsy
     """)
     assert run(f"{file}:breaks", "--steps", "12") == 1
     line = error_line(capsys)
-    step = int(re.findall(r"stopped after step (\d+) by RuntimeError: no memory", line)[0])
+    step = int(re.findall(r"stopped after step (\d+): f of mine.py:breaks raised RuntimeError: no memory", line)[0])
     assert 0 < step < 12
     assert result()["status"] == "failed"
     assert [record["step"] for record in history()] == list(range(step + 1))
@@ -609,11 +675,36 @@ def test_an_exception_on_the_way_is_exit_code_1_and_the_run_can_be_resumed(capsy
 
 
 @pytest.mark.usefixtures("here")
-def test_an_exception_at_the_start_is_wrong_input_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    file = user_file("bad = BilevelProblem(lambda x, y: y @ torch.zeros(3, dtype=y.dtype), problem.g)")
-    assert run(f"{file}:bad") == 2
-    assert "RuntimeError" in error_line(capsys)
-    assert list(Path("out").iterdir()) == []
+@pytest.mark.parametrize("level", ["f", "g"])
+def test_an_exception_at_the_start_names_its_function_and_leaves_nothing(
+    level: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = user_file("""
+        def bad(x, y):
+            return y @ torch.zeros(3, dtype=y.dtype)
+        f, g = BilevelProblem(bad, problem.g), BilevelProblem(problem.f, bad)
+        class Mine(BilevelProblem):
+            def f(self, x, y): return bad(x, y) if which == "f" else problem.f(x, y)
+            def g(self, x, y): return bad(x, y) if which == "g" else problem.g(x, y)
+        def mine(level: str):
+            global which
+            which = level
+            return Mine(), x0, y0
+    """)
+    for words in ([f"{file}:{level}"], [f"{file}:mine", "--set", f"level={level}"]):
+        assert run(*words) == 1
+        line = error_line(capsys)
+        assert f"{level} of {words[0]} raised RuntimeError: " in line
+        assert "(at mine.py:10)" in line
+        assert list(Path("out").iterdir()) == []
+        assert main(["compare", *words]) == 1
+        assert f"{level} of {words[0]} raised RuntimeError: " in error_line(capsys)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_value_that_is_no_scalar_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{user_file('bad = BilevelProblem(lambda x, y: y, problem.g)')}:bad") == 2
+    assert "must return a scalar tensor" in error_line(capsys)
 
 
 @pytest.mark.usefixtures("here")

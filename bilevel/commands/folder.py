@@ -58,10 +58,44 @@ class Folder:
         """Whether a run wrote here before."""
         return self.result.exists() or self.history.exists()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return self.result, self.history, self.plot, self.checkpoint, self.solution
+
     def clear(self) -> None:
         """Remove the files of an earlier run, and nothing else."""
-        for file in (self.result, self.history, self.plot, self.checkpoint, self.solution):
+        for file in self.files:
             file.unlink(missing_ok=True)
+
+    @property
+    def replaced(self) -> Path:
+        """Where the files of the run that is being replaced wait until the new one has something to show."""
+        return self.path / ".replaced"
+
+    def set_aside(self) -> None:
+        """Move the files of an earlier run to :attr:`replaced`."""
+        for file in self.files:
+            if file.exists():
+                self.replaced.mkdir(exist_ok=True)
+                file.replace(self.replaced / file.name)
+
+    def bring_back(self) -> bool:
+        """Undo :meth:`set_aside`, removing what a new run has written meanwhile; whether there was something."""
+        if not self.replaced.is_dir():
+            return False
+        self.clear()
+        for file in self.files:
+            if (self.replaced / file.name).exists():
+                (self.replaced / file.name).replace(file)
+        self.replaced.rmdir()
+        return True
+
+    def forget(self) -> None:
+        """Remove what was set aside."""
+        if self.replaced.is_dir():
+            Folder(self.replaced).clear()
+            self.replaced.rmdir()
 
     def read_result(self) -> dict[str, Any]:
         """What an earlier run recorded.

@@ -12,12 +12,13 @@ from bilevel._estimate import Estimate
 from bilevel._instance import Instance
 from bilevel._minimize import Record, Solution, minimize
 from bilevel._optimizer import AbstractOuterDriver
-from bilevel._result import BilevelError
+from bilevel._result import BilevelError, Status
 from bilevel._tree import ravel
 from bilevel.commands.folder import Folder
 from bilevel.commands.outcome import Outcome, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
+from bilevel.commands.raised import told
 
 
 class Failure(Exception):  # noqa: N818  (its name is what the exit code says)
@@ -36,18 +37,33 @@ def run(request: Request) -> None:
     before = folder.read_result() if request.resume else None
     made = plan(request, None if before is None else before["settings"])
     folder.path.mkdir(parents=True, exist_ok=True)
-    if not request.resume:
+    if request.overwrite:
+        folder.set_aside()
+    elif not request.resume:
         folder.clear()
     for text in made.notes:
         note(text)
     earlier = 0.0 if before is None else float(before.get("seconds") or 0.0)
-    outcome, began, cause = _compute(request, made, folder)
+    try:
+        outcome, began, cause = _compute(request, made, folder)
+    except BaseException as error:
+        if folder.bring_back():
+            error.add_note(_kept(folder))
+        raise
+    if folder.bring_back():  # the first evaluation did not succeed
+        raise _failure(outcome, f"{outcome.message} {_kept(folder)}") from cause
     seconds = earlier + time.perf_counter() - began
     write(request, made, folder, outcome, seconds)
-    if outcome.status == "interrupted":
-        raise KeyboardInterrupt(outcome.message) from cause
     if outcome.status != "successful":
-        raise Failure(outcome.message) from cause
+        raise _failure(outcome, outcome.message) from cause
+
+
+def _failure(outcome: Outcome, message: str) -> BaseException:
+    return KeyboardInterrupt(message) if outcome.status == "interrupted" else Failure(message)
+
+
+def _kept(folder: Folder) -> str:
+    return f"The earlier run in {str(folder.path)!r} is kept."
 
 
 def _folder(request: Request) -> Folder:
@@ -63,6 +79,8 @@ def _folder(request: Request) -> Folder:
     folder = Folder(Path(request.out))
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"`--out {request.out}` is a file: name a folder.")
+    if not folder.result.exists():
+        folder.bring_back()  # of a run that was killed before its first evaluation had ended
     if folder.occupied and not (request.resume or request.overwrite):
         raise ValueError(f"{request.out!r} holds a run: `--resume` continues it, `--overwrite` replaces it.")
     return folder
@@ -83,6 +101,8 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
             if first:
                 folder.write_result(head(request, made) | {"status": "running"})
                 first = False
+            if record.status == Status.successful.name or record.step > 0:
+                folder.forget()
             records.append(record)
             folder.append_history(record)
             show(record)
@@ -103,7 +123,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
                 raise
             return _ended(error.partial), began, error
         except KeyboardInterrupt as error:
-            if not records and not folder.checkpoint.exists():
+            if folder.replaced.is_dir() or not (records or folder.checkpoint.exists()):
                 folder.clear()
                 raise
             step = records[-1].step if records else 0
@@ -112,11 +132,11 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
             message = f"interrupted after step {step}. {kept}"
             return _stopped(instance, folder, records, "interrupted", message), began, error
         except Exception as error:
-            if first:  # nothing was computed: the input is at fault
+            if first:  # nothing was computed
                 if not request.resume:
                     folder.clear()
                 raise
-            message = f"stopped after step {records[-1].step} by {type(error).__name__}: {error}"
+            message = f"stopped after step {records[-1].step}: {told(error, request.problem)}"
             return _stopped(instance, folder, records, "failed", message), began, error
     return _ended(solution), began, None
 

@@ -1,0 +1,36 @@
+"""Whose error it is: of f or g, or of how they were used."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch
+
+from bilevel._problem import BilevelProblem
+
+_TORCH = Path(torch.__file__).parent
+
+
+def told(error: BaseException, problem: str) -> str:
+    """An error in a sentence, which names f or g where it was raised there."""
+    name = raised_by(error)
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return text if name is None else f"{name} of {problem} raised {text} (at {_where(error)})"
+
+
+def raised_by(error: BaseException) -> str | None:
+    """Which objective of a problem raised the error, itself or by what it calls: "f", "g" or None."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if code.co_name in ("f", "g") and isinstance(first, BilevelProblem):
+            return code.co_name
+    return None
+
+
+def _where(error: BaseException) -> str:
+    """`file.py:12`: the innermost line that is not torch's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if _TORCH not in Path(frame.filename).parents]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
