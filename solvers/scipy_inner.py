@@ -11,14 +11,12 @@ from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
+from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize
 
 if TYPE_CHECKING:
     import numpy as np
 
 Bound: TypeAlias = float | Tensor | None
-
-_METHODS = ("L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC", "trust-constr")
-_BOUNDED = ("L-BFGS-B", "SLSQP", "TNC", "trust-constr")
 
 
 @final
@@ -43,7 +41,7 @@ class Scipy(AbstractInnerSolver):
         method: "L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC" or "trust-constr".
         bounds: (lower, upper), each a number, a flat tensor `(q,)`, or None for no bound.
         tol: stop when the residual is at most this.
-        max_steps: at most this many iterations.
+        max_steps: at most this many iterations ("TNC": evaluations).
 
     Raises:
         ValueError: if the method is unknown or takes no bounds, a bound has another size than y or exceeds its
@@ -62,10 +60,9 @@ class Scipy(AbstractInnerSolver):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise ValueError(f"`Scipy(method=...)` must be one of {', '.join(_METHODS)}. Got {self.method!r}.")
-        if self.bounds is not None and self.method not in _BOUNDED:
-            raise ValueError(f"`Scipy(bounds=...)` needs one of {', '.join(_BOUNDED)}. Got method={self.method!r}.")
+        demand_method("Scipy", self.method)
+        if self.bounds is not None and self.method not in BOUNDED:
+            raise ValueError(f"`Scipy(bounds=...)` needs one of {', '.join(BOUNDED)}. Got method={self.method!r}.")
         for name in ("tol", "max_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`Scipy({name}=...)` must be at least 0. Got {getattr(self, name)}.")
@@ -76,15 +73,15 @@ class Scipy(AbstractInnerSolver):
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         lower, upper = self._limits(y0)
-        y, steps, exhausted = y0.detach().clamp(lower, upper).clone(), 0, True
+        y, steps, spent = y0.detach().clamp(lower, upper).clone(), 0, True
         if self.max_steps > 0:
-            y, steps, exhausted = self._minimize(objective, y, lower, upper)
+            y, steps, spent = self._minimize(objective, y, lower, upper)
         gradient = objective.last_gradient(y)
         residual = torch.linalg.vector_norm(y - (y - gradient).clamp(lower, upper), dim=-1)
         if self.bounds is None:
             residual = torch.linalg.vector_norm(gradient, dim=-1)
         objective.tally.inner_steps += steps * residual.numel()
-        late = Status.stagnated if not exhausted else Status.max_steps
+        late = Status.stagnated if not spent else Status.max_steps
         statuses = tuple(_status(norm, self.tol, late) for norm in residual.reshape(-1).tolist())
         held = ((y <= lower) & (gradient > 0)) | ((y >= upper) & (gradient < 0))
         return Solved(y, statuses, residual, steps, at_bounds=int(held.sum()))
@@ -110,7 +107,7 @@ class Scipy(AbstractInnerSolver):
             options=options_of(self.method, tol, self.max_steps),
         )
         steps = int(found.nit)
-        return torch.from_numpy(found.x).to(y).reshape(y.shape), steps, steps >= self.max_steps
+        return torch.from_numpy(found.x).to(y).reshape(y.shape), steps, exhausted(self.method, found, self.max_steps)
 
     def _limits(self, y: Tensor) -> tuple[Tensor, Tensor]:
         limits = []
@@ -123,41 +120,6 @@ class Scipy(AbstractInnerSolver):
                 )
             limits.append(limit)
         return limits[0], limits[1]
-
-
-def options_of(method: str, tol: float | None, max_steps: int) -> dict[str, Any]:
-    """How the methods of scipy call their limits; with a tolerance on the gradient, no other test ends them early."""
-    names = {"L-BFGS-B": "gtol", "BFGS": "gtol", "CG": "gtol", "TNC": "gtol", "SLSQP": "ftol", "trust-constr": "gtol"}
-    options: dict[str, Any] = {"maxfun" if method == "TNC" else "maxiter": max_steps}
-    if method == "L-BFGS-B":
-        options["maxfun"] = 20 * max_steps + 20
-    if tol is None:
-        return options
-    options[names[method]] = tol if method != "SLSQP" else tol * tol
-    if method in ("L-BFGS-B", "TNC"):
-        options["ftol"] = 0.0
-    if method in ("TNC", "trust-constr"):
-        options["xtol"] = 0.0
-    return options
-
-
-def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The entries in float64 on the CPU: `(n,)`."""
-    array: np.ndarray[Any, Any] = tensor.detach().reshape(-1).double().cpu().numpy()
-    return array.copy()
-
-
-def scipy_optimize(user: str) -> Any:
-    """The module scipy.optimize.
-
-    Raises:
-        ImportError: naming the extra.
-    """
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise ImportError(f'`{user}` needs scipy: pip install "bilevel[scipy]"') from error
-    return optimize
 
 
 def _status(residual: float, tol: float, otherwise: Status) -> Status:

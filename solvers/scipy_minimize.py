@@ -12,13 +12,10 @@ from torch import Tensor
 
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Status
-from bilevel.solvers.scipy_inner import as_numpy, options_of, scipy_optimize
+from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize
 
 if TYPE_CHECKING:
     import numpy as np
-
-_METHODS = ("L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC", "trust-constr")
-_BOUNDED = ("L-BFGS-B", "SLSQP", "TNC", "trust-constr")
 
 
 @final
@@ -34,6 +31,7 @@ class ScipyMinimize(AbstractOuterDriver):
 
     Args:
         method: "L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC" or "trust-constr"; all but BFGS and CG take bounds.
+            `minimize(max_steps=...)` limits the iterations ("TNC": the evaluations).
         options: passed to scipy as they are, over what follows from `max_steps` and `tol`.
 
     Raises:
@@ -52,8 +50,7 @@ class ScipyMinimize(AbstractOuterDriver):
     options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise ValueError(f"`ScipyMinimize(method=...)` must be one of {', '.join(_METHODS)}. Got {self.method!r}.")
+        demand_method("ScipyMinimize", self.method)
 
     def drive(
         self,
@@ -65,9 +62,9 @@ class ScipyMinimize(AbstractOuterDriver):
         tol: float | None,
     ) -> tuple[Tensor, Status]:
         optimize = scipy_optimize("ScipyMinimize")
-        if bounds is not None and self.method not in _BOUNDED:
+        if bounds is not None and self.method not in BOUNDED:
             raise ValueError(
-                f"`ScipyMinimize(method={self.method!r})` takes no bounds. Use one of {', '.join(_BOUNDED)}."
+                f"`ScipyMinimize(method={self.method!r})` takes no bounds. Use one of {', '.join(BOUNDED)}."
             )
         if max_steps == 0:
             return x0.detach().clone(), Status.successful if tol is None else Status.max_steps
@@ -93,15 +90,15 @@ class ScipyMinimize(AbstractOuterDriver):
         _, value, gradient = seen[0]
         residual = gradient if bounds is None else x - (x - gradient).clamp(*bounds)
         norm = float(torch.linalg.vector_norm(residual))
-        return x, _status(found, value, norm, tol, max_steps)
+        return x, _status(found, value, norm, tol, exhausted(self.method, found, max_steps))
 
 
-def _status(found: Any, value: float, norm: float, tol: float | None, max_steps: int) -> Status:
+def _status(found: Any, value: float, norm: float, tol: float | None, spent: bool) -> Status:
     if not (math.isfinite(value) and math.isfinite(norm)):
         return Status.nonfinite
     if tol is not None and norm <= tol:
         return Status.successful
-    if int(found.nit) >= max_steps:
+    if spent:
         return Status.max_steps if tol is not None else Status.successful
     if found.success:  # by a test of its own, on the change of value or of x
         return Status.successful if tol is None else Status.stagnated

@@ -682,6 +682,16 @@ def test_scipy_minimizes_rows_as_their_sum() -> None:
     assert objective.tally.gradients % 20_000 == 0
 
 
+@pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC", "trust-constr"])
+def test_a_step_budget_of_scipy_that_is_used_up_is_told_from_stagnation(method: str) -> None:
+    function, _ = logistic()
+    for max_steps in (1, 2):
+        solved = Scipy(method, tol=1e-9, max_steps=max_steps).solve(
+            Objective(function), torch.zeros(5, dtype=torch.float64)
+        )
+        assert solved.status is Status.max_steps
+
+
 def test_a_missed_tolerance_of_scipy_is_not_success() -> None:
     function, _ = logistic()
     solved = Scipy(tol=1e-300).solve(Objective(function), torch.zeros(5, dtype=torch.float64))

@@ -369,6 +369,15 @@ def test_scipy_says_how_it_ended() -> None:
     assert loose[1] is Status.stagnated
 
 
+@pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "CG", "SLSQP", "TNC", "trust-constr"])
+def test_a_step_budget_of_scipy_that_is_used_up_is_told_from_a_failure(method: str) -> None:
+    x0 = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    for max_steps in (1, 2, 5):
+        for tol, status in ((None, Status.successful), (1e-9, Status.max_steps)):
+            found = ScipyMinimize(method).drive(rosenbrock, x0, bounds=None, max_steps=max_steps, tol=tol)
+            assert found[1] is status
+
+
 def test_scipy_keeps_the_dtype_of_x() -> None:
     seen: list[torch.dtype] = []
 
