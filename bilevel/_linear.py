@@ -28,6 +28,7 @@ class LinearOperator:
         symmetric: whether A is declared symmetric.
         last_mv: the product at the vector that a solver is about to return, for its true residual; an operator
             may prepare there what its owner needs at that vector. None: the same as `mv`.
+        diagonal: a positive diagonal near A, of the shape of a vector, where its owner knows one; for preconditioners.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
@@ -41,6 +42,7 @@ class LinearOperator:
     positive_definite: bool = False
     symmetric: bool = True
     last_mv: Callable[[Tensor], Tensor] | None = None
+    diagonal: Tensor | None = None
 
     def residual(self, b: Tensor, v: Tensor) -> Tensor:
         """The true residual b - A v at a vector that is about to be returned; one product."""
@@ -57,6 +59,7 @@ class LinearOperator:
             self.positive_definite,
             self.symmetric,
             lambda v: last(v).add(v, alpha=damping),
+            None if self.diagonal is None else self.diagonal + damping,
         )
 
     def dense(self, like: Tensor) -> Tensor:

@@ -8,9 +8,13 @@ from typing import final
 
 from bilevel._instance import Instance
 from bilevel.problems._data import Arrays, Dataset
+from bilevel.problems.abml import abml
+from bilevel.problems.gaussian_likelihood import GaussianLikelihood
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
+from bilevel.problems.ibaml import ibaml, ibaml_head
 from bilevel.problems.ill_posed import double_well, rank_deficient
 from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, lambert
+from bilevel.problems.kl_products import KLDiagonal, KLProducts
 from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
 from bilevel.problems.logistic import Logistic, logistic, logistic_breast_cancer, multinomial_digits
 from bilevel.problems.minimax import minimax
@@ -24,15 +28,19 @@ __all__ = [
     "Arrays",
     "Dataset",
     "Entry",
+    "GaussianLikelihood",
     "HyperCleaning",
     "Instance",
     "InverseLink",
+    "KLDiagonal",
+    "KLProducts",
     "LogSumExp",
     "Logistic",
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
     "WeightedLogit",
+    "abml",
     "asinh",
     "atanh",
     "cardano",
@@ -40,6 +48,8 @@ __all__ = [
     "double_well",
     "hyper_cleaning",
     "hyper_cleaning_synthetic",
+    "ibaml",
+    "ibaml_head",
     "lambert",
     "log_sum_exp",
     "logistic",

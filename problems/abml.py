@@ -1,0 +1,102 @@
+"""ABML: adaptation as a Gaussian posterior under a learned Gaussian prior, differentiated through its iterations."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from bilevel._functional import Functional
+from bilevel._learner import Learner
+from bilevel._problem import BilevelProblem
+from bilevel.hypergrad.itd import ITD
+from bilevel.problems._evidence import Evidence, Settings
+from bilevel.problems._modules import as_functional
+from bilevel.problems._tasks import Loss
+from bilevel.problems.ibaml import descent
+
+
+def abml(
+    module: nn.Module | Functional,
+    loss: Loss = cross_entropy,
+    *,
+    kl_weight: float = 4e-4,
+    samples: int = 4,
+    evaluation_samples: int = 10,
+    log_variance: float = -8.5,
+    isotropic: bool = False,
+    learn_variance: bool = True,
+    inner_steps: int = 5,
+    step: float = 0.1,
+    variance_step: float | None = None,
+    checkpoint: bool = False,
+    antithetic: bool = True,
+    outer_kl_weight: float = 0.0,
+    hyper_prior_weight: float = 0.0,
+    precision_prior: tuple[float, float] = (1.0, 0.01),
+    seed: int = 0,
+) -> Learner:
+    """ABML: g and f of `ibaml`, y what K steps of gradient descent on g make of the prior, and the gradient of that.
+
+    The gradient is explicit: through the steps, the prior being both in g and the start of y. It is the exact gradient
+    of what K steps give, whatever K, and differs from the gradient at y* by as much as the steps have yet to forget of
+    their start. Cost of an estimate: K gradients of the expected loss and K products with its second derivatives;
+    memory grows by one gradient's graph a step, or as the square root of K with `checkpoint`.
+
+    Source: Ravi, Beatson, "Amortized Bayesian meta-learning", ICLR 2019. Theirs takes f on support and query set
+    together, with `outer_kl_weight` = `kl_weight`, and draws with other variance reduction.
+
+    Args:
+        module: the network; its parameters that require a gradient are what the prior is over, and the mean's start.
+        loss: (outputs, targets) -> mean over samples of -log p.
+        kl_weight: w.
+        samples: draws of the posterior for each task and batch.
+        evaluation_samples: draws for a prediction.
+        log_variance: where the prior's starts.
+        isotropic: learn one prior variance for all parameters.
+        learn_variance: learn the prior's variance, and adapt the posterior's.
+        inner_steps: K.
+        step: of gradient descent in the mean.
+        variance_step: the same in the log-variance; None: `step`.
+        checkpoint: keep few of the iterates and compute the others again.
+        antithetic: draw noise in pairs e, -e.
+        outer_kl_weight: add so many times KL(q || p) to f.
+        hyper_prior_weight: add so many times -log p(m, d) to f.
+        precision_prior: shape and rate of the Gamma distribution of 1 / d.
+        seed: of the noise of predictions.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> abml(nn.Linear(1, 1), inner_steps=3).adapt.max_steps
+        3
+    """
+    settings = Settings(
+        "abml",
+        kl_weight,
+        samples,
+        evaluation_samples,
+        log_variance,
+        isotropic,
+        learn_variance,
+        antithetic,
+        outer_kl_weight,
+        hyper_prior_weight,
+        precision_prior,
+        seed,
+    )
+    net = as_functional(module)
+    model = Evidence.of(net, loss, net.params, settings, features=False)
+    solver = descent(model, step, variance_step, inner_steps)
+    noise = model.evaluation_noise()
+    return Learner(
+        name="abml",
+        problem=BilevelProblem(model.f, model.g, init=model.start, tasks=True),
+        x0=model.prior(net.params),
+        y0=model.start(model.prior(net.params)),
+        estimator=ITD(solver, checkpoint=checkpoint),
+        adapt=solver,
+        predict=lambda _, y, task: model.predict(y, task["query_x"], noise),
+        export=lambda x: net.load(x["mean"]),
+        prepare=model.prepare,
+    )
