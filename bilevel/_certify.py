@@ -95,6 +95,8 @@ def certify(
             f" Give them, or use `estimate_constants(problem, x, estimate.y)`, or see `estimate.error_estimate`."
         )
     check_signature(problem, data)
+    if problem.constraints is not None:
+        raise ValueError("`certify` does not apply: its theorems are for an inner problem without constraints on y.")
     x_vector, x_structure = ravel(x, "x")
     z, _ = ravel(estimate.grad, "estimate.grad")
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, problem.tasks), data)

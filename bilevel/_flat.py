@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._polytope import FlatPolytope
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map
@@ -70,6 +71,17 @@ class FlatProblem:
         if init is None:
             return self.spread(y0)
         return self.map(lambda x, *data: self.y.ravel(init(x, *data), "init(x)"), "g", x)
+
+    def polytope(self, x: Tensor) -> FlatPolytope | None:
+        """The constraints on y at x, one row for each problem of the batch; differentiable. None: there are none."""
+        constraints = self.problem.constraints
+        if constraints is None:
+            return None
+
+        def flat(x: Tree, *data: Any) -> Any:
+            return constraints(x, *data).flat(self.y).tensors()
+
+        return FlatPolytope(*self.map(flat, "g", x))
 
     def spread(self, y: Tensor) -> Tensor:
         """One task's vector `(q,)` for every task `(tasks, q)`; as it is where there are none or it has been."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._calculus import Linearization, grad, hessian_operator
 from bilevel._linear import LinearOperator
+from bilevel._polytope import FlatPolytope
 from bilevel._result import Solved, Tally
 from bilevel._spectrum import largest_eigenvalue
 
@@ -30,6 +31,7 @@ class Objective:
         linearize: how the owner wants the objective linearized at the solution; see :meth:`last_gradient`.
         x: the outer variable at which it is taken, for solvers that know y*(x) in closed form: `(p,)`.
         closed_form: applies a user's map x -> y in the user's structures; see `ClosedForm`.
+        constraints: linear constraints on y, for solvers that heed them.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -43,10 +45,12 @@ class Objective:
         tally: Tally | None = None,
         linearize: Callable[[Tensor], Linearization] | None = None,
         closed_form: Callable[[Callable[..., object]], Tensor] | None = None,
+        constraints: FlatPolytope | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form = closed_form
+        self.constraints = constraints
         self.linearization: Linearization | None = None
         self._linearize = linearize
 
@@ -113,6 +117,11 @@ class AbstractInnerSolver(abc.ABC):
     The contract of every solver: `Solved.residual` is |grad_y g| at the returned point itself; y0 is not
     modified; NaN is a status; rows of a batch are independent problems, each with its own steps and status.
     """
+
+    @property
+    def heeds_constraints(self) -> bool:
+        """Whether it minimizes under `Objective.constraints`; otherwise it must not be used where there are any."""
+        return False
 
     @abc.abstractmethod
     def solve(self, objective: Objective, y0: Tensor) -> Solved:

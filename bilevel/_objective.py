@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel._calculus import AbstractProducts
 from bilevel._flat import FlatProblem
-from bilevel._inner import Objective
+from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Report, Solved
 from bilevel._tree import Tree
 
@@ -23,7 +23,8 @@ def inner_objective(problem: FlatProblem, x: Tensor, products: AbstractProducts 
         products: how to linearize where the solver stops; None: not at all.
     """
     linearize = None if products is None else lambda y: products.linearize(problem, x, y)
-    return Objective(lambda y: problem.g(x, y), problem.tally, linearize, closed_form(problem, x))
+    polytope = problem.polytope(x.detach())
+    return Objective(lambda y: problem.g(x, y), problem.tally, linearize, closed_form(problem, x), polytope)
 
 
 def closed_form(problem: FlatProblem, x: Tensor) -> Callable[[Callable[..., Tree]], Tensor]:
@@ -45,3 +46,29 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     residual = solved.residual if gradient is None else torch.linalg.vector_norm(gradient, dim=-1)
     worst = float(residual.max()) if residual.numel() else 0.0
     return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
+
+
+def refuse_constraints(problem: FlatProblem, estimator: str) -> None:
+    """Refuse constraints on y, for estimators that assume grad_y g = 0 at the solution.
+
+    Raises:
+        ValueError: naming the estimator and what to use instead.
+    """
+    if problem.problem.constraints is not None:
+        raise ValueError(
+            f"`{estimator}` does not apply: y is constrained, so that grad_y g(x, y*) need not be zero. Use `KKT`,"
+            f" which differentiates the optimality conditions with the constraints, or `ESJ` or `FiniteDifference`."
+        )
+
+
+def demand_heeded(problem: FlatProblem, solver: AbstractInnerSolver, estimator: str) -> None:
+    """Refuse an inner solver that would ignore the constraints on y.
+
+    Raises:
+        ValueError: naming the estimator, the solver and what to use instead.
+    """
+    if problem.problem.constraints is not None and not solver.heeds_constraints:
+        raise ValueError(
+            f"`{estimator}(inner=...)` must heed the constraints on y. Got `{type(solver).__name__}`, which ignores"
+            f" them. Use `QuadraticProgram`."
+        )

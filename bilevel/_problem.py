@@ -10,9 +10,10 @@ from typing import Any, final
 
 from torch import Tensor
 
+from bilevel._polytope import Polytope
 from bilevel._tree import Tree
 
-_OPTIONAL = ("init", "encode")  # functions that a problem may do without
+_OPTIONAL = ("init", "encode", "constraints")  # functions that a problem may do without
 
 
 class BilevelProblem:
@@ -36,11 +37,13 @@ class BilevelProblem:
             z = encode(x), or encode(x, data), in the place of x. The features of a body that all tasks share, for
             example: they are then computed once for each hypergradient, whatever the number of inner steps, and the
             chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
+        constraints: linear constraints on y, if there are any: `constraints(x) -> Polytope`, or `constraints(x, data)`.
+            `KKT` differentiates the constrained minimizer; estimators that assume grad_y g = 0 refuse.
         tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
             with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
 
     Raises:
-        TypeError: if f, g, init or encode cannot be called.
+        TypeError: if f, g, init, encode or constraints cannot be called.
 
     Example:
         >>> import torch
@@ -53,6 +56,7 @@ class BilevelProblem:
 
     init: Callable[..., Tree] | None = None
     encode: Callable[..., Tree] | None = None
+    constraints: Callable[..., Polytope] | None = None
     tasks: bool = False
     _f: Callable[..., Tensor] | None = None
     _g: Callable[..., Tensor] | None = None
@@ -64,9 +68,11 @@ class BilevelProblem:
         *,
         init: Callable[..., Tree] | None = None,
         encode: Callable[..., Tree] | None = None,
+        constraints: Callable[..., Polytope] | None = None,
         tasks: bool = False,
     ) -> None:
-        for name, function in (("f", f), ("g", g), ("init", init), ("encode", encode)):
+        optional = (("init", init), ("encode", encode), ("constraints", constraints))
+        for name, function in (("f", f), ("g", g), *optional):
             if function is None and (name in _OPTIONAL or _overridden(self, name)):
                 continue
             if not callable(function):
@@ -79,6 +85,8 @@ class BilevelProblem:
             self.init = init
         if encode is not None:
             self.encode = encode
+        if constraints is not None:
+            self.constraints = constraints
         if tasks:
             self.tasks = tasks
 

@@ -36,6 +36,10 @@ class Status(enum.Enum):
         "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"
         " reached. Loosen the tolerance or compute in float64."
     )
+    weakly_active = (
+        "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
+        " estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
+    )
     line_search_failed = (
         "The line search found no acceptable step. The objective may be non-smooth, noisy (dropout sampled anew"
         " at each call?) or its gradient wrong; `tol` may also be below what this dtype can reach."
@@ -52,6 +56,10 @@ class Status(enum.Enum):
     breakdown = (
         "The Krylov recurrence broke down before the tolerance was met: the operator is singular, or does not"
         " have the properties that it was declared to have."
+    )
+    infeasible = (
+        "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
+        " `constraints` returns at this x."
     )
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
@@ -145,6 +153,8 @@ class Solved:
         steps: iterations taken (the most of any row).
         at_bounds: how many entries of `value` are held by bounds: there the gradient need not vanish, and y is not a
             stationary point of the objective.
+        multipliers: of linear equality constraints A y = b, where there are any: grad g + A' multipliers = 0 on the
+            entries that no bound holds.
     """
 
     value: Tensor
@@ -152,6 +162,7 @@ class Solved:
     residual: Tensor
     steps: int
     at_bounds: int = 0
+    multipliers: Tensor | None = None
 
     @property
     def status(self) -> Status:

@@ -18,8 +18,10 @@ def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z
 
     h_+ has an error of second order in |y - y*|, so that the difference is the error of z up to that order. Two linear
     solves, two gradients of g and one of f, in float64 wherever f and g can be evaluated in it. NaN where a linear
-    solve does not succeed.
+    solve does not succeed, and where y is constrained.
     """
+    if problem.problem.constraints is not None:
+        return math.nan  # the Newton correction would leave the constraints
     if y.dtype != torch.float64:
         doubled = in_double(problem, problem.tally)
         try:

@@ -10,7 +10,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._accuracy import Accuracy, has_tolerance, inner_tolerance, linear_tolerance, with_tolerance
+from bilevel._accuracy import (
+    Accuracy,
+    has_tolerance,
+    inner_tolerance,
+    linear_tolerance,
+    with_preconditioner,
+    with_tolerance,
+)
 from bilevel._assumed import moved
 from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
 from bilevel._certificate import Constants
@@ -19,15 +26,17 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._measure import measured
-from bilevel._objective import inner_objective, report
+from bilevel._objective import inner_objective, refuse_constraints, report
+from bilevel._pairs import Pairs, Recycled
 from bilevel._result import Report, Solved, Status
 from bilevel._theorems import bounded
 from bilevel._tree import Tree
 
 _ATTEMPTS = 100  # of a certified estimate: mostly two to four are needed, more where solvers take few steps each
-_INNER = 0.4  # of the target, which the inner solver aims at; the linear solver has what is left
+_INNER = 0.6  # of the target, which the inner solver aims at; the linear solver has what is left
 _FORCING = 1e-3  # the least relative residual of a Newton step: more is lost to what it neglects
 _GAIN = 0.1  # what a Newton step must reduce the inner residual to, or the inner solver takes over
+_PAIRS = 20  # products that precondition the solves after them
 _SLACK = 0.95  # of the target, for what changes while it is being met
 
 
@@ -108,6 +117,7 @@ class AID(AbstractEstimator):
         return self.target_error is None and self.relative_error is None  # a certificate is of the error in x
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        refuse_constraints(problem, "AID")
         if self.target_error is not None or self.relative_error is not None:
             return self._certified(problem, x, start, self._accuracy())
         solved, at = self._inner(problem, x, problem.start(x, start.y).detach(), self.inner)
@@ -136,9 +146,18 @@ class AID(AbstractEstimator):
         return solved, at
 
     def _solve(
-        self, problem: FlatProblem, at: Linearization, fy: Tensor, guess: Tensor | None, linear: AbstractLinearSolver
+        self,
+        problem: FlatProblem,
+        at: Linearization,
+        fy: Tensor,
+        guess: Tensor | None,
+        linear: AbstractLinearSolver,
+        recycled: Recycled | None = None,
     ) -> Solved:
-        system = linear.solve(at.operator.shifted(self.damping), fy, guess)
+        operator = at.operator.shifted(self.damping)
+        if recycled is not None:
+            linear, operator = with_preconditioner(linear, recycled), recycled.watched(operator)
+        system = linear.solve(operator, fy, guess)
         problem.tally.linear_steps += system.steps
         return system
 
@@ -156,9 +175,10 @@ class AID(AbstractEstimator):
         """Solve whichever of the two systems keeps the bound above its target, to the tolerance that it needs.
 
         The bound itself costs nothing: its residuals are those that are at hand. Linear systems are solved for the
-        correction of v, from the residual that is known.
+        correction of v, from the residual that is known, each preconditioned by the products of those before.
         """
         y = problem.start(x, start.y).detach()
+        recycled = Recycled(Pairs(_PAIRS, y.reshape(-1, y.shape[-1])))
         rows, attempt, stuck, failed = y.shape[:-1].numel(), 0, False, False
         newton = start.v is not None and has_tolerance(self.inner)  # near y*, where the linear solver is the faster one
         at = self.products.linearize(problem, x, y)
@@ -185,7 +205,7 @@ class AID(AbstractEstimator):
                 tol = min(inner_tolerance(_INNER * target, found, here), 0.5 * before, 0.5 * here.radius * terms.mu)
                 at_floor = not newton
                 if newton:
-                    solved, at = self._newton(problem, x, at, tol)
+                    solved, at = self._newton(problem, x, at, tol, recycled)
                     newton = solved.status.ok
                 else:
                     solved, at = self._inner(problem, x, y, with_tolerance(self.inner, tol))
@@ -202,7 +222,7 @@ class AID(AbstractEstimator):
                 last = guessed and (stuck or left <= 0)
                 needed = linear_tolerance(max(left, 0.1 * floor), here) / rows
                 tol = min(needed, 0.5 * size) if guessed else 0.1 * size
-                system = self._solve(problem, at, r, None, with_tolerance(self.linear, tol, size))
+                system = self._solve(problem, at, r, None, with_tolerance(self.linear, tol, size), recycled)
                 failed = last or not (system.status.ok or float(system.residual.max()) < 0.5 * size)
                 v, h = v + system.value, self._hypergradient(problem, h, at.cross(system.value))
                 r = system.residual.unsqueeze(-1)
@@ -214,7 +234,9 @@ class AID(AbstractEstimator):
         reports.append(Report("certified accuracy", status, bound, attempt))
         return FlatEstimate(h, value, y, tuple(reports), v, bound=bound if valid else math.inf)
 
-    def _newton(self, problem: FlatProblem, x: Tensor, at: Linearization, tol: float) -> tuple[Solved, Linearization]:
+    def _newton(
+        self, problem: FlatProblem, x: Tensor, at: Linearization, tol: float, recycled: Recycled
+    ) -> tuple[Solved, Linearization]:
         """Newton steps from where `at` was taken, by the linear solver, to |grad_y g| <= tol or until one gains little.
 
         A step that gains nothing is taken back.
@@ -223,7 +245,7 @@ class AID(AbstractEstimator):
         while gained and float(norms.max()) > tol:
             before, steps = float(norms.max()), steps + 1
             solver = with_tolerance(self.linear, max(0.5 * tol, _FORCING * before), before, trusting=True)
-            step = self._solve(problem, at, at.gradient, None, solver)
+            step = self._solve(problem, at, at.gradient, None, solver, recycled)
             there = self.products.linearize(problem, x, at.y - step.value)
             left = torch.linalg.vector_norm(there.gradient, dim=-1)
             gained = float(left.max()) < _GAIN * before

@@ -13,7 +13,7 @@ from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import inner_objective, report
+from bilevel._objective import demand_heeded, inner_objective, report
 from bilevel._result import Solved, Status
 
 Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
@@ -88,6 +88,7 @@ class ESJ(AbstractEstimator):
             )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        demand_heeded(problem, self.inner, "ESJ")
         u, c = self._draw(x, start.count)
         y, moved, solved = self._solve(problem, x, u, start.y)
         value, fx, fy = outer_gradients(problem, x, y)

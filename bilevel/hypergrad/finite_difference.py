@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import inner_objective, report
+from bilevel._objective import demand_heeded, inner_objective, report
 from bilevel._result import Report
 
 
@@ -50,6 +50,7 @@ class FiniteDifference(AbstractEstimator):
             raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        demand_heeded(problem, self.inner, "FiniteDifference")
         value, y, first = self._phi(problem, x, start.y)
         reports = [first]
         step = torch.finfo(x.dtype).eps ** (1 / 3) if self.step is None else self.step

@@ -12,7 +12,7 @@ from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
-from bilevel._objective import inner_objective, report
+from bilevel._objective import inner_objective, refuse_constraints, report
 from bilevel._unroll import Unroll
 
 
@@ -87,6 +87,7 @@ class ITD(AbstractEstimator):
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        refuse_constraints(problem, "ITD")
         assert isinstance(self.inner, AbstractUnrollable)
         y0 = problem.start(x, start.y).detach()
         inner = self.inner.tuned(inner_objective(problem, x), y0)
