@@ -17,6 +17,7 @@ from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, la
 from bilevel.problems.kl_products import KLDiagonal, KLProducts
 from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
 from bilevel.problems.logistic import Logistic, logistic, logistic_breast_cancer, multinomial_digits
+from bilevel.problems.maml import maml
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
@@ -54,6 +55,7 @@ __all__ = [
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
+    "maml",
     "minimax",
     "multinomial_digits",
     "nested",

@@ -3,5 +3,6 @@
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
+from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.penalty import Penalty as Penalty
