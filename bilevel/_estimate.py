@@ -49,6 +49,7 @@ class Estimate:
         note: why this estimator, where it was chosen for you.
         penalized: for the penalty estimator: y_w and the weight w.
         second_level: how `error_estimate` is computed.
+        x: where: the structure of x.
     """
 
     grad: Tree = field(repr=False)
@@ -64,6 +65,7 @@ class Estimate:
     note: str = ""
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
     second_level: Callable[[], float] | None = field(default=None, repr=False)
+    x: Tree = field(default=None, repr=False)
 
     @property
     def error_estimate(self) -> float:

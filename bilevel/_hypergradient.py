@@ -137,4 +137,5 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
         second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
+        x=problem.x.unravel(x.clone()),
     )

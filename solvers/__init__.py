@@ -3,6 +3,7 @@
 from bilevel.solvers.adam import Adam as Adam
 from bilevel.solvers.armijo import Armijo as Armijo
 from bilevel.solvers.cg import CG as CG
+from bilevel.solvers.clipped import Clipped as Clipped
 from bilevel.solvers.closed_form import ClosedForm as ClosedForm
 from bilevel.solvers.dense import Dense as Dense
 from bilevel.solvers.gmres import GMRES as GMRES
@@ -16,6 +17,8 @@ from bilevel.solvers.nesterov import Nesterov as Nesterov
 from bilevel.solvers.neumann import Neumann as Neumann
 from bilevel.solvers.newton import Newton as Newton
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
+from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
+from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim

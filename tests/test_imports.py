@@ -63,7 +63,7 @@ def side(name: str) -> str:
 
     A method is a problem over tasks together with the estimator and the inner solver that it is published with.
     """
-    if name in FACE or name.startswith(("bilevel.commands", "bilevel.testing")):
+    if name in FACE or name.startswith(("bilevel.commands", "bilevel.few_shot", "bilevel.testing")):
         return "face"
     sub_package = name.split(".")[1]
     if sub_package == "problems" and name != "bilevel.problems" and "bilevel._learner" in imports(MODULES[name]):

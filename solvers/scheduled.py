@@ -1,0 +1,149 @@
+"""A learning-rate schedule around an optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._optimizer import AbstractOptimizer, OptimizerState
+
+
+@final
+@dataclass(frozen=True)
+class Scheduled(AbstractOptimizer):
+    """y_{k+1} = y_k + c(k) d_k, where d_k is the move of the wrapped optimizer: its step length becomes c(k) times it.
+
+    For optimizers whose move is a multiple of their step length, which all of this library are: `Adam`,
+    `GradientDescent`, `HeavyBall`, `Nesterov`. Their own state (momentum, running means) does not see the factor.
+
+    Cost: nothing beside the wrapped optimizer's. The number of steps so far is part of the state, so that a run that is
+    resumed from a checkpoint goes on where its schedule was.
+
+    Args:
+        optimizer: whose moves are scaled.
+        schedule: k -> c(k), the factor of step k = 0, 1, ...: `Cosine`, `StepDecay`, or any function.
+
+    Raises:
+        TypeError: if the schedule cannot be called, or the optimizer is none.
+
+    Example:
+        >>> from bilevel.solvers import GradientDescent
+        >>> halving = Scheduled(GradientDescent(1.0), lambda k: 0.5**k)
+        >>> y, state = torch.zeros(1), halving.init(torch.zeros(1))
+        >>> for _ in range(3):
+        ...     y, state = halving.step(torch.ones(1), y, state)
+        >>> y  # -(1 + 1/2 + 1/4)
+        tensor([-1.7500])
+    """
+
+    optimizer: AbstractOptimizer
+    schedule: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optimizer, AbstractOptimizer):
+            raise TypeError(
+                f"`Scheduled(optimizer=...)` must be an optimizer such as `Adam(1e-3)`. Got"
+                f" {type(self.optimizer).__name__}."
+            )
+        if not callable(self.schedule):
+            raise TypeError(
+                f"`Scheduled(schedule=...)` must be a function step -> factor. Got {type(self.schedule).__name__}."
+                f" Write `Cosine(steps=...)`."
+            )
+
+    def init(self, point: Tensor) -> OptimizerState:
+        wrapped = {f"scheduled.{key}": entry for key, entry in self.optimizer.init(point).items()}
+        return {"steps": torch.zeros((), dtype=torch.float64, device=point.device), **wrapped}
+
+    def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        wrapped = {key.removeprefix("scheduled."): entry for key, entry in state.items() if key != "steps"}
+        moved, wrapped = self.optimizer.step(grad, point, wrapped)
+        factor = float(self.schedule(int(state["steps"])))
+        point = moved if factor == 1 else point + factor * (moved - point)
+        return point, {"steps": state["steps"] + 1, **{f"scheduled.{key}": entry for key, entry in wrapped.items()}}
+
+    @property
+    def needs_curvature(self) -> bool:
+        return self.optimizer.needs_curvature
+
+    def tuned(self, largest_curvature: Tensor) -> Scheduled:
+        return Scheduled(self.optimizer.tuned(largest_curvature), self.schedule)
+
+
+@final
+@dataclass(frozen=True)
+class Cosine:
+    """c(k) = floor + (1 - floor) (1 + cos(pi k / steps)) / 2 for k <= steps, then `floor`; a linear warm-up before.
+
+    Source: Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017 (without restarts).
+
+    Args:
+        steps: how many steps the fall from 1 to `floor` takes, the warm-up not counted.
+        floor: the factor at the end.
+        warmup: how many steps the factor rises for before, from 1 / (warmup + 1) to 1.
+
+    Raises:
+        ValueError: if `steps` is less than 1, `warmup` is negative or `floor` is not in [0, 1].
+
+    Example:
+        >>> cosine = Cosine(steps=4, warmup=1)
+        >>> [round(cosine(k), 3) for k in range(7)]
+        [0.5, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+    """
+
+    steps: int
+    floor: float = 0.0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.warmup < 0:
+            raise ValueError(f"`Cosine` needs steps >= 1 and warmup >= 0. Got {self.steps} and {self.warmup}.")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"`Cosine(floor=...)` must be in [0, 1]. Got {self.floor}.")
+
+    def __call__(self, step: int) -> float:
+        """The factor of a step."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = min((step - self.warmup) / self.steps, 1.0)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+@final
+@dataclass(frozen=True)
+class StepDecay:
+    """c(k) = factor^(number of milestones <= k): the step length falls at given steps.
+
+    Args:
+        milestones: the steps at which the factor is applied; one integer: at each of its multiples.
+        factor: by how much.
+
+    Raises:
+        ValueError: if a milestone is less than 1 or the factor is negative.
+
+    Example:
+        >>> halving, twice = StepDecay(2, factor=0.5), StepDecay((1, 3), factor=0.1)
+        >>> [halving(k) for k in range(5)], [round(twice(k), 2) for k in range(5)]
+        ([1.0, 1.0, 0.5, 0.5, 0.25], [1.0, 0.1, 0.1, 0.01, 0.01])
+    """
+
+    milestones: int | tuple[int, ...]
+    factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        each = (self.milestones,) if isinstance(self.milestones, int) else self.milestones
+        if not all(milestone >= 1 for milestone in each) or not self.factor >= 0:
+            raise ValueError(
+                f"`StepDecay` needs milestones >= 1 and a factor >= 0. Got {self.milestones} and {self.factor}."
+            )
+
+    def __call__(self, step: int) -> float:
+        """The factor of a step."""
+        if isinstance(self.milestones, int):
+            return float(self.factor ** (step // self.milestones))
+        return float(self.factor ** sum(milestone <= step for milestone in self.milestones))
