@@ -22,6 +22,7 @@ from bilevel._linear import (
 )
 from bilevel._minimize import Record as Record, Solution as Solution, minimize as minimize
 from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, AbstractOuterDriver as AbstractOuterDriver
+from bilevel._polytope import Polytope as Polytope
 from bilevel._problem import BilevelProblem as BilevelProblem, Split as Split
 from bilevel._registry import estimators as estimators
 from bilevel._result import (
@@ -39,4 +40,5 @@ from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
 from bilevel.hypergrad.itd import ITD as ITD
+from bilevel.hypergrad.kkt import KKT as KKT
 from bilevel.hypergrad.penalty import Penalty as Penalty

@@ -88,7 +88,8 @@ def pseudo_inverse(S: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
     kept = values > 100 * S.shape[-1] * torch.finfo(S.dtype).eps
     inverse = torch.where(kept, values, torch.ones_like(values)).reciprocal() * kept
-    return scale.unsqueeze(-1) * (vectors * inverse.unsqueeze(-2)) @ vectors.mT * scale.unsqueeze(-2)
+    found: Tensor = scale.unsqueeze(-1) * (vectors * inverse.unsqueeze(-2)) @ vectors.mT * scale.unsqueeze(-2)
+    return found
 
 
 def restricted(M: Tensor, A: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from bilevel.solvers.nesterov import Nesterov as Nesterov
 from bilevel.solvers.neumann import Neumann as Neumann
 from bilevel.solvers.newton import Newton as Newton
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
-from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
 from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
+from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim

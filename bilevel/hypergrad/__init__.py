@@ -5,4 +5,5 @@ from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
 from bilevel.hypergrad.itd import ITD as ITD
+from bilevel.hypergrad.kkt import KKT as KKT
 from bilevel.hypergrad.penalty import Penalty as Penalty
