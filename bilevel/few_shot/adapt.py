@@ -1,0 +1,136 @@
+"""From what was learned to new tasks: adaptation on the support set, predictions of the queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._learner import Learner
+from bilevel._objective import inner_objective
+from bilevel._result import Stats, Status
+from bilevel._tree import Tree, ravel, tree_leaves, tree_map
+from bilevel.tasks._random import seed_of_step
+
+_NOISE = 2**32  # the seeds of `prepare` and those of the tasks are unrelated
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A batch of tasks, adapted.
+
+    Attributes:
+        y: each task's variable, stacked along a leading axis.
+        statuses: why the solver stopped on each task.
+        stats: the oracle calls.
+        batch: the tasks as the learner sees them: on its device, in its dtype, prepared.
+    """
+
+    y: Tree = field(repr=False)
+    statuses: tuple[Status, ...]
+    stats: Stats
+    batch: Any = field(repr=False)
+
+
+def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, seed: int = 0) -> Adapted:
+    """y_t = argmin_y g(x, y, task_t), as `learner.adapt` finds it, for every task of a batch; no derivative in x.
+
+    Cost: that of the inner solver, on all tasks side by side. Query targets are never read.
+
+    Args:
+        learner: the method.
+        x: what was learned.
+        batch: tasks with a leading axis; the query targets may be missing where g does not ask for them.
+        steps: how many steps the inner solver takes; None: its own number; 0: y stays at its start.
+        seed: of what `learner.prepare` draws.
+
+    Raises:
+        ValueError: if `steps` is negative or given for a solver that is no iteration.
+
+    Example:
+        >>> from bilevel import BilevelProblem
+        >>> from bilevel._learner import Learner
+        >>> from bilevel.solvers import GradientDescent, Iterate
+        >>> problem = BilevelProblem(
+        ...     f=lambda x, y, task: (y - task["query_y"]).square().mean(),
+        ...     g=lambda x, y, task: (y - task["support_y"]).square().mean() / 2,
+        ...     init=lambda x, task: x,
+        ...     tasks=True,
+        ... )
+        >>> inner, x0 = Iterate(GradientDescent(0.5), max_steps=1), torch.tensor(0.0)
+        >>> learner = Learner("mean", problem, x0, x0, None, inner, lambda x, y, task: y.expand(1), lambda x: None)
+        >>> adapt(learner, x0, {"support_y": torch.tensor([[1.0], [2.0]])}).y
+        tensor([0.5000, 1.0000])
+    """
+    batch = ready(learner, x, batch, seed)
+    vector, flat, z, in_z = _at(learner, x, batch)
+    start = in_z.start(z, vector).detach()
+    if steps == 0:
+        statuses: tuple[Status, ...] = (Status.successful,) * len(start)
+        return Adapted(in_z.y.unravel(start), statuses, flat.tally.stats(), batch)
+    solver = learner.adapt if steps is None else with_steps(learner.adapt, steps)
+    solved = solver.solve(inner_objective(in_z, z), start)
+    return Adapted(in_z.y.unravel(solved.value), solved.statuses, flat.tally.stats(), batch)
+
+
+def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
+    """The predictions of every task's queries, `(tasks, queries, ...)`: log-probabilities, or values."""
+
+    def one(y: Tree, task: Any) -> Tensor:
+        return learner.predict(x, y, task)
+
+    with torch.no_grad():
+        predictions: Tensor = torch.vmap(one, randomness="same")(adapted.y, adapted.batch)
+    return predictions
+
+
+def ready(learner: Learner, x: Tree, batch: Any, seed: int) -> Any:
+    """The batch on the device and in the dtype of x, and with what the learner draws from the seed."""
+    like: Tensor = tree_leaves(x)[0]
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(like.device, like.dtype if leaf.is_floating_point() else None)
+
+    moved = tree_map(move, batch)
+    return moved if learner.prepare is None else learner.prepare(moved, seed)
+
+
+def noise_seed(seed: int, step: int) -> int:
+    """The seed of what `learner.prepare` draws at a step."""
+    return seed_of_step(seed + _NOISE, step)
+
+
+def with_steps(solver: AbstractInnerSolver, steps: int) -> AbstractInnerSolver:
+    """The solver with another number of steps.
+
+    Raises:
+        ValueError: if the number is negative, or the solver has none.
+    """
+    if steps < 0:
+        raise ValueError(f"`steps` must be at least 0. Got {steps}.")
+    names = {field.name for field in dataclasses.fields(solver)} if dataclasses.is_dataclass(solver) else set()
+    if "max_steps" not in names:
+        raise ValueError(
+            f"`steps` needs a learner that adapts by an iteration. This one uses {type(solver).__name__}: leave it out."
+        )
+    changes = {"max_steps": steps} | ({"min_steps": 0} if "min_steps" in names else {})
+    changed: AbstractInnerSolver = dataclasses.replace(solver, **changes)  # type: ignore[type-var]
+    return changed
+
+
+def _at(learner: Learner, x: Tree, batch: Any) -> tuple[Tensor, FlatProblem, Tensor, FlatProblem]:
+    """y0 as a vector, the problem, and its encoding at x with the problem in terms of it."""
+    vector, x_structure = ravel(x, "x")
+    y0, y_structure = ravel(learner.y0, "y0")
+    flat = FlatProblem(learner.problem, x_structure, y_structure, batch)
+    with torch.no_grad():
+        z, in_z = flat.encode(vector.detach())
+    return y0.detach().to(vector.device), flat, z, in_z

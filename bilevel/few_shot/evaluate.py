@@ -1,0 +1,260 @@
+"""How good a learner is on new tasks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from bilevel._learner import Learner
+from bilevel._result import Stats
+from bilevel._tree import Tree
+from bilevel.few_shot.adapt import Adapted, adapt, noise_seed, predict
+from bilevel.tasks._random import seed_of_step
+from bilevel.tasks.source import AbstractTasks
+
+Metric: TypeAlias = Literal["accuracy", "mse"]
+
+
+@final
+@dataclass(frozen=True)
+class Score:
+    """A mean over episodes and its 95 % interval, mean +- interval.
+
+    Attributes:
+        mean: of the episodes.
+        interval: 1.96 sd / sqrt(n), sd the standard deviation over the n episodes (divisor n - 1); NaN for n = 1.
+
+    Example:
+        >>> print(Score.of(torch.tensor([1.0, 2.0, 3.0])))
+        2 +- 1.1
+    """
+
+    mean: float
+    interval: float
+
+    @staticmethod
+    def of(values: Tensor) -> Score:
+        """The score of `(episodes,)` values."""
+        values = values.double()
+        spread = float(values.std()) if len(values) > 1 else math.nan
+        return Score(float(values.mean()), 1.96 * spread / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4g} +- {self.interval:.2g}"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        metric: what a score is: "accuracy" (of integer targets) or "mse".
+        episodes: how many tasks.
+        score: the metric after adaptation.
+        before: the metric without adaptation: at the start of the inner iteration.
+        loss: after adaptation: minus the mean log-probability of the targets, or again the mean squared error.
+        curve: the metric after other numbers of steps, by that number.
+        failed: how many tasks' adaptation did not succeed, by the name of the status; they are scored all the same.
+        stats: the oracle calls of the adaptation.
+        seconds: the wall-clock time.
+        scores: the metric of each episode `(episodes,)`.
+        log_probabilities: of all queries of all episodes `(queries, classes)`; None for regression.
+        targets: their classes `(queries,)`; None for regression.
+    """
+
+    metric: Metric
+    episodes: int
+    score: Score
+    before: Score
+    loss: Score
+    curve: Mapping[int, Score]
+    failed: Mapping[str, int]
+    stats: Stats
+    seconds: float
+    scores: Tensor = field(repr=False)
+    log_probabilities: Tensor | None = field(default=None, repr=False)
+    targets: Tensor | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers as plain data, without those of single episodes."""
+        found: dict[str, Any] = {
+            "metric": self.metric,
+            "episodes": self.episodes,
+            "score": asdict(self.score),
+            "before": asdict(self.before),
+            "loss": asdict(self.loss),
+            "curve": {str(steps): asdict(score) for steps, score in self.curve.items()},
+            "failed": dict(self.failed),
+            "stats": self.stats.as_dict(),
+            "seconds": self.seconds,
+        }
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.score} (before adaptation {self.before}) on {self.episodes} tasks"
+
+
+def evaluate(
+    learner: Learner,
+    x: Tree,
+    tasks: AbstractTasks,
+    *,
+    episodes: int = 600,
+    batch: int = 50,
+    seed: int = 0,
+    steps: int | None = None,
+    curve: Sequence[int] = (),
+) -> Evaluation:
+    """The mean over tasks of the accuracy (or squared error) on the queries, after adapting on the support set.
+
+    Cost: that of adapting, once for each number of steps asked for, and no derivative in x; memory that of `batch`
+    tasks. Whether targets are classes or numbers is seen from their dtype. Padded queries do not count.
+
+    Source: the protocol of Finn, Abbeel, Levine, "Model-agnostic meta-learning", ICML 2017: 600 tasks, 95 % intervals.
+
+    Args:
+        learner: the method.
+        x: what was learned; `learner.x0` for the untrained one.
+        tasks: where they come from.
+        episodes: how many.
+        batch: how many at a time; they are also drawn so many at a time, so that another number means other tasks.
+        seed: of the tasks. Equal arguments give equal numbers.
+        steps: how many steps the inner solver takes; None: `learner.adapt`'s own number.
+        curve: other numbers of steps to report the score after, on the same tasks.
+
+    Raises:
+        ValueError: if a number is out of range, or predictions do not match the targets.
+
+    Example:
+        >>> from bilevel import BilevelProblem
+        >>> from bilevel._learner import Learner
+        >>> from bilevel.solvers import GradientDescent, Iterate
+        >>> from bilevel.tasks.sinusoid import Sinusoid
+        >>> problem = BilevelProblem(
+        ...     f=lambda x, y, task: (y - task["query_y"]).square().mean(),
+        ...     g=lambda x, y, task: (y - task["support_y"]).square().mean() / 2,
+        ...     init=lambda x, task: x,
+        ...     tasks=True,
+        ... )
+        >>> inner, x0 = Iterate(GradientDescent(1.0), max_steps=1), torch.tensor(0.0)
+        >>> predict = lambda x, y, task: y.expand(task["query_y"].shape)
+        >>> learner = Learner("mean", problem, x0, x0, None, inner, predict, lambda x: None)
+        >>> found = evaluate(learner, x0, Sinusoid(phase=(0, 0)), episodes=100)
+        >>> found.metric, found.before.mean > 3
+        ('mse', True)
+    """
+    for name, value in (("episodes", episodes), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`evaluate({name}=...)` must be a positive integer. Got {value!r}.")
+    began = time.perf_counter()
+    found = _Found()
+    for part, first in enumerate(range(0, episodes, batch)):
+        sampled = tasks.sample(min(batch, episodes - first), seed_of_step(seed, part))
+
+        def at(steps: int | None, sampled: Any = sampled, part: int = part) -> Adapted:
+            return adapt(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))
+
+        found.add(learner, x, at, steps, curve)
+    return found.evaluation(time.perf_counter() - began)
+
+
+@final
+class _Found:
+    """What the batches so far gave."""
+
+    def __init__(self) -> None:
+        self.metric: Metric = "mse"
+        self.after: list[Tensor] = []
+        self.before: list[Tensor] = []
+        self.loss: list[Tensor] = []
+        self.curve: dict[int, list[Tensor]] = {}
+        self.failed: Counter[str] = Counter()
+        self.stats = Stats()
+        self.log_probabilities: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def add(
+        self, learner: Learner, x: Tree, at: Callable[[int | None], Adapted], steps: int | None, curve: Sequence[int]
+    ) -> None:
+        adapted = at(steps)
+        predictions = predict(learner, x, adapted)
+        targets: Tensor = adapted.batch["query_y"]
+        self.metric = "mse" if targets.is_floating_point() else "accuracy"
+        self.failed.update(status.name for status in adapted.statuses if not status.ok)
+        self.stats = self.stats + adapted.stats
+        scores = score_tasks(predictions, adapted.batch)
+        self.after.append(scores)
+        self.before.append(scores if steps == 0 else score_tasks(predict(learner, x, at(0)), adapted.batch))
+        for number in curve:
+            found = self.before[-1] if number == 0 else score_tasks(predict(learner, x, at(number)), adapted.batch)
+            self.curve.setdefault(number, []).append(found)
+        if self.metric == "mse":
+            self.loss.append(scores)
+            return
+        losses = nll_loss(predictions.transpose(1, 2), targets, reduction="none")
+        self.loss.append(_mean(losses, adapted.batch))
+        kept = adapted.batch["query_mask"].bool() if "query_mask" in adapted.batch else torch.ones_like(targets).bool()
+        self.log_probabilities.append(predictions[kept].cpu())
+        self.targets.append(targets[kept].cpu())
+
+    def evaluation(self, seconds: float) -> Evaluation:
+        scores = torch.cat(self.after)
+        return Evaluation(
+            metric=self.metric,
+            episodes=len(scores),
+            score=Score.of(scores),
+            before=Score.of(torch.cat(self.before)),
+            loss=Score.of(torch.cat(self.loss)),
+            curve={steps: Score.of(torch.cat(values)) for steps, values in sorted(self.curve.items())},
+            failed=dict(self.failed),
+            stats=self.stats,
+            seconds=seconds,
+            scores=scores,
+            log_probabilities=torch.cat(self.log_probabilities) if self.log_probabilities else None,
+            targets=torch.cat(self.targets) if self.targets else None,
+        )
+
+
+def score_tasks(predictions: Tensor, batch: Any) -> Tensor:
+    """The accuracy, or mean squared error, on the queries of each task: `(tasks,)`.
+
+    Args:
+        predictions: `(tasks, queries, classes)` log-probabilities, or `(tasks, queries, ...)` values.
+        batch: the tasks, with `query_y` and optionally `query_mask`.
+
+    Raises:
+        ValueError: if predictions and targets do not match.
+    """
+    targets: Tensor = batch["query_y"]
+    if targets.is_floating_point():
+        if predictions.numel() != targets.numel():
+            raise ValueError(
+                f"`learner.predict` must return one value for each query target: {tuple(targets.shape[1:])} a task."
+                f" Got {tuple(predictions.shape[1:])}."
+            )
+        errors = (predictions.reshape(targets.shape) - targets).square()
+        return _mean(errors.reshape(*targets.shape[:2], -1).mean(-1), batch)
+    if predictions.dim() != 3 or predictions.shape[:2] != targets.shape:
+        raise ValueError(
+            f"`learner.predict` must return log-probabilities ({targets.shape[1]}, classes) a task."
+            f" Got {tuple(predictions.shape[1:])}."
+        )
+    return _mean((predictions.argmax(-1) == targets).to(predictions.dtype), batch)
+
+
+def _mean(values: Tensor, batch: Any) -> Tensor:
+    """The mean of `(tasks, queries)` over the queries that are no padding."""
+    if "query_mask" not in batch:
+        return values.mean(1)
+    mask = batch["query_mask"].to(values.dtype)
+    mean: Tensor = (torch.where(mask > 0, values, 0.0) * mask).sum(1) / mask.sum(1)
+    return mean

@@ -1,0 +1,157 @@
+"""The validations of a training run, and the best x among them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from bilevel._files import write_atomically
+from bilevel._tree import Tree, ravel
+from bilevel.few_shot.evaluate import Evaluation
+
+_FORMAT = 1
+
+
+@final
+@dataclass(frozen=True)
+class Validation:
+    """The scores at one step.
+
+    Attributes:
+        step: which.
+        metric: "accuracy" or "mse".
+        score: its mean over the validation tasks after adaptation.
+        interval: its 95 % interval is score +- interval.
+        before: the mean before adaptation.
+        loss: the mean loss after adaptation.
+        failed: tasks whose adaptation did not succeed.
+        seconds: since training began, this validation included.
+        own_seconds: those of this validation.
+    """
+
+    step: int
+    metric: str
+    score: float
+    interval: float
+    before: float
+    loss: float
+    failed: int
+    seconds: float
+    own_seconds: float
+
+    def better_than(self, other: Validation | None) -> bool:
+        """Whether it is strictly better; NaN is better than nothing."""
+        if self.score != self.score or other is None:
+            return self.score == self.score
+        return self.score > other.score if self.metric == "accuracy" else self.score < other.score
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@final
+class Validations:
+    """Validations by step, and x at the best of them; in a file, if there is one, that is replaced at each.
+
+    After a crash the file may be ahead of the checkpoint: those validations are not made again, and count only when
+    their step is reached again.
+
+    Args:
+        path: the file, or None.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.x: Tree = None
+        self._found: dict[int, Validation] = {}
+
+    @staticmethod
+    def begin(path: Path | None, x0: Tree, *, resume: bool) -> Validations:
+        """Those of a new run, or what the file of an earlier part of it holds.
+
+        Raises:
+            ValueError: if the file cannot be read, or is of another learner.
+        """
+        validations = Validations(path)
+        if resume and path is not None and path.exists():
+            content = read_best(path)
+            structure = ravel(x0, "x0")[1]
+            validations.x = structure.unravel(structure.ravel(content["x"], f"x in {str(path)!r}").to(structure.device))
+            validations._found = {entry["step"]: Validation(**entry) for entry in content["validations"]}
+        elif path is not None:
+            path.unlink(missing_ok=True)
+        return validations
+
+    def at(
+        self, step: int, x: Tree, validate: Callable[[Tree], Evaluation], seconds: Callable[[], float]
+    ) -> Validation:
+        """The validation of x at a step; x is kept if it is the best so far."""
+        if step not in self._found:
+            before = self.best(step)
+            found = validate(x)
+            made = Validation(
+                step=step,
+                metric=found.metric,
+                score=found.score.mean,
+                interval=found.score.interval,
+                before=found.before.mean,
+                loss=found.loss.mean,
+                failed=sum(found.failed.values()),
+                seconds=seconds(),
+                own_seconds=found.seconds,
+            )
+            self._found[step] = made
+            if made.better_than(before) or self.x is None:
+                self.x = x
+            self._save()
+        return self._found[step]
+
+    def until(self, step: int) -> tuple[Validation, ...]:
+        """The validations up to a step, in order."""
+        return tuple(self._found[key] for key in sorted(self._found) if key <= step)
+
+    def best(self, step: int) -> Validation | None:
+        """The best up to a step, the first of equals."""
+        best: Validation | None = None
+        for validation in self.until(step):
+            if validation.better_than(best):
+                best = validation
+        return best
+
+    def stale(self, step: int) -> int:
+        """How many validations up to a step came after the best."""
+        best = self.best(step)
+        return 0 if best is None else sum(validation.step > best.step for validation in self.until(step))
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        best = self.best(max(self._found))
+        content = {
+            "format": _FORMAT,
+            "x": self.x,
+            "step": None if best is None else best.step,
+            "validations": [entry.as_dict() for entry in self.until(max(self._found))],
+        }
+        write_atomically(self.path, lambda file: torch.save(content, file))
+
+
+def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `best.pt` holds: `x`, `step` and `validations`.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} is not readable ({error}).") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{str(path)!r} was not written by this version of bilevel.")
+    return content
