@@ -13,6 +13,7 @@ from bilevel.problems.gaussian_likelihood import GaussianLikelihood
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
 from bilevel.problems.ibaml import ibaml, ibaml_head
 from bilevel.problems.ill_posed import double_well, rank_deficient
+from bilevel.problems.imaml import imaml
 from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, lambert
 from bilevel.problems.kl_products import KLDiagonal, KLProducts
 from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
@@ -20,9 +21,12 @@ from bilevel.problems.logistic import Logistic, logistic, logistic_breast_cancer
 from bilevel.problems.maml import maml
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.proto_net import proto_net
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
+from bilevel.problems.ridge_head import ridge_head
+from bilevel.problems.shared_embedding import shared_embedding
 from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "hyper_cleaning_synthetic",
     "ibaml",
     "ibaml_head",
+    "imaml",
     "lambert",
     "log_sum_exp",
     "logistic",
@@ -59,14 +64,17 @@ __all__ = [
     "minimax",
     "multinomial_digits",
     "nested",
+    "proto_net",
     "proximal_tasks",
     "quadratic",
     "random_quadratic",
     "rank_deficient",
     "ridge",
     "ridge_diabetes",
+    "ridge_head",
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
+    "shared_embedding",
     "weighted_logit",
 ]
 

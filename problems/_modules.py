@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from bilevel._functional import Functional, functional
 from bilevel.problems._tasks import Loss, Side
-
-Kind = TypedDict("Kind", {"dtype": torch.dtype, "device": torch.device})
 
 
 def as_functional(module: nn.Module | Functional) -> Functional:
@@ -24,10 +20,9 @@ def as_functional(module: nn.Module | Functional) -> Functional:
     return module if isinstance(module, Functional) else functional(module)
 
 
-def kind_of(net: Functional) -> Kind:
-    """The dtype and device of the parameters, as keywords for a new tensor."""
-    first = next(iter(net.params.values()))
-    return {"dtype": first.dtype, "device": first.device}
+def any_parameter(net: Functional) -> Tensor:
+    """One of the parameters, for their dtype and device."""
+    return next(iter(net.params.values()))
 
 
 def features_of(net: Functional, x: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -40,7 +35,7 @@ def prediction(loss: Loss, output: Tensor) -> Tensor:
     """Log-probabilities where the loss is the cross-entropy of logits; the outputs themselves for any other.
 
     Example:
-        >>> prediction(cross_entropy, torch.zeros(1, 2)).exp()
+        >>> prediction(cross_entropy, Tensor([[1.0, 1.0]])).exp()
         tensor([[0.5000, 0.5000]])
     """
     return log_softmax(output, dim=-1) if loss is cross_entropy else output
