@@ -41,13 +41,17 @@ class Checker:
         self.generator = torch.Generator().manual_seed(seed)
         self.verdicts: list[Verdict] = []
         self.second_order, self.definite, self.solvable, self.smooth = True, True, True, True
+        self.wrong: set[str] = set()  # "values", or which derivatives are not those of the values: "f in y", ...
+        self.deterministic, self.detached = True, False
         self.dependence = ""
         self.y = self.y0
 
     def run(self) -> Check:
-        if self._values():
+        self._values()
+        if not self.wrong:
             self._deterministic()
             self._slopes()
+        if not self.wrong & {"values", "g in y"}:  # nothing that follows would mean anything
             self._second_derivatives()
             self._inner_solution()
             self._curvature()
@@ -71,12 +75,17 @@ class Checker:
     def _g(self, x: Tensor, y: Tensor) -> Tensor:
         return self.problem.g(x, y).sum()
 
-    def _values(self) -> bool:
-        try:
-            f, g = self._f(self.x, self.y0), self._g(self.x, self.y0)
-        except Exception as error:  # whatever the user's functions raise is the verdict
-            self._say("values", False, f"f or g raised {type(error).__name__}: {error}", "make f and g run at (x, y0)")
-            return False
+    def _values(self) -> None:
+        values = []
+        for name, function in (("f", self._f), ("g", self._g)):
+            try:
+                values.append(function(self.x, self.y0))
+            except Exception as error:  # whatever the user's functions raise is the verdict
+                self.wrong.add("values")
+                text = f"{name} raised {type(error).__name__}: {error}"
+                self._say("values", False, text, f"make {name} run at (x, y0)")
+                return
+        f, g = values
         finite = bool(f.isfinite()) and bool(g.isfinite())
         same = f.dtype == g.dtype == self.x.dtype
         self._say(
@@ -86,7 +95,8 @@ class Checker:
             + ("" if same else f", but f is {f.dtype} and g {g.dtype}"),
             "start where f and g are finite" if not finite else "keep one dtype throughout",
         )
-        return finite
+        if not finite:
+            self.wrong.add("values")
 
     def _deterministic(self) -> None:
         for name, function in (("f", self._f), ("g", self._g)):
@@ -97,6 +107,7 @@ class Checker:
                 values = [function(self.x, y) for _ in range(_REPEATS)]
             once, twice = values[0], next((v for v in values if not torch.equal(v, values[0])), values[0])
             if once is not twice:
+                self.deterministic = False
                 self._say(
                     "same value twice",
                     False,
@@ -114,8 +125,23 @@ class Checker:
         for name, function in (("f", self._f), ("g", self._g)):
             found.append((f"{name} in x", self._slope(partial(_swapped, function, base), x)))
             found.append((f"{name} in y", self._slope(partial(function, x), base)))
+        wrong = {name: s for name, s in found if s.wrong and self.deterministic}
+        self.wrong |= wrong.keys()
+        # Of g in x only what changes grad_y g matters: a difference of Phi will tell.
+        self.smooth = not [name for name, s in found if not s.smooth and not (name == "g in x" and s.wrong)]
+        serious = [name for name in wrong if name != "g in x"]
+        if serious:
+            claims = [f"{name}: {wrong[name].claimed:.4g} against {wrong[name].measured:.4g}" for name in serious]
+            self._say(
+                "differentiable",
+                False,
+                f"the derivative by autograd is not that by differences along a random direction ({'; '.join(claims)})",
+                f"write {' and '.join(sorted({name[0] for name in serious}))} in torch operations on x and y"
+                " themselves: `.detach()`, `.item()`, `.data`, `torch.tensor(y)`, numpy and `torch.no_grad()` cut the"
+                " derivative off, and a custom backward may be wrong",
+            )
+            return
         bad = [f"{name} ({s})" for name, s in found if not s.smooth]
-        self.smooth = not bad
         self._say(
             "differentiable",
             True if not bad else None,
@@ -227,11 +253,14 @@ class Checker:
         names = {(True, True): "both", (True, False): "inner objective", (False, True): "start"}
         self.dependence = names.get((through_g, through_start), "none")
         if self.dependence == "none":
+            self.detached = self._moves(lambda x: inner_objective(self.problem, x).gradient(self.y))
             self._say(
                 "y depends on x",
                 False,
-                "not at all: grad_y g does not change with x, and there is no start `init(x)`",
-                "use x inside g(x, y); a detached or copied x does not count",
+                "grad_y g changes with x, but its derivative in x is zero to autograd"
+                if self.detached
+                else "not at all: grad_y g does not change with x, and there is no start `init(x)`",
+                "use x itself inside g(x, y); a detached or copied x does not count",
             )
         else:
             way = {
@@ -285,15 +314,26 @@ class Checker:
         )
 
     def _applicable(self) -> dict[str, str]:
-        reasons = dict.fromkeys(estimators(), "")
-        for name in reasons:
-            implicit, unrolled = name.startswith("aid"), name.startswith(("itd", "one-step"))
-            if not self.second_order and (implicit or unrolled):
-                reasons[name] = "an operation of g has no second derivative"
-            elif self.dependence == "start" and (implicit or name == "penalty"):
-                reasons[name] = "y depends on x only through its start"
-            elif not self.definite and name in ("aid-cg", "aid-neumann", "aid-dense", "aid-nystrom"):
-                reasons[name] = "the inner Hessian is not positive definite at the solution"
-            elif self.dependence == "none":
-                reasons[name] = "y does not depend on x: Phi(x) = f(x, y*) needs no estimator"
-        return reasons
+        return {name: self._why_not(name) for name in estimators()}
+
+    def _why_not(self, name: str) -> str:
+        """Why the estimator of that name does not apply; empty if it does."""
+        implicit, unrolled = name.startswith("aid"), name.startswith(("itd", "one-step"))
+        by_values = name == "finite-difference"
+        if "values" in self.wrong:
+            return "f and g must run, and be finite, at (x, y0) first"
+        if "g in y" in self.wrong:
+            return "the derivative of g in y is not that of its values: no inner solver finds y*"
+        if self.wrong & {"f in x", "f in y"} and not by_values:
+            return "the derivative of f is not that of its values"
+        if self.detached and not by_values and name != "esj":
+            return "the derivative of grad_y g in x is zero to autograd: x is detached in g"
+        if not self.second_order and (implicit or unrolled):
+            return "an operation of g has no second derivative"
+        if self.dependence == "start" and (implicit or name == "penalty"):
+            return "y depends on x only through its start"
+        if not self.definite and name in ("aid-cg", "aid-neumann", "aid-dense", "aid-nystrom"):
+            return "the inner Hessian is not positive definite at the solution"
+        if self.dependence == "none" and not self.detached:
+            return "y does not depend on x: Phi(x) = f(x, y*) needs no estimator"
+        return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from bilevel.problems.nested import nested
 from bilevel.problems.quadratic import quadratic
 from bilevel.problems.ridge import ridge
 from bilevel.problems.weighted_logit import weighted_logit
+
+Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def outcome(found: Check, name: str) -> Outcome:
@@ -69,8 +71,59 @@ def test_dropout_with_a_fixed_mask_is_sound() -> None:
 def test_a_detached_part_makes_the_slope_wrong() -> None:
     problem = BilevelProblem(sound_f, lambda x, y: sound_g(x, y) + (y.detach() * y).sum())
     found = check(problem, X, Y0)
-    assert outcome(found, "differentiable") is Outcome.warning
+    assert outcome(found, "differentiable") is Outcome.failed
     assert "g in y" in next(v.found for v in found.verdicts if v.name == "differentiable")
+
+
+def by_item(function: Objective) -> Objective:
+    return lambda x, y: torch.tensor(float(function(x, y).detach()))
+
+
+@pytest.mark.parametrize(
+    "f", [lambda x, y: sound_f(x, y.detach()), lambda x, y: sound_f(x, y).detach(), by_item(sound_f)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_detached_f_fails_and_only_differences_of_phi_apply(f: Objective, dtype: torch.dtype) -> None:
+    found = check(BilevelProblem(f, sound_g), X.to(dtype), Y0.to(dtype))
+    verdict = next(v for v in found.verdicts if v.name == "differentiable")
+    assert verdict.outcome is Outcome.failed
+    assert "f in y: 0 against " in verdict.found
+    assert "g in" not in verdict.found
+    assert "write f in torch operations" in verdict.remedy
+    assert [name for name, why in found.estimators.items() if not why] == ["finite-difference"]
+
+
+def test_an_f_detached_from_x_fails() -> None:
+    found = check(BilevelProblem(lambda x, y: sound_f(x, y) + x.detach().square().sum(), sound_g), X, Y0)
+    assert "f in x: 0 against " in next(v.found for v in found.verdicts if v.outcome is Outcome.failed)
+
+
+@pytest.mark.parametrize(
+    "g", [lambda x, y: sound_g(x, y.detach()), lambda x, y: sound_g(x, y).detach(), by_item(sound_g)]
+)
+def test_a_detached_g_is_not_taken_for_one_without_curvature(g: Objective) -> None:
+    found = check(BilevelProblem(sound_f, g), X, Y0)
+    assert [v.name for v in found.verdicts] == ["values", "same value twice", "differentiable"]
+    assert "g in y: 0 against " in found.verdicts[-1].found
+    assert "write g in torch operations" in found.verdicts[-1].remedy
+    assert all("derivative of g in y" in why for why in found.estimators.values())
+
+
+@pytest.mark.parametrize("constant", [torch.tensor(1.0), torch.tensor(1e12)])
+def test_a_constant_f_is_sound(constant: Tensor) -> None:
+    assert check(BilevelProblem(lambda x, y: constant, sound_g), X, Y0).ok
+    assert check(BilevelProblem(lambda x, y: sound_f(x, y) + constant, sound_g), X, Y0).ok
+
+
+def test_a_term_of_g_in_a_detached_x_only_is_sound() -> None:
+    found = check(BilevelProblem(sound_f, lambda x, y: sound_g(x, y) + x.detach().square().sum()), X, Y0)
+    assert found.ok
+    assert outcome(found, "hypergradient") is Outcome.passed
+
+
+def test_an_x_that_is_detached_in_part_of_g_makes_the_hypergradient_wrong() -> None:
+    g = lambda x, y: (y - x).square().sum() + (y - x.detach()).square().sum()  # noqa: E731
+    assert outcome(check(BilevelProblem(sound_f, g), X, Y0), "hypergradient") is Outcome.failed
 
 
 def test_a_kink_is_a_note_not_a_failure() -> None:
@@ -109,8 +162,14 @@ def test_without_a_strict_minimum_definite_solvers_do_not_apply() -> None:
 
 def test_y_that_does_not_depend_on_x_is_found() -> None:
     found = check(BilevelProblem(sound_f, lambda x, y: (y - x.detach()).square().sum()), X, Y0)
+    verdict = next(v for v in found.verdicts if v.name == "y depends on x")
     assert found.dependence == "none"
-    assert outcome(found, "y depends on x") is Outcome.failed
+    assert verdict.outcome is Outcome.failed
+    assert "grad_y g changes with x, but its derivative in x is zero to autograd" in verdict.found
+    assert [name for name, why in found.estimators.items() if not why] == ["esj", "finite-difference"]
+    absent = check(BilevelProblem(sound_f, lambda x, y: (y - 1).square().sum() + x.sum()), X, Y0)
+    assert "not at all" in next(v.found for v in absent.verdicts if v.name == "y depends on x")
+    assert all("needs no estimator" in why for why in absent.estimators.values())
 
 
 def test_y_that_depends_on_x_through_its_start_only_is_found() -> None:
@@ -137,7 +196,8 @@ def test_a_value_that_is_not_finite_or_raises_is_the_only_verdict() -> None:
     assert [v.name for v in check(BilevelProblem(lambda x, y: y.sum() / 0, sound_g), X, Y0).verdicts] == ["values"]
     raising = check(BilevelProblem(sound_f, lambda x, y: y @ torch.ones(5)), X, Y0)
     assert not raising.ok
-    assert "RuntimeError" in raising.verdicts[0].found
+    assert "g raised RuntimeError" in raising.verdicts[0].found
+    assert all("must run, and be finite" in why for why in raising.estimators.values())
 
 
 def test_an_unbounded_inner_problem_is_not_called_solved() -> None:
