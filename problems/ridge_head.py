@@ -110,7 +110,8 @@ def ridge_head(
         roots = weighted(torch.ones_like(z["support"][:, :1]), task, "support").sqrt()
         F, T = roots * z["support"], roots * targets(task)
         if len(F) < features:
-            return F.T @ _solve(F @ F.T, lambda_(z), T)
+            primal: Tensor = F.T @ _solve(F @ F.T, lambda_(z), T)
+            return primal
         return _solve(F.T @ F, lambda_(z), F.T @ T)
 
     solver = ClosedForm(solution)
