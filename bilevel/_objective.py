@@ -61,6 +61,19 @@ def refuse_constraints(problem: FlatProblem, estimator: str) -> None:
         )
 
 
+def refuse_iterative(problem: FlatProblem, estimator: str) -> None:
+    """Refuse a y that is declared to be no minimizer of g, for estimators that assume that it is one.
+
+    Raises:
+        ValueError: naming the estimator and what to use instead.
+    """
+    if problem.problem.iterative:
+        raise ValueError(
+            f"`{estimator}` does not apply: the problem is declared `iterative`: y is what so many steps make of their"
+            f" start, not a minimizer of g. Use `ITD` or `ESJ`, which differentiate the steps."
+        )
+
+
 def demand_heeded(problem: FlatProblem, solver: AbstractInnerSolver, estimator: str) -> None:
     """Refuse an inner solver that would ignore the constraints on y.
 

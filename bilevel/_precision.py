@@ -31,7 +31,9 @@ def in_double(problem: FlatProblem, tally: Tally) -> FlatProblem:
         data = tree_map(_promoted, data)
     init = None if own.init is None else _within(own.init)
     encode = None if own.encode is None else _within(own.encode)
-    promoted = BilevelProblem(_within(own.f), _within(own.g), init=init, encode=encode, tasks=own.tasks)
+    promoted = BilevelProblem(
+        _within(own.f), _within(own.g), init=init, encode=encode, iterative=own.iterative, tasks=own.tasks
+    )
     return FlatProblem(promoted, double(problem.x), double(problem.y), data, tally, is_encoded=problem.is_encoded)
 
 

@@ -39,6 +39,8 @@ class BilevelProblem:
             chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
         constraints: linear constraints on y, if there are any: `constraints(x) -> Polytope`, or `constraints(x, data)`.
             `KKT` differentiates the constrained minimizer; estimators that assume grad_y g = 0 refuse.
+        iterative: y is what so many steps make of their start, not a minimizer of g, although g depends on x (MAML with
+            learned step sizes). `ITD` and `ESJ` are right then; estimators that assume grad_y g = 0 refuse.
         tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
             with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
 
@@ -57,6 +59,7 @@ class BilevelProblem:
     init: Callable[..., Tree] | None = None
     encode: Callable[..., Tree] | None = None
     constraints: Callable[..., Polytope] | None = None
+    iterative: bool = False
     tasks: bool = False
     _f: Callable[..., Tensor] | None = None
     _g: Callable[..., Tensor] | None = None
@@ -69,6 +72,7 @@ class BilevelProblem:
         init: Callable[..., Tree] | None = None,
         encode: Callable[..., Tree] | None = None,
         constraints: Callable[..., Polytope] | None = None,
+        iterative: bool = False,
         tasks: bool = False,
     ) -> None:
         optional = (("init", init), ("encode", encode), ("constraints", constraints))
@@ -87,6 +91,8 @@ class BilevelProblem:
             self.encode = encode
         if constraints is not None:
             self.constraints = constraints
+        if iterative:
+            self.iterative = iterative
         if tasks:
             self.tasks = tasks
 
@@ -102,8 +108,8 @@ class BilevelProblem:
 
     def __repr__(self) -> str:
         given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
-        tasks = ", tasks=True" if self.tasks else ""
-        return f"{type(self).__name__}(f, g{given}{tasks})"
+        given += "".join(f", {name}=True" for name in ("iterative", "tasks") if getattr(self, name))
+        return f"{type(self).__name__}(f, g{given})"
 
 
 @final

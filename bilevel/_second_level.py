@@ -43,7 +43,7 @@ def _second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, 
     system = linear.solve(at.operator, fy, v)
     cross = at.cross(system.value)
     # A y that depends on x only through its start is where the steps lead, not a minimizer.
-    undefined = cross is None and problem.problem.init is not None
+    undefined = problem.problem.iterative or (cross is None and problem.problem.init is not None)
     if undefined or not (step.status.ok and system.status.ok):
         return math.nan
     better = fx if cross is None else fx - cross

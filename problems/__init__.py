@@ -9,6 +9,7 @@ from typing import final
 from bilevel._instance import Instance
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.abml import abml
+from bilevel.problems.anil import anil, no_inner_loop
 from bilevel.problems.gaussian_likelihood import GaussianLikelihood
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
 from bilevel.problems.ibaml import ibaml, ibaml_head
@@ -24,6 +25,7 @@ from bilevel.problems.nested import nested
 from bilevel.problems.proto_net import proto_net
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
+from bilevel.problems.reptile import reptile
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
 from bilevel.problems.ridge_head import ridge_head
 from bilevel.problems.shared_embedding import shared_embedding
@@ -46,6 +48,7 @@ __all__ = [
     "Ridge",
     "WeightedLogit",
     "abml",
+    "anil",
     "asinh",
     "atanh",
     "cardano",
@@ -64,11 +67,13 @@ __all__ = [
     "minimax",
     "multinomial_digits",
     "nested",
+    "no_inner_loop",
     "proto_net",
     "proximal_tasks",
     "quadratic",
     "random_quadratic",
     "rank_deficient",
+    "reptile",
     "ridge",
     "ridge_diabetes",
     "ridge_head",

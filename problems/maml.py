@@ -113,7 +113,7 @@ def maml(
         }
     return Learner(
         name="FOMAML" if first_order else "MAML",
-        problem=BilevelProblem(f, g, init=init, tasks=True),
+        problem=BilevelProblem(f, g, init=init, iterative=learn_steps, tasks=True),
         x0=x0,
         y0={name: torch.zeros_like(p) for name, p in net.params.items()} if learn_steps else dict(net.params),
         estimator=estimator,

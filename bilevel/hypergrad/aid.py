@@ -26,7 +26,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._measure import measured
-from bilevel._objective import inner_objective, refuse_constraints, report
+from bilevel._objective import inner_objective, refuse_constraints, refuse_iterative, report
 from bilevel._pairs import Pairs, Recycled
 from bilevel._result import Report, Solved, Status
 from bilevel._theorems import bounded
@@ -118,6 +118,7 @@ class AID(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         refuse_constraints(problem, "AID")
+        refuse_iterative(problem, "AID")
         if self.target_error is not None or self.relative_error is not None:
             return self._certified(problem, x, start, self._accuracy())
         solved, at = self._inner(problem, x, problem.start(x, start.y).detach(), self.inner)

@@ -13,7 +13,7 @@ from bilevel._errors import explained
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import inner_objective, report
+from bilevel._objective import demand_heeded, inner_objective, report
 
 
 @final
@@ -52,6 +52,7 @@ class FirstOrder(AbstractEstimator):
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        demand_heeded(problem, self.inner, "FirstOrder")
         y0, leaf = start_at(problem, x, start)
         solved = self.inner.solve(inner_objective(problem, x), y0.detach())
         value, fx, fy = outer_gradients(problem, x, solved.value)
@@ -96,6 +97,7 @@ class Reptile(AbstractEstimator):
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        demand_heeded(problem, self.inner, "Reptile")
         y0, leaf = start_at(problem, x, start)
         if not y0.requires_grad:
             raise ValueError(

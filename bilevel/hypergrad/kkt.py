@@ -12,7 +12,7 @@ from bilevel._calculus import AbstractProducts, Exact, outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import demand_heeded, inner_objective, report
+from bilevel._objective import demand_heeded, inner_objective, refuse_iterative, report
 from bilevel._polytope import FlatPolytope
 from bilevel._result import Report, Status
 from bilevel._saddle import SaddlePoint, pseudo_inverse, restricted
@@ -77,6 +77,7 @@ class KKT(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         demand_heeded(problem, self.inner, "KKT")
+        refuse_iterative(problem, "KKT")
         objective = inner_objective(problem, x, self.products)
         solved = self.inner.solve(objective, problem.start(x, start.y).detach())
         y = solved.value

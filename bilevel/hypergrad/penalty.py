@@ -12,7 +12,7 @@ from bilevel._calculus import inner_gradient_in_x, outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._objective import inner_objective, refuse_constraints, report
+from bilevel._objective import inner_objective, refuse_constraints, refuse_iterative, report
 from bilevel._result import Report
 
 
@@ -66,6 +66,7 @@ class Penalty(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         refuse_constraints(problem, "Penalty")
+        refuse_iterative(problem, "Penalty")
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
         y = solved.value
         gx = inner_gradient_in_x(problem, x, y)
