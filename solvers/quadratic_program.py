@@ -14,6 +14,8 @@ from bilevel._result import Solved, Status
 from bilevel._saddle import SaddlePoint, pseudo_inverse, restricted
 from bilevel.solvers.mehrotra import Mehrotra, Point, Program, largest, times
 
+_ENOUGH = 1e-10  # an error of the interior-point method that tells which bounds hold
+
 
 @final
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def solve_program(program: Program, tol: float, max_steps: int) -> Found:
     lost = ~torch.cat([part.flatten(1) for part in (program.Q, program.q, program.A, program.b)], -1).isfinite().all(-1)
     reduced, fixed = _without_fixed(_replaced(program, inconsistent | lost))
     method = Mehrotra(reduced)
-    point, error, steps = method.run(tol, max_steps)
+    # Where products of slacks and multipliers are below tol^2, the lesser of each two is below tol.
+    point, error, steps = method.run(min(tol, max(tol * tol, _ENOUGH)), max_steps)
     point, error = _polished(reduced, point, error)
     y = torch.where(fixed, program.lower, point.y.clamp(reduced.lower, reduced.upper))
     y = torch.where(lost.unsqueeze(-1), torch.nan, y)
