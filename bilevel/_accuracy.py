@@ -16,7 +16,7 @@ from bilevel._constants import estimated
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._linear import AbstractLinearSolver
+from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._measure import Measured
 from bilevel._tree import Tree
 
@@ -113,6 +113,13 @@ def with_tolerance(solver: S, tol: float, size: float = 1.0, trusting: bool = Fa
     if "rtol" in names:
         return replace(solver, rtol=tol / size if size > 0 else 0.0)  # type: ignore[type-var]
     return solver
+
+
+def with_preconditioner(solver: AbstractLinearSolver, preconditioner: AbstractPreconditioner) -> AbstractLinearSolver:
+    """The solver with a preconditioner; as it is, if it takes none or was given one."""
+    if not hasattr(solver, "preconditioner") or solver.preconditioner is not None:
+        return solver
+    return replace(solver, preconditioner=preconditioner)  # type: ignore[type-var]
 
 
 def has_tolerance(solver: AbstractInnerSolver) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._pairs import Pairs, where
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
 from bilevel.solvers.armijo import final_statuses
@@ -70,7 +71,7 @@ class LBFGS(AbstractInnerSolver):
             return values.reshape(-1), gradients.reshape(y.shape)
 
         values, g = evaluate(y)
-        memory = _Memory(self.memory, y)
+        memory = Pairs(self.memory, y)
         rows = [_Row(value, norm, eps) for value, norm in _numbers(values, torch.linalg.vector_norm(g, dim=-1))]
         for row in rows:
             row.end(self)
@@ -85,7 +86,7 @@ class LBFGS(AbstractInnerSolver):
                 memory.push(
                     trial - y, gradients - g, [row.curvature * ok for row, ok in zip(rows, accepted, strict=True)]
                 )
-                y, g = _where(accepted, trial, y), _where(accepted, gradients, g)
+                y, g = where(accepted, trial, y), where(accepted, gradients, g)
             for row, ok in zip(rows, accepted, strict=True):
                 if ok:
                     row.end(self)
@@ -159,68 +160,21 @@ class _Row:
             self.t = 0.0
 
 
-@final
-class _Memory:
-    """The last steps s and changes of gradient w of each row, newest first; a row without some has rho = 0."""
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        self.size, self.tiny = size, torch.finfo(like.dtype).tiny
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.gamma = torch.ones_like(like[:, :1])
-
-    def push(self, s: Tensor, w: Tensor, curvatures: list[float]) -> None:
-        """Remember s and w = H s in the rows where s'w is positive."""
-        good = [c > self.tiny for c in curvatures]
-        if not any(good):
-            return
-        sw = self.gamma.new_tensor([[c if ok else 1.0] for c, ok in zip(curvatures, good, strict=True)])
-        self.gamma = _where(good, sw / row_dots(w, w).unsqueeze(-1), self.gamma)
-        new = (s, w, 1 / sw)
-        if all(good):
-            self.pairs = [new, *self.pairs][: self.size]
-            return
-        if len(self.pairs) < self.size:
-            self.pairs.append((torch.zeros_like(s), torch.zeros_like(w), torch.zeros_like(sw)))
-        shifted = [new, *self.pairs]
-        self.pairs = [
-            (_where(good, s, older_s), _where(good, w, older_w), _where(good, rho, older_rho))
-            for (s, w, rho), (older_s, older_w, older_rho) in zip(shifted, self.pairs, strict=False)
-        ]
-
-    def forget(self, which: list[bool]) -> None:
-        """Empty the memory of some rows."""
-        if all(which):
-            self.pairs.clear()
-        self.pairs = [(s, w, _where(which, torch.zeros_like(rho), rho)) for s, w, rho in self.pairs]
-        self.gamma = _where(which, torch.ones_like(self.gamma), self.gamma)
-
-    def product(self, g: Tensor) -> Tensor:
-        """B g by two loops over the pairs."""
-        q, alphas = g.clone(), []
-        for s, w, rho in self.pairs:
-            alphas.append(rho * row_dots(s, q).unsqueeze(-1))
-            q.addcmul_(alphas[-1], w, value=-1)
-        q.mul_(self.gamma)
-        for (s, w, rho), alpha in zip(reversed(self.pairs), reversed(alphas), strict=True):
-            q.addcmul_(alpha - rho * row_dots(w, q).unsqueeze(-1), s)
-        return q
-
-
-def _begin(rows: list[_Row], new: list[bool], memory: _Memory, g: Tensor, d: Tensor) -> Tensor:
+def _begin(rows: list[_Row], new: list[bool], memory: Pairs, g: Tensor, d: Tensor) -> Tensor:
     """Directions for the rows that are to start a line search; zero in the rows that have ended."""
     new = [start and row.status is None for row, start in zip(rows, new, strict=True)]
     going = [row.status is None for row in rows]
     if not any(new):
-        return _where(going, d, torch.zeros_like(d))
+        return where(going, d, torch.zeros_like(d))
     retry = [row.retry for row in rows]
     if any(retry):
         memory.forget(retry)
-    d = _where(going, _where(new, -memory.product(g), d), torch.zeros_like(d))
+    d = where(going, where(new, -memory.product(g), d), torch.zeros_like(d))
     slopes = [slope for (slope,) in _numbers(row_dots(g, d))]
     lost = [start and not slope < 0 for start, slope in zip(new, slopes, strict=True)]
     if any(lost):  # rounding made the direction one of ascent
         memory.forget(lost)
-        d = _where(lost, -g, d)
+        d = where(lost, -g, d)
         slopes = [slope for (slope,) in _numbers(row_dots(g, d))]
     for row, start, again, slope in zip(rows, new, lost, slopes, strict=True):
         if start:
@@ -233,10 +187,3 @@ def _numbers(*columns: Tensor) -> list[list[float]]:
     """The rows of a table of numbers; one transfer from the device."""
     numbers: list[list[float]] = torch.stack(columns, dim=-1).tolist()
     return numbers
-
-
-def _where(which: list[bool], a: Tensor, b: Tensor) -> Tensor:
-    """The rows of a that are marked, and the others of b; without a copy where all or none are."""
-    if all(which):
-        return a
-    return torch.where(torch.tensor(which, device=a.device).unsqueeze(-1), a, b) if any(which) else b

@@ -21,6 +21,7 @@ from bilevel._accuracy import (
 from bilevel._assumed import moved
 from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
 from bilevel._certificate import Constants
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
@@ -95,6 +96,7 @@ class AID(AbstractEstimator):
     constants: Constants | Callable[[Tree], Constants] | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if not self.damping >= 0:
             raise ValueError(f"`AID(damping=...)` must be at least 0. Got {self.damping}.")
         if self.target_error is not None or self.relative_error is not None:
