@@ -185,6 +185,12 @@ def _esj(s: Setting) -> AbstractEstimator:
     return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
 
 
+def _first_order(s: Setting) -> AbstractEstimator:
+    from bilevel.hypergrad.first_order import FirstOrder
+
+    return FirstOrder(_unrolled(s) if s.problem.problem.init is not None else default_inner(s))
+
+
 def _penalty(s: Setting) -> AbstractEstimator:
     from bilevel.hypergrad.penalty import Penalty
 
@@ -221,6 +227,7 @@ _NAMED: dict[str, Named] = {
         "reverse mode, recomputing: memory grows with the root of the steps", _itd(checkpoint=True)
     ),
     "one-step": Named("reverse mode through the last inner step only, Jacobian-free (biased)", _itd(truncate=1)),
+    "first-order": Named("no second derivatives: y moves as its start does, or not at all (biased; FOMAML)", _first_order),
     "esj": Named("evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch", _esj),
     "penalty": Named("fully first-order value function, with Richardson extrapolation in the weight", _penalty),
     "finite-difference": Named("central differences of Phi: an oracle for tests, 2p inner solves", _finite_difference),
@@ -313,6 +320,7 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
     from bilevel.hypergrad.aid import AID
     from bilevel.hypergrad.esj import ESJ
     from bilevel.hypergrad.finite_difference import FiniteDifference
+    from bilevel.hypergrad.first_order import FirstOrder
     from bilevel.hypergrad.itd import ITD
     from bilevel.hypergrad.penalty import Penalty
     from bilevel.solvers.gradient_descent import GradientDescent
@@ -327,6 +335,7 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
         "itd-checkpointed": 3,
         "itd-forward": 1 + p,
         "one-step": 1,
+        "first-order": 1,
         "esj": directions + 1,
         "penalty": 3,
         "finite-difference": 2 * p + 1,
@@ -342,6 +351,8 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
         return AID(fast, _budgeted_linear(name, min(steps, q) if name in ("aid-dense", "aid-nystrom") else steps))
     if name == "esj":
         return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
+    if name == "first-order":
+        return FirstOrder(fast)
     if name == "penalty":
         return Penalty(fast, weight=s.penalty_weight(), extrapolate=True)
     if name == "finite-difference":
@@ -376,7 +387,8 @@ def _choose(wish: Auto, s: Setting) -> Chosen:
             " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
         )
     p, q = s.x.shape[-1], s.y0.shape[-1]
-    names = [name for name in _NAMED if name not in ("finite-difference", "itd-checkpointed", "aid-gmres")]
+    passed_over = ("finite-difference", "itd-checkpointed", "aid-gmres", "first-order")
+    names = [name for name in _NAMED if name not in passed_over]
     if q > 500:  # a dense factorization or a dense difference would cost more than it can save
         names.remove("aid-dense")
     if p > 50:
