@@ -1,4 +1,4 @@
-"""Products of one linear solve precondition the next: of the same matrix, exactly on their span; of one nearby, well."""
+"""Products of a linear solve precondition the next: of one matrix, exactly on their span; of one nearby, well."""
 
 from __future__ import annotations
 
