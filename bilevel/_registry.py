@@ -227,7 +227,7 @@ _NAMED: dict[str, Named] = {
         "reverse mode, recomputing: memory grows with the root of the steps", _itd(checkpoint=True)
     ),
     "one-step": Named("reverse mode through the last inner step only, Jacobian-free (biased)", _itd(truncate=1)),
-    "first-order": Named("no second derivatives: y moves as its start does, or not at all (biased; FOMAML)", _first_order),
+    "first-order": Named("no second derivatives: y moves as its start does or not (biased; FOMAML)", _first_order),
     "esj": Named("evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch", _esj),
     "penalty": Named("fully first-order value function, with Richardson extrapolation in the weight", _penalty),
     "finite-difference": Named("central differences of Phi: an oracle for tests, 2p inner solves", _finite_difference),
