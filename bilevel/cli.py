@@ -142,6 +142,11 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     add("--steps", type=_number(int, "an integer >= 0", lambda steps: steps >= 0), help="how many outer steps")
     add("--tol", type=_number(float, "a number >= 0", lambda tol: tol >= 0), help="stop when |h| is at most this")
     add("--seed", type=_number(int, "an integer", lambda _: True), help="of the problem and of the estimator")
+    add(
+        "--seconds",
+        type=_number(float, "a positive number", lambda seconds: seconds > 0),
+        help="few-shot experiments: stop training in time for the final evaluation to end within so many seconds",
+    )
     add("--out", metavar="DIR", help="the run's folder; default: runs/PROBLEM-DATE-TIME")
     add("--resume", action="store_true", help="continue the run in DIR from its checkpoint, bit for bit")
     add("--overwrite", action="store_true", help="replace the run in DIR")
@@ -196,11 +201,17 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from bilevel.commands.few_shot import run_experiment
     from bilevel.commands.plan import Request
     from bilevel.commands.run import run
+    from bilevel.few_shot.experiments import experiments
 
     wanted = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "set")}
-    run(Request(**wanted, arguments=tuple(options.set)))
+    request = Request(**wanted, arguments=tuple(options.set))
+    if options.problem in experiments():
+        run_experiment(request)
+    else:
+        run(request)
     return SUCCESS
 
 

@@ -54,6 +54,16 @@ class Folder:
         return self.path / "solution.pt"
 
     @property
+    def best(self) -> Path:
+        """Of a few-shot experiment: the x of the best validation, and all validations."""
+        return self.path / "best.pt"
+
+    @property
+    def model(self) -> Path:
+        """Of a few-shot experiment: the state dict of the module with what was learned."""
+        return self.path / "model.pt"
+
+    @property
     def occupied(self) -> bool:
         """Whether a run wrote here before."""
         return self.result.exists() or self.history.exists()
@@ -61,7 +71,7 @@ class Folder:
     @property
     def files(self) -> tuple[Path, ...]:
         """All of them."""
-        return self.result, self.history, self.plot, self.checkpoint, self.solution
+        return self.result, self.history, self.plot, self.checkpoint, self.solution, self.best, self.model
 
     def clear(self) -> None:
         """Remove the files of an earlier run, and nothing else."""
@@ -134,12 +144,12 @@ class Folder:
         text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         write_atomically(self.result, lambda file: file.write(text.encode()))
 
-    def write_history(self, records: Iterable[Record]) -> None:
+    def write_history(self, records: Iterable[Record | Mapping[str, Any]]) -> None:
         """Replace history.jsonl."""
         text = "".join(map(_line, records))
         write_atomically(self.history, lambda file: file.write(text.encode()))
 
-    def append_history(self, record: Record) -> None:
+    def append_history(self, record: Record | Mapping[str, Any]) -> None:
         """Add a line to history.jsonl by one write at its end."""
         handle = os.open(self.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -152,5 +162,6 @@ class Folder:
         write_atomically(self.solution, lambda file: torch.save({"x": x, "y": y}, file))
 
 
-def _line(record: Record) -> str:
-    return json.dumps(plain(record.as_dict()), allow_nan=False) + "\n"
+def _line(record: Record | Mapping[str, Any]) -> str:
+    content = record.as_dict() if isinstance(record, Record) else record
+    return json.dumps(plain(content), allow_nan=False) + "\n"

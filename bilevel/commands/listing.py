@@ -53,10 +53,12 @@ def contents() -> dict[str, dict[str, str]]:
     import bilevel._algorithm
     import bilevel.solvers
     from bilevel._registry import estimators
+    from bilevel.few_shot.experiments import experiments
     from bilevel.problems import catalogue
 
     found = {
         "problems": {name: entry.description for name, entry in catalogue().items()},
+        "few-shot experiments": {name: entry.description for name, entry in experiments().items()},
         "estimators": estimators(),
     }
     for kind, role in _ROLES.items():

@@ -6,14 +6,17 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel.commands.arguments import bind, takes
+
+if TYPE_CHECKING:
+    from bilevel.few_shot.experiment import Experiment
 
 
 def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Instance, bool]:
@@ -35,19 +38,32 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
         return _instance(problem, _member(module, path, name), module, arguments, seed)
     if problem.endswith(".py"):
         raise ValueError(f"{problem!r} is a file: say which problem in it, as {problem}:NAME.")
+    from bilevel.few_shot.experiments import experiments
     from bilevel.problems import catalogue
 
     known = catalogue()
+    if problem in experiments():
+        experiment, seeded = load_experiment(problem, arguments, seed)
+        return experiment.instance(0 if seed is None else seed), seeded
     if problem not in known:
         import difflib
 
-        near = difflib.get_close_matches(problem, known, n=1)
+        near = difflib.get_close_matches(problem, [*known, *experiments()], n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"there is no problem {problem!r}. {hint}`bilevel list` shows the names; a problem of your own is"
             f" my_file.py:NAME."
         )
     return _instance(problem, known[problem].build, None, arguments, seed)
+
+
+def load_experiment(name: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Experiment, bool]:
+    """The few-shot experiment of that name, and whether the seed was used in building it; see :func:`load`."""
+    from bilevel.few_shot.experiments import experiments
+
+    build = experiments()[name].build
+    experiment: Experiment = _built(name, build, None, arguments, seed)
+    return experiment, takes(build, "seed") and seed is not None
 
 
 def _module(path: Path) -> ModuleType:
@@ -97,18 +113,25 @@ def _instance(
         if arguments:
             raise ValueError(f"{problem} is not a function: it takes no `--set`. Got {', '.join(arguments)}.")
         return _complete(problem, found, module), False
+    built = _built(problem, found, module, arguments, seed)
+    return _complete(problem, built, module), takes(found, "seed") and seed is not None
+
+
+def _built(
+    problem: str, found: Callable[..., Any], module: ModuleType | None, arguments: Mapping[str, str], seed: int | None
+) -> Any:
+    """What a function makes of the arguments, and of the seed if it takes one."""
     seeded = takes(found, "seed") and seed is not None
     if seeded and "seed" in arguments:
         raise ValueError("the seed was given twice: by `--seed` and by `--set seed=...`. Use `--seed`.")
     bound = bind(problem, found, arguments, {"seed": seed} if seeded else {})
     try:
-        built = found(**bound)
+        return found(**bound)
     except (ValueError, ImportError):  # its own words are the best ones
         raise
     except Exception as error:
         where = f" ({_where(Path(module.__file__), error)})" if module is not None and module.__file__ else ""
         raise ValueError(f"building {problem} failed: {type(error).__name__}: {error}{where}") from error
-    return _complete(problem, built, module), seeded
 
 
 def _complete(problem: str, found: Any, module: ModuleType | None) -> Instance:

@@ -35,6 +35,7 @@ class Request:
     steps: int | None = None
     tol: float | None = None
     seed: int | None = None
+    seconds: float | None = None
     arguments: tuple[str, ...] = ()
     out: str | None = None
     resume: bool = False
@@ -75,7 +76,7 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
     """
     arguments = split(request.arguments)
     if recorded is not None:
-        request, arguments = _merge(request, arguments, recorded)
+        request, arguments = merge(request, arguments, recorded)
     instance, seeded = load(request.problem, arguments, request.seed)
     known = instance.settings
     unknown = set(known) - _KNOWN
@@ -115,7 +116,7 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
     return Plan(instance, options, settings, notes)
 
 
-def _merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, Any]) -> tuple[Request, dict[str, str]]:
+def merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, Any]) -> tuple[Request, dict[str, str]]:
     """A resumed run is what it was; only its number of steps and its tolerance may change.
 
     Raises:

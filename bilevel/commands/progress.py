@@ -5,30 +5,82 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO, TypeAlias
+from typing import TYPE_CHECKING, TextIO, TypeAlias, final
 
 from bilevel._minimize import Record
 
+if TYPE_CHECKING:
+    from bilevel.few_shot.train import Progress
+
 Show: TypeAlias = Callable[[Record], None]
+State: TypeAlias = Callable[[Record], str]
 _LINES = 10  # of progress where there is no terminal
 
 
 @contextlib.contextmanager
-def progress(max_steps: int, *, quiet: bool) -> Iterator[Show]:
-    """A function to be called with the record of each step."""
+def progress(max_steps: int, *, quiet: bool, state: State | None = None) -> Iterator[Show]:
+    """A function to be called with the record of each step; `state` says what is shown of it."""
+    state = _state if state is None else state
     if quiet:
         yield lambda record: None  # noqa: ARG005
     elif _fancy(sys.stderr):
-        with _bar(max_steps) as show:
+        with _bar(max_steps, state) as show:
             yield show
     else:
         every = max(1, max_steps // _LINES)
 
         def line(record: Record) -> None:
             if record.step % every == 0 or record.step == max_steps:
-                print(f"step {record.step:>{len(str(max_steps))}}/{max_steps}  {_state(record)}", file=sys.stderr)
+                print(f"step {record.step:>{len(str(max_steps))}}/{max_steps}  {state(record)}", file=sys.stderr)
 
         yield line
+
+
+@contextlib.contextmanager
+def training_progress(max_steps: int, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A function to be called with the progress of each training step; without a terminal, a line a validation."""
+    if quiet:
+        yield lambda progress: None  # noqa: ARG005
+    elif _fancy(sys.stderr):
+        latest: list[Progress] = []
+        shown = _Training()
+        with _bar(max_steps, lambda _: shown.of(latest[-1])) as show:
+
+            def update(progress: Progress) -> None:
+                latest[:] = [progress]
+                show(progress.record)
+
+            yield update
+    else:
+        every, told = max(1, max_steps // _LINES), _Training()
+
+        def line(progress: Progress) -> None:
+            text, step = told.of(progress), progress.record.step
+            if progress.validation is not None or step % every == 0 or step == max_steps:
+                print(f"step {step:>{len(str(max_steps))}}/{max_steps}  {text}", file=sys.stderr)
+
+        yield line
+
+
+@final
+class _Training:
+    """The outer loss, the scores and the seconds a step, each as last known."""
+
+    def __init__(self) -> None:
+        self.score: float | None = None
+        self.validation: str = ""
+        self.pace: float | None = None
+
+    def of(self, progress: Progress) -> str:
+        record = progress.record
+        self.score = self.score if progress.score is None else progress.score
+        self.pace = record.seconds if self.pace is None else 0.9 * self.pace + 0.1 * record.seconds
+        if progress.validation is not None:
+            found = progress.validation
+            self.validation = f"  validation {found.metric} {found.score:.4g}"
+        score = "" if self.score is None else f"  adapted {self.score:.4g}"
+        failed = "" if record.status == "successful" else f"  {record.status}"
+        return f"loss {record.value:.4g}{score}{self.validation}  {self.pace:.3f} s/step{failed}"
 
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -62,14 +114,14 @@ def number(value: float) -> str:
 
 
 @contextlib.contextmanager
-def _bar(max_steps: int) -> Iterator[Show]:
+def _bar(max_steps: int, state: State) -> Iterator[Show]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=max_steps, state="")
-        yield lambda record: bar.update(task, completed=record.step, state=_state(record))
+        yield lambda record: bar.update(task, completed=record.step, state=state(record))
 
 
 def _state(record: Record) -> str:

@@ -33,7 +33,9 @@ def run(request: Request) -> None:
         Failure: if the computation did not succeed.
         KeyboardInterrupt: if it was interrupted; the files are written first.
     """
-    folder = _folder(request)
+    if request.seconds is not None:
+        raise ValueError(f"`--seconds` limits the training of few-shot experiments, and {request.problem} is none.")
+    folder = folder_of(request)
     before = folder.read_result() if request.resume else None
     made = plan(request, None if before is None else before["settings"])
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,12 @@ def _kept(folder: Folder) -> str:
     return f"The earlier run in {str(folder.path)!r} is kept."
 
 
-def _folder(request: Request) -> Folder:
+def folder_of(request: Request) -> Folder:
+    """The run's folder; a new one under `runs` where none was named.
+
+    Raises:
+        ValueError: if it is a file, or holds a run and nothing was said about what to do with it.
+    """
     if request.resume and request.overwrite:
         raise ValueError("`--resume` continues a run and `--overwrite` replaces it: choose one.")
     if request.out is None:

@@ -116,7 +116,9 @@ def with_steps(solver: AbstractInnerSolver, steps: int) -> AbstractInnerSolver:
     """
     if steps < 0:
         raise ValueError(f"`steps` must be at least 0. Got {steps}.")
-    names = {field.name for field in dataclasses.fields(solver)} if dataclasses.is_dataclass(solver) else set()
+    names: list[str] = []
+    if dataclasses.is_dataclass(solver):
+        names = [field.name for field in dataclasses.fields(solver)]
     if "max_steps" not in names:
         raise ValueError(
             f"`steps` needs a learner that adapts by an iteration. This one uses {type(solver).__name__}: leave it out."

@@ -112,6 +112,7 @@ def train(
     estimator: AbstractEstimator | Auto | str | None = None,
     constraint: Constraint = None,
     validation: AbstractTasks | None = None,
+    validation_learner: Learner | None = None,
     validate_every: int = 200,
     validate_episodes: int = 200,
     patience: int | None = None,
@@ -143,6 +144,8 @@ def train(
         estimator: how hypergradients are estimated; the learner's own if None.
         constraint: a set for x, or for entries of it; as in `minimize`.
         validation: where validation tasks come from: the same ones at each validation; None: no validation.
+        validation_learner: evaluates in place of `learner`, with the same x: for training on more classes a task than
+            will be told apart, or adapting by more steps than are trained through.
         validate_every: steps between validations; there is one at step 0 and one at the end.
         validate_episodes: how many tasks.
         patience: stop after so many validations without a better one; None: never.
@@ -199,7 +202,11 @@ def train(
     validate = None
     if validation is not None:
         validate = functools.partial(
-            evaluate, learner, tasks=validation, episodes=validate_episodes, seed=seed + _VALIDATION
+            evaluate,
+            learner if validation_learner is None else validation_learner,
+            tasks=validation,
+            episodes=validate_episodes,
+            seed=seed + _VALIDATION,
         )
     run = _Run(
         learner,

@@ -1,0 +1,315 @@
+"""`bilevel run` of a few-shot experiment: train, evaluate, and everything about it in a folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from bilevel._files import write_atomically
+from bilevel._optimizer import AbstractOptimizer
+from bilevel._registry import estimators
+from bilevel._result import BilevelError, Stats, Status
+from bilevel.commands.arguments import split
+from bilevel.commands.folder import Folder
+from bilevel.commands.listing import outer_method
+from bilevel.commands.loading import load_experiment
+from bilevel.commands.plan import Request, merge
+from bilevel.commands.plot_training import draw_training
+from bilevel.commands.progress import note, number, table, training_progress
+from bilevel.commands.raised import told
+from bilevel.commands.result import versions
+from bilevel.commands.run import Failure, folder_of
+from bilevel.few_shot.evaluate import Evaluation, evaluate
+from bilevel.few_shot.experiment import Experiment
+from bilevel.few_shot.train import Progress, Trained
+from bilevel.solvers.adam import Adam
+from bilevel.solvers.clipped import Clipped
+from bilevel.solvers.scheduled import Scheduled
+
+_LONG = 300  # characters of a description
+_TRIAL = 50  # episodes that tell how long the evaluation will take
+_SLACK = 1.3  # the time that is kept for it, over what they say
+
+
+def run_experiment(request: Request) -> None:
+    """Train and evaluate; leave result.json, history.jsonl, plot.png, checkpoint.pt, best.pt and model.pt.
+
+    Raises:
+        ValueError: if the request makes no sense.
+        Failure: if training met NaN, or the evaluation failed.
+        KeyboardInterrupt: if it was interrupted; the files are written first.
+    """
+    folder = folder_of(request)
+    before = folder.read_result() if request.resume else None
+    plan = _plan(request, None if before is None else before["settings"])
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if request.overwrite:
+        folder.set_aside()
+    elif not request.resume:
+        folder.clear()
+    lines = _earlier_lines(folder) if request.resume else []
+    folder.write_history(lines)
+    head = {
+        "experiment": plan.request.problem,
+        "description": plan.experiment.description,
+        "settings": plan.settings,
+        "versions": versions(),
+    }
+    try:
+        _run(plan, folder, head, lines)
+    except BaseException as error:
+        if folder.bring_back():
+            error.add_note(f"The earlier run in {str(folder.path)!r} is kept.")
+        raise
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """An experiment that is ready to start, the arguments of `train`, and what was asked for as plain data."""
+
+    request: Request
+    experiment: Experiment
+    options: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """Of the tasks."""
+        return 0 if self.request.seed is None else self.request.seed
+
+
+def _plan(request: Request, recorded: Mapping[str, Any] | None) -> _Plan:
+    arguments = split(request.arguments)
+    if request.tol is not None:
+        raise ValueError("`--tol` does not apply to few-shot experiments: every step has other tasks.")
+    if recorded is not None:
+        request, arguments = merge(request, arguments, recorded)
+    experiment, _ = load_experiment(request.problem, arguments, request.seed)
+    if request.estimator is not None and request.estimator not in estimators():
+        raise ValueError(f"there is no estimator {request.estimator!r}. Names: {', '.join(estimators())}.")
+    options: dict[str, Any] = dict(experiment.settings)
+    options["outer"] = _outer(request, options.get("outer", Adam(1e-3)))
+    if request.estimator is not None:
+        options["estimator"] = request.estimator
+    if request.steps is not None:
+        options["max_steps"] = request.steps
+    settings = {
+        "problem": request.problem,
+        "set": arguments,
+        "seed": request.seed,
+        "estimator": request.estimator,
+        "outer": request.outer,
+        "step": request.step,
+        "steps": options["max_steps"],
+        "seconds": request.seconds,
+        "tol": None,
+        "chosen": {
+            "learner": experiment.learner.name,
+            "estimator": request.estimator or repr(experiment.learner.estimator),
+            "adapt": repr((experiment.tester or experiment.learner).adapt),
+            "tasks": _short(experiment.tasks),
+            "test": _short(experiment.test),
+            "evaluation": dict(experiment.evaluation),
+            **{name: value if isinstance(value, int | float) else repr(value) for name, value in options.items()},
+        },
+    }
+    return _Plan(request, experiment, options, settings)
+
+
+def _short(value: object) -> str:
+    """Its description, without the end of very long ones."""
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
+
+
+def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
+    if request.outer is None:
+        return own if request.step is None else _with_step(own, request.step)
+    build = outer_method(request.outer)
+    if request.step is None:
+        raise ValueError(f"`--outer {request.outer}` needs a step length: add `--step`.")
+    found = build(step=request.step)
+    if not isinstance(found, AbstractOptimizer):
+        raise ValueError(f"`--outer {request.outer}` runs its own loop on a deterministic problem. Use `adam`.")
+    return found
+
+
+def _with_step(outer: AbstractOptimizer, step: float) -> AbstractOptimizer:
+    """The same optimizer with another step length."""
+    if isinstance(outer, Clipped):
+        return Clipped(_with_step(outer.optimizer, step), outer.max_norm, outer.max_value)
+    if isinstance(outer, Scheduled):
+        return Scheduled(_with_step(outer.optimizer, step), outer.schedule)
+    if isinstance(outer, Adam):
+        return Adam(step, outer.beta1, outer.beta2, outer.eps, outer.eps_root)
+    raise ValueError(f"the outer method of this experiment is {outer!r}: `--step` needs `--outer NAME`.")
+
+
+def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    experiment, request, began = plan.experiment, plan.request, time.perf_counter()
+    earlier = float(lines[-1]["elapsed"]) if lines else 0.0
+    limit = None
+    if request.seconds is not None:
+        limit = max(request.seconds - _time_to_evaluate(experiment), 1e-3)
+
+    with training_progress(plan.options["max_steps"], quiet=request.quiet) as show:
+
+        def callback(progress: Progress) -> None:
+            if not folder.result.exists() or progress.record.step == 0:
+                folder.write_result(head | {"status": "running"})
+            if progress.record.status == Status.successful.name or progress.record.step > 0:
+                folder.forget()
+            lines.append(_line(progress))
+            folder.append_history(lines[-1])
+            show(progress)
+
+        changes = {**plan.options, "seconds": limit, "out": folder.path, "resume": request.resume, "callback": callback}
+        try:
+            trained = experiment.train(plan.seed, changes)
+        except KeyboardInterrupt as error:
+            if not lines:
+                raise
+            again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
+            message = f"interrupted after step {lines[-1]['step']}. Continue with: {again}"
+            seconds = earlier + time.perf_counter() - began
+            _write(folder, head, "interrupted", message, lines, None, None, seconds)
+            raise KeyboardInterrupt(message) from error
+        except Exception as error:
+            if not lines:
+                raise
+            message = f"stopped after step {lines[-1]['step']}: {told(error, request.problem)}"
+            status = error.status.name if isinstance(error, BilevelError) else "failed"
+            seconds = earlier + time.perf_counter() - began
+            _write(folder, head, status, message, lines, None, None, seconds)
+            raise Failure(message) from error
+    if not request.quiet:
+        note(
+            f"training ended ({trained.ended}) at step {trained.history[-1].step}; evaluating x of step {trained.step}."
+        )
+    test = experiment.evaluate(trained.x, plan.seed)
+    failed = trained.ended == "failed"
+    message = f"training met NaN at step {trained.history[-1].step}. {trained.message}" if failed else ""
+    status = "nonfinite" if failed else "successful"
+    content = _write(folder, head, status, message, lines, trained, test, earlier + time.perf_counter() - began)
+    if not request.quiet:
+        _show(plan, folder, content, test)
+    if failed:
+        raise Failure(message)
+
+
+def _time_to_evaluate(experiment: Experiment) -> float:
+    """A generous guess of how long the evaluation takes, from a few episodes at the start of training."""
+    learner = experiment.tester or experiment.learner
+    for episodes in (1, _TRIAL):  # the first one warms up
+        found = evaluate(
+            learner, learner.x0, experiment.validation, **(dict(experiment.evaluation) | {"episodes": episodes})
+        )
+    episodes = int(experiment.evaluation.get("episodes", 600))
+    return _SLACK * found.seconds * episodes / _TRIAL + 1.0
+
+
+def _line(progress: Progress) -> dict[str, Any]:
+    validation = None if progress.validation is None else progress.validation.as_dict()
+    return {
+        **progress.record.as_dict(),
+        "score": progress.score,
+        "validation": validation,
+        "elapsed": progress.seconds,
+    }
+
+
+def _earlier_lines(folder: Folder) -> list[dict[str, Any]]:
+    """The lines of history.jsonl up to the checkpoint."""
+    step = folder.read_checkpoint()["step"]
+    if not folder.history.exists():
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for text in folder.history.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # a line that a crash cut short
+            continue
+        if line["step"] < step:
+            found[line["step"]] = line
+    return [found[key] for key in sorted(found)]
+
+
+def _write(
+    folder: Folder,
+    head: dict[str, Any],
+    status: str,
+    message: str,
+    lines: list[dict[str, Any]],
+    trained: Trained | None,
+    test: Evaluation | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write every file of a run that has ended."""
+    notes: list[str] = []
+    content = head | {
+        "status": status,
+        "message": message,
+        "steps": lines[-1]["step"],
+        "initial": _values(lines[0]),
+        "final": _values(lines[-1]),
+        "ended": None if trained is None else trained.ended,
+        "step": None if trained is None else trained.step,
+        "validation": None if trained is None or trained.best is None else trained.best.as_dict(),
+        "test": None if test is None else test.as_dict(),
+        "calibration": None if test is None else _calibration(test),
+        "failed": dict(Counter(line["status"] for line in lines if line["status"] != "successful")),
+        "stats": sum((Stats(**line["stats"]) for line in lines), Stats()).as_dict(),
+        "training_seconds": lines[-1]["elapsed"],
+        "seconds": seconds,
+        "notes": notes,
+    }
+    folder.write_result(content)
+    try:
+        write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"]))
+    except Exception as error:
+        missing = isinstance(error, ImportError)
+        notes.append(f"left out plot.png: {error if missing else f'{type(error).__name__}: {error}'}")
+        note(notes[-1])
+        folder.write_result(content)
+    return content
+
+
+def _values(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": line["step"], "value": line["value"], "grad_norm": line["grad_norm"]}
+
+
+def _calibration(test: Evaluation) -> dict[str, float] | None:
+    """Of the predicted probabilities, for classification."""
+    if test.log_probabilities is None or test.targets is None:
+        return None
+    return None
+
+
+def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluation) -> None:
+    counts = content["stats"]
+    files = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
+    curve = ", ".join(f"{steps}: {score}" for steps, score in test.curve.items())
+    validation = content["validation"]
+    rows = [
+        ("status", content["status"]),
+        (f"test {test.metric}", f"{test.score} on {test.episodes} tasks"),
+        ("without adaptation", str(test.before)),
+        *([("after steps", curve)] if curve else []),
+        ("test loss", str(test.loss)),
+        *((name, number(value)) for name, value in (content["calibration"] or {}).items()),
+        *([("validation", f"{number(validation['score'])} at step {validation['step']}")] if validation else []),
+        ("outer loss", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),
+        *([("failed estimates", str(content["failed"]))] if content["failed"] else []),
+        *([("failed adaptations", str(dict(test.failed)))] if test.failed else []),
+        ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
+        ("outer steps", f"{content['steps']} ({content['ended']})"),
+        ("seconds", f"{content['seconds']:.2f}, {content['training_seconds']:.2f} of them for training"),
+        ("files", f"{folder.path}: {', '.join(files)}"),
+    ]
+    table(f"{plan.request.problem}: {plan.experiment.learner.name}", rows)

@@ -1,0 +1,58 @@
+"""The picture of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+_SMOOTH = 50  # the running mean of the loss is over a share of the steps
+
+
+def draw_training(file: BinaryIO, lines: Sequence[Mapping[str, Any]], test: Mapping[str, Any] | None) -> None:
+    """The outer loss and the validation score against seconds.
+
+    Args:
+        file: where to.
+        lines: those of history.jsonl.
+        test: the final evaluation, as in result.json.
+
+    Raises:
+        ImportError: if matplotlib is missing, naming the extra to install.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing plot.png needs matplotlib: `pip install "bilevel[plots]"`.') from error
+    figure = Figure(figsize=(9.0, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    seconds = [line["elapsed"] for line in lines]
+    losses = [float(line["value"]) for line in lines]  # "NaN" where there was none
+    left, right = figure.subplots(1, 2)
+    left.plot(seconds, losses, color="#4c72b0", alpha=0.3 if len(losses) > _SMOOTH else 1.0, linewidth=0.8)
+    if len(losses) > _SMOOTH:
+        left.plot(seconds, _running_mean(losses, max(len(losses) // _SMOOTH, 5)), color="#4c72b0")
+    left.set_title("outer loss on training tasks", loc="left")
+    validations = [line["validation"] for line in lines if line.get("validation")]
+    metric = validations[0]["metric"] if validations else "score"
+    if validations:
+        at = [validation["seconds"] for validation in validations]
+        scores = [float(validation["score"]) for validation in validations]
+        errors = [float(validation["interval"]) for validation in validations]
+        right.errorbar(at, scores, errors, color="#c44e52", marker=".", linewidth=1, label="validation")
+    if test is not None:
+        mean, interval = float(test["score"]["mean"]), float(test["score"]["interval"])
+        right.axhline(mean, color="#55a868", linewidth=1, label=f"test {mean:.4g} +- {interval:.2g}")
+        right.axhspan(mean - interval, mean + interval, color="#55a868", alpha=0.2, linewidth=0)
+    if validations or test is not None:
+        right.legend(frameon=False)
+    right.set_title(f"{metric} on new tasks after adaptation", loc="left")
+    for axes in (left, right):
+        axes.set_xlabel("seconds")
+        axes.grid(alpha=0.3)
+    figure.savefig(file, format="png")
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of the last `width` values at each."""
+    return [sum(values[max(0, k + 1 - width) : k + 1]) / min(k + 1, width) for k in range(len(values))]
