@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_type
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
@@ -60,8 +61,11 @@ class Adam(AbstractOptimizer):
         eps: float = 1e-8,
         eps_root: float = 1e-24,
     ) -> None:
+        demand_type("Adam", "step", step, float | Tensor)
         if not isinstance(step, Tensor) and not step > 0:
             raise ValueError(f"`Adam(step=...)` must be positive. Got {step}.")
+        for name, value in (("beta1", beta1), ("beta2", beta2), ("eps", eps), ("eps_root", eps_root)):
+            demand_type("Adam", name, value, float)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
                 raise ValueError(f"`Adam({name}=...)` must be in [0, 1). Got {value}.")

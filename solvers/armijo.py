@@ -8,6 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import Objective
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
@@ -54,6 +55,7 @@ class Armijo:
     max_halvings: int = 30
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if not self.initial > 0:
             raise ValueError(f"`Armijo(initial=...)` must be positive. Got {self.initial}.")
         if not 0 < self.shrink < 1:

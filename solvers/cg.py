@@ -11,6 +11,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -71,6 +72,7 @@ class CG(AbstractLinearSolver):
     recompute: bool = True
 
     def __post_init__(self) -> None:
+        demand_types(self)
         check_tolerances("CG", self.rtol, self.atol, self.max_steps)
 
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:

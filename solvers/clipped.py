@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
@@ -42,6 +43,7 @@ class Clipped(AbstractOptimizer):
     max_value: float | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if not isinstance(self.optimizer, AbstractOptimizer):
             raise TypeError(
                 f"`Clipped(optimizer=...)` must be an optimizer such as `Adam(1e-3)`. Got"

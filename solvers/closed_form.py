@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
 from bilevel._tree import Tree
@@ -38,6 +39,9 @@ class ClosedForm(AbstractInnerSolver):
     """
 
     solution: Callable[..., Tree]
+
+    def __post_init__(self) -> None:
+        demand_types(self, {"solution": "a function x -> y"})
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         if objective.closed_form is None:

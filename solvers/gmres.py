@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -60,6 +61,7 @@ class GMRES(AbstractLinearSolver):
     restart: int | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         check_tolerances("GMRES", self.rtol, 0.0, self.max_steps)
         if self.restart is not None and self.restart < 1:
             raise ValueError(f"`GMRES(restart=...)` must be at least 1. Got {self.restart}. Pass None for no restarts.")

@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from bilevel._demand import demand_type
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
@@ -34,6 +35,7 @@ class GradientDescent(AbstractOptimizer):
     step_size: float | Tensor | None  # given as `step=`; as an attribute that is the method's name
 
     def __init__(self, step: float | Tensor | None = None) -> None:
+        demand_type("GradientDescent", "step", step, float | Tensor | None)
         if step is not None and not isinstance(step, Tensor) and not step > 0:
             raise ValueError(f"`GradientDescent(step=...)` must be positive. Got {step}.")
         object.__setattr__(self, "step_size", step)

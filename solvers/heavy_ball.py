@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_type
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
@@ -43,6 +44,8 @@ class HeavyBall(AbstractOptimizer):
     momentum: float
 
     def __init__(self, step: float | Tensor | None = None, momentum: float = 0.9) -> None:
+        demand_type("HeavyBall", "step", step, float | Tensor | None)
+        demand_type("HeavyBall", "momentum", momentum, float)
         if step is not None and not isinstance(step, Tensor) and not step > 0:
             raise ValueError(f"`HeavyBall(step=...)` must be positive. Got {step}.")
         if not 0 <= momentum < 1:

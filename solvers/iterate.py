@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Solved, Status
@@ -60,6 +61,7 @@ class Iterate(AbstractUnrollable):
     min_steps: int = 0
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.max_steps < 0:
             raise ValueError(f"`Iterate(max_steps=...)` must be at least 0. Got {self.max_steps}.")
         if self.tol is not None and self.tol < 0:

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._linear import AbstractPreconditioner, LinearOperator
 
 
@@ -48,6 +49,7 @@ class Jacobi(AbstractPreconditioner):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        demand_types(self, {"diagonal": "a tensor, a function that returns one, or None"})
         if self.samples < 2:
             raise ValueError(
                 f"`Jacobi(samples=...)` must be at least 2. Got {self.samples}. Each costs one Hessian product."

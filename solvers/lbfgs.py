@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._pairs import Pairs, where
 from bilevel._result import Solved, Status
@@ -58,6 +59,7 @@ class LBFGS(AbstractInnerSolver):
     memory: int = 10
 
     def __post_init__(self) -> None:
+        demand_types(self)
         for name, least in (("tol", 0), ("max_steps", 0), ("memory", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"`LBFGS({name}=...)` must be at least {least}. Got {getattr(self, name)}.")

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -57,6 +58,7 @@ class MINRES(AbstractLinearSolver):
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         check_tolerances("MINRES", self.rtol, 0.0, self.max_steps)
 
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_type
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 
 
@@ -43,6 +44,8 @@ class Nesterov(AbstractOptimizer):
     momentum: float | None
 
     def __init__(self, step: float | Tensor | None = None, momentum: float | None = None) -> None:
+        demand_type("Nesterov", "step", step, float | Tensor | None)
+        demand_type("Nesterov", "momentum", momentum, float | None)
         if step is not None and not isinstance(step, Tensor) and not step > 0:
             raise ValueError(f"`Nesterov(step=...)` must be positive. Got {step}.")
         if momentum is not None and not 0 <= momentum < 1:

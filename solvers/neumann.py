@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._krylov import row_norms
 from bilevel._linear import AbstractLinearSolver, LinearOperator, demand
 from bilevel._result import Solved, Status
@@ -55,6 +56,7 @@ class Neumann(AbstractLinearSolver):
     rtol: float = 0.0
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.step is not None and not 0 < self.step < math.inf:
             raise ValueError(
                 f"`Neumann(step=...)` must be positive and finite. Got {self.step}. Pass None to have it estimated."

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Solved, Status
@@ -55,6 +56,7 @@ class Newton(AbstractInnerSolver):
     linear: AbstractLinearSolver | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         for name in ("tol", "max_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`Newton({name}=...)` must be at least 0. Got {getattr(self, name)}.")

@@ -10,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._krylov import row_norms
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner, LinearOperator, demand
 from bilevel._result import Solved, Status
@@ -52,6 +53,7 @@ class Nystrom(AbstractLinearSolver):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        demand_types(self)
         _check_rank("Nystrom", self.rank)
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(
@@ -145,6 +147,7 @@ class NystromPreconditioner(AbstractPreconditioner):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        demand_types(self)
         _check_rank("NystromPreconditioner", self.rank)
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"`NystromPreconditioner(damping=...)` must be at least 0 and finite. Got {self.damping}.")

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._polytope import FlatPolytope
 from bilevel._result import Solved, Status
@@ -61,6 +62,7 @@ class QuadraticProgram(AbstractInnerSolver):
     max_steps: int = 100
 
     def __post_init__(self) -> None:
+        demand_types(self)
         for name in ("tol", "max_steps"):
             number = getattr(self, name)
             if number is not None and not number >= 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
 from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize
@@ -60,6 +61,7 @@ class Scipy(AbstractInnerSolver):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
+        demand_types(self, {"bounds": "a pair (lower, upper) of numbers, flat tensors or None"})
         demand_method("Scipy", self.method)
         if self.bounds is not None and self.method not in BOUNDED:
             raise ValueError(f"`Scipy(bounds=...)` needs one of {', '.join(BOUNDED)}. Got method={self.method!r}.")

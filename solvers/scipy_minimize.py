@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Status
 from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize
@@ -50,6 +51,7 @@ class ScipyMinimize(AbstractOuterDriver):
     options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self, {"options": "a dict of options of scipy, or None"})
         demand_method("ScipyMinimize", self.method)
 
     def drive(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
@@ -71,14 +72,11 @@ class ESJ(AbstractEstimator):
     chunk: int | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         for name in ("directions", "chunk"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"`ESJ({name}=...)` must be at least 1. Got {number}.")
-        if not isinstance(self.seed, int):
-            raise TypeError(
-                f"`ESJ(seed=...)` must be an int. Got {type(self.seed).__name__}. Pass `generator.initial_seed()`."
-            )
         if not self.radius > 0:
             raise ValueError(f"`ESJ(radius=...)` must be positive. Got {self.radius}.")
         if self.distribution not in get_args(Distribution):

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
@@ -46,6 +47,7 @@ class FiniteDifference(AbstractEstimator):
     step: float | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.step is not None and not self.step > 0:
             raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
 

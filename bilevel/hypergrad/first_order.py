@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
+from bilevel._demand import demand_types
 from bilevel._errors import explained
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
@@ -46,6 +47,9 @@ class FirstOrder(AbstractEstimator):
     """
 
     inner: AbstractInnerSolver
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def takes_encoding(self) -> bool:
@@ -91,6 +95,9 @@ class Reptile(AbstractEstimator):
     """
 
     inner: AbstractInnerSolver
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def takes_encoding(self) -> bool:

@@ -9,6 +9,7 @@ from typing import final
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
@@ -77,6 +78,7 @@ class ITD(AbstractEstimator):
                 f"`ITD(inner=...)` must be an iteration of differentiable steps. Got {type(self.inner).__name__}."
                 f" Use `Iterate(GradientDescent(step), max_steps=N)`, or `AID`, which works with any inner solver."
             )
+        demand_types(self)
         if (self.truncate is not None) + self.forward + self.checkpoint > 1:
             raise ValueError("`ITD` takes at most one of `truncate`, `forward` and `checkpoint`.")
         if self.truncate is not None and self.truncate < 1:

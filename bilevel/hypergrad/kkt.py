@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact, outer_gradients
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
@@ -68,6 +69,7 @@ class KKT(AbstractEstimator):
     products: AbstractProducts = Exact()
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.weak is not None and not self.weak >= 0:
             raise ValueError(f"`KKT(weak=...)` must be at least 0. Got {self.weak}.")
 

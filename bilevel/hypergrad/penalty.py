@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import inner_gradient_in_x, outer_gradients
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
@@ -57,6 +58,7 @@ class Penalty(AbstractEstimator):
     extrapolate: bool = False
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if not self.weight > 0:
             raise ValueError(f"`Penalty(weight=...)` must be positive. Got {self.weight}.")
 
