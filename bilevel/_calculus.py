@@ -16,11 +16,14 @@ from bilevel._linear import LinearOperator
 from bilevel._result import Tally
 
 
-def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False) -> Tensor:
-    """D output / d leaf, zero where output does not depend on leaf; with a graph only where that is complete."""
+def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: bool = False) -> Tensor:
+    """D output / d leaf, zero where output does not depend on leaf; with a graph only where that is complete.
+
+    `checked` says that the same function has been found to have a second derivative.
+    """
     if not output.requires_grad:
         return torch.zeros_like(leaf)
-    if create_graph:
+    if create_graph and not checked:
         refuse_dropped_terms(output, leaf)
     with explained():
         return torch.autograd.grad(output, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)[

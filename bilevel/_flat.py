@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel._batched import batched
 from bilevel._polytope import FlatPolytope
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
-from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map
+from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
 
 
 @final
@@ -49,6 +50,7 @@ class FlatProblem:
         self.problem, self.x, self.y, self.data, self.is_encoded = problem, x, y, data, is_encoded
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
+        self._data: dict[str, tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]] = {}
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """Phi's integrand: f(x, y) `(directions,)`, the mean over tasks; a scalar without leading axes."""
@@ -100,37 +102,64 @@ class FlatProblem:
             x: the outer variable, or several.
             rows: one for each problem, such as y.
         """
-        data = () if self.data is None else (self.data_of(level),)
-        encode = None if self.is_encoded else self.problem.encode
+        leaves, build = self._parts(level)
+        encode, count = None if self.is_encoded else self.problem.encode, len(rows)
+        own, several = self.is_encoded and self.tasks is not None, x.dim() > 1  # own: each task has its part of x
+        shared = None if own or several else self.x.unravel(x)
 
-        def one(x: Tensor, *rest: Any) -> Tensor:
-            outer = self.x.unravel(x)
-            return function(outer if encode is None else encode(outer, *rest[len(rows) :]), *rest)
+        def one(*args: Tensor) -> Tensor:
+            outer, rest = (shared, args) if shared is not None else (self.x.unravel(args[0]), args[1:])
+            data = build(rest[count:])
+            return function(outer if encode is None else encode(outer, *data), *rest[:count], *data)
 
-        called: Callable[..., Tensor] = one
+        inputs: tuple[Tensor, ...] = (*rows, *leaves)
+        called: Callable[..., Any] = one
+        if shared is None:
+            inputs = (x.reshape(*x.shape[:-1], self.tasks or 1, -1) if own else x, *inputs)
         if self.tasks is not None:
-            own = self.is_encoded  # each task has its part of x
-            called = torch.vmap(one, in_dims=(0 if own else None,) + (0,) * (len(rows) + 1), randomness="same")
-            x = x.reshape(*x.shape[:-1], self.tasks, -1) if own else x
-        if x.dim() > 1 + (self.is_encoded and self.tasks is not None):
-            called = torch.vmap(called, in_dims=(0,) * (1 + len(rows)) + (None,) * len(data), randomness="same")
-        return called(x, *rows, *data)
+            in_x = () if shared is not None else (0 if own else None,)
+            called = batched(one, self.tasks, in_x + (0,) * (count + len(leaves)))
+        if several:
+            called = batched(called, x.shape[0], (0,) * (1 + count) + (None,) * len(leaves))
+        found: Tensor = called(*inputs)
+        return found
+
+    def _parts(self, level: str) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]:
+        """The tensors of f's or g's data, and what makes of such tensors the arguments after y: none, or the data."""
+        if level not in self._data:
+            if self.data is None:
+                self._data[level] = [], lambda _: ()
+            else:
+                leaves, build = tree_parts(self.data_of(level))
+                places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+                def place(tensors: Sequence[Any]) -> tuple[Any, ...]:
+                    if len(places) == len(leaves):
+                        return (build(tensors),)
+                    whole = list(leaves)  # what is not a tensor is the same for all tasks
+                    for k, tensor in zip(places, tensors, strict=True):
+                        whole[k] = tensor
+                    return (build(whole),)
+
+                self._data[level] = [leaves[k] for k in places], place
+        return self._data[level]
 
     def encode(self, x: Tensor) -> tuple[Tensor, FlatProblem]:
         """The encodings z of all tasks side by side, differentiable, and the problem as a function of them."""
-        encode, found = self.problem.encode, []
+        encode = self.problem.encode
+        found: list[Structure] = []
         if encode is None or self.is_encoded or isinstance(self.data, Split):  # f and g see two z, each its own
             return x, self
 
-        def one(x: Tensor, *data: Any) -> Tensor:
-            vector, structure = ravel(encode(self.x.unravel(x), *data), "encode(x)")
+        outer = self.x.unravel(x)
+
+        def one(*tensors: Tensor) -> Tensor:
+            vector, structure = ravel(encode(outer, *build(tensors)), "encode(x)")
             found.append(structure)
             return vector
 
-        called: Callable[..., Tensor] = one
-        if self.tasks is not None:
-            called = torch.vmap(one, in_dims=(None, 0), randomness="same")
-        z = called(x, *(() if self.data is None else (self.data,)))
+        leaves, build = self._parts("g")
+        z = (one if self.tasks is None else batched(one, self.tasks, (0,) * len(leaves)))(*leaves)
         return z.reshape(-1), FlatProblem(self.problem, found[0], self.y, self.data, self.tally, is_encoded=True)
 
     def part(self, tasks: slice) -> FlatProblem:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from bilevel._slots import Slots
 from bilevel._tree import tree_leaves
 
 BatchNormPolicy = Literal["batch", "frozen", "refuse"]
@@ -94,7 +95,7 @@ def functional(
     working = copy.deepcopy(original, shared)
     _settle_normalization(working, batch_norm)
     _settle_dropout(working, dropout)
-    return Functional(params, original, working, seed, dropout == "refuse")
+    return Functional(params, original, Slots(working), seed, dropout == "refuse")
 
 
 @final
@@ -110,7 +111,7 @@ class Functional:
 
     params: dict[str, Tensor] = field(repr=False)
     _original: nn.Module = field(repr=False)
-    _working: nn.Module = field(repr=False)
+    _slots: Slots = field(repr=False)
     seed: int
     _refuse_random: bool = field(repr=False)
 
@@ -123,12 +124,12 @@ class Functional:
                 `dropout="refuse"`.
         """
         self._check(params)
-        # Copies, so that a layer that writes to a buffer (spectral normalization) begins from the same one each time.
-        buffers = {name: buffer.clone() for name, buffer in self._working.named_buffers()}
+        if self._slots.is_deterministic:
+            return self._slots.call(params, inputs, keywords)
         leaves = tree_leaves((dict(params), inputs, keywords))
         devices = sorted({t.device.index for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"})
         with _fixed_random_state(self.seed, devices) as has_drawn:
-            output = torch.func.functional_call(self._working, {**params, **buffers}, inputs, keywords)
+            output = self._slots.call(params, inputs, keywords)
             if self._refuse_random and has_drawn():
                 raise ValueError(
                     '`functional(dropout="refuse")`: the module drew random numbers in its forward. Write'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, final
@@ -49,7 +49,11 @@ class Structure:
         else:  # one split, not many slices: its backward is one concatenation
             parts = vector.split_with_sizes(self.sizes, dim=-1)
             leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return pytree.tree_unflatten(leaves, self.spec)
+        return self._build(leaves)
+
+    @cached_property
+    def _build(self) -> Callable[[Sequence[Any]], Tree]:
+        return _builder(self.spec)
 
     def ravel(self, tree: Tree, name: str) -> Tensor:
         """Join the leaves of `tree` into a vector `(n,)`; differentiable. `name` is for error messages.
@@ -131,6 +135,22 @@ def _refuse_leaf(tree: Tree, name: str) -> None:
 def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
     """Apply `function` to every leaf."""
     return pytree.tree_map(function, tree)
+
+
+def tree_parts(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
+    """The leaves, in order, and what makes the same nesting of other leaves."""
+    leaves, spec = pytree.tree_flatten(tree)
+    return leaves, _builder(spec)
+
+
+def _builder(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Tree]:
+    """From leaves to the nesting. The usual ones in one stroke: unflattening takes as long as a small layer."""
+    if spec.is_leaf():
+        return lambda leaves: leaves[0]
+    if spec.type is dict and all(child.is_leaf() for child in spec.children()):
+        keys = spec.context
+        return lambda leaves: dict(zip(keys, leaves, strict=True))
+    return lambda leaves: pytree.tree_unflatten(leaves, spec)
 
 
 def tree_leaves(tree: Tree) -> list[Any]:

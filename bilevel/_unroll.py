@@ -28,18 +28,20 @@ class Unroll:
     Args:
         problem: the problem, at whose tally oracle calls are counted.
         inner: the iteration, its step sizes fixed.
-        x: the outer variable `(p,)`.
-        y0: the start `(*tasks, q)`.
+        x: the outer variable `(p,)`, a leaf that requires grad.
+        start: where the iteration starts `(*tasks, q)`, with its graph from x.
     """
 
-    def __init__(self, problem: FlatProblem, inner: AbstractUnrollable, x: Tensor, y0: Tensor) -> None:
+    def __init__(self, problem: FlatProblem, inner: AbstractUnrollable, x: Tensor, start: Tensor) -> None:
         self.problem, self.inner = problem, inner
-        self.x = x.detach().requires_grad_()
-        self.y0 = y0.detach()
-        self.rows = y0.shape[:-1].numel()
+        self.x, self.start = x, start
+        self.y0 = start.detach()
+        self.rows = start.shape[:-1].numel()
         self.steps = 0
         self.left = 0.0
-        self.first: tuple[Tensor, Tensor] | None = None  # |grad_y g| and g at the start
+        self.first: tuple[Tensor, Tensor] | None = None  # grad_y g and g at the start
+        self.last: tuple[Tensor, Tensor] | None = None  # the same before the latest step
+        self.is_differentiable = False  # known so far
 
     @property
     def has_init(self) -> bool:
@@ -49,7 +51,7 @@ class Unroll:
     @property
     def checked(self) -> bool:
         """Whether the iteration is to converge, and its derivative with it."""
-        return bool(self.inner.tol) and not self.has_init
+        return bool(self.inner.tol) and not self.has_init and not self.problem.problem.iterative
 
     # One step
 
@@ -60,16 +62,22 @@ class Unroll:
         with torch.set_grad_enabled(True):
             at = y if y.requires_grad else y.detach().requires_grad_()
             value = self.problem.g(self.x if with_graph else self.x.detach(), at)
-            gradient = grad(value.sum(), at, create_graph=with_graph)
-        norm = torch.linalg.vector_norm(gradient.detach(), dim=-1)
+            if with_graph and not self.is_differentiable:
+                refuse_dropped_terms(value, at)
+                self.is_differentiable = True  # the steps that follow are the same function
+            gradient = grad(value.sum(), at, create_graph=with_graph, checked=True)
+        self.last = gradient.detach(), value.detach()
         if self.first is None:
-            self.first = norm, value.detach()
-        moving = self._moving(norm, index)
-        if self.inner.tol and not moving.any():
+            self.first = self.last
+        if not self.inner.tol:
+            with torch.set_grad_enabled(with_graph):
+                return self.inner.advance(gradient, state)
+        moving = self._moving(torch.linalg.vector_norm(self.last[0], dim=-1), index)
+        if not moving.any():
             return None
         with torch.set_grad_enabled(with_graph):
             new = self.inner.advance(gradient, state)
-        if not self.inner.tol or self.problem.tasks is None:
+        if self.problem.tasks is None:
             return new
         held = moving.unsqueeze(-1)
         return tuple(torch.where(held, n, s) if n.shape == y.shape else n for n, s in zip(new, state, strict=True))
@@ -162,7 +170,7 @@ class Unroll:
             self.left = float(torch.linalg.vector_norm(adjoint[0]) / whole) if whole > 0 else 0.0
         if from_start and self.has_init:
             with torch.enable_grad():
-                begun = self.inner.begin(self.problem.start(self.x, self.y0))
+                begun = self.inner.begin(self.start)
             in_x = self._pull_back(begun, adjoint, (self.x,))[0]
             total = total if in_x is None else total + in_x
         return total
@@ -184,7 +192,7 @@ class Unroll:
         """y_N and J_N' as `(p, *tasks, q)`: the tangents of the state for each outer variable, carried along."""
         p = self.x.shape[-1]
         units = torch.eye(p, dtype=self.x.dtype, device=self.x.device)
-        start = self.problem.start(self.x, self.y0) if self.has_init else self.y0
+        start = self.start
         tangents = torch.stack([self._init_tangent(start, unit) for unit in units])
         start = start.detach()
         first: float | None = None  # |d2g/dxdy|, that is the size of H Z + G' at Z = 0
@@ -197,7 +205,7 @@ class Unroll:
                 gx, gy = self._both(value.sum(), y)
             norm = torch.linalg.vector_norm(gy.detach(), dim=-1)
             if self.first is None:
-                self.first = norm, value.detach()
+                self.first = gy.detach(), value.detach()
                 refuse_dropped_terms(value.sum(), y)
             moving = self._moving(norm, self.steps)
             ended = bool(self.inner.tol) and not moving.any()
@@ -296,15 +304,24 @@ class Unroll:
         return Report("unrolled derivative", status, self.left, self.steps)
 
     def solved(self, y: Tensor) -> Solved:
-        """The verdict on y_N: its own gradient norm (one more gradient), and divergence if there was any."""
-        self.problem.tally.gradients += self.rows
+        """The verdict on y_N: its own gradient norm (one more gradient), and divergence if there was any.
+
+        Where the start depends on x and there is no tolerance, y is not to solve anything (MAML): the gradient before
+        the last step, which is at hand, has to do.
+        """
         self.problem.tally.inner_steps += self.steps * self.rows
-        with torch.enable_grad():
-            leaf = y.detach().requires_grad_()
-            value = self.problem.g(self.x.detach(), leaf)
-            residual = torch.linalg.vector_norm(grad(value.sum(), leaf), dim=-1)
-        tol = self.inner.tol or 0.0
-        first_norm, first_value = self.first if self.first is not None else (residual, value)
+        if self.has_init and not self.inner.tol and self.last is not None:
+            gradient, value = self.last
+            gradient = torch.where(y.isfinite().all(-1, keepdim=True), gradient, torch.nan)
+        else:
+            self.problem.tally.gradients += self.rows
+            with torch.enable_grad():
+                leaf = y.detach().requires_grad_()
+                value = self.problem.g(self.x.detach(), leaf)
+                gradient = grad(value.sum(), leaf)
+        tol, residual = self.inner.tol or 0.0, torch.linalg.vector_norm(gradient, dim=-1)
+        first_gradient, first_value = self.first if self.first is not None else (gradient, value)
+        first_norm = torch.linalg.vector_norm(first_gradient, dim=-1)
         statuses = []
         for r, r0, g, g0 in zip(
             *(t.detach().reshape(-1).tolist() for t in (residual, first_norm, value, first_value)), strict=True

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
 from bilevel._demand import demand_types
+from bilevel._errors import explained
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
@@ -34,7 +36,8 @@ class ITD(AbstractEstimator):
     warm start at the solution would take none. What they lack is measured, and above 1 % reported as
     `Status.truncated`; `Iterate(..., min_steps=)` prevents it.
 
-    Cost for N steps: N + 1 gradients (the last for the residual that is reported) and one of f; reverse: N Hessian
+    Cost for N steps: N + 1 gradients (the last for the residual that is reported; not with an `init` and no tolerance,
+    where the residual is that before the last step) and one of f; reverse: N Hessian
     products (N - 1 if the start is constant and there is no tolerance) and N cross products, memory N times that of
     one gradient's graph; checkpointed: less than 2N gradients more, memory that of one graph and of 2 sqrt(N) states;
     forward: p products of each kind a step, memory p q; truncated: K - 1 and K, memory K.
@@ -91,15 +94,16 @@ class ITD(AbstractEstimator):
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         refuse_constraints(problem, "ITD")
         assert isinstance(self.inner, AbstractUnrollable)
-        y0 = problem.start(x, start.y).detach()
-        inner = self.inner.tuned(inner_objective(problem, x), y0)
-        unroll = Unroll(problem, inner, x, y0)
+        with torch.enable_grad(), explained():
+            leaf = x.detach().requires_grad_()
+            y0 = problem.start(leaf, start.y)
+        unroll = Unroll(problem, self.inner.tuned(inner_objective(problem, x), y0.detach()), leaf, y0)
         if self.forward:
             y, tangents = unroll.forward()
             value, fx, fy = outer_gradients(problem, x, y)
             implicit = (tangents * fy).flatten(1).sum(1)
         else:
-            every = math.isqrt(max(inner.max_steps - 1, 0)) + 1 if self.checkpoint else None
+            every = math.isqrt(max(unroll.inner.max_steps - 1, 0)) + 1 if self.checkpoint else None
             y, segments, from_start = unroll.segments(self.truncate, every)
             value, fx, fy = outer_gradients(problem, x, y)
             implicit = unroll.reverse(segments, from_start, fy)
