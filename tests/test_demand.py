@@ -52,10 +52,11 @@ VALID: dict[str, Any] = {"inner": LBFGS(), "linear": CG(), "optimizer": Adam(0.1
 VALID |= {"terms": 3, "solution": lambda x: x, "rank": 2, "schedule": lambda step: 1.0, "factory": lambda params: None}
 
 
-def configured() -> Iterator[tuple[type, str]]:
+def configured() -> Iterator[tuple[Any, str]]:
     """Every solver and estimator with each of its arguments."""
     for package in (bilevel.solvers, bilevel.hypergrad):
         for module in pkgutil.iter_modules(package.__path__):
+            cls: Any
             for cls in vars(importlib.import_module(f"{package.__name__}.{module.name}")).values():
                 own = inspect.isclass(cls) and cls.__module__ == f"{package.__name__}.{module.name}"
                 if own and issubclass(cls, KINDS) and dataclasses.is_dataclass(cls):
@@ -63,7 +64,7 @@ def configured() -> Iterator[tuple[type, str]]:
 
 
 @pytest.mark.parametrize(("cls", "name"), [pytest.param(*c, id=f"{c[0].__name__}.{c[1]}") for c in configured()])
-def test_an_argument_of_no_known_type_is_refused_by_name(cls: type, name: str) -> None:
+def test_an_argument_of_no_known_type_is_refused_by_name(cls: Any, name: str) -> None:
     required = [n for n, p in inspect.signature(cls).parameters.items() if p.default is inspect.Parameter.empty]
     given = {n: VALID[n] for n in required} | ({"inner": Iterate(Adam(0.1), 3)} if cls is ITD else {})
     with pytest.raises(TypeError, match=rf"^`{cls.__name__}\({name}=\.\.\.\)` must be .*\. Got object\."):
