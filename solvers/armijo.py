@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -22,8 +23,8 @@ _PATIENCE = 100  # steps without the least progress before the rounding floor is
 class Armijo:
     """t = initial shrink^j with the least j for which g(y + t d) <= g(y) + slope t d' grad g(y).
 
-    Exists for every smooth objective and descent direction d. The next step starts from the last t doubled. Where
-    the decrease to be expected is below the rounding of the values, the condition is tested by gradients, as
+    Exists for every smooth objective and descent direction d. The next step starts from the last t times `growth`.
+    Where the decrease to be expected is below the rounding of the values, the condition is tested by gradients, as
     d' grad g(y + t d) <= (2 slope - 1) d' grad g(y), which on quadratics is the same.
 
     Cost: one value a trial; a gradient a trial at the rounding floor. Rows of a batch have a t each.
@@ -37,6 +38,7 @@ class Armijo:
         shrink: by what it is multiplied until the condition holds, in (0, 1).
         slope: the share of the decrease along the tangent that is asked for, in (0, 1/2).
         max_halvings: give up after so many shrinkings.
+        growth: by what the last t is multiplied for the first trial of the next step, at least 1.
 
     Raises:
         ValueError: if a number is out of range.
@@ -53,6 +55,7 @@ class Armijo:
     shrink: float = 0.5
     slope: float = 1e-4
     max_halvings: int = 30
+    growth: float = 2.0
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -64,6 +67,8 @@ class Armijo:
             raise ValueError(f"`Armijo(slope=...)` must be in (0, 1/2). Got {self.slope}.")
         if self.max_halvings < 0:
             raise ValueError(f"`Armijo(max_halvings=...)` must be at least 0. Got {self.max_halvings}.")
+        if not 1 <= self.growth < math.inf:
+            raise ValueError(f"`Armijo(growth=...)` must be at least 1. Got {self.growth}.")
 
     def search(self, objective: Objective, at: Along, t: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """A t for each active row, `(*batch,)`, and which rows have found one; t is 0 in all others."""
@@ -126,7 +131,7 @@ def descend(
         if not found.any():
             continue
         y = torch.where(found.unsqueeze(-1), torch.addcmul(y, tried.unsqueeze(-1), d), y)
-        t = torch.where(found, 2 * tried, t)
+        t = torch.where(found, search.growth * tried, t)
         objective.tally.inner_steps += int(found.sum())
         steps += 1
         value, gradient = objective.value_and_gradient(y)
