@@ -1,1 +1,20 @@
 """Where tasks come from: sinusoids, linear regressions, images by class, and your own."""
+
+from bilevel.tasks.episodes import Episodes
+from bilevel.tasks.images import AbstractImages, ImageClasses, Splits
+from bilevel.tasks.omniglot import omniglot
+from bilevel.tasks.sinusoid import Sinusoid
+from bilevel.tasks.source import AbstractTasks, Batch, Batches, batches
+
+__all__ = [
+    "AbstractImages",
+    "AbstractTasks",
+    "Batch",
+    "Batches",
+    "Episodes",
+    "ImageClasses",
+    "Sinusoid",
+    "Splits",
+    "batches",
+    "omniglot",
+]

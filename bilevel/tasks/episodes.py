@@ -1,0 +1,115 @@
+"""Classification of classes that were never seen before, from a few images of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.tasks._random import generator, orders, subsets
+from bilevel.tasks.images import AbstractImages
+from bilevel.tasks.source import AbstractTasks, Batch, chosen, positive
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Episodes(AbstractTasks):
+    """`way` classes, `shots` support and `queries` query images of each, all drawn without replacement.
+
+    Labels are 0 to way - 1, given to the classes of a task at random; the images of a set are in random order. A batch
+    has `support_x` `(tasks, way shots, channels, height, width)` and `support_y` `(tasks, way shots)` integers, and
+    `query_x`, `query_y` accordingly. No list of all episodes is made, and those of a batch are drawn at once.
+
+    Args:
+        classes: what to draw from: an `ImageClasses`, a part of `Splits`.
+        way: classes of a task.
+        shots: support images of each.
+        queries: query images of each.
+        rotations: every class turned by 90, 180 and 270 degrees is a class of its own: four times as many.
+        dtype: of the images; None: torch's default.
+        device: of all tensors.
+
+    Raises:
+        ValueError: if there are fewer classes than `way`, or a class has fewer images than `shots + queries`, or
+            rotated images are not square.
+
+    Example:
+        >>> import torch
+        >>> from bilevel.tasks import ImageClasses
+        >>> source = Episodes(ImageClasses(torch.rand(12, 20, 8, 8)), way=5, shots=1, queries=3, rotations=True)
+        >>> batch = source.sample(4, seed=0)
+        >>> batch["query_x"].shape, batch["support_y"][0].sort().values
+        (torch.Size([4, 15, 1, 8, 8]), tensor([0, 1, 2, 3, 4]))
+    """
+
+    classes: AbstractImages
+    way: int = 5
+    shots: int = 1
+    queries: int = 15
+    rotations: bool = False
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("way", "shots", "queries"):
+            positive("Episodes", name, getattr(self, name))
+        available = len(self.classes) * (4 if self.rotations else 1)
+        if self.way > available:
+            kind = "classes and their rotations" if self.rotations else "classes"
+            raise ValueError(
+                f"`Episodes(way=...)` must be at most the number of {kind}, {available}. Got {self.way}."
+                " Take fewer, or a split with more classes."
+            )
+        fewest = int(self.classes.counts.min())
+        if self.shots + self.queries > fewest:
+            name = self.classes.names[int(self.classes.counts.argmin())]
+            raise ValueError(
+                f"`Episodes(shots=..., queries=...)` must be at most {fewest} together, the images of class {name!r}:"
+                f" support and query sets share none. Got {self.shots} and {self.queries}."
+            )
+        _, height, width = self.classes.shape
+        if self.rotations and height != width:
+            raise ValueError(f"`Episodes(rotations=True)` needs square images. Got {height} by {width}.")
+
+    def sample(self, count: int, seed: int) -> Batch:
+        positive("Episodes.sample", "count", count)
+        draws = generator(seed)
+        turns = 4 if self.rotations else 1
+        kinds = subsets(torch.full((count,), len(self.classes) * turns), self.way, draws).flatten()
+        classes, turned = kinds // turns, kinds % turns
+        members = subsets(self.classes.counts[classes], self.shots + self.queries, draws)
+        support = _shuffled(count, self.way, self.shots, 0, draws)
+        query = _shuffled(count, self.way, self.queries, self.shots, draws)
+        which, member = (torch.cat([s, q], 1) for s, q in zip(support, query, strict=True))
+        rows = (torch.arange(count).unsqueeze(1) * self.way + which).flatten()
+        images = self.classes.pixels(classes[rows], members[rows, member.flatten()])
+        if self.rotations:
+            images = _rotated(images, turned[rows])
+        images = images.to(self.device, chosen(self.dtype))
+        images = (images if self.classes.scale == 1 else images * self.classes.scale).reshape(
+            count, -1, *images.shape[1:]
+        )
+        labels, end = which.to(self.device), self.way * self.shots
+        return {
+            "support_x": images[:, :end].contiguous(),
+            "support_y": labels[:, :end].contiguous(),
+            "query_x": images[:, end:].contiguous(),
+            "query_y": labels[:, end:].contiguous(),
+        }
+
+
+def _shuffled(count: int, way: int, each: int, first: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Labels and numbers within the class of the items of a set, in random order, `(count, way each)` both."""
+    order = orders(count, way * each, draws)
+    return order // each, order % each + first
+
+
+def _rotated(images: Tensor, turns: Tensor) -> Tensor:
+    """Each image turned counter-clockwise by its number of quarter turns."""
+    rotated = images.clone()
+    for k in (1, 2, 3):
+        these = (turns.to(images.device) == k).nonzero().squeeze(1)
+        rotated[these] = images[these].rot90(k, dims=(-2, -1))
+    return rotated
