@@ -42,7 +42,7 @@ def load_checkpoint(path: str | os.PathLike[str], like: OuterState) -> tuple[Out
     try:
         content = torch.load(path, map_location=like.x.device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{str(path)!r} is not a readable checkpoint ({error}).") from error
+        raise ValueError(unreadable(path)) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
     for name, saved, wanted in (("x", content["x"], like.x), ("y", content["y"], like.start.y)):
@@ -58,3 +58,11 @@ def load_checkpoint(path: str | os.PathLike[str], like: OuterState) -> tuple[Out
         )
     start = FlatStart(content["y"], content["v"], content["count"])
     return OuterState(content["step"], content["x"], start, content["memory"]), content["history"]
+
+
+def unreadable(path: str | os.PathLike[str]) -> str:
+    """What to say of a file that `torch.load` refuses; its own words are long and about something else."""
+    return (
+        f"{str(path)!r} is not a readable checkpoint: it is damaged, or is none. Run without `resume`, or name another"
+        f" file."
+    )

@@ -244,6 +244,44 @@ def test_resuming_a_finished_run_changes_nothing() -> None:
     assert without_seconds(records) == without_seconds(history())
 
 
+@pytest.mark.parametrize("steps", [[], ["--steps", "5"], ["--steps", "3"]])
+@pytest.mark.usefixtures("here")
+def test_resuming_where_all_steps_were_taken_says_that_there_is_nothing_to_do(
+    steps: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quadratic", "--steps", "5") == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert main(["run", "quadratic", "--resume", "--out", "out", *steps]) == 0
+    text = capsys.readouterr()
+    assert text.err.startswith("bilevel: note: nothing to do: the run in 'out' has taken its steps.")
+    assert "`--steps`" in text.err
+    assert text.err.count("\n") == 1
+    assert not text.out
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    assert run("quadratic", "--resume", "--steps", "6") == 0
+    assert len(history()) == 7
+
+
+@pytest.mark.usefixtures("here")
+def test_resuming_a_run_that_missed_its_tolerance_does_not_call_it_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quadratic", "--steps", "5", "--tol", "1e-9") == 1
+    assert run("quadratic", "--resume") == 1
+    assert "Raise `max_steps`" in capsys.readouterr().err
+    assert run("quadratic", "--steps", "5", out="loose") == 0
+    assert run("quadratic", "--resume", "--tol", "1e-9", out="loose") == 1
+
+
+@pytest.mark.usefixtures("here")
+def test_a_damaged_checkpoint_is_told_in_a_few_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quadratic", "--steps", "2") == 0
+    Path("out/checkpoint.pt").write_bytes(b"PK not a zip file at all")
+    assert run("quadratic", "--resume", "--steps", "4") == 2
+    line = error_line(capsys)
+    assert "'out/checkpoint.pt' is not a readable checkpoint: it is damaged, or is none." in line
+    assert len(line) < 200
+    assert "weights_only" not in line
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -11,6 +11,7 @@ from typing import Any, final
 
 import torch
 
+from bilevel._checkpoint import unreadable
 from bilevel._files import write_atomically
 from bilevel._minimize import Record
 from bilevel._tree import Tree
@@ -134,7 +135,7 @@ class Folder:
         try:
             content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{str(self.checkpoint)!r} is not a readable checkpoint ({error}).") from error
+            raise ValueError(unreadable(self.checkpoint)) from error
         if not isinstance(content, dict) or not {"x", "y", "history"} <= content.keys():
             raise ValueError(f"{str(self.checkpoint)!r} is not a checkpoint of this version of bilevel.")
         return content

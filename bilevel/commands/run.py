@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import shlex
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path, PurePath
+from typing import Any
 
 from bilevel._estimate import Estimate
 from bilevel._instance import Instance
@@ -38,6 +40,10 @@ def run(request: Request) -> None:
     folder = folder_of(request)
     before = folder.read_result() if request.resume else None
     made = plan(request, None if before is None else before["settings"])
+    if before is not None and _complete(before, made, folder):
+        if not request.quiet:
+            note(f"nothing to do: the run in {str(folder.path)!r} has taken its steps. Raise `--steps` to continue it.")
+        return
     folder.path.mkdir(parents=True, exist_ok=True)
     if request.overwrite:
         folder.set_aside()
@@ -58,6 +64,13 @@ def run(request: Request) -> None:
     write(request, made, folder, outcome, seconds)
     if outcome.status != "successful":
         raise _failure(outcome, outcome.message) from cause
+
+
+def _complete(before: Mapping[str, Any], made: Plan, folder: Folder) -> bool:
+    """Whether the run that is to be resumed has succeeded, and all the steps that are asked for have been taken."""
+    if before.get("status") != Status.successful.name or made.options["tol"] != before["settings"].get("tol"):
+        return False
+    return bool(folder.read_checkpoint()["step"] >= made.options["max_steps"])
 
 
 def _failure(outcome: Outcome, message: str) -> BaseException:
