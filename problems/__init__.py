@@ -10,6 +10,7 @@ from bilevel._instance import Instance
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.abml import abml
 from bilevel.problems.anil import anil, no_inner_loop
+from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.gaussian_likelihood import GaussianLikelihood
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
 from bilevel.problems.ibaml import ibaml, ibaml_head
@@ -29,10 +30,12 @@ from bilevel.problems.reptile import reptile
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
 from bilevel.problems.ridge_head import ridge_head
 from bilevel.problems.shared_embedding import shared_embedding
+from bilevel.problems.svm_head import svm_head
 from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 
 __all__ = [
     "Arrays",
+    "BayesianRegression",
     "Dataset",
     "Entry",
     "GaussianLikelihood",
@@ -51,6 +54,7 @@ __all__ = [
     "anil",
     "asinh",
     "atanh",
+    "bayesian_regression",
     "cardano",
     "catalogue",
     "double_well",
@@ -80,6 +84,7 @@ __all__ = [
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
     "shared_embedding",
+    "svm_head",
     "weighted_logit",
 ]
 

@@ -128,11 +128,11 @@ class Evidence:
                 f" seed)` first."
             )
 
-        def sample(drawn: Tree) -> Tensor:
-            return task_loss(self.loss, self.output(drawn, inputs), task, side)
-
         drawn = weights(self.full(y), task[NOISE[side]], self.structure)
-        return torch.vmap(sample, randomness="same")(drawn).mean()
+        outputs = torch.vmap(lambda drawn: self.output(drawn, inputs), randomness="same")(drawn)
+        # Targets are given to every draw: torch's mse_loss is wrong in vmaps of which the inner one has no targets.
+        own = {key: task[key].expand(len(outputs), *task[key].shape) for key in _targets(task, side)}
+        return torch.vmap(lambda output, own: task_loss(self.loss, output, own, side))(outputs, own).mean()
 
     def g(self, z: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
         """The inner objective."""
@@ -172,3 +172,7 @@ class Evidence:
         like = torch.zeros((), dtype=self.structure.dtype, device=self.structure.device)
         shape = (settings.evaluation_samples, self.structure.size)
         return normal_noise(shape, settings.seed, like, antithetic=settings.antithetic)
+
+
+def _targets(task: Mapping[str, Tensor], side: Side) -> list[str]:
+    return [key for key in (f"{side}_y", f"{side}_mask") if key in task]

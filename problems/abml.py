@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from bilevel._functional import Functional
 from bilevel._learner import Learner
@@ -17,7 +16,7 @@ from bilevel.problems.ibaml import descent
 
 def abml(
     module: nn.Module | Functional,
-    loss: Loss = cross_entropy,
+    loss: Loss,
     *,
     kl_weight: float = 4e-4,
     samples: int = 4,
@@ -68,7 +67,7 @@ def abml(
         ValueError: if a number is out of range.
 
     Example:
-        >>> abml(nn.Linear(1, 1), inner_steps=3).adapt.max_steps
+        >>> abml(nn.Linear(1, 1), nn.functional.mse_loss, inner_steps=3).adapt.max_steps
         3
     """
     settings = Settings(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from bilevel._functional import Functional
 from bilevel._inner import AbstractInnerSolver
@@ -25,7 +24,7 @@ from bilevel.solvers.iterate import Iterate
 
 def ibaml(
     module: nn.Module | Functional,
-    loss: Loss = cross_entropy,
+    loss: Loss,
     *,
     kl_weight: float = 4e-4,
     samples: int = 4,
@@ -135,7 +134,7 @@ def ibaml(
 def ibaml_head(
     body: nn.Module | Functional,
     head: nn.Module | Functional,
-    loss: Loss = cross_entropy,
+    loss: Loss,
     *,
     kl_weight: float = 4e-2,
     samples: int = 10,
@@ -190,7 +189,7 @@ def ibaml_head(
         ValueError: if a number is out of range.
 
     Example:
-        >>> learner = ibaml_head(nn.Linear(3, 4), nn.Linear(4, 2))
+        >>> learner = ibaml_head(nn.Linear(3, 4), nn.Linear(4, 2), nn.functional.cross_entropy)
         >>> sorted(learner.x0), sorted(learner.y0)
         (['body', 'log_variance', 'mean'], ['log_variance', 'mean'])
     """

@@ -23,10 +23,11 @@ Form: TypeAlias = Literal["autograd", "substituted"]
 @final
 @dataclass(frozen=True)
 class KLDiagonal(AbstractPreconditioner):
-    """M = the diagonal of A that its owner knows: with `KLProducts`, of w KL, that is w (1/d, r/2).
+    """M = the diagonal that the owner of A knows: with `KLProducts`, w (1/d, 1/2).
 
-    Prior variances span orders of magnitude and the divergence's curvature with them, while that of the expected loss
-    has the rank of the data. Cost: n flops a step.
+    That is the divergence's Hessian (1/d, 1/(2 d_t^2)) in mean and variance, in units of l_t = log d_t. Prior variances
+    span orders of magnitude, and the first block with them; the second is the whole of A at y* for linear models, whose
+    expected loss is linear in d_t. Cost: n flops a step.
 
     Raises:
         ValueError: from `build`, if the operator comes without a diagonal.
@@ -181,7 +182,7 @@ class KLProducts(AbstractProducts):
             mixed, bent = -s[0], w * (r + 2 * s[1] / w).square() / 2 - s[1]
         return _Divergence(
             gradient=[pull, w * (r - 1) / 2],
-            diagonal=[precision, curvature],
+            diagonal=[precision, torch.full_like(r, w / 2)],
             curvatures=[precision, bent],
             cross=lambda v: [-precision * v[0], -mixed * v[0] - curvature * v[1]],
         )
@@ -194,7 +195,7 @@ class _Divergence:
 
     Attributes:
         gradient: in y.
-        diagonal: of its Hessian in y, all positive.
+        diagonal: of its Hessian in the variance d_t, in units of l_t: all positive.
         curvatures: the same in the form asked for.
         cross: v -> G v of each task, by blocks of x.
     """
