@@ -1,7 +1,9 @@
 """Where tasks come from: sinusoids, linear regressions, images by class, and your own."""
 
+from bilevel.tasks.digits import digits
 from bilevel.tasks.episodes import Episodes
 from bilevel.tasks.images import AbstractImages, ImageClasses, Splits
+from bilevel.tasks.linear import LinearTasks
 from bilevel.tasks.omniglot import omniglot
 from bilevel.tasks.sinusoid import Sinusoid
 from bilevel.tasks.source import AbstractTasks, Batch, Batches, batches
@@ -13,8 +15,10 @@ __all__ = [
     "Batches",
     "Episodes",
     "ImageClasses",
+    "LinearTasks",
     "Sinusoid",
     "Splits",
     "batches",
+    "digits",
     "omniglot",
 ]

@@ -75,41 +75,41 @@ class Episodes(AbstractTasks):
 
     def sample(self, count: int, seed: int) -> Batch:
         positive("Episodes.sample", "count", count)
-        draws = generator(seed)
-        turns = 4 if self.rotations else 1
+        draws, turns = generator(seed), 4 if self.rotations else 1
         kinds = subsets(torch.full((count,), len(self.classes) * turns), self.way, draws).flatten()
-        classes, turned = kinds // turns, kinds % turns
+        classes = kinds // turns
         members = subsets(self.classes.counts[classes], self.shots + self.queries, draws)
-        support = _shuffled(count, self.way, self.shots, 0, draws)
-        query = _shuffled(count, self.way, self.queries, self.shots, draws)
-        which, member = (torch.cat([s, q], 1) for s, q in zip(support, query, strict=True))
-        rows = (torch.arange(count).unsqueeze(1) * self.way + which).flatten()
-        images = self.classes.pixels(classes[rows], members[rows, member.flatten()])
-        if self.rotations:
-            images = _rotated(images, turned[rows])
-        images = images.to(self.device, chosen(self.dtype))
-        images = (images if self.classes.scale == 1 else images * self.classes.scale).reshape(
-            count, -1, *images.shape[1:]
-        )
-        labels, end = which.to(self.device), self.way * self.shots
+        labels, items = [], []  # of the support sets of all tasks, then of the query sets
+        for each, first in ((self.shots, 0), (self.queries, self.shots)):
+            order = orders(count, self.way * each, draws)
+            labels.append(order // each)
+            items.append(order % each + first)
+        rows = torch.cat([(torch.arange(count).unsqueeze(1) * self.way + label).flatten() for label in labels])
+        member = members[rows, torch.cat([item.flatten() for item in items])]
+        images = self._images(classes[rows], member, (kinds % turns)[rows])
+        end = count * self.way * self.shots
         return {
-            "support_x": images[:, :end].contiguous(),
-            "support_y": labels[:, :end].contiguous(),
-            "query_x": images[:, end:].contiguous(),
-            "query_y": labels[:, end:].contiguous(),
+            "support_x": images[:end].view(count, -1, *self.classes.shape),
+            "support_y": labels[0].to(self.device),
+            "query_x": images[end:].view(count, -1, *self.classes.shape),
+            "query_y": labels[1].to(self.device),
         }
 
+    def _images(self, classes: Tensor, members: Tensor, turned: Tensor) -> Tensor:
+        """Scaled images, each turned counter-clockwise by its number of quarter turns."""
+        if self.rotations:
+            images = self._turned(classes, members, turned)
+        else:
+            images = self.classes.pixels(classes, members).to(self.device, chosen(self.dtype))
+        return images if self.classes.scale == 1 else images * self.classes.scale
 
-def _shuffled(count: int, way: int, each: int, first: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Labels and numbers within the class of the items of a set, in random order, `(count, way each)` both."""
-    order = orders(count, way * each, draws)
-    return order // each, order % each + first
-
-
-def _rotated(images: Tensor, turns: Tensor) -> Tensor:
-    """Each image turned counter-clockwise by its number of quarter turns."""
-    rotated = images.clone()
-    for k in (1, 2, 3):
-        these = (turns.to(images.device) == k).nonzero().squeeze(1)
-        rotated[these] = images[these].rot90(k, dims=(-2, -1))
-    return rotated
+    def _turned(self, classes: Tensor, members: Tensor, turned: Tensor) -> Tensor:
+        order = turned.argsort()
+        stored = self.classes.pixels(classes[order], members[order]).to(self.device)
+        images = torch.empty_like(stored, dtype=chosen(self.dtype))
+        first = 0
+        for k, size in enumerate(turned.bincount(minlength=4).tolist()):
+            these = slice(first, first + size)
+            images[these].copy_(stored[these].rot90(k, dims=(-2, -1)))  # one pass turns and converts
+            first += size
+        return images.index_select(0, order.argsort().to(images.device))
