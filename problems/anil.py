@@ -39,7 +39,7 @@ def anil(
     the head's loss is strongly convex, in which h_w is zero (|h_w| <= (1 - step mu)^N |grad_w L^query(w_N)| for steps
     up to 1 / L) and only phi is learned.
 
-    Cost of one hypergradient for T tasks: one forward and backward pass of the body on both sets; T (N + 1) gradients
+    Cost of one hypergradient for T tasks: one forward and backward pass of the body on both sets; T N gradients
     and T N products with second derivatives of the head. Memory: one graph of the body, N of the head.
 
     The curvature of the adapted loss is set by the learned features: adapt with the number of steps that was trained

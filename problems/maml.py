@@ -41,7 +41,7 @@ def maml(
     gradient descent with step 1 on u is y <- y - a grad L(y). `FirstOrder` gives half of the derivative in log_steps
     there, that at constant u.
 
-    Cost of one hypergradient for T tasks, N steps: T (N + 1) gradients of the support loss and T N Hessian products;
+    Cost of one hypergradient for T tasks, N steps: T N gradients of the support loss and as many Hessian products;
     memory of N graphs of the support loss of all tasks (`ITD(checkpoint=True)`: of one, and of 2 sqrt(N) copies of y).
     With steps longer than 2 / |H| the product grows like (1 + step |H|)^N: take the step in proportion to 1 / N.
 
