@@ -1,0 +1,123 @@
+"""Experiments on sinusoids: the regression of Finn, Abbeel and Levine, ICML 2017."""
+
+from __future__ import annotations
+
+from torch.nn.functional import mse_loss
+
+from bilevel._learner import Learner
+from bilevel.few_shot.experiment import Experiment, Named
+from bilevel.few_shot.networks import mlp
+from bilevel.problems.anil import anil
+from bilevel.problems.gaussian_likelihood import GaussianLikelihood
+from bilevel.problems.ibaml import ibaml
+from bilevel.problems.imaml import imaml
+from bilevel.problems.maml import maml
+from bilevel.solvers.adam import Adam
+from bilevel.solvers.armijo import Armijo
+from bilevel.solvers.clipped import Clipped
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.iterate import Iterate
+from bilevel.tasks.sinusoid import Sinusoid
+
+
+def maml_sinusoid(
+    shots: int = 10, batch: int = 25, step: float = 0.01, inner_steps: int = 1, learn_steps: bool = False, seed: int = 0
+) -> Experiment:
+    """MAML; its score is that after `inner_steps` steps, the curve that of more."""
+    learner = maml(mlp(seed=seed), mse_loss, step=step, inner_steps=inner_steps, learn_steps=learn_steps)
+    return _experiment(learner, shots, batch, curve=(0, 1, 5, 10))
+
+
+def fomaml_sinusoid(
+    shots: int = 10, batch: int = 25, step: float = 0.01, inner_steps: int = 1, seed: int = 0
+) -> Experiment:
+    """First-order MAML."""
+    learner = maml(mlp(seed=seed), mse_loss, step=step, inner_steps=inner_steps, first_order=True)
+    return _experiment(learner, shots, batch, curve=(0, 1, 5, 10))
+
+
+def anil_sinusoid(
+    shots: int = 10, batch: int = 25, step: float = 0.01, inner_steps: int = 5, seed: int = 0
+) -> Experiment:
+    """ANIL: the last layer is adapted, by as many steps as were trained with."""
+    net = mlp(seed=seed)
+    return _experiment(anil(net[:-1], net[-1], mse_loss, step=step, inner_steps=inner_steps), shots, batch)
+
+
+def imaml_sinusoid(
+    shots: int = 10,
+    batch: int = 10,
+    regularization: float = 0.5,
+    step: float = 0.05,
+    inner_steps: int = 16,
+    linear_steps: int = 5,
+    clip: float = 10.0,
+    seed: int = 0,
+) -> Experiment:
+    """Proximal adaptation (iMAML) with backtracking: the curvature grows while the network learns, no fixed step is stable."""
+    inner = Iterate(GradientDescent(step), inner_steps, line_search=Armijo(growth=1.5))
+    learner = imaml(mlp(seed=seed), mse_loss, regularization=regularization, inner=inner, linear_steps=linear_steps)
+    return _experiment(learner, shots, batch, max_steps=2000, clip=clip)
+
+
+def ibaml_sinusoid(
+    shots: int = 10,
+    batch: int = 10,
+    variance: float = 0.1,
+    kl_weight: float = 0.1,
+    samples: int = 4,
+    log_variance: float = -6.0,
+    step: float = 0.002,
+    inner_steps: int = 16,
+    linear_steps: int = 5,
+    clip: float = 10.0,
+    seed: int = 0,
+) -> Experiment:
+    """A learned Gaussian prior (iBaML), with Gaussian noise of a known variance; the score is the squared error of the predictive mean."""
+    learner = ibaml(
+        mlp(seed=seed),
+        GaussianLikelihood(variance),
+        kl_weight=kl_weight,
+        samples=samples,
+        log_variance=log_variance,
+        step=step,
+        inner_steps=inner_steps,
+        linear_steps=linear_steps,
+        seed=seed,
+    )
+    return _experiment(learner, shots, batch, max_steps=2000, clip=clip)
+
+
+def _experiment(
+    learner: Learner,
+    shots: int,
+    batch: int,
+    *,
+    max_steps: int = 5000,
+    clip: float | None = None,
+    curve: tuple[int, ...] = (),
+) -> Experiment:
+    outer = Adam(1e-3)
+    return Experiment(
+        learner,
+        tasks=Sinusoid(shots=shots, queries=shots),
+        validation=Sinusoid(shots=shots, queries=100),
+        test=Sinusoid(shots=shots, queries=100),
+        description=f"{learner.name} on sinusoids, {shots} shots",
+        settings={
+            "max_steps": max_steps,
+            "batch": batch,
+            "outer": outer if clip is None else Clipped(outer, max_norm=clip),
+            "validate_every": 250,
+        },
+        evaluation={"episodes": 600, "curve": curve},
+    )
+
+
+SINUSOIDS = (
+    Named("maml-sinusoid", "MAML: regress sinusoids after one gradient step", maml_sinusoid),
+    Named("fomaml-sinusoid", "first-order MAML on the same", fomaml_sinusoid),
+    Named("anil-sinusoid", "ANIL on the same: only the last layer is adapted", anil_sinusoid),
+    Named("imaml-sinusoid", "iMAML on the same, with backtracking and implicit gradients", imaml_sinusoid),
+    Named("ibaml-sinusoid", "iBaML on the same: a Gaussian posterior for each task", ibaml_sinusoid),
+)
