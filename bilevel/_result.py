@@ -22,6 +22,10 @@ class Status(enum.Enum):
 
     successful = "The tolerance was met, or all the steps that were asked for were taken."
     interrupted = "The run was interrupted; what was computed so far is kept. Resume it from its checkpoint."
+    weakly_active = (
+        "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
+        " estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
+    )
     max_steps = (
         "The maximum number of steps was reached before the tolerance was met. Raise `max_steps`, loosen the"
         " tolerance, or start closer (`start=` carries y and v over from the previous call)."
@@ -35,10 +39,6 @@ class Status(enum.Enum):
     stagnated = (
         "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"
         " reached. Loosen the tolerance or compute in float64."
-    )
-    weakly_active = (
-        "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
-        " estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
     )
     line_search_failed = (
         "The line search found no acceptable step. The objective may be non-smooth, noisy (dropout sampled anew"

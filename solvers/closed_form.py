@@ -43,6 +43,10 @@ class ClosedForm(AbstractInnerSolver):
     def __post_init__(self) -> None:
         demand_types(self, {"solution": "a function x -> y"})
 
+    @property
+    def heeds_constraints(self) -> bool:
+        return True  # the formula is the user's
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         if objective.closed_form is None:
             raise ValueError(

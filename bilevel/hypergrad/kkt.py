@@ -89,9 +89,9 @@ class KKT(AbstractEstimator):
         value, fx, fy = outer_gradients(problem, x, y)
 
         polytope = _unbounded(y) if objective.constraints is None else objective.constraints
-        activity = Activity.of(polytope, y, at.gradient, solved.multipliers)
         H = at.operator.dense(y)
         H = (H + H.mT) / 2
+        activity = Activity.of(polytope, y, at.gradient, _times(H, y), solved.multipliers)
         M, A_F = restricted(H, polytope.A, activity.free)
         system = SaddlePoint.factor(M, A_F, torch.diagonal(H, dim1=-2, dim2=-1).abs().amax(-1))
         u, s = system.solve(fy * activity.free, torch.zeros_like(polytope.b))
@@ -146,8 +146,8 @@ class Activity:
     margin: Tensor
 
     @staticmethod
-    def of(polytope: FlatPolytope, y: Tensor, gradient: Tensor, multipliers: Tensor | None) -> Activity:
-        """From the gradient of g at y and the multipliers of the equalities, or an estimate of them."""
+    def of(polytope: FlatPolytope, y: Tensor, gradient: Tensor, curved: Tensor, multipliers: Tensor | None) -> Activity:
+        """From the gradient of g at y, H y (whose size it has cancelled from), and the multipliers where known."""
         A, b, lower, upper = (part.expand(*y.shape[:-1], *part.shape[y.dim() - 1 :]) for part in polytope.tensors())
         finite = torch.stack([torch.where(bound.isfinite(), bound, y) for bound in (lower, upper)])
         primal = _positive(torch.maximum(finite.abs().amax(0), y.abs()).amax(-1, keepdim=True))
@@ -158,8 +158,8 @@ class Activity:
         force = near
         for _ in range(2):
             pull = gradient + _times(A.mT, multipliers)
-            size = torch.maximum(gradient.abs(), _times(A.mT, multipliers).abs()).amax(-1, keepdim=True)
-            force = torch.where(near_lower, pull, -pull) / _positive(size)
+            terms = torch.stack([gradient, curved, _times(A.mT, multipliers)]).abs().amax(0)
+            force = torch.where(near_lower, pull, -pull) / _positive(terms.amax(-1, keepdim=True))
             free = (near > force.clamp_min(0)) & ~polytope.fixed
             multipliers = _fitted(A, gradient, free, multipliers)
         margin = torch.where(polytope.fixed, torch.inf, torch.where(free, near, force)).amin(-1)
