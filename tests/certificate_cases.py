@@ -169,13 +169,22 @@ def hypergradient_at(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
 
 
 KINDS = ("quadratic", "logistic", "cleaning", "curved", "double-well")
+TERMS = {"c": 1.0, "s": 1.0, "k": 1.0, "w": 0.5}  # of curved problems, with their weights
 
 
 @st.composite
-def drawn(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, dtypes: tuple[torch.dtype, ...] = ()) -> Drawn:
-    """A problem of one of the kinds; in float32 half of the time."""
+def drawn(
+    draw: st.DrawFn,
+    kinds: tuple[str, ...] = KINDS,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+    terms: tuple[str, ...] = ("all", *TERMS),
+) -> Drawn:
+    """A problem of one of the kinds, in one of the dtypes; a curved one with all terms or one alone.
+
+    With a single term, the constant that belongs to it is the only one of M_xy, M_yy, L_fyy and L_fxy that counts.
+    """
     kind, seed = draw(st.sampled_from(kinds)), draw(st.integers(0, 10_000))
-    dtype = draw(st.sampled_from(dtypes or (torch.float64, torch.float32)))
+    dtype = draw(st.sampled_from(dtypes))
     closed = draw(st.booleans())  # whether f and g close over float32 data, so that they cannot be evaluated in float64
     q = draw(st.integers(1, 4))
     if kind == "quadratic":
@@ -198,14 +207,8 @@ def drawn(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, dtypes: tuple[torch.d
     p = draw(st.integers(1, 3))
     B, t = normal(p, q, seed=seed), normal(q, seed=seed + 1)
     if kind == "curved":
-        m, only = draw(st.sampled_from([0.3, 1.0])), draw(st.sampled_from(["all", "c", "s", "k", "w"]))
-        weights = {
-            "c": 1.0,
-            "s": 1.0,
-            "k": 1.0,
-            "w": 0.5,
-        }  # one alone, so that each constant can be the one that counts
-        c, s, k, w = (weight if only in ("all", name) else 0.0 for name, weight in weights.items())
+        m, only = draw(st.sampled_from([0.3, 1.0])), draw(st.sampled_from(terms))
+        c, s, k, w = (weight if only in ("all", name) else 0.0 for name, weight in TERMS.items())
         scale = draw(st.sampled_from([0.01, 1.0]))
         b = draw(st.sampled_from([0.01, 1.0, 10.0])) * normal(q, seed=seed + 2)
         family = Curved(scale * B, b, t, m, c, s, k, w)

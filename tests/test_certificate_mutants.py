@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from certificate_cases import Drawn, drawn, pairs
+from certificate_cases import TERMS, Drawn, drawn, pairs
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
@@ -43,9 +43,8 @@ def bound(found: Measured, mu: float, delta: Tensor, known: Constants) -> float:
     return theorem_a(found, mu, delta, along(known, float(delta.max()))).total + found.rounding
 
 
-@settings(max_examples=80)
-@given(drawn(("quadratic", "logistic", "cleaning", "curved", "curved"), (torch.float64,)), st.integers(0, 10_000))
-def cases(case: Drawn, seed: int) -> None:
+def confront(case: Drawn, seed: int) -> None:
+    """The bound is above the error at inexact points of a problem; where that of a mutant is not, it is counted."""
     flat = case.flat(torch.float64)
     for y, v in pairs(case, seed, 5, 5):
         known, _ = completed(flat, case.x, y, case.constants)
@@ -59,16 +58,21 @@ def cases(case: Drawn, seed: int) -> None:
             VIOLATIONS[name] += error > bound(*mutate(*whole))
 
 
+MIXED = drawn(("quadratic", "logistic", "cleaning", "curved"), (torch.float64,))
+ALONE = [drawn(("curved",), (torch.float64,), (term,)) for term in TERMS]  # each constant has its turn
+
+
 @pytest.fixture(scope="module")
 def violations() -> Counter[str]:
     VIOLATIONS.clear()
-    cases()
+    for problems, examples in ((MIXED, 40), *((problems, 10) for problems in ALONE)):
+        settings(max_examples=examples)(given(problems, st.integers(0, 10_000))(confront))()
     return VIOLATIONS
 
 
-@pytest.mark.parametrize("name", [name for name in MUTANTS if name != "M_yy"])
+@pytest.mark.parametrize("name", MUTANTS)
 def test_without_this_ingredient_the_bound_fails(name: str, violations: Counter[str]) -> None:
-    assert violations[name] >= 5, violations
+    assert violations[name] >= 10, violations
 
 
 def test_without_its_extension_along_the_segment_a_measured_cross_derivative_is_too_small() -> None:
