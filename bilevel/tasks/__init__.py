@@ -2,6 +2,8 @@
 
 from bilevel.tasks.digits import digits
 from bilevel.tasks.episodes import Episodes
+from bilevel.tasks.folders import image_folder, mini_imagenet, split
+from bilevel.tasks.image_files import ImageFiles
 from bilevel.tasks.images import AbstractImages, ImageClasses, Splits
 from bilevel.tasks.linear import LinearTasks
 from bilevel.tasks.omniglot import omniglot
@@ -15,10 +17,14 @@ __all__ = [
     "Batches",
     "Episodes",
     "ImageClasses",
+    "ImageFiles",
     "LinearTasks",
     "Sinusoid",
     "Splits",
     "batches",
     "digits",
+    "image_folder",
+    "mini_imagenet",
     "omniglot",
+    "split",
 ]

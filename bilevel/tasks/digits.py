@@ -8,11 +8,11 @@ from bilevel.tasks.images import ImageClasses, Splits
 
 
 def digits() -> Splits:
-    """The ten digits in 8 by 8 pixels, ink = 1, some 180 of each: 0 to 5 to learn from, 6 and 7, 8 and 9.
+    """The ten digits in 8 by 8 pixels, ink = 1, some 180 of each: 0 to 3 for training, 4 to 6, and 7 to 9 for testing.
 
-    Few classes for few-shot learning (2-way tasks of 2 validation and 2 test classes, up to 24 training classes with
-    `Episodes(rotations=True)`): enough to see that everything runs. The data: Optical Recognition of Handwritten
-    Digits, UCI machine learning repository, from scikit-learn.
+    Few classes for few-shot learning (3-way tasks in every part; 16 training classes with `Episodes(rotations=True)`),
+    but enough to see that everything runs. The data: Optical Recognition of Handwritten Digits, UCI machine learning
+    repository, from scikit-learn.
 
     Raises:
         ImportError: if scikit-learn is missing.
@@ -21,9 +21,9 @@ def digits() -> Splits:
         >>> from bilevel.tasks import Episodes, digits
         >>> splits = digits()
         >>> splits.train.names, splits.test.names
-        (('0', '1', '2', '3', '4', '5'), ('8', '9'))
-        >>> Episodes(splits.train, way=5, shots=1, queries=5).sample(4, seed=0)["query_x"].shape
-        torch.Size([4, 25, 1, 8, 8])
+        (('0', '1', '2', '3'), ('7', '8', '9'))
+        >>> Episodes(splits.train, way=3, shots=1, queries=5).sample(4, seed=0)["query_x"].shape
+        torch.Size([4, 15, 1, 8, 8])
     """
     try:
         from sklearn.datasets import load_digits
@@ -32,4 +32,4 @@ def digits() -> Splits:
     pixels, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     images = pixels.to(torch.uint8).reshape(-1, 8, 8)
     classes = ImageClasses(tuple(images[labels == k] for k in range(10)), tuple(map(str, range(10))), scale=1 / 16)
-    return Splits(classes.subset(range(6)), classes.subset([6, 7]), classes.subset([8, 9]))
+    return Splits(*(classes.subset(part) for part in (range(4), range(4, 7), range(7, 10))))

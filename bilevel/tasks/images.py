@@ -162,6 +162,11 @@ class Splits:
     validation: AbstractImages
     test: AbstractImages
 
+    @property
+    def parts(self) -> tuple[AbstractImages, AbstractImages, AbstractImages]:
+        """The three, in this order."""
+        return self.train, self.validation, self.test
+
     def __post_init__(self) -> None:
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
