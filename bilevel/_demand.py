@@ -76,6 +76,21 @@ def demand_type(call: str, name: str, value: Any, hint: Any, wanted: str | None 
         raise TypeError(_refusal(call, name, value, hint, wanted))
 
 
+def demand_batch(data: Any) -> None:
+    """Refuse a loader where one batch is needed.
+
+    Raises:
+        TypeError: saying how to get one.
+    """
+    names = {f"{base.__module__}.{base.__name__}" for base in type(data).__mro__}
+    loader = "torch.utils.data.dataloader.DataLoader" in names  # known by its name: nothing is imported for it
+    if loader or isinstance(data, collections.abc.Iterator):
+        raise TypeError(
+            f"`data=...` must be one batch here: f and g are called with it. Got a {type(data).__name__}. Pass"
+            f" `next(iter(loader))`; a loader goes to `minimize(data=...)`."
+        )
+
+
 @functools.cache
 def _annotated(kind: Any) -> tuple[tuple[str, Any], ...]:
     hints = typing.get_type_hints(kind)

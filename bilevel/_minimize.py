@@ -17,7 +17,8 @@ from bilevel._algorithm import AbstractAlgorithm, Descent, OuterState
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._auto import Auto
 from bilevel._certificate import Constants
-from bilevel._checkpoint import load_checkpoint, save_checkpoint
+from bilevel._checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from bilevel._demand import demand_type
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import demand_alike, structured
@@ -125,13 +126,15 @@ def minimize(
         max_steps: how many outer steps.
         tol: stop when |h| (with a constraint |x - P(x - h)|) is at most this; None: take all the steps.
         data: for problems with a third argument: one batch (a tensor, dict or tuple) for every step; a loader (any
-            other iterable, started again at its end); a callable step -> batch; or a `Split` of two of these.
+            other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose entries are
+            batches, one a step); a callable step -> batch; or a `Split` of two of these.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
             when the run is interrupted or fails. A driver keeps its state to itself, and writes none.
         checkpoint_every: how often.
-        resume: continue from `checkpoint`. Loaders are run forward to where they were; callables are exact.
+        resume: continue from `checkpoint`, with the estimator, the outer method, the constraint and the structures that
+            the run was begun with. Loaders are run forward to where they were; callables are exact.
         warm_start: start each inner and linear solve where the previous ended.
         chunk_size: in task mode, how many tasks to treat at a time: bounds the memory; None: all.
         accuracy: "adaptive" (implicit estimators only): each hypergradient is certified to half of its own norm and no
@@ -157,6 +160,7 @@ def minimize(
         >>> round(float(solution.x), 4)
         3.0
     """
+    _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every)
     if max_steps < 0 or checkpoint_every < 1:
         raise ValueError(
             f"`minimize` needs max_steps >= 0 and checkpoint_every >= 1. Got {max_steps} and {checkpoint_every}."
@@ -182,7 +186,9 @@ def minimize(
     if accuracy != "fixed":
         chosen = adaptive(chosen, accuracy, constants, tol)
     chosen_outer = default_outer() if outer is None else outer
-    run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw, chunk_size)
+    shapes = {"x": x_structure.describe(), "y": y_structure.describe()}
+    settings = fingerprint({"estimator": estimator, "outer": chosen_outer, "constraint": constraint, **shapes})
+    run = _Run(flat, y, chosen, tol, callback, checkpoint, checkpoint_every, throw, chunk_size, settings)
     if isinstance(chosen_outer, AbstractOuterDriver):
         if resume or data is not None:
             raise ValueError(
@@ -201,6 +207,14 @@ def minimize(
     return run.descend(algorithm, algorithm.init(x, FlatStart(y)), batches, max_steps, resume)
 
 
+def _demand_arguments(max_steps: Any, tol: Any, callback: Any, checkpoint: Any, checkpoint_every: Any) -> None:
+    demand_type("minimize", "max_steps", max_steps, int)
+    demand_type("minimize", "checkpoint_every", checkpoint_every, int)
+    demand_type("minimize", "tol", tol, float | None)
+    demand_type("minimize", "callback", callback, Callable[..., Any] | None)
+    demand_type("minimize", "checkpoint", checkpoint, str | os.PathLike | None, "a path or None")
+
+
 @final
 class _Run:
     """One run of the outer loop: its records, its checkpoint, its end."""
@@ -216,10 +230,11 @@ class _Run:
         every: int,
         throw: bool,
         chunk_size: int | None,
+        settings: dict[str, str],
     ) -> None:
         self.problem, self.y0, self.estimator = problem, y0, estimator
         self.tol, self.callback, self.checkpoint, self.every, self.throw = tol, callback, checkpoint, every, throw
-        self.chunk_size = chunk_size
+        self.chunk_size, self.settings = chunk_size, settings
         self.history: list[Record] = []
 
     def descend(
@@ -232,7 +247,7 @@ class _Run:
     ) -> Solution:
         if resume:
             assert self.checkpoint is not None
-            state, records = load_checkpoint(self.checkpoint, state)
+            state, records = load_checkpoint(self.checkpoint, state, self.settings)
             self.history = [Record.from_dict(record) for record in records]
         try:
             while True:
@@ -313,7 +328,8 @@ class _Run:
 
     def _save(self, state: OuterState) -> None:
         if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, state, [record.as_dict() for record in self.history[: state.step]])
+            records = [record.as_dict() for record in self.history[: state.step]]
+            save_checkpoint(self.checkpoint, state, records, self.settings)
 
     def _finish(self, x: Tensor, estimate: Estimate, ended: Status) -> Solution:
         met = [Status[record.status] for record in self.history]

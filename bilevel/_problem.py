@@ -10,6 +10,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from bilevel._demand import demand_batch
 from bilevel._polytope import Polytope
 from bilevel._tree import Tree
 
@@ -133,12 +134,14 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
     """Refuse, before any work, objectives that do not take the arguments that they will be called with.
 
     Raises:
-        TypeError: naming the function, how it will be called and what to do.
+        TypeError: naming the function, how it will be called and what to do; also for a loader instead of a batch.
     """
     if not isinstance(problem, BilevelProblem):
         raise TypeError(
             f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
         )
+    for batch in (data.f, data.g) if isinstance(data, Split) else (data,):
+        demand_batch(batch)
     for name in ("f", "g", *_OPTIONAL):
         own = name in _OPTIONAL or _overridden(problem, name)
         function = getattr(problem, name if own else f"_{name}")

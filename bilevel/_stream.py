@@ -18,15 +18,25 @@ def stream(data: Any) -> Callable[[int], Any]:
     treats its two sides so, each on its own.
 
     Raises:
-        ValueError: (from the function) if an iterable cannot be started again.
-        TypeError: if `data` is none of these.
+        ValueError: (from the function) if an iterable yields nothing.
+        TypeError: if `data` is none of these, is an iterator, which cannot be started again, or an array or a list of
+            arrays or numbers, which torch functions do not take.
     """
     if isinstance(data, Split):
         f, g = stream(data.f), stream(data.g)
         return lambda step: Split(f(step), g(step))
     if data is None or isinstance(data, Tensor | Mapping | tuple):
         return lambda step: data  # noqa: ARG005
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"`minimize(data=...)` must be something that can be started again. Got an iterator"
+            f" ({type(data).__name__}). Pass a list of batches, a DataLoader or a callable `step -> batch`."
+        )
+    if isinstance(data, list):
+        for i, batch in enumerate(data):
+            _refuse_array(batch, f"data[{i}]", "A list is a loader, one entry a step; one batch of several is a tuple.")
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
+        _refuse_array(data, "data", "")
         return _Loader(data).at
     if callable(data):
         function: Callable[[int], Any] = data
@@ -35,6 +45,14 @@ def stream(data: Any) -> Callable[[int], Any]:
         f"`minimize(data=...)` must be a batch (tensor, dict or tuple), a loader, or a callable step -> batch."
         f" Got {type(data).__name__}."
     )
+
+
+def _refuse_array(batch: Any, name: str, hint: str) -> None:
+    if isinstance(batch, int | float | str | bytes) or type(batch).__module__ == "numpy":
+        raise TypeError(
+            f"`minimize(data=...)` must hold tensors. Got {type(batch).__name__} at {name}. Write"
+            f" `torch.as_tensor(...)`. {hint}".strip()
+        )
 
 
 @final
@@ -58,7 +76,4 @@ def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise ValueError(
-                "`minimize(data=...)` ran out of batches and could not be started again."
-                " Pass a list, a DataLoader or a callable `step -> batch` instead of an iterator."
-            )
+            raise ValueError("`minimize(data=...)` yields no batch: the loader is empty, or cannot be started again.")

@@ -27,6 +27,7 @@ from bilevel import (
     Split,
     Stats,
     Status,
+    check,
     hypergradient,
     hyperobjective,
     minimize,
@@ -38,6 +39,7 @@ from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.jacobi import Jacobi
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.nesterov import Nesterov
 from bilevel.solvers.scipy_minimize import ScipyMinimize
@@ -386,21 +388,46 @@ def test_split_streams_the_two_levels_on_their_own() -> None:
 
 
 def test_iterator_that_cannot_be_started_again_is_refused() -> None:
+    calls = []
+
     def once() -> Iterator[Tensor]:
+        calls.append(1)
         yield from (torch.tensor(1.0), torch.tensor(2.0))
 
-    with pytest.raises(ValueError, match="ran out of batches"):
-        taken(once())
-    assert taken(once(), steps=1) == [1, 2]
-    with pytest.raises(ValueError, match="ran out of batches"):
+    for data in (once(), iter([torch.tensor(1.0)]), Split(f=torch.tensor(1.0), g=once())):
+        with pytest.raises(TypeError, match=r"can be started again. Got an iterator \(\w+\). Pass a list of batches"):
+            taken(data)
+    assert not calls
+    with pytest.raises(ValueError, match="yields no batch"):
         taken([])
 
 
 def test_data_of_a_wrong_kind_is_refused() -> None:
     with pytest.raises(TypeError, match=r"`minimize\(data=\.\.\.\)` must be a batch"):
         taken(3.0)
+    with pytest.raises(TypeError, match=r"`minimize\(data=\.\.\.\)` must be a batch"):
+        taken("train.npz")
     with pytest.raises(TypeError, match=r"Pass `data=\.\.\.`"):
         taken(None)
+
+
+def test_arrays_are_not_taken_for_loaders_of_their_rows() -> None:
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match=r"must hold tensors. Got ndarray at data. Write `torch.as_tensor\(...\)`.$"):
+        taken(numpy.ones(3))
+    for entries in ([torch.ones(()), numpy.ones(3)], [torch.ones(()), 1.0]):
+        with pytest.raises(TypeError, match=r"Got (ndarray|float) at data\[1\].*A list is a loader, one entry a step"):
+            taken(entries)
+
+
+@pytest.mark.parametrize("loader", [DataLoader(TensorDataset(torch.ones(4))), iter([torch.ones(2)])])
+def test_a_loader_where_one_batch_is_needed_is_refused(loader: Any) -> None:
+    for data in (loader, Split(f=torch.ones(2), g=loader)):
+        for call in (hypergradient, check):
+            with pytest.raises(TypeError, match=r"`data=...` must be one batch here.* Pass `next\(iter\(loader\)\)`"):
+                call(STREAMED, torch.zeros(1), torch.zeros(1), data=data)
+    estimate = hypergradient(STREAMED, torch.zeros(1), torch.zeros(1), estimator=AID_CG, data=next(iter(loader))[0])
+    assert float(estimate.grad) == -1
 
 
 # Checkpoints
@@ -541,12 +568,40 @@ def test_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
             minimize(SQUARE, x0, y0, **arguments)
     with pytest.raises(ValueError, match="written with another outer optimizer"):
         minimize(SQUARE, ZERO, ZERO, **arguments, outer=HeavyBall(0.1))
+    with pytest.raises(ValueError, match=r"outer was Adam\(.*0.05.*\) and is Adam\(.*0.5.*\)\. Resume"):
+        minimize(SQUARE, ZERO, ZERO, **arguments, outer=Adam(0.5))
+    with pytest.raises(ValueError, match=r"other settings: estimator was AID\(.*\) and is one-step\. "):
+        minimize(SQUARE, ZERO, ZERO, estimator="one-step", checkpoint=file, resume=True)
+    with pytest.raises(ValueError, match="constraint was None and is Box"):
+        minimize(SQUARE, ZERO, ZERO, **arguments, constraint=Box(0.0, 1.0))
+    split = BilevelProblem(lambda x, y: SQUARE.f(x["a"], y), lambda x, y: SQUARE.g(x["a"], y))
+    with pytest.raises(ValueError, match=r"x was \(2,\) and is \{'a': \(2,\)\}"):
+        minimize(split, {"a": ZERO}, ZERO, **arguments)
     torch.save({"weights": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match="not a checkpoint of this version"):
         minimize(SQUARE, ZERO, ZERO, **arguments)
     file.write_bytes(b"PK not a zip file at all")
     with pytest.raises(ValueError, match="is not a readable checkpoint"):
         minimize(SQUARE, ZERO, ZERO, **arguments)
+
+
+def test_checkpoints_of_the_same_settings_and_of_earlier_versions_are_taken(tmp_path: Path) -> None:
+    """Functions among the settings are the same although they are elsewhere in memory."""
+    file = tmp_path / "state.pt"
+
+    def arguments() -> dict[str, Any]:
+        outer = TorchOptim(lambda params: torch.optim.SGD(params, lr=0.1))
+        aid = AID(LBFGS(tol=1e-10), CG(rtol=1e-10, preconditioner=Jacobi(lambda: torch.ones(2))))
+        return {"estimator": aid, "outer": outer, "checkpoint": file}
+
+    minimize(SQUARE, ZERO, ZERO, **arguments(), max_steps=2)
+    kept = [arguments() for _ in range(3)]  # so that none is where the first one was
+    minimize(SQUARE, ZERO, ZERO, **kept[-1], max_steps=3, resume=True)
+    content = torch.load(file, weights_only=True)
+    assert not any("0x" in text for text in content["settings"].values())
+    del content["settings"]
+    torch.save(content, file)
+    assert len(minimize(SQUARE, ZERO, ZERO, **arguments(), max_steps=5, resume=True).history) == 6
 
 
 def test_checkpoint_executes_nothing(tmp_path: Path) -> None:
@@ -568,6 +623,11 @@ def test_checkpoint_executes_nothing(tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"max_steps": -1}, ValueError, "max_steps >= 0"),
+        ({"max_steps": 2.5}, TypeError, r"`minimize\(max_steps=...\)` must be an integer. Got 2.5 \(float\)."),
+        ({"checkpoint_every": "a"}, TypeError, r"`minimize\(checkpoint_every=...\)` must be an integer."),
+        ({"tol": "a"}, TypeError, r"`minimize\(tol=...\)` must be a number or None."),
+        ({"callback": 3}, TypeError, r"`minimize\(callback=...\)` must be a function or None. Got 3 \(int\)."),
+        ({"checkpoint": 3}, TypeError, r"`minimize\(checkpoint=...\)` must be a path or None."),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every >= 1"),
         ({"resume": True}, ValueError, "needs `checkpoint=`"),
         ({"outer": torch.optim.SGD}, TypeError, "Wrap a torch optimizer as `TorchOptim"),
