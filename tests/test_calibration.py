@@ -59,18 +59,18 @@ def test_certain_predictions_err_by_how_often_they_are_wrong(accuracy: float) ->
 
 def test_errors_are_those_of_a_table_worked_out_by_hand() -> None:
     confidences = torch.tensor([0.55, 0.55, 0.65, 0.85, 0.95, 0.95])
-    correct = [True, False, True, True, False, True]
+    correct = [True, False, True, True, True, True]
     logs = torch.stack([confidences, 1 - confidences], -1).log()
     targets = torch.tensor([0 if right else 1 for right in correct])
     found = calibration(logs, targets, bins=10)
     assert found.counts.tolist() == [0, 0, 0, 0, 0, 2, 1, 0, 1, 2]
-    assert found.accuracies[[5, 6, 8, 9]].tolist() == [0.5, 1, 1, 0.5]
-    gaps = [0.05, 0.35, 0.15, 0.45]
-    assert found.mce == pytest.approx(0.45)
+    assert found.accuracies[[5, 6, 8, 9]].tolist() == [0.5, 1, 1, 1]
+    gaps = [0.05, 0.35, 0.15, 0.05]
+    assert found.mce == pytest.approx(0.35)
     assert found.ece == pytest.approx(sum(n * gap for n, gap in zip([2, 1, 1, 2], gaps, strict=True)) / 6)
     assert bool(found.accuracies[:5].isnan().all() & found.confidences[:5].isnan().all())
     one = calibration(logs, targets, bins=1)
-    assert one.ece == one.mce == pytest.approx(abs(4 / 6 - float(confidences.mean())))
+    assert one.ece == one.mce == pytest.approx(abs(5 / 6 - float(confidences.mean())))
 
 
 def test_bins_hold_their_upper_ends() -> None:
