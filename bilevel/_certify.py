@@ -98,7 +98,7 @@ def certify(
     if problem.constraints is not None:
         raise ValueError("`certify` does not apply: its theorems are for an inner problem without constraints on y.")
     x_vector, x_structure = ravel(x, "x")
-    z, _ = ravel(estimate.grad, "estimate.grad")
+    z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, problem.tasks), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")

@@ -209,5 +209,5 @@ def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
         problem.y.device,
     )
     stacked.ravel(tree, name)  # for its checks
-    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(tree)]
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(stacked.aligned(tree))]
     return torch.cat(leaves, dim=-1).detach().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,10 +59,14 @@ class Structure:
     def ravel(self, tree: Tree, name: str) -> Tensor:
         """Join the leaves of `tree` into a vector `(n,)`; differentiable. `name` is for error messages.
 
+        Dicts are matched by their keys, in whatever order these are.
+
         Raises:
             ValueError: if `tree` has another nesting, other shapes, dtype or device than this structure.
         """
         vector, other = ravel(tree, name)
+        if other.spec != self.spec:
+            vector, other = ravel(self.aligned(tree), name)
         if other.spec != self.spec or other.shapes != self.shapes:
             raise ValueError(f"{name} must have the structure {self.describe()}. Got {other.describe()}.")
         if other.dtype != self.dtype or other.device != self.device:
@@ -70,6 +75,10 @@ class Structure:
                 f" Convert it with `.to(...)`."
             )
         return vector
+
+    def aligned(self, tree: Tree) -> Tree:
+        """The tree with its dicts in the order of this structure, wherever their keys are the same."""
+        return _aligned(tree, pytree.tree_unflatten([None] * len(self.shapes), self.spec))
 
     def describe(self) -> str:
         """The nesting with the shape of each leaf in its place."""
@@ -141,6 +150,20 @@ def tree_parts(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     """The leaves, in order, and what makes the same nesting of other leaves."""
     leaves, spec = pytree.tree_flatten(tree)
     return leaves, _builder(spec)
+
+
+def _aligned(tree: Tree, like: Tree) -> Tree:
+    if type(tree) is not type(like) or not isinstance(tree, dict | list | tuple) or len(tree) != len(like):
+        return tree
+    if isinstance(tree, dict):
+        if tree.keys() != like.keys():
+            return tree
+        ordered = copy.copy(tree)  # of the same kind: a defaultdict keeps its default
+        ordered.clear()
+        ordered.update((key, _aligned(tree[key], like[key])) for key in like)
+        return ordered
+    children = [_aligned(a, b) for a, b in zip(tree, like, strict=True)]
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
 
 
 def _builder(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Tree]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import random
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
-from bilevel import AID, BilevelProblem, hypergradient, ravel
+from bilevel import AID, BilevelProblem, Constants, Start, certify, hypergradient, ravel
 from bilevel._tree import tree_leaves, tree_map
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
+from bilevel.solvers.lbfgs import LBFGS
 
 
 class Pair(NamedTuple):
@@ -78,10 +80,76 @@ def test_ravel_and_unravel_are_differentiable() -> None:
     assert float(in_b) == 3.0
 
 
-def test_a_dict_in_another_order_is_refused_not_permuted() -> None:
-    _, structure = ravel({"a": torch.zeros(2), "b": torch.ones(2)})
+def reordered(tree: Any, seed: int) -> Any:
+    """The same tree with the entries of every dict inserted in another order."""
+    if isinstance(tree, dict):
+        keys = random.Random(seed).sample(list(tree), len(tree))
+        return type(tree)((key, reordered(tree[key], seed)) for key in keys)
+    if isinstance(tree, Pair):
+        return Pair(*(reordered(child, seed) for child in tree))
+    return type(tree)(reordered(child, seed) for child in tree) if isinstance(tree, list | tuple) else tree
+
+
+def labelled(tree: Any) -> Any:
+    """Every leaf of its shape, with entries that no other leaf has."""
+    count = iter(range(1000))
+    return tree_map(lambda leaf: leaf + 100.0 * next(count), tree)
+
+
+@given(TREES.map(labelled), st.integers(0, 5))
+def test_dicts_are_matched_by_their_keys(tree: Any, seed: int) -> None:
+    vector, structure = ravel(tree)
+    other = reordered(tree, seed)
+    assert torch.equal(structure.ravel(other, "y"), vector)
+    assert_same(structure.unravel(structure.ravel(other, "y")), tree)
+    assert_same(structure.aligned(other), tree)
+
+
+def test_ordered_and_default_dicts_are_matched_by_their_keys() -> None:
+    for kind in (OrderedDict, lambda pairs: defaultdict(list, pairs)):
+        vector, structure = ravel(kind([("a", torch.zeros(2)), ("b", torch.ones(2))]))
+        assert torch.equal(structure.ravel(kind([("b", torch.ones(2)), ("a", torch.zeros(2))]), "y"), vector)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"b": torch.zeros(2), "c": torch.ones(1)},
+        {"b": torch.zeros(2), "a": torch.ones(2)},
+        {"b": torch.zeros(2)},
+        OrderedDict(b=torch.zeros(2), a=torch.ones(1)),
+        [torch.ones(1), torch.zeros(2)],
+    ],
+)
+def test_other_keys_shapes_or_kinds_are_still_refused(other: Any) -> None:
+    _, structure = ravel({"a": torch.zeros(1), "b": torch.ones(2)})
     with pytest.raises(ValueError, match="y must have the structure"):
-        structure.ravel({"b": torch.ones(2), "a": torch.zeros(2)}, "y")
+        structure.ravel(other, "y")
+
+
+def test_an_estimate_does_not_depend_on_the_order_of_keys() -> None:
+    """Of the warm start, of a closed form's result, of y in task mode, and of x in a certificate."""
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0], [4.0]])
+
+    def g(x: Any, y: Any, t: Any) -> Any:
+        return t * ((y["a"] - x["a"]).square().sum() + 2 * (y["b"] - x["b"]).square().sum())
+
+    problem = BilevelProblem(lambda x, y, t: (t * (y["a"] - 1)).square().sum() + (y["b"] * t).sum(), g, tasks=True)
+    aid, data = AID(LBFGS(tol=1e-10), CG(rtol=1e-10)), torch.tensor([1.0, 2.0, 3.0])
+    x, y0 = {"a": a, "b": b}, {"a": torch.zeros(2), "b": torch.zeros(2, 1)}
+    first = hypergradient(problem, x, y0, estimator=aid, data=data)
+    y, v = first.start.y, first.start.v
+    assert v is not None
+    start = Start({"b": y["b"], "a": y["a"]}, {"b": v["b"], "a": v["a"]})
+    again = hypergradient(problem, x, y0, estimator=aid, data=data, start=start)
+    assert again.stats.inner_steps == again.stats.linear_steps == 0
+    assert_same(again.grad, first.grad)
+    solution = ClosedForm(lambda x, t: {"b": x["b"], "a": x["a"]})
+    closed = hypergradient(problem, x, y0, estimator=AID(solution, CG(rtol=1e-10)), data=data)
+    torch.testing.assert_close(closed.grad, first.grad)
+    constants = Constants(mu=2.0, L_fyy=20.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=20.0)
+    swapped = {"b": b, "a": a}
+    assert certify(problem, swapped, first, constants, data=data).bound < 1e-8
 
 
 def test_tree_map_reaches_every_leaf() -> None:
