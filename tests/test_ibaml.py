@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, final
 
 import pytest
@@ -913,3 +915,31 @@ def test_arguments_out_of_range_are_refused_elsewhere() -> None:
         BayesianRegression(1.0, 0.0)
     with pytest.raises(ValueError, match="tasks"):
         bayesian_regression(tasks=0)
+
+
+# The figure of the documentation
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "docs" / "examples" / "implicit_bayes_figure.py"
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="an installed package comes without its documentation")
+def test_the_figure_shows_what_its_page_says(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("implicit_bayes_figure", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    path = tmp_path / "images" / "implicit_bayes.png"
+    by_inner, by_linear = example.draw(path, [1, 5, 100, 200], [5, 16])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    explicit, implicit = by_inner[example.EXPLICIT][1], by_inner[example.IMPLICIT][1]
+    assert explicit[0] > 3 * implicit[0] > 3
+    assert all(e > 1.3 * i for e, i in zip(explicit, implicit, strict=True))
+    assert implicit[1] > 0.8
+    substituted = by_inner[example.SUBSTITUTED][1]
+    assert substituted[0] > 5
+    assert substituted[-1] < 0.2 * implicit[-1]
+    (levels,) = (curve[1] for curve in by_linear.values())
+    assert levels == pytest.approx([0.11, 0.009], rel=0.1)
+    assert (EXAMPLE.parent.parent / "images" / "implicit_bayes.png").stat().st_size < 150_000
