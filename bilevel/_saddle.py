@@ -99,6 +99,12 @@ def restricted(M: Tensor, A: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     return inside + torch.diag_embed(1 - keep), A * keep.unsqueeze(-2)
 
 
+def alone(A: Tensor, free: Tensor) -> Tensor:
+    """Which free entry each row of A determines, where there is one only: `(*batch, m, q)`."""
+    present = (A != 0) & free.unsqueeze(-2)
+    return present & (present.sum(-1, keepdim=True) == 1)
+
+
 def _largest(entries: Tensor) -> Tensor:
     return entries.amax(-1) if entries.shape[-1] else entries.sum(-1)
 

@@ -99,9 +99,9 @@ class Mehrotra:
         self.count = self.bounded.sum((-2, -1)).clamp_min(1)
         self.size = _positive(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)).squeeze(-1)
 
-    def run(self, tol: float, max_steps: int) -> tuple[Point, Tensor, Tensor]:
-        """The best point met, its error and the steps taken: `(batch,)` each."""
-        point = self.start()
+    def run(self, tol: float, max_steps: int, start: Point | None = None) -> tuple[Point, Tensor, Tensor]:
+        """The best point met from a start, its error and the steps taken: `(batch,)` each."""
+        point = self.start() if start is None else start
         best, error, idle = point, self.error(point), torch.zeros_like(self.count)
         steps = torch.zeros_like(self.count)
         for _ in range(max_steps):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._result import Status
-from bilevel._saddle import SaddlePoint, pseudo_inverse, restricted
+from bilevel._saddle import SaddlePoint, alone, pseudo_inverse, restricted
 from bilevel.solvers.mehrotra import Mehrotra, Point, Program, largest, times
 
 _ENOUGH = 1e-10  # an error of the interior-point method that tells which bounds hold
@@ -34,8 +34,14 @@ def solve_program(program: Program, tol: float, max_steps: int) -> Found:
     inconsistent = ~lost & _inconsistent(_replaced(program, lost))
     reduced, fixed = _without_fixed(_replaced(program, inconsistent | lost))
     # Where products of slacks and multipliers are below tol^2, the lesser of each two is below tol.
-    point, error, steps = Mehrotra(reduced).run(min(tol, max(tol * tol, _ENOUGH)), max_steps)
-    point, error = _polished(reduced, point, error)
+    method = Mehrotra(reduced)
+    inside, _, steps = method.run(min(tol, max(tol * tol, _ENOUGH)), max_steps)
+    point, error = _polished(reduced, inside)
+    if bool((error > tol).any()) and int(steps.max()) < max_steps:  # which bounds hold is seen further down only
+        inside, _, more = method.run(0.0, max_steps - int(steps.max()), inside)
+        final, now = _polished(reduced, inside)
+        steps = steps + torch.where(error > tol, more, torch.zeros_like(more))
+        point, error = final.where(now < error, point), torch.where(now < error, now, error)
     y = torch.where(fixed, program.lower, point.y.clamp(reduced.lower, reduced.upper))
     y = torch.where(lost.unsqueeze(-1), torch.nan, y)
     unsolved = ~(error <= tol)
@@ -61,8 +67,8 @@ def violation(program: Program, y: Tensor, multipliers: Tensor, gradient: Tensor
     return worst
 
 
-def _polished(program: Program, point: Point, error: Tensor) -> tuple[Point, Tensor]:
-    """The solution with the bounds that seem to hold as equalities, in the rows where its error is less."""
+def _polished(program: Program, point: Point) -> tuple[Point, Tensor]:
+    """With the bounds that seem to hold as equalities, in the rows where that is better; and the violation."""
     primal, dual = program.scales(point.y, point.multipliers)
     held = (point.z / dual.unsqueeze(-1) > point.slacks / primal.unsqueeze(-1)) & (point.z > 0)
     up, down = held.unbind(-2)
@@ -75,11 +81,14 @@ def _polished(program: Program, point: Point, error: Tensor) -> tuple[Point, Ten
         -(rest + times(program.A.mT, point.multipliers)) * free, program.b - times(program.A, bound)
     )
     y, multipliers = torch.where(free, y, bound), point.multipliers + shift
+    only = alone(program.A, free)  # an entry that an equality determines by itself has its value exactly
+    values = torch.where(only, (program.b - times(program.A, bound)).unsqueeze(-1) / program.A, 0)
+    y = torch.where(only.any(-2), values.sum(-2) / only.sum(-2).clamp_min(1), y)
     now = violation(program, y, multipliers, program.gradient(y))
     before = violation(program, point.y, point.multipliers, program.gradient(point.y))
     better = now < before  # false where NaN
     polished = Point(y, multipliers, point.slacks, point.z)
-    return polished.where(better, point), torch.where(better, now, torch.maximum(error, before))
+    return polished.where(better, point), torch.where(better, now, before)
 
 
 def _without_fixed(program: Program) -> tuple[Program, Tensor]:

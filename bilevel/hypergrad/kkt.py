@@ -16,7 +16,7 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._objective import demand_heeded, inner_objective, refuse_iterative, report
 from bilevel._polytope import FlatPolytope
 from bilevel._result import Report, Status
-from bilevel._saddle import SaddlePoint, pseudo_inverse, restricted
+from bilevel._saddle import SaddlePoint, alone, pseudo_inverse, restricted
 
 
 @final
@@ -95,7 +95,7 @@ class KKT(AbstractEstimator):
         M, A_F = restricted(H, polytope.A, activity.free)
         system = SaddlePoint.factor(M, A_F, torch.diagonal(H, dim1=-2, dim2=-1).abs().amax(-1))
         u, s = system.solve(fy * activity.free, torch.zeros_like(polytope.b))
-        u = u * activity.free
+        u = u * (activity.free & ~alone(polytope.A, activity.free).any(-2))  # A_F u = 0: exactly 0 where it is alone
         left = (fy - _times(H, u) - _times(polytope.A.mT, s)) * activity.free
 
         cross = at.cross(u)
