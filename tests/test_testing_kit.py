@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, Instance
+from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, Constants, Instance
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
@@ -111,6 +111,20 @@ def _wrong_constant(name: str, factor: float) -> Instance:
 def test_a_wrong_constant_is_caught(name: str, factor: float) -> None:
     with pytest.raises(AssertionError, match=f"constants: .*{name} ="):
         check_problem(_wrong_constant(name, factor))
+
+
+@pytest.mark.parametrize("name", ["M_yy", "M_xy"])
+def test_a_wrong_lipschitz_constant_of_a_second_derivative_is_caught(name: str) -> None:
+    """g = (1 + x) (cosh y + y^2 / 2) - x y: at x = 0 and |y| <= 1 they are sinh 1 and 1 + cosh 1."""
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum(), lambda x, y: ((1 + x) * (y.cosh() + y.square() / 2) - x * y).sum()
+    )
+    right = Constants(2.0, 2.6, 2.0, 0.0, 1.18, 2.6, 3.2, radius=1.0)
+    x, y = torch.zeros(1), torch.zeros(1)
+    check_problem(Instance(problem, x, y, constants=lambda _: right))
+    wrong = replace(right, **{name: 0.3 * getattr(right, name)})
+    with pytest.raises(AssertionError, match=f"constants: .*{name} ="):
+        check_problem(Instance(problem, x, y, constants=lambda _: wrong))
 
 
 def test_wrong_closed_forms_are_caught() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from bilevel._calculus import Exact, cross_operator, outer_gradients
+from bilevel._calculus import Exact, outer_gradients
 from bilevel._check import check
 from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
@@ -86,9 +84,10 @@ def _constants(instance: Instance, flat: FlatProblem, x: Tensor, y: Tensor, samp
     reach = min(1.0, known.radius)
 
     def at(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hessian = Exact().linearize(flat, x, y).operator.dense(y)
-        squared, like = cross_operator(flat, x, y)
-        coupling = torch.stack([squared.mv(e) for e in torch.eye(len(like)).to(like)])  # G G' or G'G
+        linearization = Exact().linearize(flat, x, y)
+        products = [linearization.products(e) for e in torch.eye(len(y)).to(y)]
+        hessian = torch.stack([hv for hv, _ in products])
+        coupling = torch.stack([torch.zeros_like(x) if gv is None else gv for _, gv in products])
         _, fx, fy = outer_gradients(flat, x, y)
         return hessian, coupling, fx, fy
 
@@ -102,8 +101,9 @@ def _constants(instance: Instance, flat: FlatProblem, x: Tensor, y: Tensor, samp
         eigenvalues = torch.linalg.eigvalsh((there[0] + there[0].T) / 2)
         seen = {
             "L": float(eigenvalues[-1]),
-            "C_G": math.sqrt(max(float(torch.linalg.matrix_norm(there[1], 2)), 0.0)),
+            "C_G": float(torch.linalg.matrix_norm(there[1], 2)),
             "M_yy": float(torch.linalg.matrix_norm(there[0] - here[0], 2)) / distance,
+            "M_xy": float(torch.linalg.matrix_norm(there[1] - here[1], 2)) / distance,
             "L_fxy": float(torch.linalg.vector_norm(there[2] - here[2])) / distance,
             "L_fyy": float(torch.linalg.vector_norm(there[3] - here[3])) / distance,
         }
