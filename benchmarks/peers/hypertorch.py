@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from _harness import Call
+from _tasks import TaskLoad, one_by_one
 from _workloads import Workload
 from hypergrad import hypergradients
 from hypergrad.diff_optimizers import GradientDescent
@@ -69,3 +70,35 @@ def unrolled(workload: Workload, steps: int) -> dict[str, Call]:
         return hypergradients.reverse(history, [x], [update] * steps, outer, set_grad=False)[0]
 
     return {"reverse_unroll": unroll, "reverse": iterates}
+
+
+def maml(load: TaskLoad) -> dict[str, Call]:
+    """`reverse_unroll` for one task after the other, from a start that is a clone of the weights."""
+
+    def gradient(x: list[Tensor], k: int) -> list[Tensor]:
+        descent = GradientDescent(loss_f=lambda params, hparams: load.g(hparams, params, k), step_size=load.step)
+        params = [leaf.clone() for leaf in x]
+        for _ in range(load.steps):
+            params = descent(params, x, create_graph=True)
+        return hypergradients.reverse_unroll(params, x, lambda params, _: load.f(params, k), set_grad=False)
+
+    return {"reverse_unroll": one_by_one(load, gradient)}
+
+
+def imaml(load: TaskLoad) -> dict[str, Call]:
+    """`CG` for one task after the other, as in its own example of iMAML."""
+
+    def gradient(x: list[Tensor], k: int) -> list[Tensor]:
+        def inner(params: list[Tensor], hparams: list[Tensor]) -> Tensor:
+            return load.g(hparams, params, k)
+
+        descent = GradientDescent(loss_f=inner, step_size=load.step)
+        params = [leaf.detach().clone().requires_grad_() for leaf in x]
+        for _ in range(load.steps):
+            params = [w.detach().requires_grad_() for w in descent(params, x, create_graph=False)]
+        fp_map = GradientDescent(loss_f=inner, step_size=1.0)
+        return hypergradients.CG(
+            params, x, load.products, fp_map, lambda params, _: load.f(params, k), tol=0.0, set_grad=False
+        )
+
+    return {"CG": one_by_one(load, gradient)}
