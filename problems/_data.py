@@ -72,7 +72,8 @@ def load(
 
     Raises:
         ImportError: if a package that is needed is missing, naming the extra to install.
-        ValueError: if keys, shapes or sizes do not fit, or a value is not finite.
+        TypeError: if the data are of no known kind, or hold something else than real numbers.
+        ValueError: if keys, shapes or sizes do not fit, a value is not finite, or a class label no integer.
     """
     arrays = _arrays(data, builtin)
     parts = _parts(arrays, sizes, seed)
@@ -87,6 +88,9 @@ def load(
     if bias:
         scaled = {name: torch.cat([X, torch.ones_like(X[:, :1])], dim=1) for name, X in scaled.items()}
     classes = 0
+    if not regression:
+        for name, y in targets.items():
+            _refuse_fractions(name, y)
     if regression:
         shift, scale = _statistics(targets["train"].double().unsqueeze(1), True)
         targets = {name: ((y.double() - shift) / scale).to(dtype) for name, y in targets.items()}
@@ -128,12 +132,41 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
             raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}.")
         with np.load(data, allow_pickle=False) as archive:
             data = {key: archive[key] for key in archive.files if _is_part(key)}
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and len(data) == 2:
         data = {"X": data[0], "y": data[1]}
-    found = {_ALIASES.get(key, key): torch.as_tensor(value) for key, value in data.items() if _is_part(key)}
+    if not isinstance(data, Mapping):
+        got = f"a {type(data).__name__} of {len(data)}" if isinstance(data, list | tuple) else type(data).__name__
+        raise TypeError(
+            f"`data=` must be a pair (X, y), a mapping with these keys, or the path of an .npz file. Got {got}."
+        )
+    found = {_ALIASES.get(key, key): _tensor(key, value) for key, value in data.items() if _is_part(key)}
     if not ({"X", "y"} <= set(found) or {"X_train", "y_train"} <= set(found)):
         raise ValueError(f"`data=` needs the keys X and y, or X_train and y_train. Got {sorted(map(str, data))}.")
     return found
+
+
+def _tensor(key: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, rows of several lengths, ...
+        kind = f"{type(value).__name__} of {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
+        raise TypeError(
+            f"`data=` needs an array of numbers in {key}. Got {kind} ({' '.join(str(error).split())}). Number the"
+            f" classes from 0: `numpy.unique(labels, return_inverse=True)[1]`."
+        ) from error
+    if tensor.is_complex() or tensor.dim() == 0:
+        got = "complex numbers" if tensor.is_complex() else "a single number"
+        raise TypeError(f"`data=` needs an array of real numbers in {key}, one row a sample. Got {got}.")
+    return tensor
+
+
+def _refuse_fractions(name: str, y: Tensor) -> None:
+    wrong = y[y != y.round()] if y.is_floating_point() else y[:0]
+    if len(wrong):
+        raise ValueError(
+            f"a classification problem needs labels that are integers. Got {float(wrong[0]):.6g} among those of the"
+            f" {name} part. Real targets are for a regression problem, such as `ridge_diabetes`."
+        )
 
 
 def _is_part(key: str) -> bool:
@@ -168,6 +201,11 @@ def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> 
             raise ValueError(
                 f"`data=` needs as many inputs as targets, and at least one. Got {len(X)} and {len(y)} ({name})."
             )
+        if X.shape[1] != pool[0].shape[1]:
+            raise ValueError(
+                f"`data=` needs the same features in every part. Got {pool[0].shape[1]} in the training part and"
+                f" {X.shape[1]} in the {name} part."
+            )
     n = len(pool[0])
     counts = {part: round(size if size >= 1 else size * n) for part, size in zip(_PARTS, sizes, strict=False)}
     wanted = [part for part in ("train", "val") if part not in given]
@@ -182,9 +220,11 @@ def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> 
     if "test" not in given:
         parts["test"] = (pool[0][order[begin:]], pool[1][order[begin:]])
     if begin > n or ("test" not in given and begin == n):
+        asked = " and ".join(f"{counts[part]} for {part}" for part in wanted)
+        left = "" if begin > n else ", which leaves none for test"
         raise ValueError(
-            f"the parts do not fit: {', '.join(f'{counts[part]} for {part}' for part in wanted)} of {n} samples."
-            f" Ask for fewer."
+            f"the parts do not fit into the {n} samples of `data=`: {asked} were asked for{left}. Ask for"
+            f" fewer{' (`n_train=`, `n_val=`)' if sizes[0] >= 1 else ''}, or give more data."
         )
     return parts
 

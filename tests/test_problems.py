@@ -422,13 +422,60 @@ def test_given_parts_are_kept_and_missing_ones_are_split_off() -> None:
         ((torch.full((9, 2), math.nan), torch.arange(9) % 2), "NaN or infinite"),
         ((torch.ones(9, 2), torch.ones(9)), "at least 2 classes"),
         ((torch.ones(9, 2), torch.arange(8) % 2), "as many inputs as targets"),
-        ((torch.ones(4, 2), torch.arange(4) % 2), "do not fit"),
+        (
+            (torch.ones(4, 2), torch.arange(4) % 2),
+            "into the 4 samples of `data=`: 5 for train and 2 for val were asked",
+        ),
+        ((torch.ones(7, 2), torch.arange(7) % 2), "which leaves none for test"),
+        (
+            (torch.ones(9, 2), torch.arange(9) / 2),
+            "labels that are integers. Got [0-9].5 among those of the train part",
+        ),
+        (
+            {
+                "X_train": torch.ones(9, 2),
+                "y_train": torch.arange(9),
+                "X_val": torch.ones(3, 1),
+                "y_val": torch.ones(3),
+            },
+            "the same features in every part. Got 2 in the training part and 1 in the val part",
+        ),
         ("nowhere.npz", "existing .npz file"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(data: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         load(data, "", sizes=(5, 2), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([torch.ones(9, 2), torch.arange(9)], "must be a pair \\(X, y\\), a mapping .* Got a list of 2"),
+        ((torch.ones(9, 2), torch.arange(9), torch.arange(9)), "Got a tuple of 3"),
+        (torch.ones(9, 2), "Got Tensor"),
+        (3, "Got int"),
+        ((torch.ones(4, 2), ["a", "b", "a", "b"]), "an array of numbers in y. Got list .*Number the classes"),
+        (([[1.0, 2.0], [3.0]], [0, 1]), "an array of numbers in X. Got list"),
+        ((torch.ones(4, 2, dtype=torch.complex128), torch.arange(4)), "real numbers in X.* Got complex numbers"),
+        ((torch.ones(4, 2), 3), "in y, one row a sample. Got a single number"),
+    ],
+)
+def test_data_of_another_kind_are_refused(data: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        load(data, "", sizes=(5, 2), seed=0)
+
+
+def test_labels_of_texts_are_refused_and_labels_that_are_whole_numbers_are_taken() -> None:
+    numpy = pytest.importorskip("numpy")
+    X, y = _samples()
+    with pytest.raises(
+        TypeError, match=r"in y. Got ndarray of <U1 .*`numpy.unique\(labels, return_inverse=True\)\[1\]`"
+    ):
+        load((X, numpy.array(["a", "b"] * 10)), "", sizes=(5, 2), seed=0)
+    whole, floats = (load((X, labels), "", sizes=(10, 5), seed=0) for labels in (y, y.double()))
+    assert torch.equal(whole.y_train, floats.y_train)
+    assert load((X, y + 0.5), "", sizes=(10, 5), seed=0, regression=True).classes == 0
 
 
 def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
