@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     for name, add, purpose in (
         ("check", _add_check, "is a problem well posed, and which estimators apply to it"),
         ("compare", _add_compare, "the estimators on a problem: error, certificate, cost and time of each"),
+        ("data", _add_data, "download a data set and convert it"),
         ("run", _add_run, "solve a problem and keep everything about the run in a folder"),
     ):
         add(
@@ -124,6 +125,22 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="as JSON")
     add("--debug", action="store_true", help=_DEBUG)
     command.set_defaults(command=_compare)
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "name",
+        metavar="NAME",
+        choices=("omniglot",),
+        help="omniglot: 1,623 handwritten characters, 20 drawings of each",
+    )
+    add(
+        "--out", default="data", metavar="DIR", help="the folder to download to and to write NAME.npz in; default: data"
+    )
+    add("--from", dest="source", metavar="DIR", help="a folder with the archives, zipped or unpacked: no download")
+    add("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_data)
 
 
 def _budgets(text: str) -> tuple[int, ...]:
@@ -197,6 +214,13 @@ def _compare(options: argparse.Namespace) -> int:
         estimate_constants=options.estimate_constants,
     )
     compare(wish)
+    return SUCCESS
+
+
+def _data(options: argparse.Namespace) -> int:
+    from bilevel.commands.data import data
+
+    data(options.name, options.out, options.source)
     return SUCCESS
 
 

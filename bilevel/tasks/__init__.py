@@ -7,6 +7,8 @@ from bilevel.tasks.image_files import ImageFiles
 from bilevel.tasks.images import AbstractImages, ImageClasses, Splits
 from bilevel.tasks.linear import LinearTasks
 from bilevel.tasks.omniglot import omniglot
+from bilevel.tasks.omniglot_files import convert_omniglot
+from bilevel.tasks.ragged import check_batch, pad
 from bilevel.tasks.sinusoid import Sinusoid
 from bilevel.tasks.source import AbstractTasks, Batch, Batches, batches
 
@@ -22,9 +24,12 @@ __all__ = [
     "Sinusoid",
     "Splits",
     "batches",
+    "check_batch",
+    "convert_omniglot",
     "digits",
     "image_folder",
     "mini_imagenet",
     "omniglot",
+    "pad",
     "split",
 ]
