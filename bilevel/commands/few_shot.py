@@ -24,6 +24,7 @@ from bilevel.commands.progress import note, number, table, training_progress
 from bilevel.commands.raised import told
 from bilevel.commands.result import versions
 from bilevel.commands.run import Failure, folder_of
+from bilevel.few_shot.calibration import calibration_of
 from bilevel.few_shot.evaluate import Evaluation, evaluate
 from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.train import Progress, Trained
@@ -286,9 +287,10 @@ def _values(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _calibration(test: Evaluation) -> dict[str, float] | None:
     """Of the predicted probabilities, for classification."""
-    if test.log_probabilities is None or test.targets is None:
+    if test.metric != "accuracy":
         return None
-    return None
+    found = calibration_of(test)
+    return {"NLL": found.nll, "ECE": found.ece, "MCE": found.mce}
 
 
 def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluation) -> None:

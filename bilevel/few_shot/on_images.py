@@ -30,7 +30,7 @@ from bilevel.solvers.adam import Adam
 from bilevel.solvers.clipped import Clipped
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.scheduled import Cosine, Scheduled
-from bilevel.tasks import Episodes, Splits
+from bilevel.tasks import Episodes, Splits, digits, omniglot
 
 
 @final
@@ -44,6 +44,7 @@ class Source:
         size: the side of the images.
         blocks: of the network.
         max_steps: of a run.
+        way: classes of a task, where nothing is said.
         rotations: the parts in which turned images are classes of their own.
     """
 
@@ -52,6 +53,7 @@ class Source:
     size: int
     blocks: int
     max_steps: int
+    way: int
     rotations: tuple[str, ...] = ("train",)
 
 
@@ -63,7 +65,7 @@ class Setting:
     Attributes:
         source: of the images.
         data: the path of the file, where the source needs one.
-        way: classes of a task.
+        way: classes of a task; 0: the source's number.
         shots: support images of each class.
         queries: query images of each class in training; in validation and test there are `test_queries`.
         test_queries: see there.
@@ -87,6 +89,9 @@ class Setting:
     cosine: int
     clip: float
     seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "way", self.way or self.source.way)
 
     @property
     def features(self) -> int:
@@ -143,7 +148,7 @@ class Setting:
 def maml_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -176,7 +181,7 @@ def maml_images(
 def anil_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -197,7 +202,7 @@ def anil_images(
 def imaml_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -228,7 +233,7 @@ def imaml_images(
 def ibaml_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -246,7 +251,7 @@ def ibaml_images(
     linear_steps: int | None = None,
     seed: int = 0,
 ) -> Experiment:
-    """A learned prior (iBaML): a Gaussian posterior of the head (or, `full`, of all parameters) under a learned prior."""
+    """A Gaussian posterior of the head (or, `full`, of all parameters) under a learned prior: iBaML."""
     setting = Setting(source, data, way, shots, queries, test_queries, filters, batch, rate, cosine, clip, seed)
     if full:
         learner = ibaml(
@@ -279,7 +284,7 @@ def ibaml_images(
 def proto_net_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -293,15 +298,15 @@ def proto_net_images(
 ) -> Experiment:
     """Prototypical networks; `train_way` classes in training tasks (0: as many as are told apart later)."""
     setting = Setting(source, data, way, shots, queries, test_queries, filters, batch, rate, cosine, clip, seed)
-    learner = proto_net(setting.body(), setting.features, train_way or way)
-    tester = proto_net(setting.body(), setting.features, way)
+    learner = proto_net(setting.body(), setting.features, train_way or setting.way)
+    tester = proto_net(setting.body(), setting.features, setting.way)
     return setting.experiment(learner, train_way=train_way, tester=tester)
 
 
 def ridge_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -319,7 +324,7 @@ def ridge_images(
     learner = ridge_head(
         setting.body(),
         setting.features,
-        way,
+        setting.way,
         regularization=regularization,
         learn_regularization=learn_regularization,
     )
@@ -329,7 +334,7 @@ def ridge_images(
 def svm_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -344,14 +349,14 @@ def svm_images(
 ) -> Experiment:
     """A support-vector head, solved to its end: MetaOptNet-SVM."""
     setting = Setting(source, data, way, shots, queries, test_queries, filters, batch, rate, cosine, clip, seed)
-    learner = svm_head(setting.body(), setting.features, way, way * shots, C=C, dual_ridge=dual_ridge)
+    learner = svm_head(setting.body(), setting.features, setting.way, setting.way * shots, C=C, dual_ridge=dual_ridge)
     return setting.experiment(learner)
 
 
 def embedding_images(
     source: Source,
     data: str = "",
-    way: int = 5,
+    way: int = 0,
     shots: int = 1,
     queries: int = 5,
     test_queries: int = 15,
@@ -379,9 +384,13 @@ def _omniglot(path: str) -> Splits:
             "Omniglot is not part of the library: download it by `bilevel data omniglot`, and say where it is by"
             " `--set data=omniglot.npz`."
         )
-    from bilevel.tasks.omniglot import omniglot
-
     return omniglot(path)
+
+
+def _digits(path: str) -> Splits:
+    if path:
+        raise ValueError("the digits come with scikit-learn: leave out `--set data=...`.")
+    return digits()
 
 
 _METHODS: tuple[tuple[str, str, Callable[..., Experiment]], ...] = (
@@ -394,7 +403,10 @@ _METHODS: tuple[tuple[str, str, Callable[..., Experiment]], ...] = (
     ("svm", "support-vector head (MetaOptNet)", svm_images),
     ("embedding", "logistic heads on a shared embedding, solved to optimality", embedding_images),
 )
-_SOURCES = (Source("omniglot", _omniglot, size=28, blocks=4, max_steps=10_000),)
+_SOURCES = (
+    Source("digits", _digits, size=8, blocks=3, max_steps=500, way=3),
+    Source("omniglot", _omniglot, size=28, blocks=4, max_steps=10_000, way=5),
+)
 
 IMAGES = tuple(
     Named(

@@ -54,7 +54,7 @@ def imaml_sinusoid(
     clip: float = 10.0,
     seed: int = 0,
 ) -> Experiment:
-    """Proximal adaptation (iMAML) with backtracking: the curvature grows while the network learns, no fixed step is stable."""
+    """Proximal adaptation with backtracking, iMAML: curvature grows in training, and no fixed step stays stable."""
     inner = Iterate(GradientDescent(step), inner_steps, line_search=Armijo(growth=1.5))
     learner = imaml(mlp(seed=seed), mse_loss, regularization=regularization, inner=inner, linear_steps=linear_steps)
     return _experiment(learner, shots, batch, max_steps=2000, clip=clip)
@@ -73,7 +73,7 @@ def ibaml_sinusoid(
     clip: float = 10.0,
     seed: int = 0,
 ) -> Experiment:
-    """A learned Gaussian prior (iBaML), with Gaussian noise of a known variance; the score is the squared error of the predictive mean."""
+    """A learned Gaussian prior, iBaML, and Gaussian noise; the score is the squared error of the predictive mean."""
     learner = ibaml(
         mlp(seed=seed),
         GaussianLikelihood(variance),
