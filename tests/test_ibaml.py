@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, final
+from typing import Any, final, get_args
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from bilevel.problems import (
     imaml,
 )
 from bilevel.problems._variational import divergence, hyper_prior
+from bilevel.problems.kl_products import Form
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 from bilevel.solvers.dense import Dense
@@ -396,9 +397,9 @@ def test_the_linear_solver_sets_the_level_at_which_implicit_gradients_stay(regre
     assert 0.05 < levels[5] < 0.3
     assert levels[24] < 1e-3
     for steps in (2, 5):
-        found = [regression.error(regression.aid(regression.inner(k), regression.conjugate(steps))) for k in (400, 800)]
+        found = [regression.error(regression.aid(regression.inner(k), regression.conjugate(steps))) for k in (200, 300)]
         assert found == pytest.approx([levels[steps]] * 2, rel=0.05)
-    assert regression.error(ITD(regression.inner(800))) < 1e-4
+    assert regression.error(ITD(regression.inner(400))) < 2e-3
 
 
 def test_the_substituted_form_is_worse_far_from_the_posterior_and_better_near_it(regression: Regression) -> None:
@@ -481,9 +482,9 @@ def test_the_error_of_explicit_gradients_falls_as_the_distance_of_the_steps(regr
     X = regression.data["support_x"][0]
     rho = 1 - float(torch.linalg.eigvalsh(X.mT @ X).min() + 1) / float(torch.linalg.matrix_norm(X, 2).square() + 1)
     slowest = max(rho, 1 - 0.5 / float(torch.linalg.matrix_norm(X, 2).square() + 1))
-    steps = [800, 1000, 1200]
+    steps = [400, 500, 600]
     errors = [regression.error(ITD(regression.inner(k))) for k in steps]
-    rates = [(b / a) ** (1 / 200) for a, b in pairwise(errors)]
+    rates = [(b / a) ** (1 / 100) for a, b in pairwise(errors)]
     assert rates == pytest.approx([slowest] * 2, abs=0.02)
 
 
@@ -507,9 +508,8 @@ def linear_net(inputs: int = 6, outputs: int = 1, bias: bool = False, seed: int 
 NEWTON = Newton(tol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["autograd", "substituted"])
 @pytest.mark.parametrize("isotropic", [False, True])
-def test_the_gradient_is_that_of_finite_differences_of_the_problem_solved_again(form: Any, isotropic: bool) -> None:
+def test_the_gradient_is_that_of_finite_differences_of_the_problem_solved_again(isotropic: bool) -> None:
     learner = ibaml(
         linear_net(),
         binary_cross_entropy_with_logits,
@@ -519,7 +519,6 @@ def test_the_gradient_is_that_of_finite_differences_of_the_problem_solved_again(
         isotropic=isotropic,
         inner=NEWTON,
         linear_steps=40,
-        form=form,
         outer_kl_weight=0.02,
         hyper_prior_weight=0.03,
         precision_prior=(2.0, 0.5),
@@ -543,7 +542,11 @@ def test_the_gradient_is_that_of_finite_differences_of_the_problem_solved_again(
     def error(found: Tensor) -> float:
         return float((found - differences).norm() / differences.norm())
 
-    assert error(gradient_of(learner, data)) <= 1e-6
+    products = aid_of(learner).products
+    assert isinstance(products, KLProducts)
+    for form in get_args(Form):
+        aid = aid_of(learner, products=replace(products, form=form))
+        assert error(gradient_of(learner, data, aid)) <= 1e-6
     assert error(gradient_of(learner, data, aid_of(learner, linear=CG(rtol=0.0, max_steps=1)))) > 1e-2
 
 
