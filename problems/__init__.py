@@ -120,6 +120,11 @@ _ENTRIES = (
     Entry("ridge", "ridge regression with learned penalties, random data", ridge),
     Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
     Entry("proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks),
+    Entry(
+        "bayesian-regression",
+        "small Bayesian regressions with a learned Gaussian prior (iBaML's form)",
+        bayesian_regression,
+    ),
     Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
     Entry("nested", "quadratic objectives with x and y in nested structures", nested),
     Entry("minimax", "a saddle point: g = -f, the implicit term vanishes", minimax),
