@@ -93,7 +93,7 @@ def check_batch(batch: Any, tasks: int | None = None) -> None:
     wanted = counts["support_x"] if tasks is None else tasks
     if set(counts.values()) != {wanted} or not wanted:
         raise ValueError(
-            f"every entry must have {wanted or 'at least 1'} as the length of its first axis, tasks. Got {_shapes(batch)}."
+            f"the first axis of every entry must be tasks, {wanted or 'at least 1'} of them. Got {_shapes(batch)}."
         )
     for side in _SIDES:
         _check_side(side, batch)
