@@ -1,0 +1,619 @@
+"""Training over tasks: exact, resumable, choosing by validation; evaluation over episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from bilevel import AID, BilevelError, BilevelProblem, functional, hypergradient, minimize
+from bilevel._learner import Learner
+from bilevel.few_shot import Score, adapt, conv_net, evaluate, mlp, predict, read_best, train
+from bilevel.few_shot.experiment import Experiment
+from bilevel.few_shot.networks import features
+from bilevel.problems.maml import maml
+from bilevel.solvers.adam import Adam
+from bilevel.solvers.cg import CG
+from bilevel.solvers.clipped import Clipped
+from bilevel.solvers.closed_form import ClosedForm
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.heavy_ball import HeavyBall
+from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.scheduled import Cosine, Scheduled, StepDecay
+from bilevel.tasks import AbstractTasks, Batch, Sinusoid, batches
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Recorded(AbstractTasks):
+    """Tasks that remember which of them were asked for."""
+
+    source: AbstractTasks
+    calls: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def sample(self, count: int, seed: int) -> Batch:
+        self.calls.append((count, seed))
+        return self.source.sample(count, seed)
+
+
+@final
+@dataclass(frozen=True)
+class Blobs(AbstractTasks):
+    """Three classes around random centres in the plane."""
+
+    spread: float = 0.3
+    ragged: bool = False
+
+    def sample(self, count: int, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        centres = torch.randn(count, 3, 1, 2, generator=generator)
+        points = (centres + self.spread * torch.randn(count, 3, 6, 2, generator=generator)).flatten(1, 2)
+        labels = torch.arange(3).repeat_interleave(6).expand(count, -1)
+        support = torch.arange(18) % 6 < 2
+        batch = {
+            "support_x": points[:, support],
+            "support_y": labels[:, support],
+            "query_x": points[:, ~support],
+            "query_y": labels[:, ~support],
+        }
+        if self.ragged:
+            batch["query_mask"] = (torch.rand(count, 12, generator=generator) < 0.7).to(points.dtype)
+            batch["query_mask"][:, 0] = 1.0
+        return batch
+
+
+def regression(steps: int = 1) -> Learner:
+    return maml(mlp((1, 8, 1)), mse_loss, step=0.05, inner_steps=steps)
+
+
+def classification() -> Learner:
+    return maml(mlp((2, 8, 3)), cross_entropy, step=0.5, inner_steps=2)
+
+
+def prior_mean(quality: Any = None) -> Learner:
+    """The task's mean, from few samples and a learned prior mean: everything in closed form. `quality` replaces f."""
+
+    def g(x: Tensor, y: Tensor, task: Any) -> Tensor:
+        value: Tensor = (y - task["support_y"]).square().sum() / 2 + (y - x).square() / 2
+        return value
+
+    def f(x: Tensor, y: Tensor, task: Any) -> Tensor:
+        value: Tensor = (y - task["query_y"]).square().mean()
+        return value
+
+    def solution(x: Tensor, task: Any) -> Tensor:
+        value: Tensor = (x + task["support_y"].sum()) / (1 + task["support_y"].numel())
+        return value
+
+    x0 = torch.tensor(3.0)
+    inner = ClosedForm(solution)
+    problem = BilevelProblem(f if quality is None else quality, g, tasks=True)
+
+    def forecast(x: Tensor, y: Tensor, task: Any) -> Tensor:
+        return y.expand(task["query_y"].shape)
+
+    return Learner("mean", problem, x0, torch.tensor(0.0), AID(inner, CG()), inner, forecast, lambda x: nn.Linear(1, 1))
+
+
+def same(a: Any, b: Any) -> bool:
+    left, right = torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)
+    return len(left) == len(right) and all(torch.equal(p, q) for p, q in zip(left, right, strict=True))
+
+
+# Training
+
+
+def test_training_is_minimize_on_batches_of_new_tasks() -> None:
+    learner, tasks = regression(), Sinusoid()
+    trained = train(learner, tasks, max_steps=5, batch=4, seed=3, outer=Adam(0.01))
+    solution = minimize(
+        learner.problem,
+        learner.x0,
+        learner.y0,
+        estimator=learner.estimator,
+        outer=Adam(0.01),
+        max_steps=5,
+        data=batches(tasks, 4, 3),
+        warm_start=False,
+    )
+    assert same(trained.x, solution.x)
+    assert [record.value for record in trained.history] == [record.value for record in solution.history]
+    assert trained.stats == solution.stats
+    assert (trained.ended, trained.step, trained.failed) == ("max_steps", 5, {})
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_other_tasks() -> None:
+    runs = [train(regression(), Sinusoid(), max_steps=3, batch=2, seed=seed) for seed in (0, 0, 1)]
+    assert same(runs[0].x, runs[1].x)
+    assert not same(runs[0].x, runs[2].x)
+
+
+@dataclass
+class Crash:
+    """A callback that interrupts at a step."""
+
+    at: int
+
+    def __call__(self, progress: Any) -> None:
+        if progress.record.step == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [3, 6, 7, 8])  # before, at and after a validation; before and after a checkpoint
+def test_an_interrupted_run_resumes_bit_for_bit(at: int, tmp_path: Path) -> None:
+    def run(name: str, callback: Any, resume: bool) -> Any:
+        return train(
+            classification(),
+            Blobs(),
+            max_steps=11,
+            batch=3,
+            outer=Clipped(Adam(0.02), max_norm=1.0),
+            schedule=Cosine(11),
+            validation=Blobs(),
+            validate_every=3,
+            validate_episodes=5,
+            checkpoint_every=4,
+            out=tmp_path / name,
+            callback=callback,
+            resume=resume,
+        )
+
+    whole = run("whole", None, False)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", Crash(at), False)
+    parts = run("parts", None, True)
+    assert same(parts.x, whole.x)
+    assert same(parts.last, whole.last)
+    assert parts.step == whole.step
+    assert [record.value for record in parts.history] == [record.value for record in whole.history]
+    scores = [[(v.step, v.score, v.loss, v.interval) for v in run.validations] for run in (parts, whole)]
+    assert scores[0] == scores[1]
+    assert [step for step, *_ in scores[0]] == [0, 3, 6, 9, 11]
+    assert same(read_best(tmp_path / "parts" / "best.pt")["x"], whole.x)
+
+
+def test_a_validation_ahead_of_the_checkpoint_counts_only_when_its_step_is_reached_again(tmp_path: Path) -> None:
+    def run(max_steps: int, callback: Any, resume: bool) -> Any:
+        return train(
+            prior_mean(),
+            Sinusoid(),
+            max_steps=max_steps,
+            batch=4,
+            outer=Adam(0.1),
+            validation=Sinusoid(),
+            validate_every=2,
+            validate_episodes=20,
+            checkpoint_every=100,
+            out=tmp_path,
+            callback=callback,
+            resume=resume,
+        )
+
+    run(4, None, False)
+    checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
+    ahead = run(8, None, True)
+    (tmp_path / "checkpoint.pt").write_bytes(checkpoint)  # as after a crash: best.pt is of step 8
+    again = run(8, None, True)
+    assert [v.step for v in ahead.validations] == [0, 2, 4, 6, 8]
+    assert [(v.step, v.score) for v in again.validations] == [(v.step, v.score) for v in ahead.validations]
+    assert same(again.x, ahead.x)
+
+
+def getting_worse(x: Tensor, y: Tensor, task: Any) -> Tensor:
+    return -(x.square())
+
+
+def test_the_best_x_is_kept_when_validation_gets_worse_and_patience_ends_the_run() -> None:
+    # The outer objective rewards a large prior mean, which is ever worse for tasks of mean zero.
+    learner = dataclasses.replace(prior_mean(getting_worse), x0=torch.tensor(0.5))
+    trained = train(
+        learner,
+        Sinusoid(),
+        max_steps=40,
+        batch=2,
+        outer=GradientDescent(0.1),
+        validation=Sinusoid(),
+        validate_every=2,
+        validate_episodes=10,
+        patience=3,
+    )
+    assert trained.ended == "patience"
+    assert [v.step for v in trained.validations] == [0, 2, 4, 6]
+    scores = [v.score for v in trained.validations]
+    assert scores == sorted(scores)
+    assert trained.step == 0
+    assert trained.best == trained.validations[0]
+    assert torch.equal(trained.x, learner.x0)
+    assert trained.last > trained.x
+
+
+def test_the_best_x_is_the_one_that_scores_best_on_the_validation_tasks() -> None:
+    trained = train(
+        prior_mean(), Sinusoid(), max_steps=20, batch=2, outer=Adam(0.5), validation=Sinusoid(), validate_every=1
+    )
+    scores = {v.step: v.score for v in trained.validations}
+    assert trained.step == min(scores, key=lambda step: scores[step])
+    assert 0 < trained.step < 20
+    assert trained.best is not None
+    assert trained.best.score == min(scores.values())
+    again = train(prior_mean(), Sinusoid(), max_steps=trained.step, batch=2, outer=Adam(0.5))
+    assert torch.equal(trained.x, again.last)
+
+
+def test_accuracy_is_better_when_larger() -> None:
+    trained = train(
+        classification(), Blobs(), max_steps=12, batch=4, outer=Adam(0.02), validation=Blobs(), validate_every=3
+    )
+    scores = [v.score for v in trained.validations]
+    assert trained.best is not None
+    assert trained.best.metric == "accuracy"
+    assert trained.best.score == max(scores) > scores[0]
+
+
+def test_validation_tasks_are_the_same_at_each_validation_and_not_those_of_training() -> None:
+    tasks, validation = Recorded(Sinusoid()), Recorded(Sinusoid())
+    train(regression(), tasks, max_steps=4, batch=2, validation=validation, validate_every=2, validate_episodes=3)
+    assert len(validation.calls) == 3
+    assert len(set(validation.calls)) == 1
+    assert not {seed for _, seed in validation.calls} & {seed for _, seed in tasks.calls}
+    assert {count for count, _ in tasks.calls} == {2}
+
+
+def test_a_callback_stops_the_run_and_sees_the_score_of_the_batch() -> None:
+    seen = []
+
+    def callback(progress: Any) -> bool:
+        seen.append(progress)
+        return bool(progress.record.step == 4)
+
+    learner = regression()
+    trained = train(learner, Sinusoid(), max_steps=9, batch=3, callback=callback, score_every=2, outer=Adam(0.01))
+    assert trained.ended == "callback"
+    assert [progress.record.step for progress in seen] == [0, 1, 2, 3, 4]
+    for progress in seen[::2]:  # a squared error is the outer loss itself
+        assert progress.score == pytest.approx(progress.record.value, rel=1e-12)
+    assert [progress.score for progress in seen[1::2]] == [None, None]
+    assert seen[-1].seconds > seen[0].seconds > 0
+
+
+def test_a_time_limit_stops_the_run_after_a_validation() -> None:
+    trained = train(
+        regression(), Sinusoid(), max_steps=10**6, batch=2, seconds=0.2, validation=Sinusoid(), validate_every=10**6
+    )
+    assert trained.ended == "seconds"
+    assert trained.validations[-1].step == trained.history[-1].step > 0
+    assert trained.seconds < 30
+
+
+def test_estimates_that_fail_are_counted_and_do_not_stop_the_run() -> None:
+    inner = Iterate(GradientDescent(0.05), max_steps=1, tol=1e-12)
+    learner = dataclasses.replace(prior_mean(), estimator=AID(inner, CG()))
+    trained = train(learner, Sinusoid(), max_steps=3, batch=2)
+    assert trained.failed == {"max_steps": 4}
+    assert trained.ended == "max_steps"
+    with pytest.raises(BilevelError):
+        train(learner, Sinusoid(), max_steps=3, batch=2, throw=True)
+
+
+def test_nan_ends_the_run_and_the_best_x_is_kept() -> None:
+    def f(x: Tensor, y: Tensor, task: Any) -> Tensor:
+        return -(x + torch.where(x > 2, torch.nan, 0.0) + 0 * y)
+
+    learner = dataclasses.replace(prior_mean(f), x0=torch.tensor(0.0))
+    trained = train(
+        learner, Sinusoid(), max_steps=9, batch=2, outer=GradientDescent(1.0), validation=Sinusoid(), validate_every=1
+    )
+    assert trained.ended == "failed"
+    assert trained.failed == {"nonfinite": 1}
+    assert "NaN" in trained.message
+    assert [v.step for v in trained.validations] == [0, 1, 2]
+    assert trained.x.isfinite()
+
+
+def test_the_learned_start_loads_into_the_users_module(tmp_path: Path) -> None:
+    module = mlp((1, 8, 1), seed=7)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trained = train(maml(module, mse_loss), Sinusoid(), max_steps=2, batch=2, outer=Adam(0.1), out=tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    fresh = mlp((1, 8, 1))
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert same(dict(fresh.named_parameters()), trained.x)
+    fresh.load_state_dict(trained.module().state_dict())
+    assert not torch.equal(fresh[0].weight, before["0.weight"])
+
+
+def test_what_a_learner_draws_depends_on_the_seed_and_the_step_only() -> None:
+    drawn: list[int] = []
+
+    def prepare(batch: Any, seed: int) -> Any:
+        drawn.append(seed)
+        return batch
+
+    learner = dataclasses.replace(regression(), prepare=prepare)
+    train(learner, Sinusoid(), max_steps=3, batch=2, seed=1)
+    first = list(dict.fromkeys(drawn))
+    drawn.clear()
+    train(learner, Sinusoid(), max_steps=3, batch=2, seed=1)
+    assert first == list(dict.fromkeys(drawn))
+    assert len(first) == 4
+    drawn.clear()
+    train(learner, Sinusoid(), max_steps=3, batch=2, seed=2)
+    assert not set(first) & set(drawn)
+
+
+def test_chunks_change_nothing_but_rounding() -> None:
+    runs = [train(regression(), Sinusoid(), max_steps=3, batch=5, chunk_size=size) for size in (None, 2)]
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(run.x) for run in runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_batches_move_to_the_dtype_of_x_and_labels_stay_integers() -> None:
+    learner = maml(mlp((2, 4, 3)).float(), cross_entropy, step=0.5)
+    found = adapt(learner, learner.x0, Blobs().sample(2, 0))
+    assert found.batch["support_x"].dtype == torch.float32
+    assert found.batch["support_y"].dtype == torch.int64
+    assert predict(learner, learner.x0, found).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"max_steps": -1}, "max_steps"),
+        ({"batch": 0}, "batch"),
+        ({"validate_every": 0}, "validate_every"),
+        ({"patience": 0}, "patience"),
+        ({"patience": 2}, "needs `validation=`"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"resume": True}, "needs `out=`"),
+        ({"batch": 2.5}, "must be an integer"),
+    ],
+)
+def test_senseless_settings_are_refused(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        train(regression(), Sinusoid(), **{"max_steps": 1, **arguments})
+
+
+def test_resuming_what_was_never_begun_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        train(regression(), Sinusoid(), max_steps=1, out=tmp_path, resume=True)
+
+
+def test_scores_of_another_learner_are_refused_on_resuming(tmp_path: Path) -> None:
+    train(regression(), Sinusoid(), max_steps=1, batch=2, out=tmp_path, validation=Sinusoid(), validate_episodes=2)
+    with pytest.raises(ValueError, match="structure"):
+        train(classification(), Blobs(), max_steps=1, batch=2, out=tmp_path, validation=Blobs(), resume=True)
+    (tmp_path / "best.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="not readable"):
+        train(regression(), Sinusoid(), max_steps=1, batch=2, out=tmp_path, validation=Sinusoid(), resume=True)
+
+
+# Evaluation
+
+
+def test_a_score_is_the_mean_with_its_interval() -> None:
+    values = torch.tensor([0.2, 0.9, 0.4, 0.7])
+    found = Score.of(values)
+    mean = sum(values.tolist()) / 4
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values.tolist()) / 3)
+    assert found.mean == pytest.approx(mean, rel=1e-12)
+    assert found.interval == pytest.approx(1.96 * spread / 2, rel=1e-12)
+    assert math.isnan(Score.of(values[:1]).interval)
+
+
+def test_evaluation_is_a_loop_over_tasks() -> None:
+    learner, x = classification(), dict(classification().x0)
+    found = evaluate(learner, x, Blobs(), episodes=6, batch=6, seed=4)
+    tasks = Recorded(Blobs())
+    evaluate(learner, x, tasks, episodes=6, batch=6, seed=4)
+    sampled = Blobs().sample(*tasks.calls[0])
+    net = functional(mlp((2, 8, 3)))
+    accuracies, before, losses = [], [], []
+    for k in range(6):
+        y = x
+        support_x, support_y, query_x, query_y = (
+            sampled[key][k] for key in ("support_x", "support_y", "query_x", "query_y")
+        )
+        before.append((net(y, query_x).argmax(-1) == query_y).double().mean())
+        for _ in range(2):
+            leaves = {name: value.detach().requires_grad_() for name, value in y.items()}
+            gradients = torch.autograd.grad(cross_entropy(net(leaves, support_x), support_y), list(leaves.values()))
+            y = {name: leaves[name].detach() - 0.5 * g for name, g in zip(leaves, gradients, strict=True)}
+        accuracies.append((net(y, query_x).argmax(-1) == query_y).double().mean())
+        losses.append(cross_entropy(net(y, query_x), query_y))
+    assert found.metric == "accuracy"
+    torch.testing.assert_close(found.scores, torch.stack(accuracies), rtol=0, atol=1e-12)
+    assert found.before.mean == pytest.approx(float(torch.stack(before).mean()), abs=1e-12)
+    assert found.loss.mean == pytest.approx(float(torch.stack(losses).mean()), rel=1e-10)
+    assert found.score == Score.of(torch.stack(accuracies))
+    assert found.log_probabilities is not None
+    assert found.targets is not None
+    assert len(found.log_probabilities) == len(found.targets) == 6 * 12
+    assert found.stats.gradients > 0
+
+
+def test_the_curve_is_the_score_after_other_numbers_of_steps_on_the_same_tasks() -> None:
+    learner = regression()
+    found = evaluate(learner, learner.x0, Sinusoid(), episodes=8, batch=3, curve=(3, 0, 1))
+    assert list(found.curve) == [0, 1, 3]
+    assert found.curve[0] == found.before
+    assert found.curve[1] == found.score
+    three = evaluate(learner, learner.x0, Sinusoid(), episodes=8, batch=3, steps=3)
+    assert three.score == found.curve[3]
+    assert three.score.mean < found.score.mean < found.before.mean
+
+
+def test_evaluation_draws_as_many_tasks_as_asked_for_and_repeats_them() -> None:
+    tasks = Recorded(Sinusoid())
+    learner = regression()
+    first = evaluate(learner, learner.x0, tasks, episodes=7, batch=3, seed=1)
+    assert [count for count, _ in tasks.calls] == [3, 3, 1]
+    assert len({seed for _, seed in tasks.calls}) == 3
+    assert torch.equal(evaluate(learner, learner.x0, tasks, episodes=7, batch=3, seed=1).scores, first.scores)
+    assert not torch.equal(evaluate(learner, learner.x0, tasks, episodes=7, batch=3, seed=2).scores, first.scores)
+
+
+def test_padded_queries_do_not_count() -> None:
+    learner, source = classification(), Blobs(ragged=True)
+    found = evaluate(learner, learner.x0, source, episodes=4, batch=4)
+    tasks = Recorded(source)
+    evaluate(learner, learner.x0, tasks, episodes=4, batch=4)
+    sampled = source.sample(*tasks.calls[0])
+    output = predict(learner, learner.x0, adapt(learner, learner.x0, sampled))
+    right = (output.argmax(-1) == sampled["query_y"]) & (sampled["query_mask"] > 0)
+    torch.testing.assert_close(found.scores, right.sum(1) / sampled["query_mask"].sum(1))
+    assert found.targets is not None
+    assert len(found.targets) == int(sampled["query_mask"].sum())
+
+
+def test_adaptations_that_fail_are_counted_by_task() -> None:
+    inner = Iterate(GradientDescent(0.2), max_steps=5, tol=1e-1)
+    learner = dataclasses.replace(prior_mean(), adapt=inner)
+    found = evaluate(learner, learner.x0, Sinusoid(), episodes=30)
+    solved = adapt(learner, learner.x0, Sinusoid().sample(30, 0))
+    assert set(found.failed) <= {"max_steps", "diverged"}
+    assert len(solved.statuses) == 30
+    fine = evaluate(dataclasses.replace(learner, adapt=Iterate(GradientDescent(0.05), 500, tol=1e-8)), learner.x0,
+                    Sinusoid(), episodes=30)  # fmt: skip
+    assert sum(found.failed.values()) > 0
+    assert fine.failed == {}
+
+
+def test_adaptation_reads_no_query_target() -> None:
+    learner = classification()
+    batch = Blobs().sample(3, 0)
+    other = {**batch, "query_y": (batch["query_y"] + 1) % 3}
+    assert same(adapt(learner, learner.x0, batch).y, adapt(learner, learner.x0, other).y)
+
+
+def test_adapted_variables_are_those_of_the_estimator() -> None:
+    learner, batch = regression(3), Sinusoid().sample(4, 0)
+    found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=batch)
+    adapted = adapt(learner, learner.x0, batch)
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(y) for y in (adapted.y, found.y)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_steps_need_an_iteration_and_predictions_the_shape_of_the_targets() -> None:
+    learner = prior_mean()
+    with pytest.raises(ValueError, match="ClosedForm"):
+        evaluate(learner, learner.x0, Sinusoid(), episodes=2, steps=2)
+    with pytest.raises(ValueError, match="at least 0"):
+        evaluate(regression(), regression().x0, Sinusoid(), episodes=2, steps=-1)
+    wrong = dataclasses.replace(regression(), predict=lambda x, y, task: torch.zeros(3))
+    with pytest.raises(ValueError, match="one value for each query target"):
+        evaluate(wrong, wrong.x0, Sinusoid(), episodes=2)
+    wrong = dataclasses.replace(classification(), predict=lambda x, y, task: torch.zeros(3))
+    with pytest.raises(ValueError, match="log-probabilities"):
+        evaluate(wrong, wrong.x0, Blobs(), episodes=2)
+    with pytest.raises(ValueError, match="episodes"):
+        evaluate(learner, learner.x0, Sinusoid(), episodes=0)
+
+
+def test_test_tasks_are_untouched_until_the_final_evaluation() -> None:
+    parts = [Recorded(Sinusoid()) for _ in range(3)]
+    experiment = Experiment(
+        regression(),
+        *parts,
+        settings={"max_steps": 4, "batch": 2, "validate_every": 2, "validate_episodes": 3},
+        evaluation={"episodes": 4},
+    )
+    trained = experiment.train(seed=5)
+    assert parts[0].calls
+    assert parts[1].calls
+    assert not parts[2].calls
+    experiment.evaluate(trained.x, seed=5)
+    seeds = [{seed for _, seed in part.calls} for part in parts]
+    assert seeds[2]
+    assert not seeds[0] & seeds[1]
+    assert not (seeds[0] | seeds[1]) & seeds[2]
+
+
+# Schedules and clipping
+
+
+def test_a_schedule_scales_the_step_length() -> None:
+    schedule = StepDecay((2, 3), factor=0.1)
+    for make in (Adam, GradientDescent, lambda step: HeavyBall(step, 0.0)):
+        wrapped, y = Scheduled(make(0.5), schedule), torch.tensor([1.0, -2.0])
+        state, plain = wrapped.init(y), make(0.5).init(y)
+        reference = y
+        for k in range(5):
+            gradient = torch.tensor([0.3, -1.0]) * (k + 1)
+            y, state = wrapped.step(gradient, y, state)
+            moved, plain = make(0.5).step(gradient, reference, plain)
+            reference = reference + schedule(k) * (moved - reference)
+            torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-14)
+
+
+def test_a_constant_schedule_and_a_wide_clip_change_no_bit() -> None:
+    plain = train(regression(), Sinusoid(), max_steps=3, batch=2, outer=Adam(0.01))
+    wrapped = train(
+        regression(),
+        Sinusoid(),
+        max_steps=3,
+        batch=2,
+        outer=Clipped(Adam(0.01), max_norm=1e9, max_value=1e9),
+        schedule=lambda step: 1.0,
+    )
+    assert same(plain.x, wrapped.x)
+
+
+def test_clipping_bounds_the_gradient_row_by_row_and_hides_no_nan() -> None:
+    y, gradient = torch.zeros(3, 2), torch.tensor([[3.0, 4.0], [0.3, 0.4], [math.nan, 1.0]])
+    moved = Clipped(GradientDescent(1.0), max_norm=1.0).step(gradient, y, {})[0]
+    torch.testing.assert_close(moved[:2], -torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+    assert moved[2].isnan().any()
+    infinite = torch.tensor([[math.inf, 5.0]])
+    moved = Clipped(GradientDescent(1.0), max_value=2.0).step(infinite, torch.zeros(1, 2), {})[0]
+    assert moved.tolist() == [[-math.inf, -2.0]]
+
+
+def test_cosine_falls_from_one_to_the_floor_after_a_warm_up() -> None:
+    cosine = Cosine(steps=10, floor=0.2, warmup=3)
+    values = [cosine(k) for k in range(20)]
+    assert values[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert values[3:14] == sorted(values[3:14], reverse=True)
+    assert values[8] == pytest.approx(0.6)
+    assert values[13:] == pytest.approx([0.2] * 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: Clipped(Adam(0.1)), ValueError, "max_norm=` or `max_value"),
+        (lambda: Clipped(Adam(0.1), max_norm=0.0), ValueError, "must be positive"),
+        (lambda: Clipped(3, max_norm=1.0), TypeError, "must be an optimizer"),
+        (lambda: Scheduled(3, Cosine(2)), TypeError, "must be an optimizer"),
+        (lambda: Scheduled(Adam(0.1), 0.5), TypeError, "must be a function"),
+        (lambda: Cosine(0), ValueError, "steps >= 1"),
+        (lambda: Cosine(2, floor=2.0), ValueError, "floor"),
+        (lambda: StepDecay(0), ValueError, "milestones >= 1"),
+    ],
+)
+def test_senseless_wrappers_are_refused(make: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+# Networks
+
+
+def test_networks_have_the_features_they_say_and_leave_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    for filters, blocks, size in ((4, 4, 28), (3, 3, 8), (2, 2, 7)):
+        body = conv_net(filters, blocks=blocks, size=size)
+        assert body(torch.zeros(2, 1, size, size)).shape == (2, features(filters, blocks, size))
+    assert torch.equal(conv_net(2, seed=1)[0].weight, conv_net(2, seed=1)[0].weight)
+    assert not torch.equal(conv_net(2, seed=1)[0].weight, conv_net(2, seed=2)[0].weight)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(ValueError, match="filters"):
+        conv_net(0)
+    with pytest.raises(ValueError, match="inputs and outputs"):
+        mlp((3,))
