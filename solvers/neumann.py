@@ -75,28 +75,13 @@ class Neumann(AbstractLinearSolver):
         if guess is not None:
             v = torch.where(zero.unsqueeze(-1), v, guess)
             r = torch.where(zero.unsqueeze(-1), b, b - operator.mv(v))
-        least, best = row_norms(r), v
+        norm = row_norms(r)
         # Growth below the floor is rounding. Where A is not symmetric, a residual may grow for a while.
         symmetric = operator.symmetric or operator.positive_definite
-        floor = torch.maximum(least, norm_b) * (math.sqrt(torch.finfo(b.dtype).eps) if symmetric else 1e3)
-        limit = torch.maximum(least, floor)
-        active = (least > target) & (step > 0) & least.isfinite()
-        diverged = torch.zeros_like(active)
-
-        steps = 0
-        while steps < self.terms and bool(active.any()):
-            if steps:
-                r = b - operator.mv(v)
-                norm = row_norms(r)
-                diverged |= active & (norm > _GROWTH * torch.maximum(least, floor))
-                better = active & (norm < least)
-                least, best = torch.where(better, norm, least), torch.where(better.unsqueeze(-1), v, best)
-                # A residual of zero stays zero: without a tolerance only the steps end the iteration.
-                active = active & ~diverged & (norm > target) & norm.isfinite()
-                if not bool(active.any()):
-                    break
-            v = torch.where(active.unsqueeze(-1), v + step.unsqueeze(-1) * r, v)
-            steps += 1
+        floor = torch.maximum(norm, norm_b) * (math.sqrt(torch.finfo(b.dtype).eps) if symmetric else 1e3)
+        limit = torch.maximum(norm, floor)
+        run = _run_one if b.dim() == 1 else _run_batch
+        v, best, diverged, steps = run(operator, b, v, r, norm, step, target, floor, self.terms)
 
         v = torch.where(diverged.unsqueeze(-1), best, v)
         residual = row_norms(operator.residual(b, v))
@@ -128,6 +113,65 @@ class Neumann(AbstractLinearSolver):
             for top, none in zip(largest.reshape(-1).tolist(), zero.reshape(-1).tolist(), strict=True)
         ]
         return torch.where(largest > 0, 1 / largest, torch.zeros_like(largest)), refusals
+
+
+def _run_one(
+    operator: LinearOperator,
+    b: Tensor,
+    v: Tensor,
+    r: Tensor,
+    norm: Tensor,
+    step: Tensor,
+    target: Tensor,
+    floor: Tensor,
+    terms: int,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """One system: Python floats, so that little beside the products costs time."""
+    alpha, stop, least_limit, size = float(step), float(target), float(floor), float(norm)
+    least, best, steps, diverged = size, v, 0, False
+    while steps < terms and alpha > 0:
+        if steps:
+            r = b - operator.mv(v)
+            size = float(row_norms(r))  # which scales, and neither overflows nor underflows
+            diverged = size > _GROWTH * max(least, least_limit)
+            if size < least:
+                least, best = size, v
+        if diverged or not stop < size < math.inf:
+            break
+        v = torch.add(v, r, alpha=alpha)
+        steps += 1
+    return v, best, torch.full_like(norm, diverged, dtype=torch.bool), steps
+
+
+def _run_batch(
+    operator: LinearOperator,
+    b: Tensor,
+    v: Tensor,
+    r: Tensor,
+    norm: Tensor,
+    step: Tensor,
+    target: Tensor,
+    floor: Tensor,
+    terms: int,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Independent systems side by side: rows that ended stand still."""
+    least, best = norm, v
+    active = (norm > target) & (step > 0) & norm.isfinite()
+    diverged, steps = torch.zeros_like(active), 0
+    while steps < terms and bool(active.any()):
+        if steps:
+            r = b - operator.mv(v)
+            norm = row_norms(r)
+            diverged |= active & (norm > _GROWTH * torch.maximum(least, floor))
+            better = active & (norm < least)
+            least, best = torch.where(better, norm, least), torch.where(better.unsqueeze(-1), v, best)
+            # A residual of zero stays zero: without a tolerance only the steps end the iteration.
+            active = active & ~diverged & (norm > target) & norm.isfinite()
+            if not bool(active.any()):
+                break
+        v = torch.where(active.unsqueeze(-1), v + step.unsqueeze(-1) * r, v)
+        steps += 1
+    return v, best, diverged, steps
 
 
 def _status(refusal: Status, residual: float, target: float, diverged: bool) -> Status:
