@@ -11,7 +11,7 @@ from _harness import Call
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, relu
 
-from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, functional, hypergradient
+from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, Compiled, functional, hypergradient
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
@@ -90,8 +90,8 @@ def ravelled(grads: Sequence[Tensor]) -> Tensor:
     return torch.cat([grad.reshape(-1) for grad in grads])
 
 
-def ours(load: TaskLoad) -> Call:
-    """`bilevel.hypergradient`, as a user calls it."""
+def ours(load: TaskLoad, compiled: bool = False) -> Call:
+    """`bilevel.hypergradient`, as a user calls it; `compiled` by torch's compiler."""
     net = functional(load.module)
 
     def g(x: dict[str, Tensor], y: dict[str, Tensor], task: dict[str, Tensor]) -> Tensor:
@@ -107,6 +107,8 @@ def ours(load: TaskLoad) -> Call:
     estimator: AbstractEstimator = ITD(inner)
     if load.weight:
         estimator = AID(inner, CG(rtol=0.0, max_steps=load.products, recompute=False))
+    if compiled:
+        estimator = Compiled(ITD(inner))
     data = {"X": load.X, "t": load.t, "U": load.U, "c": load.c}
 
     def call() -> Tensor:

@@ -9,12 +9,15 @@ from _harness import Call, Options, Row, Table, against, candidates, interleave,
 from _tasks import TaskLoad, by_hand, one_by_one, ours, sinusoids
 
 COLUMNS = ["", "CPU ms", "x by hand", "x bilevel", "relative error", ""]
-HAND, OURS, LOOP = "by hand, in one batch", "bilevel", "autograd, task by task"
+HAND, LOOP = "by hand, in one batch", "autograd, task by task"
+OURS, COMPILED = "bilevel", "bilevel, compiled"
 
 
 def compare(title: str, load: TaskLoad, method: str, chosen: Options) -> Table:
     """One meta-gradient, computed by everybody, against the same truncated algorithm in float64."""
     calls: dict[str, Call] = {HAND: by_hand(load), OURS: ours(load), LOOP: one_by_one(load)}
+    if method == "maml":
+        calls[COMPILED] = ours(load, compiled=True)
     names = [name for name in chosen.peers if name in ("higher", "torchopt", "hypertorch")]
     built, refusals = candidates(chosen, lambda adapter: getattr(adapter, method)(load), names)
     calls |= built

@@ -1,0 +1,132 @@
+"""The compiled program gives the numbers of ITD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bilevel_strategies import normal
+from cases import distance
+from torch import Tensor
+
+from bilevel import AID, ITD, BilevelProblem, hypergradient
+from bilevel._result import Status
+from bilevel.hypergrad.compiled import Compiled
+from bilevel.solvers.adam import Adam
+from bilevel.solvers.cg import CG
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.heavy_ball import HeavyBall
+from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.lbfgs import LBFGS
+
+TASKS, N = 3, 4
+DATA = {"X": normal(TASKS, N, 2, seed=1), "t": normal(TASKS, N, seed=2), "label": 2}
+X = {"w": normal(2, seed=3), "s": torch.tensor(0.4)}
+
+
+def g(x: Any, y: Any, task: Any) -> Tensor:
+    value: Tensor = (task["X"] @ y["w"] * task["label"] - task["t"]).sin().square().sum() + (x["s"] * y["s"] - 1) ** 2
+    return value
+
+
+def f(x: Any, y: Any, task: Any) -> Tensor:
+    value: Tensor = (task["X"] @ y["w"] - task["t"]).cosh().mean() + y["s"] * x["w"].square().sum()
+    return value
+
+
+def problem(tasks: bool = True, has_init: bool = True, encoded: bool = False) -> BilevelProblem:
+    encode = (lambda x, _: {"w": x["w"].exp(), "s": x["s"]}) if encoded else None
+    return BilevelProblem(f, g, init=(lambda x, _: x) if has_init else None, encode=encode, tasks=tasks)
+
+
+def one(tree: Any) -> Any:
+    return {key: leaf[0] if isinstance(leaf, Tensor) else leaf for key, leaf in tree.items()}
+
+
+@pytest.mark.parametrize("optimizer", [GradientDescent(0.1), HeavyBall(0.1, 0.5), Adam(0.1)])
+@pytest.mark.parametrize("tasks", [False, True])
+@pytest.mark.parametrize("has_init", [False, True])
+def test_it_is_itd(optimizer: Any, tasks: bool, has_init: bool) -> None:
+    itd = ITD(Iterate(optimizer, max_steps=3))
+    data, of = DATA if tasks else one(DATA), problem(tasks, has_init)
+    expected = hypergradient(of, X, X, estimator=itd, data=data)
+    found = hypergradient(of, X, X, estimator=Compiled(itd, backend="eager"), data=data)
+    assert distance(found.grad, expected.grad) <= 1e-13
+    assert found.value == pytest.approx(expected.value, rel=1e-13)
+    assert distance(found.y, expected.y) <= 1e-13
+    if has_init:
+        assert found.stats == expected.stats
+        assert found.reports[0].residual == pytest.approx(expected.reports[0].residual)
+    assert found.status is Status.successful
+
+
+def test_through_an_encoding() -> None:
+    itd = ITD(Iterate(GradientDescent(0.1), max_steps=3))
+    expected = hypergradient(problem(encoded=True), X, X, estimator=itd, data=DATA)
+    found = hypergradient(problem(encoded=True), X, X, estimator=Compiled(itd, backend="eager"), data=DATA)
+    assert distance(found.grad, expected.grad) <= 1e-13
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about itself
+def test_by_the_compiler_itself() -> None:
+    itd = ITD(Iterate(GradientDescent(0.1), max_steps=2))
+    compiled, of = Compiled(itd), problem()
+    for seed in (0, 1):  # the second time with other numbers, by the same program
+        data = {**DATA, "t": normal(TASKS, N, seed=seed)}
+        expected = hypergradient(of, X, X, estimator=itd, data=data)
+        found = hypergradient(of, X, X, estimator=compiled, data=data)
+        assert distance(found.grad, expected.grad) <= 1e-12
+        assert found.value == pytest.approx(expected.value, rel=1e-12)
+    assert len(compiled._programs) == 1
+
+
+def test_other_shapes_are_another_program() -> None:
+    itd = ITD(Iterate(GradientDescent(0.1), max_steps=2))
+    compiled, of = Compiled(itd, backend="eager"), problem()
+    fewer = {key: leaf[:2] if isinstance(leaf, Tensor) else leaf for key, leaf in DATA.items()}
+    for data in (DATA, fewer):
+        expected = hypergradient(of, X, X, estimator=itd, data=data)
+        assert distance(hypergradient(of, X, X, estimator=compiled, data=data).grad, expected.grad) <= 1e-13
+    assert len(compiled._programs) == 2
+
+
+def test_what_is_not_finite_is_reported_for_its_task() -> None:
+    targets = normal(TASKS, N, seed=2)
+    targets[1] = torch.nan
+    data = {**DATA, "t": targets}
+    found = hypergradient(
+        problem(),
+        X,
+        X,
+        estimator=Compiled(ITD(Iterate(GradientDescent(0.1), 2)), backend="eager"),
+        data=data,
+        throw=False,
+    )
+    assert [status.ok for status in found.reports[0].statuses] == [True, False, True]
+    assert found.status is Status.nonfinite
+
+
+@pytest.mark.parametrize(
+    "itd",
+    [
+        ITD(Iterate(GradientDescent(0.1), 5), truncate=2),
+        ITD(Iterate(GradientDescent(0.1), 5), forward=True),
+        ITD(Iterate(GradientDescent(0.1), 5), checkpoint=True),
+        ITD(Iterate(GradientDescent(0.1), 5, tol=1e-3)),
+    ],
+)
+def test_what_depends_on_the_data_is_refused(itd: ITD) -> None:
+    with pytest.raises(ValueError, match="needs reverse mode and a fixed number of steps"):
+        Compiled(itd)
+
+
+def test_an_open_step_length_is_refused() -> None:
+    compiled = Compiled(ITD(Iterate(GradientDescent(), 5)), backend="eager")
+    with pytest.raises(ValueError, match="needs a step length"):
+        hypergradient(problem(), X, X, estimator=compiled, data=DATA)
+
+
+def test_other_estimators_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"must be an ITD\. Got AID"):
+        Compiled(AID(LBFGS(), CG()))  # type: ignore[arg-type]
