@@ -44,7 +44,8 @@ def hyper_prior(prior: Mapping[str, Tree], shape: float, rate: float) -> Tensor:
 
 def weights(posterior: Mapping[str, Tree], noise: Tensor, structure: Structure) -> Tree:
     """Draws m_t + sqrt(d_t) e of the posterior, for noise e `(samples, n)`: leaves `(samples, ...)`."""
-    drawn = rows(posterior["mean"]) + (rows(posterior["log_variance"]) / 2).exp() * noise
+    mean = rows(posterior["mean"])
+    drawn = mean + (rows(posterior["log_variance"]) / 2).exp() * noise.to(mean.device, mean.dtype)
     return structure.unravel(drawn)
 
 

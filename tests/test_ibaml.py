@@ -21,6 +21,7 @@ from bilevel._flat import FlatProblem
 from bilevel._learner import Learner
 from bilevel._linear import AbstractLinearSolver
 from bilevel._tree import tree_map
+from bilevel.few_shot import calibration_of, evaluate, train
 from bilevel.problems import (
     BayesianRegression,
     GaussianLikelihood,
@@ -34,6 +35,7 @@ from bilevel.problems import (
 )
 from bilevel.problems._variational import divergence, hyper_prior
 from bilevel.problems.kl_products import Form
+from bilevel.solvers.adam import Adam
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 from bilevel.solvers.dense import Dense
@@ -42,6 +44,7 @@ from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
+from bilevel.tasks import Episodes, digits
 
 WEIGHTS = [1.0, 0.3]
 
@@ -946,3 +949,19 @@ def test_the_figure_shows_what_its_page_says(tmp_path: Path) -> None:
     (levels,) = (curve[1] for curve in by_linear.values())
     assert levels == pytest.approx([0.11, 0.009], rel=0.1)
     assert (EXAMPLE.parent.parent / "images" / "implicit_bayes.png").stat().st_size < 150_000
+
+
+def test_it_trains_is_evaluated_and_calibrated_as_any_other_learner() -> None:
+    pytest.importorskip("sklearn")
+    source = digits()
+    episodes = Episodes(source.train, way=3, shots=2, queries=5)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()).double()
+    learner = ibaml_head(body, nn.Linear(16, 3).double(), cross_entropy, kl_weight=0.05, evaluation_samples=20)
+    trained = train(learner, episodes, max_steps=12, batch=8, outer=Adam(1e-2), score_every=100)
+    found = [evaluate(learner, x, episodes, episodes=40) for x in (learner.x0, trained.x)]
+    assert found[1].loss.mean < found[0].loss.mean
+    assert found[1].score.mean > found[1].before.mean + 0.1
+    calibrated = calibration_of(found[1])
+    assert calibrated.accuracy == pytest.approx(found[1].score.mean, abs=1e-6)
+    assert calibrated.nll == pytest.approx(found[1].loss.mean, rel=1e-5)
+    assert 0 < calibrated.ece <= calibrated.mce < 1
