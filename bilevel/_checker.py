@@ -14,7 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import LinearOperator
 from bilevel._objective import inner_objective
-from bilevel._registry import Setting, default_inner, default_linear, estimators
+from bilevel._registry import Setting, default_inner, default_linear, estimators, reference
 from bilevel._result import Solved
 from bilevel._slopes import Slope, slope
 from bilevel._spectrum import largest_eigenvalue
@@ -36,6 +36,7 @@ class Checker:
         self, problem: FlatProblem, x: Tensor, y0: Tensor, inner: AbstractInnerSolver | None, seed: int
     ) -> None:
         self.problem, self.x, self.inner = problem, x, inner
+        self.constrained = problem.problem.constraints is not None
         self.y0 = problem.start(x, y0).detach()
         self.plain_y0 = y0
         self.generator = torch.Generator().manual_seed(seed)
@@ -199,7 +200,9 @@ class Checker:
         self._say(
             "inner solution",
             self.solvable,
-            f"|grad_y g| from {before:.3g} to {after:.3g} in {solved.steps} steps",
+            f"|grad_y g| from {before:.3g} to {after:.3g} in {solved.steps} steps"
+            if not self.constrained
+            else f"optimality violated by {after:.3g} after {solved.steps} steps; {solved.at_bounds} bounds hold",
             solved.status.value,
         )
         if not self.y.isfinite().all():
@@ -247,6 +250,7 @@ class Checker:
             through_g = float(torch.linalg.vector_norm(operator.mv(self._random(like)))) > 0
         else:
             through_g = self._moves(lambda x: inner_objective(self.problem, x).gradient(self.y))
+        through_g = through_g or (self.constrained and self._moves(self._constraints))
         through_start = False
         if self.problem.problem.init is not None:
             through_start = self._moves(lambda x: self.problem.start(x, self.plain_y0).detach())
@@ -270,6 +274,11 @@ class Checker:
             }[self.dependence]
             self._say("y depends on x", True if self.dependence != "start" else None, way, "use ITD or ESJ")
 
+    def _constraints(self, x: Tensor) -> Tensor:
+        polytope = self.problem.polytope(x)
+        assert polytope is not None
+        return torch.cat([part.detach().reshape(-1) for part in polytope.tensors()])
+
     def _moves(self, function: Callable[[Tensor], Tensor]) -> bool:
         step = 1e-2 * (1 + torch.linalg.vector_norm(self.x))
         return not torch.equal(function(self.x), function(self.x + step * self._random(self.x)))
@@ -292,10 +301,13 @@ class Checker:
         if not sound or self.dependence != "inner objective":
             return
         solver = self.inner if self.inner is not None else default_inner(Setting(self.problem, self.x, self.plain_y0))
-        at = Exact().linearize(self.problem, self.x, self.y)
-        _, fx, fy = outer_gradients(self.problem, self.x, self.y)
-        cross = at.cross(default_linear(self.y).solve(at.operator, fy).value)
-        h = fx if cross is None else fx - cross
+        if self.constrained:
+            h = reference(Setting(self.problem, self.x, self.plain_y0))[0].grad
+        else:
+            at = Exact().linearize(self.problem, self.x, self.y)
+            _, fx, fy = outer_gradients(self.problem, self.x, self.y)
+            cross = at.cross(default_linear(self.y).solve(at.operator, fy).value)
+            h = fx if cross is None else fx - cross
         d = self._random(self.x)
         t = torch.finfo(self.x.dtype).eps ** 0.25 * max(1.0, float(torch.linalg.vector_norm(self.x)))
         ends = []
@@ -318,7 +330,7 @@ class Checker:
 
     def _why_not(self, name: str) -> str:
         """Why the estimator of that name does not apply; empty if it does."""
-        implicit, unrolled = name.startswith("aid"), name.startswith(("itd", "one-step"))
+        implicit, unrolled = name.startswith(("aid", "kkt")), name.startswith(("itd", "one-step"))
         by_values = name == "finite-difference"
         if "values" in self.wrong:
             return "f and g must run, and be finite, at (x, y0) first"
@@ -328,11 +340,13 @@ class Checker:
             return "the derivative of f is not that of its values"
         if self.detached and not by_values and name != "esj":
             return "the derivative of grad_y g in x is zero to autograd: x is detached in g"
+        if self.constrained and (implicit or unrolled or name == "penalty") and name != "kkt":
+            return "y is constrained: grad_y g need not be zero at y*; use 'kkt'"
         if not self.second_order and (implicit or unrolled):
             return "an operation of g has no second derivative"
         if self.dependence == "start" and (implicit or name == "penalty"):
             return "y depends on x only through its start"
-        if not self.definite and name in ("aid-cg", "aid-neumann", "aid-dense", "aid-nystrom"):
+        if not self.definite and name in ("aid-cg", "aid-neumann", "aid-dense", "aid-nystrom", "kkt"):
             return "the inner Hessian is not positive definite at the solution"
         if self.dependence == "none" and not self.detached:
             return "y does not depend on x: Phi(x) = f(x, y*) needs no estimator"

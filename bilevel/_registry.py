@@ -17,7 +17,7 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
-from bilevel._objective import inner_objective
+from bilevel._objective import inner_objective, refuse_constraints
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Tally
 
@@ -96,9 +96,12 @@ class Setting:
 
 
 def default_inner(s: Setting) -> AbstractInnerSolver:
-    """The inner solver behind names whose estimator takes any: accurate L-BFGS."""
+    """The inner solver behind names whose estimator takes any: accurate L-BFGS; one that heeds constraints on y."""
     from bilevel.solvers.lbfgs import LBFGS
+    from bilevel.solvers.quadratic_program import QuadraticProgram
 
+    if s.problem.problem.constraints is not None:
+        return QuadraticProgram()
     return LBFGS(tol=s.inner_tol(), max_steps=1000)
 
 
@@ -158,6 +161,8 @@ def _unrolled(s: Setting, min_steps: int = 0) -> AbstractInnerSolver:
     from bilevel.solvers.gradient_descent import GradientDescent
     from bilevel.solvers.iterate import Iterate
 
+    if s.problem.problem.constraints is not None:
+        return default_inner(s)
     if s.problem.problem.init is not None:  # the number of steps is part of the problem: adaptation, not convergence
         return Iterate(GradientDescent(), max_steps=10)
     tol = s.inner_tol() * (1e2 if s.double else 10)
@@ -170,6 +175,7 @@ def _itd(
     def build(s: Setting) -> AbstractEstimator:
         from bilevel.hypergrad.itd import ITD
 
+        refuse_constraints(s.problem, "ITD")
         least = s.derivative_steps() if truncate is None else truncate
         return ITD(_unrolled(s, least), truncate=truncate, forward=forward, checkpoint=checkpoint)
 
@@ -189,6 +195,12 @@ def _first_order(s: Setting) -> AbstractEstimator:
     from bilevel.hypergrad.first_order import FirstOrder
 
     return FirstOrder(_unrolled(s) if s.problem.problem.init is not None else default_inner(s))
+
+
+def _kkt(s: Setting) -> AbstractEstimator:
+    from bilevel.hypergrad.kkt import KKT
+
+    return KKT(default_inner(s))
 
 
 def _penalty(s: Setting) -> AbstractEstimator:
@@ -229,6 +241,7 @@ _NAMED: dict[str, Named] = {
     "one-step": Named("reverse mode through the last inner step only, Jacobian-free (biased)", _itd(truncate=1)),
     "first-order": Named("no second derivatives: y moves as its start does or not (biased; FOMAML)", _first_order),
     "esj": Named("evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch", _esj),
+    "kkt": Named("implicit gradient under linear constraints on y, from the optimality conditions (few y)", _kkt),
     "penalty": Named("fully first-order value function, with Richardson extrapolation in the weight", _penalty),
     "finite-difference": Named("central differences of Phi: an oracle for tests, 2p inner solves", _finite_difference),
 }
@@ -287,7 +300,7 @@ def default_linear(like: Tensor) -> AbstractLinearSolver:
 
 
 def reference(s: Setting) -> tuple[FlatEstimate, str]:
-    """The implicit gradient as accurately as the dtype allows, and how it was computed.
+    """The implicit gradient as accurately as the dtype allows, and how it was computed; by `KKT` under constraints.
 
     Raises:
         ValueError: if implicit differentiation does not apply; the reference is then a central difference of Phi.
@@ -298,6 +311,8 @@ def reference(s: Setting) -> tuple[FlatEstimate, str]:
     from bilevel.solvers.dense import Dense
     from bilevel.solvers.newton import Newton
 
+    if s.problem.problem.constraints is not None:
+        return _kkt(s).estimate(s.problem, s.x, FlatStart(s.y0)), "the implicit gradient under constraints"
     tol = s.inner_tol() * 1e-2
     dense = s.y0.shape[-1] <= 200
     linear: AbstractLinearSolver = Dense() if dense else CG(rtol=1e-13 if s.double else 1e-6)
@@ -322,6 +337,7 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
     from bilevel.hypergrad.finite_difference import FiniteDifference
     from bilevel.hypergrad.first_order import FirstOrder
     from bilevel.hypergrad.itd import ITD
+    from bilevel.hypergrad.kkt import KKT
     from bilevel.hypergrad.penalty import Penalty
     from bilevel.solvers.gradient_descent import GradientDescent
     from bilevel.solvers.iterate import Iterate
@@ -342,14 +358,20 @@ def budgeted(name: str, s: Setting, budget: int) -> AbstractEstimator:
     }
     if name not in _NAMED:
         raise ValueError(f"there is no estimator {name!r}. Names: {', '.join(_NAMED)}.")
-    steps = budget // (2 if name.startswith("aid") else spent_on[name])
+    steps = budget // (2 if name.startswith(("aid", "kkt")) else spent_on[name])
     if steps < 1 or (name in ("aid-dense", "aid-nystrom") and budget <= 1):
         raise ValueError(f"a budget of {budget} oracle calls is too small for {name!r}.")
-    inner = Iterate(GradientDescent(), max_steps=steps)
-    fast = LBFGS(tol=0.0, max_steps=steps)
+    inner: AbstractInnerSolver = Iterate(GradientDescent(), max_steps=steps)
+    fast: AbstractInnerSolver = LBFGS(tol=0.0, max_steps=steps)
+    constrained = s.problem.problem.constraints is not None
+    if constrained:
+        fast = default_inner(s)  # which takes its q products, whatever the budget
     if name.startswith("aid"):
         return AID(fast, _budgeted_linear(name, min(steps, q) if name in ("aid-dense", "aid-nystrom") else steps))
+    if name == "kkt":
+        return KKT(fast)
     if name == "esj":
+        inner = fast if constrained else inner
         return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
     if name == "first-order":
         return FirstOrder(fast)
@@ -386,8 +408,10 @@ def _choose(wish: Auto, s: Setting) -> Chosen:
             "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the"
             " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
         )
+    if s.problem.problem.constraints is not None:
+        raise ValueError("`Auto` does not apply to a problem with constraints on y. Name the estimator: 'kkt'.")
     p, q = s.x.shape[-1], s.y0.shape[-1]
-    passed_over = ("finite-difference", "itd-checkpointed", "aid-gmres", "first-order")
+    passed_over = ("finite-difference", "itd-checkpointed", "aid-gmres", "first-order", "kkt")
     names = [name for name in _NAMED if name not in passed_over]
     if q > 500:  # a dense factorization or a dense difference would cost more than it can save
         names.remove("aid-dense")

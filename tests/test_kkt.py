@@ -26,6 +26,8 @@ from bilevel import (
     Polytope,
     Status,
     certify,
+    check,
+    compare,
     hypergradient,
 )
 from bilevel._estimate import AbstractEstimator
@@ -389,6 +391,61 @@ def test_what_is_not_known_of_constrained_problems_is_not_claimed() -> None:
     constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=1.0, M_yy=1.0, M_xy=1.0, C_G=1.0)
     with pytest.raises(ValueError, match="without constraints"):
         certify(problem, torch.zeros(3), found, constants)
+
+
+def on_the_simplex() -> BilevelProblem:
+    """f = c'y over the projection of x: x moves y through g."""
+    return BilevelProblem(
+        lambda x, y: y @ torch.tensor([1.0, 2.0, -1.0]),
+        lambda x, y: (y - x).square().sum() / 2,
+        constraints=lambda x: Polytope(A=torch.ones(1, 3), b=1.0, lower=0.0),
+    )
+
+
+def test_by_name_it_solves_and_differentiates() -> None:
+    x, y0 = torch.tensor([0.5, 0.3, -1.0]), torch.zeros(3)
+    for name in ("kkt", "finite-difference", "esj"):
+        found = hypergradient(on_the_simplex(), x, y0, estimator=name)
+        assert torch.allclose(found.grad, torch.tensor([-0.5, 0.5, 0.0]), atol=1e-6)
+    for name in ("aid-cg", "aid-dense", "itd", "one-step", "penalty"):
+        with pytest.raises(ValueError, match="does not apply: y is constrained"):
+            hypergradient(on_the_simplex(), x, y0, estimator=name)
+    with pytest.raises(ValueError, match=r"`Auto` does not apply to a problem with constraints.*'kkt'"):
+        hypergradient(on_the_simplex(), x, y0, estimator="auto")
+
+
+def test_check_says_which_bounds_hold_and_what_applies() -> None:
+    found = check(on_the_simplex(), torch.tensor([0.5, 0.3, -1.0]), torch.zeros(3))
+    assert found.ok
+    said = {verdict.name: verdict.found for verdict in found.verdicts}
+    assert "1 bounds hold" in said["inner solution"]
+    assert said["hypergradient"]
+    assert found.dependence == "inner objective"
+    refused = {name for name, reason in found.estimators.items() if "use 'kkt'" in reason}
+    assert {"aid-cg", "aid-minres", "itd", "one-step", "penalty"} <= refused
+    assert not found.estimators["kkt"] and not found.estimators["esj"]
+
+
+def test_check_sees_x_in_the_constraints() -> None:
+    problem = BilevelProblem(
+        lambda x, y: y.sum(), lambda x, y: (y - 3).square().sum(), constraints=lambda x: Polytope(upper=x)
+    )
+    found = check(problem, torch.ones(2), torch.zeros(2))
+    assert found.ok and found.dependence == "inner objective"
+
+
+@pytest.mark.parametrize("budgets", [None, [50]])
+def test_compare_has_a_row_or_a_reason_for_each(budgets: list[int] | None) -> None:
+    x = torch.tensor([0.5, 0.3, -1.0])
+    found = compare(on_the_simplex(), x, torch.zeros(3), budgets=budgets, memory=False)
+    rows = {row.name: row for row in found.rows}
+    assert found.reference == "the implicit gradient under constraints"
+    assert found.norm == pytest.approx(0.5**0.5)
+    assert {name for name, row in rows.items() if row.applies} == {"kkt", "esj", "finite-difference", "first-order"}
+    for name in ("kkt", "esj", "finite-difference"):
+        assert (rows[name].relative or 0.0) < 1e-6
+    assert "y is constrained" in rows["aid-cg"].reason and "y is constrained" in rows["itd"].reason
+    assert "not aid-cg: `AID` does not apply: y is constrained" in str(found)
 
 
 def test_float32_is_good_to_float32() -> None:

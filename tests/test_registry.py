@@ -23,6 +23,7 @@ from bilevel.solvers.lbfgs import LBFGS
 STATED = {
     "aid-cg": (1e-7, 2e-3),
     "aid-dense": (1e-7, 2e-3),
+    "kkt": (1e-7, 2e-3),
     "aid-minres": (1e-7, 2e-3),
     "aid-gmres": (1e-7, 2e-3),
     "aid-neumann": (1e-4, 2e-2),
