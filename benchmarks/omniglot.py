@@ -1,0 +1,133 @@
+"""Omniglot, 5 ways, 1 shot: every method trained by its documented command, tested once on classes never seen.
+
+    python benchmarks/omniglot.py --data omniglot.npz --runs runs/omniglot
+
+runs the commands one after the other (an hour or less each), and writes the table to benchmarks/results/omniglot.md and
+the figure to docs/images/omniglot.png. Methods whose folder holds a finished run are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _harness import machine, write
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command, and what was published for the method on this data set.
+
+    Attributes:
+        name: of the experiment.
+        arguments: of `bilevel run`, but for the data and the folder.
+        published: test accuracy in per cent with its source, 5 ways and 1 shot unless it says otherwise.
+    """
+
+    name: str
+    arguments: str
+    published: str
+
+
+RUNS = (
+    Run("protonet-omniglot", "--steps 4000", "98.8 (Snell et al. 2017)"),
+    Run("ridge-omniglot", "--steps 4000", ""),
+    Run("maml-omniglot", "--steps 6000", "98.7 ± 0.4 (Finn et al. 2017)"),
+    Run("anil-omniglot", "--steps 6000", "96.2 ± 0.5 with 20 ways (Raghu et al. 2020)"),
+    Run("imaml-omniglot", "--steps 3000", "99.16 ± 0.35 (Rajeswaran et al. 2019)"),
+    Run("ibaml-omniglot", "--steps 3000", ""),
+)
+
+
+def command(run: Run, data: str, out: str) -> list[str]:
+    """The words after `bilevel`."""
+    return ["run", run.name, "--set", f"data={data}", *shlex.split(run.arguments), "--out", out]
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """What a finished run has left."""
+    path = folder / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return result if result.get("test") else None
+
+
+def table(runs: Path) -> str:
+    """The runs that have finished, as Markdown."""
+    lines = [
+        "# Omniglot, 5 ways, 1 shot",
+        "",
+        "Test classes are the 423 of Vinyals' split, seen by no method before; 600 episodes, 95 % intervals. Training",
+        "classes are turned by 90 degrees to make more of them. Made by `python benchmarks/omniglot.py --data PATH`.",
+        "",
+        "| method | test accuracy, % | ECE, % | NLL | steps | training, s | published, % |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for run in RUNS:
+        result = finished(runs / run.name)
+        if result is None:
+            continue
+        test = result["test"]
+        lines.append(
+            f"| {run.name.removesuffix('-omniglot')} | {100 * test['score']['mean']:.1f} ±"
+            f" {100 * test['score']['interval']:.1f} | {100 * result['calibration']['ECE']:.1f} |"
+            f" {result['calibration']['NLL']:.3f} | {result['steps']} | {result['training_seconds']:.0f} |"
+            f" {run.published} |"
+        )
+    commands = [f"bilevel {shlex.join(command(run, 'omniglot.npz', f'runs/{run.name}'))}" for run in RUNS]
+    facts = ", ".join(f"{key} {value}" for key, value in machine().items())
+    return "\n".join([*lines, "", "```bash", *commands, "```", "", f"Machine: {facts}.", ""])
+
+
+def figure(runs: Path, path: Path) -> None:
+    """Validation accuracy against seconds, all methods in one picture."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = drawing.add_subplot()
+    for run in RUNS:
+        history = runs / run.name / "history.jsonl"
+        if finished(runs / run.name) is None:
+            continue
+        records = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+        points = [(r["elapsed"], 100 * r["validation"]["score"]) for r in records if r["validation"]]
+        axes.plot(*zip(*points, strict=True), label=run.name.removesuffix("-omniglot"))
+    axes.set(xlabel="seconds", ylabel="validation accuracy, %", xscale="log", ylim=(20, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="omniglot.npz, made by `bilevel data omniglot`; without it: only the table")
+    parser.add_argument("--runs", type=Path, default=Path("runs/omniglot"), help="folder of the runs")
+    parser.add_argument("--only", default=",".join(run.name for run in RUNS), help="which experiments to run")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="where the table goes")
+    parser.add_argument("--image", type=Path, default=HERE.parent / "docs/images/omniglot.png", help="the figure")
+    given = parser.parse_args()
+    failed = []
+    for run in RUNS:
+        if given.data is None or run.name not in given.only.split(",") or finished(given.runs / run.name):
+            continue
+        words = command(run, given.data, str(given.runs / run.name))
+        if subprocess.run([sys.executable, "-m", "bilevel", *words], check=False).returncode:
+            failed.append(run.name)
+    write(given.out / "omniglot.md", table(given.runs))
+    figure(given.runs, given.image)
+    print(table(given.runs))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
