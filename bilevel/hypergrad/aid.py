@@ -67,7 +67,8 @@ class AID(AbstractEstimator):
             without a second derivative.
         target_error: solve both problems until the certified error of the hypergradient, `Estimate.bound`, is at most
             this, instead of to the tolerances of the solvers. Near a warm start y is corrected by Newton steps with the
-            linear solver, and by the inner solver where these gain little.
+            linear solver, and by the inner solver where these gain little. A linear solver that takes a
+            preconditioner and has none is preconditioned by the last 20 products, for 40 q of memory.
         relative_error: the same, relative to |h|: below 1 it certifies a descent direction. With both, the larger
             target counts.
         constants: what is known of f and g, or a function of x that tells; for the certified error. None: estimated at
