@@ -14,7 +14,7 @@ from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._registry import estimators
 from bilevel._result import BilevelError, Stats, Status
-from bilevel.commands.arguments import split
+from bilevel.commands.arguments import split, takes
 from bilevel.commands.folder import Folder
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load_experiment
@@ -64,6 +64,8 @@ def run_experiment(request: Request) -> None:
     try:
         _run(plan, folder, head, lines)
     except BaseException as error:
+        if not lines and not request.resume:  # nothing was computed
+            folder.clear()
         if folder.bring_back():
             error.add_note(f"The earlier run in {str(folder.path)!r} is kept.")
         raise
@@ -133,11 +135,11 @@ def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
     if request.outer is None:
         return own if request.step is None else _with_step(own, request.step)
     build = outer_method(request.outer)
+    if not takes(build, "step"):
+        raise ValueError(f"`--outer {request.outer}` runs its own loop on a deterministic problem. Use `adam`.")
     if request.step is None:
         raise ValueError(f"`--outer {request.outer}` needs a step length: add `--step`.")
-    found = build(step=request.step)
-    if not isinstance(found, AbstractOptimizer):
-        raise ValueError(f"`--outer {request.outer}` runs its own loop on a deterministic problem. Use `adam`.")
+    found: AbstractOptimizer = build(step=request.step)
     return found
 
 
