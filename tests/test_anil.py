@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 
-from bilevel import AID, ESJ, ITD, BilevelProblem, Estimate, functional, hypergradient, minimize, ravel
+from bilevel import AID, ESJ, ITD, BilevelProblem, Estimate, FirstOrder, functional, hypergradient, minimize, ravel
 from bilevel._learner import Learner
 from bilevel.problems.anil import anil, no_inner_loop
 from bilevel.problems.maml import maml
@@ -186,6 +186,23 @@ def test_batch_is_the_mean_of_a_loop_and_padding_changes_nothing(criterion: Any)
             padded[f"{side}_x"][k, count:] = 7.0
             padded[f"{side}_y"][k, count:] = 2
     assert distance(estimate(learner, padded).grad, sum(flat(single.grad) for single in cut) / TASKS) <= 1e-10
+
+
+def test_first_order_takes_the_features_of_the_support_set_as_constant() -> None:
+    batch, (phi, w) = regression(), start()
+    learner = anil(body(), head(), mse_loss, step=STEP, inner_steps=N)
+    found = estimate(learner, batch, estimator=FirstOrder(learner.adapt))
+    h_phi, h_w = torch.zeros_like(phi), torch.zeros_like(w)
+    for k in range(TASKS):
+        y = w
+        for _ in range(N):
+            leaf = y.clone().requires_grad_()
+            y = y - STEP * torch.autograd.grad(loss(phi, leaf, batch, k, "support"), leaf)[0]
+        leaves = phi.clone().requires_grad_(), y.clone().requires_grad_()
+        in_phi, in_w = torch.autograd.grad(loss(*leaves, batch, k, "query"), leaves)
+        h_phi, h_w = h_phi + in_phi / TASKS, h_w + in_w / TASKS
+    assert distance(found.grad["body"], h_phi) <= 1e-10
+    assert distance(found.grad["head"], h_w) <= 1e-10
 
 
 def test_with_an_identity_for_a_body_it_is_maml() -> None:

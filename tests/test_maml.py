@@ -392,6 +392,28 @@ def test_batch_is_the_mean_of_a_loop(name: str, loss: Any) -> None:
     assert found.value == pytest.approx(sum(single.value for single in singles) / TASKS, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", [*VARIANTS, "reptile"])
+def test_a_convolutional_network_with_batch_statistics_is_the_mean_of_a_loop_in_chunks_too(name: str) -> None:
+    def build() -> nn.Module:
+        block = [nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.BatchNorm2d(3), nn.ReLU()]
+        return nn.Sequential(*block, nn.Flatten(), nn.Linear(12, 3))
+
+    batch = {f"{side}_x": normal(TASKS, 6, 1, 4, 4, seed=k) for k, side in enumerate(("support", "query"))}
+    batch |= {f"{side}_y": torch.arange(6).expand(TASKS, 6) % 3 for side in ("support", "query")}
+    module = seeded(build)
+    method = reptile if name == "reptile" else maml
+    learner = method(module, cross_entropy, step=STEP, inner_steps=2, **VARIANTS.get(name, {}))
+    mean = sum(flat(estimate(learner, one(batch, k)).grad) for k in range(TASKS)) / TASKS
+    assert distance(estimate(learner, batch).grad, mean) <= 1e-10
+    parts = hypergradient(
+        learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=batch, chunk_size=2
+    )
+    assert distance(parts.grad, mean) <= 1e-10
+    statistics = module[1].running_mean  # type: ignore[index]
+    assert isinstance(statistics, Tensor)
+    assert not statistics.any()  # the user's module is not written to
+
+
 def rounded_huber(output: Tensor, target: Tensor) -> Tensor:
     return huber_loss(output, target, delta=0.5)
 
