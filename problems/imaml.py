@@ -105,8 +105,9 @@ def imaml(
         # Joined: a few operations on one vector, whatever the number of layers.
         away = (_join([y[name] for name in names]) - _join([theta[name] for name in names])).square()
         if isinstance(lambda_, dict):
-            lambda_ = _join([lambda_[name].expand_as(y[name]) for name in names])
-        value: Tensor = fit + (lambda_ * away).sum() / 2
+            weights = _join([lambda_[name].expand_as(y[name]) for name in names])
+            return fit + (weights * away).sum() / 2
+        value: Tensor = fit + lambda_ / 2 * away.sum()
         return value
 
     x0: Tree = dict(net.params)
