@@ -33,6 +33,7 @@ from bilevel import (
 from bilevel._estimate import AbstractEstimator
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
+from bilevel.solvers.cvxpy_program import Cvxpy
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
@@ -186,6 +187,13 @@ def test_a_solution_found_elsewhere_will_do() -> None:
     found = hypergradient(problem, point, torch.zeros(n), estimator=KKT(ClosedForm(lambda x: solved.y + 1e-13)))
     assert torch.allclose(found.grad, solved.grad, rtol=0, atol=1e-12)
     assert found.status.ok
+
+
+def test_a_solution_of_cvxpy_will_do() -> None:
+    pytest.importorskip("cvxpy")
+    x = torch.tensor([0.9, 0.3, -2.0])
+    found = hypergradient(on_the_simplex(), x, torch.zeros(3), estimator=KKT(Cvxpy()))
+    assert torch.allclose(found.grad, torch.tensor([-0.5, 0.5, 0.0]), rtol=0, atol=1e-6)
 
 
 # Tasks

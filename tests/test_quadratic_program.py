@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from strategies import SEEDS, gaussian, spd_matrices
 from torch import Tensor
 
-from bilevel._inner import Objective
+from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._polytope import FlatPolytope, Polytope
 from bilevel._result import Solved, Status
 from bilevel._saddle import SaddlePoint, pseudo_inverse
 from bilevel._sets import Simplex
 from bilevel._tree import ravel
+from bilevel.solvers.cvxpy_program import Cvxpy
 from bilevel.solvers.mehrotra import Mehrotra, Program
 from bilevel.solvers.programs import violation
 from bilevel.solvers.quadratic_program import QuadraticProgram
@@ -37,7 +39,7 @@ def solve(
     lower: Tensor | float = -INF,
     upper: Tensor | float = INF,
     *,
-    solver: QuadraticProgram = QuadraticProgram(),
+    solver: AbstractInnerSolver = QuadraticProgram(),
 ) -> Solved:
     """One program, or several along a leading axis."""
     A = q.new_zeros(*q.shape[:-1], 0, q.shape[-1]) if A is None else A
@@ -376,3 +378,30 @@ def test_scipy_finds_no_better_point(program: Data) -> None:
     if other.success and feasible:
         assert y @ Q @ y / 2 + q @ y <= other.fun + 1e-7
         assert abs(y - other.x).max() < 1e-3 * (1 + abs(y).max())
+
+
+@settings(max_examples=15)
+@given(programs())
+def test_cvxpy_finds_the_same_point(program: Data) -> None:
+    pytest.importorskip("cvxpy")
+    ours, theirs = solve(*program), solve(*program, solver=Cvxpy())
+    assert theirs.status.ok
+    assert torch.allclose(theirs.value, ours.value, rtol=0, atol=1e-4 * float(1 + ours.value.abs().max()))
+
+
+def test_cvxpy_reports_what_cannot_be_solved() -> None:
+    pytest.importorskip("cvxpy")
+    beyond = solve(torch.eye(3), torch.ones(3), torch.ones(1, 3), torch.full((1,), 9.0), 0.0, 1.0, solver=Cvxpy())
+    assert beyond.status is Status.infeasible
+    below = solve(torch.zeros(2, 2), -torch.ones(2), lower=0.0, solver=Cvxpy())
+    assert below.status is Status.not_positive_definite
+    rough = solve(torch.eye(3), torch.ones(3), torch.ones(1, 3), torch.ones(1), 0.0, solver=Cvxpy(tol=0.0))
+    assert rough.status is Status.stagnated
+    with pytest.raises(ValueError, match=r"`Cvxpy\(tol=...\)` must be at least 0"):
+        Cvxpy(tol=-1.0)
+
+
+def test_without_cvxpy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cvxpy", None)
+    with pytest.raises(ImportError, match=r'pip install "bilevel\[convex\]"'):
+        solve(torch.eye(2), torch.ones(2), solver=Cvxpy())

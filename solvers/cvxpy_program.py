@@ -1,0 +1,95 @@
+"""Quadratic programs by the solvers behind cvxpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._demand import demand_types
+from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._result import Solved, Status
+from bilevel.solvers.mehrotra import Program
+from bilevel.solvers.programs import violation
+from bilevel.solvers.quadratic_program import program_of
+
+
+@final
+@dataclass(frozen=True)
+class Cvxpy(AbstractInnerSolver):
+    """argmin {y'Qy / 2 + q'y : A y = b, lower <= y <= upper} by a solver of cvxpy, one row of a batch after the other.
+
+    An independent check of `QuadraticProgram`, which is faster on batches. g must be quadratic: success is decided by
+    the violation of the optimality conditions at the returned point, as it is there. Solutions are accurate to the
+    solver's own tolerance, and held entries off their bounds by as much.
+
+    Cost: q Hessian products and two gradients, and the solver's. Needs `pip install "bilevel[convex]"`.
+
+    Args:
+        tol: of the violation.
+        solver: the name of an installed solver of cvxpy: "CLARABEL", "OSQP", "SCS".
+
+    Raises:
+        ValueError: if `tol` is negative.
+        ImportError: from `solve`, without cvxpy.
+    """
+
+    tol: float = 1e-6
+    solver: str = "CLARABEL"
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        if not self.tol >= 0:
+            raise ValueError(f"`Cvxpy(tol=...)` must be at least 0. Got {self.tol}.")
+
+    @property
+    def heeds_constraints(self) -> bool:
+        return True
+
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
+        program = program_of(objective, y0)
+        rows = [self._solve_row(program, i) for i in range(len(program.q))]
+        multipliers = torch.stack([row[1] for row in rows])
+        y = torch.stack([row[0] for row in rows]).reshape(y0.shape).to(y0)
+        flat = y.reshape(program.q.shape).to(program.q)
+        gradient = objective.last_gradient(y).reshape(flat.shape).to(flat)
+        error = violation(program, flat, multipliers, gradient)
+        statuses = tuple(
+            (Status.successful if e <= self.tol else Status.stagnated) if status is None else status
+            for e, (_, _, status) in zip(error.tolist(), rows, strict=True)
+        )
+        held = int(((flat >= program.upper) | (flat <= program.lower)).sum())
+        shape = y0.shape[:-1]
+        return Solved(y, statuses, error.reshape(shape).to(y0), 1, held, multipliers.reshape(*shape, -1).to(y0))
+
+    def _solve_row(self, program: Program, row: int) -> tuple[Tensor, Tensor, Status | None]:
+        cvxpy = _cvxpy()
+        Q, q, A, b, lower, upper = (
+            part[row].cpu().numpy()
+            for part in (program.Q, program.q, program.A, program.b, program.lower, program.upper)
+        )
+        y = cvxpy.Variable(len(q))
+        equalities = [A @ y == b] if len(A) else []
+        sides = ((upper, 1.0), (-lower, -1.0))
+        bounds = [s * y[limit < float("inf")] <= limit[limit < float("inf")] for limit, s in sides]
+        objective = cvxpy.Minimize(cvxpy.quad_form(y, cvxpy.psd_wrap(Q)) / 2 + q @ y)
+        problem = cvxpy.Problem(objective, equalities + [bound for bound in bounds if bound.size])
+        problem.solve(solver=self.solver)
+        like = program.q[row]
+        none = torch.full_like(like, torch.nan), torch.full_like(program.b[row], torch.nan)
+        if problem.status in ("infeasible", "infeasible_inaccurate"):
+            return *none, Status.infeasible
+        if y.value is None:
+            return *none, Status.not_positive_definite  # unbounded below
+        dual = torch.as_tensor(equalities[0].dual_value).to(like) if equalities else none[1]
+        return torch.as_tensor(y.value).to(like).reshape(like.shape), dual.reshape(program.b[row].shape), None
+
+
+def _cvxpy() -> Any:
+    try:
+        import cvxpy
+    except ImportError as error:
+        raise ImportError('`Cvxpy` needs cvxpy: pip install "bilevel[convex]"') from error
+    return cvxpy
