@@ -29,8 +29,8 @@ from bilevel import (
     hypergradient,
 )
 from bilevel._assumed import completed, moved
-from bilevel._measure import measure
-from bilevel._theorems import certify_flat, theorem
+from bilevel._measure import Measured, measure
+from bilevel._theorems import certify_flat, theorem, theorem_a, theorem_b
 from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
 from bilevel.solvers import CG, LBFGS, Dense, GradientDescent, Iterate, Neumann, Newton, Nystrom
@@ -383,6 +383,59 @@ def test_in_one_dimension_the_bound_is_attained_for_one_problem_and_for_tasks_al
     problem, x, estimate, data = sharp(tasks, v)
     constants = Constants(mu, L_fyy=0.0, L_fxy=0.0, M_yy=0.0, M_xy=1.0, C_G=1.0 if tasks else None)
     assert 1.0 <= certify(problem, x, estimate, constants, data=data).bound <= 1.0 + 1e-12
+
+
+def falling(e: float, m: float, M: float) -> BilevelProblem:
+    """g' = -e + m y - M y^2 / 2 - x: the curvature falls as fast as M_yy = M allows, from m at y = 0; f = y."""
+    return BilevelProblem(
+        lambda x, y: y.sum(), lambda x, y: (-(e + x) * y + m * y.square() / 2 - M * y.pow(3) / 6).sum()
+    )
+
+
+@given(m=st.floats(0.5, 2.0), M=st.floats(0.1, 2.0), share=st.floats(0.01, 0.9))
+def test_the_local_bound_is_attained_where_the_curvature_falls_as_fast_as_it_may(
+    m: float, M: float, share: float
+) -> None:
+    e = share * m * m / (2 * M)
+    least = math.sqrt(m * m - 2 * M * e)  # at y* = (m - least) / M, where h = 1 / least; at y = 0 it is 1 / m
+    problem, x, y = falling(e, m, M), torch.zeros(1), torch.zeros(1)
+    still = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+    estimate = hypergradient(problem, x, y, estimator=still, throw=False)
+    error = abs(float(estimate.grad) - 1 / least)
+    for mu, local in ((None, frozenset[str]()), (m, frozenset({"mu"}))):
+        constants = Constants(mu, L_fyy=0.0, L_fxy=0.0, M_yy=M, M_xy=0.0, C_G=1.0, local=local)
+        found = certify(problem, x, estimate, constants)
+        assert (found.theorem, found.proven) == ("B", True)
+        assert error <= found.bound * (1 + 1e-9)
+        assert found.bound <= error * (1 + 1e-6) + 1e-12
+        assert found.distance == pytest.approx((m - least) / M)
+
+
+def test_no_point_is_certified_without_a_stationary_point_nearby() -> None:
+    problem, x, y = falling(1.0, 1.0, 1.0), torch.zeros(1), torch.zeros(1)  # g' = -1 + y - y^2 / 2 < 0 everywhere
+    still = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+    estimate = hypergradient(problem, x, y, estimator=still, throw=False)
+    found = certify(problem, x, estimate, Constants(None, None, 0.0, 0.0, 1.0, 0.0, 1.0))
+    assert found.bound == math.inf
+    assert not found.proven
+    assert "too large" in found.reason
+
+
+def test_of_several_tasks_the_worst_counts_for_the_distance_and_the_mean_for_the_bound() -> None:
+    """Two tasks with g' = -e + y - y^2 / 2: its roots are (m - m*) / M and (m + m*) / M."""
+    e, zero = torch.tensor([0.1, 0.4]), torch.zeros(2)
+    found = Measured(e, torch.tensor([0.0, 0.3]), torch.tensor([1.0, 2.0]), torch.zeros(1), 0.0)
+    known = Constants(None, None, 0.0, 0.0, 1.0, 0.0, 1.0)
+    least = (1 - 2 * e).sqrt()
+    local = theorem_b(found, zero + 1.0, known)
+    assert local.distance == pytest.approx(float(1 - least[1]))
+    assert local.unique == pytest.approx(float(1 + least[1]))
+    assert local.mu == pytest.approx(float(least[1]))
+    assert local.inner == pytest.approx(float(((1 - least) * torch.tensor([1.0, 2.0]) / least).mean()))
+    assert local.linear == pytest.approx(0.15 / float(least[1]))
+    for curvatures in (torch.tensor([1.0, -0.1]), torch.tensor([1.0, 0.5])):  # no minimum; no stationary point nearby
+        assert theorem_b(found, curvatures, known).total == math.inf
+    assert theorem_a(found, 0.5, 2 * e, replace(known, mu=0.5)).distance == pytest.approx(0.8)
 
 
 def test_constants_measured_at_a_point_are_moved_to_another_one() -> None:
