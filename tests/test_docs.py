@@ -30,6 +30,7 @@ import torch
 
 import bilevel
 from bilevel import _registry, cli
+from bilevel.few_shot.experiments import experiments
 from bilevel.problems import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,23 +167,26 @@ def parsed(arguments: Sequence[str]) -> tuple[object, argparse.Namespace]:
         return stop.code, argparse.Namespace()
 
 
-def check_bilevel(arguments: Sequence[str]) -> None:
+def check_bilevel(words: Sequence[str]) -> None:
     """The parser accepts it and every name in it exists; a command on the page's own file is carried out."""
-    code, options = parsed(arguments)
-    assert not code, f"`bilevel` does not accept {arguments}"
+    code, options = parsed(words)
+    assert not code, f"`bilevel` does not accept {words}"
     problem = getattr(options, "problem", None)
     if problem is None:
         return
     if ".py:" in problem:
         quiet = ["--quiet"] if hasattr(options, "quiet") else []
-        assert cli.main([*arguments, *quiet]) == 0, f"`bilevel {shlex.join(arguments)}` failed"
+        assert cli.main([*words, *quiet]) == 0, f"`bilevel {shlex.join(words)}` failed"
         return
-    assert problem in catalogue(), f"there is no problem {problem!r}"
+    builds = [(name, entry.build) for name, entry in catalogue().items()]
+    builds += [(name, named.build) for name, named in experiments().items()]
+    known = {name: inspect.signature(build) for name, build in builds}
+    assert problem in known, f"there is no problem {problem!r}"
     named = getattr(options, "estimator", None) or []
     assert set([named] if isinstance(named, str) else named) <= set(bilevel.estimators())
     wanted = {word.partition("=")[0] for word in options.set}
-    known = set(inspect.signature(catalogue()[problem].build).parameters)
-    assert wanted <= known, f"{problem} has no argument {wanted - known}"
+    arguments = set(known[problem].parameters)
+    assert wanted <= arguments, f"{problem} has no argument {wanted - arguments}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -215,6 +219,9 @@ def test_the_pages_name_every_problem_flag_and_exit_code_and_no_other() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|", (ROOT / "docs" / "problems.md").read_text(), re.MULTILINE)
     assert dict(rows) == {entry.name: entry.description for entry in catalogue().values()}
     page = (ROOT / "docs" / "command_line.md").read_text()
+    listed = page.partition("## Few-shot experiments")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]*) \|", listed, re.MULTILINE)
+    assert dict(rows) == {entry.name: entry.description for entry in experiments().values()}
     for command in ("run", "check", "compare"):
         section = re.search(rf"`bilevel {command} PROBLEM` takes\n\n((?:\|.*\n)+)", page)
         assert section, command

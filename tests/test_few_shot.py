@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -624,3 +626,51 @@ def test_networks_have_the_features_they_say_and_leave_the_global_generator_alon
         conv_net(0)
     with pytest.raises(ValueError, match="inputs and outputs"):
         mlp((3,))
+
+
+# TensorBoard
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(ImportError, match=r'pip install "bilevel\[tensorboard\]"'):
+        train(regression(), Sinusoid(), max_steps=1, tensorboard=tmp_path)
+
+
+def test_scalars_are_those_of_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[tuple[str, int], float] = {}
+    closed: list[str] = []
+
+    @final
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written[name, step] = value
+
+        def close(self) -> None:
+            closed.append(self.folder)
+
+    for name in ("torch.utils.tensorboard", "torch.utils.tensorboard.writer"):
+        stub = types.ModuleType(name)
+        stub.__dict__["SummaryWriter"] = Writer
+        monkeypatch.setitem(sys.modules, name, stub)
+    trained = train(
+        regression(),
+        Sinusoid(),
+        max_steps=4,
+        batch=2,
+        score_every=2,
+        validation=Sinusoid(),
+        validate_every=3,
+        validate_episodes=2,
+        tensorboard=tmp_path,
+    )
+    assert closed == [str(tmp_path)]
+    for record in trained.history:
+        assert written["outer/loss", record.step] == record.value
+        assert written["outer/gradient_norm", record.step] == record.grad_norm
+    assert {step for name, step in written if name == "batch/score"} == {0, 2, 4}
+    for validation in trained.validations:
+        assert written["validation/mse", validation.step] == validation.score
