@@ -21,7 +21,7 @@ import sys
 import textwrap
 import tokenize
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,9 +178,9 @@ def check_bilevel(words: Sequence[str]) -> None:
         quiet = ["--quiet"] if hasattr(options, "quiet") else []
         assert cli.main([*words, *quiet]) == 0, f"`bilevel {shlex.join(words)}` failed"
         return
-    builds = [(name, entry.build) for name, entry in catalogue().items()]
-    builds += [(name, named.build) for name, named in experiments().items()]
-    known = {name: inspect.signature(build) for name, build in builds}
+    builds: dict[str, Callable[..., object]] = {name: entry.build for name, entry in catalogue().items()}
+    builds |= {name: named.build for name, named in experiments().items()}
+    known = {name: inspect.signature(build) for name, build in builds.items()}
     assert problem in known, f"there is no problem {problem!r}"
     named = getattr(options, "estimator", None) or []
     assert set([named] if isinstance(named, str) else named) <= set(bilevel.estimators())
