@@ -65,7 +65,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 SOURCES: dict[str, Callable[..., AbstractTasks]] = {
     "sinusoid": lambda **options: Sinusoid(noise=0.1, **options),
-    "linear": lambda **options: LinearTasks(condition=10.0, **options),
+    "linear": lambda **options: LinearTasks(condition=10.0, orthogonal=True, **options),
     "episodes": lambda **options: Episodes(labelled(7, 12), shots=2, queries=3, rotations=True, **options),
 }
 

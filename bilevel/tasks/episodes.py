@@ -29,7 +29,7 @@ class Episodes(AbstractTasks):
         queries: query images of each.
         rotations: every class turned by 90, 180 and 270 degrees is a class of its own: four times as many.
         dtype: of the images; None: torch's default.
-        device: of all tensors.
+        device: of all tensors; None: that of the images.
 
     Raises:
         ValueError: if there are fewer classes than `way`, or a class has fewer images than `shots + queries`, or
@@ -90,9 +90,9 @@ class Episodes(AbstractTasks):
         end = count * self.way * self.shots
         return {
             "support_x": images[:end].view(count, -1, *self.classes.shape),
-            "support_y": labels[0].to(self.device),
+            "support_y": labels[0].to(images.device),
             "query_x": images[end:].view(count, -1, *self.classes.shape),
-            "query_y": labels[1].to(self.device),
+            "query_y": labels[1].to(images.device),
         }
 
     def _images(self, classes: Tensor, members: Tensor, turned: Tensor) -> Tensor:

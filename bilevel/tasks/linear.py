@@ -103,7 +103,7 @@ class LinearTasks(AbstractTasks):
             "weights": weights,
         }
         dtype = chosen(self.dtype)
-        return {name: tensor.to(self.device, dtype) for name, tensor in batch.items()}
+        return {name: tensor.to(self.device, dtype).contiguous() for name, tensor in batch.items()}
 
     def _design(self, count: int, draws: torch.Generator) -> Tensor:
         if not self.orthogonal and self.condition is None:
