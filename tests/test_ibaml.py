@@ -130,6 +130,14 @@ def test_the_implicit_gradient_at_the_posterior_is_the_closed_form(weight: float
         assert relative(found.grad, family.gradient(x, data)) <= 1e-10
 
 
+def test_one_problem_without_tasks_is_differentiated_alike() -> None:
+    family, task, x = BayesianRegression(0.5, 0.3), one_task(), gaussian()
+    problem = BilevelProblem(lambda x, y: family.f(x, y, task), lambda x, y: family.g(x, y, task))
+    products = KLProducts(lambda x, y: family.expectation(x, y, task), 0.3)
+    aid = AID(ClosedForm(lambda x: family.solution(x, task)), CG(1e-12, preconditioner=KLDiagonal()), products=products)
+    assert relative(hypergradient(problem, x, x, estimator=aid).grad, family.gradient(x, task)) <= 1e-10
+
+
 def test_the_instance_has_the_gradient_that_it_says() -> None:
     made = bayesian_regression(kl_weight=0.7)
     assert made.gradient is not None
@@ -657,6 +665,36 @@ def learners(**changes: Any) -> dict[str, Learner]:
     }
 
 
+@pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
+def test_objectives_are_those_of_their_definition(name: str) -> None:
+    learner = learners(outer_kl_weight=0.2, hyper_prior_weight=0.3, precision_prior=(2.0, 0.5))[name]
+    task = {key: value[0] for key, value in prepared(learner, classification()).items()}
+    x, structure = learner.x0, ravel(learner.y0["mean"])[1]
+    m, l_t = flat(x["mean"]) + 0.1 * normal(structure.size, seed=98), normal(structure.size, seed=99) - 2
+    y = {"mean": structure.unravel(m), "log_variance": structure.unravel(l_t)}
+    z = x if learner.problem.encode is None else learner.problem.encode(x, task)
+
+    def expected(side: str) -> float:
+        total = 0.0
+        for noise in task[f"{side}_noise"]:
+            drawn = structure.unravel(m + (l_t / 2).exp() * noise)
+            drawn = {f"2.{key}": value for key, value in drawn.items()} if name == "ibaml_head" else drawn
+            outputs = torch.func.functional_call(net(), drawn, (task[f"{side}_x"],))
+            total += float(cross_entropy(outputs, task[f"{side}_y"]).detach()) / 4
+        return total
+
+    kl = float(divergence(x, y))
+    g = expected("support") + 0.1 * kl
+    f = expected("query") + 0.2 * kl + 0.3 * float(hyper_prior(x, 2.0, 0.5))
+    assert float(learner.problem.g(z, y, task).detach()) == pytest.approx(g, rel=1e-12)
+    assert float(learner.problem.f(z, y, task).detach()) == pytest.approx(f, rel=1e-12)
+    assert learner.problem.init is not None
+    start = learner.problem.init(z, task)
+    assert torch.equal(flat(start), torch.cat([flat(x["mean"]), torch.full((structure.size,), -2.0)]))
+    bare = learners()[name].problem
+    assert float(bare.f(z, y, task).detach()) == pytest.approx(expected("query"), rel=1e-12)
+
+
 @pytest.mark.parametrize("isotropic", [False, True])
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head"])
 def test_closed_forms_of_the_divergence_are_what_autograd_finds_at_any_y(name: str, isotropic: bool) -> None:
@@ -710,6 +748,10 @@ def test_tasks_side_by_side_are_the_mean_of_a_loop(name: str) -> None:
     data = prepared(learner, classification())
     each = [gradient_of(learner, {key: value[k : k + 1] for key, value in data.items()}) for k in range(3)]
     assert relative(gradient_of(learner, data), torch.stack(each).mean(0)) <= 1e-11
+    some = hypergradient(
+        learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=data, throw=False, chunk_size=2
+    )
+    assert relative(some.grad, gradient_of(learner, data)) <= 1e-11
 
 
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
