@@ -266,6 +266,10 @@ def test_the_preconditioner_leaves_conjugate_gradients_one_step_for_each_eigenva
 
     assert error(2, KLDiagonal()) <= 1e-8  # the identity, and one sample
     assert error(2, None) >= 1e-2
+    for name in ("ibaml", "ibaml_head"):
+        linear = aid_of(learners()[name]).linear
+        assert isinstance(linear, CG)
+        assert linear.preconditioner == KLDiagonal()
 
 
 def test_a_preconditioner_needs_an_operator_that_knows_its_diagonal() -> None:
