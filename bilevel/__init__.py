@@ -6,7 +6,8 @@ from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDiffere
 from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
 from bilevel._certify import certify as certify
 from bilevel._check import check as check
-from bilevel._compare import Comparison as Comparison, Row as Row, compare as compare
+from bilevel._compare import compare as compare
+from bilevel._comparison import Comparison as Comparison, Row as Row
 from bilevel._constants import estimate_constants as estimate_constants
 from bilevel._error_bound import error_bound as error_bound
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start

@@ -13,7 +13,7 @@ from bilevel._estimate import Estimate
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
 from bilevel._problem import BilevelProblem, check_signature
-from bilevel._registry import default_linear
+from bilevel._setting import default_linear
 from bilevel._theorems import certify_flat
 from bilevel._tree import Structure, Tree, ravel
 

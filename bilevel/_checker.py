@@ -14,8 +14,10 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import LinearOperator
 from bilevel._objective import inner_objective
-from bilevel._registry import Setting, default_inner, default_linear, estimators, reference
+from bilevel._reference import reference
+from bilevel._registry import estimators
 from bilevel._result import Solved
+from bilevel._setting import Setting, default_inner, default_linear
 from bilevel._slopes import Slope, slope
 from bilevel._spectrum import largest_eigenvalue
 from bilevel._verdict import Check, Outcome, Verdict

@@ -4,152 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel._budget import budgeted
 from bilevel._certificate import Constants
+from bilevel._comparison import Comparison, Row
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._memory import peak_memory
 from bilevel._problem import BilevelProblem, check_signature
-from bilevel._registry import Setting, budgeted, default_linear, estimators as named_estimators, reference, resolve
+from bilevel._reference import reference
+from bilevel._registry import estimators as named_estimators, resolve
 from bilevel._result import BilevelError, Stats, Status, Tally
+from bilevel._setting import Setting, default_linear
 from bilevel._theorems import certify_flat
 from bilevel._tree import Tree, ravel
-
-
-@final
-@dataclass(frozen=True)
-class Row:
-    """One estimator at one budget.
-
-    Attributes:
-        name: which.
-        budget: how many oracle calls it was given; None: its own tolerances.
-        error: |h_estimated - h_reference|.
-        relative: the same over |h_reference|.
-        cosine: of the angle between the two.
-        certificate: the bound on the error; None without constants.
-        standard_error: for estimators that sample.
-        stats: oracle calls.
-        seconds: wall-clock time, of the faster of two calls.
-        memory: the most bytes of tensors held at once.
-        status: the name of the estimate's status.
-        reason: why it does not apply, or what did not succeed; empty otherwise.
-    """
-
-    name: str
-    budget: int | None
-    error: float | None = None
-    relative: float | None = None
-    cosine: float | None = None
-    certificate: float | None = None
-    standard_error: float | None = None
-    stats: Stats | None = None
-    seconds: float | None = None
-    memory: int | None = None
-    status: str = ""
-    reason: str = ""
-
-    @property
-    def applies(self) -> bool:
-        """Whether the estimator gave a number."""
-        return self.error is not None
-
-    @property
-    def cost(self) -> int | None:
-        """Oracle calls with derivatives of g: gradients, Hessian products and cross products."""
-        s = self.stats
-        return None if s is None else s.gradients + s.hvps + s.cross_products
-
-
-@final
-@dataclass(frozen=True)
-class Comparison:
-    """The estimators on one problem; print it, or plot it.
-
-    Attributes:
-        rows: one for each estimator and budget.
-        norm: |h| of the reference.
-        reference: how the reference was computed.
-        reference_error: its own certified error where constants are known, else its two-level estimate.
-    """
-
-    rows: tuple[Row, ...]
-    norm: float
-    reference: str
-    reference_error: float = field(default=float("nan"))
-
-    def as_dict(self) -> dict[str, Any]:
-        """The comparison as plain data."""
-        return {
-            "norm": self.norm,
-            "reference": self.reference,
-            "reference_error": self.reference_error,
-            "rows": [asdict(row) for row in self.rows],
-        }
-
-    def __str__(self) -> str:
-        head = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
-        table: list[tuple[str, ...]] = [head]
-        for row in self.rows:
-            if row.applies:
-                table.append(self._cells(row))
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in table
-        ]
-        lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, known to within {self.reference_error:.2g}")
-        for row in self.rows:
-            if not row.applies:
-                lines.append(f"not {row.name}: {row.reason}")
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _cells(self, row: Row) -> tuple[str, ...]:
-        def number(value: float | None, form: str = ".1e") -> str:
-            return "" if value is None else f"{value:{form}}"
-
-        scale = self.norm or 1.0
-        return (
-            row.name,
-            "" if row.budget is None else str(row.budget),
-            number(row.relative),
-            number(None if row.certificate is None else row.certificate / scale),
-            number(None if row.standard_error is None else row.standard_error / scale),
-            number(None if row.cosine is None else 1 - row.cosine),
-            str(row.cost),
-            number(None if row.seconds is None else 1e3 * row.seconds, ".3g"),
-            number(None if row.memory is None else row.memory / 1e6, ".3g"),
-            row.status,
-        )
-
-    def plot(self, figure: Any) -> None:
-        """Error against oracle calls, one line an estimator, its certificate dashed, on a matplotlib figure."""
-        axes = figure.subplots()
-        names = list(dict.fromkeys(row.name for row in self.rows if row.applies))
-        scale = self.norm or 1.0
-        for index, name in enumerate(names):
-            rows = sorted((r for r in self.rows if r.name == name and r.applies), key=lambda r: r.cost or 0)
-            color = f"C{index % 10}"
-            axes.plot(
-                [r.cost for r in rows], [max(r.relative or 0.0, 1e-17) for r in rows], "o-", color=color, label=name
-            )
-            if all(r.certificate is not None for r in rows):
-                axes.plot(
-                    [r.cost for r in rows], [(r.certificate or 0.0) / scale for r in rows], ".--", color=color, lw=0.8
-                )
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="gradients + Hessian products + cross products",
-            ylabel="relative error (dashed: certificate)",
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
 
 
 def compare(

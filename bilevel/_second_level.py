@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._precision import in_double
-from bilevel._registry import default_linear
+from bilevel._setting import default_linear
 
 
 def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z: Tensor) -> float:

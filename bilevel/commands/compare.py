@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, final
 
 from bilevel._certificate import Constants
-from bilevel._compare import Comparison, compare as compare_estimators
+from bilevel._compare import compare as compare_estimators
+from bilevel._comparison import Comparison
 from bilevel._constants import estimate_constants
 from bilevel._files import write_atomically
 from bilevel._hypergradient import hypergradient
