@@ -109,6 +109,7 @@ def _experiment(
             "batch": batch,
             "outer": outer if clip is None else Clipped(outer, max_norm=clip),
             "validate_every": 250,
+            "checkpoint_every": 1000,
         },
         evaluation={"episodes": 600, "curve": curve},
     )

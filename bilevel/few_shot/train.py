@@ -119,7 +119,7 @@ def train(
     seconds: float | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    checkpoint_every: int = 100,
+    checkpoint_every: int = 250,
     chunk_size: int | None = None,
     callback: Callback | None = None,
     score_every: int = 10,
@@ -336,14 +336,14 @@ class _Run:
 
     def trained(self, solution: Solution) -> Trained:
         step = solution.history[-1].step
-        best = self.validations.best(step)
+        best = self.validations.best()
         return Trained(
             learner=self.learner,
             x=solution.x if best is None else self.validations.x,
             step=step if best is None else best.step,
             ended=self.ended,
             message=solution.estimate.message if self.ended == "failed" else "",
-            validations=self.validations.until(step),
+            validations=self.validations.until(),
             history=solution.history,
             failed=dict(Counter(record.status for record in solution.history if record.status != "successful")),
             stats=solution.stats,

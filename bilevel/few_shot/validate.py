@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -59,8 +60,8 @@ class Validation:
 class Validations:
     """Validations by step, and x at the best of them; in a file, if there is one, that is replaced at each.
 
-    After a crash the file may be ahead of the checkpoint: those validations are not made again, and count only when
-    their step is reached again.
+    After a crash the file may be ahead of the checkpoint: those validations are not made again. What they chose stays
+    chosen; for the patience of a run they count when their step is reached again.
 
     Args:
         path: the file, or None.
@@ -93,7 +94,7 @@ class Validations:
     ) -> Validation:
         """The validation of x at a step; x is kept if it is the best so far."""
         if step not in self._found:
-            before = self.best(step)
+            before = self.best()
             found = validate(x)
             made = Validation(
                 step=step,
@@ -112,12 +113,12 @@ class Validations:
             self._save()
         return self._found[step]
 
-    def until(self, step: int) -> tuple[Validation, ...]:
+    def until(self, step: float = math.inf) -> tuple[Validation, ...]:
         """The validations up to a step, in order."""
         return tuple(self._found[key] for key in sorted(self._found) if key <= step)
 
-    def best(self, step: int) -> Validation | None:
-        """The best up to a step, the first of equals."""
+    def best(self, step: float = math.inf) -> Validation | None:
+        """The best up to a step, the first of equals; `x` belongs to the best of all."""
         best: Validation | None = None
         for validation in self.until(step):
             if validation.better_than(best):
@@ -132,12 +133,12 @@ class Validations:
     def _save(self) -> None:
         if self.path is None:
             return
-        best = self.best(max(self._found))
+        best = self.best()
         content = {
             "format": _FORMAT,
             "x": self.x,
             "step": None if best is None else best.step,
-            "validations": [entry.as_dict() for entry in self.until(max(self._found))],
+            "validations": [entry.as_dict() for entry in self.until()],
         }
         write_atomically(self.path, lambda file: torch.save(content, file))
 
