@@ -87,6 +87,30 @@ def test_either_solution_and_the_gradient_through_it(features: int, dual: bool) 
     assert abs(float(found.grad["bias"])) <= 1e-12  # a softmax does not see it
 
 
+@pytest.mark.parametrize(("features", "size"), [(5, 5), (12, 12), (30, 12)])
+def test_the_smaller_system_is_solved(features: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, solve = [], torch.linalg.solve
+
+    def recorded(matrix: Tensor, right: Tensor) -> Tensor:
+        shapes.append(tuple(matrix.shape))
+        found: Tensor = solve(matrix, right)
+        return found
+
+    monkeypatch.setattr(torch.linalg, "solve", recorded)
+    estimate(ridge_head(network(features), features, CLASSES), tasks())
+    assert shapes == [(size, size)]
+
+
+def test_inner_objective_is_half_of_the_squares_and_the_penalty() -> None:
+    learner = ridge_head(network(5), 5, CLASSES, regularization=0.7)
+    task, y = {name: entry[0] for name, entry in tasks(1).items()}, normal(5, CLASSES, seed=3)
+    F = network(5)(task["support_x"]).detach()
+    expected = ((F @ y - one_hot(task["support_y"], CLASSES)).square().sum() + 0.7 * y.square().sum()) / 2
+    assert learner.problem.encode is not None
+    z = learner.problem.encode(learner.x0, task)
+    assert torch.allclose(learner.problem.g(z, y, task), expected, rtol=1e-13)
+
+
 @pytest.mark.parametrize("features", [5, 30])
 def test_regression(features: int) -> None:
     learner = ridge_head(network(features), features, 2, mse_loss, regularization=0.7, learn_regularization=True)
