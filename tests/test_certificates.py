@@ -29,7 +29,7 @@ from bilevel import (
     hypergradient,
 )
 from bilevel._assumed import completed, moved
-from bilevel._measure import Measured, measure
+from bilevel._measure import Measured, measure, measured
 from bilevel._theorems import certify_flat, theorem, theorem_a, theorem_b
 from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
@@ -436,6 +436,52 @@ def test_of_several_tasks_the_worst_counts_for_the_distance_and_the_mean_for_the
     for curvatures in (torch.tensor([1.0, -0.1]), torch.tensor([1.0, 0.5])):  # no minimum; no stationary point nearby
         assert theorem_b(found, curvatures, known).total == math.inf
     assert theorem_a(found, 0.5, 2 * e, replace(known, mu=0.5)).distance == pytest.approx(0.8)
+
+
+THIRD = torch.tensor([1 / 3], dtype=torch.float32)  # times 3 it rounds to 1, and is 3e-8 more
+NONE = torch.zeros(1, dtype=torch.float32)
+LOST = abs(3 * THIRD.double().item() - 1)
+
+
+@pytest.mark.parametrize("largest", [3.0, None])
+def test_what_a_float32_gradient_lost_to_cancellation_is_granted(largest: float | None) -> None:
+    known = Constants(1.0, largest, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert float(3 * THIRD - 1) == 0.0 < LOST
+    found = measured(THIRD, NONE, 3 * THIRD - 1, NONE, NONE, NONE, None, known, 0.0 if largest else 3.0)
+    assert LOST <= float(found.e) <= 100 * LOST
+    assert float(found.r) == found.rounding == 0.0
+
+
+@pytest.mark.parametrize(
+    ("y", "v", "fy", "L", "L_fyy"),
+    [
+        (NONE, THIRD, NONE, 3.0, 0.0),  # fy = 1 and H v = 3 v cancel; what fy = 1 itself lost is left out
+        (THIRD, NONE, NONE, 0.0, 3.0),  # within fy = 3 y - 1
+        (NONE, NONE, 3 * THIRD, 0.0, 0.0),  # fy = 1 / 3 + 1 / 3 + 1 / 3
+    ],
+)
+def test_what_a_float32_residual_lost_to_cancellation_is_granted(
+    y: Tensor, v: Tensor, fy: Tensor, L: float, L_fyy: float
+) -> None:
+    found = measured(y, v, NONE, NONE, NONE, fy, None, Constants(1.0, L, L_fyy, 0.0, 0.0, 0.0, 0.0))
+    assert LOST <= float(found.r) <= 100 * LOST
+
+
+@pytest.mark.parametrize(
+    ("y", "v", "fx", "gv", "L_fxy", "C_G"),
+    [
+        (NONE, NONE, 3 * THIRD, None, 0.0, 0.0),
+        (THIRD, NONE, NONE, None, 3.0, 0.0),
+        (NONE, NONE, NONE, 3 * THIRD, 0.0, 0.0),
+        (NONE, THIRD, NONE, NONE, 0.0, 3.0),
+    ],
+)
+def test_what_a_float32_hypergradient_lost_to_cancellation_is_granted(
+    y: Tensor, v: Tensor, fx: Tensor, gv: Tensor | None, L_fxy: float, C_G: float
+) -> None:
+    found = measured(y, v, NONE, NONE, fx, NONE, gv, Constants(1.0, 0.0, 0.0, L_fxy, 0.0, 0.0, C_G))
+    assert LOST <= found.rounding <= 100 * LOST
+    assert torch.equal(found.h, fx - (0 if gv is None else gv))
 
 
 def test_constants_measured_at_a_point_are_moved_to_another_one() -> None:
