@@ -209,8 +209,8 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
 def _time_to_evaluate(experiment: Experiment) -> float:
     """A generous guess of how long the evaluation takes, from a few episodes at the start of training."""
     learner = experiment.tester or experiment.learner
-    for number in (1, _TRIAL):  # the first one warms up
-        options: dict[str, Any] = {**experiment.evaluation, "episodes": number}
+    for count in (1, _TRIAL):  # the first one warms up
+        options: dict[str, Any] = {**experiment.evaluation, "episodes": count}
         found = evaluate(learner, learner.x0, experiment.validation, **options)
     episodes = int(experiment.evaluation.get("episodes", 600))
     return _SLACK * found.seconds * episodes / _TRIAL + 1.0
