@@ -75,7 +75,6 @@ def certify(
 
     Example:
         >>> import torch
-        >>> import torch
         >>> from bilevel import hypergradient
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
         >>> x = torch.tensor(1.0, dtype=torch.float64)

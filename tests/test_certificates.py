@@ -411,6 +411,16 @@ def test_the_local_bound_is_attained_where_the_curvature_falls_as_fast_as_it_may
         assert found.distance == pytest.approx((m - least) / M)
 
 
+def test_a_curvature_measured_at_y_is_confronted_with_what_is_seen_there() -> None:
+    """Not with what is left of it at y*."""
+    problem, x, y = falling(0.3, 1.0, 1.0), torch.zeros(1), torch.zeros(1)
+    still = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+    estimate = hypergradient(problem, x, y, estimator=still, throw=False)
+    right = Constants(1.0, None, 0.0, 0.0, 1.0, 0.0, 1.0, local=frozenset({"mu"}))
+    assert certify(problem, x, estimate, right).proven
+    assert "mu = 1.1 does not hold" in certify(problem, x, estimate, replace(right, mu=1.1)).reason
+
+
 def test_no_point_is_certified_without_a_stationary_point_nearby() -> None:
     problem, x, y = falling(1.0, 1.0, 1.0), torch.zeros(1), torch.zeros(1)  # g' = -1 + y - y^2 / 2 < 0 everywhere
     still = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
