@@ -137,7 +137,7 @@ def _farkas(program: Program, point: Point) -> Tensor:
     bounded = bounded - torch.where(program.lower.isfinite(), program.lower, 0) * down
     gap = -((program.b * point.multipliers).sum(-1) + bounded.sum(-1))
     size = torch.maximum(largest(program.b), largest(torch.where(bounded != 0, bounded / (up + down), 0))).squeeze(-1)
-    return (gap > 0) & (left * size < 1e-6 * gap)
+    return left * size < 1e-6 * gap
 
 
 def _lacks_factor(program: Program, shift: float) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import distance
 from hypothesis import given, settings, strategies as st
-from strategies import SEEDS, gaussian, spd_matrices
+from strategies import SEEDS, gaussian, spd, spd_matrices
 from torch import Tensor
 
 from bilevel import (
@@ -82,15 +82,14 @@ def test_the_derivative_is_that_of_the_minimizer_solved_again(Q: Tensor, seed: i
         assert distance(exact.grad, differences.grad) < 1e-6
 
 
-@settings(max_examples=10)
-@given(spd_matrices(min_size=2, max_size=5), SEEDS, st.sampled_from(["A", "b", "lower", "upper", "all"]))
-def test_constraints_that_move_with_x_are_differentiated(Q: Tensor, seed: int, what: str) -> None:
-    n = len(Q)
-    A, inside = gaussian(n, seed=seed + 2).reshape(1, n), 0.3 * gaussian(n, seed=seed + 3)
+@pytest.mark.parametrize("what", ["A", "b", "lower", "upper"])
+def test_constraints_that_move_with_x_are_differentiated(what: str) -> None:
+    n, seed = 5, 1
+    A, inside = gaussian(n, seed=seed).reshape(1, n), 0.3 * gaussian(n, seed=seed + 1)
 
     def constraints(x: Tensor) -> Polytope:
         def moving(name: str) -> Tensor | float:
-            return x[1].sin() if what in (name, "all") else 0.0
+            return x[1].sin() if what == name else 0.0
 
         return Polytope(
             A=A + 0.3 * moving("A") * A.flip(1),
@@ -99,16 +98,13 @@ def test_constraints_that_move_with_x_are_differentiated(Q: Tensor, seed: int, w
             upper=inside + 0.2 + 0.2 * moving("upper"),
         )
 
-    exact = hypergradient(
-        quadratic(Q, seed, constraints),
-        0.5 * gaussian(3, seed=seed + 4),
-        torch.zeros(n),
-        estimator=KKT(SOLVER),
-        throw=False,
-    )
-    if exact.status.ok and margin(exact) > 1e-4:
-        differences = both(quadratic(Q, seed, constraints), 0.5 * gaussian(3, seed=seed + 4), n)[1]
-        assert distance(exact.grad, differences.grad) < 1e-6
+    problem, x = quadratic(spd(torch.arange(1.0, 6.0), seed), seed, constraints), 0.5 * gaussian(3, seed=seed + 4)
+    exact, differences = both(problem, x, n)
+    still = both(quadratic(spd(torch.arange(1.0, 6.0), seed), seed, lambda _: constraints(x.detach())), x, n)[0]
+    polytope = constraints(x)
+    assert bool((exact.y == polytope.lower).any()) and bool((exact.y == polytope.upper).any()) and margin(exact) > 1e-3
+    assert distance(still.grad, exact.grad) > 1e-3  # so that the motion of the constraints matters
+    assert distance(exact.grad, differences.grad) < 1e-7
 
 
 @given(SEEDS, st.integers(2, 8))

@@ -20,7 +20,7 @@ from bilevel._sets import Simplex
 from bilevel._tree import ravel
 from bilevel.solvers.cvxpy_program import Cvxpy
 from bilevel.solvers.mehrotra import Mehrotra, Program
-from bilevel.solvers.programs import violation
+from bilevel.solvers.programs import solve_program, violation
 from bilevel.solvers.quadratic_program import QuadraticProgram
 
 INF = torch.inf
@@ -257,6 +257,19 @@ def test_too_few_steps_are_reported_and_say_how_wrong_they_are() -> None:
         assert float((found.value - exact.value).norm()) > 1e-3
         errors.append(float(found.residual))
     assert errors[0] > errors[-1] > 1e-3
+
+
+def test_an_end_with_the_wrong_bounds_is_not_taken() -> None:
+    """After few steps the bounds that seem to hold are the wrong ones: the interior point is the better one."""
+    Q, q, A = torch.diag(torch.arange(1.0, 21.0))[None], gaussian(20, seed=0)[None] * 5, torch.ones(1, 1, 20)
+    box = torch.full((1, 20), 0.5)
+    program = Program(Q, q, A, torch.ones(1, 1), -box, box)
+    for steps in range(5):
+        inside, _, _ = Mehrotra(program).run(0.0, steps)
+        found = solve_program(program, 1e-10, steps)
+        end = violation(program, found.y, found.multipliers, program.gradient(found.y))
+        y = inside.y.clamp(-box, box)
+        assert float(end) <= float(violation(program, y, inside.multipliers, program.gradient(y))) + 1e-15
 
 
 def test_what_is_not_quadratic_is_solved_by_models_or_reported() -> None:

@@ -96,7 +96,7 @@ class KKT(AbstractEstimator):
         system = SaddlePoint.factor(M, A_F, torch.diagonal(H, dim1=-2, dim2=-1).abs().amax(-1))
         u, s = system.solve(fy * activity.free, torch.zeros_like(polytope.b))
         u = u * (activity.free & ~alone(polytope.A, activity.free).any(-2))  # A_F u = 0: exactly 0 where it is alone
-        left = (fy - _times(H, u) - _times(polytope.A.mT, s)) * activity.free
+        left = fy - _times(H, u) - _times(polytope.A.mT, s)
 
         cross = at.cross(u)
         if cross is None and problem.problem.init is not None and not self._moving(problem, x):
@@ -105,13 +105,12 @@ class KKT(AbstractEstimator):
                 " start `init(x)`, which the optimality conditions do not see. Use `ESJ`."
             )
         h = fx if cross is None else fx - cross
-        t = (fy - _times(H, u) - _times(polytope.A.mT, s)) * ~activity.free
-        h = h - _through_constraints(problem, x, y, activity, u, s, t)
+        h = h - _through_constraints(problem, x, y, activity, u, s, left * ~activity.free)
         weak = (1e-10 if y.dtype == torch.float64 else 1e-6) if self.weak is None else self.weak
         definite = tuple(
             Status.successful if ok else Status.not_positive_definite for ok in system.definite.reshape(-1).tolist()
         )
-        residual = float(torch.linalg.vector_norm(left, dim=-1).max())
+        residual = float(torch.linalg.vector_norm(left * activity.free, dim=-1).max())
         batch = definite if y.dim() > 1 else ()
         reports = (
             report("inner solver", solved),
