@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
@@ -24,12 +23,6 @@ def as_functional(module: nn.Module | Functional) -> Functional:
 def any_parameter(net: Functional) -> Tensor:
     """One of the parameters, for their dtype and device."""
     return next(iter(net.params.values()))
-
-
-def kind_of(net: Functional) -> dict[str, Any]:
-    """The dtype and device of the parameters, as keywords for a new tensor."""
-    like = any_parameter(net)
-    return {"dtype": like.dtype, "device": like.device}
 
 
 def features_of(net: Functional, x: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

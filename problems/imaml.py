@@ -44,8 +44,9 @@ def imaml(
 
     g is strongly convex, and y a function of theta, for lambda above the most negative curvature of the support loss.
     Where it is not, `CG` reports `Status.negative_curvature` for the task and what it had found until then counts:
-    train with `throw=False`. With a step too long for the curvature, gradient descent diverges, which the gradient does
-    not discourage; a line search cannot.
+    train with `throw=False`, and with the norm of the hypergradient clipped, `outer=Clipped(Adam(1e-3), max_norm=1.0)`:
+    near such points it is large and says little. With a step too long for the curvature, gradient descent diverges,
+    which the hypergradient does not discourage; a line search cannot.
 
     Cost of an estimate: `inner_steps` + 1 gradients of the support loss, `linear_steps` products with H, one
     gradient of the query loss. Memory: the graph of one gradient.
