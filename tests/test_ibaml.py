@@ -669,9 +669,12 @@ def learners(**changes: Any) -> dict[str, Learner]:
     }
 
 
+@pytest.mark.parametrize("isotropic", [False, True])
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
-def test_objectives_are_those_of_their_definition(name: str) -> None:
-    learner = learners(outer_kl_weight=0.2, hyper_prior_weight=0.3, precision_prior=(2.0, 0.5))[name]
+def test_objectives_are_those_of_their_definition(name: str, isotropic: bool) -> None:
+    learner = learners(isotropic=isotropic, outer_kl_weight=0.2, hyper_prior_weight=0.3, precision_prior=(2.0, 0.5))[
+        name
+    ]
     task = {key: value[0] for key, value in prepared(learner, classification()).items()}
     x, structure = learner.x0, ravel(learner.y0["mean"])[1]
     m, l_t = flat(x["mean"]) + 0.1 * normal(structure.size, seed=98), normal(structure.size, seed=99) - 2
@@ -695,7 +698,7 @@ def test_objectives_are_those_of_their_definition(name: str) -> None:
     assert learner.problem.init is not None
     start = learner.problem.init(z, task)
     assert torch.equal(flat(start), torch.cat([flat(x["mean"]), torch.full((structure.size,), -2.0)]))
-    bare = learners()[name].problem
+    bare = learners(isotropic=isotropic)[name].problem
     assert float(bare.f(z, y, task).detach()) == pytest.approx(expected("query"), rel=1e-12)
 
 
