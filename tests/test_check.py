@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -107,6 +108,12 @@ def test_a_detached_g_is_not_taken_for_one_without_curvature(g: Objective) -> No
     assert "g in y: 0 against " in found.verdicts[-1].found
     assert "write g in torch operations" in found.verdicts[-1].remedy
     assert all("derivative of g in y" in why for why in found.estimators.values())
+
+
+def test_a_derivative_that_changes_within_the_difference_is_not_called_wrong() -> None:
+    assert not slope(lambda t: math.atan(1e9 * t), 1e9, 1.0, torch.float64).wrong
+    assert not slope(lambda t: max(t, 0.0), 1.0, 1.0, torch.float64).smooth
+    assert slope(lambda t: 1e6 + 1e-9 * t, 0.0, 1.0, torch.float64).wrong is False  # lost in the rounding
 
 
 @pytest.mark.parametrize("constant", [torch.tensor(1.0), torch.tensor(1e12)])

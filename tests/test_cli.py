@@ -377,6 +377,14 @@ def test_overwriting_by_a_run_that_fails_at_once_destroys_nothing(
 
 
 @pytest.mark.usefixtures("here")
+def test_what_a_failed_replacement_wrote_is_not_mixed_with_the_run_that_is_kept() -> None:
+    assert run("quadratic", "--steps", "2") == 0
+    Path("out/checkpoint.pt").unlink()
+    assert run(f"{user_file(FIRST)}:fails", "--overwrite") == 1
+    assert "checkpoint.pt" not in {path.name for path in Path("out").iterdir()}
+
+
+@pytest.mark.usefixtures("here")
 def test_overwriting_by_a_run_that_is_killed_at_once_destroys_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quadratic", "--steps", "2") == 0
     before = Path("out/result.json").read_bytes()

@@ -96,6 +96,9 @@ LOOSE: Any = lambda kind: kind  # noqa: E731  (what a type checker would refuse 
         ),
         (lambda: CG(rtol=LOOSE("x")), "`CG(rtol=...)` must be a number. Got 'x' (str)."),
         (lambda: CG(max_steps=LOOSE(2.5)), "`CG(max_steps=...)` must be an integer or None. Got 2.5 (float)."),
+        (lambda: CG(rtol=LOOSE(True)), "`CG(rtol=...)` must be a number. Got True (bool)."),
+        (lambda: Scipy(bounds=LOOSE((0.0, 1.0, 2.0))), "`Scipy(bounds=...)` must be a pair (lower, upper)"),
+        (lambda: Scipy(bounds=LOOSE(("a", 1.0))), "`Scipy(bounds=...)` must be a pair (lower, upper)"),
         (lambda: CG(recompute=LOOSE(1)), "`CG(recompute=...)` must be True or False. Got 1 (int)."),
         (
             lambda: ITD(Iterate(LOOSE(LBFGS()), 3)),

@@ -627,6 +627,14 @@ def test_neumann_reports_its_divergence_with_the_iterate_of_least_residual(terms
         assert float(solved.residual[1]) == pytest.approx(0.5**terms * float(b[1].norm()), abs=1e-15)
 
 
+def test_neumann_stops_where_it_diverges() -> None:
+    """And does not take the terms that are left."""
+    for b in (torch.ones(2), torch.ones(3, 2)):
+        solved = Neumann(step=3.0, terms=1000).solve(operator(torch.eye(2)), b)
+        assert solved.steps < 10
+        assert set(solved.statuses) == {Status.diverged}
+
+
 @given(system=systems(spd_matrices(max_condition=1e3)))
 def test_neumann_without_a_step_never_diverges(system: tuple[Tensor, Tensor]) -> None:
     A, b = system
