@@ -33,7 +33,7 @@ STATED = {
     "itd-checkpointed": (1e-4, 2e-2),
     "itd-truncated": (0.3, 0.3),
     "one-step": (1.0, 1.0),
-    "first-order": (1.0, 1.0),
+    "first-order": (1.1, 1.1),
     "esj": (1e-3, 0.1),
     "penalty": (1e-3, 5e-2),
     "finite-difference": (1e-4, 2e-2),
