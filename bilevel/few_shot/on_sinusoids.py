@@ -9,14 +9,16 @@ from bilevel.few_shot.experiment import Experiment, Named
 from bilevel.few_shot.networks import mlp
 from bilevel.problems.anil import anil
 from bilevel.problems.gaussian_likelihood import GaussianLikelihood
-from bilevel.problems.ibaml import ibaml
+from bilevel.problems.ibaml import ibaml_head
 from bilevel.problems.imaml import imaml
 from bilevel.problems.maml import maml
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.armijo import Armijo
+from bilevel.solvers.cg import CG
 from bilevel.solvers.clipped import Clipped
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.newton import Newton
 from bilevel.tasks.sinusoid import Sinusoid
 
 
@@ -62,30 +64,31 @@ def imaml_sinusoid(
 
 def ibaml_sinusoid(
     shots: int = 10,
-    batch: int = 10,
+    batch: int = 25,
+    rate: float = 2e-3,
     variance: float = 0.1,
     kl_weight: float = 0.1,
-    samples: int = 4,
-    log_variance: float = -6.0,
-    step: float = 0.002,
-    inner_steps: int = 16,
-    linear_steps: int = 5,
+    samples: int = 10,
+    log_variance: float = -2.0,
+    inner_steps: int = 3,
+    linear_steps: int = 10,
     clip: float = 10.0,
     seed: int = 0,
 ) -> Experiment:
-    """A learned Gaussian prior, iBaML, and Gaussian noise; the score is the squared error of the predictive mean."""
-    learner = ibaml(
-        mlp(seed=seed),
+    """A learned Gaussian prior of the last layer, iBaML; the score is that of the predictive mean."""
+    net = mlp(seed=seed)
+    learner = ibaml_head(
+        net[:-1],
+        net[-1],
         GaussianLikelihood(variance),
         kl_weight=kl_weight,
         samples=samples,
         log_variance=log_variance,
-        step=step,
-        inner_steps=inner_steps,
+        inner=Newton(tol=0.0, max_steps=inner_steps, linear=CG(rtol=0.0, max_steps=10)),
         linear_steps=linear_steps,
         seed=seed,
     )
-    return _experiment(learner, shots, batch, max_steps=2000, clip=clip)
+    return _experiment(learner, shots, batch, rate=rate, max_steps=500, clip=clip)
 
 
 def _experiment(
@@ -93,11 +96,12 @@ def _experiment(
     shots: int,
     batch: int,
     *,
+    rate: float = 1e-3,
     max_steps: int = 5000,
     clip: float | None = None,
     curve: tuple[int, ...] = (),
 ) -> Experiment:
-    outer = Adam(1e-3)
+    outer = Adam(rate)
     return Experiment(
         learner,
         tasks=Sinusoid(shots=shots, queries=shots),
@@ -120,5 +124,5 @@ SINUSOIDS = (
     Named("fomaml-sinusoid", "first-order MAML on the same", fomaml_sinusoid),
     Named("anil-sinusoid", "ANIL on the same: only the last layer is adapted", anil_sinusoid),
     Named("imaml-sinusoid", "iMAML on the same, with backtracking and implicit gradients", imaml_sinusoid),
-    Named("ibaml-sinusoid", "iBaML on the same: a Gaussian posterior for each task", ibaml_sinusoid),
+    Named("ibaml-sinusoid", "iBaML on the same: a Gaussian posterior of the last layer for each task", ibaml_sinusoid),
 )
