@@ -50,6 +50,7 @@ class FlatProblem:
         self.problem, self.x, self.y, self.data, self.is_encoded = problem, x, y, data, is_encoded
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
+        self._outer: tuple[tuple[Tensor, int, bool], Tree] | None = None
         self._data: dict[str, tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]] = {}
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class FlatProblem:
         leaves, build = self._parts(level)
         encode, count = None if self.is_encoded else self.problem.encode, len(rows)
         own, several = self.is_encoded and self.tasks is not None, x.dim() > 1  # own: each task has its part of x
-        shared = None if own or several else self.x.unravel(x)
+        shared = None if own or several else self._unravelled(x)
 
         def one(*args: Tensor) -> Tensor:
             outer, rest = (shared, args) if shared is not None else (self.x.unravel(args[0]), args[1:])
@@ -123,6 +124,13 @@ class FlatProblem:
             called = batched(called, x.shape[0], (0,) * (1 + count) + (None,) * len(leaves))
         found: Tensor = called(*inputs)
         return found
+
+    def _unravelled(self, x: Tensor) -> Tree:
+        """The x of all problems in the user's structure: kept, as the steps of an iteration ask for the same one."""
+        key = (x, x._version, torch.is_grad_enabled())
+        if self._outer is None or self._outer[0][0] is not x or self._outer[0][1:] != key[1:]:
+            self._outer = key, self.x.unravel(x)
+        return self._outer[1]
 
     def _parts(self, level: str) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]:
         """The tensors of f's or g's data, and what makes of such tensors the arguments after y: none, or the data."""
