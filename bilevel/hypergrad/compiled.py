@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable
@@ -59,8 +60,7 @@ class Compiled(AbstractEstimator):
     _programs: dict[Any, tuple[BilevelProblem, Program]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.estimator, ITD):
-            raise TypeError(f"`Compiled(estimator)` must be an ITD. Got {type(self.estimator).__name__}.")
+        demand_types(self, {"estimator": "an ITD"})
         own, inner = self.estimator, self.estimator.inner
         assert isinstance(inner, AbstractUnrollable)
         if own.truncate is not None or own.forward or own.checkpoint or inner.tol:
