@@ -18,7 +18,7 @@ from bilevel.tasks.image_files import decoded
 ARCHIVES = ("images_background", "images_evaluation")
 """Their names: `.zip` files, or the folders in them."""
 
-_DRAWING = re.compile(r"(?P<name>[^/]+/character\d+)/[^/.][^/]*\.png")
+_DRAWING = re.compile(r"(?P<name>[^/]+/character\d+)/[^/.][^/]*\.png")  # not ._name: what macOS adds
 _DRAWINGS, _SIZE = 20, 28
 
 
@@ -85,7 +85,7 @@ def _contents(folder: Path, archive: str, open_archives: ExitStack) -> Iterator[
         paths = {file.relative_to(folder).as_posix(): file for file in unpacked.rglob("*.png")}
     elif zipped.is_file():
         opened = open_archives.enter_context(_opened(zipped))
-        paths = {name: zipfile.Path(opened, name) for name in opened.namelist() if not name.startswith("__MACOSX")}
+        paths = {name: zipfile.Path(opened, name) for name in opened.namelist()}
     else:
         raise FileNotFoundError(
             f"{str(folder)!r} has neither {archive}.zip nor a folder {archive}. `bilevel data omniglot` downloads both."
