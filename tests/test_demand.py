@@ -49,7 +49,14 @@ KINDS = (
     AbstractOuterDriver,
 )
 VALID: dict[str, Any] = {"inner": LBFGS(), "linear": CG(), "optimizer": Adam(0.1), "max_steps": 3, "step": 0.1}
-VALID |= {"terms": 3, "solution": lambda x: x, "rank": 2, "schedule": lambda step: 1.0, "factory": lambda params: None}
+VALID |= {
+    "terms": 3,
+    "solution": lambda x: x,
+    "rank": 2,
+    "schedule": lambda step: 1.0,
+    "estimator": ITD(Iterate(GradientDescent(0.1), 3)),
+    "factory": lambda params: None,
+}
 
 
 def configured() -> Iterator[tuple[Any, str]]:
@@ -68,8 +75,7 @@ def test_an_argument_of_no_known_type_is_refused_by_name(cls: Any, name: str) ->
     required = [n for n, p in inspect.signature(cls).parameters.items() if p.default is inspect.Parameter.empty]
     given: Any = {n: VALID[n] for n in required} | ({"inner": Iterate(Adam(0.1), 3)} if cls is ITD else {})
     with pytest.raises(TypeError, match=rf"^`{cls.__name__}\({name}=\.\.\.\)` must be .*\. Got object\."):
-        build: Any = cls
-        build(**given | {name: object()})
+        cls(**{**given, name: object()})
 
 
 LOOSE: Any = lambda kind: kind  # noqa: E731  (what a type checker would refuse is what is tried)
