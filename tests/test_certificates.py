@@ -30,7 +30,7 @@ from bilevel import (
 )
 from bilevel._assumed import completed, moved
 from bilevel._measure import Measured, measure, measured
-from bilevel._theorems import certify_flat, theorem, theorem_a, theorem_b
+from bilevel._theorems import certify_flat, least_eigenvalue, theorem, theorem_a, theorem_b
 from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
 from bilevel.solvers import CG, LBFGS, Dense, GradientDescent, Iterate, Neumann, Newton, Nystrom
@@ -234,10 +234,11 @@ def test_every_constant_is_named_with_its_source() -> None:
 @pytest.mark.parametrize(("name", "factor"), [("mu", 11.0), ("C_G", 1e-3)])
 def test_a_constant_that_the_products_contradict_is_refused(name: str, factor: float) -> None:
     wrong = replace(KNOWN, **{name: factor * getattr(KNOWN, name)})
-    found = certify(INSTANCE.problem, X, estimated(), wrong)
-    assert found.bound == math.inf
-    assert not found.proven
-    assert f"{name} = " in found.reason
+    for constants in (wrong, replace(wrong, mu=None)) if name == "C_G" else (wrong,):
+        found = certify(INSTANCE.problem, X, estimated(), constants)
+        assert found.bound == math.inf
+        assert not found.proven
+        assert f"{name} = " in found.reason
 
 
 def test_beyond_the_radius_of_the_constants_nothing_is_proven() -> None:
@@ -419,6 +420,40 @@ def test_a_curvature_measured_at_y_is_confronted_with_what_is_seen_there() -> No
     right = Constants(1.0, None, 0.0, 0.0, 1.0, 0.0, 1.0, local=frozenset({"mu"}))
     assert certify(problem, x, estimate, right).proven
     assert "mu = 1.1 does not hold" in certify(problem, x, estimate, replace(right, mu=1.1)).reason
+
+
+@pytest.mark.parametrize("mu", [0.5, 2.0])
+def test_the_global_bound_is_attained_in_one_dimension(mu: float) -> None:
+    """g = mu y^2 / 2 - x y and f = y^2 / 2: h_v - h = (y - y*) / mu^2 at an exact v."""
+    problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: (mu * y.square() / 2 - x * y).sum())
+    still = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+    estimate = hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=still, throw=False)
+    found = certify(problem, torch.ones(1), estimate, Constants(mu, mu, 1.0, 0.0, 0.0, 0.0, 1.0))
+    assert 1 / mu**2 * (1 - 1e-12) <= found.bound <= 1 / mu**2 * (1 + 1e-9)
+
+
+def test_the_curvature_of_each_task_is_confronted_with_mu() -> None:
+    problem = BilevelProblem(lambda x, y, d: y.sum(), lambda x, y, d: (d * y.square() / 2 - x * y).sum(), tasks=True)
+    data = torch.tensor([[2.0], [0.4], [3.0]])
+    estimate = hypergradient(problem, torch.ones(1), torch.zeros(1), data=data)
+    for mu, proven in ((0.4, True), (0.5, False)):
+        constants = Constants(mu, None, 0.0, 0.0, 0.0, 0.0, 2.0)
+        found = certify(problem, torch.ones(1), estimate, constants, data=data)
+        assert found.proven is proven
+        assert ("mu = 0.5 does not hold" in found.reason) is not proven
+
+
+def test_the_least_eigenvalue_is_rounded_down() -> None:
+    assert 1 - 1e-13 < float(least_eigenvalue(torch.eye(3))) < 1
+
+
+def test_simple_numbers_are_not_taken_for_single_precision() -> None:
+    problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+    x, y = torch.tensor(1.0, dtype=torch.float32), torch.tensor(0.0, dtype=torch.float32)
+    estimate = hypergradient(problem, x, y)
+    found = certify(problem, x, estimate, Constants(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+    assert found.proven
+    assert all(each.name != "rounding" for each in found.assumed)
 
 
 def test_no_point_is_certified_without_a_stationary_point_nearby() -> None:
