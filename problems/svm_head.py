@@ -99,7 +99,6 @@ def svm_head(
     def encode(x: Tree, task: Any) -> Tree:
         F = features_of(net, x["body"], task["support_x"])
         _demand(F, features, support)
-        F = weighted(F, task, "support")
         query = features_of(net, x["body"], task["query_x"])
         z = {"kernel": F @ F.T, "support": F, "query": query}
         return z | ({"scale": x["scale"]} if learn_scale else {})
