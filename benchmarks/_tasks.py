@@ -11,7 +11,7 @@ from _harness import Call
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, relu
 
-from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, Compiled, functional, hypergradient
+from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, CompiledITD, functional, hypergradient
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
@@ -108,7 +108,7 @@ def ours(load: TaskLoad, compiled: bool = False) -> Call:
     if load.weight:
         estimator = AID(inner, CG(rtol=0.0, max_steps=load.products, recompute=False))
     if compiled:
-        estimator = Compiled(ITD(inner))
+        estimator = CompiledITD(inner)
     data = {"X": load.X, "t": load.t, "U": load.U, "c": load.c}
 
     def call() -> Tensor:

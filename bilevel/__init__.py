@@ -37,7 +37,7 @@ from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Sim
 from bilevel._tree import ravel as ravel
 from bilevel._verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
-from bilevel.hypergrad.compiled import Compiled as Compiled
+from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _PRIMITIVES = ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim")
 
@@ -44,3 +45,33 @@ def _primitives() -> tuple[Callable[..., Any], ...] | None:
         return None
     torch.vmap(torch.sin)(torch.ones(1))  # loads the rules that some operations need
     return tuple(getattr(functorch, name) for name in _PRIMITIVES)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`; inside a `batched` call with a weight for each problem, one batched product.
+
+    Torch's rule for that case is a chain of views around the same product, each of which every derivative repeats.
+    """
+    rows = _rows_of(x, weight, bias)
+    if rows is None:
+        return functional.linear(x, weight, bias)
+    level, inputs, weights, biases = rows
+    functorch: Any = torch._C._functorch
+    found: Tensor = functorch._add_batch_dim(torch.baddbmm(biases.unsqueeze(1), inputs, weights.mT), 0, level)
+    return found
+
+
+def _rows_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, Tensor, Tensor, Tensor] | None:
+    """The level of the vmap and the three tensors, the problems in front; None where that is not the case at hand."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    if bias is None or not hasattr(functorch, "is_batchedtensor") or not functorch.is_batchedtensor(weight):
+        return None
+    level, found = functorch.maybe_get_level(weight), []
+    for tensor, dim in ((x, 3), (weight, 3), (bias, 2)):
+        if not functorch.is_batchedtensor(tensor) or functorch.maybe_get_level(tensor) != level:
+            return None
+        inside, place = functorch.get_unwrapped(tensor), functorch.maybe_get_bdim(tensor)
+        if functorch.is_batchedtensor(inside) or inside.dim() != dim:  # several vmaps, or more axes of samples
+            return None
+        found.append(inside.movedim(place, 0) if place else inside)
+    return level, found[0], found[1], found[2]

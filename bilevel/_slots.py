@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+
+from bilevel._batched import linear
 
 # Layers that draw no random number, in train mode either.
 _DIMENSIONED = ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm", "MaxPool", "AvgPool", "AdaptiveAvgPool")
@@ -43,6 +46,9 @@ class Slots:
         self._places = [(slot, key) for slot, key, _ in self._parameters] + self._buffers
         self._is_plain = all(type(part).__setattr__ is nn.Module.__setattr__ for part in parts)
         self.is_deterministic = all(_is_deterministic(part) for part in parts)
+        for part in parts:
+            if type(part) is nn.Linear and "forward" not in part.__dict__:
+                part.forward = partial(_linear, part)  # type: ignore[method-assign]
 
     def call(self, params: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The module's output with these parameters; buffers are copies, so that what a layer writes is lost."""
@@ -61,6 +67,10 @@ class Slots:
         finally:
             for slot, key, tensor in held:
                 slot[key] = tensor
+
+
+def _linear(part: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, part.weight, part.bias)
 
 
 def _is_deterministic(part: nn.Module) -> bool:

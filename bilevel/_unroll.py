@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias, final
@@ -312,7 +313,7 @@ class Unroll:
         self.problem.tally.inner_steps += self.steps * self.rows
         if self.has_init and not self.inner.tol and self.last is not None:
             gradient, value = self.last
-            gradient = torch.where(y.isfinite().all(-1, keepdim=True), gradient, torch.nan)
+            value = value + 0.0 * y.sum(-1)  # not finite where y is not
         else:
             self.problem.tally.gradients += self.rows
             with torch.enable_grad():
@@ -321,12 +322,11 @@ class Unroll:
                 gradient = grad(value.sum(), leaf)
         tol, residual = self.inner.tol or 0.0, torch.linalg.vector_norm(gradient, dim=-1)
         first_gradient, first_value = self.first if self.first is not None else (gradient, value)
-        first_norm = torch.linalg.vector_norm(first_gradient, dim=-1)
+        before = residual if first_gradient is gradient else torch.linalg.vector_norm(first_gradient, dim=-1)
+        table = torch.stack((residual, before, value.detach(), first_value)).reshape(4, -1).tolist()
         statuses = []
-        for r, r0, g, g0 in zip(
-            *(t.detach().reshape(-1).tolist() for t in (residual, first_norm, value, first_value)), strict=True
-        ):
-            if r != r or abs(r) == float("inf"):
+        for r, r0, g, g0 in zip(*table, strict=True):
+            if not (math.isfinite(r) and math.isfinite(g)):
                 statuses.append(Status.nonfinite)
             elif tol and r <= tol:
                 statuses.append(Status.successful)

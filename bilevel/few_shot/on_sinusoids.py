@@ -53,7 +53,7 @@ def imaml_sinusoid(
     step: float = 0.05,
     inner_steps: int = 16,
     linear_steps: int = 5,
-    clip: float = 10.0,
+    clip: float = 1.0,
     seed: int = 0,
 ) -> Experiment:
     """Proximal adaptation with backtracking, iMAML: curvature grows in training, and no fixed step stays stable."""
@@ -72,7 +72,7 @@ def ibaml_sinusoid(
     log_variance: float = -2.0,
     inner_steps: int = 3,
     linear_steps: int = 10,
-    clip: float = 10.0,
+    clip: float = 1.0,
     seed: int = 0,
 ) -> Experiment:
     """A learned Gaussian prior of the last layer, iBaML; the score is that of the predictive mean."""

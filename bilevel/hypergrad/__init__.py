@@ -1,7 +1,7 @@
 """The hypergradient estimators, one family a file."""
 
 from bilevel.hypergrad.aid import AID as AID
-from bilevel.hypergrad.compiled import Compiled as Compiled
+from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile

@@ -12,19 +12,18 @@ from torch import Tensor
 from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._inner import AbstractUnrollable
+from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._objective import inner_objective
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Report, Status
 from bilevel._tree import tree_parts
-from bilevel.hypergrad.itd import ITD
 
 Program: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Compiled(AbstractEstimator):
+class CompiledITD(AbstractEstimator):
     """The number that ITD gives, h = d/dx f(x, y_N(x)), by a program that torch compiles for these very shapes.
 
     The whole computation (the N inner steps, f, and the way back through all of them) is traced once to a list of
@@ -39,47 +38,52 @@ class Compiled(AbstractEstimator):
     Source: `torch.fx.experimental.proxy_tensor.make_fx` and `torch.compile`.
 
     Args:
-        estimator: `ITD` in reverse mode, with a fixed number of steps of fixed length.
+        inner: a fixed number of differentiable steps of fixed length: `Iterate(GradientDescent(step), max_steps=N)`.
         backend: of `torch.compile`.
 
     Raises:
-        ValueError: if the estimator is none that can be traced.
-        TypeError: if it is not `ITD`.
+        ValueError: if the inner solver has a tolerance or (from `estimate`) an open step length.
+        TypeError: if it cannot be unrolled.
 
     Example:
-        >>> from bilevel import ITD, BilevelProblem, hypergradient
+        >>> from bilevel import BilevelProblem, hypergradient
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
-        >>> itd = ITD(Iterate(GradientDescent(0.5), max_steps=2))
-        >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=Compiled(itd, backend="eager")).grad
+        >>> compiled = CompiledITD(Iterate(GradientDescent(0.5), max_steps=2), backend="eager")
+        >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=compiled).grad
         tensor([0.5625])
     """
 
-    estimator: ITD
+    inner: AbstractInnerSolver
     backend: str = "inductor"
     _programs: dict[Any, tuple[BilevelProblem, Program]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        demand_types(self, {"estimator": "an ITD"})
-        own, inner = self.estimator, self.estimator.inner
-        assert isinstance(inner, AbstractUnrollable)
-        if own.truncate is not None or own.forward or own.checkpoint or inner.tol:
+        if not isinstance(self.inner, AbstractUnrollable):
+            raise TypeError(
+                f"`CompiledITD(inner=...)` must be an iteration of differentiable steps."
+                f" Got {type(self.inner).__name__}. Use `Iterate(GradientDescent(step), max_steps=N)`."
+            )
+        demand_types(self)
+        if self.inner.tol:
             raise ValueError(
-                "`Compiled(ITD(...))` needs reverse mode and a fixed number of steps. Leave out `truncate`, `forward`,"
-                " `checkpoint` and the inner solver's `tol`."
+                "`CompiledITD(inner=...)` needs a fixed number of steps. Leave out `tol`, or use `ITD`, which need not"
+                " know how many there will be."
             )
 
     @property
     def takes_encoding(self) -> bool:
-        return self.estimator.takes_encoding
+        return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         leaves, build = tree_parts(self._data(problem))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        inner = self.estimator.inner
+        inner = self.inner
         assert isinstance(inner, AbstractUnrollable)
         if inner.tuned(inner_objective(problem, x), problem.spread(start.y)) is not inner:
-            raise ValueError("`Compiled(ITD(...))` needs a step length of the inner solver: `GradientDescent(step)`.")
+            raise ValueError(
+                "`CompiledITD(inner=...)` needs a step length of the inner solver: `GradientDescent(step)`."
+            )
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in (x, start.y, *tensors))
         key = (id(problem.problem), problem.is_encoded, shapes)
         if key not in self._programs:
@@ -107,11 +111,11 @@ class Compiled(AbstractEstimator):
     @staticmethod
     def _data(problem: FlatProblem) -> Any:
         if isinstance(problem.data, Split):
-            raise ValueError("`Compiled` needs one batch of data for f and g. Got a Split. Put both into one dict.")
+            raise ValueError("`CompiledITD` needs one batch of data for f and g. Got a Split. Put both into one dict.")
         return {} if problem.data is None else problem.data
 
     def _count(self, problem: FlatProblem, y: Tensor) -> None:
-        inner, rows = self.estimator.inner, y.shape[:-1].numel()
+        inner, rows = self.inner, y.shape[:-1].numel()
         assert isinstance(inner, AbstractUnrollable)
         steps, has_init = inner.max_steps, problem.problem.init is not None
         problem.tally.gradients += steps * rows
