@@ -72,7 +72,7 @@ def ibaml_sinusoid(
     log_variance: float = -2.0,
     inner_steps: int = 3,
     linear_steps: int = 10,
-    clip: float = 1.0,
+    clip: float = 10.0,
     seed: int = 0,
 ) -> Experiment:
     """A learned Gaussian prior of the last layer, iBaML; the score is that of the predictive mean."""

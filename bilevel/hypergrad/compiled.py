@@ -91,7 +91,8 @@ class CompiledITD(AbstractEstimator):
 
             def program(x: Tensor, y0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 given = iter(tensors)
-                data = build([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+                made = build([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+                data = None if problem.data is None else made
                 at = FlatProblem(problem.problem, problem.x, problem.y, data, is_encoded=problem.is_encoded)
                 return _unrolled(at, inner, x, y0)
 
