@@ -165,4 +165,5 @@ def test_every_task_has_a_status() -> None:
     linear = estimate.reports[-1]
     assert [status.name for status in linear.statuses] == ["successful", "negative_curvature", "successful"]
     assert "1 of 3 tasks" in estimate.message
+    assert estimate.v is not None
     assert torch.allclose(estimate.v[2], x / 2 / 3)
