@@ -117,7 +117,7 @@ def with_tolerance(solver: S, tol: float, size: float = 1.0, trusting: bool = Fa
 
 def with_preconditioner(solver: AbstractLinearSolver, preconditioner: AbstractPreconditioner) -> AbstractLinearSolver:
     """The solver with a preconditioner; as it is, if it takes none or was given one."""
-    if not hasattr(solver, "preconditioner") or solver.preconditioner is not None:
+    if getattr(solver, "preconditioner", solver) is not None:
         return solver
     return replace(solver, preconditioner=preconditioner)  # type: ignore[type-var]
 

@@ -56,7 +56,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if rows is None:
         return functional.linear(x, weight, bias)
     level, inputs, weights, biases = rows
-    functorch: Any = torch._C._functorch
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (type checkers do not know it)
     found: Tensor = functorch._add_batch_dim(torch.baddbmm(biases.unsqueeze(1), inputs, weights.mT), 0, level)
     return found
 

@@ -120,7 +120,11 @@ def test_only_what_is_known_to_draw_nothing_runs_without_a_fixed_seed(module: nn
 
 def test_a_hook_may_draw() -> None:
     layer = nn.Linear(1, 1)
-    layer.register_forward_hook(lambda _module, _inputs, output: torch.add(output, torch.randn(())))
+
+    def noisy(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return output + torch.randn(())
+
+    layer.register_forward_hook(noisy)
     assert not Slots(layer).is_deterministic
     net = functional(layer)
     assert torch.equal(net(net.params, torch.ones(1, 1)), net(net.params, torch.ones(1, 1)))
