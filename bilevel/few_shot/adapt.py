@@ -55,7 +55,7 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
 
     Example:
         >>> from bilevel import BilevelProblem
-        >>> from bilevel._learner import Learner
+        >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> problem = BilevelProblem(
         ...     f=lambda x, y, task: (y - task["query_y"]).square().mean(),

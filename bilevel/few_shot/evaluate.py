@@ -136,7 +136,7 @@ def evaluate(
 
     Example:
         >>> from bilevel import BilevelProblem
-        >>> from bilevel._learner import Learner
+        >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> from bilevel.tasks.sinusoid import Sinusoid
         >>> problem = BilevelProblem(

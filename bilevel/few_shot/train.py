@@ -167,7 +167,7 @@ def train(
 
     Example:
         >>> from bilevel import ITD, BilevelProblem
-        >>> from bilevel._learner import Learner
+        >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> from bilevel.tasks.sinusoid import Sinusoid
         >>> problem = BilevelProblem(

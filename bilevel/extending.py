@@ -1,0 +1,29 @@
+"""What an estimator, a solver or a method of your own is written with; see the page "Extending"."""
+
+from bilevel._calculus import (
+    AbstractProducts as AbstractProducts,
+    Exact as Exact,
+    Linearization as Linearization,
+    outer_gradients as outer_gradients,
+)
+from bilevel._estimate import (
+    AbstractEstimator as AbstractEstimator,
+    FlatEstimate as FlatEstimate,
+    FlatStart as FlatStart,
+)
+from bilevel._flat import FlatProblem as FlatProblem
+from bilevel._inner import (
+    AbstractInnerSolver as AbstractInnerSolver,
+    AbstractUnrollable as AbstractUnrollable,
+    Objective as Objective,
+    State as State,
+)
+from bilevel._learner import Learner as Learner
+from bilevel._linear import (
+    AbstractLinearSolver as AbstractLinearSolver,
+    AbstractPreconditioner as AbstractPreconditioner,
+    LinearOperator as LinearOperator,
+)
+from bilevel._objective import inner_objective as inner_objective, report as report
+from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, OptimizerState as OptimizerState
+from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally
