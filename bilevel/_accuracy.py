@@ -65,6 +65,11 @@ class Accuracy:
         Raises:
             ValueError: if mu or another needed constant is unknown.
         """
+        if self.constants is None and problem.tasks is not None:
+            raise ValueError(
+                "certified accuracy of a problem with tasks needs `constants=`, valid for each of them: they are"
+                " estimated for one inner problem only."
+            )
         if self.constants is None:
             given = estimated(problem, x, y)
         elif isinstance(self.constants, Constants):

@@ -211,3 +211,12 @@ def test_what_certified_accuracy_cannot_do_is_refused() -> None:
     unknown = AID(LBFGS(), CG(), target_error=1e-3, constants=Constants(mu=None))
     with pytest.raises(ValueError, match="needs the constants mu, L_fyy"):
         hypergradient(instance.problem, instance.x0, instance.y0, estimator=unknown)
+
+
+def test_constants_of_tasks_must_be_given() -> None:
+    problem = BilevelProblem(
+        lambda x, y, d: (y - d).square().sum(), lambda x, y, d: (y - x).square().sum() + y.cosh().sum() * 0, tasks=True
+    )
+    aid = AID(LBFGS(), CG(), target_error=1e-4)
+    with pytest.raises(ValueError, match="certified accuracy of a problem with tasks needs `constants=`"):
+        hypergradient(problem, torch.ones(2), torch.zeros(2), data=torch.ones(3, 2), estimator=aid)
