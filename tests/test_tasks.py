@@ -10,7 +10,7 @@ from bilevel_strategies import normal
 from cases import distance
 from torch import Tensor
 
-from bilevel import AID, ESJ, ITD, BilevelProblem, FiniteDifference, Penalty, hypergradient
+from bilevel import AID, ESJ, ITD, KKT, BilevelProblem, FiniteDifference, FirstOrder, Penalty, hypergradient
 from bilevel._tree import tree_leaves
 from bilevel.solvers.cg import CG
 from bilevel.solvers.dense import Dense
@@ -20,6 +20,8 @@ from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.minres import MINRES
+from bilevel.solvers.neumann import Neumann
+from bilevel.solvers.nystrom import Nystrom
 
 TASKS, P = 3, 4
 DATA = {
@@ -58,6 +60,11 @@ ESTIMATORS: dict[str, tuple[Any, float]] = {
     "aid-minres": (AID(LBFGS(1e-11), MINRES(1e-12)), 1e-9),
     "aid-gmres": (AID(LBFGS(1e-11), GMRES(1e-12)), 1e-9),
     "aid-dense": (AID(LBFGS(1e-11), Dense()), 1e-9),
+    "aid-neumann": (AID(LBFGS(1e-11), Neumann(step=0.05, terms=40)), 1e-9),
+    "aid-nystrom": (AID(LBFGS(1e-11), Nystrom(rank=3, damping=1e-3)), 1e-9),
+    "kkt": (KKT(LBFGS(1e-11)), 1e-9),
+    "first-order": (FirstOrder(FIXED), 1e-12),
+    "one-step": (ITD(FIXED, truncate=1), 1e-12),
     "itd": (ITD(FIXED), 1e-12),
     "itd-forward": (ITD(FIXED, forward=True), 1e-12),
     "itd-checkpointed": (ITD(FIXED, checkpoint=True), 1e-12),

@@ -165,14 +165,12 @@ class Activity:
         return Activity(free, ~near_lower, multipliers, margin)
 
     def report(self, weak: float, batch: bool) -> Report:
-        """Strict complementarity, in words; the residual is the margin."""
+        """Strict complementarity, in words; the residual is the least margin."""
         statuses = tuple(
             Status.nonfinite if margin != margin else Status.successful if margin > weak else Status.weakly_active
             for margin in self.margin.reshape(-1).tolist()
         )
-        held = int((~self.free).sum())
-        part = f"{held} of {self.free.numel()} entries held by bounds"
-        return Report(part, Status.worst(statuses), float(self.margin.min()), 0, statuses if batch else ())
+        return Report("active bounds", Status.worst(statuses), float(self.margin.min()), 0, statuses if batch else ())
 
 
 def _through_constraints(
