@@ -53,7 +53,8 @@ RUNS = (
     ),
     Run(
         "imaml-omniglot",
-        "--steps 4000 --set batch=8 --set inner_steps=8 --set step=0.2 --set clip=1 --set cosine=4000",
+        "--steps 5000 --set batch=4 --set inner_steps=8 --set step=0.4 --set regularization=0.2 --set damping=10"
+        " --set linear_steps=3 --set cosine=5000",
         "99.16 ± 0.35 (Rajeswaran et al. 2019)",
     ),
     Run("ibaml-omniglot", f"--steps 4000 {WIDE} --set batch=8 --set cosine=4000", ""),

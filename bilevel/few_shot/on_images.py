@@ -215,6 +215,7 @@ def imaml_images(
     step: float = 0.1,
     inner_steps: int = 16,
     linear_steps: int = 5,
+    damping: float = 0.0,
     seed: int = 0,
 ) -> Experiment:
     """Proximal adaptation (iMAML): all parameters are adapted, near what was learned, and differentiated implicitly."""
@@ -226,6 +227,7 @@ def imaml_images(
         step=step,
         inner_steps=inner_steps,
         linear_steps=linear_steps,
+        damping=damping,
     )
     return setting.experiment(learner)
 
