@@ -89,6 +89,22 @@ def test_other_shapes_are_another_program() -> None:
     assert len(compiled._programs) == 2
 
 
+def test_other_constants_and_other_nestings_of_the_same_shapes_are_other_programs() -> None:
+    itd = ITD(Iterate(GradientDescent(0.1), max_steps=2))
+    compiled, of = CompiledITD(itd.inner, backend="eager"), problem()
+    swapped = {"t": DATA["t"], "X": DATA["X"], "label": 2}  # the same leaves in another order
+    for data in (DATA, {**DATA, "label": 3}, {**DATA, "label": 3.5}, swapped):
+        expected = hypergradient(of, X, X, estimator=itd, data=data)
+        assert distance(hypergradient(of, X, X, estimator=compiled, data=data).grad, expected.grad) <= 1e-13
+    sums = BilevelProblem(
+        lambda x, y: (y * x["a"].sum()).square().sum(), lambda x, y: (y - x["b"].sum()).square().sum() / 2
+    )
+    for sizes in ((1, 3), (3, 1)):
+        x, y = {"a": torch.ones(sizes[0]), "b": torch.full((sizes[1],), 2.0)}, torch.ones(2)
+        expected = hypergradient(sums, x, y, estimator=itd)
+        assert distance(hypergradient(sums, x, y, estimator=compiled).grad, expected.grad) <= 1e-6
+
+
 def test_what_is_not_finite_is_reported_for_its_task() -> None:
     targets = normal(TASKS, N, seed=2)
     targets[1] = torch.nan

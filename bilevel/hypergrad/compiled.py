@@ -14,7 +14,7 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._objective import inner_objective
-from bilevel._problem import BilevelProblem, Split
+from bilevel._problem import Split
 from bilevel._result import Report, Status
 from bilevel._tree import tree_parts
 
@@ -31,7 +31,8 @@ class CompiledITD(AbstractEstimator):
     several times faster; for large ones it gains little. The first call at new shapes takes a minute or more.
 
     What is traced is what is run from then on: f, g and init must be functions of their arguments alone. A tensor that
-    they close over is a constant as it was at the first call, and so is the way taken through their `if`s.
+    they close over is a constant as it was at the first call, and so is the way taken through their `if`s. What in the
+    data is no tensor is a constant too: another number, or another object, is another program.
 
     Cost and error: those of `ITD`, with all N steps kept. Oracle calls are counted as ITD counts them.
 
@@ -56,7 +57,7 @@ class CompiledITD(AbstractEstimator):
 
     inner: AbstractInnerSolver
     backend: str = "inductor"
-    _programs: dict[Any, tuple[BilevelProblem, Program]] = field(default_factory=dict, init=False, repr=False)
+    _programs: dict[Any, tuple[tuple[Any, ...], Program]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, AbstractUnrollable):
@@ -84,8 +85,10 @@ class CompiledITD(AbstractEstimator):
             raise ValueError(
                 "`CompiledITD(inner=...)` needs a step length of the inner solver: `GradientDescent(step)`."
             )
+        nestings = (problem.x.describe(), problem.y.describe(), str(build([isinstance(t, Tensor) for t in leaves])))
         shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in (x, start.y, *tensors))
-        key = (id(problem.problem), problem.is_encoded, shapes)
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        key = (id(problem.problem), problem.is_encoded, nestings, shapes, tuple(map(_constant, others)))
         if key not in self._programs:
             from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
 
@@ -99,8 +102,9 @@ class CompiledITD(AbstractEstimator):
             arguments = (x.detach(), start.y.detach(), *tensors)
             with torch.enable_grad():
                 traced = make_fx(program)(*arguments)
-            # The problem is kept, so that its id is not another's.
-            self._programs[key] = problem.problem, torch.compile(traced, backend=self.backend, dynamic=False)
+            # The problem and the constants are kept, so that their ids are not another's.
+            kept = (problem.problem, *others)
+            self._programs[key] = kept, torch.compile(traced, backend=self.backend, dynamic=False)
         with torch.no_grad():
             h, value, y, residual = self._programs[key][1](x.detach(), start.y.detach(), *tensors)
         self._count(problem, y)
@@ -124,6 +128,11 @@ class CompiledITD(AbstractEstimator):
         problem.tally.cross_products += steps * rows
         problem.tally.hvps += max(steps - (0 if has_init else 1), 0) * rows
         problem.tally.outer_gradients += rows
+
+
+def _constant(leaf: Any) -> Any:
+    """What tells a leaf of the data that is no tensor from others: its value, or for other objects which it is."""
+    return (type(leaf), leaf) if isinstance(leaf, int | float | complex | str | bytes | None) else id(leaf)
 
 
 def _unrolled(
