@@ -9,11 +9,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from bilevel._tree import Structure, Tree, ravel, tree_map
 from bilevel.problems._modules import prediction
-from bilevel.problems._tasks import Loss, Side, task_loss
+from bilevel.problems._tasks import Loss, Side, is_cross_entropy, task_loss
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
 
 NOISE = {"support": "support_noise", "query": "query_noise"}
@@ -162,7 +161,7 @@ class Evidence:
             return prediction(self.loss, self.output(drawn, inputs))
 
         found = torch.vmap(sample, randomness="same")(weights(self.full(y), noise, self.structure))
-        if self.loss is cross_entropy:
+        if is_cross_entropy(self.loss):
             return found.logsumexp(0) - math.log(len(noise))
         return found.mean(0)
 

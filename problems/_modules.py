@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 from bilevel._functional import Functional, functional
-from bilevel.problems._tasks import Loss, Side
+from bilevel.problems._tasks import Loss, Side, is_cross_entropy
 
 
 def as_functional(module: nn.Module | Functional) -> Functional:
@@ -35,10 +35,10 @@ def prediction(loss: Loss, output: Tensor) -> Tensor:
     """Log-probabilities where the loss is the cross-entropy of logits; the outputs themselves for any other.
 
     Example:
-        >>> prediction(cross_entropy, Tensor([[1.0, 1.0]])).exp()
+        >>> prediction(nn.CrossEntropyLoss(), Tensor([[1.0, 1.0]])).exp()
         tensor([[0.5000, 0.5000]])
     """
-    return log_softmax(output, dim=-1) if loss is cross_entropy else output
+    return log_softmax(output, dim=-1) if is_cross_entropy(loss) else output
 
 
 def weighted(values: Tensor, task: Mapping[str, Tensor], side: Side) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> the mean over samples, as torch's losses
 Side: TypeAlias = Literal["support", "query"]
+
+_ELEMENTWISE = (mse_loss, l1_loss, smooth_l1_loss, huber_loss)
+_ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side) -> Tensor:
@@ -27,6 +31,8 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
 
     Raises:
         KeyError: if the task has no targets on this side.
+        ValueError: if torch would spread targets of another shape over the outputs, or, with a mask, the loss is no
+            plain mean over samples.
 
     Example:
         >>> task = {"query_y": torch.tensor([1.0, 5.0, 0.0]), "query_mask": torch.tensor([1.0, 1.0, 0.0])}
@@ -36,6 +42,11 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
     target, mask = task[f"{side}_y"], task.get(f"{side}_mask")
     if target.is_floating_point() and output.shape == (*target.shape, 1):
         target = target.unsqueeze(-1)
+    if target.shape != output.shape and (loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)):
+        raise ValueError(
+            f"{side}_y of a task must have the shape of the outputs, {tuple(output.shape)}, or be numbers of its one"
+            f" column. Got {tuple(target.shape)}, {target.dtype}. Change the last layer, or convert the targets."
+        )
     if mask is None:
         return loss(output, target)
     return (sample_losses(loss, output, target) * mask).sum() / mask.sum()
@@ -43,6 +54,9 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
 
 def sample_losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     """The loss of each sample `(n,)`: of a batch of one, whose mean it is.
+
+    Raises:
+        ValueError: if the loss weighs classes or is a sum, so that it is not the mean of these.
 
     Example:
         >>> sample_losses(mse_loss, torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]))
@@ -52,4 +66,28 @@ def sample_losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(output, target, reduction="none")
     if loss is mse_loss:
         return mse_loss(output, target, reduction="none").reshape(len(output), -1).mean(1)
+    if _setting(loss, "weight") is not None or _setting(loss, "reduction") not in (None, "mean"):
+        raise ValueError(
+            "with masks, the loss must be a mean over samples, each of the same weight: they are averaged over those"
+            f" that are no padding. Got {loss!r}, with `weight` or another `reduction`. Leave these out, or train on"
+            " tasks of one size."
+        )
     return torch.vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0)))(output, target)
+
+
+def is_cross_entropy(loss: Loss) -> bool:
+    """Whether it is torch's cross-entropy of logits: the function, also with settings, or the module.
+
+    Example:
+        >>> is_cross_entropy(nn.CrossEntropyLoss(label_smoothing=0.1)), is_cross_entropy(mse_loss)
+        (True, False)
+    """
+    inside = loss.func if isinstance(loss, partial) else loss
+    return inside is cross_entropy or isinstance(inside, nn.CrossEntropyLoss)
+
+
+def _setting(loss: Loss, name: str) -> Any:
+    """A setting of one of torch's losses; None where it is not one of them, or has none."""
+    if isinstance(loss, partial):
+        return loss.keywords.get(name)
+    return getattr(loss, name, None) if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss | nn.MSELoss) else None

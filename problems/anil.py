@@ -149,7 +149,7 @@ def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], 
 
     def predict(x: Tree, y: Tree, task: Any) -> Tensor:  # noqa: ARG001
         support, query = (normalize(features(x, task[f"{side}_x"]).flatten(1), dim=-1) for side in ("support", "query"))
-        labels = weighted(one_hot(task["support_y"], classes).to(support), task, "support")
+        labels = weighted(one_hot(task["support_y"].long(), classes).to(support), task, "support")
         return (query @ support.T @ labels).log_softmax(-1)
 
     return replace(learner, name="NIL", adapt=Iterate(GradientDescent(1.0), 0), predict=predict)

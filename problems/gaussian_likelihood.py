@@ -40,7 +40,16 @@ class GaussianLikelihood:
             raise ValueError(f"`GaussianLikelihood(variance=...)` must be positive. Got {self.variance}.")
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """The mean of -log p over all entries; targets of the outputs' shape."""
+        """The mean of -log p over all entries.
+
+        Raises:
+            ValueError: if the targets do not have the outputs' shape.
+        """
+        if output.shape != target.shape:
+            raise ValueError(
+                f"`GaussianLikelihood` needs targets of the outputs' shape, {tuple(output.shape)}."
+                f" Got {tuple(target.shape)}. Change the last layer, or the targets."
+            )
         return ((output - target).square() / self.variance).mean() / 2 + math.log(2 * math.pi * self.variance) / 2
 
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def proto_net(body: nn.Module | Functional, features: int, classes: int, *, norm
         return -scale * (points.unsqueeze(1) - y).square().sum(-1)
 
     def members(task: Any) -> Tensor:
-        return one_hot(task["support_y"], classes).to(any_parameter(net))
+        return one_hot(task["support_y"].long(), classes).to(any_parameter(net))
 
     def g(z: dict[str, Tensor], y: Tensor, task: Any) -> Tensor:
         away = (z["support"] - members(task) @ y).square().sum(-1)

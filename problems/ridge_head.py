@@ -58,7 +58,7 @@ def ridge_head(
         calibrate: learn a and b, as the entries "scale" and "bias" of x; x is the body's parameters under "body".
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range; from estimates, if support targets do not fit the outputs.
 
     Example:
         >>> learner = ridge_head(nn.Linear(3, 8), features=8, outputs=5, learn_regularization=True)
@@ -94,7 +94,12 @@ def ridge_head(
     def targets(task: Any) -> Tensor:
         given: Tensor = task["support_y"]
         if not given.is_floating_point():
-            given = one_hot(given, outputs).to(like)
+            given = one_hot(given.long(), outputs).to(like)
+        elif given.shape[1:] != (outputs,) and (given.dim() != 1 or outputs != 1):
+            raise ValueError(
+                f"`ridge_head(outputs={outputs})` needs support_y of (n, {outputs}) numbers, or of (n,) integers where"
+                f" they are classes. Got {tuple(given.shape)}, {given.dtype}. Convert labels with `.long()`."
+            )
         columns: Tensor = given.reshape(-1, outputs)
         return columns
 

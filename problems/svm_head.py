@@ -104,7 +104,7 @@ def svm_head(
         return z | ({"scale": x["scale"]} if learn_scale else {})
 
     def labels(task: Mapping[str, Tensor]) -> Tensor:
-        return one_hot(task["support_y"], classes).to(like)
+        return one_hot(task["support_y"].long(), classes).to(like)
 
     def output(x: Tree, F: Tensor, query: Tensor, y: Tensor) -> Tensor:
         gamma = x["scale"] if learn_scale else scale

@@ -7,6 +7,7 @@ import math
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -22,6 +23,9 @@ from bilevel.few_shot import Score, adapt, conv_net, evaluate, mlp, predict, rea
 from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.networks import features
 from bilevel.problems.maml import maml
+from bilevel.problems.proto_net import proto_net
+from bilevel.problems.ridge_head import ridge_head
+from bilevel.problems.svm_head import svm_head
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.cg import CG
 from bilevel.solvers.clipped import Clipped
@@ -480,6 +484,42 @@ def test_evaluation_draws_as_many_tasks_as_asked_for_and_repeats_them() -> None:
     assert len({seed for _, seed in tasks.calls}) == 3
     assert torch.equal(evaluate(learner, learner.x0, tasks, episodes=7, batch=3, seed=1).scores, first.scores)
     assert not torch.equal(evaluate(learner, learner.x0, tasks, episodes=7, batch=3, seed=2).scores, first.scores)
+
+
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(), partial(cross_entropy), lambda output, target: cross_entropy(output, target)]
+)
+def test_the_loss_of_classes_is_that_of_probabilities_however_the_cross_entropy_is_written(loss: Any) -> None:
+    module = mlp((2, 3), seed=1)
+    by_function, by_other = maml(module, cross_entropy), maml(module, loss)
+    expected = evaluate(by_function, by_function.x0, Blobs(), episodes=10)
+    found = evaluate(by_other, by_other.x0, Blobs(), episodes=10)
+    assert found.loss.mean == pytest.approx(expected.loss.mean, rel=1e-6)
+    assert found.log_probabilities is not None
+    torch.testing.assert_close(found.log_probabilities.exp().sum(-1), torch.ones(len(found.log_probabilities)))
+
+
+@pytest.mark.parametrize("method", ["maml", "proto_net", "svm_head", "ridge_head"])
+def test_labels_may_be_any_integers(method: str) -> None:
+    @final
+    @dataclass(frozen=True)
+    class Short(AbstractTasks):
+        def sample(self, count: int, seed: int) -> Batch:
+            batch = Blobs().sample(count, seed)
+            return {**batch, "support_y": batch["support_y"].int(), "query_y": batch["query_y"].int()}
+
+    torch.manual_seed(0)
+    body = nn.Linear(2, 3)
+    learner = {
+        "maml": maml(body, cross_entropy),
+        "proto_net": proto_net(body, 3, 3),
+        "svm_head": svm_head(body, 3, 3, 6),
+        "ridge_head": ridge_head(body, 3, 3),
+    }[method]
+    expected, found = (train(learner, tasks, max_steps=1, batch=2) for tasks in (Blobs(), Short()))
+    assert found.history[-1].value == pytest.approx(expected.history[-1].value, rel=1e-6)
+    scores = [evaluate(learner, found.x, tasks, episodes=5) for tasks in (Blobs(), Short())]
+    assert scores[0].loss == scores[1].loss
 
 
 def test_padded_queries_do_not_count() -> None:

@@ -927,6 +927,23 @@ def test_predictive_moments_of_a_linear_model_are_those_of_its_posterior() -> No
     assert float(likelihood.predictive_nll(outputs, targets[0])) == pytest.approx(float(exact), rel=0.01)
 
 
+def test_a_gaussian_likelihood_refuses_targets_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"needs targets of the outputs' shape, \(3, 2\)\. Got \(3, 1\)"):
+        GaussianLikelihood(1.0)(torch.zeros(3, 2), torch.zeros(3, 1))
+
+
+def test_the_predictive_probability_is_an_average_however_the_cross_entropy_is_written() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(2, 3)
+    task = {"support_x": torch.randn(1, 6, 2), "support_y": torch.arange(6)[None] % 3, "query_x": torch.randn(1, 4, 2)}
+    task["query_y"] = torch.zeros(1, 4).long()
+    found = [
+        learner.predict(learner.x0, learner.y0, {key: entry[0] for key, entry in task.items()})
+        for learner in (ibaml(net, loss, log_variance=1.0) for loss in (cross_entropy, nn.CrossEntropyLoss()))
+    ]
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_the_loss_of_a_gaussian_likelihood_is_minus_its_log_density() -> None:
     output, target = normal(4, 1, seed=96), normal(4, 1, seed=97)
     truth = -torch.distributions.Normal(output, 0.3**0.5).log_prob(target).mean()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from bilevel import (
 from bilevel._learner import Learner
 from bilevel._memory import peak_memory
 from bilevel._tree import tree_map
+from bilevel.problems._tasks import task_loss
 from bilevel.problems.maml import maml
 from bilevel.problems.reptile import reptile
 from bilevel.solvers.cg import CG
@@ -454,6 +456,27 @@ def test_targets_of_one_column_may_be_flat() -> None:
 
 
 # What a user gets
+
+
+@pytest.mark.parametrize("loss", [mse_loss, nn.MSELoss(), nn.functional.l1_loss])
+@pytest.mark.parametrize(("outputs", "target"), [(1, torch.arange(4)), (2, torch.ones(4, 1)), (2, torch.ones(4))])
+def test_targets_that_torch_would_spread_over_the_outputs_are_refused(loss: Any, outputs: int, target: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"support_y of a task must have the shape of the outputs, \(4, \d\)"):
+        task_loss(loss, torch.zeros(4, outputs), {"support_y": target}, "support")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0])),
+        nn.CrossEntropyLoss(reduction="sum"),
+        partial(cross_entropy, weight=torch.tensor([1.0, 2.0])),
+    ],
+)
+def test_with_masks_a_loss_that_is_no_plain_mean_is_refused(loss: Any) -> None:
+    task = {"query_y": torch.tensor([0, 1, 0]), "query_mask": torch.tensor([1.0, 1.0, 0.0])}
+    with pytest.raises(ValueError, match="must be a mean over samples, each of the same weight"):
+        task_loss(loss, torch.zeros(3, 2), task, "query")
 
 
 def test_labels_give_log_probabilities_and_numbers_give_outputs() -> None:

@@ -148,6 +148,15 @@ def test_the_default_estimator_is_accurate_in_single_precision() -> None:
     assert distance(found.grad, exact.grad) <= 1e-4
 
 
+def test_labels_that_are_no_integers_are_refused() -> None:
+    """As many samples as classes: they would be taken as one row of numbers, the same for every sample."""
+    learner = ridge_head(nn.Linear(1, 4), 4, 3)
+    batch = {"support_x": torch.ones(2, 3, 1), "support_y": torch.arange(3.0).expand(2, -1)}
+    batch |= {"query_x": torch.ones(2, 3, 1), "query_y": torch.zeros(2, 3).long()}
+    with pytest.raises(ValueError, match=r"needs support_y of \(n, 3\) numbers, or of \(n,\) integers"):
+        hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=batch)
+
+
 @pytest.mark.parametrize("features", [5, 30])
 def test_padded_samples_do_not_count(features: int) -> None:
     batch = tasks(shots=SHOTS + 1)

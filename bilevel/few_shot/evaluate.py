@@ -117,7 +117,8 @@ def evaluate(
     """The mean over tasks of the accuracy (or squared error) on the queries, after adapting on the support set.
 
     Cost: that of adapting, once for each number of steps asked for, and no derivative in x; memory that of `batch`
-    tasks. Whether targets are classes or numbers is seen from their dtype. Padded queries do not count.
+    tasks. Whether targets are classes or numbers is seen from their dtype; predictions of classes that are no
+    log-probabilities are taken for logits. Padded queries do not count.
 
     Source: the protocol of Finn, Abbeel, Levine, "Model-agnostic meta-learning", ICML 2017: 600 tasks, 95 % intervals.
 
@@ -200,11 +201,13 @@ class _Found:
         if self.metric == "mse":
             self.loss.append(scores)
             return
-        losses = nll_loss(predictions.transpose(1, 2), targets, reduction="none")
+        if bool((predictions.exp().sum(-1) - 1).abs().max() > 1e-3):  # logits: the learner did not know its loss
+            predictions = predictions.log_softmax(-1)
+        losses = nll_loss(predictions.transpose(1, 2), targets.long(), reduction="none")
         self.loss.append(_mean(losses, adapted.batch))
         kept = adapted.batch["query_mask"].bool() if "query_mask" in adapted.batch else torch.ones_like(targets).bool()
         self.log_probabilities.append(predictions[kept].cpu())
-        self.targets.append(targets[kept].cpu())
+        self.targets.append(targets[kept].long().cpu())
 
     def evaluation(self, seconds: float) -> Evaluation:
         scores = torch.cat(self.after)
