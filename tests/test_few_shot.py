@@ -22,6 +22,7 @@ from bilevel._tree import tree_leaves
 from bilevel.few_shot import Score, adapt, conv_net, evaluate, mlp, predict, read_best, train
 from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.networks import features
+from bilevel.problems.imaml import imaml
 from bilevel.problems.maml import maml
 from bilevel.problems.proto_net import proto_net
 from bilevel.problems.ridge_head import ridge_head
@@ -497,6 +498,43 @@ def test_the_loss_of_classes_is_that_of_probabilities_however_the_cross_entropy_
     assert found.loss.mean == pytest.approx(expected.loss.mean, rel=1e-6)
     assert found.log_probabilities is not None
     torch.testing.assert_close(found.log_probabilities.exp().sum(-1), torch.ones(len(found.log_probabilities)))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda batch: {key: batch[key] for key in batch if key != "support_y"}, "a batch of tasks needs support_x"),
+        (lambda batch: {key: entry[:, :0] for key, entry in batch.items()}, "a task needs examples"),
+        (lambda batch: {**batch, "support_y": batch["support_y"][:, 1:]}, "must agree in tasks and examples"),
+    ],
+)
+def test_malformed_tasks_are_refused(change: Any, text: str) -> None:
+    @final
+    @dataclass(frozen=True)
+    class Malformed(AbstractTasks):
+        def sample(self, count: int, seed: int) -> Batch:
+            changed: Batch = change(Blobs().sample(count, seed))
+            return changed
+
+    learner = imaml(mlp((2, 3)), cross_entropy)
+    with pytest.raises(ValueError, match=text):
+        train(learner, Malformed(), max_steps=1)
+    with pytest.raises(ValueError, match=text):
+        evaluate(learner, learner.x0, Malformed(), episodes=1)
+
+
+def test_what_is_no_learner_no_source_and_no_x_is_refused() -> None:
+    learner, wrong = maml(mlp((2, 3)), cross_entropy), Blobs().sample(2, 0)
+    with pytest.raises(TypeError, match=r"`train\(learner=...\)` must be a `Learner`.*Got Sequential"):
+        train(mlp(), Blobs(), max_steps=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`train\(tasks=...\)` must be a source of tasks.*Got dict"):
+        train(learner, wrong, max_steps=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`train\(validation=...\)` must be a source"):
+        train(learner, Blobs(), max_steps=1, validation=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`evaluate\(tasks=...\)` must be a source"):
+        evaluate(learner, learner.x0, wrong, episodes=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"structure of `learner.x0`.*Got Sequential"):
+        evaluate(learner, mlp((2, 3)), Blobs(), episodes=1)
 
 
 @pytest.mark.parametrize("method", ["maml", "proto_net", "svm_head", "ridge_head"])

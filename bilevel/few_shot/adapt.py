@@ -16,6 +16,7 @@ from bilevel._objective import inner_objective
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree, ravel, tree_leaves, tree_map
 from bilevel.tasks._random import seed_of_step
+from bilevel.tasks.source import AbstractTasks
 
 _NOISE = 2**32  # the seeds of `prepare` and those of the tasks are unrelated
 
@@ -92,7 +93,12 @@ def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
 
 def ready(learner: Learner, x: Tree, batch: Any, seed: int) -> Any:
     """The batch on the device and in the dtype of x, and with what the learner draws from the seed."""
-    like: Tensor = tree_leaves(x)[0]
+    like = next(iter(tree_leaves(x)), None)
+    if not isinstance(like, Tensor):
+        raise TypeError(
+            f"`x` must be of the structure of `learner.x0`, such as `trained.x`. Got {type(x).__name__}."
+            " Of a module, `functional(module).params` are the parameters."
+        )
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -101,6 +107,24 @@ def ready(learner: Learner, x: Tree, batch: Any, seed: int) -> Any:
 
     moved = tree_map(move, batch)
     return moved if learner.prepare is None else learner.prepare(moved, seed)
+
+
+def demand_tasks(call: str, learner: Learner, **sources: AbstractTasks | None) -> None:
+    """Refuse a learner that is none, and sources of tasks that have no `sample`.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not isinstance(learner, Learner):
+        raise TypeError(
+            f"`{call}(learner=...)` must be a `Learner`, such as `maml(module, loss)`. Got {type(learner).__name__}."
+        )
+    for name, source in sources.items():
+        if source is not None and not callable(getattr(source, "sample", None)):
+            raise TypeError(
+                f"`{call}({name}=...)` must be a source of tasks, with a method `sample(count, seed)`."
+                f" Got {type(source).__name__}. Write a subclass of `bilevel.tasks.AbstractTasks`."
+            )
 
 
 def noise_seed(seed: int, step: int) -> int:

@@ -16,8 +16,9 @@ from torch.nn.functional import nll_loss
 from bilevel._learner import Learner
 from bilevel._result import Stats
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, adapt, noise_seed, predict
+from bilevel.few_shot.adapt import Adapted, adapt, demand_tasks, noise_seed, predict
 from bilevel.tasks._random import seed_of_step
+from bilevel.tasks.ragged import check_batch
 from bilevel.tasks.source import AbstractTasks
 
 Metric: TypeAlias = Literal["accuracy", "mse"]
@@ -133,7 +134,8 @@ def evaluate(
         curve: other numbers of steps to report the score after, on the same tasks.
 
     Raises:
-        ValueError: if a number is out of range, or predictions do not match the targets.
+        ValueError: if a number is out of range, a batch of tasks is malformed, or predictions do not match the targets.
+        TypeError: if `learner` is none, or `tasks` has no `sample`.
 
     Example:
         >>> from bilevel import BilevelProblem
@@ -156,10 +158,13 @@ def evaluate(
     for name, value in (("episodes", episodes), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`evaluate({name}=...)` must be a positive integer. Got {value!r}.")
+    demand_tasks("evaluate", learner, tasks=tasks)
     began = time.perf_counter()
     found = _Found()
     for part, first in enumerate(range(0, episodes, batch)):
-        sampled = tasks.sample(min(batch, episodes - first), seed_of_step(seed, part))
+        count = min(batch, episodes - first)
+        sampled = tasks.sample(count, seed_of_step(seed, part))
+        check_batch(sampled, count)
 
         def at(steps: int | None, sampled: Any = sampled, part: int = part) -> Adapted:
             return adapt(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))

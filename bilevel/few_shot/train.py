@@ -23,12 +23,13 @@ from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Stats, Status
 from bilevel._sets import Constraint
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, noise_seed, predict, ready
+from bilevel.few_shot.adapt import Adapted, demand_tasks, noise_seed, predict, ready
 from bilevel.few_shot.board import Board
 from bilevel.few_shot.evaluate import Evaluation, evaluate, score_tasks
 from bilevel.few_shot.validate import Validation, Validations
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.scheduled import Scheduled
+from bilevel.tasks.ragged import check_batch
 from bilevel.tasks.source import AbstractTasks, batches
 
 Ended: TypeAlias = Literal["max_steps", "patience", "seconds", "callback", "failed"]
@@ -161,7 +162,8 @@ def train(
             estimate gives, unless it is NaN, and counts it.
 
     Raises:
-        ValueError: if a number is out of range, or the estimator does not apply.
+        ValueError: if a number is out of range, a batch of tasks is malformed, or the estimator does not apply.
+        TypeError: if `learner` is none, or a source of tasks has no `sample`.
         ImportError: if `tensorboard` is asked for and missing.
         BilevelError: if `throw` and an estimate did not succeed.
 
@@ -191,6 +193,7 @@ def train(
         score_every=(score_every, 1),
         patience=(patience, 1),
     )
+    demand_tasks("train", learner, tasks=tasks, validation=validation)
     if seconds is not None and not seconds > 0:
         raise ValueError(f"`train(seconds=...)` must be positive, or None. Got {seconds}.")
     if patience is not None and validation is None:
@@ -259,7 +262,9 @@ class _Data:
     def __call__(self, step: int) -> Any:
         if step not in self.latest:
             self.latest.clear()
-            self.latest[step] = ready(self.learner, self.learner.x0, self.batches(step), noise_seed(self.seed, step))
+            batch = self.batches(step)
+            check_batch(batch)
+            self.latest[step] = ready(self.learner, self.learner.x0, batch, noise_seed(self.seed, step))
         return self.latest[step]
 
 
