@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import final
 
@@ -277,6 +278,13 @@ class Checker:
                 "both": "through g and through its start, which matters only as far as the inner problem is unsolved",
             }[self.dependence]
             self._say("y depends on x", True if self.dependence != "start" else None, way, "use ITD or ESJ")
+        if self.dependence == "start":  # y is what the steps make of it: nobody asks g for a strict minimum
+            self.verdicts = [
+                replace(verdict, outcome=Outcome.warning, remedy="of no account to estimators that differentiate steps")
+                if verdict.name in ("inner solution", "curvature") and verdict.outcome is Outcome.failed
+                else verdict
+                for verdict in self.verdicts
+            ]
 
     def _constraints(self, x: Tensor) -> Tensor:
         polytope = self.problem.polytope(x)

@@ -133,6 +133,11 @@ def _join(leaves: list[Tensor]) -> Tensor:
 def _strength(net: Functional, given: Strength) -> float | dict[str, Tensor]:
     """The regularization as a number, or as a tensor for each parameter."""
     if not isinstance(given, Mapping):
+        if isinstance(given, Tensor) and given.numel() != 1:
+            raise ValueError(
+                "`imaml(regularization=...)` must be one number, or a dict with one entry for each parameter by name."
+                f" Got a tensor of shape {tuple(given.shape)}."
+            )
         if not 0 < given < math.inf:
             raise ValueError(f"`imaml(regularization=...)` must be positive. Got {given}.")
         return float(given)

@@ -189,6 +189,16 @@ def test_y_that_depends_on_x_through_its_start_only_is_found() -> None:
     assert check(BilevelProblem(sound_f, sound_g, init=lambda x: x), X, Y0).dependence == "both"
 
 
+def test_where_y_depends_on_x_through_its_start_only_g_needs_no_strict_minimum() -> None:
+    def flat(x: Tensor, y: Tensor) -> Tensor:
+        return (y.sum() - 1).square()
+
+    found = check(BilevelProblem(sound_f, flat, init=lambda x: x), X, Y0)
+    assert outcome(found, "curvature") is Outcome.warning
+    assert found.ok
+    assert not found.estimators["itd"]
+
+
 def test_an_operation_without_a_second_derivative_is_named() -> None:
     problem = BilevelProblem(sound_f, lambda x, y: torch.cdist(y[None], x[None]).square().sum())
     found = check(problem, X, Y0)

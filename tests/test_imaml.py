@@ -521,6 +521,7 @@ def test_learned_regularization_stays_in_its_box() -> None:
     [
         ({"regularization": 0.0}, "must be positive"),
         ({"regularization": float("nan")}, "must be positive"),
+        ({"regularization": torch.ones(3)}, r"one number, or a dict.*shape \(3,\)"),
         ({"regularization": {"weight": 1.0}}, "name every parameter"),
         ({"regularization": {"weight": torch.ones(3), "bias": 1.0}}, "must broadcast"),
         ({"regularization": {"weight": torch.tensor([1.0, -1.0]), "bias": 1.0}}, "must be positive at 'weight'"),
