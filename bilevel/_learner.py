@@ -34,6 +34,8 @@ class Learner:
         export: x -> the user's module with what was learned, for `state_dict`.
         prepare: (batch, seed) -> the batch with whatever else f and g need, drawn from the seed (the noise of a
             Monte Carlo expectation); None: nothing.
+        draws: (x, y, task) -> what `predict` averages over, `(samples, queries, ...)`: the query predictions of each
+            draw of the task's posterior; None: there is no posterior.
     """
 
     name: str
@@ -45,3 +47,4 @@ class Learner:
     predict: Callable[[Tree, Tree, Any], Tensor] = field(repr=False)
     export: Callable[[Tree], nn.Module] = field(repr=False)
     prepare: Callable[[Any, int], Any] | None = field(default=None, repr=False)
+    draws: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)

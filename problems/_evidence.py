@@ -156,14 +156,19 @@ class Evidence:
 
     def predict(self, y: Tree, inputs: Tensor, noise: Tensor) -> Tensor:
         """The posterior predictive: log of the mean probability for the cross-entropy, else the mean output."""
+        found = self.draws(y, inputs, noise)
+        if is_cross_entropy(self.loss):
+            return found.logsumexp(0) - math.log(len(noise))
+        return found.mean(0)
+
+    def draws(self, y: Tree, inputs: Tensor, noise: Tensor) -> Tensor:
+        """The predictions of each draw of the posterior, `(samples, n, ...)`."""
 
         def sample(drawn: Tree) -> Tensor:
             return prediction(self.loss, self.output(drawn, inputs))
 
-        found = torch.vmap(sample, randomness="same")(weights(self.full(y), noise, self.structure))
-        if is_cross_entropy(self.loss):
-            return found.logsumexp(0) - math.log(len(noise))
-        return found.mean(0)
+        found: Tensor = torch.vmap(sample, randomness="same")(weights(self.full(y), noise, self.structure))
+        return found
 
     def evaluation_noise(self) -> Tensor:
         """The noise of predictions: the same for every task."""

@@ -98,4 +98,5 @@ def abml(
         predict=lambda _, y, task: model.predict(y, task["query_x"], noise),
         export=lambda x: net.load(x["mean"]),
         prepare=model.prepare,
+        draws=lambda _, y, task: model.draws(y, task["query_x"], noise),
     )

@@ -152,4 +152,4 @@ def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], 
         labels = weighted(one_hot(task["support_y"].long(), classes).to(support), task, "support")
         return (query @ support.T @ labels).log_softmax(-1)
 
-    return replace(learner, name="NIL", adapt=Iterate(GradientDescent(1.0), 0), predict=predict)
+    return replace(learner, name="NIL", adapt=Iterate(GradientDescent(1.0), 0), predict=predict, draws=None)

@@ -128,6 +128,7 @@ def ibaml(
         predict=lambda _, y, task: model.predict(y, task["query_x"], noise),
         export=lambda x: net.load(x["mean"]),
         prepare=model.prepare,
+        draws=lambda _, y, task: model.draws(y, task["query_x"], noise),
     )
 
 
@@ -226,6 +227,7 @@ def ibaml_head(
         predict=lambda x, y, task: model.predict(y, features_of(features, x["body"], task["query_x"]), noise),
         export=lambda x: nn.Sequential(features.load(x["body"]), top.load(x["mean"])),
         prepare=model.prepare,
+        draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task["query_x"]), noise),
     )
 
 

@@ -21,7 +21,7 @@ from bilevel._flat import FlatProblem
 from bilevel._learner import Learner
 from bilevel._linear import AbstractLinearSolver
 from bilevel._tree import tree_map
-from bilevel.few_shot import calibration_of, evaluate, train
+from bilevel.few_shot import adapt, calibration_of, draws, evaluate, predict, train
 from bilevel.problems import (
     BayesianRegression,
     GaussianLikelihood,
@@ -32,6 +32,7 @@ from bilevel.problems import (
     ibaml,
     ibaml_head,
     imaml,
+    maml,
 )
 from bilevel.problems._variational import divergence, hyper_prior
 from bilevel.problems.kl_products import Form
@@ -925,6 +926,28 @@ def test_predictive_moments_of_a_linear_model_are_those_of_its_posterior() -> No
     assert float(((low <= targets) & (targets <= high)).double().mean()) == pytest.approx(0.9, abs=0.01)
     exact = -torch.distributions.Normal(X @ y["mean"], truth.sqrt()).log_prob(targets[0]).mean()  # type: ignore[no-untyped-call]
     assert float(likelihood.predictive_nll(outputs, targets[0])) == pytest.approx(float(exact), rel=0.01)
+
+
+@pytest.mark.parametrize("loss", [mse_loss, cross_entropy])
+def test_predictions_average_the_draws_of_a_posterior(loss: Any) -> None:
+    torch.manual_seed(0)
+    body, head = nn.Linear(2, 3), nn.Linear(3, 2)
+    targets = torch.arange(2).repeat(3, 2) if loss is cross_entropy else torch.randn(3, 4, 2)
+    batch = {
+        "support_x": torch.randn(3, 4, 2),
+        "support_y": targets,
+        "query_x": torch.randn(3, 4, 2),
+        "query_y": targets,
+    }
+    whole = nn.Sequential(body, head)
+    for learner in (ibaml_head(body, head, loss), ibaml(whole, loss, step=0.01), abml(whole, loss, step=0.01)):
+        adapted = adapt(learner, learner.x0, batch)
+        found, mean = draws(learner, learner.x0, adapted), predict(learner, learner.x0, adapted)
+        assert found.shape == (3, 100 if learner.name == "ibaml_head" else 10, 4, 2)
+        assert float(found.var(1).min()) > 0
+        torch.testing.assert_close(found.exp().mean(1).log() if loss is cross_entropy else found.mean(1), mean)
+    with pytest.raises(ValueError, match=r"needs a learner whose tasks have a posterior.*Got MAML"):
+        draws(maml(whole, loss), learner.x0, adapted)
 
 
 def test_a_gaussian_likelihood_refuses_targets_of_another_shape() -> None:

@@ -1,6 +1,6 @@
 """Few-shot learning: training a learner over tasks, and evaluating it."""
 
-from bilevel.few_shot.adapt import Adapted as Adapted, adapt as adapt, predict as predict
+from bilevel.few_shot.adapt import Adapted as Adapted, adapt as adapt, draws as draws, predict as predict
 from bilevel.few_shot.calibration import (
     Calibration as Calibration,
     calibration as calibration,

@@ -91,6 +91,24 @@ def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     return predictions
 
 
+def draws(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
+    """What each draw of the tasks' posteriors predicts, `(tasks, samples, queries, ...)`; `predict` is their average.
+
+    `GaussianLikelihood` makes predictive intervals and densities of those of a task.
+
+    Raises:
+        ValueError: if the learner has no posterior.
+    """
+    given = learner.draws
+    if given is None:
+        raise ValueError(
+            f"`draws` needs a learner whose tasks have a posterior, such as `ibaml(module, loss)`. Got {learner.name}."
+        )
+    with torch.no_grad():
+        found: Tensor = torch.vmap(lambda y, task: given(x, y, task), randomness="same")(adapted.y, adapted.batch)
+    return found
+
+
 def ready(learner: Learner, x: Tree, batch: Any, seed: int) -> Any:
     """The batch on the device and in the dtype of x, and with what the learner draws from the seed."""
     like = next(iter(tree_leaves(x)), None)
