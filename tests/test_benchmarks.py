@@ -14,7 +14,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("_threads", "_harness", "_workloads", "peers", "run_all", "esj", "w4_memory")
+MODULES = ("_threads", "_harness", "_workloads", "_tasks", "peers", "run_all", "esj", "w4_memory", "omniglot")
 
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="an installed package comes without its benchmarks")
 
@@ -153,3 +153,29 @@ def test_results_replace_only_what_is_between_the_marks(load: Any, tmp_path: Pat
     assert new.startswith(f"before\n{run_all.BEGIN}")
     assert new.endswith(f"### ESJ\n\n{run_all.END}after\n")
     assert "old" not in new
+
+
+@pytest.mark.parametrize("weight", [0.0, 60.0])
+def test_meta_gradients_in_one_batch_by_hand_and_one_by_one_are_the_same(load: Any, weight: float) -> None:
+    tasks = load("_tasks")
+    workload = tasks.sinusoids(3, 2, weight).double()
+    truth = tasks.one_by_one(workload)()
+    for found in (tasks.by_hand(workload)(), tasks.ours(workload)()):
+        assert torch.linalg.vector_norm(found - truth) <= 1e-12 * torch.linalg.vector_norm(truth)
+
+
+def test_the_table_of_omniglot_tells_what_the_runs_found(load: Any, tmp_path: Path) -> None:
+    omniglot = load("omniglot")
+    folder = tmp_path / omniglot.RUNS[0].name
+    folder.mkdir()
+    result = {
+        "test": {"score": {"mean": 0.9694, "interval": 0.0034}},
+        "calibration": {"ECE": 0.0052, "NLL": 0.0919},
+        "steps": 6000,
+        "training_seconds": 859.4,
+    }
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    rows = [line for line in omniglot.table(tmp_path).splitlines() if line.startswith("| protonet")]
+    assert rows == [f"| protonet | 96.9 \u00b1 0.3 | 0.5 | 0.092 | 6000 | 859 | {omniglot.RUNS[0].published} |"]
+    page = omniglot.with_results(f"a\n{omniglot.BEGIN}old\n{omniglot.END}b\n", "new")
+    assert page == f"a\n{omniglot.BEGIN}\nnew\n{omniglot.END}b\n"
