@@ -89,7 +89,7 @@ class Cvxpy(AbstractInnerSolver):
 
 def _cvxpy() -> Any:
     try:
-        import cvxpy
+        import cvxpy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError('`Cvxpy` needs cvxpy: pip install "bilevel[convex]"') from error
     return cvxpy
