@@ -17,7 +17,7 @@ import torch
 
 import bilevel.hypergrad
 import bilevel.solvers
-from bilevel import AID, ESJ, ITD, Box, FiniteDifference, Penalty
+from bilevel import AID, ESJ, ITD, Box, CompiledITD, FiniteDifference, Penalty
 from bilevel._demand import demand_type
 from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
@@ -73,7 +73,8 @@ def configured() -> Iterator[tuple[Any, str]]:
 @pytest.mark.parametrize(("cls", "name"), [pytest.param(*c, id=f"{c[0].__name__}.{c[1]}") for c in configured()])
 def test_an_argument_of_no_known_type_is_refused_by_name(cls: Any, name: str) -> None:
     required = [n for n, p in inspect.signature(cls).parameters.items() if p.default is inspect.Parameter.empty]
-    given: Any = {n: VALID[n] for n in required} | ({"inner": Iterate(Adam(0.1), 3)} if cls is ITD else {})
+    unrolled = {"inner": Iterate(Adam(0.1), 3)} if cls in (ITD, CompiledITD) else {}
+    given: Any = {n: VALID[n] for n in required} | unrolled
     with pytest.raises(TypeError, match=rf"^`{cls.__name__}\({name}=\.\.\.\)` must be .*\. Got object\."):
         cls(**{**given, name: object()})
 
