@@ -11,6 +11,7 @@ from cases import distance
 from torch import Tensor
 
 from bilevel import AID, ESJ, ITD, KKT, BilevelProblem, FiniteDifference, FirstOrder, Penalty, hypergradient
+from bilevel._certificate import Constants
 from bilevel._tree import tree_leaves
 from bilevel.solvers.cg import CG
 from bilevel.solvers.dense import Dense
@@ -174,3 +175,21 @@ def test_every_task_has_a_status() -> None:
     assert "1 of 3 tasks" in estimate.message
     assert estimate.v is not None
     assert torch.allclose(estimate.v[2], x / 2 / 3)
+
+
+def test_errors_of_chunks_add_up_by_their_shares_of_the_tasks() -> None:
+    """Two tasks and one: 2/3 and 1/3."""
+    constants = Constants(mu=0.5, L_fyy=10.0, L_fxy=10.0, M_yy=1.0, M_xy=10.0)
+    certified = AID(LBFGS(1e-9), CG(1e-9), target_error=1e-3, constants=constants)
+    problem = BilevelProblem(f, g, tasks=True)
+    for estimator in (ESTIMATORS["esj"][0], certified):
+        whole = hypergradient(problem, X, Y0, estimator=estimator, data=DATA, chunk_size=2, throw=False)
+        parts = []
+        for rows in (slice(0, 2), slice(2, 3)):
+            data = {key: table[rows] for key, table in DATA.items()}
+            parts.append(hypergradient(problem, X, Y0, estimator=estimator, data=data, throw=False))
+        for name in ("standard_error", "bound"):
+            first, second = (getattr(part, name) for part in parts)
+            if first is not None:
+                assert getattr(whole, name) == pytest.approx(2 / 3 * first + 1 / 3 * second, rel=1e-9)
+                assert first > 0

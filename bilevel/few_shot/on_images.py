@@ -384,7 +384,7 @@ def _omniglot(path: str) -> Splits:
     if not path:
         raise ValueError(
             "Omniglot is not part of the library: download it by `bilevel data omniglot`, and say where it is by"
-            " `--set data=omniglot.npz`."
+            " `--set data=data/omniglot.npz`."
         )
     return omniglot(path)
 
