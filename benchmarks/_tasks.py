@@ -11,7 +11,17 @@ from _harness import Call
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, relu
 
-from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, CompiledITD, functional, hypergradient
+from bilevel import (
+    AID,
+    ITD,
+    AbstractEstimator,
+    BilevelProblem,
+    CompiledITD,
+    CompiledProducts,
+    Exact,
+    functional,
+    hypergradient,
+)
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
@@ -106,8 +116,9 @@ def ours(load: TaskLoad, compiled: bool = False) -> Call:
     inner = Iterate(GradientDescent(load.step), max_steps=load.steps)
     estimator: AbstractEstimator = ITD(inner)
     if load.weight:
-        estimator = AID(inner, CG(rtol=0.0, max_steps=load.products, recompute=False))
-    if compiled:
+        products = CompiledProducts() if compiled else Exact()
+        estimator = AID(inner, CG(rtol=0.0, max_steps=load.products, recompute=False), products=products)
+    elif compiled:
         estimator = CompiledITD(inner)
     data = {"X": load.X, "t": load.t, "U": load.U, "c": load.c}
 

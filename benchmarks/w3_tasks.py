@@ -16,8 +16,7 @@ OURS, COMPILED = "bilevel", "bilevel, compiled"
 def compare(title: str, load: TaskLoad, method: str, chosen: Options) -> Table:
     """One meta-gradient, computed by everybody, against the same truncated algorithm in float64."""
     calls: dict[str, Call] = {HAND: by_hand(load), OURS: ours(load), LOOP: one_by_one(load)}
-    if method == "maml":
-        calls[COMPILED] = ours(load, compiled=True)
+    calls[COMPILED] = ours(load, compiled=True)
     names = [name for name in chosen.peers if name in ("higher", "torchopt", "hypertorch")]
     built, refusals = candidates(chosen, lambda adapter: getattr(adapter, method)(load), names)
     calls |= built

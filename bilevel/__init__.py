@@ -38,6 +38,7 @@ from bilevel._tree import ravel as ravel
 from bilevel._verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
+from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProducts
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile

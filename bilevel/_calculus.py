@@ -144,6 +144,10 @@ class AbstractProducts(abc.ABC):
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         """The optimality condition at (x, y) to first order; one gradient."""
 
+    def oracle(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """A function y -> (g, grad_y g) for inner solvers, where there is a faster one than autograd at each call."""
+        return None
+
 
 @final
 @dataclass(frozen=True)

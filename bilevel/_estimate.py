@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import final
 
 from torch import Tensor
@@ -43,13 +44,13 @@ class Estimate:
         status: the worst status of its parts.
         reports: how each part ended (inner solver, linear solver), with its residual.
         stats: oracle counts.
-        start: the warm start for the next call: `hypergradient(..., start=estimate.start)`.
         standard_error: for estimators that sample: an estimate of the root-mean-square distance |grad - E grad|.
         bound: a certified bound on the error, where the estimator was asked for an accuracy.
         note: why this estimator, where it was chosen for you.
         penalized: for the penalty estimator: y_w and the weight w.
         second_level: how `error_estimate` is computed.
         x: where: the structure of x.
+        warm: how `start` is made.
     """
 
     grad: Tree = field(repr=False)
@@ -59,13 +60,18 @@ class Estimate:
     status: Status
     reports: tuple[Report, ...]
     stats: Stats
-    start: Start = field(repr=False)
     standard_error: float | None = None
     bound: float | None = None
     note: str = ""
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
     second_level: Callable[[], float] | None = field(default=None, repr=False)
     x: Tree = field(default=None, repr=False)
+    warm: Callable[[], Start] = field(default=lambda: Start(None), repr=False)
+
+    @cached_property
+    def start(self) -> Start:
+        """The warm start for the next call: `hypergradient(..., start=estimate.start)`; made when it is read."""
+        return self.warm()
 
     @property
     def error_estimate(self) -> float:

@@ -134,6 +134,7 @@ class FlatProblem:
 
     def _parts(self, level: str) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]:
         """The tensors of f's or g's data, and what makes of such tensors the arguments after y: none, or the data."""
+        level = level if isinstance(self.data, Split) else "both"
         if level not in self._data:
             if self.data is None:
                 self._data[level] = [], lambda _: ()

@@ -116,26 +116,24 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     # A derivative of what is not finite is not a number, even where a solver stopped before it showed.
     lost = any(report.status is Status.nonfinite for report in reports)
     h = torch.full_like(found.grad, torch.nan) if lost else found.grad
-    y = problem.y.unravel(found.y)
-    v = None if found.v is None else problem.y.unravel(found.v)
-    start = Start(
-        problem.y.unravel(found.y.clone()),
-        None if found.v is None else problem.y.unravel(found.v.clone()),
-        count + 1,
-    )
+    y, v = found.y.clone(), None if found.v is None else found.v.clone()  # what is handed out may be written to
+
+    def warm() -> Start:
+        return Start(problem.y.unravel(y), None if v is None else problem.y.unravel(v), count + 1)
+
     return Estimate(
         grad=problem.x.unravel(h),
         value=float(found.value),
-        y=y,
-        v=v,
+        y=problem.y.unravel(found.y),
+        v=None if found.v is None else problem.y.unravel(found.v),
         status=Status.worst(report.status for report in reports),
         reports=reports,
         stats=problem.tally.stats(),
-        start=start,
         standard_error=found.standard_error,
         bound=found.bound,
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
         second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
         x=problem.x.unravel(x.clone()),
+        warm=warm,
     )

@@ -20,11 +20,12 @@ def inner_objective(problem: FlatProblem, x: Tensor, products: AbstractProducts 
     Args:
         problem: the problem.
         x: the outer variable.
-        products: how to linearize where the solver stops; None: not at all.
+        products: how to linearize where the solver stops, and to evaluate gradients; None: not at all, and by autograd.
     """
     linearize = None if products is None else lambda y: products.linearize(problem, x, y)
     polytope = problem.polytope(x.detach())
-    return Objective(lambda y: problem.g(x, y), problem.tally, linearize, closed_form(problem, x), polytope)
+    oracle = None if products is None else products.oracle(problem, x)
+    return Objective(lambda y: problem.g(x, y), problem.tally, linearize, closed_form(problem, x), polytope, oracle)
 
 
 def closed_form(problem: FlatProblem, x: Tensor) -> Callable[[Callable[..., Tree]], Tensor]:

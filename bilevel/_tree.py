@@ -49,7 +49,9 @@ class Structure:
             leaves = [vector.reshape(shapes[0])]
         else:  # one split, not many slices: its backward is one concatenation
             parts = vector.split_with_sizes(self.sizes, dim=-1)
-            leaves = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+            leaves = [
+                part if part.shape == shape else part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
+            ]
         return self._build(leaves)
 
     @cached_property
@@ -120,8 +122,9 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
                 f" `.to(...)`."
             )
     structure = Structure(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device)
-    flat = [leaf.reshape(-1) for leaf in leaves]
-    return (flat[0] if len(flat) == 1 else torch.cat(flat)), structure
+    if len(leaves) == 1:
+        return leaves[0].reshape(-1), structure
+    return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in leaves]), structure
 
 
 def _refuse_leaf(tree: Tree, name: str) -> None:

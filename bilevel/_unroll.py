@@ -113,6 +113,20 @@ class Unroll:
 
     # Reverse mode: its forms differ only in how the steps are cut into segments
 
+    def whole(self) -> Tensor:
+        """y_N with its graph from x, through all steps and the start: one segment, of which f can be the end."""
+        with torch.enable_grad():
+            state = self.inner.begin(self.start)
+            while self.steps < self.inner.max_steps:
+                new = self.step(state, self.steps, with_graph=True)
+                if new is None:
+                    break
+                state, self.steps = new, self.steps + 1
+        constant = 0 if self.has_init else 1  # nothing is pulled back to the start then
+        self.problem.tally.hvps += max(self.steps - constant, 0) * self.rows
+        self.problem.tally.cross_products += self.steps * self.rows
+        return state[0]
+
     def segments(self, truncate: int | None, every: int | None) -> tuple[Tensor, list[Segment], bool]:
         """y_N, the segments to pull back through, and whether the first of them begins at the start.
 

@@ -204,7 +204,7 @@ def test_what_certified_accuracy_cannot_do_is_refused() -> None:
     instance = quadratic()
     with pytest.raises(ValueError, match="damping = 0"):
         AID(LBFGS(), CG(), damping=0.1, target_error=1e-3)
-    with pytest.raises(ValueError, match="exact products"):
+    with pytest.raises(ValueError, match=r"needs `Exact\(\)` products"):
         AID(LBFGS(), CG(), products=FiniteDifferences(), target_error=1e-3)
     with pytest.raises(ValueError, match="one of them positive"):
         AID(LBFGS(), CG(), target_error=0.0)

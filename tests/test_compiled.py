@@ -1,4 +1,4 @@
-"""The compiled program gives the numbers of ITD."""
+"""Compiled programs give the numbers of those who are not compiled."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from bilevel_strategies import normal
 from cases import distance
 from torch import Tensor
 
-from bilevel import ITD, BilevelProblem, CompiledITD, hypergradient
+from bilevel import AID, ITD, BilevelProblem, CompiledITD, CompiledProducts, Split, hypergradient
+from bilevel._flat import FlatProblem
 from bilevel._result import Status
+from bilevel._tree import ravel
 from bilevel.solvers.adam import Adam
+from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
@@ -135,3 +138,66 @@ def test_an_open_step_length_is_refused() -> None:
 def test_what_cannot_be_unrolled_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must be an iteration of differentiable steps\. Got LBFGS"):
         CompiledITD(LBFGS())
+
+
+def proximal(x: Any, y: Any, task: Any) -> Tensor:
+    value: Tensor = g(x, y, task) + 4 * sum((y[key] - x[key]).square().sum() for key in x)
+    return value
+
+
+AT = Iterate(GradientDescent(0.05), max_steps=30)
+
+
+@pytest.mark.parametrize("inner", [AT, Iterate(GradientDescent(), 10), LBFGS(1e-10)])
+@pytest.mark.parametrize("linear", [CG(1e-8), CG(0.0, max_steps=3, recompute=False)])
+@pytest.mark.parametrize("tasks", [False, True])
+def test_compiled_products_are_the_exact_ones(inner: Any, linear: Any, tasks: bool) -> None:
+    of, data = BilevelProblem(f, proximal, init=lambda x, _: x, tasks=tasks), DATA if tasks else one(DATA)
+    compiled = AID(inner, linear, products=CompiledProducts(backend="eager"))
+    expected = hypergradient(of, X, X, estimator=AID(inner, linear), data=data)
+    found = hypergradient(of, X, X, estimator=compiled, data=data)
+    assert distance(found.grad, expected.grad) <= 1e-12
+    assert distance(found.y, expected.y) <= 1e-12
+    assert found.stats == expected.stats
+    assert found.status is Status.successful
+
+
+def test_compiled_products_through_an_encoding() -> None:
+    of = BilevelProblem(f, proximal, encode=lambda x, _: {"w": x["w"].exp(), "s": x["s"]}, tasks=True)
+    expected = hypergradient(of, X, X, estimator=AID(AT, CG(1e-8)), data=DATA)
+    compiled = AID(AT, CG(1e-8), products=CompiledProducts(backend="eager"))
+    assert distance(hypergradient(of, X, X, estimator=compiled, data=DATA).grad, expected.grad) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about itself
+def test_products_by_the_compiler_itself() -> None:
+    of, products = BilevelProblem(f, proximal, tasks=True), CompiledProducts()
+    for seed in (0, 1):  # the second time with other numbers, by the same programs
+        data = {**DATA, "t": 0.3 * normal(TASKS, N, seed=seed)}
+        expected = hypergradient(of, X, X, estimator=AID(AT, CG(1e-8)), data=data)
+        found = hypergradient(of, X, X, estimator=AID(AT, CG(1e-8), products=products), data=data)
+        assert distance(found.grad, expected.grad) <= 1e-11
+    assert len(products._programs) == 3  # a gradient, H v, and H v with G v
+
+
+def test_compiled_products_of_what_does_not_depend_on_x() -> None:
+    """The implicit function theorem sees nothing; and a g that is linear in y has no Hessian."""
+    aid = AID(AT, CG(1e-8), products=CompiledProducts(backend="eager"))
+    adapted = BilevelProblem(f, lambda x, y, task: y["w"].square().sum(), init=lambda x, _: x, tasks=True)
+    with pytest.raises(ValueError, match="depends on x only through its start"):
+        hypergradient(adapted, X, X, estimator=aid, data=DATA)
+    linear = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (x * y).sum())
+    structure = ravel(torch.ones(2))[1]
+    flat = FlatProblem(linear, structure, structure)
+    at = CompiledProducts(backend="eager").linearize(flat, torch.ones(2), torch.ones(2))
+    hv, gv = at.products(torch.tensor([1.0, 2.0]))
+    assert hv.tolist() == [0.0, 0.0]
+    assert gv is not None
+    assert gv.tolist() == [1.0, 2.0]
+
+
+def test_data_of_two_levels_cannot_be_compiled() -> None:
+    aid = AID(AT, CG(1e-8), products=CompiledProducts(backend="eager"))
+    for estimator in (aid, CompiledITD(AT, backend="eager")):
+        with pytest.raises(ValueError, match="needs one batch of data for f and g"):
+            hypergradient(problem(), X, X, estimator=estimator, data=Split(f=DATA, g=DATA))

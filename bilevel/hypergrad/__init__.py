@@ -2,6 +2,7 @@
 
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
+from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProducts
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile

@@ -64,7 +64,7 @@ class AID(AbstractEstimator):
         linear: solves the linear system.
         damping: solve with H + damping I instead of H.
         products: how second derivatives are formed: `Exact()`, or `FiniteDifferences()` where g has operations
-            without a second derivative.
+            without a second derivative, `CompiledProducts()` for small networks.
         target_error: solve both problems until the certified error of the hypergradient, `Estimate.bound`, is at most
             this, instead of to the tolerances of the solvers. Near a warm start y is corrected by Newton steps with the
             linear solver, and by the inner solver where these gain little. A linear solver that takes a
@@ -108,7 +108,7 @@ class AID(AbstractEstimator):
                 )
             if not isinstance(self.products, Exact):
                 raise ValueError(
-                    "`AID(target_error=...)` needs exact products: the error of finite differences is unknown."
+                    "`AID(target_error=...)` needs `Exact()` products, whose errors are those of rounding only."
                     " Leave out `products=`."
                 )
 

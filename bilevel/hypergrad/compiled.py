@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,11 +13,8 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._objective import inner_objective
-from bilevel._problem import Split
+from bilevel._programs import Programs
 from bilevel._result import Report, Status
-from bilevel._tree import tree_parts
-
-Program: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @final
@@ -57,7 +53,7 @@ class CompiledITD(AbstractEstimator):
 
     inner: AbstractInnerSolver
     backend: str = "inductor"
-    _programs: dict[Any, tuple[tuple[Any, ...], Program]] = field(default_factory=dict, init=False, repr=False)
+    _programs: Programs = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, AbstractUnrollable):
@@ -65,6 +61,7 @@ class CompiledITD(AbstractEstimator):
                 f"`CompiledITD(inner=...)` must be an iteration of differentiable steps."
                 f" Got {type(self.inner).__name__}. Use `Iterate(GradientDescent(step), max_steps=N)`."
             )
+        object.__setattr__(self, "_programs", Programs("CompiledITD", self.backend))
         demand_types(self)
         if self.inner.tol:
             raise ValueError(
@@ -77,47 +74,35 @@ class CompiledITD(AbstractEstimator):
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        leaves, build = tree_parts(self._data(problem))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         inner = self.inner
         assert isinstance(inner, AbstractUnrollable)
         if inner.tuned(inner_objective(problem, x), problem.spread(start.y)) is not inner:
             raise ValueError(
                 "`CompiledITD(inner=...)` needs a step length of the inner solver: `GradientDescent(step)`."
             )
-        nestings = (problem.x.describe(), problem.y.describe(), str(build([isinstance(t, Tensor) for t in leaves])))
-        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in (x, start.y, *tensors))
-        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        key = (id(problem.problem), problem.is_encoded, nestings, shapes, tuple(map(_constant, others)))
-        if key not in self._programs:
-            from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
-
-            def program(x: Tensor, y0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-                given = iter(tensors)
-                made = build([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-                data = None if problem.data is None else made
-                at = FlatProblem(problem.problem, problem.x, problem.y, data, is_encoded=problem.is_encoded)
-                return _unrolled(at, inner, x, y0)
-
-            arguments = (x.detach(), start.y.detach(), *tensors)
-            with torch.enable_grad():
-                traced = make_fx(program)(*arguments)
-            # The problem and the constants are kept, so that their ids are not another's.
-            kept = (problem.problem, *others)
-            self._programs[key] = kept, torch.compile(traced, backend=self.backend, dynamic=False)
-        with torch.no_grad():
-            h, value, y, residual = self._programs[key][1](x.detach(), start.y.detach(), *tensors)
+        h, value, y, residual = self._programs.of(self._unrolled, problem, x, start.y)(x, start.y)
         self._count(problem, y)
         finite = (y.isfinite().all(-1) & residual.isfinite()).reshape(-1).tolist()
         statuses = tuple(Status.successful if ok else Status.nonfinite for ok in finite)
         found = Report("inner solver", Status.worst(statuses), float(residual.max()), inner.max_steps, statuses)
         return FlatEstimate(h, value, y, (found,))
 
-    @staticmethod
-    def _data(problem: FlatProblem) -> Any:
-        if isinstance(problem.data, Split):
-            raise ValueError("`CompiledITD` needs one batch of data for f and g. Got a Split. Put both into one dict.")
-        return {} if problem.data is None else problem.data
+    def _unrolled(self, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h, Phi, y_N, and |grad_y g| before the last step."""
+        inner = self.inner
+        assert isinstance(inner, AbstractUnrollable)
+        x = x.detach().requires_grad_()
+        y = problem.start(x, y0)
+        y = y if y.requires_grad else y.detach().requires_grad_()
+        state, residual = inner.begin(y), torch.zeros_like(y[..., 0])
+        for _ in range(inner.max_steps):
+            at = state[0]
+            gradient = torch.autograd.grad(problem.g(x, at).sum(), at, create_graph=True)[0]
+            residual = torch.linalg.vector_norm(gradient, dim=-1)
+            state = inner.advance(gradient, state)
+        value = problem.f(x, state[0])
+        (h,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
+        return h, value.detach(), state[0].detach(), residual.detach()
 
     def _count(self, problem: FlatProblem, y: Tensor) -> None:
         inner, rows = self.inner, y.shape[:-1].numel()
@@ -128,26 +113,3 @@ class CompiledITD(AbstractEstimator):
         problem.tally.cross_products += steps * rows
         problem.tally.hvps += max(steps - (0 if has_init else 1), 0) * rows
         problem.tally.outer_gradients += rows
-
-
-def _constant(leaf: Any) -> Any:
-    """What tells a leaf of the data that is no tensor from others: its value, or for other objects which it is."""
-    return (type(leaf), leaf) if isinstance(leaf, int | float | complex | str | bytes | None) else id(leaf)
-
-
-def _unrolled(
-    problem: FlatProblem, inner: AbstractUnrollable, x: Tensor, y0: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h, Phi, y_N, and |grad_y g| before the last step."""
-    x = x.detach().requires_grad_()
-    y = problem.start(x, y0)
-    y = y if y.requires_grad else y.detach().requires_grad_()
-    state, residual = inner.begin(y), torch.zeros_like(y[..., 0])
-    for _ in range(inner.max_steps):
-        at = state[0]
-        gradient = torch.autograd.grad(problem.g(x, at).sum(), at, create_graph=True)[0]
-        residual = torch.linalg.vector_norm(gradient, dim=-1)
-        state = inner.advance(gradient, state)
-    value = problem.f(x, state[0])
-    (h,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
-    return h, value.detach(), state[0].detach(), residual.detach()

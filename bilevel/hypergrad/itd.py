@@ -98,6 +98,10 @@ class ITD(AbstractEstimator):
             leaf = x.detach().requires_grad_()
             y0 = problem.start(leaf, start.y)
         unroll = Unroll(problem, self.inner.tuned(inner_objective(problem, x), y0.detach()), leaf, y0)
+        if not (self.forward or self.checkpoint or self.truncate is not None or unroll.checked):
+            y = unroll.whole()
+            value, h = _outer_derivative(problem, leaf, y)
+            return FlatEstimate(h, value, y.detach(), (report("inner solver", unroll.solved(y.detach())),))
         if self.forward:
             y, tangents = unroll.forward()
             value, fx, fy = outer_gradients(problem, x, y)
@@ -110,3 +114,14 @@ class ITD(AbstractEstimator):
         reports = (report("inner solver", unroll.solved(y)),)
         carried = unroll.carried() if self.truncate is None else None
         return FlatEstimate(fx + implicit, value, y, reports if carried is None else (*reports, carried))
+
+
+def _outer_derivative(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x, y) `()` and its derivative in the leaf x, on which y depends: one backward pass through all steps."""
+    problem.tally.outer_gradients += y.shape[:-1].numel()
+    with torch.enable_grad(), explained():
+        value = problem.f(x, y)
+        if not value.requires_grad:
+            return value, torch.zeros_like(x)
+        (h,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
+    return value.detach(), h
