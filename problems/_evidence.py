@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
 
 from bilevel._tree import Structure, Tree, ravel, tree_map
 from bilevel.problems._modules import prediction
-from bilevel.problems._tasks import Loss, Side, is_cross_entropy, task_loss
+from bilevel.problems._tasks import Loss, Side, is_cross_entropy, mixture_loss, task_loss
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
+
+OuterLoss: TypeAlias = Literal["expected", "predictive"]
 
 NOISE = {"support": "support_noise", "query": "query_noise"}
 
@@ -35,6 +37,7 @@ class Settings:
     isotropic: bool
     learn_variance: bool
     antithetic: bool
+    outer_loss: OuterLoss
     outer_kl_weight: float
     hyper_prior_weight: float
     precision_prior: tuple[float, float]
@@ -59,6 +62,9 @@ class Settings:
                 f"`{name}(antithetic=True)` draws pairs: `samples` and `evaluation_samples` must be even."
                 f" Got {self.samples} and {self.evaluation_samples}. Change them, or pass `antithetic=False`."
             )
+        if self.outer_loss not in get_args(OuterLoss):
+            allowed = " or ".join(map(repr, get_args(OuterLoss)))
+            raise ValueError(f"`{name}(outer_loss=...)` must be {allowed}. Got {self.outer_loss!r}.")
         if not math.isfinite(self.log_variance):
             raise ValueError(f"`{name}(log_variance=...)` must be a finite number. Got {self.log_variance}.")
         if min(self.precision_prior) <= 0:
@@ -71,6 +77,8 @@ class Settings:
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """g = E_q[support loss] + w KL(q || p) and f = E_q[query loss] + w' KL(q || p) - w'' log p(m, d), for one task.
+
+    Or, in f, the loss of the averaged probabilities of the queries in the place of their average loss.
 
     Attributes:
         output: (weights, inputs) -> the model's outputs.
@@ -120,18 +128,22 @@ class Evidence:
 
     def expectation(self, z: Tree, y: Tree, task: Mapping[str, Tensor], side: Side = "support") -> Tensor:
         """E_q[loss] on one side of the task, over the task's own noise."""
+        outputs = self._outputs(z, y, task, side)
+        # Targets are given to every draw: torch's mse_loss is wrong in vmaps of which the inner one has no targets.
+        own = {key: task[key].expand(len(outputs), *task[key].shape) for key in _targets(task, side)}
+        return torch.vmap(lambda output, own: task_loss(self.loss, output, own, side))(outputs, own).mean()
+
+    def _outputs(self, z: Tree, y: Tree, task: Mapping[str, Tensor], side: Side) -> Tensor:
+        """The outputs of each draw `(samples, n, ...)`."""
         inputs = z[side] if self.features else task[f"{side}_x"]
         if NOISE[side] not in task:
             raise KeyError(
                 f"The tasks need the entry {NOISE[side]!r}, the noise of the expectation. Call `learner.prepare(batch,"
                 f" seed)` first."
             )
-
         drawn = weights(self.full(y), task[NOISE[side]], self.structure)
-        outputs = torch.vmap(lambda drawn: self.output(drawn, inputs), randomness="same")(drawn)
-        # Targets are given to every draw: torch's mse_loss is wrong in vmaps of which the inner one has no targets.
-        own = {key: task[key].expand(len(outputs), *task[key].shape) for key in _targets(task, side)}
-        return torch.vmap(lambda output, own: task_loss(self.loss, output, own, side))(outputs, own).mean()
+        outputs: Tensor = torch.vmap(lambda drawn: self.output(drawn, inputs), randomness="same")(drawn)
+        return outputs
 
     def g(self, z: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
         """The inner objective."""
@@ -139,7 +151,11 @@ class Evidence:
 
     def f(self, z: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
         """The outer objective."""
-        value, settings = self.expectation(z, y, task, "query"), self.settings
+        settings = self.settings
+        if settings.outer_loss == "expected":
+            value = self.expectation(z, y, task, "query")
+        else:
+            value = mixture_loss(self.loss, self._outputs(z, y, task, "query"), task, "query")
         if settings.outer_kl_weight:
             value = value + settings.outer_kl_weight * divergence(self.full(z), self.full(y))
         if settings.hyper_prior_weight:

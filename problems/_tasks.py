@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -73,6 +74,32 @@ def sample_losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
             " tasks of one size."
         )
     return torch.vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0)))(output, target)
+
+
+def mixture_loss(loss: Loss, outputs: Tensor, task: Mapping[str, Tensor], side: Side) -> Tensor:
+    """-log mean_s exp(-l(output_si, target_i)), the mean over samples i: the loss of averaged probabilities.
+
+    Args:
+        loss: as for `task_loss`; minus the log-probability of a target.
+        outputs: of each draw s of the model, `(draws, n, ...)`.
+        task: the task, with `{side}_y` and optionally `{side}_mask`.
+        side: "support" or "query".
+
+    Raises:
+        ValueError: if the loss weighs classes or is a sum, or the targets do not have the outputs' shape.
+
+    Example:
+        >>> task = {"query_y": torch.tensor([0])}
+        >>> logits = torch.tensor([[[0.0, 0.0]], [[100.0, 0.0]]])  # probabilities 1/2 and 1
+        >>> round(float(mixture_loss(cross_entropy, logits, task, "query").neg().exp()), 3)
+        0.75
+    """
+    target, mask = task[f"{side}_y"], task.get(f"{side}_mask")
+    if target.is_floating_point() and outputs.shape[1:] == (*target.shape, 1):
+        target = target.unsqueeze(-1)
+    losses = torch.stack([sample_losses(loss, output, target) for output in outputs])
+    mixed = math.log(len(losses)) - (-losses).logsumexp(0)
+    return mixed.mean() if mask is None else (mixed * mask).sum() / mask.sum()
 
 
 def is_cross_entropy(loss: Loss) -> bool:

@@ -8,7 +8,7 @@ from bilevel._functional import Functional
 from bilevel._learner import Learner
 from bilevel._problem import BilevelProblem
 from bilevel.hypergrad.itd import ITD
-from bilevel.problems._evidence import Evidence, Settings
+from bilevel.problems._evidence import Evidence, OuterLoss, Settings
 from bilevel.problems._modules import as_functional
 from bilevel.problems._tasks import Loss
 from bilevel.problems.ibaml import descent
@@ -29,6 +29,7 @@ def abml(
     variance_step: float | None = None,
     checkpoint: bool = False,
     antithetic: bool = True,
+    outer_loss: OuterLoss = "expected",
     outer_kl_weight: float = 0.0,
     hyper_prior_weight: float = 0.0,
     precision_prior: tuple[float, float] = (1.0, 0.01),
@@ -58,6 +59,7 @@ def abml(
         variance_step: the same in the log-variance; None: `step`.
         checkpoint: keep few of the iterates and compute the others again.
         antithetic: draw noise in pairs e, -e.
+        outer_loss: "expected": f as above; "predictive": f is -log E_q[p(target)], the loss of what is predicted.
         outer_kl_weight: add so many times KL(q || p) to f.
         hyper_prior_weight: add so many times -log p(m, d) to f.
         precision_prior: shape and rate of the Gamma distribution of 1 / d.
@@ -79,6 +81,7 @@ def abml(
         isotropic,
         learn_variance,
         antithetic,
+        outer_loss,
         outer_kl_weight,
         hyper_prior_weight,
         precision_prior,

@@ -13,7 +13,7 @@ from bilevel._learner import Learner
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 from bilevel.hypergrad.aid import AID
-from bilevel.problems._evidence import Evidence, Settings
+from bilevel.problems._evidence import Evidence, OuterLoss, Settings
 from bilevel.problems._modules import as_functional, features_of
 from bilevel.problems._tasks import Loss
 from bilevel.problems.kl_products import Form, KLDiagonal, KLProducts
@@ -40,6 +40,7 @@ def ibaml(
     form: Form = "autograd",
     damping: float = 0.0,
     antithetic: bool = True,
+    outer_loss: OuterLoss = "expected",
     outer_kl_weight: float = 0.0,
     hyper_prior_weight: float = 0.0,
     precision_prior: tuple[float, float] = (1.0, 0.01),
@@ -55,7 +56,8 @@ def ibaml(
     Expectations are means over `samples` draws m_t + sqrt(d_t) e. `learner.prepare(batch, seed)` puts the noise e into
     the batch, and everything about one batch uses the same: inner gradients, Hessian products, mixed derivative.
     Otherwise y would not be stationary, and the products not those of one function. Predictions average
-    probabilities over noise of their own.
+    probabilities over noise of their own: with `outer_loss="predictive"`, f is the loss of such averages, -log E_q[p],
+    which is at most E_q[-log p] and does not make the posterior narrower than the predictions need.
 
     The hypergradient is implicit: H v = grad_y f by conjugate gradients with the divergence's diagonal as
     preconditioner; see `KLProducts`. Memory does not grow with the inner steps. Cost of an estimate: `inner_steps` + 1
@@ -83,6 +85,7 @@ def ibaml(
         form: how the divergence's second derivatives are evaluated; see `KLProducts`.
         damping: solve with H + damping I in the place of H.
         antithetic: draw noise in pairs e, -e.
+        outer_loss: "expected": f as above; "predictive": f is -log E_q[p(target)], the loss of what is predicted.
         outer_kl_weight: add so many times KL(q || p) to f.
         hyper_prior_weight: add so many times -log p(m, d) to f, with m ~ N(0, 1) and 1 / d ~ Gamma.
         precision_prior: shape and rate of that Gamma distribution.
@@ -109,6 +112,7 @@ def ibaml(
         isotropic,
         learn_variance,
         antithetic,
+        outer_loss,
         outer_kl_weight,
         hyper_prior_weight,
         precision_prior,
@@ -151,6 +155,7 @@ def ibaml_head(
     form: Form = "autograd",
     damping: float = 0.0,
     antithetic: bool = True,
+    outer_loss: OuterLoss = "expected",
     outer_kl_weight: float = 0.0,
     hyper_prior_weight: float = 0.0,
     precision_prior: tuple[float, float] = (1.0, 0.01),
@@ -181,6 +186,7 @@ def ibaml_head(
         form: how the divergence's second derivatives are evaluated.
         damping: solve with H + damping I in the place of H.
         antithetic: draw noise in pairs e, -e.
+        outer_loss: "expected": f as above; "predictive": f is -log E_q[p(target)], the loss of what is predicted.
         outer_kl_weight: add so many times KL(q || p) to f.
         hyper_prior_weight: add so many times -log p(m, d) to f.
         precision_prior: shape and rate of the Gamma distribution of 1 / d.
@@ -203,6 +209,7 @@ def ibaml_head(
         isotropic,
         learn_variance,
         antithetic,
+        outer_loss,
         outer_kl_weight,
         hyper_prior_weight,
         precision_prior,

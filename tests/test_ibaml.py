@@ -703,6 +703,45 @@ def test_objectives_are_those_of_their_definition(name: str, isotropic: bool) ->
     assert float(bare.f(z, y, task).detach()) == pytest.approx(expected("query"), rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
+def test_the_predictive_outer_loss_is_that_of_the_averaged_probability(name: str) -> None:
+    learner = learners(outer_loss="predictive", outer_kl_weight=0.2)[name]
+    batch = prepared(learner, classification())
+    mask = torch.ones(batch["query_y"].shape, dtype=torch.float64)
+    mask[0, 2:5] = 0
+    x, structure = learner.x0, ravel(learner.y0["mean"])[1]
+    m, l_t = flat(x["mean"]) + 0.1 * normal(structure.size, seed=98), normal(structure.size, seed=99) - 2
+    y = {"mean": structure.unravel(m), "log_variance": structure.unravel(l_t)}
+    for data, kept in ((batch, torch.ones_like(mask)), ({**batch, "query_mask": mask}, mask)):
+        task = {key: value[0] for key, value in data.items()}
+        encode = learner.problem.encode
+        z = x if encode is None else encode(x, task)
+        probabilities = []
+        for noise in task["query_noise"]:
+            drawn = structure.unravel(m + (l_t / 2).exp() * noise)
+            drawn = {f"2.{key}": value for key, value in drawn.items()} if name == "ibaml_head" else drawn
+            logits = torch.func.functional_call(net(), drawn, (task["query_x"],)).detach()
+            probabilities.append(logits.softmax(1).gather(1, task["query_y"][:, None])[:, 0])
+        nll = -torch.stack(probabilities).mean(0).log()
+        expected = float((nll * kept[0]).sum() / kept[0].sum()) + 0.2 * float(divergence(x, y))
+        assert float(learner.problem.f(z, y, task).detach()) == pytest.approx(expected, rel=1e-12)
+        whole = {**data, "support_mask": torch.ones_like(batch["support_y"], dtype=torch.float64)}
+        assert gradient_of(learner, whole).isfinite().all()
+
+
+def test_the_predictive_outer_loss_of_numbers_is_the_density_of_the_mixture() -> None:
+    likelihood = GaussianLikelihood(0.3)
+    learner = ibaml(nn.Linear(2, 1).double(), likelihood, outer_loss="predictive", log_variance=-1.0)
+    batch = {f"{side}_x": normal(1, 4, 2, seed=70 + k) for k, side in enumerate(("support", "query"))}
+    batch |= {f"{side}_y": normal(1, 4, seed=72 + k) for k, side in enumerate(("support", "query"))}  # no column
+    task = {key: value[0] for key, value in prepared(learner, batch).items()}
+    W = learner.x0["mean"]["weight"] + math.exp(-0.5) * task["query_noise"][:, :2][:, None]
+    b = learner.x0["mean"]["bias"] + math.exp(-0.5) * task["query_noise"][:, 2:]
+    outputs = task["query_x"] @ W.mT + b[:, None]
+    expected = likelihood.predictive_nll(outputs, task["query_y"][:, None])
+    assert float(learner.problem.f(learner.x0, learner.y0, task)) == pytest.approx(float(expected), rel=1e-12)
+
+
 @pytest.mark.parametrize("isotropic", [False, True])
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head"])
 def test_closed_forms_of_the_divergence_are_what_autograd_finds_at_any_y(name: str, isotropic: bool) -> None:
@@ -984,6 +1023,7 @@ def test_the_loss_of_a_gaussian_likelihood_is_minus_its_log_density() -> None:
         ({"samples": 3}, "antithetic"),
         ({"evaluation_samples": 3}, "antithetic"),
         ({"log_variance": math.inf}, "log_variance"),
+        ({"outer_loss": "mean"}, r"must be 'expected' or 'predictive'\. Got 'mean'"),
         ({"outer_kl_weight": -1.0}, "outer_kl_weight"),
         ({"hyper_prior_weight": -1.0}, "hyper_prior_weight"),
         ({"precision_prior": (0.0, 1.0)}, "precision_prior"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Literal, final
 
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -28,6 +28,9 @@ from bilevel.problems.shared_embedding import shared_embedding
 from bilevel.problems.svm_head import svm_head
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.clipped import Clipped
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.scheduled import Cosine, Scheduled
 from bilevel.tasks import Episodes, Splits, digits, omniglot
@@ -246,38 +249,47 @@ def ibaml_images(
     clip: float = 0.0,
     full: bool = False,
     kl_weight: float | None = None,
-    samples: int | None = None,
+    samples: int = 4,
     log_variance: float | None = None,
+    outer_loss: Literal["expected", "predictive"] = "predictive",
     step: float | None = None,
     inner_steps: int | None = None,
     linear_steps: int | None = None,
+    damping: float | None = None,
     seed: int = 0,
 ) -> Experiment:
-    """A Gaussian posterior of the head (or, `full`, of all parameters) under a learned prior: iBaML."""
+    """A Gaussian posterior of the head (or, `full`, of all parameters) under a learned prior: iBaML.
+
+    The head's is found by quasi-Newton steps, or by gradient steps of length `step`, as that of all parameters is.
+    """
     setting = Setting(source, data, way, shots, queries, test_queries, filters, batch, rate, cosine, clip, seed)
     if full:
         learner = ibaml(
             setting.network(),
             cross_entropy,
             kl_weight=4e-4 if kl_weight is None else kl_weight,
-            samples=4 if samples is None else samples,
+            samples=samples,
             log_variance=-8.5 if log_variance is None else log_variance,
+            outer_loss=outer_loss,
             step=0.1 if step is None else step,
             inner_steps=5 if inner_steps is None else inner_steps,
             linear_steps=5 if linear_steps is None else linear_steps,
+            damping=0.0 if damping is None else damping,
             seed=seed,
         )
     else:
+        steps = 20 if inner_steps is None else inner_steps
         learner = ibaml_head(
             setting.body(),
             setting.head(),
             cross_entropy,
-            kl_weight=4e-2 if kl_weight is None else kl_weight,
-            samples=10 if samples is None else samples,
-            log_variance=-2.0 if log_variance is None else log_variance,
-            step=0.1 if step is None else step,
-            inner_steps=10 if inner_steps is None else inner_steps,
+            kl_weight=1e-5 if kl_weight is None else kl_weight,
+            samples=samples,
+            log_variance=-7.0 if log_variance is None else log_variance,
+            outer_loss=outer_loss,
+            inner=LBFGS(tol=0.0, max_steps=steps) if step is None else Iterate(GradientDescent(step), steps),
             linear_steps=10 if linear_steps is None else linear_steps,
+            damping=0.01 if damping is None else damping,
             seed=seed,
         )
     return setting.experiment(learner)
