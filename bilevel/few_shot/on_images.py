@@ -140,7 +140,7 @@ class Setting:
                 "max_steps": self.source.max_steps,
                 "batch": self.batch,
                 "outer": Clipped(outer, max_norm=self.clip) if self.clip else outer,
-                "validate_every": 500,
+                "validate_every": self.source.max_steps // 20,
                 "validate_episodes": 100,
             },
             evaluation={"episodes": 600, "curve": curve},
