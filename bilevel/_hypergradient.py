@@ -42,7 +42,7 @@ def hypergradient(
         data: the third argument of f and g, if they take one; `Split(f=..., g=...)` if they differ.
         start: a warm start, `estimate.start` of an earlier call; it replaces y0 and starts the linear solver.
         chunk_size: in task mode, how many tasks to treat at a time: bounds the memory; None: all. The estimate is the
-            same up to rounding, and to the tolerances of solvers that treat a batch as a whole (Newton's linear one).
+            same up to rounding.
         throw: raise if any part did not succeed; otherwise see `Estimate.status`.
 
     Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -82,7 +82,7 @@ def solve_by_runs(
     b: Tensor,
     guess: Tensor | None,
     *,
-    rtol: float,
+    rtol: float | Sequence[float],
     atol: float = 0.0,
     max_steps: int | None = None,
 ) -> Solved:
@@ -93,7 +93,7 @@ def solve_by_runs(
         operator: A.
         b: the right-hand side.
         guess: where the first run starts; None is zero.
-        rtol: stop when |b - A v| <= max(rtol |b|, atol).
+        rtol: stop when |b - A v| <= max(rtol |b|, atol); one number, or one for each row.
         atol: the same, absolute.
         max_steps: of all runs together; None is 10 n.
     """
@@ -155,12 +155,13 @@ def solve_by_one_run(
 
 
 def _scaled(
-    operator: LinearOperator, b: Tensor, guess: Tensor | None, rtol: float, atol: float
+    operator: LinearOperator, b: Tensor, guess: Tensor | None, rtol: float | Sequence[float], atol: float
 ) -> tuple[Tensor, Tensor, list[float], list[float], Tensor, Tensor]:
     """Where to start: v, b - A v, |b|, the targets, the scale that makes the residual of norm 1, where to stop then."""
     eps = torch.finfo(b.dtype).eps
     norms = _norms(b)
-    targets = [max(rtol * norm, atol) for norm in norms]
+    rtols = [rtol] * len(norms) if isinstance(rtol, float | int) else rtol
+    targets = [max(own * norm, atol) for own, norm in zip(rtols, norms, strict=True)]
     v, r, sizes = torch.zeros_like(b), b, norms
     if guess is not None:
         zero = b.new_tensor(norms).reshape((*b.shape[:-1], 1)) == 0

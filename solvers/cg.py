@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, final
@@ -81,6 +81,12 @@ class CG(AbstractLinearSolver):
         run = partial(_run_one if b.dim() == 1 else _run_batch, precondition=precondition)
         solve = solve_by_runs if self.recompute else solve_by_one_run
         return solve(run, operator, b, guess, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+
+
+def solve_rows(operator: LinearOperator, b: Tensor, rtols: Sequence[float]) -> Solved:
+    """`CG(rtol).solve(operator, b)` with a tolerance for each row, so that no row's solution depends on the others."""
+    run = partial(_run_one if b.dim() == 1 else _run_batch, precondition=None)
+    return solve_by_runs(run, operator, b, None, rtol=rtols)
 
 
 Precondition: TypeAlias = Callable[[Tensor], Tensor] | None

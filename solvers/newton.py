@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._linear import AbstractLinearSolver
+from bilevel._linear import AbstractLinearSolver, LinearOperator
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
 from bilevel.solvers.armijo import Along, Armijo, Progress, ends, final_statuses, stops
-from bilevel.solvers.cg import CG
+from bilevel.solvers.cg import solve_rows
 
 
 @final
@@ -28,8 +28,8 @@ class Newton(AbstractInnerSolver):
 
     Cost of a step: one gradient with its graph, the Hessian products of the linear solver and its one for the true
     residual, and one value a trial (one, near the solution). The gradient at the returned point is known. Memory
-    O(q) and the graph of one gradient. Rows of a batch have their own directions and step lengths; the linear
-    solver takes the strictest of their tolerances, and each call evaluates, and counts, all rows.
+    O(q) and the graph of one gradient. Rows of a batch have their own directions, tolerances and step lengths; each
+    call evaluates, and counts, all rows.
 
     With tol = 0 it goes on for `max_steps` steps or to the rounding floor, and both are success.
 
@@ -76,7 +76,7 @@ class Newton(AbstractInnerSolver):
             if steps == self.max_steps or not active.any():
                 break
             rhs = torch.where(active.unsqueeze(-1), gradient, torch.zeros_like(gradient))
-            d = -self._linear(norm[active]).solve(hessian, rhs).value
+            d = -self._direction(hessian, rhs, norm)
             slope = row_dots(gradient, d)
             descends = (slope < 0).unsqueeze(-1) & d.isfinite().all(-1, keepdim=True)
             d = torch.where(descends, d, -gradient)
@@ -91,5 +91,8 @@ class Newton(AbstractInnerSolver):
                 break
         return Solved(y, final_statuses(status, self.tol), norm, steps)
 
-    def _linear(self, norms: Tensor) -> AbstractLinearSolver:
-        return CG(rtol=min(0.5, float(norms.min()) ** 0.5)) if self.linear is None else self.linear
+    def _direction(self, hessian: LinearOperator, gradient: Tensor, norm: Tensor) -> Tensor:
+        """H^-1 grad g, to the accuracy that each row needs."""
+        if self.linear is not None:
+            return self.linear.solve(hessian, gradient).value
+        return solve_rows(hessian, gradient, [min(0.5, each**0.5) for each in norm.reshape(-1).tolist()]).value
