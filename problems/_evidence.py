@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Structure, Tree, ravel, tree_map
-from bilevel.problems._modules import prediction
 from bilevel.problems._tasks import Loss, Side, is_cross_entropy, mixture_loss, task_loss
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
 
@@ -170,21 +169,22 @@ class Evidence:
         noise = normal_noise(shape, seed, like, antithetic=self.settings.antithetic)
         return {**batch, NOISE["support"]: noise[:tasks], NOISE["query"]: noise[tasks:]}
 
-    def predict(self, y: Tree, inputs: Tensor, noise: Tensor) -> Tensor:
-        """The posterior predictive: log of the mean probability for the cross-entropy, else the mean output."""
-        found = self.draws(y, inputs, noise)
-        if is_cross_entropy(self.loss):
+    def predict(self, y: Tree, inputs: Tensor, noise: Tensor, task: Mapping[str, Tensor]) -> Tensor:
+        """The posterior predictive: of classes the log of the mean probability, else the mean output."""
+        found = self.draws(y, inputs, noise, task)
+        if self._classifies(task):
             return found.logsumexp(0) - math.log(len(noise))
         return found.mean(0)
 
-    def draws(self, y: Tree, inputs: Tensor, noise: Tensor) -> Tensor:
+    def draws(self, y: Tree, inputs: Tensor, noise: Tensor, task: Mapping[str, Tensor]) -> Tensor:
         """The predictions of each draw of the posterior, `(samples, n, ...)`."""
+        drawn = weights(self.full(y), noise, self.structure)
+        found: Tensor = torch.vmap(lambda drawn: self.output(drawn, inputs), randomness="same")(drawn)
+        return found.log_softmax(-1) if self._classifies(task) else found
 
-        def sample(drawn: Tree) -> Tensor:
-            return prediction(self.loss, self.output(drawn, inputs))
-
-        found: Tensor = torch.vmap(sample, randomness="same")(weights(self.full(y), noise, self.structure))
-        return found
+    def _classifies(self, task: Mapping[str, Tensor]) -> bool:
+        """Whether outputs are logits: of the cross-entropy, or where targets are numbers of classes."""
+        return is_cross_entropy(self.loss) or not task["support_y"].is_floating_point()
 
     def evaluation_noise(self) -> Tensor:
         """The noise of predictions: the same for every task."""

@@ -98,8 +98,8 @@ def abml(
         y0=model.start(model.prior(net.params)),
         estimator=ITD(solver, checkpoint=checkpoint),
         adapt=solver,
-        predict=lambda _, y, task: model.predict(y, task["query_x"], noise),
+        predict=lambda _, y, task: model.predict(y, task["query_x"], noise, task),
         export=lambda x: net.load(x["mean"]),
         prepare=model.prepare,
-        draws=lambda _, y, task: model.draws(y, task["query_x"], noise),
+        draws=lambda _, y, task: model.draws(y, task["query_x"], noise, task),
     )

@@ -129,10 +129,10 @@ def ibaml(
         y0=model.start(model.prior(net.params)),
         estimator=_implicit(model, solver, linear_steps, form, damping),
         adapt=solver,
-        predict=lambda _, y, task: model.predict(y, task["query_x"], noise),
+        predict=lambda _, y, task: model.predict(y, task["query_x"], noise, task),
         export=lambda x: net.load(x["mean"]),
         prepare=model.prepare,
-        draws=lambda _, y, task: model.draws(y, task["query_x"], noise),
+        draws=lambda _, y, task: model.draws(y, task["query_x"], noise, task),
     )
 
 
@@ -231,10 +231,10 @@ def ibaml_head(
         y0=model.start(model.prior(top.params)),
         estimator=_implicit(model, solver, linear_steps, form, damping),
         adapt=solver,
-        predict=lambda x, y, task: model.predict(y, features_of(features, x["body"], task["query_x"]), noise),
+        predict=lambda x, y, task: model.predict(y, features_of(features, x["body"], task["query_x"]), noise, task),
         export=lambda x: nn.Sequential(features.load(x["body"]), top.load(x["mean"])),
         prepare=model.prepare,
-        draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task["query_x"]), noise),
+        draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task["query_x"]), noise, task),
     )
 
 
