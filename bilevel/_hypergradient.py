@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatSta
 def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int) -> Estimate:
     """An estimate in the user's structures; whatever is not finite is reported, never replaced."""
     reports = found.reports
-    finite = bool(found.grad.isfinite().all()) and bool(found.value.isfinite())
+    value = float(found.value)
+    finite = math.isfinite(value) and bool(found.grad.isfinite().all())
     if not finite and all(report.status is not Status.nonfinite for report in reports):
         reports += (Report("hypergradient", Status.nonfinite, float(torch.linalg.vector_norm(found.grad)), 0),)
     # A derivative of what is not finite is not a number, even where a solver stopped before it showed.
@@ -123,7 +125,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
 
     return Estimate(
         grad=problem.x.unravel(h),
-        value=float(found.value),
+        value=value,
         y=problem.y.unravel(found.y),
         v=None if found.v is None else problem.y.unravel(found.v),
         status=Status.worst(report.status for report in reports),

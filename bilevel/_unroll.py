@@ -335,17 +335,21 @@ class Unroll:
                 value = self.problem.g(self.x.detach(), leaf)
                 gradient = grad(value.sum(), leaf)
         tol, residual = self.inner.tol or 0.0, torch.linalg.vector_norm(gradient, dim=-1)
-        first_gradient, first_value = self.first if self.first is not None else (gradient, value)
-        before = residual if first_gradient is gradient else torch.linalg.vector_norm(first_gradient, dim=-1)
-        table = torch.stack((residual, before, value.detach(), first_value)).reshape(4, -1).tolist()
-        statuses = []
-        for r, r0, g, g0 in zip(*table, strict=True):
-            if not (math.isfinite(r) and math.isfinite(g)):
-                statuses.append(Status.nonfinite)
-            elif tol and r <= tol:
-                statuses.append(Status.successful)
-            elif r > _GROWTH * r0 and not g <= g0:
-                statuses.append(Status.diverged)
-            else:
-                statuses.append(Status.max_steps if tol else Status.successful)
-        return Solved(y, tuple(statuses), residual, self.steps)
+        columns, (first_gradient, first_value) = [residual, value.detach()], self.first or (gradient, value)
+        if first_gradient is not gradient:
+            columns += [torch.linalg.vector_norm(first_gradient, dim=-1), first_value]
+        table = torch.stack(columns).reshape(len(columns), -1).tolist()
+        r, g, r0, g0 = table if len(table) == 4 else table * 2
+        statuses = tuple(_status(*row, tol) for row in zip(r, g, r0, g0, strict=True))
+        return Solved(y, statuses, residual, self.steps)
+
+
+def _status(r: float, g: float, r0: float, g0: float, tol: float) -> Status:
+    """How a row ended: from |grad_y g| and g at the end and at the start."""
+    if not (math.isfinite(r) and math.isfinite(g)):
+        return Status.nonfinite
+    if tol and r <= tol:
+        return Status.successful
+    if r > _GROWTH * r0 and not g <= g0:
+        return Status.diverged
+    return Status.max_steps if tol else Status.successful

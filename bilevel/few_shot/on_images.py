@@ -283,13 +283,13 @@ def ibaml_images(
             setting.body(),
             setting.head(),
             cross_entropy,
-            kl_weight=1e-5 if kl_weight is None else kl_weight,
+            kl_weight=1e-7 if kl_weight is None else kl_weight,
             samples=samples,
-            log_variance=-7.0 if log_variance is None else log_variance,
+            log_variance=-9.0 if log_variance is None else log_variance,
             outer_loss=outer_loss,
             inner=LBFGS(tol=0.0, max_steps=steps) if step is None else Iterate(GradientDescent(step), steps),
             linear_steps=10 if linear_steps is None else linear_steps,
-            damping=0.01 if damping is None else damping,
+            damping=0.003 if damping is None else damping,
             seed=seed,
         )
     return setting.experiment(learner)
