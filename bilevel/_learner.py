@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
+from bilevel._likelihood import AbstractLikelihood
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 
@@ -30,12 +31,14 @@ class Learner:
         y0: one task's variable, for its structure (and its start, where the problem has no `init`).
         estimator: the hypergradient estimator that the method is published with; any that applies may be used.
         adapt: the inner solver that finds y for a new task.
-        predict: (x, y, task) -> the query predictions of one task: log-probabilities `(queries, classes)` for
+        predict: (x, y, task) -> the query predictions of one task: log-probabilities `(queries, classes)` where targets
+            are classes, else values `(queries, ...)`.
         export: x -> the user's module with what was learned, for `state_dict`.
         prepare: (batch, seed) -> the batch with whatever else f and g need, drawn from the seed (the noise of a
             Monte Carlo expectation); None: nothing.
         draws: (x, y, task) -> what `predict` averages over, `(samples, queries, ...)`: the query predictions of each
             draw of the task's posterior; None: there is no posterior.
+        likelihood: of numbers given such a draw, for predictive densities and intervals; None: it is not known.
     """
 
     name: str
@@ -48,3 +51,4 @@ class Learner:
     export: Callable[[Tree], nn.Module] = field(repr=False)
     prepare: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     draws: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)
+    likelihood: AbstractLikelihood | None = field(default=None, repr=False)

@@ -19,6 +19,7 @@ from bilevel._inner import (
     State as State,
 )
 from bilevel._learner import Learner as Learner
+from bilevel._likelihood import AbstractLikelihood as AbstractLikelihood
 from bilevel._linear import (
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditioner as AbstractPreconditioner,

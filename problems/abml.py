@@ -6,6 +6,7 @@ from torch import nn
 
 from bilevel._functional import Functional
 from bilevel._learner import Learner
+from bilevel._likelihood import AbstractLikelihood
 from bilevel._problem import BilevelProblem
 from bilevel.hypergrad.itd import ITD
 from bilevel.problems._evidence import Evidence, OuterLoss, Settings
@@ -102,4 +103,5 @@ def abml(
         export=lambda x: net.load(x["mean"]),
         prepare=model.prepare,
         draws=lambda _, y, task: model.draws(y, task["query_x"], noise, task),
+        likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )

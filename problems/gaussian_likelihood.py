@@ -9,10 +9,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._likelihood import AbstractLikelihood
+
 
 @final
 @dataclass(frozen=True)
-class GaussianLikelihood:
+class GaussianLikelihood(AbstractLikelihood):
     """-log p(t | o) = (t - o)^2 / (2 s) + log(2 pi s) / 2, the mean over all entries: a loss for noise of variance s.
 
     Draws of the outputs `(samples, n, ...)` from a posterior make a mixture of Gaussians with the mean of the draws as

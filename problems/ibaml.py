@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bilevel._functional import Functional
 from bilevel._inner import AbstractInnerSolver
 from bilevel._learner import Learner
+from bilevel._likelihood import AbstractLikelihood
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 from bilevel.hypergrad.aid import AID
@@ -133,6 +134,7 @@ def ibaml(
         export=lambda x: net.load(x["mean"]),
         prepare=model.prepare,
         draws=lambda _, y, task: model.draws(y, task["query_x"], noise, task),
+        likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )
 
 
@@ -235,6 +237,7 @@ def ibaml_head(
         export=lambda x: nn.Sequential(features.load(x["body"]), top.load(x["mean"])),
         prepare=model.prepare,
         draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task["query_x"]), noise, task),
+        likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )
 
 

@@ -22,6 +22,7 @@ from bilevel._learner import Learner
 from bilevel._linear import AbstractLinearSolver
 from bilevel._tree import tree_map
 from bilevel.few_shot import adapt, calibration_of, draws, evaluate, predict, train
+from bilevel.few_shot.adapt import noise_seed
 from bilevel.problems import (
     BayesianRegression,
     GaussianLikelihood,
@@ -46,6 +47,8 @@ from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 from bilevel.tasks import Episodes, digits
+from bilevel.tasks._random import seed_of_step
+from bilevel.tasks.source import AbstractTasks
 
 WEIGHTS = [1.0, 0.3]
 
@@ -1098,3 +1101,46 @@ def test_it_trains_is_evaluated_and_calibrated_as_any_other_learner() -> None:
     assert calibrated.accuracy == pytest.approx(found[1].score.mean, abs=1e-6)
     assert calibrated.nll == pytest.approx(found[1].loss.mean, rel=1e-5)
     assert 0 < calibrated.ece <= calibrated.mce < 1
+
+
+class Padded(AbstractTasks):
+    """Noisy lines whose last two queries of every second task are padding, with absurd targets."""
+
+    def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+        noise = normal(count, 12, 1, seed=seed % 1000)
+        x = normal(count, 12, 1, seed=seed % 1000 + 1)
+        y = 2 * x + 0.5 * noise
+        mask = torch.ones(count, 7, dtype=torch.float64)
+        mask[::2, 5:] = 0
+        targets = torch.where(mask > 0, y[:, 5:, 0], 1e6)
+        return {
+            "support_x": x[:, :5],
+            "support_y": y[:, :5, 0],
+            "query_x": x[:, 5:],
+            "query_y": targets,
+            "query_mask": mask,
+        }
+
+
+def test_densities_and_intervals_of_new_tasks_are_those_of_the_likelihood() -> None:
+    likelihood, tasks = GaussianLikelihood(0.1), Padded()
+    learner = ibaml(nn.Linear(1, 1).double(), likelihood, kl_weight=0.2, log_variance=-4.0, evaluation_samples=50)
+    found = evaluate(learner, learner.x0, tasks, episodes=6, batch=6, seed=3)
+    adapted = adapt(learner, learner.x0, tasks.sample(6, seed_of_step(3, 0)), seed=noise_seed(3, 0))
+    outputs = draws(learner, learner.x0, adapted)
+    nll, inside = [], []
+    for task in range(6):
+        kept = 5 if task % 2 == 0 else 7
+        target = adapted.batch["query_y"][task, :kept, None]
+        low, high = likelihood.interval(outputs[task, :, :kept])
+        nll.append(float(likelihood.predictive_nll(outputs[task, :, :kept], target)))
+        inside.append(float(((low < target) & (target < high)).double().mean()))
+    assert found.nll is not None
+    assert found.coverage is not None
+    assert found.nll.mean == pytest.approx(sum(nll) / 6, rel=1e-12)
+    assert found.coverage.mean == pytest.approx(sum(inside) / 6, rel=1e-12)
+    assert 0 < found.coverage.mean < 1
+    assert found.as_dict()["coverage"]["mean"] == found.coverage.mean
+    plain = evaluate(maml(nn.Linear(1, 1).double(), mse_loss), learner.x0["mean"], tasks, episodes=2)
+    assert plain.nll is None
+    assert plain.coverage is None

@@ -305,6 +305,8 @@ def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluat
         ("without adaptation", str(test.before)),
         *([("after steps", curve)] if curve else []),
         ("test loss", str(test.loss)),
+        *([("predictive NLL", str(test.nll))] if test.nll else []),
+        *([("90 % intervals hold", str(test.coverage))] if test.coverage else []),
         *((name, number(value)) for name, value in (content["calibration"] or {}).items()),
         *([("validation", f"{number(validation['score'])} at step {validation['step']}")] if validation else []),
         ("outer loss", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),

@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from bilevel._learner import Learner
+from bilevel._likelihood import AbstractLikelihood
 from bilevel._result import Stats
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, adapt, demand_tasks, noise_seed, predict
+from bilevel.few_shot.adapt import Adapted, adapt, demand_tasks, draws, noise_seed, predict
 from bilevel.tasks._random import seed_of_step
 from bilevel.tasks.ragged import check_batch
 from bilevel.tasks.source import AbstractTasks
+
+_LEVEL = 0.9  # of predictive intervals
 
 Metric: TypeAlias = Literal["accuracy", "mse"]
 
@@ -70,6 +73,9 @@ class Evaluation:
         scores: the metric of each episode `(episodes,)`.
         log_probabilities: of all queries of all episodes `(queries, classes)`; None for regression.
         targets: their classes `(queries,)`; None for regression.
+        nll: minus the log-density of the query targets under the average of the posterior's draws; None where there
+            is no posterior, or no likelihood of numbers.
+        coverage: the share of the query targets in their central 90 % predictive intervals; None likewise.
     """
 
     metric: Metric
@@ -84,6 +90,8 @@ class Evaluation:
     scores: Tensor = field(repr=False)
     log_probabilities: Tensor | None = field(default=None, repr=False)
     targets: Tensor | None = field(default=None, repr=False)
+    nll: Score | None = None
+    coverage: Score | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers as plain data, without those of single episodes."""
@@ -93,6 +101,8 @@ class Evaluation:
             "score": asdict(self.score),
             "before": asdict(self.before),
             "loss": asdict(self.loss),
+            "nll": None if self.nll is None else asdict(self.nll),
+            "coverage": None if self.coverage is None else asdict(self.coverage),
             "curve": {str(steps): asdict(score) for steps, score in self.curve.items()},
             "failed": dict(self.failed),
             "stats": self.stats.as_dict(),
@@ -182,6 +192,7 @@ class _Found:
         self.after: list[Tensor] = []
         self.before: list[Tensor] = []
         self.loss: list[Tensor] = []
+        self.densities: list[tuple[Tensor, Tensor]] = []
         self.curve: dict[int, list[Tensor]] = {}
         self.failed: Counter[str] = Counter()
         self.stats = Stats()
@@ -205,6 +216,8 @@ class _Found:
             self.curve.setdefault(number, []).append(found)
         if self.metric == "mse":
             self.loss.append(scores)
+            if learner.draws is not None and learner.likelihood is not None:
+                self.densities.append(_score_draws(learner.likelihood, draws(learner, x, adapted), adapted.batch))
             return
         if bool((predictions.exp().sum(-1) - 1).abs().max() > 1e-3):  # logits: the learner did not know its loss
             predictions = predictions.log_softmax(-1)
@@ -216,12 +229,15 @@ class _Found:
 
     def evaluation(self, seconds: float) -> Evaluation:
         scores = torch.cat(self.after)
+        nll, coverage = [Score.of(torch.cat(v)) for v in zip(*self.densities, strict=True)] or (None, None)
         return Evaluation(
             metric=self.metric,
             episodes=len(scores),
             score=Score.of(scores),
             before=Score.of(torch.cat(self.before)),
             loss=Score.of(torch.cat(self.loss)),
+            nll=nll,
+            coverage=coverage,
             curve={steps: Score.of(torch.cat(values)) for steps, values in sorted(self.curve.items())},
             failed=dict(self.failed),
             stats=self.stats,
@@ -257,6 +273,20 @@ def score_tasks(predictions: Tensor, batch: Any) -> Tensor:
             f" Got {tuple(predictions.shape[1:])}."
         )
     return _mean((predictions.argmax(-1) == targets).to(predictions.dtype), batch)
+
+
+def _score_draws(likelihood: AbstractLikelihood, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """-log density of the query targets, and the share of them inside 90 % intervals, of each task: `(tasks,)`."""
+    rows = []
+    for task, drawn in enumerate(outputs):
+        kept = batch["query_mask"][task].bool() if "query_mask" in batch else slice(None)
+        targets = batch["query_y"][task].reshape(drawn.shape[1:])[kept]
+        drawn = drawn[:, kept]
+        low, high = likelihood.interval(drawn, _LEVEL)
+        inside = ((low <= targets) & (targets <= high)).to(drawn.dtype)
+        rows.append(torch.stack((likelihood.predictive_nll(drawn, targets), inside.mean())))
+    nll, coverage = torch.stack(rows, dim=1)
+    return nll, coverage
 
 
 def _mean(values: Tensor, batch: Any) -> Tensor:

@@ -9,7 +9,7 @@ from bilevel.few_shot.experiment import Experiment, Named
 from bilevel.few_shot.networks import mlp
 from bilevel.problems.anil import anil
 from bilevel.problems.gaussian_likelihood import GaussianLikelihood
-from bilevel.problems.ibaml import ibaml_head
+from bilevel.problems.ibaml import ibaml, ibaml_head
 from bilevel.problems.imaml import imaml
 from bilevel.problems.maml import maml
 from bilevel.solvers.adam import Adam
@@ -66,29 +66,49 @@ def ibaml_sinusoid(
     shots: int = 10,
     batch: int = 25,
     rate: float = 2e-3,
-    variance: float = 0.1,
-    kl_weight: float = 0.1,
-    samples: int = 10,
-    log_variance: float = -2.0,
-    inner_steps: int = 3,
+    noise: float = 0.3,
+    variance: float = 0.09,
+    full: bool = False,
+    kl_weight: float | None = None,
+    samples: int | None = None,
+    log_variance: float | None = None,
+    inner_steps: int | None = None,
     linear_steps: int = 10,
     clip: float = 10.0,
     seed: int = 0,
 ) -> Experiment:
-    """A learned Gaussian prior of the last layer, iBaML; the score is that of the predictive mean."""
-    net = mlp(seed=seed)
-    learner = ibaml_head(
-        net[:-1],
-        net[-1],
-        GaussianLikelihood(variance),
-        kl_weight=kl_weight,
-        samples=samples,
-        log_variance=log_variance,
-        inner=Newton(tol=0.0, max_steps=inner_steps, linear=CG(rtol=0.0, max_steps=10)),
-        linear_steps=linear_steps,
-        seed=seed,
-    )
-    return _experiment(learner, shots, batch, rate=rate, max_steps=500, clip=clip)
+    """A learned Gaussian prior of the last layer (or, `full`, of all), iBaML; the score is that of the predictive mean.
+
+    `noise` is the standard deviation of that on the targets, `variance` what the likelihood takes for its square.
+    """
+    net, likelihood = mlp(seed=seed), GaussianLikelihood(variance)
+    if full:
+        steps = 12 if inner_steps is None else inner_steps
+        learner = ibaml(
+            net,
+            likelihood,
+            kl_weight=0.03 if kl_weight is None else kl_weight,
+            samples=4 if samples is None else samples,
+            evaluation_samples=100,
+            log_variance=-4.5 if log_variance is None else log_variance,
+            inner=Iterate(GradientDescent(0.05), steps, line_search=Armijo(growth=1.5)),
+            linear_steps=linear_steps,
+            seed=seed,
+        )
+    else:
+        steps = 3 if inner_steps is None else inner_steps
+        learner = ibaml_head(
+            net[:-1],
+            net[-1],
+            likelihood,
+            kl_weight=0.1 if kl_weight is None else kl_weight,
+            samples=10 if samples is None else samples,
+            log_variance=-2.0 if log_variance is None else log_variance,
+            inner=Newton(tol=0.0, max_steps=steps, linear=CG(rtol=0.0, max_steps=10)),
+            linear_steps=linear_steps,
+            seed=seed,
+        )
+    return _experiment(learner, shots, batch, rate=rate, max_steps=500, clip=clip, noise=noise)
 
 
 def _experiment(
@@ -100,14 +120,15 @@ def _experiment(
     max_steps: int = 5000,
     clip: float | None = None,
     curve: tuple[int, ...] = (),
+    noise: float = 0.0,
 ) -> Experiment:
     outer = Adam(rate)
     return Experiment(
         learner,
-        tasks=Sinusoid(shots=shots, queries=shots),
-        validation=Sinusoid(shots=shots, queries=100),
-        test=Sinusoid(shots=shots, queries=100),
-        description=f"{learner.name} on sinusoids, {shots} shots",
+        tasks=Sinusoid(shots=shots, queries=shots, noise=noise),
+        validation=Sinusoid(shots=shots, queries=100, noise=noise),
+        test=Sinusoid(shots=shots, queries=100, noise=noise),
+        description=f"{learner.name} on sinusoids, {shots} shots" + (f", noise {noise:g}" if noise else ""),
         settings={
             "max_steps": max_steps,
             "batch": batch,
