@@ -195,7 +195,10 @@ def _task_count(data: Any) -> int:
             f"`BilevelProblem(tasks=True)` needs `data=` whose tensors all have one leading axis of tasks."
             f" Got leading sizes {sorted(map(str, counts))}. Stack the tasks with `torch.stack`."
         )
-    return next(iter(counts))  # type: ignore[return-value]
+    (count,) = counts
+    if not count:
+        raise ValueError("`BilevelProblem(tasks=True)` needs `data=` of at least one task. Got none.")
+    return count
 
 
 def _scalar(name: str, value: Tree) -> Tensor:

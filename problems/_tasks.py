@@ -32,8 +32,8 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
 
     Raises:
         KeyError: if the task has no targets on this side.
-        ValueError: if torch would spread targets of another shape over the outputs, or, with a mask, the loss is no
-            plain mean over samples.
+        ValueError: if torch would spread targets of another shape over the outputs, targets of the cross-entropy are no
+            numbers of classes, or, with a mask, the loss is no plain mean over samples.
 
     Example:
         >>> task = {"query_y": torch.tensor([1.0, 5.0, 0.0]), "query_mask": torch.tensor([1.0, 1.0, 0.0])}
@@ -47,6 +47,12 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
         raise ValueError(
             f"{side}_y of a task must have the shape of the outputs, {tuple(output.shape)}, or be numbers of its one"
             f" column. Got {tuple(target.shape)}, {target.dtype}. Change the last layer, or convert the targets."
+        )
+    if is_cross_entropy(loss) and target.is_floating_point() and target.dim() < output.dim():
+        raise ValueError(
+            f"{side}_y of a task must be numbers of classes, integers, for the cross-entropy (or probabilities"
+            f" {tuple(output.shape)}). Got {target.dtype} {tuple(target.shape)}. Convert it by `.long()`, or take"
+            f" another loss."
         )
     if mask is None:
         return loss(output, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -463,6 +464,14 @@ def test_targets_of_one_column_may_be_flat() -> None:
 def test_targets_that_torch_would_spread_over_the_outputs_are_refused(loss: Any, outputs: int, target: Tensor) -> None:
     with pytest.raises(ValueError, match=r"support_y of a task must have the shape of the outputs, \(4, \d\)"):
         task_loss(loss, torch.zeros(4, outputs), {"support_y": target}, "support")
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), partial(cross_entropy, label_smoothing=0.1)])
+def test_numbers_that_are_no_classes_are_refused(loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"query_y of a task must be numbers of classes.*Got torch\.float32 \(3,\)"):
+        task_loss(loss, torch.zeros(3, 2), {"query_y": torch.ones(3)}, "query")
+    soft = {"query_y": torch.full((3, 2), 0.5)}
+    assert float(task_loss(loss, torch.zeros(3, 2), soft, "query")) == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,9 @@ def test_errors_of_chunks_add_up_by_their_shares_of_the_tasks() -> None:
             if first is not None:
                 assert getattr(whole, name) == pytest.approx(2 / 3 * first + 1 / 3 * second, rel=1e-9)
                 assert first > 0
+
+
+def test_no_tasks_are_refused() -> None:
+    none = {key: table[:0] for key, table in DATA.items()}
+    with pytest.raises(ValueError, match="needs `data=` of at least one task"):
+        hypergradient(BilevelProblem(f, g, tasks=True), X, Y0, data=none)
