@@ -84,7 +84,8 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
         "problem",
         metavar="PROBLEM",
         help="a name from `bilevel list`, or my_file.py:NAME, where NAME is a BilevelProblem with x0 and y0 next to it,"
-        " an Instance, or a function that returns (problem, x0, y0) or an Instance",
+        " an Instance, an Experiment, or a function that returns (problem, x0, y0), an Instance or, annotated so, an"
+        " Experiment",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
 
@@ -226,13 +227,13 @@ def _data(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from bilevel.commands.few_shot import run_experiment
+    from bilevel.commands.loading import is_experiment
     from bilevel.commands.plan import Request
     from bilevel.commands.run import run
-    from bilevel.few_shot.experiments import experiments
 
     wanted = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "set")}
     request = Request(**wanted, arguments=tuple(options.set))
-    if options.problem in experiments():
+    if is_experiment(options.problem):
         run_experiment(request)
     else:
         run(request)

@@ -253,3 +253,51 @@ def test_an_experiment_can_be_checked_and_compared(capsys: pytest.CaptureFixture
     cli.main(["check", "maml-sinusoid", "--set", "batch=2", "--json"])
     verdicts = json.loads(capsys.readouterr().out)
     assert verdicts
+
+
+OWN = """
+from torch.nn.functional import mse_loss
+from bilevel.few_shot import Experiment, mlp
+from bilevel.problems import maml
+from bilevel.tasks import Sinusoid
+
+def tuned(shots: int = 5, seed: int = 0) -> Experiment:
+    tasks = Sinusoid(shots=shots)
+    settings = {"max_steps": 2, "batch": 3, "validate_episodes": 4}
+    learner = maml(mlp((1, 8, 1), seed=seed), mse_loss)
+    return Experiment(learner, tasks, tasks, tasks, settings=settings, evaluation={"episodes": 4})
+
+fixed = tuned()
+
+def silent():
+    return fixed
+
+def wrong() -> "Experiment":
+    return 3
+"""
+
+
+def test_an_experiment_in_a_file_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OWN)
+    words = ["run", "mine.py:tuned", "--set", "shots=4", "--seed", "3", "--quiet", "--out", "a"]
+    assert cli.main(words) == 0
+    recorded = json.loads((tmp_path / "a/result.json").read_text())
+    assert recorded["steps"] == 2
+    assert "Sinusoid(shots=4" in recorded["settings"]["chosen"]["tasks"]
+    assert recorded["test"]["episodes"] == 4
+    assert cli.main([*words, "--steps", "3", "--resume"]) == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["steps"] == 3
+    assert cli.main(["run", "mine.py:fixed", "--quiet", "--out", "b"]) == 0
+    capsys.readouterr()
+    cli.main(["check", "mine.py:tuned", "--json"])  # of the bilevel problem of one batch
+    assert json.loads(capsys.readouterr().out)
+    for word, message in (
+        ("fixed --set shots=4", "is not a function: it takes no `--set`"),
+        ("silent", "or is annotated to return an Experiment. Got Experiment."),
+        ("wrong", "must return an Experiment, as it says. Got int."),
+    ):
+        assert cli.main(["run", *f"mine.py:{word}".split(), "--quiet", "--out", "c"]) == 2
+        assert message in capsys.readouterr().err

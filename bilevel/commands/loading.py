@@ -18,6 +18,8 @@ from bilevel.commands.arguments import bind, takes
 if TYPE_CHECKING:
     from bilevel.few_shot.experiment import Experiment
 
+_LOADED: dict[tuple[str, int, int], ModuleType] = {}  # by path, time and size
+
 
 def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Instance, bool]:
     """The instance that PROBLEM names, and whether the seed was used in building it.
@@ -32,19 +34,16 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
         TypeError: if NAME is nothing that can be run.
         ImportError: if a package is missing.
     """
-    path, colon, name = problem.rpartition(":")
-    if colon and path.endswith(".py"):
-        module = _module(Path(path))
-        return _instance(problem, _member(module, path, name), module, arguments, seed)
-    if problem.endswith(".py"):
-        raise ValueError(f"{problem!r} is a file: say which problem in it, as {problem}:NAME.")
+    if is_experiment(problem):
+        experiment, seeded = load_experiment(problem, arguments, seed)
+        return experiment.instance(0 if seed is None else seed), seeded
+    own = _own(problem)
+    if own is not None:
+        return _instance(problem, own[1], own[0], arguments, seed)
     from bilevel.few_shot.experiments import experiments
     from bilevel.problems import catalogue
 
     known = catalogue()
-    if problem in experiments():
-        experiment, seeded = load_experiment(problem, arguments, seed)
-        return experiment.instance(0 if seed is None else seed), seeded
     if problem not in known:
         import difflib
 
@@ -57,18 +56,64 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
     return _instance(problem, known[problem].build, None, arguments, seed)
 
 
-def load_experiment(name: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Experiment, bool]:
-    """The few-shot experiment of that name, and whether the seed was used in building it; see :func:`load`."""
+def is_experiment(problem: str) -> bool:
+    """Whether PROBLEM names a few-shot experiment: of the library, or an `Experiment` in a file.
+
+    A function in a file counts if it is annotated to return one: what it returns is not known before it is called.
+    """
+    from bilevel.few_shot.experiment import Experiment
     from bilevel.few_shot.experiments import experiments
 
-    build = experiments()[name].build
-    experiment: Experiment = _built(name, build, None, arguments, seed)
+    own = _own(problem)
+    if own is None:
+        return problem in experiments()
+    returned = getattr(own[1], "__annotations__", {}).get("return")
+    name = returned if isinstance(returned, str) else getattr(returned, "__name__", "")
+    return isinstance(own[1], Experiment) or name.rpartition(".")[2] == "Experiment"
+
+
+def load_experiment(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Experiment, bool]:
+    """The few-shot experiment of that name, and whether the seed was used in building it; see :func:`load`."""
+    from bilevel.few_shot.experiment import Experiment
+    from bilevel.few_shot.experiments import experiments
+
+    own = _own(problem)
+    if own is None:
+        module, build = None, experiments()[problem].build
+    elif isinstance(own[1], Experiment):
+        _refuse_arguments(problem, arguments)
+        return own[1], False
+    else:
+        module, build = own
+    experiment = _built(problem, build, module, arguments, seed)
+    if not isinstance(experiment, Experiment):
+        raise TypeError(f"{problem} must return an Experiment, as it says. Got {type(experiment).__name__}.")
     return experiment, takes(build, "seed") and seed is not None
 
 
+def _own(problem: str) -> tuple[ModuleType, Any] | None:
+    """The module and the member that `my_file.py:NAME` names; None where PROBLEM is no such name."""
+    path, colon, name = problem.rpartition(":")
+    if colon and path.endswith(".py"):
+        module = _module(Path(path))
+        return module, _member(module, path, name)
+    if problem.endswith(".py"):
+        raise ValueError(f"{problem!r} is a file: say which problem in it, as {problem}:NAME.")
+    return None
+
+
 def _module(path: Path) -> ModuleType:
+    """The file's module: executed once in a process, and again only where it has changed."""
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}.")
+    about = path.stat()
+    key = str(path.resolve()), about.st_mtime_ns, about.st_size
+    if key not in _LOADED:
+        _LOADED[key] = _executed(path)
+    return _LOADED[key]
+
+
+def _executed(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -110,11 +155,15 @@ def _instance(
     problem: str, found: Any, module: ModuleType | None, arguments: Mapping[str, str], seed: int | None
 ) -> tuple[Instance, bool]:
     if isinstance(found, Instance | BilevelProblem) or not callable(found):
-        if arguments:
-            raise ValueError(f"{problem} is not a function: it takes no `--set`. Got {', '.join(arguments)}.")
+        _refuse_arguments(problem, arguments)
         return _complete(problem, found, module), False
     built = _built(problem, found, module, arguments, seed)
     return _complete(problem, built, module), takes(found, "seed") and seed is not None
+
+
+def _refuse_arguments(problem: str, arguments: Mapping[str, str]) -> None:
+    if arguments:
+        raise ValueError(f"{problem} is not a function: it takes no `--set`. Got {', '.join(arguments)}.")
 
 
 def _built(
@@ -142,8 +191,8 @@ def _complete(problem: str, found: Any, module: ModuleType | None) -> Instance:
         return Instance(*found)
     if not isinstance(found, BilevelProblem):
         raise TypeError(
-            f"{problem} must be a BilevelProblem, an Instance, or a function that returns (problem, x0, y0) or an"
-            f" Instance. Got {type(found).__name__}."
+            f"{problem} must be a BilevelProblem, an Instance, an Experiment, or a function that returns (problem, x0,"
+            f" y0) or an Instance, or is annotated to return an Experiment. Got {type(found).__name__}."
         )
     missing = [name for name in ("x0", "y0") if not hasattr(module, name)]
     if missing:
