@@ -1,5 +1,6 @@
 """The command line: what it computes is what `minimize` computes, and what it leaves is all of it."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -18,7 +19,7 @@ import bilevel
 from bilevel._files import write_atomically
 from bilevel.cli import main
 from bilevel.commands import outcome as outcome_module, progress as progress_module
-from bilevel.commands.arguments import convert
+from bilevel.commands.arguments import bind, convert, takes
 from bilevel.problems import catalogue, quadratic
 from bilevel.solvers import Adam
 
@@ -555,6 +556,34 @@ def test_a_file_may_import_its_neighbours() -> None:
 
 
 # Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What several problems have in common."""
+
+    size: int = 3
+    rate: float = 0.1
+    seed: int = 0
+
+
+def grouped(kappa: float, shared: Shared = Shared(size=5), name: str = "a") -> None:
+    """A problem with settings that it shares with others."""
+
+
+def test_fields_of_a_dataclass_are_arguments_of_their_own() -> None:
+    assert takes(grouped, "rate")
+    assert takes(grouped, "kappa")
+    assert not takes(grouped, "shared.rate")
+    bound = bind("grouped", grouped, {"kappa": "2", "rate": "0.5"}, {"seed": 7})
+    assert bound == {"kappa": 2.0, "shared": Shared(size=5, rate=0.5, seed=7)}
+    assert bind("grouped", grouped, {"kappa": "2"}, {}) == {"kappa": 2.0}  # the function's own default
+    with pytest.raises(ValueError, match=r"has no argument 'shared'\. Its arguments: kappa, size, rate, seed, name\."):
+        bind("grouped", grouped, {"shared": "1"}, {})
+    with pytest.raises(ValueError, match=r"`--set size=\.\.\.` of grouped must be an integer\. Got 'big'"):
+        bind("grouped", grouped, {"size": "big"}, {})
+    with pytest.raises(ValueError, match=r"grouped needs `--set kappa=\.\.\.`\."):
+        bind("grouped", grouped, {"size": "4"}, {})
 
 
 @pytest.mark.parametrize(

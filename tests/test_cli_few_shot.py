@@ -16,6 +16,7 @@ from bilevel import cli
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import mlp, train
 from bilevel.few_shot.experiments import experiments
+from bilevel.few_shot.image_setup import Setting
 
 RUN = ["run", "maml-sinusoid", "--set", "batch=3", "--quiet"]
 KEYS = ("step", "value", "grad_norm", "status", "stats")  # of a line of history.jsonl that do not depend on time
@@ -233,7 +234,7 @@ def test_every_experiment_is_listed_and_the_sinusoids_and_digits_can_be_built(
     assert listed.keys() == experiments().keys()
     for method in ("protonet", "maml", "anil", "imaml", "ibaml", "ridge", "svm"):
         assert f"{method}-omniglot" in listed
-        made = experiments()[f"{method}-digits"].build(filters=2)
+        made = experiments()[f"{method}-digits"].build(Setting(filters=2))
         assert made.learner.problem.tasks
     for name in ("maml", "fomaml", "anil", "imaml", "ibaml"):
         made = experiments()[f"{name}-sinusoid"].build(shots=3)

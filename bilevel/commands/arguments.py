@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import types
 import typing
@@ -37,32 +38,55 @@ def signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a parameter of that name."""
-    return name in inspect.signature(function).parameters
+    """Whether a function has a parameter of that name, or one that is a group with it."""
+    parameters = signature(function).parameters
+    return name in parameters or any(name in group for group in _groups(parameters).values())
+
+
+def _groups(parameters: Mapping[str, inspect.Parameter]) -> dict[str, dict[str, Any]]:
+    """Parameters that are a dataclass with defaults, each with the types of its fields: arguments of their own."""
+    kinds = {name: parameter.annotation for name, parameter in parameters.items()}
+    return {
+        name: {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+        for name, kind in kinds.items()
+        if inspect.isclass(kind)
+        and dataclasses.is_dataclass(kind)
+        and parameters[name].default is not inspect.Parameter.empty
+    }
 
 
 def bind(problem: str, function: Callable[..., Any], texts: Mapping[str, str], given: Mapping[str, Any]) -> Any:
     """The arguments for `function`: the given ones, and texts converted to what its signature says.
 
+    Where a parameter is a frozen dataclass with a default, its fields are given as if they were parameters.
+
     Raises:
         ValueError: naming the parameters that there are, or what a value should have been.
     """
     parameters = signature(function).parameters
+    groups = _groups(parameters)
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = [name for name, parameter in parameters.items() if parameter.kind in named]
-    unknown = [name for name in texts if name not in known and not free]
+    wanted: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        if parameter.kind in named:
+            wanted |= groups[name] if name in groups else {name: _wanted(parameter)}
+    unknown = [name for name in texts if name not in wanted and not free]
     if unknown:
-        names = ", ".join(known) if known else "none"
+        names = ", ".join(wanted) if wanted else "none"
         raise ValueError(f"{problem} has no argument {unknown[0]!r}. Its arguments: {names}.")
     bound = dict(given)
     for name, text in texts.items():
-        parameter = parameters.get(name)
         try:
-            bound[name] = convert(text, Any if parameter is None else _wanted(parameter))
+            bound[name] = convert(text, wanted.get(name, Any))
         except ValueError as error:
             raise ValueError(f"`--set {name}=...` of {problem} must be {error}. Got {text!r}.") from error
-    missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in bound]
+    for group, fields in groups.items():
+        changes = {name: bound.pop(name) for name in fields if name in bound}
+        if changes:
+            bound[group] = dataclasses.replace(parameters[group].default, **changes)
+    needed = [name for name in wanted if name in parameters and parameters[name].default is inspect.Parameter.empty]
+    missing = [name for name in needed if name not in bound]
     if missing:
         raise ValueError(f"{problem} needs {' and '.join(f'`--set {name}=...`' for name in missing)}.")
     return bound

@@ -96,7 +96,8 @@ class Named:
     Attributes:
         name: what the command line calls it.
         description: one line.
-        build: makes it; its keyword arguments are those that `--set` passes.
+        build: makes it; its keyword arguments are those that `--set` passes, as are the fields of one that is a
+            dataclass.
     """
 
     name: str
