@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch.nn.functional import cross_entropy
 
+from bilevel._learner import Learner
 from bilevel.few_shot.experiment import Experiment, Named
 from bilevel.few_shot.image_setup import Setting, Setup, Source
 from bilevel.problems.anil import anil
@@ -94,6 +95,7 @@ def ibaml_images(
     setting: Setting = COMMON,
     full: bool = False,
     kl_weight: float | None = None,
+    test_kl_weight: float | None = None,
     samples: int = 4,
     log_variance: float | None = None,
     outer_loss: Literal["expected", "predictive"] = "predictive",
@@ -105,29 +107,31 @@ def ibaml_images(
     """A Gaussian posterior of the head (or, `full`, of all parameters) under a learned prior: iBaML.
 
     The head's is found by quasi-Newton steps, or by gradient steps of length `step`, as that of all parameters is.
+    In validation and test the divergence may have another weight than in training, `test_kl_weight`.
     """
     setup = Setup(source, setting)
-    if full:
-        learner = ibaml(
-            setup.network(),
-            cross_entropy,
-            kl_weight=4e-4 if kl_weight is None else kl_weight,
-            samples=samples,
-            log_variance=-8.5 if log_variance is None else log_variance,
-            outer_loss=outer_loss,
-            step=0.1 if step is None else step,
-            inner_steps=5 if inner_steps is None else inner_steps,
-            linear_steps=5 if linear_steps is None else linear_steps,
-            damping=0.0 if damping is None else damping,
-            seed=setting.seed,
-        )
-    else:
+
+    def learner(weight: float | None) -> Learner:
+        if full:
+            return ibaml(
+                setup.network(),
+                cross_entropy,
+                kl_weight=4e-4 if weight is None else weight,
+                samples=samples,
+                log_variance=-8.5 if log_variance is None else log_variance,
+                outer_loss=outer_loss,
+                step=0.1 if step is None else step,
+                inner_steps=5 if inner_steps is None else inner_steps,
+                linear_steps=5 if linear_steps is None else linear_steps,
+                damping=0.0 if damping is None else damping,
+                seed=setting.seed,
+            )
         steps = 20 if inner_steps is None else inner_steps
-        learner = ibaml_head(
+        return ibaml_head(
             setup.body(),
             setup.head(),
             cross_entropy,
-            kl_weight=1e-7 if kl_weight is None else kl_weight,
+            kl_weight=1e-7 if weight is None else weight,
             samples=samples,
             log_variance=-9.0 if log_variance is None else log_variance,
             outer_loss=outer_loss,
@@ -136,7 +140,9 @@ def ibaml_images(
             damping=0.003 if damping is None else damping,
             seed=setting.seed,
         )
-    return setup.experiment(learner)
+
+    tester = None if test_kl_weight is None else learner(test_kl_weight)
+    return setup.experiment(learner(kl_weight), tester=tester)
 
 
 def proto_net_images(
