@@ -67,7 +67,7 @@ def ibaml_sinusoid(
     batch: int = 25,
     rate: float = 2e-3,
     noise: float = 0.3,
-    variance: float = 0.09,
+    variance: float | None = None,
     full: bool = False,
     kl_weight: float | None = None,
     samples: int | None = None,
@@ -79,14 +79,15 @@ def ibaml_sinusoid(
 ) -> Experiment:
     """A learned Gaussian prior of the last layer (or, `full`, of all), iBaML; the score is that of the predictive mean.
 
-    `noise` is the standard deviation of that on the targets, `variance` what the likelihood takes for its square.
+    `noise` is the standard deviation of that on the targets, `variance` what the likelihood takes for its square; all
+    parameters are adapted less exactly, so that what is left of the error counts as noise there.
     """
-    net, likelihood = mlp(seed=seed), GaussianLikelihood(variance)
+    net = mlp(seed=seed)
     if full:
         steps = 12 if inner_steps is None else inner_steps
         learner = ibaml(
             net,
-            likelihood,
+            GaussianLikelihood(0.3 if variance is None else variance),
             kl_weight=0.03 if kl_weight is None else kl_weight,
             samples=4 if samples is None else samples,
             evaluation_samples=100,
@@ -100,7 +101,7 @@ def ibaml_sinusoid(
         learner = ibaml_head(
             net[:-1],
             net[-1],
-            likelihood,
+            GaussianLikelihood(0.09 if variance is None else variance),
             kl_weight=0.1 if kl_weight is None else kl_weight,
             samples=10 if samples is None else samples,
             log_variance=-2.0 if log_variance is None else log_variance,
