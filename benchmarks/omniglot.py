@@ -45,10 +45,10 @@ RUNS = (
         f"--steps 6000 {WIDE} --set train_way=20 --set batch=2 --set cosine=6000",
         "98.8 (Snell et al. 2017)",
     ),
-    Run("maml-omniglot", f"--steps 6000 {WIDE} --set batch=8 --set cosine=6000", "98.7 ± 0.4 (Finn et al. 2017)"),
+    Run("maml-omniglot", f"--steps 10000 {WIDE} --set batch=8 --set cosine=10000", "98.7 ± 0.4 (Finn et al. 2017)"),
     Run(
         "anil-omniglot",
-        "--steps 7500 --set filters=64 --set rate=3e-3 --set batch=8 --set cosine=7500",
+        "--steps 10000 --set filters=64 --set rate=3e-3 --set batch=8 --set cosine=10000",
         "96.2 ± 0.5 with 20 ways (Raghu et al. 2020)",
     ),
     Run(
@@ -57,7 +57,11 @@ RUNS = (
         " --set linear_steps=3 --set cosine=5000",
         "99.16 ± 0.35 (Rajeswaran et al. 2019)",
     ),
-    Run("ibaml-omniglot", f"--steps 4000 {WIDE} --set batch=8 --set cosine=4000", ""),
+    Run(
+        "ibaml-omniglot",
+        "--steps 6000 --set filters=64 --set rate=3e-3 --set batch=8 --set cosine=6000 --set test_kl_weight=3e-8",
+        "",
+    ),
 )
 
 
