@@ -91,7 +91,7 @@ def table(runs: Path) -> str:
         score, calibration = result["test"]["score"], result["calibration"]
         lines.append(
             f"| {run.name.removesuffix('-omniglot')} | {100 * score['mean']:.1f} ± {100 * score['interval']:.1f} |"
-            f" {100 * calibration['ECE']:.1f} | {calibration['NLL']:.3f} | {result['steps']} |"
+            f" {100 * calibration['ECE']:.2f} | {calibration['NLL']:.3f} | {result['steps']} |"
             f" {result['training_seconds']:.0f} | {run.published} |"
         )
         commands.append(f"bilevel {shlex.join(command(run, 'data/omniglot.npz', f'runs/omniglot/{run.name}'))}")
