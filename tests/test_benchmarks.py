@@ -176,6 +176,6 @@ def test_the_table_of_omniglot_tells_what_the_runs_found(load: Any, tmp_path: Pa
     }
     (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     rows = [line for line in omniglot.table(tmp_path).splitlines() if line.startswith("| protonet")]
-    assert rows == [f"| protonet | 96.9 \u00b1 0.3 | 0.5 | 0.092 | 6000 | 859 | {omniglot.RUNS[0].published} |"]
+    assert rows == [f"| protonet | 96.9 \u00b1 0.3 | 0.52 | 0.092 | 6000 | 859 | {omniglot.RUNS[0].published} |"]
     page = omniglot.with_results(f"a\n{omniglot.BEGIN}old\n{omniglot.END}b\n", "new")
     assert page == f"a\n{omniglot.BEGIN}\nnew\n{omniglot.END}b\n"
