@@ -31,13 +31,26 @@ class Run:
         name: of the experiment.
         arguments: of `bilevel run`, but for the data and the folder.
         published: test accuracy in per cent with its source, 5 ways and 1 shot unless it says otherwise.
+        variant: what tells it from another run of the experiment.
     """
 
     name: str
     arguments: str
     published: str
+    variant: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Of its files, among those of the other runs."""
+        return self.name + self.variant
+
+    @property
+    def label(self) -> str:
+        """In the table and the figure."""
+        return self.name.removesuffix("-omniglot") + self.variant
 
 
+FINN = "98.7 ± 0.4 (Finn et al. 2017)"
 WIDE = "--set filters=64 --set rate=2e-3"
 RUNS = (
     Run(
@@ -45,7 +58,8 @@ RUNS = (
         f"--steps 6000 {WIDE} --set train_way=20 --set batch=2 --set cosine=6000",
         "98.8 (Snell et al. 2017)",
     ),
-    Run("maml-omniglot", f"--steps 10000 {WIDE} --set batch=8 --set cosine=10000", "98.7 ± 0.4 (Finn et al. 2017)"),
+    Run("maml-omniglot", f"--steps 6000 {WIDE} --set batch=8 --set cosine=6000", FINN, "-6000"),
+    Run("maml-omniglot", f"--steps 10000 {WIDE} --set batch=8 --set cosine=10000", FINN),
     Run(
         "anil-omniglot",
         "--steps 10000 --set filters=64 --set rate=3e-3 --set batch=8 --set cosine=10000",
@@ -85,16 +99,16 @@ def table(runs: Path) -> str:
     ]
     commands = []
     for run in RUNS:
-        result = finished(runs / run.name)
+        result = finished(runs / run.folder)
         if result is None:
             continue
         score, calibration = result["test"]["score"], result["calibration"]
         lines.append(
-            f"| {run.name.removesuffix('-omniglot')} | {100 * score['mean']:.1f} ± {100 * score['interval']:.1f} |"
+            f"| {run.label} | {100 * score['mean']:.1f} ± {100 * score['interval']:.1f} |"
             f" {100 * calibration['ECE']:.2f} | {calibration['NLL']:.3f} | {result['steps']} |"
             f" {result['training_seconds']:.0f} | {run.published} |"
         )
-        commands.append(f"bilevel {shlex.join(command(run, 'data/omniglot.npz', f'runs/omniglot/{run.name}'))}")
+        commands.append(f"bilevel {shlex.join(command(run, 'data/omniglot.npz', f'runs/omniglot/{run.folder}'))}")
     facts = ", ".join(f"{key} {value}" for key, value in machine().items())
     return "\n".join([*lines, "", "```bash", *commands, "```", "", f"Machine: {facts}.", ""])
 
@@ -112,12 +126,12 @@ def figure(runs: Path, path: Path) -> None:
     drawing = Figure(figsize=(7, 4.2), layout="constrained")
     axes = drawing.add_subplot()
     for run in RUNS:
-        history = runs / run.name / "history.jsonl"
-        if finished(runs / run.name) is None:
+        history = runs / run.folder / "history.jsonl"
+        if finished(runs / run.folder) is None:
             continue
         records = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
         points = [(r["elapsed"], 100 * r["validation"]["score"]) for r in records if r["validation"]]
-        axes.plot(*zip(*points, strict=True), label=run.name.removesuffix("-omniglot"))
+        axes.plot(*zip(*points, strict=True), label=run.label)
     axes.set(xlabel="seconds", ylabel="validation accuracy, %", xscale="log", ylim=(20, 100))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -134,9 +148,9 @@ def main() -> int:
     given = parser.parse_args()
     failed = []
     for run in RUNS:
-        if given.data is None or run.name not in given.only.split(",") or finished(given.runs / run.name):
+        if given.data is None or run.name not in given.only.split(",") or finished(given.runs / run.folder):
             continue
-        words = command(run, given.data, str(given.runs / run.name))
+        words = command(run, given.data, str(given.runs / run.folder))
         if subprocess.run([sys.executable, "-m", "bilevel", *words], check=False).returncode:
             failed.append(run.name)
     write(given.page, with_results(given.page.read_text(encoding="utf-8"), table(given.runs)))

@@ -38,7 +38,7 @@ class Programs:
     def of(self, computation: Computation, problem: FlatProblem, *vectors: Tensor) -> Computation:
         """`computation(problem, ...)` as a function of its vectors, compiled for the shapes of these.
 
-        The computation must be one object at every call, such as a function of a module.
+        Computations that compare equal are the same one: a function of a module, or a method of one object.
 
         Raises:
             ValueError: if f and g have data of their own.

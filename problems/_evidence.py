@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Structure, Tree, ravel, tree_map
-from bilevel.problems._tasks import Loss, Side, is_cross_entropy, mixture_loss, task_loss
+from bilevel.problems._tasks import Loss, Side, is_cross_entropy, is_of_numbers, mixture_loss, task_loss
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
 
 OuterLoss: TypeAlias = Literal["expected", "predictive"]
@@ -183,8 +183,10 @@ class Evidence:
         return found.log_softmax(-1) if self._classifies(task) else found
 
     def _classifies(self, task: Mapping[str, Tensor]) -> bool:
-        """Whether outputs are logits: of the cross-entropy, or where targets are numbers of classes."""
-        return is_cross_entropy(self.loss) or not task["support_y"].is_floating_point()
+        """Whether outputs are logits: of the cross-entropy, or of another loss of numbers of classes."""
+        if is_cross_entropy(self.loss) or is_of_numbers(self.loss):
+            return is_cross_entropy(self.loss)
+        return "support_y" in task and not task["support_y"].is_floating_point()
 
     def evaluation_noise(self) -> Tensor:
         """The noise of predictions: the same for every task."""

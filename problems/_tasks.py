@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
+from bilevel._likelihood import AbstractLikelihood
+
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> the mean over samples, as torch's losses
 Side: TypeAlias = Literal["support", "query"]
 
@@ -40,7 +42,19 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
         >>> task_loss(mse_loss, torch.zeros(3, 1), task, "query")
         tensor(13.)
     """
-    target, mask = task[f"{side}_y"], task.get(f"{side}_mask")
+    target, mask = _target(loss, output, task, side), task.get(f"{side}_mask")
+    if mask is None:
+        return loss(output, target)
+    return (sample_losses(loss, output, target) * mask).sum() / mask.sum()
+
+
+def _target(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side) -> Tensor:
+    """The targets of one side, in the shape that the loss of these outputs takes.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    target = task[f"{side}_y"]
     if target.is_floating_point() and output.shape == (*target.shape, 1):
         target = target.unsqueeze(-1)
     if target.shape != output.shape and (loss in _ELEMENTWISE or isinstance(loss, _ELEMENTWISE_MODULES)):
@@ -54,9 +68,7 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
             f" {tuple(output.shape)}). Got {target.dtype} {tuple(target.shape)}. Convert it by `.long()`, or take"
             f" another loss."
         )
-    if mask is None:
-        return loss(output, target)
-    return (sample_losses(loss, output, target) * mask).sum() / mask.sum()
+    return target
 
 
 def sample_losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
@@ -73,11 +85,12 @@ def sample_losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(output, target, reduction="none")
     if loss is mse_loss:
         return mse_loss(output, target, reduction="none").reshape(len(output), -1).mean(1)
-    if _setting(loss, "weight") is not None or _setting(loss, "reduction") not in (None, "mean"):
+    uneven = _setting(loss, "weight") is not None or _setting(loss, "ignore_index") not in (None, -100)
+    if uneven or _setting(loss, "reduction") not in (None, "mean"):
         raise ValueError(
-            "with masks, the loss must be a mean over samples, each of the same weight: they are averaged over those"
-            f" that are no padding. Got {loss!r}, with `weight` or another `reduction`. Leave these out, or train on"
-            " tasks of one size."
+            "with masks, and with `outer_loss='predictive'`, the loss must be a mean over samples, each of the same"
+            f" weight. Got {loss!r}, with `weight`, `ignore_index` or another `reduction`. Leave these out,"
+            " or train on tasks of one size, by the expected loss."
         )
     return torch.vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0)))(output, target)
 
@@ -92,7 +105,8 @@ def mixture_loss(loss: Loss, outputs: Tensor, task: Mapping[str, Tensor], side: 
         side: "support" or "query".
 
     Raises:
-        ValueError: if the loss weighs classes or is a sum, or the targets do not have the outputs' shape.
+        ValueError: if the loss weighs classes or is a sum, the targets do not fit the outputs, or there are several
+            numbers a sample.
 
     Example:
         >>> task = {"query_y": torch.tensor([0])}
@@ -100,9 +114,13 @@ def mixture_loss(loss: Loss, outputs: Tensor, task: Mapping[str, Tensor], side: 
         >>> round(float(mixture_loss(cross_entropy, logits, task, "query").neg().exp()), 3)
         0.75
     """
-    target, mask = task[f"{side}_y"], task.get(f"{side}_mask")
-    if target.is_floating_point() and outputs.shape[1:] == (*target.shape, 1):
-        target = target.unsqueeze(-1)
+    target, mask = _target(loss, outputs[0], task, side), task.get(f"{side}_mask")
+    if is_of_numbers(loss) and outputs[0].numel() != len(outputs[0]):
+        raise ValueError(
+            f"`outer_loss='predictive'` needs targets that are classes, or one number a sample: a loss averages over"
+            f" columns, which is no -log p of them together. Got outputs {tuple(outputs.shape[1:])} a draw. Take"
+            f" 'expected'."
+        )
     losses = torch.stack([sample_losses(loss, output, target) for output in outputs])
     mixed = math.log(len(losses)) - (-losses).logsumexp(0)
     return mixed.mean() if mask is None else (mixed * mask).sum() / mask.sum()
@@ -117,6 +135,16 @@ def is_cross_entropy(loss: Loss) -> bool:
     """
     inside = loss.func if isinstance(loss, partial) else loss
     return inside is cross_entropy or isinstance(inside, nn.CrossEntropyLoss)
+
+
+def is_of_numbers(loss: Loss) -> bool:
+    """Whether it is known to compare numbers: one of torch's elementwise losses, or a likelihood of numbers.
+
+    Example:
+        >>> is_of_numbers(nn.MSELoss()), is_of_numbers(cross_entropy)
+        (True, False)
+    """
+    return loss in _ELEMENTWISE or isinstance(loss, (*_ELEMENTWISE_MODULES, AbstractLikelihood))
 
 
 def _setting(loss: Loss, name: str) -> Any:

@@ -571,6 +571,14 @@ def grouped(kappa: float, shared: Shared = Shared(size=5), name: str = "a") -> N
     """A problem with settings that it shares with others."""
 
 
+def twice(seed: int = 0, shared: Shared = Shared()) -> None:
+    """It has two seeds."""
+
+
+def optional(shared: Shared | None = None) -> None:
+    """It may do without."""
+
+
 def test_fields_of_a_dataclass_are_arguments_of_their_own() -> None:
     assert takes(grouped, "rate")
     assert takes(grouped, "kappa")
@@ -582,6 +590,9 @@ def test_fields_of_a_dataclass_are_arguments_of_their_own() -> None:
         bind("grouped", grouped, {"shared": "1"}, {})
     with pytest.raises(ValueError, match=r"`--set size=\.\.\.` of grouped must be an integer\. Got 'big'"):
         bind("grouped", grouped, {"size": "big"}, {})
+    with pytest.raises(ValueError, match=r"twice takes 'seed' twice, by 'shared' too\. Rename one"):
+        bind("twice", twice, {}, {"seed": 3})
+    assert bind("open", optional, {"shared": "none"}, {}) == {"shared": None}  # no group: there is nothing to change
     with pytest.raises(ValueError, match=r"grouped needs `--set kappa=\.\.\.`\."):
         bind("grouped", grouped, {"size": "4"}, {})
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel import cli
+from bilevel import AID, cli
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import mlp, train
 from bilevel.few_shot.experiments import experiments
 from bilevel.few_shot.image_setup import Setting
+from bilevel.problems.kl_products import KLProducts
 
 RUN = ["run", "maml-sinusoid", "--set", "batch=3", "--quiet"]
 KEYS = ("step", "value", "grad_norm", "status", "stats")  # of a line of history.jsonl that do not depend on time
@@ -302,3 +303,15 @@ def test_an_experiment_in_a_file_is_run(
     ):
         assert cli.main(["run", *f"mine.py:{word}".split(), "--quiet", "--out", "c"]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_weight_of_the_divergence_may_be_another_at_test_time(full: bool) -> None:
+    build = experiments()["ibaml-digits"].build
+    made = build(Setting(filters=2), full=full, kl_weight=0.1, test_kl_weight=0.2)
+    for learner, weight in ((made.learner, 0.1), (made.tester, 0.2)):
+        assert learner is not None
+        assert isinstance(learner.estimator, AID)
+        assert isinstance(learner.estimator.products, KLProducts)
+        assert learner.estimator.products.weight == weight
+    assert build(Setting(filters=2), full=full).tester is None

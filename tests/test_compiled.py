@@ -10,7 +10,7 @@ from bilevel_strategies import normal
 from cases import distance
 from torch import Tensor
 
-from bilevel import AID, ITD, BilevelProblem, CompiledITD, CompiledProducts, Split, hypergradient
+from bilevel import AID, ITD, BilevelProblem, CompiledITD, CompiledProducts, Polytope, Split, hypergradient
 from bilevel._flat import FlatProblem
 from bilevel._result import Status
 from bilevel._tree import ravel
@@ -201,3 +201,38 @@ def test_data_of_two_levels_cannot_be_compiled() -> None:
     for estimator in (aid, CompiledITD(AT, backend="eager")):
         with pytest.raises(ValueError, match="needs one batch of data for f and g"):
             hypergradient(problem(), X, X, estimator=estimator, data=Split(f=DATA, g=DATA))
+
+
+def test_a_second_estimate_calls_no_function_of_the_user_but_f() -> None:
+    """Gradients and products come from the programs that the first one made."""
+    calls = 0
+
+    def counted(x: Any, y: Any, task: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return proximal(x, y, task)
+
+    of, aid = BilevelProblem(f, counted, tasks=True), AID(AT, CG(1e-8), products=CompiledProducts(backend="eager"))
+    first = hypergradient(of, X, X, estimator=aid, data=DATA)
+    calls = 0
+    second = hypergradient(of, X, X, estimator=aid, data=DATA)
+    assert calls == 0
+    assert distance(second.grad, first.grad) == 0
+
+
+def test_two_problems_of_equal_shapes_are_two_programs() -> None:
+    compiled = CompiledITD(AT, backend="eager")
+    for scale in (1.0, 2.0):
+        of = BilevelProblem(lambda x, y, s=scale: s * y.square().sum(), lambda x, y: (y - x).square().sum() / 2)
+        found = hypergradient(of, torch.ones(2), torch.zeros(2), estimator=compiled)
+        expected = hypergradient(of, torch.ones(2), torch.zeros(2), estimator=ITD(AT))
+        assert distance(found.grad, expected.grad) <= 1e-13
+
+
+def test_constraints_are_refused_and_an_outer_objective_without_a_graph_is_not() -> None:
+    compiled, g = CompiledITD(AT, backend="eager"), lambda x, y: (y - x).square().sum() / 2
+    bounded = BilevelProblem(lambda x, y: y.sum(), g, constraints=lambda x: Polytope(lower=-0.5))
+    with pytest.raises(ValueError, match="`CompiledITD` does not apply: y is constrained"):
+        hypergradient(bounded, torch.ones(2), torch.zeros(2), estimator=compiled)
+    constant = BilevelProblem(lambda x, y: torch.tensor(1.0), g)
+    assert hypergradient(constant, torch.ones(2), torch.zeros(2), estimator=compiled).grad.tolist() == [0.0, 0.0]

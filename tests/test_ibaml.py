@@ -35,6 +35,7 @@ from bilevel.problems import (
     imaml,
     maml,
 )
+from bilevel.problems._tasks import mixture_loss
 from bilevel.problems._variational import divergence, hyper_prior
 from bilevel.problems.kl_products import Form
 from bilevel.solvers.adam import Adam
@@ -590,6 +591,32 @@ def test_other_noise_in_the_products_is_another_gradient() -> None:
     data = {**data, "other": other["support_noise"]}
     wrong = aid_of(learner, products=replace(products, expectation=fresh))
     assert 1e-3 < relative(gradient_of(learner, data, wrong), gradient_of(learner, data)) < 1
+
+
+@pytest.mark.parametrize("loss", [GaussianLikelihood(0.3), mse_loss, nn.MSELoss()])
+def test_integers_are_numbers_for_a_loss_of_numbers(loss: Any) -> None:
+    learner = ibaml(nn.Linear(2, 1).double(), loss)
+    task = {"query_x": normal(4, 2, seed=80)}
+    found = learner.predict(learner.x0, learner.y0, task)  # without targets
+    assert found.shape == (4, 1)
+    assert float(found.abs().max()) > 0
+    integers = {**task, "support_y": torch.arange(4)}
+    assert torch.equal(learner.predict(learner.x0, learner.y0, integers), found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "target", "message"),
+    [
+        (mse_loss, (2, 3, 3), torch.zeros(3), r"must have the shape of the outputs, \(3, 3\)"),
+        (cross_entropy, (2, 3, 3), torch.zeros(3), "must be numbers of classes"),
+        (GaussianLikelihood(1.0), (2, 3, 2), torch.zeros(3, 2), "or one number a sample"),
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), (2, 3, 3), torch.arange(3), "with `weight`"),
+        (nn.CrossEntropyLoss(ignore_index=0), (2, 3, 3), torch.arange(3), "`ignore_index`"),
+    ],
+)
+def test_targets_and_losses_of_no_mixture_are_refused(loss: Any, outputs: Any, target: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture_loss(loss, torch.zeros(outputs), {"query_y": target}, "query")
 
 
 def test_noise_is_a_function_of_the_seed_and_another_one_for_each_task_and_side() -> None:

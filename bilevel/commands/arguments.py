@@ -47,18 +47,16 @@ def _groups(parameters: Mapping[str, inspect.Parameter]) -> dict[str, dict[str, 
     """Parameters that are a dataclass with defaults, each with the types of its fields: arguments of their own."""
     kinds = {name: parameter.annotation for name, parameter in parameters.items()}
     return {
-        name: {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+        name: {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind) if field.init}
         for name, kind in kinds.items()
-        if inspect.isclass(kind)
-        and dataclasses.is_dataclass(kind)
-        and parameters[name].default is not inspect.Parameter.empty
+        if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and isinstance(parameters[name].default, kind)
     }
 
 
 def bind(problem: str, function: Callable[..., Any], texts: Mapping[str, str], given: Mapping[str, Any]) -> Any:
     """The arguments for `function`: the given ones, and texts converted to what its signature says.
 
-    Where a parameter is a frozen dataclass with a default, its fields are given as if they were parameters.
+    Where a parameter is a dataclass with a default, its fields are given as if they were parameters.
 
     Raises:
         ValueError: naming the parameters that there are, or what a value should have been.
@@ -70,7 +68,11 @@ def bind(problem: str, function: Callable[..., Any], texts: Mapping[str, str], g
     wanted: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if parameter.kind in named:
-            wanted |= groups[name] if name in groups else {name: _wanted(parameter)}
+            own = groups[name] if name in groups else {name: _wanted(parameter)}
+            twice = sorted(own.keys() & wanted.keys())
+            if twice:
+                raise ValueError(f"{problem} takes {twice[0]!r} twice, by {name!r} too. Rename one of them.")
+            wanted |= own
     unknown = [name for name in texts if name not in wanted and not free]
     if unknown:
         names = ", ".join(wanted) if wanted else "none"

@@ -98,7 +98,7 @@ def ibaml_images(
     test_kl_weight: float | None = None,
     samples: int = 4,
     log_variance: float | None = None,
-    outer_loss: Literal["expected", "predictive"] = "predictive",
+    outer_loss: Literal["expected", "predictive"] | None = None,
     step: float | None = None,
     inner_steps: int | None = None,
     linear_steps: int | None = None,
@@ -107,7 +107,8 @@ def ibaml_images(
     """A Gaussian posterior of the head (or, `full`, of all parameters) under a learned prior: iBaML.
 
     The head's is found by quasi-Newton steps, or by gradient steps of length `step`, as that of all parameters is.
-    In validation and test the divergence may have another weight than in training, `test_kl_weight`.
+    The head's outer loss is that of the averaged probabilities, the other's that of single draws, unless `outer_loss`
+    says otherwise. In validation and test the divergence may have another weight than in training, `test_kl_weight`.
     """
     setup = Setup(source, setting)
 
@@ -119,7 +120,7 @@ def ibaml_images(
                 kl_weight=4e-4 if weight is None else weight,
                 samples=samples,
                 log_variance=-8.5 if log_variance is None else log_variance,
-                outer_loss=outer_loss,
+                outer_loss=outer_loss or "expected",
                 step=0.1 if step is None else step,
                 inner_steps=5 if inner_steps is None else inner_steps,
                 linear_steps=5 if linear_steps is None else linear_steps,
@@ -134,7 +135,7 @@ def ibaml_images(
             kl_weight=1e-7 if weight is None else weight,
             samples=samples,
             log_variance=-9.0 if log_variance is None else log_variance,
-            outer_loss=outer_loss,
+            outer_loss=outer_loss or "predictive",
             inner=LBFGS(tol=0.0, max_steps=steps) if step is None else Iterate(GradientDescent(step), steps),
             linear_steps=10 if linear_steps is None else linear_steps,
             damping=0.003 if damping is None else damping,

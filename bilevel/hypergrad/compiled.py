@@ -8,11 +8,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._calculus import grad
 from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
-from bilevel._objective import inner_objective
+from bilevel._objective import inner_objective, refuse_constraints
 from bilevel._programs import Programs
 from bilevel._result import Report, Status
 
@@ -74,6 +75,7 @@ class CompiledITD(AbstractEstimator):
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        refuse_constraints(problem, "CompiledITD")
         inner = self.inner
         assert isinstance(inner, AbstractUnrollable)
         if inner.tuned(inner_objective(problem, x), problem.spread(start.y)) is not inner:
@@ -97,12 +99,11 @@ class CompiledITD(AbstractEstimator):
         state, residual = inner.begin(y), torch.zeros_like(y[..., 0])
         for _ in range(inner.max_steps):
             at = state[0]
-            gradient = torch.autograd.grad(problem.g(x, at).sum(), at, create_graph=True)[0]
+            gradient = grad(problem.g(x, at).sum(), at, create_graph=True)
             residual = torch.linalg.vector_norm(gradient, dim=-1)
             state = inner.advance(gradient, state)
         value = problem.f(x, state[0])
-        (h,) = torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)
-        return h, value.detach(), state[0].detach(), residual.detach()
+        return grad(value, x), value.detach(), state[0].detach(), residual.detach()
 
     def _count(self, problem: FlatProblem, y: Tensor) -> None:
         inner, rows = self.inner, y.shape[:-1].numel()

@@ -23,11 +23,12 @@ class CompiledProducts(AbstractProducts):
     The numbers are those of `Exact`. Each is one program, from the forward pass on, so that a product costs a gradient
     besides. For small networks, whose cost is that of calling operations, it is several times faster for all that; for
     large ones `Exact`, which keeps the gradient's graph, is the faster one. The first call at new shapes takes a minute
-    or more. Solvers that are iterations of gradients (`Iterate`) take them from here; those that search along lines or
-    form Hessians themselves (`Newton`, `LBFGS`) evaluate g as it is.
+    or more. Inner solvers take their gradients from here; values alone (trials of a line search) and the Hessians that
+    `Newton` forms are evaluated as they are.
 
     What is traced is what is run from then on: f, g and init must be functions of their arguments alone. A tensor that
-    they close over is a constant as it was at the first call, and so is the way taken through their `if`s.
+    they close over is a constant as it was at the first call, and so is the way taken through their `if`s. What in the
+    data is no tensor is a constant too: another number, or another object, is another program.
 
     Source: `torch.fx.experimental.proxy_tensor.make_fx` and `torch.compile`.
 
