@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import final
 
 import torch
@@ -71,19 +72,23 @@ class CompiledProducts(AbstractProducts):
         tally.gradients += rows
         (gradient,) = self._programs.of(_gradient, problem, x, y)(x, y)[1:]
 
+        @cache
+        def program(computation: Computation) -> Computation:
+            return self._programs.of(computation, problem, x, y, y)  # v is of the shape of y
+
         def mv(v: Tensor) -> Tensor:
             tally.hvps += rows
-            return self._programs.of(_product, problem, x, y, v)(x, y, v)[0]
+            return program(_product)(x, y, v)[0]
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
             tally.hvps += rows
             tally.cross_products += rows
-            hv, gv = self._programs.of(_products, problem, x, y, v)(x, y, v)
+            hv, gv = program(_products)(x, y, v)
             return hv, gv if gv.numel() else None
 
         def pull(v: Tensor) -> Tensor | None:
             tally.cross_products += rows
-            (gv,) = self._programs.of(_cross, problem, x, y, v)(x, y, v)
+            (gv,) = program(_cross)(x, y, v)
             return gv if gv.numel() else None
 
         return Linearization(y.detach(), gradient, mv, products, pull)
