@@ -1,17 +1,8 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y)."""
 
 from bilevel import bounds as bounds
-from bilevel._auto import Auto as Auto
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
-from bilevel._certificate import Assumption as Assumption, Certificate as Certificate, Constants as Constants
-from bilevel._certify import certify as certify
-from bilevel._check import check as check
-from bilevel._compare import compare as compare
-from bilevel._comparison import Comparison as Comparison, Row as Row
-from bilevel._constants import estimate_constants as estimate_constants
-from bilevel._error_bound import error_bound as error_bound
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
-from bilevel._functional import Functional as Functional, functional as functional
 from bilevel._hypergradient import hypergradient as hypergradient
 from bilevel._hyperobjective import HyperObjective as HyperObjective, hyperobjective as hyperobjective
 from bilevel._inner import AbstractInnerSolver as AbstractInnerSolver, AbstractUnrollable as AbstractUnrollable
@@ -21,11 +12,8 @@ from bilevel._linear import (
     AbstractPreconditioner as AbstractPreconditioner,
     LinearOperator as LinearOperator,
 )
-from bilevel._minimize import Record as Record, Solution as Solution, minimize as minimize
 from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, AbstractOuterDriver as AbstractOuterDriver
-from bilevel._polytope import Polytope as Polytope
 from bilevel._problem import BilevelProblem as BilevelProblem, Split as Split
-from bilevel._registry import estimators as estimators
 from bilevel._result import (
     BilevelError as BilevelError,
     Report as Report,
@@ -35,7 +23,18 @@ from bilevel._result import (
 )
 from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
-from bilevel._verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
+from bilevel.certificates.certificate import (
+    Assumption as Assumption,
+    Certificate as Certificate,
+    Constants as Constants,
+)
+from bilevel.certificates.certify import certify as certify
+from bilevel.certificates.error_bound import error_bound as error_bound
+from bilevel.certificates.estimate_constants import estimate_constants as estimate_constants
+from bilevel.diagnostics.check import check as check
+from bilevel.diagnostics.compare import compare as compare
+from bilevel.diagnostics.comparison import Comparison as Comparison, Row as Row
+from bilevel.diagnostics.verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
 from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProducts
@@ -45,3 +44,8 @@ from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as R
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.kkt import KKT as KKT
 from bilevel.hypergrad.penalty import Penalty as Penalty
+from bilevel.inner_problems.polytope import Polytope as Polytope
+from bilevel.modules.functional import Functional as Functional, functional as functional
+from bilevel.named.auto import Auto as Auto
+from bilevel.named.registry import estimators as estimators
+from bilevel.outer.minimize import Record as Record, Solution as Solution, minimize as minimize

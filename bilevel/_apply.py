@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bilevel._errors import explained
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status
 

@@ -10,9 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._errors import explained, refuse_dropped_terms
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
+from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Tally
 
 

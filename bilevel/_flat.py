@@ -8,11 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._batched import batched
-from bilevel._polytope import FlatPolytope
+from bilevel._numerics.batched import batched
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
+from bilevel.inner_problems.polytope import FlatPolytope
 
 
 @final

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
-from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._problem import BilevelProblem, check_signature
-from bilevel._registry import resolve
 from bilevel._result import BilevelError, Report, Status, Tally
-from bilevel._second_level import second_level
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.certificates.error_estimate import second_level
+from bilevel.named.auto import Auto
+from bilevel.named.registry import resolve
 
 
 def hypergradient(

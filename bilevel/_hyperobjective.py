@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
-from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import demand_alike, structured
 from bilevel._problem import BilevelProblem, check_signature
-from bilevel._registry import resolve
 from bilevel._result import BilevelError
 from bilevel._tree import Tree, ravel
+from bilevel.named.auto import Auto
+from bilevel.named.registry import resolve
 
 
 @final

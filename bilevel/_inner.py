@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bilevel._calculus import Linearization, grad, hessian_operator
 from bilevel._linear import LinearOperator
-from bilevel._polytope import FlatPolytope
+from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
-from bilevel._spectrum import largest_eigenvalue
+from bilevel.inner_problems.polytope import FlatPolytope
 
 State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from bilevel._certificate import Constants
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.certificates.certificate import Constants
 
 
 @final

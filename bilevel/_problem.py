@@ -10,9 +10,9 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bilevel._demand import demand_batch
-from bilevel._polytope import Polytope
 from bilevel._tree import Tree
+from bilevel._validate import demand_batch
+from bilevel.inner_problems.polytope import Polytope
 
 _OPTIONAL = ("init", "encode", "constraints")  # functions that a problem may do without
 

@@ -18,13 +18,13 @@ from bilevel._inner import (
     Objective as Objective,
     State as State,
 )
-from bilevel._learner import Learner as Learner
-from bilevel._likelihood import AbstractLikelihood as AbstractLikelihood
 from bilevel._linear import (
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditioner as AbstractPreconditioner,
     LinearOperator as LinearOperator,
 )
-from bilevel._objective import inner_objective as inner_objective, report as report
 from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, OptimizerState as OptimizerState
 from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally
+from bilevel.few_shot.learner import Learner as Learner
+from bilevel.few_shot.likelihood import AbstractLikelihood as AbstractLikelihood
+from bilevel.inner_problems.objective import inner_objective as inner_objective, report as report

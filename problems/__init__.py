@@ -8,29 +8,29 @@ from typing import final
 
 from bilevel._instance import Instance
 from bilevel.problems._data import Arrays, Dataset
-from bilevel.problems.abml import abml
-from bilevel.problems.anil import anil, no_inner_loop
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
-from bilevel.problems.gaussian_likelihood import GaussianLikelihood
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
-from bilevel.problems.ibaml import ibaml, ibaml_head
 from bilevel.problems.ill_posed import double_well, rank_deficient
-from bilevel.problems.imaml import imaml
 from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, lambert
-from bilevel.problems.kl_products import KLDiagonal, KLProducts
 from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
 from bilevel.problems.logistic import Logistic, logistic, logistic_breast_cancer, multinomial_digits
-from bilevel.problems.maml import maml
+from bilevel.problems.meta_learning.abml import abml
+from bilevel.problems.meta_learning.anil import anil, no_inner_loop
+from bilevel.problems.meta_learning.gaussian_likelihood import GaussianLikelihood
+from bilevel.problems.meta_learning.ibaml import ibaml, ibaml_head
+from bilevel.problems.meta_learning.imaml import imaml
+from bilevel.problems.meta_learning.kl_products import KLDiagonal, KLProducts
+from bilevel.problems.meta_learning.maml import maml
+from bilevel.problems.meta_learning.proto_net import proto_net
+from bilevel.problems.meta_learning.reptile import reptile
+from bilevel.problems.meta_learning.ridge_head import ridge_head
+from bilevel.problems.meta_learning.shared_embedding import shared_embedding
+from bilevel.problems.meta_learning.svm_head import svm_head
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
-from bilevel.problems.proto_net import proto_net
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
-from bilevel.problems.reptile import reptile
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
-from bilevel.problems.ridge_head import ridge_head
-from bilevel.problems.shared_embedding import shared_embedding
-from bilevel.problems.svm_head import svm_head
 from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bilevel._certificate import Constants
+from bilevel.certificates.certificate import Constants
 
 RADIUS = 1.0  # where a constant does not hold for every y, all are given for |y - y*(x)| <= RADIUS
 _MARGIN = 1e-10  # far above the rounding of a norm in float64, far below anything that matters

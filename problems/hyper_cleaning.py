@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, ravel, tree_leaves
+from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import structural
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._fit import fit

@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
 SOFTMAX_THIRD = math.sqrt(2) / (3 * math.sqrt(3))  # the greatest third derivative of log-sum-exp along a unit vector

@@ -8,9 +8,9 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
 Prior: TypeAlias = dict[str, Tensor]

@@ -9,9 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._plots import draw_penalties

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
 LOGISTIC_THIRD = 1 / (6 * math.sqrt(3))  # the greatest |third derivative| of log(1 + exp)

@@ -9,10 +9,10 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import Objective
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
+from bilevel._validate import demand_types
 
 _NOISE = 100.0  # in rounding units of the objective: differences of values below are not believed
 _PATIENCE = 100  # steps without the least progress before the rounding floor is declared

@@ -11,8 +11,8 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
-from bilevel._krylov import (
+from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner, LinearOperator, demand
+from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
     CURVATURE,
@@ -22,9 +22,9 @@ from bilevel._krylov import (
     solve_by_one_run,
     solve_by_runs,
 )
-from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner, LinearOperator, demand
 from bilevel._result import Solved
 from bilevel._tree import row_dots
+from bilevel._validate import demand_types
 
 
 @final

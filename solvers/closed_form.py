@@ -9,10 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
 from bilevel._tree import Tree
+from bilevel._validate import demand_types
 
 
 @final

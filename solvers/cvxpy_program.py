@@ -8,11 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._numerics.interior_point import Program
+from bilevel._numerics.quadratic_programs import violation
 from bilevel._result import Solved, Status
-from bilevel.solvers.mehrotra import Program
-from bilevel.solvers.programs import violation
+from bilevel._validate import demand_types
 from bilevel.solvers.quadratic_program import program_of
 
 

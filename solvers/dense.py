@@ -9,8 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._krylov import row_norms
 from bilevel._linear import AbstractLinearSolver, LinearOperator
+from bilevel._numerics.krylov import row_norms
 from bilevel._result import Solved, Status
 
 _FAR = 1e-3  # a residual above this part of |b| is no solution

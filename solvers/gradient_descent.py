@@ -7,8 +7,8 @@ from typing import final
 
 from torch import Tensor
 
-from bilevel._demand import demand_type
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._validate import demand_type
 
 
 @final

@@ -8,10 +8,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Solved, Status
+from bilevel._validate import demand_types
 from bilevel.solvers.armijo import Armijo, descend, rounding
 from bilevel.solvers.gradient_descent import GradientDescent
 

@@ -9,8 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._linear import AbstractPreconditioner, LinearOperator
+from bilevel._validate import demand_types
 
 
 @final

@@ -9,13 +9,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._pairs import Pairs, where
+from bilevel._numerics.quasi_newton import Pairs, where
+from bilevel._numerics.wolfe import Search, strong_wolfe
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
+from bilevel._validate import demand_types
 from bilevel.solvers.armijo import final_statuses
-from bilevel.solvers.wolfe import Search, strong_wolfe
 
 _NOISE = 100.0  # in rounding units of the objective: differences below are not believed by the line search
 _PATIENCE = 100  # steps without the least progress of value or gradient before the rounding floor is declared

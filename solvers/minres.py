@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
-from bilevel._krylov import (
+from bilevel._linear import AbstractLinearSolver, LinearOperator, demand
+from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
     NONFINITE,
@@ -19,9 +19,9 @@ from bilevel._krylov import (
     row_norms,
     solve_by_runs,
 )
-from bilevel._linear import AbstractLinearSolver, LinearOperator, demand
 from bilevel._result import Solved
 from bilevel._tree import row_dots
+from bilevel._validate import demand_types
 
 
 @final

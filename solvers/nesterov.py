@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_type
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._validate import demand_type
 
 
 @final

@@ -9,11 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
-from bilevel._krylov import row_norms
 from bilevel._linear import AbstractLinearSolver, LinearOperator, demand
+from bilevel._numerics.krylov import row_norms
+from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Status
-from bilevel._spectrum import largest_eigenvalue
+from bilevel._validate import demand_types
 
 _GROWTH = 10.0  # a residual that grew so much where it cannot grow is a divergence
 

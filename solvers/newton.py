@@ -8,11 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver, LinearOperator
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
+from bilevel._validate import demand_types
 from bilevel.solvers.armijo import Along, Armijo, Progress, ends, final_statuses, stops
 from bilevel.solvers.cg import solve_rows
 

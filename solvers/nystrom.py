@@ -10,11 +10,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
-from bilevel._krylov import row_norms
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner, LinearOperator, demand
+from bilevel._numerics.krylov import row_norms
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
+from bilevel._validate import demand_types
 
 
 @final

@@ -8,12 +8,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._polytope import FlatPolytope
+from bilevel._numerics.interior_point import Program, times
+from bilevel._numerics.quadratic_programs import solve_program, violation
 from bilevel._result import Solved, Status
-from bilevel.solvers.mehrotra import Program, times
-from bilevel.solvers.programs import solve_program, violation
+from bilevel._validate import demand_types
+from bilevel.inner_problems.polytope import FlatPolytope
 
 _LESS = 0.9  # what another model must reduce the error to
 
@@ -52,7 +52,7 @@ class QuadraticProgram(AbstractInnerSolver):
         ValueError: if `tol` or `max_steps` is negative, or `max_models` less than 1.
 
     Example:
-        >>> from bilevel._polytope import Polytope
+        >>> from bilevel.inner_problems.polytope import Polytope
         >>> from bilevel._tree import ravel
         >>> y0 = torch.zeros(3, dtype=torch.float64)
         >>> simplex = Polytope(A=torch.ones(1, 3), b=1.0, lower=0.0).flat(ravel(y0)[1])

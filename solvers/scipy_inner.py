@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
+from bilevel._validate import demand_types
 from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, ESJ, ITD, BilevelProblem, Estimate, FirstOrder, functional, hypergradient, minimize, ravel
-from bilevel._learner import Learner
-from bilevel.problems.anil import anil, no_inner_loop
-from bilevel.problems.maml import maml
+from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning.anil import anil, no_inner_loop
+from bilevel.problems.meta_learning.maml import maml
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import _batched, functional
-from bilevel._batched import batched
-from bilevel._slots import Slots
+from bilevel import functional
+from bilevel._numerics import batched as _batched
+from bilevel._numerics.batched import batched
+from bilevel.modules.module_call import Slots
 
 
 def several(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

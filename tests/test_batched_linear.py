@@ -10,7 +10,7 @@ from bilevel_strategies import normal
 from torch import Tensor
 from torch.nn import functional as F
 
-from bilevel._batched import batched, linear
+from bilevel._numerics.batched import batched, linear
 
 x, w, b = normal(5, 7, 3, seed=1), normal(5, 4, 3, seed=2), normal(5, 4, seed=3)
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from bilevel import AID, BilevelProblem, Constants, certify, hypergradient
-from bilevel._assumed import completed
 from bilevel._flat import FlatProblem
-from bilevel._measure import Measured, measure
-from bilevel._theorems import along, theorem_a
 from bilevel._tree import ravel
+from bilevel.certificates.assumptions import completed
+from bilevel.certificates.residuals import Measured, measure
+from bilevel.certificates.theorems import along, theorem_a
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate

@@ -28,9 +28,9 @@ from bilevel import (
     certify,
     hypergradient,
 )
-from bilevel._assumed import completed, moved
-from bilevel._measure import Measured, measure, measured
-from bilevel._theorems import certify_flat, least_eigenvalue, theorem, theorem_a, theorem_b
+from bilevel.certificates.assumptions import completed, moved
+from bilevel.certificates.residuals import Measured, measure, measured
+from bilevel.certificates.theorems import certify_flat, least_eigenvalue, theorem, theorem_a, theorem_b
 from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
 from bilevel.solvers import CG, LBFGS, Dense, GradientDescent, Iterate, Neumann, Newton, Nystrom

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem, Check, Outcome, check
-from bilevel._slopes import slope
+from bilevel.diagnostics.taylor import slope
 from bilevel.problems.inverse_link import asinh
 from bilevel.problems.nested import nested
 from bilevel.problems.quadratic import quadratic

@@ -14,10 +14,10 @@ import torch
 
 from bilevel import AID, cli
 from bilevel._tree import tree_leaves
+from bilevel.experiments.catalogue import experiments
+from bilevel.experiments.image_setup import Setting
 from bilevel.few_shot import mlp, train
-from bilevel.few_shot.experiments import experiments
-from bilevel.few_shot.image_setup import Setting
-from bilevel.problems.kl_products import KLProducts
+from bilevel.problems.meta_learning.kl_products import KLProducts
 
 RUN = ["run", "maml-sinusoid", "--set", "batch=3", "--quiet"]
 KEYS = ("step", "value", "grad_norm", "status", "stats")  # of a line of history.jsonl that do not depend on time
@@ -34,7 +34,8 @@ def result(folder: Path) -> dict[str, Any]:
 
 def small(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     """Short validations and evaluations: `settings` replace those of the experiments."""
-    from bilevel.few_shot import experiment, on_sinusoids
+    from bilevel.experiments import on_sinusoids
+    from bilevel.few_shot import experiment
 
     original = on_sinusoids._experiment
 

@@ -10,7 +10,7 @@ from cases import distance, flat, point
 from torch import Tensor
 
 from bilevel import AID, ITD, Auto, BilevelError, BilevelProblem, compare, estimators, hypergradient, minimize
-from bilevel._memory import peak_memory
+from bilevel.diagnostics.memory import peak_memory
 from bilevel.problems.quadratic import quadratic
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent

@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 from strategies import gaussian, spd
 
 from bilevel import AID, BilevelProblem, Constants, certify, estimate_constants, hypergradient
-from bilevel._constants import overshoot
 from bilevel._linear import LinearOperator
-from bilevel._spectrum import largest_eigenvalue
+from bilevel._numerics.spectrum import largest_eigenvalue
+from bilevel.certificates.estimate_constants import overshoot
 from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
 from bilevel.solvers import CG, Dense, GradientDescent, Iterate, Newton

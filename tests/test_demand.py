@@ -18,11 +18,11 @@ import torch
 import bilevel.hypergrad
 import bilevel.solvers
 from bilevel import AID, ESJ, ITD, Box, CompiledITD, FiniteDifference, Penalty
-from bilevel._demand import demand_type
 from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
+from bilevel._validate import demand_type
 from bilevel.solvers import (
     CG,
     LBFGS,

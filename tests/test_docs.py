@@ -28,9 +28,10 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import _registry, cli
+from bilevel import cli
 from bilevel.commands.arguments import takes
-from bilevel.few_shot.experiments import experiments
+from bilevel.experiments.catalogue import experiments
+from bilevel.named import registry as _registry
 from bilevel.problems import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -69,7 +69,7 @@ def test_examples_show_what_happens(name: str) -> None:
 
 
 def test_every_part_of_the_package_is_looked_at() -> None:
-    for name in ("bilevel._minimize", "bilevel.hypergrad.aid", "bilevel.solvers.cg", "bilevel.problems.quadratic"):
+    for name in ("bilevel.outer.minimize", "bilevel.hypergrad.aid", "bilevel.solvers.cg", "bilevel.problems.quadratic"):
         assert name in WITH_EXAMPLES
 
 

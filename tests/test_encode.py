@@ -11,7 +11,7 @@ from cases import distance
 from torch import Tensor
 
 from bilevel import AID, ESJ, ITD, BilevelProblem, FiniteDifference, Penalty, certify, hypergradient, minimize
-from bilevel._certificate import Constants
+from bilevel.certificates.certificate import Constants
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 from bilevel.solvers.gradient_descent import GradientDescent

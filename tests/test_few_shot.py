@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, BilevelError, BilevelProblem, functional, hypergradient, minimize
-from bilevel._learner import Learner
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import Score, adapt, conv_net, evaluate, mlp, predict, read_best, train
 from bilevel.few_shot.experiment import Experiment
+from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.networks import features
-from bilevel.problems.imaml import imaml
-from bilevel.problems.maml import maml
-from bilevel.problems.proto_net import proto_net
-from bilevel.problems.ridge_head import ridge_head
-from bilevel.problems.svm_head import svm_head
+from bilevel.problems.meta_learning.imaml import imaml
+from bilevel.problems.meta_learning.maml import maml
+from bilevel.problems.meta_learning.proto_net import proto_net
+from bilevel.problems.meta_learning.ridge_head import ridge_head
+from bilevel.problems.meta_learning.svm_head import svm_head
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.cg import CG
 from bilevel.solvers.clipped import Clipped

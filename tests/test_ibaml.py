@@ -18,11 +18,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from bilevel import AID, ITD, BilevelProblem, LinearOperator, Solved, Status, hypergradient, minimize, ravel
 from bilevel._flat import FlatProblem
-from bilevel._learner import Learner
 from bilevel._linear import AbstractLinearSolver
 from bilevel._tree import tree_map
 from bilevel.few_shot import adapt, calibration_of, draws, evaluate, predict, train
 from bilevel.few_shot.adapt import noise_seed
+from bilevel.few_shot.learner import Learner
 from bilevel.problems import (
     BayesianRegression,
     GaussianLikelihood,
@@ -35,9 +35,9 @@ from bilevel.problems import (
     imaml,
     maml,
 )
-from bilevel.problems._tasks import mixture_loss
 from bilevel.problems._variational import divergence, hyper_prior
-from bilevel.problems.kl_products import Form
+from bilevel.problems.meta_learning._tasks import mixture_loss
+from bilevel.problems.meta_learning.kl_products import Form
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm

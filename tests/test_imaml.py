@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, ITD, BilevelError, Box, Estimate, Status, hypergradient, minimize
 from bilevel._inner import Objective
-from bilevel._learner import Learner
 from bilevel._tree import tree_leaves, tree_map
-from bilevel.problems.imaml import imaml
+from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning.imaml import imaml
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.armijo import Armijo
 from bilevel.solvers.cg import CG

@@ -15,14 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 STANDARD = set(sys.stdlib_module_names)
 # The face of the library may see both the core and what is built on it: names, entry points, the command line.
-FACE = {"bilevel", "bilevel._registry", "bilevel.cli", "bilevel.__main__", "bilevel._check", "bilevel._compare"}
-FACE |= {
-    "bilevel._setting",
-    "bilevel._reference",
-    "bilevel._budget",
-    "bilevel._checker",
-}  # safe defaults, and their use
-FACE |= {"bilevel._error_bound"}  # it reads the configuration of every solver that a bound is known for
+FACE = ("bilevel.cli", "bilevel.__main__", "bilevel.named.", "bilevel.diagnostics.", "bilevel.certificates.error_bound")
+FACE += ("bilevel.commands", "bilevel.experiments", "bilevel.few_shot", "bilevel.testing", "bilevel.extending")
 MAY_BE_SUBCLASSED = {"BilevelProblem"}
 
 
@@ -69,11 +63,13 @@ def side(name: str) -> str:
 
     A method is a problem over tasks together with the estimator and the inner solver that it is published with.
     """
-    if name in FACE or name.startswith(("bilevel.commands", "bilevel.few_shot", "bilevel.testing")):
+    if name in ("bilevel.few_shot.learner", "bilevel.few_shot.likelihood"):
+        return "core"
+    if name == "bilevel" or name.startswith(FACE):
         return "face"
-    sub_package = name.split(".")[1]
-    if sub_package == "problems" and name != "bilevel.problems" and "bilevel._learner" in imports(MODULES[name]):
+    if name.startswith("bilevel.problems.meta_learning."):
         return "methods"
+    sub_package = name.split(".")[1]
     return sub_package if sub_package in ("solvers", "problems", "hypergrad") else "core"
 
 
@@ -81,8 +77,8 @@ def test_there_is_something_to_check() -> None:
     assert len(MODULES) > 20
     assert {"bilevel._calculus", "bilevel.solvers.cg", "bilevel.hypergrad.aid"} <= MODULES.keys()
     assert "torch" in set(imports(MODULES["bilevel._calculus"]))
-    assert "bilevel.solvers.lbfgs" in set(imports(MODULES["bilevel._setting"]))
-    assert "bilevel.solvers.lbfgs" not in set(imports(MODULES["bilevel._setting"], top_level=True))
+    assert "bilevel.solvers.lbfgs" in set(imports(MODULES["bilevel.named.setting"]))
+    assert "bilevel.solvers.lbfgs" not in set(imports(MODULES["bilevel.named.setting"], top_level=True))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -129,7 +125,7 @@ def test_estimators_import_the_core_only_and_never_each_other(name: str) -> None
 def test_the_core_imports_neither_solvers_nor_problems_nor_estimators(name: str) -> None:
     for imported in imports(MODULES[name]):
         if imported.split(".")[0] == "bilevel":
-            assert side(imported) == "core" or imported in ("bilevel._registry", "bilevel._setting"), imported
+            assert side(imported) == "core" or imported in ("bilevel.named.registry", "bilevel.named.setting"), imported
 
 
 def test_there_is_no_cycle_among_imports_that_run_on_import() -> None:

@@ -15,6 +15,7 @@ from bilevel import AID, BilevelProblem, hypergradient
 from bilevel._calculus import Linearization
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import LinearOperator
+from bilevel._numerics.wolfe import CURVATURE, DECREASE, strong_wolfe
 from bilevel._result import Solved, Status
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.armijo import Armijo
@@ -28,7 +29,6 @@ from bilevel.solvers.nesterov import Nesterov
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.scipy_inner import Scipy
 from bilevel.solvers.torch_optim import TorchOptim
-from bilevel.solvers.wolfe import CURVATURE, DECREASE, strong_wolfe
 
 Make = Callable[[float, int], AbstractInnerSolver]
 SOLVERS: dict[str, Make] = {

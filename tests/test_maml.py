@@ -34,12 +34,12 @@ from bilevel import (
     minimize,
     ravel,
 )
-from bilevel._learner import Learner
-from bilevel._memory import peak_memory
 from bilevel._tree import tree_map
-from bilevel.problems._tasks import task_loss
-from bilevel.problems.maml import maml
-from bilevel.problems.reptile import reptile
+from bilevel.diagnostics.memory import peak_memory
+from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning._tasks import task_loss
+from bilevel.problems.meta_learning.maml import maml
+from bilevel.problems.meta_learning.reptile import reptile
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate

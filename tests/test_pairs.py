@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 from strategies import spd_matrices, systems
 from torch import Tensor
 
-from bilevel._accuracy import with_preconditioner
 from bilevel._linear import LinearOperator
-from bilevel._pairs import Pairs, Recycled
+from bilevel._numerics.quasi_newton import Pairs, Recycled
+from bilevel.certificates.accuracy import with_preconditioner
 from bilevel.solvers import CG, MINRES, Jacobi
 
 

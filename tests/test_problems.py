@@ -17,10 +17,10 @@ from torch import Tensor
 
 import bilevel
 from bilevel import problems
-from bilevel._certificate import Constants
 from bilevel._instance import Instance
 from bilevel._result import Status
 from bilevel._tree import Structure, ravel, tree_leaves
+from bilevel.certificates.certificate import Constants
 from bilevel.problems import catalogue
 from bilevel.problems._data import load
 from bilevel.problems._fit import fit

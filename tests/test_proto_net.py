@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bilevel import AID, ITD, Estimate, Status, hypergradient
-from bilevel._learner import Learner
-from bilevel.problems.proto_net import proto_net
+from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning.proto_net import proto_net
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate

@@ -13,14 +13,14 @@ from strategies import SEEDS, gaussian, spd_matrices
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._polytope import FlatPolytope, Polytope
+from bilevel._numerics.interior_point import Mehrotra, Program
+from bilevel._numerics.quadratic_programs import solve_program, violation
+from bilevel._numerics.saddle_point import SaddlePoint, pseudo_inverse
 from bilevel._result import Solved, Status
-from bilevel._saddle import SaddlePoint, pseudo_inverse
 from bilevel._sets import Simplex
 from bilevel._tree import ravel
+from bilevel.inner_problems.polytope import FlatPolytope, Polytope
 from bilevel.solvers.cvxpy_program import Cvxpy
-from bilevel.solvers.mehrotra import Mehrotra, Program
-from bilevel.solvers.programs import solve_program, violation
 from bilevel.solvers.quadratic_program import QuadraticProgram
 
 INF = torch.inf

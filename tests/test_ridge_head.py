@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 from bilevel import AID, Estimate, hypergradient
-from bilevel._learner import Learner
 from bilevel._tree import Tree, tree_map
-from bilevel.problems.ridge_head import ridge_head
+from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning.ridge_head import ridge_head
 from bilevel.solvers.cg import CG
 from bilevel.solvers.dense import Dense
 

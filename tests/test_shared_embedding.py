@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, ESJ, ITD, AbstractEstimator, Estimate, FirstOrder, Penalty, Status, hypergradient
-from bilevel._learner import Learner
-from bilevel.problems.shared_embedding import shared_embedding
+from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning.shared_embedding import shared_embedding
 from bilevel.solvers.cg import CG
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gradient_descent import GradientDescent

@@ -11,7 +11,7 @@ from strategies import SEEDS, batch_of, gaussian, spd, spd_matrices
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._spectrum import largest_eigenvalue
+from bilevel._numerics.spectrum import largest_eigenvalue
 
 
 def operator(A: Tensor) -> LinearOperator:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from bilevel import AID, BilevelError, BilevelProblem, FiniteDifference, Status, hypergradient, ravel
-from bilevel._learner import Learner
+from bilevel.few_shot.learner import Learner
 from bilevel.problems import svm_head
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.quadratic_program import QuadraticProgram

@@ -11,8 +11,8 @@ from cases import distance
 from torch import Tensor
 
 from bilevel import AID, ESJ, ITD, KKT, BilevelProblem, FiniteDifference, FirstOrder, Penalty, hypergradient
-from bilevel._certificate import Constants
 from bilevel._tree import tree_leaves
+from bilevel.certificates.certificate import Constants
 from bilevel.solvers.cg import CG
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gmres import GMRES

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from bilevel._certificate import Constants
+from bilevel.certificates.certificate import Constants
 
 
 @final

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from bilevel._certificate import Constants
 from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
+from bilevel.certificates.certificate import Constants
 
 
 def finite_difference(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bilevel._certificate import Constants
 from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
+from bilevel.certificates.certificate import Constants
 
 
 def aid(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from bilevel._certificate import Constants
 from bilevel.bounds.bound import at_least, known, positive
+from bilevel.certificates.certificate import Constants
 
 
 def contraction(constants: Constants, step: float, *, damping: float = 0.0) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from bilevel._certificate import Constants
 from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
 from bilevel.bounds.unrolled import itd
+from bilevel.certificates.certificate import Constants
 
 
 def esj(

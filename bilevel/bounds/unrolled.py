@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bilevel._certificate import Constants
 from bilevel.bounds.bound import Bound, assumed, at_least, known
 from bilevel.bounds.iterations import contraction
+from bilevel.certificates.certificate import Constants
 
 _START = "the start does not depend on x, and the steps are those of gradient descent with this step"
 

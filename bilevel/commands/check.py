@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from bilevel._check import check as check_problem
-from bilevel._verdict import Outcome
 from bilevel.commands.result import plain
 from bilevel.commands.run import Failure
 from bilevel.commands.subject import subject
+from bilevel.diagnostics.check import check as check_problem
+from bilevel.diagnostics.verdict import Outcome
 
 
 def check(problem: str, settings: Sequence[str], seed: int | None, *, as_json: bool) -> None:

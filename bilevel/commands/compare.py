@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from bilevel._certificate import Constants
-from bilevel._compare import compare as compare_estimators
-from bilevel._comparison import Comparison
-from bilevel._constants import estimate_constants
 from bilevel._files import write_atomically
 from bilevel._hypergradient import hypergradient
-from bilevel._registry import estimators
+from bilevel.certificates.certificate import Constants
+from bilevel.certificates.estimate_constants import estimate_constants
 from bilevel.commands.progress import note
 from bilevel.commands.result import plain, versions
 from bilevel.commands.run import Failure
 from bilevel.commands.subject import Subject, subject
+from bilevel.diagnostics.compare import compare as compare_estimators
+from bilevel.diagnostics.comparison import Comparison
+from bilevel.named.registry import estimators
 
 _WIDTH, _HEIGHT, _DPI = 8.0, 5.0, 110
 

@@ -12,7 +12,6 @@ from typing import Any, final
 
 from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._registry import estimators
 from bilevel._result import BilevelError, Stats, Status
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.folder import Folder
@@ -28,6 +27,7 @@ from bilevel.few_shot.calibration import calibration_of
 from bilevel.few_shot.evaluate import Evaluation, evaluate
 from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.train import Progress, Trained
+from bilevel.named.registry import estimators
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.clipped import Clipped
 from bilevel.solvers.scheduled import Scheduled

@@ -11,11 +11,11 @@ from typing import Any, final
 
 import torch
 
-from bilevel._checkpoint import unreadable
 from bilevel._files import write_atomically
-from bilevel._minimize import Record
 from bilevel._tree import Tree
 from bilevel.commands.result import plain
+from bilevel.outer.checkpoint import unreadable
+from bilevel.outer.minimize import Record
 
 
 @final

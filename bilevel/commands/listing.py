@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from bilevel._algorithm import AbstractAlgorithm
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
+from bilevel.algorithms.descent import AbstractAlgorithm
 
 _SHORT = {"gd": "gradient-descent"}
 _ROLES: dict[str, type] = {
@@ -50,10 +50,10 @@ def outer_method(name: str) -> Callable[..., Any]:
 
 def contents() -> dict[str, dict[str, str]]:
     """By kind, every name with one line of description."""
-    import bilevel._algorithm
+    import bilevel.algorithms.descent
     import bilevel.solvers
-    from bilevel._registry import estimators
-    from bilevel.few_shot.experiments import experiments
+    from bilevel.experiments.catalogue import experiments
+    from bilevel.named.registry import estimators
     from bilevel.problems import catalogue
 
     found = {
@@ -69,7 +69,7 @@ def contents() -> dict[str, dict[str, str]]:
         for name, cls in outer_methods().items()
     }
     found["algorithms"] = {
-        _kebab(cls.__name__): _first_line(cls) for cls in _classes(bilevel._algorithm, AbstractAlgorithm)
+        _kebab(cls.__name__): _first_line(cls) for cls in _classes(bilevel.algorithms.descent, AbstractAlgorithm)
     }
     return found
 

@@ -40,7 +40,7 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
     own = _own(problem)
     if own is not None:
         return _instance(problem, own[1], own[0], arguments, seed)
-    from bilevel.few_shot.experiments import experiments
+    from bilevel.experiments.catalogue import experiments
     from bilevel.problems import catalogue
 
     known = catalogue()
@@ -61,8 +61,8 @@ def is_experiment(problem: str) -> bool:
 
     A function in a file counts if it is annotated to return one: what it returns is not known before it is called.
     """
+    from bilevel.experiments.catalogue import experiments
     from bilevel.few_shot.experiment import Experiment
-    from bilevel.few_shot.experiments import experiments
 
     own = _own(problem)
     if own is None:
@@ -74,8 +74,8 @@ def is_experiment(problem: str) -> bool:
 
 def load_experiment(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Experiment, bool]:
     """The few-shot experiment of that name, and whether the seed was used in building it; see :func:`load`."""
+    from bilevel.experiments.catalogue import experiments
     from bilevel.few_shot.experiment import Experiment
-    from bilevel.few_shot.experiments import experiments
 
     own = _own(problem)
     if own is None:

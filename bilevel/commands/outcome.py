@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from bilevel._files import write_atomically
-from bilevel._minimize import Record
 from bilevel._result import Stats
 from bilevel._tree import Tree
 from bilevel.commands.folder import Folder
@@ -15,6 +14,7 @@ from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
 from bilevel.commands.progress import note, number, table
 from bilevel.commands.result import describe, versions
+from bilevel.outer.minimize import Record
 
 
 @final

@@ -12,12 +12,12 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
 from bilevel._problem import check_signature
-from bilevel._registry import default_outer, estimators, resolve
-from bilevel._stream import stream
 from bilevel._tree import ravel
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load
+from bilevel.named.registry import default_outer, estimators, resolve
+from bilevel.outer.batches import stream
 
 _KNOWN = {"estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
 _FIXED = ("estimator", "outer", "step", "seed")  # what cannot change when a run is resumed

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from bilevel._instance import Instance
-from bilevel._minimize import Record
 from bilevel._tree import Tree
+from bilevel.outer.minimize import Record
 
 _WIDTH, _DPI = 9.0, 110
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from bilevel._estimate import Estimate
 from bilevel._instance import Instance
-from bilevel._minimize import Record, Solution, minimize
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import BilevelError, Status
 from bilevel._tree import ravel
@@ -21,6 +20,7 @@ from bilevel.commands.outcome import Outcome, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
 from bilevel.commands.raised import told
+from bilevel.outer.minimize import Record, Solution, minimize
 
 
 class Failure(Exception):  # noqa: N818  (its name is what the exit code says)

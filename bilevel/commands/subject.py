@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from bilevel._instance import Instance
-from bilevel._stream import stream
 from bilevel.commands.arguments import split
 from bilevel.commands.loading import load
+from bilevel.outer.batches import stream
 
 
 @final

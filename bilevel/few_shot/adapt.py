@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._learner import Learner
-from bilevel._objective import inner_objective
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree, ravel, tree_leaves, tree_map
+from bilevel.few_shot.learner import Learner
+from bilevel.inner_problems.objective import inner_objective
 from bilevel.tasks._random import seed_of_step
 from bilevel.tasks.source import AbstractTasks
 

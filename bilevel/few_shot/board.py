@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, final
 
-from bilevel._minimize import Record
 from bilevel.few_shot.validate import Validation
+from bilevel.outer.minimize import Record
 
 
 @final

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from bilevel._learner import Learner
-from bilevel._likelihood import AbstractLikelihood
 from bilevel._result import Stats
 from bilevel._tree import Tree
 from bilevel.few_shot.adapt import Adapted, adapt, demand_tasks, draws, noise_seed, predict
+from bilevel.few_shot.learner import Learner
+from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.tasks._random import seed_of_step
 from bilevel.tasks.ragged import check_batch
 from bilevel.tasks.source import AbstractTasks

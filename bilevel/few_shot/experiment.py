@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from bilevel._instance import Instance
-from bilevel._learner import Learner
 from bilevel._tree import Tree
 from bilevel.few_shot.evaluate import Evaluation, evaluate
+from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.train import Trained, train
 from bilevel.tasks.source import AbstractTasks, batches
 

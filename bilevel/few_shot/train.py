@@ -14,11 +14,8 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import nn
 
-from bilevel._auto import Auto
 from bilevel._estimate import AbstractEstimator, Estimate
 from bilevel._files import write_atomically
-from bilevel._learner import Learner
-from bilevel._minimize import Record, Solution, minimize
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Stats, Status
 from bilevel._sets import Constraint
@@ -26,7 +23,10 @@ from bilevel._tree import Tree
 from bilevel.few_shot.adapt import Adapted, demand_tasks, noise_seed, predict, ready
 from bilevel.few_shot.board import Board
 from bilevel.few_shot.evaluate import Evaluation, evaluate, score_tasks
+from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.validate import Validation, Validations
+from bilevel.named.auto import Auto
+from bilevel.outer.minimize import Record, Solution, minimize
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.scheduled import Scheduled
 from bilevel.tasks.ragged import check_batch

@@ -10,7 +10,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._accuracy import (
+from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.quasi_newton import Pairs, Recycled
+from bilevel._result import Report, Solved, Status
+from bilevel._tree import Tree
+from bilevel._validate import demand_types
+from bilevel.certificates.accuracy import (
     Accuracy,
     has_tolerance,
     inner_tolerance,
@@ -18,20 +27,11 @@ from bilevel._accuracy import (
     with_preconditioner,
     with_tolerance,
 )
-from bilevel._assumed import moved
-from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
-from bilevel._certificate import Constants
-from bilevel._demand import demand_types
-from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
-from bilevel._flat import FlatProblem
-from bilevel._inner import AbstractInnerSolver
-from bilevel._linear import AbstractLinearSolver
-from bilevel._measure import measured
-from bilevel._objective import inner_objective, refuse_constraints, refuse_iterative, report
-from bilevel._pairs import Pairs, Recycled
-from bilevel._result import Report, Solved, Status
-from bilevel._theorems import bounded
-from bilevel._tree import Tree
+from bilevel.certificates.assumptions import moved
+from bilevel.certificates.certificate import Constants
+from bilevel.certificates.residuals import measured
+from bilevel.certificates.theorems import bounded
+from bilevel.inner_problems.objective import inner_objective, refuse_constraints, refuse_iterative, report
 
 _ATTEMPTS = 100  # of a certified estimate: mostly two to four are needed, more where solvers take few steps each
 _INNER = 0.6  # of the target, which the inner solver aims at; the linear solver has what is left

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import grad
-from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
-from bilevel._objective import inner_objective, refuse_constraints
-from bilevel._programs import Programs
 from bilevel._result import Report, Status
+from bilevel._validate import demand_types
+from bilevel.hypergrad.compiled_programs import Programs
+from bilevel.inner_problems.objective import inner_objective, refuse_constraints
 
 
 @final

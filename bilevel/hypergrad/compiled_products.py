@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Linearization, grad
-from bilevel._demand import demand_types
 from bilevel._flat import FlatProblem
-from bilevel._programs import Computation, Programs
+from bilevel._validate import demand_types
+from bilevel.hypergrad.compiled_programs import Computation, Programs
 
 
 @final

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
-from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import demand_heeded, inner_objective, report
 from bilevel._result import Solved, Status
+from bilevel._validate import demand_types
+from bilevel.inner_problems.objective import demand_heeded, inner_objective, report
 
 Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 

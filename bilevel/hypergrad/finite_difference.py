@@ -8,12 +8,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import demand_heeded, inner_objective, report
 from bilevel._result import Report
+from bilevel._validate import demand_types
+from bilevel.inner_problems.objective import demand_heeded, inner_objective, report
 
 
 @final

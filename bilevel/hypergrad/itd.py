@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
-from bilevel._demand import demand_types
-from bilevel._errors import explained
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
-from bilevel._objective import inner_objective, refuse_constraints, report
-from bilevel._unroll import Unroll
+from bilevel._numerics.second_derivatives import explained
+from bilevel._validate import demand_types
+from bilevel.hypergrad.unrolling.unroll import Unroll
+from bilevel.inner_problems.objective import inner_objective, refuse_constraints, report
 
 
 @final

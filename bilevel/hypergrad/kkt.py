@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact, outer_gradients
-from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._objective import demand_heeded, inner_objective, refuse_iterative, report
-from bilevel._polytope import FlatPolytope
+from bilevel._numerics.saddle_point import SaddlePoint, alone, pseudo_inverse, restricted
 from bilevel._result import Report, Status
-from bilevel._saddle import SaddlePoint, alone, pseudo_inverse, restricted
+from bilevel._validate import demand_types
+from bilevel.inner_problems.objective import demand_heeded, inner_objective, refuse_iterative, report
+from bilevel.inner_problems.polytope import FlatPolytope
 
 
 @final

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import inner_gradient_in_x, outer_gradients
-from bilevel._demand import demand_types
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._objective import inner_objective, refuse_constraints, refuse_iterative, report
 from bilevel._result import Report
+from bilevel._validate import demand_types
+from bilevel.inner_problems.objective import inner_objective, refuse_constraints, refuse_iterative, report
 
 
 @final

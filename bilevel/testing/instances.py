@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
-from bilevel._check import check
 from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
-from bilevel._objective import inner_objective
 from bilevel._tree import ravel
-from bilevel._verdict import Outcome
+from bilevel.diagnostics.check import check
+from bilevel.diagnostics.verdict import Outcome
 from bilevel.hypergrad.aid import AID
+from bilevel.inner_problems.objective import inner_objective
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.newton import Newton
 from bilevel.testing.properties import close, estimate

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel._certificate import Constants
 from bilevel._problem import BilevelProblem
+from bilevel.certificates.certificate import Constants
 
 _THIRD = 1 / (6 * math.sqrt(3))  # the greatest |third derivative| of log(1 + exp(t))
 

@@ -1,0 +1,200 @@
+"""Mehrotra's predictor-corrector method for a batch of convex quadratic programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._numerics.saddle_point import SaddlePoint
+
+_BACK = 0.995  # how far towards the nearest boundary a step goes
+_IDLE = 8  # iterations without progress after which a row is given up
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Min y'Qy / 2 + q'y  s.t.  A y = b, lower <= y <= upper: Q `(batch, q, q)`, A `(batch, m, q)`, vectors alike."""
+
+    Q: Tensor
+    q: Tensor
+    A: Tensor
+    b: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """Q y + q."""
+        return times(self.Q, y) + self.q
+
+    def scales(self, y: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
+        """The sizes that errors in y and in the gradient are relative to: `(batch, 1)` each, never zero."""
+        bounds = torch.stack([self.lower, self.upper], -2)
+        bounds = torch.where(bounds.isfinite(), bounds, torch.zeros_like(bounds))
+        primal = torch.maximum(largest(bounds.flatten(1)), largest(y))
+        pull = largest(times(self.A.mT, multipliers))
+        dual = torch.maximum(torch.maximum(largest(self.q), largest(times(self.Q, y))), pull)
+        return _positive(primal), _positive(dual)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A primal-dual point: y, equality multipliers, and slacks and multipliers of upper and lower bounds.
+
+    Attributes:
+        y: `(batch, q)`.
+        multipliers: `(batch, m)`; Q y + q + A' multipliers + z_upper - z_lower = 0 at the solution.
+        slacks: of the upper and of the lower bounds: `(batch, 2, q)`, ones where there is no bound.
+        z: their multipliers, zeros where there is no bound.
+    """
+
+    y: Tensor
+    multipliers: Tensor
+    slacks: Tensor
+    z: Tensor
+
+    def where(self, chosen: Tensor, other: Point) -> Point:
+        """This point in the chosen rows, the other in the rest."""
+        row, plane = chosen.unsqueeze(-1), chosen[:, None, None]
+        return Point(
+            torch.where(row, self.y, other.y),
+            torch.where(row, self.multipliers, other.multipliers),
+            torch.where(plane, self.slacks, other.slacks),
+            torch.where(plane, self.z, other.z),
+        )
+
+    def moved(self, step: Point, length: Tensor) -> Point:
+        """The point after a step of this length `(batch,)`."""
+        row, plane = length.unsqueeze(-1), length[:, None, None]
+        return Point(
+            self.y + row * step.y,
+            self.multipliers + row * step.multipliers,
+            self.slacks + plane * step.slacks,
+            self.z + plane * step.z,
+        )
+
+
+@final
+class Mehrotra:
+    """The iteration; each row of the batch with its own step length, centering and end.
+
+    A step factors Q plus a diagonal once and solves twice with it: affine direction, then the corrected one with
+    centering (mu_affine / mu)^3. Infeasible start; an error is the largest relative violation of the optimality
+    conditions, with s'z in place of complementarity.
+
+    Source: Mehrotra, "On the implementation of a primal-dual interior point method", SIAM J. Optim. 2 (1992);
+    Nocedal, Wright, "Numerical optimization" (2006), section 16.6.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.sign = program.q.new_tensor([[1.0], [-1.0]])
+        self.limits = torch.stack([program.upper, -program.lower], -2)
+        self.bounded = self.limits.isfinite()
+        self.limits = torch.where(self.bounded, self.limits, torch.zeros_like(self.limits))
+        self.count = self.bounded.sum((-2, -1)).clamp_min(1)
+        self.size = _positive(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)).squeeze(-1)
+
+    def run(self, tol: float, max_steps: int, start: Point | None = None) -> tuple[Point, Tensor, Tensor]:
+        """The best point met from a start, its error and the steps taken: `(batch,)` each."""
+        point = self.start() if start is None else start
+        best, error, idle = point, self.error(point), torch.zeros_like(self.count)
+        steps = torch.zeros_like(self.count)
+        for _ in range(max_steps):
+            moving = (error > tol) & (idle < _IDLE)
+            if not bool(moving.any()):
+                break
+            point = self.step(point).where(moving, point)
+            steps += moving
+            now = self.error(point)
+            better = moving & (now < error)
+            best, error = point.where(better, best), torch.where(better, now, error)
+            idle = torch.where(better, torch.zeros_like(idle), idle + moving)
+        return best, error, steps
+
+    def start(self) -> Point:
+        """The minimizer with the bounds as penalties of the size of Q, pushed inside."""
+        p = self.program
+        weight = self.size[:, None, None] * self.bounded
+        saddle = self._factor(weight.sum(-2))
+        y, multipliers = saddle.solve(-p.q + (weight * self.sign * self.limits).sum(-2), p.b)
+        slacks = self.limits - self.sign * y.unsqueeze(-2)
+        z = self._masked(-self.size[:, None, None] * slacks)
+        slacks, z = self._pushed(slacks), self._pushed(z)
+        product = (slacks * z).sum((-2, -1), keepdim=True)
+        shift_s, shift_z = (0.5 * product / _positive(other.sum((-2, -1), keepdim=True)) for other in (z, slacks))
+        slacks, z = slacks + shift_s, z + shift_z
+        return Point(y, multipliers, torch.where(self.bounded, _positive(slacks), 1.0), self._masked(_positive(z)))
+
+    def step(self, at: Point) -> Point:
+        """One predictor-corrector step."""
+        saddle = self._factor((at.z / at.slacks).sum(-2))
+        mu = (at.slacks * at.z).sum((-2, -1)) / self.count
+        affine = self._direction(saddle, at, at.slacks * at.z)
+        ahead = at.moved(affine, self._length(at, affine))
+        reached = (ahead.slacks * ahead.z * self.bounded).sum((-2, -1)) / self.count
+        centering = (reached / _positive(mu)).clamp(0, 1) ** 3
+        target = at.slacks * at.z + affine.slacks * affine.z - self._masked((centering * mu)[:, None, None])
+        step = self._direction(saddle, at, target)
+        return at.moved(step, (_BACK * self._length(at, step)).clamp_max(1.0))
+
+    def error(self, at: Point) -> Tensor:
+        """The largest relative violation of the optimality conditions."""
+        p = self.program
+        primal, dual = p.scales(at.y, at.multipliers)
+        stationarity, equality, slack = self._residuals(at)
+        complementarity = (at.slacks * at.z).flatten(1) / (primal * dual)
+        parts = (stationarity / dual, equality / primal, slack.flatten(1) / primal, complementarity)
+        worst = torch.cat([largest(part) for part in parts], -1).amax(-1)
+        return torch.where(worst.isfinite(), worst, torch.inf)
+
+    def _residuals(self, at: Point) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.program
+        stationarity = p.gradient(at.y) + times(p.A.mT, at.multipliers) + (self.sign * at.z).sum(-2)
+        slack = self._masked(self.sign * at.y.unsqueeze(-2) + at.slacks - self.limits)
+        return stationarity, times(p.A, at.y) - p.b, slack
+
+    def _direction(self, saddle: SaddlePoint, at: Point, target: Tensor) -> Point:
+        """The Newton step to zero residuals and slacks * z reduced by `target`."""
+        stationarity, equality, slack = self._residuals(at)
+        pull = (self.sign * self._masked((at.z * slack - target) / at.slacks)).sum(-2)
+        y, multipliers = saddle.solve(-stationarity - pull, -equality)
+        slacks = self._masked(-slack - self.sign * y.unsqueeze(-2))
+        return Point(y, multipliers, slacks, self._masked(-(target + at.z * slacks) / at.slacks))
+
+    def _length(self, at: Point, step: Point) -> Tensor:
+        """The longest step `(batch,)` up to 1 / 0.995 that keeps slacks and multipliers nonnegative."""
+        here, change = torch.cat([at.slacks, at.z], -1).flatten(1), torch.cat([step.slacks, step.z], -1).flatten(1)
+        ratios = torch.where(change < 0, -here / change, torch.inf)
+        return ratios.amin(-1).clamp_max(1 / _BACK)
+
+    def _factor(self, diagonal: Tensor) -> SaddlePoint:
+        return SaddlePoint.factor(self.program.Q + torch.diag_embed(diagonal), self.program.A, self.size)
+
+    def _masked(self, entries: Tensor) -> Tensor:
+        return torch.where(self.bounded, entries, torch.zeros_like(entries))
+
+    def _pushed(self, entries: Tensor) -> Tensor:
+        inside = torch.where(self.bounded, entries, torch.inf).flatten(1).amin(-1)[:, None, None]
+        shift = (-1.5 * inside).clamp_min(0)
+        return self._masked(entries + torch.where(shift.isfinite(), shift, torch.zeros_like(shift)))
+
+
+def times(A: Tensor, v: Tensor) -> Tensor:
+    """Matrix times vector, row by row of a batch."""
+    return (A @ v.unsqueeze(-1)).squeeze(-1)
+
+
+def largest(entries: Tensor) -> Tensor:
+    """The largest modulus of each row: `(batch, 1)`; 0 without entries."""
+    if entries.shape[-1] == 0:
+        return entries.new_zeros(*entries.shape[:-1], 1)
+    return entries.abs().amax(-1, keepdim=True)
+
+
+def _positive(sizes: Tensor) -> Tensor:
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))

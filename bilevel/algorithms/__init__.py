@@ -1,0 +1,1 @@
+"""Whole bilevel algorithms as values, one a file."""

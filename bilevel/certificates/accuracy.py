@@ -1,0 +1,162 @@
+"""Certified accuracy: how accurate the inner and the linear solution have to be for a hypergradient to be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from bilevel._estimate import AbstractEstimator
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
+from bilevel._tree import Tree
+from bilevel.certificates.assumptions import NEEDED, completed
+from bilevel.certificates.certificate import Constants
+from bilevel.certificates.estimate_constants import estimated
+from bilevel.certificates.residuals import Measured
+
+_TINY = torch.finfo(torch.float64).tiny
+
+S = TypeVar("S", AbstractInnerSolver, AbstractLinearSolver)
+
+
+@final
+@dataclass(frozen=True)
+class Accuracy:
+    """Make an error bound at most max(absolute, relative |h|).
+
+    Args:
+        constants: what is known of f and g, mu included; or a function of x, in the user's structure, that tells;
+            None: estimated where they are first needed.
+        absolute: the target for the bound.
+        relative: the target relative to the hypergradient's norm; below 1 it certifies a descent direction.
+
+    Raises:
+        ValueError: if both targets are 0, or one is negative.
+
+    Example:
+        >>> Accuracy(Constants(mu=1.0), absolute=1e-3).target(torch.tensor(5.0))
+        0.001
+    """
+
+    constants: Constants | Callable[[Tree], Constants] | None
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.absolute >= 0 and self.relative >= 0 and self.absolute + self.relative > 0):
+            raise ValueError(
+                f"`Accuracy(absolute=..., relative=...)` must be at least 0, and one of them positive."
+                f" Got {self.absolute} and {self.relative}."
+            )
+
+    def target(self, norm: Tensor) -> float:
+        """What the bound must be at most, at a hypergradient of this norm."""
+        return max(self.absolute, self.relative * float(norm))
+
+    def known(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Constants:
+        """The constants at x; C_G is bounded from the operator at y if it is not among them.
+
+        Raises:
+            ValueError: if mu or another needed constant is unknown.
+        """
+        if self.constants is None and problem.tasks is not None:
+            raise ValueError(
+                "certified accuracy of a problem with tasks needs `constants=`, valid for each of them: they are"
+                " estimated for one inner problem only."
+            )
+        if self.constants is None:
+            given = estimated(problem, x, y)
+        elif isinstance(self.constants, Constants):
+            given = self.constants
+        else:
+            given = self.constants(problem.x.unravel(x))
+        missing = [name for name in ("mu", *NEEDED) if getattr(given, name) is None]
+        if missing:
+            raise ValueError(
+                f"certified accuracy needs the constants {', '.join(missing)}"
+                f"{', which could not be estimated' if self.constants is None else ''}. Give them in `constants=`."
+            )
+        return completed(problem, x, y, given)[0]
+
+
+def inner_tolerance(part: float, found: Measured, known: Constants) -> float:
+    """The |grad_y g| at which the inner part of the bound is this: theorem A solved for it."""
+    assert known.mu is not None and known.C_G is not None
+    assert known.L_fxy is not None and known.M_xy is not None and known.L_fyy is not None and known.M_yy is not None
+    slope = known.L_fxy + known.M_xy * found.v + known.C_G / known.mu * (known.L_fyy + known.M_yy * found.v)
+    return part * known.mu / max(float(slope.max()), _TINY)
+
+
+def linear_tolerance(part: float, known: Constants) -> float:
+    """The |grad_y f - H v| at which the linear part of the bound is this."""
+    assert known.mu is not None and known.C_G is not None
+    return part * known.mu / max(known.C_G, _TINY)
+
+
+def with_tolerance(solver: S, tol: float, size: float = 1.0, trusting: bool = False) -> S:
+    """The solver with another absolute tolerance; as it is, if it has none (a closed form, a factorization).
+
+    Args:
+        solver: an inner solver with a field `tol`, or a linear solver with `atol` or `rtol`.
+        tol: the tolerance.
+        size: |b|, for linear solvers that know relative tolerances only.
+        trusting: do without the true residual of the linear system, where the solver can: nothing rests on it.
+    """
+    names = {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
+    if trusting and "recompute" in names:
+        solver = replace(solver, recompute=False)  # type: ignore[type-var]
+    if "tol" in names:
+        return replace(solver, tol=tol)  # type: ignore[type-var]
+    if "atol" in names:
+        return replace(solver, atol=tol, rtol=0.0)  # type: ignore[type-var]
+    if "rtol" in names:
+        return replace(solver, rtol=tol / size if size > 0 else 0.0)  # type: ignore[type-var]
+    return solver
+
+
+def with_preconditioner(solver: AbstractLinearSolver, preconditioner: AbstractPreconditioner) -> AbstractLinearSolver:
+    """The solver with a preconditioner; as it is, if it takes none or was given one."""
+    if getattr(solver, "preconditioner", solver) is not None:
+        return solver
+    return replace(solver, preconditioner=preconditioner)  # type: ignore[type-var]
+
+
+def has_tolerance(solver: AbstractInnerSolver) -> bool:
+    """Whether an inner solver takes a tolerance; a closed form does not, and is exact."""
+    return "tol" in {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
+
+
+RELATIVE = 0.5  # of adaptive accuracy: below 1, so that every step is certified to be along a descent direction
+
+
+def adaptive(
+    estimator: AbstractEstimator,
+    accuracy: str,
+    constants: Constants | Callable[[Tree], Constants] | None,
+    tol: float | None,
+) -> AbstractEstimator:
+    """The estimator with its accuracy tied to the hypergradient's norm, down to what `tol` needs.
+
+    Raises:
+        ValueError: if `accuracy` is not "adaptive".
+        TypeError: if the estimator has no targets for its error.
+    """
+    if accuracy != "adaptive":
+        raise ValueError(f"`minimize(accuracy=...)` must be 'fixed' or 'adaptive'. Got {accuracy!r}.")
+    names = {f.name for f in dataclasses.fields(estimator)}  # type: ignore[arg-type]
+    if not {"target_error", "relative_error", "constants"} <= names:
+        raise TypeError(
+            f"`minimize(accuracy='adaptive')` needs an implicit estimator. Got {type(estimator).__name__}."
+            f" Use `AID(...)` or one of the names 'aid-...'."
+        )
+    floor = None if tol is None else tol / 4
+    implicit: Any = estimator
+    own = implicit.constants if constants is None else constants
+    adapted: AbstractEstimator = replace(implicit, target_error=floor, relative_error=RELATIVE, constants=own)
+    return adapted

@@ -1,0 +1,129 @@
+"""A-posteriori certificates: how wrong a hypergradient can be, from residuals measured at run time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from bilevel._estimate import Estimate
+from bilevel._flat import FlatProblem, ravel_rows
+from bilevel._linear import AbstractLinearSolver
+from bilevel._problem import BilevelProblem, check_signature
+from bilevel._tree import Structure, Tree, ravel
+from bilevel.certificates.assumptions import NEEDED
+from bilevel.certificates.certificate import Certificate, Constants
+from bilevel.certificates.penalty import certify_penalty
+from bilevel.certificates.theorems import certify_flat
+from bilevel.named.setting import default_linear
+
+
+def certify(
+    problem: BilevelProblem,
+    x: Tree,
+    estimate: Estimate,
+    constants: Constants,
+    *,
+    data: Any = None,
+    linear: AbstractLinearSolver | None = None,
+    refine: bool = False,
+    first_order: bool = False,
+) -> Certificate:
+    """A bound on |z - h(x)| for any estimate z of h = grad Phi(x), from one implicit gradient at its y.
+
+    With e = grad_y g, r = grad_y f - H v and the implicit gradient h_v = grad_x f - G v, all recomputed at the
+    estimate's y and v, and d = |e| / mu >= |y - y*|:
+
+        |z - h| <= |z - h_v| + d (L_fxy + M_xy |v|) + (C_G / mu) (|r| + d (L_fyy + M_yy |v|)).
+
+    mu, L_fyy, L_fxy, M_yy and M_xy must hold on the segment from y to y*, C_G at both of its ends.
+
+    The estimate may come from any estimator: one that solved no linear system has one solved here. Without mu, the
+    local theorem applies: with m the least eigenvalue of H at y and 2 M_yy |e| <= m^2, a stationary point lies within
+    d = (m - m*) / M_yy, m* = sqrt(m^2 - 2 M_yy |e|), and the bound holds with m* for mu; it is then the local branch
+    of y* that is certified. M_yy must hold within d of y. The same theorem extends a mu that was measured at y.
+
+    Residuals and norms are recomputed in float64, whatever the dtype of x and y and of the data that f and g close
+    over. Where f or g cannot be evaluated in it, a rounding error is added to each, 8 units of the dtype times |H| |y|
+    and the like; what cancels inside of f and g it does not see, and so the certificate is then a heuristic. A mu or
+    C_G that the products contradict makes the bound infinite.
+
+    Cost: two gradients, one Hessian product and one cross product with all constants and v given. Without C_G some
+    ten products more, to bound |G| at y with 99 % confidence; without mu q products, for the dense Hessian; with
+    `refine` one more linear solve, for s = H^-1 e, and the same again at y - s.
+
+    Source: the bound with |v| <= |grad f| / mu is Ghadimi, Wang, "Approximation methods for bilevel programming"
+    (2018), lemma 2.2; the idea of computable a-posteriori bounds is Ehrhardt, Roberts, "Analyzing inexact
+    hypergradients for bilevel learning", IMA J. Appl. Math. 89 (2024). Derived in docs/certificates.md.
+
+    Args:
+        problem: f and g.
+        x: where the estimate was made.
+        estimate: the estimate.
+        constants: what is known of f and g; L_fyy, L_fxy, M_yy and M_xy are needed.
+        data: the third argument of f and g, as for the estimate.
+        linear: solves for v where the estimate has none, and for the correction; by default accurate CG.
+        refine: also return the hypergradient after one Newton correction of y, and the least of both bounds.
+        first_order: for an estimate of `Penalty` without extrapolation: use gradients only, no Hessian product.
+
+    Returns:
+        The certificate. Its bound is infinite, with a reason, where the theorem does not apply.
+
+    Raises:
+        TypeError: if `estimate` or `constants` is of another type.
+        ValueError: if needed constants are missing, or structures do not match.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import hypergradient
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> x = torch.tensor(1.0, dtype=torch.float64)
+        >>> constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0)
+        >>> certify(problem, x, hypergradient(problem, x, torch.zeros_like(x)), constants).bound < 1e-6
+        True
+    """
+    if not isinstance(estimate, Estimate) or not isinstance(constants, Constants):
+        raise TypeError(
+            f"`certify(problem, x, estimate, constants)` needs an Estimate and Constants. Got"
+            f" {type(estimate).__name__} and {type(constants).__name__}. Pass what `hypergradient` returned."
+        )
+    missing = [name for name in NEEDED if getattr(constants, name) is None]
+    if missing:
+        raise ValueError(
+            f"`certify` needs the constants {', '.join(NEEDED)}. Missing: {', '.join(missing)}."
+            f" Give them, or use `estimate_constants(problem, x, estimate.y)`, or see `estimate.error_estimate`."
+        )
+    check_signature(problem, data)
+    if problem.constraints is not None:
+        raise ValueError("`certify` does not apply: its theorems are for an inner problem without constraints on y.")
+    x_vector, x_structure = ravel(x, "x")
+    z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
+    flat = FlatProblem(problem, x_structure, _one_row(estimate.y, problem.tasks), data)
+    y = ravel_rows(flat, estimate.y, "estimate.y")
+    v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
+    if first_order:
+        return _first_order(flat, x_vector.detach(), z.detach(), y, estimate, constants)
+    solver = default_linear(y) if linear is None else linear
+    return certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
+
+
+def _first_order(
+    problem: FlatProblem, x: Tensor, z: Tensor, y: Tensor, estimate: Estimate, constants: Constants
+) -> Certificate:
+    if estimate.penalized is None or constants.mu is None:
+        raise ValueError(
+            "`certify(first_order=True)` needs an estimate of `Penalty(..., extrapolate=False)`, and mu."
+            " Leave it out: any estimate is certified through one implicit gradient."
+        )
+    if "mu" in constants.local:
+        raise ValueError("`certify(first_order=True)` needs a mu that holds along the segment. Got one measured at y.")
+    y_w = ravel_rows(problem, estimate.penalized[0], "estimate.penalized")
+    return certify_penalty(problem, x, z, y, y_w, estimate.penalized[1], constants)
+
+
+def _one_row(y: Tree, tasks: bool) -> Structure:
+    vector, structure = ravel(y, "estimate.y")
+    if not tasks:
+        return structure
+    shapes = tuple(shape[1:] for shape in structure.shapes)
+    return Structure(structure.spec, shapes, vector.dtype, vector.device)

@@ -1,0 +1,50 @@
+"""An estimate of a hypergradient's error that needs no constants."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import Exact, outer_gradients
+from bilevel._flat import FlatProblem
+from bilevel.certificates.double_precision import in_double
+from bilevel.named.setting import default_linear
+
+
+def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z: Tensor) -> float:
+    """|z - h_+|, h_+ the implicit gradient after one Newton correction of y: an estimate of |z - h|, no bound.
+
+    h_+ has an error of second order in |y - y*|, so that the difference is the error of z up to that order. Two linear
+    solves, two gradients of g and one of f, in float64 wherever f and g can be evaluated in it. NaN where a linear
+    solve does not succeed, and where y is constrained.
+    """
+    if problem.problem.constraints is not None:
+        return math.nan  # the Newton correction would leave the constraints
+    if y.dtype != torch.float64:
+        doubled = in_double(problem, problem.tally)
+        try:
+            found = _second_level(doubled, x.double(), y.double(), None if v is None else v.double(), z)
+        except (RuntimeError, TypeError, ValueError):
+            found = math.nan  # f or g insists on its dtype
+        if math.isfinite(found):
+            return found
+    return _second_level(problem, x, y, v, z)
+
+
+def _second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z: Tensor) -> float:
+    linear = default_linear(y)
+    at = Exact().linearize(problem, x, y)
+    step = linear.solve(at.operator, at.gradient)
+    y = y - step.value
+    at = Exact().linearize(problem, x, y)
+    _, fx, fy = outer_gradients(problem, x, y)
+    system = linear.solve(at.operator, fy, v)
+    cross = at.cross(system.value)
+    # A y that depends on x only through its start is where the steps lead, not a minimizer.
+    undefined = problem.problem.iterative or (cross is None and problem.problem.init is not None)
+    if undefined or not (step.status.ok and system.status.ok):
+        return math.nan
+    better = fx if cross is None else fx - cross
+    return float(torch.linalg.vector_norm(z.double() - better.double()))

@@ -1,0 +1,1 @@
+"""Is a problem well posed, and which estimator is right on it."""

@@ -1,0 +1,177 @@
+"""Every estimator that applies, side by side, against a certified reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._problem import BilevelProblem, check_signature
+from bilevel._result import BilevelError, Stats, Status, Tally
+from bilevel._tree import Tree, ravel
+from bilevel.certificates.certificate import Constants
+from bilevel.certificates.theorems import certify_flat
+from bilevel.diagnostics.comparison import Comparison, Row
+from bilevel.diagnostics.memory import peak_memory
+from bilevel.named.budget import budgeted
+from bilevel.named.reference import reference
+from bilevel.named.registry import estimators as named_estimators, resolve
+from bilevel.named.setting import Setting, default_linear
+
+
+def compare(
+    problem: BilevelProblem,
+    x: Tree,
+    y0: Tree,
+    *,
+    estimators: Sequence[str] | Mapping[str, AbstractEstimator] | None = None,
+    budgets: Sequence[int] | None = None,
+    data: Any = None,
+    constants: Constants | Callable[[Tree], Constants] | None = None,
+    memory: bool = True,
+) -> Comparison:
+    """Every estimator that applies at (x, y0): its error against a reference, its certificate, its cost.
+
+    The reference is the implicit gradient at an inner solution as accurate as the dtype allows, by a dense
+    factorization for q <= 200 and tight conjugate gradients above, itself certified where constants are given.
+
+    Cost: each estimator three times (twice to time it, once to measure its memory), and one linear solve more for its
+    certificate where it has none of its own.
+
+    Args:
+        problem: f and g.
+        x: where.
+        y0: where the inner solvers start.
+        estimators: names, or a dict of estimators under labels of yours; by default every name.
+        budgets: for names: oracle calls to spend, one row each, instead of the names' own tolerances.
+        data: the third argument of f and g, if they take one.
+        constants: what is known of f and g, or a function of x that tells; for certificates.
+        memory: whether to measure peak memory, which takes a further, slow, call.
+
+    Returns:
+        The comparison; print it. Estimators that do not apply are listed with the reason.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if structures do not match, or a name is unknown.
+        BilevelError: if not even the reference could be computed.
+
+    Example:
+        >>> curvature = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: curvature @ (y - x).square())
+        >>> x = torch.ones(2, dtype=torch.float64)
+        >>> found = compare(problem, x, torch.zeros_like(x), estimators=["aid-cg", "one-step"])
+        >>> [row.name for row in found.rows if row.relative < 1e-6]
+        ['aid-cg']
+    """
+    check_signature(problem, data)
+    x_vector, x_structure = ravel(x, "x")
+    y_vector, y_structure = ravel(y0, "y0")
+    flat = FlatProblem(problem, x_structure, y_structure, data)
+    comparer = _Comparer(flat, x_vector.detach().clone(), y_vector.detach().clone(), memory)
+    if callable(constants):
+        constants = constants(x)
+    comparer.constants = constants
+    comparer.make_reference()
+    rows = []
+    if isinstance(estimators, Mapping):
+        for label, estimator in estimators.items():
+            rows.append(comparer.row(label, None, lambda e=estimator: e))  # type: ignore[misc]
+        return comparer.comparison(rows)
+    names = list(named_estimators()) if estimators is None else list(estimators)
+    unknown = [name for name in names if name not in named_estimators()]
+    if unknown:
+        raise ValueError(f"there is no estimator {unknown[0]!r}. Names: {', '.join(named_estimators())}.")
+    for name in names:
+        if budgets is None:
+            rows.append(comparer.row(name, None, lambda n=name: resolve(n, flat, comparer.x, comparer.y0)))  # type: ignore[misc]
+        for budget in budgets or ():
+            setting = Setting(flat, comparer.x, comparer.y0)
+            rows.append(comparer.row(name, budget, lambda n=name, s=setting, b=budget: budgeted(n, s, b)))  # type: ignore[misc]
+    return comparer.comparison(rows)
+
+
+@final
+class _Comparer:
+    """One point of one problem, its reference and the rows measured against it."""
+
+    def __init__(self, problem: FlatProblem, x: Tensor, y0: Tensor, memory: bool) -> None:
+        self.problem, self.x, self.y0, self.memory = problem, x, y0, memory
+        self.constants: Constants | None = None
+        self.h = x
+        self.how, self.error = "", float("nan")
+
+    def make_reference(self) -> None:
+        """The hypergradient that the others are measured against, and how well it is known."""
+        found, self.how = reference(Setting(self.problem.with_tally(Tally()), self.x, self.y0))
+        status = Status.worst(report.status for report in found.reports)
+        # At the rounding floor a reference is as good as one can be; anything else leaves nothing to compare with.
+        at_floor = status in (Status.successful, Status.stagnated, Status.line_search_failed)
+        if not at_floor or not bool(found.grad.isfinite().all()):
+            words = " ".join(str(report) for report in found.reports if not report.status.ok)
+            raise BilevelError(f"`compare` could not compute its reference, {self.how}. {words}", status, found)
+        self.h = found.grad
+        if self.constants is not None and found.v is not None:
+            self.error = self._certificate(found)
+        elif found.v is not None:
+            from bilevel.certificates.error_estimate import second_level
+
+            quiet = self.problem.with_tally(Tally())
+            self.error = second_level(quiet, self.x, found.y, found.v, found.grad)
+
+    def row(self, name: str, budget: int | None, build: Callable[[], AbstractEstimator]) -> Row:
+        try:
+            estimator = build()
+            found, stats, seconds = self._timed(estimator)
+        except (ValueError, NotImplementedError) as error:
+            return Row(name, budget, reason=str(error))
+        held = None
+        if self.memory:
+            run = self._run(estimator)
+            held = peak_memory(lambda: run(self.problem.with_tally(Tally())), self.x.device)[1]
+        off = float(torch.linalg.vector_norm(found.grad - self.h))
+        norm, size = float(torch.linalg.vector_norm(self.h)), float(torch.linalg.vector_norm(found.grad))
+        status = Status.worst(report.status for report in found.reports)
+        return Row(
+            name=name,
+            budget=budget,
+            error=off,
+            relative=off / norm if norm > 0 else off,
+            cosine=float(found.grad @ self.h) / (norm * size) if norm > 0 and size > 0 else None,
+            certificate=None if self.constants is None else self._certificate(found),
+            standard_error=found.standard_error,
+            stats=stats,
+            seconds=seconds,
+            memory=held,
+            status=status.name,
+            reason=" ".join(str(report) for report in found.reports if not report.status.ok),
+        )
+
+    def comparison(self, rows: list[Row]) -> Comparison:
+        return Comparison(tuple(rows), float(torch.linalg.vector_norm(self.h)), self.how, self.error)
+
+    def _run(self, estimator: AbstractEstimator) -> Callable[[FlatProblem], FlatEstimate]:
+        return lambda problem: estimator.estimate(problem, self.x, FlatStart(self.y0))
+
+    def _timed(self, estimator: AbstractEstimator) -> tuple[FlatEstimate, Stats, float]:
+        run = self._run(estimator)
+
+        def once() -> tuple[FlatEstimate, Stats, float]:
+            problem = self.problem.with_tally(Tally())
+            before = time.perf_counter()
+            found = run(problem)
+            seconds = time.perf_counter() - before
+            return found, problem.tally.stats(), seconds
+
+        return min(once(), once(), key=lambda timed: timed[2])
+
+    def _certificate(self, found: FlatEstimate) -> float:
+        assert self.constants is not None
+        quiet = self.problem.with_tally(Tally())
+        linear = default_linear(found.y)
+        return certify_flat(quiet, self.x, found.grad, found.y, found.v, self.constants, linear).bound

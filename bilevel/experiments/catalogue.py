@@ -1,0 +1,17 @@
+"""Experiments by name."""
+
+from __future__ import annotations
+
+from bilevel.experiments.on_images import IMAGES
+from bilevel.experiments.on_sinusoids import SINUSOIDS
+from bilevel.few_shot.experiment import Named
+
+
+def experiments() -> dict[str, Named]:
+    """Every experiment by its name.
+
+    Example:
+        >>> experiments()["maml-sinusoid"].build(inner_steps=5).learner.name
+        'MAML'
+    """
+    return {entry.name: entry for entry in (*SINUSOIDS, *IMAGES)}

@@ -1,0 +1,54 @@
+"""A few-shot learner: a bilevel problem over tasks, and how what was learned predicts on a new task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from bilevel._estimate import AbstractEstimator
+from bilevel._inner import AbstractInnerSolver
+from bilevel._problem import BilevelProblem
+from bilevel._tree import Tree
+from bilevel.few_shot.likelihood import AbstractLikelihood
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """min_x mean_t f(x, y_t, task_t), y_t the task's adapted variable: what is trained, and how it is used after.
+
+    A task is a dict of tensors: `support_x` `(n, ...)`, `support_y` `(n,)` or `(n, outputs)`, `query_x`, `query_y`, and
+    optionally `support_mask` and `query_mask` `(n,)` with zeros at padding. A batch of tasks is the same dict with one
+    more leading axis. g sees the support set, f the query set.
+
+    Attributes:
+        name: the method's.
+        problem: f and g for one task; `problem.tasks` is True.
+        x0: what is learned across tasks, at its start.
+        y0: one task's variable, for its structure (and its start, where the problem has no `init`).
+        estimator: the hypergradient estimator that the method is published with; any that applies may be used.
+        adapt: the inner solver that finds y for a new task.
+        predict: (x, y, task) -> the query predictions of one task: log-probabilities `(queries, classes)` where targets
+            are classes, else values `(queries, ...)`.
+        export: x -> the user's module with what was learned, for `state_dict`.
+        prepare: (batch, seed) -> the batch with whatever else f and g need, drawn from the seed (the noise of a
+            Monte Carlo expectation); None: nothing.
+        draws: (x, y, task) -> what `predict` averages over, `(samples, queries, ...)`: the query predictions of each
+            draw of the task's posterior; None: there is no posterior.
+        likelihood: of numbers given such a draw, for predictive densities and intervals; None: it is not known.
+    """
+
+    name: str
+    problem: BilevelProblem
+    x0: Tree = field(repr=False)
+    y0: Tree = field(repr=False)
+    estimator: AbstractEstimator
+    adapt: AbstractInnerSolver
+    predict: Callable[[Tree, Tree, Any], Tensor] = field(repr=False)
+    export: Callable[[Tree], nn.Module] = field(repr=False)
+    prepare: Callable[[Any, int], Any] | None = field(default=None, repr=False)
+    draws: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)
+    likelihood: AbstractLikelihood | None = field(default=None, repr=False)

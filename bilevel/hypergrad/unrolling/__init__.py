@@ -1,0 +1,1 @@
+"""Derivatives through the steps of an inner iteration."""

@@ -1,0 +1,1 @@
+"""What y*(x) is: the kinds of inner problem, one a file."""

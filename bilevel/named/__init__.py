@@ -1,0 +1,1 @@
+"""Estimators by name: with safe defaults, for a budget of oracle calls, or chosen for an accuracy."""

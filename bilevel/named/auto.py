@@ -1,0 +1,71 @@
+"""The cheapest estimator that is accurate enough on the problem at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+from torch import Tensor
+
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._tree import Tree
+from bilevel.certificates.certificate import Constants
+
+
+@final
+@dataclass(frozen=True)
+class Auto:
+    """A wish instead of an estimator: the cheapest one whose error meets a target on this problem.
+
+    Give it wherever an estimator goes; the string "auto" is `Auto(relative_error=0.01)`. Where the problem is first
+    met, each estimator that applies is tried at budgets of oracle calls that double until its error meets the target --
+    its certificate where constants are given, else its distance to an accurate reference -- and the one that spent the
+    fewest gradients and products is taken for the rest of the run. `Estimate.note` says which and why.
+
+    Cost: at most a few times the cost of the estimators' own convergence, once.
+
+    Args:
+        relative_error: the target relative to |h|.
+        target_error: the target itself; with both, the larger counts.
+        constants: what is known of f and g, or a function of x that tells; None: errors are measured, not certified.
+
+    Raises:
+        ValueError: if both targets are 0 or one is negative.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import BilevelProblem, hypergradient
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
+        >>> x = torch.ones(2, dtype=torch.float64)
+        >>> hypergradient(problem, x, torch.zeros_like(x), estimator="auto").note[:6]
+        'chosen'
+    """
+
+    relative_error: float = 0.01
+    target_error: float = 0.0
+    constants: Constants | Callable[[Tree], Constants] | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.relative_error >= 0 and self.target_error >= 0 and self.relative_error + self.target_error > 0):
+            raise ValueError(
+                f"`Auto(relative_error=..., target_error=...)` must be at least 0, and one of them positive."
+                f" Got {self.relative_error} and {self.target_error}."
+            )
+
+
+@final
+@dataclass(frozen=True)
+class Chosen(AbstractEstimator):
+    """An estimator with the reason why it was chosen."""
+
+    estimator: AbstractEstimator
+    why: str
+
+    @property
+    def takes_encoding(self) -> bool:
+        return self.estimator.takes_encoding
+
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        return replace(self.estimator.estimate(problem, x, start), note=self.why)

@@ -1,0 +1,1 @@
+"""The outer loop: `minimize`, its data, and its checkpoints."""

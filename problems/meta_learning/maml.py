@@ -1,0 +1,123 @@
+"""MAML: a start from which a few gradient steps fit a new task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel._estimate import AbstractEstimator
+from bilevel._problem import BilevelProblem
+from bilevel._tree import Tree
+from bilevel.few_shot.learner import Learner
+from bilevel.hypergrad.first_order import FirstOrder
+from bilevel.hypergrad.itd import ITD
+from bilevel.modules.functional import Functional
+from bilevel.problems.meta_learning._modules import as_functional, demand_positive, prediction
+from bilevel.problems.meta_learning._tasks import Loss, task_loss
+from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.iterate import Iterate
+
+
+def maml(
+    module: nn.Module | Functional,
+    loss: Loss,
+    *,
+    step: float = 0.01,
+    inner_steps: int = 1,
+    evaluation_steps: int | None = None,
+    first_order: bool = False,
+    learn_steps: bool = False,
+) -> Learner:
+    """min_x mean_t L_t^query(y_N),  y_0 = x,  y_{k+1} = y_k - step grad L_t^support(y_k): MAML.
+
+    h = mean_t prod_{k<N} (I - step H_k) grad L_t^query(y_N), H_k = d2 L_t^support(y_k), the factor k = 0 leftmost. The
+    iteration is the definition, there is no argmin: `ITD` and `ESJ` apply, and `FirstOrder`, which leaves the product
+    out; `AID` and `Penalty` do not, and say so.
+
+    With `learn_steps` each entry of the parameters has its own step a = exp(log_steps), learned with them (Meta-SGD,
+    whose steps may be negative; these may not). Then y = params + sqrt(a) u and the inner variable is u, from 0: plain
+    gradient descent with step 1 on u is y <- y - a grad L(y). `FirstOrder` gives half of the derivative in log_steps
+    there, that at constant u.
+
+    Cost of one hypergradient for T tasks, N steps: T N gradients of the support loss and as many Hessian products;
+    memory of N graphs of the support loss of all tasks (`ITD(checkpoint=True)`: of one, and of 2 sqrt(N) copies of y).
+    With steps longer than 2 / |H| the product grows like (1 + step |H|)^N: take the step in proportion to 1 / N.
+
+    Losses are means over samples: the reference code's inner loss for classification is the number of classes times
+    that, so that its steps 0.4 (Omniglot, 5 ways) and 0.01 (mini-ImageNet, 5 ways) are 2.0 and 0.05 here. Layers of
+    batch normalization use the statistics of the batch at hand, in the query set as well; with masks, padding is a
+    part of that batch.
+
+    Source: Finn, Abbeel, Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017;
+    Li, Zhou, Chen, Li, "Meta-SGD: learning to learn quickly for few-shot learning", arXiv 2017.
+
+    Args:
+        module: the network, or `functional(module, ...)` with policies of its own.
+        loss: (outputs, targets) -> the mean over samples: `F.mse_loss`, `F.cross_entropy`.
+        step: the inner step; where steps are learned, what they start from.
+        inner_steps: N.
+        evaluation_steps: the number of steps on a new task; None: N.
+        first_order: first-order MAML: h = mean_t grad L_t^query(y_N).
+        learn_steps: learn a step for each entry of the parameters.
+
+    Returns:
+        The learner: x is the dict of parameters; with `learn_steps`, {"params": ..., "log_steps": ...}.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> from bilevel import hypergradient
+        >>> learner = maml(nn.Linear(1, 1), torch.nn.functional.mse_loss, step=0.1)
+        >>> tasks = {name: torch.ones(4, 3, 1) for name in ("support_x", "support_y", "query_x", "query_y")}
+        >>> found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks)
+        >>> found.y["weight"].shape
+        torch.Size([4, 1, 1])
+    """
+    steps = inner_steps if evaluation_steps is None else evaluation_steps
+    demand_positive("maml", inner_steps=inner_steps)
+    if not step > 0 or steps < 0:
+        raise ValueError(f"`maml` needs step > 0 and evaluation_steps >= 0. Got {step} and {steps}.")
+    net = as_functional(module)
+    descent = GradientDescent(1.0 if learn_steps else step)
+    inner = Iterate(descent, inner_steps)
+    estimator: AbstractEstimator = FirstOrder(inner) if first_order else ITD(inner)
+
+    def adapted(x: Tree, y: Tree) -> dict[str, Tensor]:
+        """The parameters that y stands for."""
+        if not learn_steps:
+            given: dict[str, Tensor] = y
+            return given
+        return {name: start + (x["log_steps"][name] / 2).exp() * y[name] for name, start in x["params"].items()}
+
+    def f(x: Tree, y: Tree, task: Any) -> Tensor:
+        return task_loss(loss, net(adapted(x, y), task["query_x"]), task, "query")
+
+    def g(x: Tree, y: Tree, task: Any) -> Tensor:
+        return task_loss(loss, net(adapted(x, y), task["support_x"]), task, "support")
+
+    def init(x: Tree, task: Any) -> Tree:  # noqa: ARG001
+        return {name: torch.zeros_like(start) for name, start in x["params"].items()} if learn_steps else x
+
+    def predict(x: Tree, y: Tree, task: Any) -> Tensor:
+        return prediction(loss, net(adapted(x, y), task["query_x"]))
+
+    x0: Tree = dict(net.params)
+    if learn_steps:
+        log_step = torch.tensor(step, dtype=torch.float64).log()
+        x0 = {
+            "params": x0,
+            "log_steps": {name: torch.full_like(p, float(log_step)) for name, p in net.params.items()},
+        }
+    return Learner(
+        name="FOMAML" if first_order else "MAML",
+        problem=BilevelProblem(f, g, init=init, iterative=learn_steps, tasks=True),
+        x0=x0,
+        y0={name: torch.zeros_like(p) for name, p in net.params.items()} if learn_steps else dict(net.params),
+        estimator=estimator,
+        adapt=Iterate(descent, steps),
+        predict=predict,
+        export=lambda x: net.load(x["params"] if learn_steps else x),
+    )
