@@ -1,4 +1,4 @@
-"""How an estimator is applied to a problem: to a part of the tasks at a time, and to an encoding of x."""
+"""How an estimator is applied to a problem: if it applies, to a part of the tasks at a time, to an encoding of x."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status
+from bilevel.requirements.properties import DoesNotApply
+from bilevel.requirements.why_not import refusal, why_not
 
 
 def apply_estimator(
@@ -21,7 +23,22 @@ def apply_estimator(
 
     Where the problem has an `encode`, the estimator sees z = encode(x) in the place of x, and its h_z is pulled back:
     h = (dz/dx)' h_z, which every estimator that is linear in the derivatives of f and g commutes with.
+
+    Raises:
+        ValueError: if the estimator does not apply to the problem, naming it and the reason.
     """
+    why = why_not(estimator, problem.problem)
+    if why:
+        raise ValueError(why)
+    try:
+        return _chunked(estimator, problem, x, start, chunk_size)
+    except DoesNotApply as error:
+        raise ValueError(refusal(estimator, error.reason)) from error
+
+
+def _chunked(
+    estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, chunk_size: int | None
+) -> FlatEstimate:
     if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
         return _encoded(estimator, problem, x, start)
     tasks, parts = problem.tasks, []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import final
+from dataclasses import dataclass, replace
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
-from bilevel._result import Tally
+from bilevel._result import Report, Tally
+from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 
 def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: bool = False) -> Tensor:
@@ -45,12 +46,19 @@ def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor,
 
 
 def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | None:
-    """grad_x of the sum of g(x, y) over the batch: `(p,)`, without a graph; None where g does not depend on x."""
+    """grad_x of the sum of g(x, y) over the batch: `(p,)`, without a graph; None where g does not depend on x.
+
+    Raises:
+        DoesNotApply: if it does not, and y depends on x through its start only.
+    """
     problem.tally.gradients += y.shape[:-1].numel()
     with torch.enable_grad(), explained():
         x = x.detach().requires_grad_()
         value = problem.g(x, y.detach()).sum()
-        return torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+        found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
+    if found is None and problem.problem.init is not None:
+        raise DoesNotApply(START_ONLY)
+    return found
 
 
 def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperator:
@@ -97,44 +105,92 @@ def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOp
     return LinearOperator(lambda z: pull(gx, y, pull(gy, x, z.reshape(y.shape))).reshape(-1), flat.numel()), flat
 
 
+Products: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
 @final
-@dataclass(eq=False)
 class Linearization:
-    """The optimality condition F(x, y) = grad_y g = 0 to first order at a point (x, y).
+    """An optimality condition F(x, y) = 0 to first order at a point, as implicit differentiation needs it.
+
+    With (dF/dy)' v = b, b made of grad_y f, the hypergradient is grad_x f - (dF/dx)' v. For a smooth inner problem
+    F = grad_y g, dF/dy is the Hessian H, (dF/dx)' is G = d2g/dxdy and b = grad_y f; other kinds of inner problem have
+    other unknowns v, and say so by a right-hand side of their own.
 
     Attributes:
         y: the point `(*batch, q)`.
-        gradient: F there.
-        operator: dF/dy, the inner Hessian H, as an operator; its `last_mv` prepares the cross product as well.
-        products: v -> (H v, G v) in one pass, G = d2g/dxdy as a p-by-q matrix; G v is None where g does not
-            depend on x.
-        pull: v -> G v alone, where that is cheaper; None: it is not.
+        gradient: grad_y g there.
+        operator: (dF/dy)', with its declared properties; its `last_mv` prepares the cross product as well.
+        products: v -> ((dF/dy)' v, (dF/dx)' v) in one pass; the latter is None where F does not depend on x.
+        reports: what was found out about the point on the way, such as which bounds hold.
     """
 
-    y: Tensor
-    gradient: Tensor
-    operator: LinearOperator = field(init=False)
-    mv: Callable[[Tensor], Tensor]
-    products: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    pull: Callable[[Tensor], Tensor | None] | None = None
-    _last: tuple[Tensor, int, Tensor | None] | None = None
+    def __init__(
+        self,
+        y: Tensor,
+        gradient: Tensor,
+        mv: Callable[[Tensor], Tensor],
+        products: Products,
+        pull: Callable[[Tensor], Tensor | None] | None = None,
+        *,
+        operator: LinearOperator | None = None,
+        right_hand_side: Callable[[Tensor], Tensor] | None = None,
+        moved: Callable[[Tensor, Tensor], Tensor] | None = None,
+        reports: tuple[Report, ...] = (),
+        start_in_x: bool = False,
+    ) -> None:
+        """Put it together.
 
-    def __post_init__(self) -> None:
-        self.operator = LinearOperator(self.mv, self.y.shape[-1], positive_definite=True, last_mv=self._last_mv)
+        Args:
+            y: the point.
+            gradient: grad_y g there.
+            mv: v -> (dF/dy)' v.
+            products: both products.
+            pull: v -> (dF/dx)' v alone, where that is cheaper; None: it is not.
+            operator: what `mv` is, where it is not symmetric positive definite of the size of y.
+            right_hand_side: grad_y f -> b; None: b = grad_y f.
+            moved: (v, grad_y f) -> what belongs to (dF/dx)' v and depends on grad_y f itself; None: nothing.
+            reports: what was found out about the point.
+            start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
+        """
+        self.y, self.gradient, self.products, self.reports = y, gradient, products, reports
+        self._pull, self._right_hand_side, self._moved, self._start_in_x = pull, right_hand_side, moved, start_in_x
+        self._last: list[tuple[Tensor, int, Tensor | None]] = []  # shared, and not self: nothing refers to its owner
+        last = self._last
 
-    def _last_mv(self, v: Tensor) -> Tensor:
-        hv, gv = self.products(v)
-        self._last = (v, v._version, gv)
-        return hv
+        def last_mv(v: Tensor) -> Tensor:
+            hv, gv = products(v)
+            last[:] = [(v, v._version, gv)]
+            return hv
 
-    def cross(self, v: Tensor) -> Tensor | None:
-        """G v `(p,)`, summed over the batch; None where g does not depend on x.
+        declared = LinearOperator(mv, y.shape[-1], positive_definite=True) if operator is None else operator
+        self.operator = replace(declared, last_mv=last_mv)
+
+    def right_hand_side(self, fy: Tensor) -> Tensor:
+        """B of the system (dF/dy)' v = b."""
+        return fy if self._right_hand_side is None else self._right_hand_side(fy)
+
+    def cross(self, v: Tensor, fy: Tensor | None = None) -> Tensor | None:
+        """(dF/dx)' v `(p,)`, summed over the batch; None where F does not depend on x.
 
         Free of cost at the very vector at which a linear solver has just measured its true residual.
+
+        Args:
+            v: the solution of the linear system.
+            fy: grad_y f, for kinds of inner problem whose condition moves with it; smooth ones do without.
+
+        Raises:
+            DoesNotApply: if F does not depend on x, and y depends on x through its start.
         """
-        if self._last is not None and self._last[0] is v and self._last[1] == v._version:
-            return self._last[2]
-        return self.products(v)[1] if self.pull is None else self.pull(v)
+        if self._last and self._last[0][0] is v and self._last[0][1] == v._version:
+            found = self._last[0][2]
+        else:
+            found = self.products(v)[1] if self._pull is None else self._pull(v)
+        if self._moved is not None and fy is not None:
+            moved = self._moved(v, fy)
+            found = moved if found is None else found + moved
+        if found is None and self._start_in_x:
+            raise DoesNotApply(START_ONLY)
+        return found
 
 
 class AbstractProducts(abc.ABC):
@@ -178,7 +234,8 @@ class Exact(AbstractProducts):
             with explained():
                 return torch.autograd.grad(gradient, x, v, retain_graph=True, allow_unused=True)[0]
 
-        return Linearization(y.detach(), gradient.detach(), operator.mv, products, pull)
+        start_in_x = problem.problem.init is not None
+        return Linearization(y.detach(), gradient.detach(), operator.mv, products, pull, start_in_x=start_in_x)
 
 
 @final
@@ -220,4 +277,5 @@ class FiniteDifferences(AbstractProducts):
             tally.cross_products -= rows  # formed on the way, not asked for
             return products(v)[0]
 
-        return Linearization(y.detach(), gradients(y)[0], mv, products)
+        start_in_x = problem.problem.init is not None
+        return Linearization(y.detach(), gradients(y)[0], mv, products, start_in_x=start_in_x)

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._flat import FlatProblem
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
+from bilevel.requirements.properties import STRICTEST, Property
 
 
 @final
@@ -115,7 +116,20 @@ class FlatEstimate:
     note: str = ""
 
 
-class AbstractEstimator(abc.ABC):
+class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)
+    """What declares what it requires of an inner problem: estimators, and whole algorithms."""
+
+    @property
+    def requires(self) -> frozenset[Property]:
+        """What it requires of the inner problem: the strictest, a smooth minimization, unless it says otherwise.
+
+        One place checks it before every estimate, so that an estimator is refused by name where its mathematics does
+        not apply; and `check`, `compare` and "auto" read it.
+        """
+        return STRICTEST
+
+
+class AbstractEstimator(AbstractRequiring):
     """Estimates the hypergradient h = grad Phi(x), Phi(x) = f(x, y*(x)).
 
     An estimator is a frozen value that holds its solvers. It never raises for a failure to converge: that is in

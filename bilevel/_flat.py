@@ -12,7 +12,6 @@ from bilevel._numerics.batched import batched
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
-from bilevel.inner_problems.polytope import FlatPolytope
 
 
 @final
@@ -75,24 +74,9 @@ class FlatProblem:
             return self.spread(y0)
         return self.map(lambda x, *data: self.y.ravel(init(x, *data), "init(x)"), "g", x)
 
-    def polytope(self, x: Tensor) -> FlatPolytope | None:
-        """The constraints on y at x, one row for each problem of the batch; differentiable. None: there are none."""
-        constraints = self.problem.constraints
-        if constraints is None:
-            return None
-
-        def flat(x: Tree, *data: Any) -> Any:
-            return constraints(x, *data).flat(self.y).tensors()
-
-        return FlatPolytope(*self.map(flat, "g", x))
-
     def spread(self, y: Tensor) -> Tensor:
         """One task's vector `(q,)` for every task `(tasks, q)`; as it is where there are none or it has been."""
         return y.expand(self.tasks, -1).clone() if self.tasks is not None and y.dim() == 1 else y
-
-    def data_of(self, level: str) -> Any:
-        """The third argument of "f" or of "g"."""
-        return getattr(self.data, level) if isinstance(self.data, Split) else self.data
 
     def map(self, function: Callable[..., Tensor], level: str, x: Tensor, *rows: Tensor) -> Tensor:
         """function(x or encode(x), *rows, data) of each problem of the batch; x in the user's structure.
@@ -139,7 +123,7 @@ class FlatProblem:
             if self.data is None:
                 self._data[level] = [], lambda _: ()
             else:
-                leaves, build = tree_parts(self.data_of(level))
+                leaves, build = tree_parts(getattr(self.data, level) if level in ("f", "g") else self.data)
                 places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
                 def place(tensors: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import Linearization, grad, hessian_operator
+from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator
+from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
-from bilevel.inner_problems.polytope import FlatPolytope
+from bilevel._tree import Tree
+from bilevel.requirements.properties import Feature
+
+if TYPE_CHECKING:
+    from bilevel.inner_problems.polytope import FlatPolytope
 
 State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class OwnStep:
+    """The step of an inner problem that is an iteration.
+
+    Attributes:
+        step: (y, gradient, number) -> the next y; differentiable, also in x. The gradient is None where it uses none.
+        count: how many steps the problem takes, where an inner solver is not told otherwise.
+        needs_gradient: whether it uses grad_y g.
+    """
+
+    step: Callable[[Tensor, Tensor | None, int], Tensor]
+    count: int
+    needs_gradient: bool
 
 
 @final
@@ -33,6 +55,8 @@ class Objective:
         closed_form: applies a user's map x -> y in the user's structures; see `ClosedForm`.
         constraints: linear constraints on y, for solvers that heed them.
         oracle: y -> (values, gradients), where there is a faster way than autograd.
+        prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
+        own: the problem's own step, where it is an iteration.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -48,11 +72,13 @@ class Objective:
         closed_form: Callable[[Callable[..., object]], Tensor] | None = None,
         constraints: FlatPolytope | None = None,
         oracle: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
+        own: OwnStep | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form = closed_form
-        self.constraints = constraints
+        self.constraints, self.prox, self.own = constraints, prox, own
         self.linearization: Linearization | None = None
         self._linearize, self._oracle = linearize, oracle
 
@@ -123,8 +149,16 @@ class AbstractInnerSolver(abc.ABC):
     """
 
     @property
+    def heeds(self) -> frozenset[Feature]:
+        """What it heeds beyond a smooth objective: nothing unless it says otherwise.
+
+        It is refused where the inner problem has anything else. `heeds_constraints` is the older way to say so.
+        """
+        return frozenset({Feature.constraints}) if self.heeds_constraints else frozenset()
+
+    @property
     def heeds_constraints(self) -> bool:
-        """Whether it minimizes under `Objective.constraints`; otherwise it must not be used where there are any."""
+        """Whether it minimizes under `Objective.constraints`; see `heeds`."""
         return False
 
     @abc.abstractmethod
@@ -157,3 +191,41 @@ class AbstractUnrollable(AbstractInnerSolver):
 
 def _rows(y: Tensor) -> int:
     return y.shape[:-1].numel()
+
+
+def smooth_objective(
+    problem: FlatProblem,
+    x: Tensor,
+    products: AbstractProducts | None,
+    *,
+    constraints: FlatPolytope | None = None,
+    prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
+    own: OwnStep | None = None,
+) -> Objective:
+    """g(x, .) for inner solvers, with whatever else a kind has."""
+    linearize = None if products is None else lambda y: products.linearize(problem, x, y)
+    oracle = None if products is None else products.oracle(problem, x)
+    return Objective(
+        lambda y: problem.g(x, y),
+        problem.tally,
+        linearize,
+        closed_form(problem, x),
+        constraints,
+        oracle,
+        prox,
+        own,
+    )
+
+
+def closed_form(problem: FlatProblem, x: Tensor) -> Callable[[Callable[..., Tree]], Tensor]:
+    """How a user's map x -> y*(x) becomes one of vectors; see `ClosedForm`."""
+
+    def apply(solution: Callable[..., Tree]) -> Tensor:
+        def one(x: Tree, *data: object) -> Tensor:
+            return problem.y.ravel(solution(x, *data), "ClosedForm(solution=...)(x)")
+
+        if x.dim() == 1:
+            return problem.map(one, "g", x)
+        return torch.stack([problem.map(one, "g", row) for row in x])  # a user's map need not be vectorizable
+
+    return apply

@@ -14,6 +14,51 @@ from bilevel._result import Solved
 
 
 @final
+@dataclass(frozen=True)
+class OperatorProperties:
+    """What is declared of a matrix, and what a solver demands of one; positive definite implies symmetric.
+
+    Attributes:
+        symmetric: A = A'.
+        positive_definite: symmetric, and v'Av > 0 for v != 0.
+
+    Example:
+        >>> OperatorProperties(symmetric=True).admits(OperatorProperties(positive_definite=True))
+        False
+    """
+
+    symmetric: bool = False
+    positive_definite: bool = False
+
+    def admits(self, demanded: OperatorProperties) -> bool:
+        """Whether a matrix with these properties has all that are demanded."""
+        symmetric = self.symmetric or self.positive_definite
+        return (symmetric or not demanded.symmetric) and (self.positive_definite or not demanded.positive_definite)
+
+
+ANY = OperatorProperties()
+SYMMETRIC = OperatorProperties(symmetric=True)
+POSITIVE_DEFINITE = OperatorProperties(symmetric=True, positive_definite=True)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SaddleBlocks:
+    """The blocks of a saddle-point matrix [[M, A'], [A, 0]], for solvers that know what to do with them.
+
+    Attributes:
+        M: the leading block, as an operator of size q.
+        A: the rows of the equalities `(*batch, m, q)`.
+        free: the entries of the first q unknowns that are coupled to anything `(*batch, q)`; M is the identity on the
+            others, and A zero.
+    """
+
+    M: LinearOperator
+    A: Tensor
+    free: Tensor
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class LinearOperator:
     """A matrix A known by its products `mv(v) = A v`; its properties are declared, and solvers demand them.
@@ -29,6 +74,7 @@ class LinearOperator:
         last_mv: the product at the vector that a solver is about to return, for its true residual; an operator
             may prepare there what its owner needs at that vector. None: the same as `mv`.
         diagonal: a positive diagonal near A, of the shape of a vector, where its owner knows one; for preconditioners.
+        blocks: those of a saddle-point matrix, where it is one.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
@@ -43,6 +89,12 @@ class LinearOperator:
     symmetric: bool = True
     last_mv: Callable[[Tensor], Tensor] | None = None
     diagonal: Tensor | None = None
+    blocks: SaddleBlocks | None = None
+
+    @property
+    def properties(self) -> OperatorProperties:
+        """What is declared of A."""
+        return OperatorProperties(self.symmetric or self.positive_definite, self.positive_definite)
 
     def residual(self, b: Tensor, v: Tensor) -> Tensor:
         """The true residual b - A v at a vector that is about to be returned; one product."""
@@ -81,6 +133,11 @@ class AbstractLinearSolver(abc.ABC):
     independent systems, each with its own step lengths and status.
     """
 
+    @property
+    def demands(self) -> OperatorProperties:
+        """What the method needs of A: the strictest unless it says otherwise. Without it, an estimate is refused."""
+        return POSITIVE_DEFINITE
+
     @abc.abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b.
@@ -103,18 +160,24 @@ class AbstractPreconditioner(abc.ABC):
         """The map, for vectors of the shape of `like`; products with the operator are counted as any other."""
 
 
-def demand(operator: LinearOperator, solver: str, *, positive_definite: bool = False, symmetric: bool = False) -> None:
+def unmet(demanded: OperatorProperties, declared: OperatorProperties) -> str:
+    """Which demanded property is not declared, and what to use instead; empty if none is missing."""
+    if declared.admits(demanded):
+        return ""
+    if demanded.positive_definite:
+        return (
+            "requires an operator declared symmetric positive definite. Got one that is not."
+            " Use `MINRES` if it is symmetric, `GMRES` or `Dense` otherwise."
+        )
+    return "requires an operator declared symmetric. Got one that is not. Use `GMRES` or `Dense`."
+
+
+def demand(operator: LinearOperator, solver: str, demanded: OperatorProperties) -> None:
     """Refuse an operator without a declared property.
 
     Raises:
         ValueError: naming the solver, what it requires and what to use instead.
     """
-    if positive_definite and not operator.positive_definite:
-        raise ValueError(
-            f"`{solver}` requires an operator declared symmetric positive definite. Got one that is not."
-            f" Use `MINRES` if it is symmetric, `GMRES` or `Dense` otherwise."
-        )
-    if symmetric and not (operator.symmetric or operator.positive_definite):
-        raise ValueError(
-            f"`{solver}` requires an operator declared symmetric. Got one that is not. Use `GMRES` or `Dense`."
-        )
+    why = unmet(demanded, operator.properties)
+    if why:
+        raise ValueError(f"`{solver}` {why}")

@@ -6,15 +6,20 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
 from bilevel._tree import Tree
-from bilevel._validate import demand_batch
-from bilevel.inner_problems.polytope import Polytope
+from bilevel.requirements.properties import DoesNotApply
 
-_OPTIONAL = ("init", "encode", "constraints")  # functions that a problem may do without
+if TYPE_CHECKING:
+    from bilevel.inner_problems.kind import AbstractInnerProblem
+    from bilevel.inner_problems.polytope import Polytope
+    from bilevel.prox.term import AbstractProxTerm
+from bilevel._validate import demand_batch
+
+_OPTIONAL = ("init", "encode", "constraints", "prox")  # functions that a problem may do without
 
 
 class BilevelProblem:
@@ -40,13 +45,18 @@ class BilevelProblem:
             chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
         constraints: linear constraints on y, if there are any: `constraints(x) -> Polytope`, or `constraints(x, data)`.
             `KKT` differentiates the constrained minimizer; estimators that assume grad_y g = 0 refuse.
+        prox: a non-smooth term h of the inner objective, y*(x) = argmin_y g(x, y) + h_x(y): `prox(x) -> term`, such as
+            `lambda x: bilevel.prox.L1(x.exp())`, or `prox(x, data)`.
         iterative: y is what so many steps make of their start, not a minimizer of g, although g depends on x (MAML with
             learned step sizes). `ITD` and `ESJ` are right then; estimators that assume grad_y g = 0 refuse.
         tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
             with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
+        inner: a kind of inner problem of `bilevel.inner_problems`, or one of your own, in the place of g, constraints,
+            prox and iterative.
 
     Raises:
-        TypeError: if f, g, init, encode or constraints cannot be called.
+        TypeError: if f, g, init, encode, constraints or prox cannot be called.
+        ValueError: if more than one of constraints, prox, iterative and inner is given, or g beside inner.
 
     Example:
         >>> import torch
@@ -60,8 +70,10 @@ class BilevelProblem:
     init: Callable[..., Tree] | None = None
     encode: Callable[..., Tree] | None = None
     constraints: Callable[..., Polytope] | None = None
+    prox: Callable[..., AbstractProxTerm] | None = None
     iterative: bool = False
     tasks: bool = False
+    inner: AbstractInnerProblem | None = None
     _f: Callable[..., Tensor] | None = None
     _g: Callable[..., Tensor] | None = None
 
@@ -73,25 +85,40 @@ class BilevelProblem:
         init: Callable[..., Tree] | None = None,
         encode: Callable[..., Tree] | None = None,
         constraints: Callable[..., Polytope] | None = None,
+        prox: Callable[..., AbstractProxTerm] | None = None,
         iterative: bool = False,
         tasks: bool = False,
+        inner: AbstractInnerProblem | None = None,
     ) -> None:
-        optional = (("init", init), ("encode", encode), ("constraints", constraints))
+        optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
-            if function is None and (name in _OPTIONAL or _overridden(self, name)):
+            if function is None and (name in _OPTIONAL or _overridden(self, name) or (name == "g" and inner)):
                 continue
             if not callable(function):
                 raise TypeError(
                     f"`BilevelProblem({name}=...)` must be a callable. Got {type(function).__name__}."
                     f" Pass a function such as `lambda x, y: ...`."
                 )
-        self._f, self._g = f, g
+        if inner is not None:
+            _demand_kind(inner)
+        kinds = {"constraints": constraints, "prox": prox, "iterative": iterative or None, "inner": inner}
+        given = [name for name, kind in kinds.items() if kind is not None]
+        if len(given) > 1 or (inner is not None and g is not None):
+            raise ValueError(
+                f"`BilevelProblem` has one kind of inner problem. Got {' and '.join(given)}"
+                f"{' beside g' if g is not None and inner is not None else ''}. Give one of constraints, prox and"
+                f" iterative, or an `inner=` that holds all of it."
+            )
+        self._f, self._g = f, g if inner is None else inner.g
+        self.inner = inner
         if init is not None:
             self.init = init
         if encode is not None:
             self.encode = encode
         if constraints is not None:
             self.constraints = constraints
+        if prox is not None:
+            self.prox = prox
         if iterative:
             self.iterative = iterative
         if tasks:
@@ -103,14 +130,20 @@ class BilevelProblem:
         return self._f(x, y, *data)
 
     def g(self, x: Tree, y: Tree, *data: Any) -> Tensor:
-        """The inner objective: a scalar."""
-        assert self._g is not None
+        """The inner objective: a scalar.
+
+        Raises:
+            DoesNotApply: if the inner problem has none.
+        """
+        if self._g is None:
+            raise DoesNotApply("the inner problem has no objective g. Use `ITD`, `ESJ` or `FiniteDifference`.")
         return self._g(x, y, *data)
 
     def __repr__(self) -> str:
         given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
         given += "".join(f", {name}=True" for name in ("iterative", "tasks") if getattr(self, name))
-        return f"{type(self).__name__}(f, g{given})"
+        g = "g" if self.inner is None else f"inner={type(self.inner).__name__}(...)"
+        return f"{type(self).__name__}(f, {g}{given})"
 
 
 @final
@@ -142,29 +175,48 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         )
     for batch in (data.f, data.g) if isinstance(data, Split) else (data,):
         demand_batch(batch)
+    first = "x" if problem.encode is None else "z"
     for name in ("f", "g", *_OPTIONAL):
         own = name in _OPTIONAL or _overridden(problem, name)
         function = getattr(problem, name if own else f"_{name}")
-        if function is None and name not in _OPTIONAL:
+        if function is None and (name in _OPTIONAL or (name == "g" and problem.inner is not None)):
+            continue
+        if function is None:
             raise TypeError(
                 f"`{type(problem).__name__}` must define the method {name}(self, x, y), or be given `{name}=`."
             )
-        if function is None or _is_plain(function, (1 if name in _OPTIONAL else 2) + (data is not None)):
-            continue
-        first = "x" if name == "encode" or problem.encode is None else "z"
-        names: tuple[str, ...] = (first,) if name in _OPTIONAL else (first, "y")
-        names += () if data is None else ("data",)
-        try:
-            inspect.signature(function).bind(*names)
-        except ValueError:  # a builtin without a signature: let the call itself tell
-            continue
-        except TypeError as error:
-            wants_data = "missing" in str(error) and data is None
-            hint = "Pass `data=...`." if wants_data else f"Write `def {name}({', '.join(names)}): ...`."
-            raise TypeError(
-                f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept"
-                f" ({error}). {hint}"
-            ) from error
+        names: tuple[str, ...] = ("x" if name == "encode" else first,) if name in _OPTIONAL else (first, "y")
+        _demand_arguments(name, function, names, data)
+    if problem.inner is not None:
+        for name, (function, names) in problem.inner.functions.items():
+            _demand_arguments(name, function, names, data)
+
+
+def _demand_arguments(name: str, function: Callable[..., Any], names: tuple[str, ...], data: Any) -> None:
+    """Refuse a function that does not take these arguments, and data after them where there are any."""
+    names += () if data is None else ("data",)
+    if _is_plain(function, len(names)):
+        return
+    try:
+        inspect.signature(function).bind(*names)
+    except ValueError:  # a builtin without a signature: let the call itself tell
+        return
+    except TypeError as error:
+        wants_data = "missing" in str(error) and data is None
+        hint = "Pass `data=...`." if wants_data else f"Write `def {name}({', '.join(names)}): ...`."
+        raise TypeError(
+            f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept ({error}). {hint}"
+        ) from error
+
+
+def _demand_kind(inner: Any) -> None:
+    from bilevel.inner_problems.kind import AbstractInnerProblem
+
+    if not isinstance(inner, AbstractInnerProblem):
+        raise TypeError(
+            f"`BilevelProblem(inner=...)` must be a kind of inner problem such as `SmoothMinimization(g)`."
+            f" Got {type(inner).__name__}. A function g goes to `BilevelProblem(f, g)`."
+        )
 
 
 def _overridden(problem: BilevelProblem, name: str) -> bool:

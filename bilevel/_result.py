@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 
@@ -193,6 +194,13 @@ class Report:
         failed = sum(not status.ok for status in self.statuses)
         tasks = f" in {failed} of {len(self.statuses)} tasks" if failed else ""
         return f"{self.part}{tasks}: {self.status.value} (residual {self.residual:.3g} after {self.steps} steps)"
+
+
+def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
+    """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
+    residual = solved.residual if gradient is None else torch.linalg.vector_norm(gradient, dim=-1)
+    worst = float(residual.max()) if residual.numel() else 0.0
+    return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
 
 
 class BilevelError(RuntimeError):

@@ -24,7 +24,9 @@ from bilevel._linear import (
     LinearOperator as LinearOperator,
 )
 from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, OptimizerState as OptimizerState
-from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally
+from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally, report as report
 from bilevel.few_shot.learner import Learner as Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood as AbstractLikelihood
-from bilevel.inner_problems.objective import inner_objective as inner_objective, report as report
+from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
+from bilevel.inner_problems.kinds import inner_objective as inner_objective, inner_problem as inner_problem
+from bilevel.requirements.properties import DoesNotApply as DoesNotApply, Feature as Feature, Property as Property

@@ -19,6 +19,7 @@ from bilevel.solvers.neumann import Neumann as Neumann
 from bilevel.solvers.newton import Newton as Newton
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
 from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
+from bilevel.solvers.saddle_cholesky import SaddleCholesky as SaddleCholesky
 from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize

@@ -11,7 +11,14 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner, LinearOperator, demand
+from bilevel._linear import (
+    POSITIVE_DEFINITE,
+    AbstractLinearSolver,
+    AbstractPreconditioner,
+    LinearOperator,
+    OperatorProperties,
+    demand,
+)
 from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -75,8 +82,12 @@ class CG(AbstractLinearSolver):
         demand_types(self)
         check_tolerances("CG", self.rtol, self.atol, self.max_steps)
 
+    @property
+    def demands(self) -> OperatorProperties:
+        return POSITIVE_DEFINITE
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
-        demand(operator, "CG", positive_definite=True)
+        demand(operator, "CG", self.demands)
         precondition = None if self.preconditioner is None else self.preconditioner.build(operator, b)
         run = partial(_run_one if b.dim() == 1 else _run_batch, precondition=precondition)
         solve = solve_by_runs if self.recompute else solve_by_one_run

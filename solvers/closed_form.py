@@ -13,6 +13,7 @@ from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Solved, Status
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
+from bilevel.requirements.properties import Feature
 
 
 @final
@@ -44,8 +45,8 @@ class ClosedForm(AbstractInnerSolver):
         demand_types(self, {"solution": "a function x -> y"})
 
     @property
-    def heeds_constraints(self) -> bool:
-        return True  # the formula is the user's
+    def heeds(self) -> frozenset[Feature]:
+        return frozenset(Feature)  # the formula is the user's
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         if objective.closed_form is None:

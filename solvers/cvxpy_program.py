@@ -13,6 +13,7 @@ from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import violation
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.requirements.properties import Feature
 from bilevel.solvers.quadratic_program import program_of
 
 
@@ -45,8 +46,8 @@ class Cvxpy(AbstractInnerSolver):
             raise ValueError(f"`Cvxpy(tol=...)` must be at least 0. Got {self.tol}.")
 
     @property
-    def heeds_constraints(self) -> bool:
-        return True
+    def heeds(self) -> frozenset[Feature]:
+        return frozenset({Feature.constraints})
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         program = program_of(objective, y0)

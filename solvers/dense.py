@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import AbstractLinearSolver, LinearOperator
+from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
 from bilevel._numerics.krylov import row_norms
 from bilevel._result import Solved, Status
 
@@ -37,6 +37,10 @@ class Dense(AbstractLinearSolver):
         >>> bool(torch.allclose(Dense().solve(operator, torch.tensor([3.0, 3.0])).value, torch.ones(2)))
         True
     """
+
+    @property
+    def demands(self) -> OperatorProperties:
+        return ANY
 
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b; `guess` is not needed."""

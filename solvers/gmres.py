@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import AbstractLinearSolver, LinearOperator
+from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
 from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -65,6 +65,10 @@ class GMRES(AbstractLinearSolver):
         check_tolerances("GMRES", self.rtol, 0.0, self.max_steps)
         if self.restart is not None and self.restart < 1:
             raise ValueError(f"`GMRES(restart=...)` must be at least 1. Got {self.restart}. Pass None for no restarts.")
+
+    @property
+    def demands(self) -> OperatorProperties:
+        return ANY
 
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         cycle = operator.size if self.restart is None else min(self.restart, operator.size)

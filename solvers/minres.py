@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import AbstractLinearSolver, LinearOperator, demand
+from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, demand
 from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -61,8 +61,12 @@ class MINRES(AbstractLinearSolver):
         demand_types(self)
         check_tolerances("MINRES", self.rtol, 0.0, self.max_steps)
 
+    @property
+    def demands(self) -> OperatorProperties:
+        return SYMMETRIC
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
-        demand(operator, "MINRES", symmetric=True)
+        demand(operator, "MINRES", self.demands)
         return solve_by_runs(_run, operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
 
 

@@ -9,7 +9,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import AbstractLinearSolver, LinearOperator, demand
+from bilevel._linear import (
+    ANY,
+    POSITIVE_DEFINITE,
+    SYMMETRIC,
+    AbstractLinearSolver,
+    LinearOperator,
+    OperatorProperties,
+    demand,
+)
 from bilevel._numerics.krylov import row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Status
@@ -66,6 +74,10 @@ class Neumann(AbstractLinearSolver):
         if not self.rtol >= 0:
             raise ValueError(f"`Neumann(rtol=...)` must be at least 0. Got {self.rtol}. Pass 0 to take all the terms.")
 
+    @property
+    def demands(self) -> OperatorProperties:
+        return ANY if self.step is not None else POSITIVE_DEFINITE
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         norm_b = row_norms(b)
         zero = norm_b == 0
@@ -100,7 +112,7 @@ class Neumann(AbstractLinearSolver):
         """The step of each row, zero where there is none, and why."""
         if self.step is not None:
             return torch.full_like(zero, self.step, dtype=b.dtype), [Status.successful] * zero.numel()
-        demand(operator, "Neumann(step=None)", symmetric=True)
+        demand(operator, "Neumann(step=None)", SYMMETRIC)
         largest = largest_eigenvalue(operator, b)
         refusals = [
             Status.successful

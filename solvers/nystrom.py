@@ -10,7 +10,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner, LinearOperator, demand
+from bilevel._linear import (
+    POSITIVE_DEFINITE,
+    SYMMETRIC,
+    AbstractLinearSolver,
+    AbstractPreconditioner,
+    LinearOperator,
+    OperatorProperties,
+    demand,
+)
 from bilevel._numerics.krylov import row_norms
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
@@ -60,9 +68,13 @@ class Nystrom(AbstractLinearSolver):
                 f"`Nystrom(damping=...)` must be positive and finite. Got {self.damping}. Pass None to derive it."
             )
 
+    @property
+    def demands(self) -> OperatorProperties:
+        return POSITIVE_DEFINITE  # semidefinite at least: with eigenvalues of both signs it means nothing
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Apply the damped inverse of the approximation; `guess` is not needed."""
-        demand(operator, "Nystrom", symmetric=True)
+        demand(operator, "Nystrom", SYMMETRIC)
         norm_b = row_norms(b)
         zero = norm_b == 0
         if bool(zero.all()):

@@ -14,6 +14,7 @@ from bilevel._numerics.quadratic_programs import solve_program, violation
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.inner_problems.polytope import FlatPolytope
+from bilevel.requirements.properties import Feature
 
 _LESS = 0.9  # what another model must reduce the error to
 
@@ -76,8 +77,8 @@ class QuadraticProgram(AbstractInnerSolver):
             raise ValueError(f"`QuadraticProgram(max_models=...)` must be at least 1. Got {self.max_models}.")
 
     @property
-    def heeds_constraints(self) -> bool:
-        return True
+    def heeds(self) -> frozenset[Feature]:
+        return frozenset({Feature.constraints})
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol

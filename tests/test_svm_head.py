@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from bilevel import AID, BilevelError, BilevelProblem, FiniteDifference, Status, hypergradient, ravel
 from bilevel.few_shot.learner import Learner
 from bilevel.problems import svm_head
-from bilevel.solvers.dense import Dense
+from bilevel.solvers.cg import CG
 from bilevel.solvers.quadratic_program import QuadraticProgram
 
 WAYS, SHOTS, INPUTS, FEATURES, TASKS = 4, 3, 3, 4, 2
@@ -237,7 +237,7 @@ def test_few_interior_point_steps_do_not_give_a_hypergradient() -> None:
 def test_estimators_without_constraints_refuse() -> None:
     learner = svm_head(body(), FEATURES, WAYS, SUPPORT)
     with pytest.raises(ValueError, match="`AID` does not apply: y is constrained"):
-        hypergradient(learner.problem, learner.x0, learner.y0, data=batch(), estimator=AID(QuadraticProgram(), Dense()))
+        hypergradient(learner.problem, learner.x0, learner.y0, data=batch(), estimator=AID(QuadraticProgram(), CG()))
 
 
 # The learner

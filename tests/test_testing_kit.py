@@ -14,7 +14,8 @@ from bilevel import AID, ITD, AbstractEstimator, BilevelProblem, Constants, Inst
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel.inner_problems.objective import inner_objective, report
+from bilevel._result import report
+from bilevel.inner_problems.kinds import inner_objective
 from bilevel.problems import catalogue
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent

@@ -15,7 +15,9 @@ from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.penalty import certify_penalty
 from bilevel.certificates.theorems import certify_flat
+from bilevel.inner_problems.kinds import inner_problem
 from bilevel.named.setting import default_linear
+from bilevel.requirements.properties import Property
 
 
 def certify(
@@ -94,8 +96,12 @@ def certify(
             f" Give them, or use `estimate_constants(problem, x, estimate.y)`, or see `estimate.error_estimate`."
         )
     check_signature(problem, data)
-    if problem.constraints is not None:
-        raise ValueError("`certify` does not apply: its theorems are for an inner problem without constraints on y.")
+    kind = inner_problem(problem)
+    if not {Property.stationary, Property.smooth} <= kind.offers:
+        raise ValueError(
+            "`certify` does not apply: its theorems are for an inner problem that is a smooth minimization, without"
+            f" constraints on y. Here {kind.refusal}"
+        )
     x_vector, x_structure = ravel(x, "x")
     z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, problem.tasks), data)

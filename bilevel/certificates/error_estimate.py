@@ -10,7 +10,9 @@ from torch import Tensor
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel.certificates.double_precision import in_double
+from bilevel.inner_problems.kinds import inner_problem
 from bilevel.named.setting import default_linear
+from bilevel.requirements.properties import DoesNotApply, Property
 
 
 def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z: Tensor) -> float:
@@ -20,8 +22,9 @@ def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z
     solves, two gradients of g and one of f, in float64 wherever f and g can be evaluated in it. NaN where a linear
     solve does not succeed, and where y is constrained.
     """
-    if problem.problem.constraints is not None:
-        return math.nan  # the Newton correction would leave the constraints
+    kind = inner_problem(problem.problem)
+    if not {Property.stationary, Property.smooth} <= kind.offers:
+        return math.nan  # the Newton correction is of grad_y g = 0
     if y.dtype != torch.float64:
         doubled = in_double(problem, problem.tally)
         try:
@@ -41,10 +44,11 @@ def _second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, 
     at = Exact().linearize(problem, x, y)
     _, fx, fy = outer_gradients(problem, x, y)
     system = linear.solve(at.operator, fy, v)
-    cross = at.cross(system.value)
-    # A y that depends on x only through its start is where the steps lead, not a minimizer.
-    undefined = problem.problem.iterative or (cross is None and problem.problem.init is not None)
-    if undefined or not (step.status.ok and system.status.ok):
+    try:
+        cross = at.cross(system.value)
+    except DoesNotApply:  # y depends on x only through its start: it is where the steps lead, not a minimizer
+        return math.nan
+    if not (step.status.ok and system.status.ok):
         return math.nan
     better = fx if cross is None else fx - cross
     return float(torch.linalg.vector_norm(z.double() - better.double()))

@@ -18,7 +18,7 @@ from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved
 from bilevel.diagnostics.taylor import Slope, slope
 from bilevel.diagnostics.verdict import Check, Outcome, Verdict
-from bilevel.inner_problems.objective import inner_objective
+from bilevel.inner_problems.kinds import inner_objective
 from bilevel.named.reference import reference
 from bilevel.named.registry import estimators
 from bilevel.named.setting import Setting, default_inner, default_linear
@@ -287,7 +287,7 @@ class Checker:
             ]
 
     def _constraints(self, x: Tensor) -> Tensor:
-        polytope = self.problem.polytope(x)
+        polytope = inner_objective(self.problem, x).constraints
         assert polytope is not None
         return torch.cat([part.detach().reshape(-1) for part in polytope.tensors()])
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._problem import BilevelProblem, check_signature
@@ -156,7 +157,7 @@ class _Comparer:
         return Comparison(tuple(rows), float(torch.linalg.vector_norm(self.h)), self.how, self.error)
 
     def _run(self, estimator: AbstractEstimator) -> Callable[[FlatProblem], FlatEstimate]:
-        return lambda problem: estimator.estimate(problem, self.x, FlatStart(self.y0))
+        return lambda problem: apply_estimator(estimator, problem, self.x, FlatStart(self.y0))
 
     def _timed(self, estimator: AbstractEstimator) -> tuple[FlatEstimate, Stats, float]:
         run = self._run(estimator)

@@ -14,7 +14,7 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree, ravel, tree_leaves, tree_map
 from bilevel.few_shot.learner import Learner
-from bilevel.inner_problems.objective import inner_objective
+from bilevel.inner_problems.kinds import inner_objective
 from bilevel.tasks._random import seed_of_step
 from bilevel.tasks.source import AbstractTasks
 

@@ -10,13 +10,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Exact, Linearization, outer_gradients
+from bilevel._calculus import AbstractProducts, Exact, FiniteDifferences, Linearization, outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.quasi_newton import Pairs, Recycled
-from bilevel._result import Report, Solved, Status
+from bilevel._result import Report, Solved, Status, report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
 from bilevel.certificates.accuracy import (
@@ -31,7 +31,8 @@ from bilevel.certificates.assumptions import moved
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.residuals import measured
 from bilevel.certificates.theorems import bounded
-from bilevel.inner_problems.objective import inner_objective, refuse_constraints, refuse_iterative, report
+from bilevel.hypergrad.implicit import solution
+from bilevel.requirements.properties import START_ONLY, DoesNotApply, Property
 
 _ATTEMPTS = 100  # of a certified estimate: mostly two to four are needed, more where solvers take few steps each
 _INNER = 0.6  # of the target, which the inner solver aims at; the linear solver has what is left
@@ -46,7 +47,11 @@ _SLACK = 0.95  # of the target, for what changes while it is being met
 class AID(AbstractEstimator):
     """AID: h = grad_x f - (d2g/dxdy) v with (d2g/dy2) v = grad_y f, at an approximate inner solution y.
 
-    With another linear solver this is AID-CG, AID-Neumann, the dense implicit gradient, and so on.
+    With another linear solver this is AID-CG, AID-Neumann, the dense implicit gradient, and so on. Where y solves
+    another condition F(x, y) = 0 than grad_y g = 0 (constraints on y, a non-smooth term), it is h = grad_x f -
+    (dF/dx)' v with (dF/dy)' v = grad_y f in the unknowns of that kind of inner problem, by a linear solver that its
+    declared properties admit: `CG` where it is positive definite, `MINRES` where it is symmetric, `GMRES` for
+    anything.
 
     Cost: the inner solver's D gradients and one more, one gradient of f, the linear solver's N Hessian products
     and one for its true residual (one more for a warm start), one cross product. Memory O(q): it does not grow
@@ -73,10 +78,12 @@ class AID(AbstractEstimator):
             target counts.
         constants: what is known of f and g, or a function of x that tells; for the certified error. None: estimated at
             the start, which makes the bound a heuristic.
+        margin: the relative distance from a kink of y*(x), where a bound or a support changes, below which it is
+            reported as `Status.weakly_active`; None: 1e-10, or 1e-6 in float32.
 
     Raises:
-        ValueError: from `estimate`, if bounds on y are active, or if y depends on x only through its start (`init=`):
-            the implicit function theorem does not see the start; use `ITD` or `ESJ`.
+        ValueError: from `estimate`, if bounds on y are active that the problem does not know of, or if y depends on x
+            only through its start (`init=`): the implicit function theorem does not see the start; use `ITD` or `ESJ`.
 
     Example:
         >>> import torch
@@ -95,11 +102,14 @@ class AID(AbstractEstimator):
     target_error: float | None = None
     relative_error: float | None = None
     constants: Constants | Callable[[Tree], Constants] | None = None
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
         if not self.damping >= 0:
             raise ValueError(f"`AID(damping=...)` must be at least 0. Got {self.damping}.")
+        if self.margin is not None and not self.margin >= 0:
+            raise ValueError(f"`AID(margin=...)` must be at least 0, or None. Got {self.margin}.")
         if self.target_error is not None or self.relative_error is not None:
             self._accuracy()
             if self.damping:
@@ -119,35 +129,31 @@ class AID(AbstractEstimator):
     def takes_encoding(self) -> bool:
         return self.target_error is None and self.relative_error is None  # a certificate is of the error in x
 
+    @property
+    def requires(self) -> frozenset[Property]:
+        needed = frozenset({Property.stationary, Property.second_derivatives, Property.beyond_start})
+        if self.target_error is not None or self.relative_error is not None:
+            return needed | {Property.smooth}  # what certificates are of
+        return needed - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else needed
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        refuse_constraints(problem, "AID")
-        refuse_iterative(problem, "AID")
         if self.target_error is not None or self.relative_error is not None:
             return self._certified(problem, x, start, self._accuracy())
-        solved, at = self._inner(problem, x, problem.start(x, start.y).detach(), self.inner)
+        y0 = problem.start(x, start.y).detach()
+        solved, at, ended = solution(problem, x, y0, self.inner, self.products, self.margin)
         y = solved.value
         value, fx, fy = outer_gradients(problem, x, y)
-        system = self._solve(problem, at, fy, start.v, self.linear)
+        system = self._solve(problem, at, at.right_hand_side(fy), start.v, self.linear)
         v = system.value
-        h = self._hypergradient(problem, fx, at.cross(v))
-        reports = (report("inner solver", solved, at.gradient), report("linear solver", system))
-        return FlatEstimate(h, value, y, reports, v)
+        cross = at.cross(v, fy)
+        h = fx if cross is None else fx - cross
+        reports = (ended, *at.reports, report("linear solver", system))
+        return FlatEstimate(h, value, y, reports, v if v.shape == y.shape else None)
 
     def _inner(
         self, problem: FlatProblem, x: Tensor, y: Tensor, solver: AbstractInnerSolver
     ) -> tuple[Solved, Linearization]:
-        objective = inner_objective(problem, x, self.products)
-        solved = solver.solve(objective, y)
-        if solved.at_bounds:
-            raise ValueError(
-                f"`AID` does not apply: {solved.at_bounds} entries of y are held by bounds, where grad_y g is not zero"
-                f" and the implicit function theorem for unconstrained minima does not hold. Use `FiniteDifference` or"
-                f" `Penalty`, or move the bounds out of the way."
-            )
-        at = objective.linearization  # built where the solver stopped, if it asked for its last gradient
-        if at is None or at.y.data_ptr() != solved.value.data_ptr():
-            at = self.products.linearize(problem, x, solved.value)
-        return solved, at
+        return solution(problem, x, y, solver, self.products)[:2]
 
     def _solve(
         self,
@@ -168,11 +174,7 @@ class AID(AbstractEstimator):
     @staticmethod
     def _hypergradient(problem: FlatProblem, fx: Tensor, cross: Tensor | None) -> Tensor:
         if cross is None and problem.problem.init is not None:
-            raise ValueError(
-                "`AID` does not apply: g does not depend on x, so y depends on x only through its start `init(x)`,"
-                " which the implicit function theorem does not see. Use `ITD` or `ESJ`, or add a term in x to g"
-                " (iMAML: a proximal term)."
-            )
+            raise DoesNotApply(START_ONLY)
         return fx if cross is None else fx - cross
 
     def _certified(self, problem: FlatProblem, x: Tensor, start: FlatStart, accuracy: Accuracy) -> FlatEstimate:

@@ -15,7 +15,8 @@ from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._result import Report, Status
 from bilevel._validate import demand_types
 from bilevel.hypergrad.compiled_programs import Programs
-from bilevel.inner_problems.objective import inner_objective, refuse_constraints
+from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.properties import Property
 
 
 @final
@@ -71,11 +72,14 @@ class CompiledITD(AbstractEstimator):
             )
 
     @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset({Property.steps, Property.smooth, Property.second_derivatives})
+
+    @property
     def takes_encoding(self) -> bool:
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        refuse_constraints(problem, "CompiledITD")
         inner = self.inner
         assert isinstance(inner, AbstractUnrollable)
         if inner.tuned(inner_objective(problem, x), problem.spread(start.y)) is not inner:

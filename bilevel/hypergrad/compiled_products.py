@@ -91,7 +91,8 @@ class CompiledProducts(AbstractProducts):
             (gv,) = program(_cross)(x, y, v)
             return gv if gv.numel() else None
 
-        return Linearization(y.detach(), gradient, mv, products, pull)
+        start_in_x = problem.problem.init is not None
+        return Linearization(y.detach(), gradient, mv, products, pull, start_in_x=start_in_x)
 
 
 def _gradient(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:

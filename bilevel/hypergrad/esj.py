@@ -13,9 +13,10 @@ from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, report
 from bilevel._validate import demand_types
-from bilevel.inner_problems.objective import demand_heeded, inner_objective, report
+from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.properties import Property
 
 Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 
@@ -85,8 +86,11 @@ class ESJ(AbstractEstimator):
                 f" Got {self.distribution!r}."
             )
 
+    @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset()
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        demand_heeded(problem, self.inner, "ESJ")
         u, c = self._draw(x, start.count)
         y, moved, solved = self._solve(problem, x, u, start.y)
         value, fx, fy = outer_gradients(problem, x, y)

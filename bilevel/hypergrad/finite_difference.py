@@ -11,9 +11,10 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._result import Report
+from bilevel._result import Report, report
 from bilevel._validate import demand_types
-from bilevel.inner_problems.objective import demand_heeded, inner_objective, report
+from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.properties import Property
 
 
 @final
@@ -51,8 +52,11 @@ class FiniteDifference(AbstractEstimator):
         if self.step is not None and not self.step > 0:
             raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
 
+    @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset()
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        demand_heeded(problem, self.inner, "FiniteDifference")
         value, y, first = self._phi(problem, x, start.y)
         reports = [first]
         step = torch.finfo(x.dtype).eps ** (1 / 3) if self.step is None else self.step

@@ -13,8 +13,10 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.second_derivatives import explained
+from bilevel._result import report
 from bilevel._validate import demand_types
-from bilevel.inner_problems.objective import demand_heeded, inner_objective, report
+from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.properties import DoesNotApply, Property
 
 
 @final
@@ -52,11 +54,14 @@ class FirstOrder(AbstractEstimator):
         demand_types(self)
 
     @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset()
+
+    @property
     def takes_encoding(self) -> bool:
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        demand_heeded(problem, self.inner, "FirstOrder")
         y0, leaf = start_at(problem, x, start)
         solved = self.inner.solve(inner_objective(problem, x), y0.detach())
         value, fx, fy = outer_gradients(problem, x, solved.value)
@@ -100,16 +105,19 @@ class Reptile(AbstractEstimator):
         demand_types(self)
 
     @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset({Property.start_in_x})
+
+    @property
     def takes_encoding(self) -> bool:
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        demand_heeded(problem, self.inner, "Reptile")
         y0, leaf = start_at(problem, x, start)
-        if not y0.requires_grad:
-            raise ValueError(
-                "`Reptile` does not apply: the start of y does not depend on x, and its direction is from the end of"
-                " the inner iteration to its start. Give the problem `init=lambda x: x`, or use `ITD`."
+        if not y0.requires_grad:  # there is an `init`, in which x does not occur
+            raise DoesNotApply(
+                "the start of y does not depend on x, and its direction is from the end of the inner iteration to its"
+                " start. Give the problem `init=lambda x: x`, or use `ITD`."
             )
         solved = self.inner.solve(inner_objective(problem, x), y0.detach())
         y = solved.value

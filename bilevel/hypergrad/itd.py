@@ -14,9 +14,11 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._numerics.second_derivatives import explained
+from bilevel._result import report
 from bilevel._validate import demand_types
 from bilevel.hypergrad.unrolling.unroll import Unroll
-from bilevel.inner_problems.objective import inner_objective, refuse_constraints, report
+from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.properties import Property
 
 
 @final
@@ -88,11 +90,14 @@ class ITD(AbstractEstimator):
             raise ValueError(f"`ITD(truncate=...)` must be at least 1. Got {self.truncate}.")
 
     @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset({Property.steps, Property.second_derivatives})
+
+    @property
     def takes_encoding(self) -> bool:
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        refuse_constraints(problem, "ITD")
         assert isinstance(self.inner, AbstractUnrollable)
         with torch.enable_grad(), explained():
             leaf = x.detach().requires_grad_()

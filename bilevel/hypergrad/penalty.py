@@ -12,9 +12,10 @@ from bilevel._calculus import inner_gradient_in_x, outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._result import Report
+from bilevel._result import Report, report
 from bilevel._validate import demand_types
-from bilevel.inner_problems.objective import inner_objective, refuse_constraints, refuse_iterative, report
+from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.properties import Property
 
 
 @final
@@ -63,20 +64,17 @@ class Penalty(AbstractEstimator):
             raise ValueError(f"`Penalty(weight=...)` must be positive. Got {self.weight}.")
 
     @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset({Property.stationary, Property.minimum, Property.smooth, Property.beyond_start})
+
+    @property
     def takes_encoding(self) -> bool:
         return True
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        refuse_constraints(problem, "Penalty")
-        refuse_iterative(problem, "Penalty")
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
         y = solved.value
         gx = inner_gradient_in_x(problem, x, y)
-        if gx is None and problem.problem.init is not None:
-            raise ValueError(
-                "`Penalty` does not apply: g does not depend on x, so y depends on x only through its start `init(x)`,"
-                " which the value function does not see. Use `ITD` or `ESJ`, or add a term in x to g."
-            )
         value, _, _ = outer_gradients(problem, x, y)
         reports = [report("inner solver", solved)]
         h, y_w = self._at(problem, x, y, gx, self.weight, reports)

@@ -1,1 +1,13 @@
-"""What y*(x) is: the kinds of inner problem, one a file."""
+"""What y*(x) is: the kinds of inner problem, one a file.
+
+Import them from here: `from bilevel.inner_problems import SmoothMinimization`.
+"""
+
+from bilevel.inner_problems.composite import Composite as Composite
+from bilevel.inner_problems.constrained import LinearlyConstrained as LinearlyConstrained
+from bilevel.inner_problems.iteration import Iteration as Iteration
+from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
+from bilevel.inner_problems.kinds import inner_problem as inner_problem
+from bilevel.inner_problems.polytope import Polytope as Polytope
+from bilevel.inner_problems.smooth import SmoothMinimization as SmoothMinimization
+from bilevel.requirements.properties import Property as Property

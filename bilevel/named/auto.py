@@ -12,6 +12,7 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._tree import Tree
 from bilevel.certificates.certificate import Constants
+from bilevel.requirements.properties import Property
 
 
 @final
@@ -62,6 +63,10 @@ class Chosen(AbstractEstimator):
 
     estimator: AbstractEstimator
     why: str
+
+    @property
+    def requires(self) -> frozenset[Property]:
+        return self.estimator.requires
 
     @property
     def takes_encoding(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
@@ -54,7 +55,7 @@ def choose(
             try:
                 estimator = build(name, budget)
                 quiet = problem.with_tally(Tally())
-                found = estimator.estimate(quiet, x, FlatStart(y0))
+                found = apply_estimator(estimator, quiet, x, FlatStart(y0))
             except (ValueError, NotImplementedError) as reason:
                 refused += "budget" not in str(reason)
                 if "budget" in str(reason):

@@ -13,12 +13,13 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Tally
-from bilevel.inner_problems.objective import refuse_constraints
+from bilevel.inner_problems.kinds import inner_problem
 from bilevel.named.auto import Auto, Chosen
 from bilevel.named.budget import budgeted
 from bilevel.named.choice import choose
 from bilevel.named.reference import reference
 from bilevel.named.setting import Setting, default_inner, default_linear, default_unrolled
+from bilevel.requirements.properties import Property
 
 
 def _aid(linear: Callable[[Setting], AbstractLinearSolver]) -> Callable[[Setting], AbstractEstimator]:
@@ -75,8 +76,11 @@ def _itd(
 ) -> Callable[[Setting], AbstractEstimator]:
     def build(s: Setting) -> AbstractEstimator:
         from bilevel.hypergrad.itd import ITD
+        from bilevel.solvers.gradient_descent import GradientDescent
+        from bilevel.solvers.iterate import Iterate
 
-        refuse_constraints(s.problem, "ITD")
+        if Property.steps not in inner_problem(s.problem.problem).offers:  # it is refused where it is applied
+            return ITD(Iterate(GradientDescent(), max_steps=1))
         least = s.derivative_steps() if truncate is None else truncate
         return ITD(default_unrolled(s, least), truncate=truncate, forward=forward, checkpoint=checkpoint)
 

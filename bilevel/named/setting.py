@@ -14,7 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
-from bilevel.inner_problems.objective import inner_objective
+from bilevel.inner_problems.kinds import inner_objective
 
 MOST_STEPS = 5000  # of an unrolled iteration
 

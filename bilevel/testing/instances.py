@@ -12,7 +12,7 @@ from bilevel._tree import ravel
 from bilevel.diagnostics.check import check
 from bilevel.diagnostics.verdict import Outcome
 from bilevel.hypergrad.aid import AID
-from bilevel.inner_problems.objective import inner_objective
+from bilevel.inner_problems.kinds import inner_objective
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.newton import Newton
 from bilevel.testing.properties import close, estimate

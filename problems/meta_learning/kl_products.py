@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final, get_args
 
 import torch
@@ -159,9 +159,15 @@ class KLProducts(AbstractProducts):
             tally.cross_products += count
             return pull((x,), v)[0]
 
-        at = Linearization(y.detach(), s.detach() + place(kl.gradient), mv, products, cross_alone)
-        at.operator = replace(at.operator, diagonal=place(kl.diagonal))
-        return at
+        return Linearization(
+            y.detach(),
+            s.detach() + place(kl.gradient),
+            mv,
+            products,
+            cross_alone,
+            operator=LinearOperator(mv, y.shape[-1], positive_definite=True, diagonal=place(kl.diagonal)),
+            start_in_x=problem.problem.init is not None,
+        )
 
     def _blocks(self, tree: Mapping[str, Tree], batch: int) -> list[Tensor]:
         """The mean and, unless it is fixed, the log-variance, as rows `(*batch, n)`."""

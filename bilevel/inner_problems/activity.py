@@ -1,0 +1,92 @@
+"""Which bounds hold at a constrained minimizer, and by how much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._numerics.saddle_point import pseudo_inverse
+from bilevel._result import Report, Status
+from bilevel.inner_problems.polytope import FlatPolytope
+
+# A bound is taken at its word by distance alone where that is beyond rounding; multipliers decide after that.
+_ROUNDS = 2  # multipliers tell which entries are free, and these the multipliers: a second round settles both
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """Which bounds hold at y, and by how much.
+
+    An entry is held where its multiplier exceeds its distance from the bound, both relative to the largest entries.
+
+    Attributes:
+        free: the entries that no bound holds `(*batch, q)`.
+        upper: of the others, those on their upper bound.
+        multipliers: of the equalities `(*batch, m)`.
+        margin: the least, over entries that are not fixed, of the greater of relative distance and relative
+            multiplier: `(*batch,)`. Zero where strict complementarity fails.
+    """
+
+    free: Tensor
+    upper: Tensor
+    multipliers: Tensor
+    margin: Tensor
+
+    @staticmethod
+    def of(polytope: FlatPolytope, y: Tensor, gradient: Tensor, curved: Tensor, multipliers: Tensor | None) -> Activity:
+        """From the gradient of g at y, H y (whose size it has cancelled from), and the multipliers where known."""
+        A, b, lower, upper = (part.expand(*y.shape[:-1], *part.shape[y.dim() - 1 :]) for part in polytope.tensors())
+        finite = torch.stack([torch.where(bound.isfinite(), bound, y) for bound in (lower, upper)])
+        primal = _positive(torch.maximum(finite.abs().amax(0), y.abs()).amax(-1, keepdim=True))
+        near_lower, near = y - lower < upper - y, torch.minimum(y - lower, upper - y) / primal
+        free = near > torch.finfo(y.dtype).eps ** 0.5
+        if multipliers is None:
+            multipliers = _fitted(A, gradient, free, torch.zeros_like(b))
+        force = near
+        for _ in range(_ROUNDS):
+            pull = gradient + times(A.mT, multipliers)
+            terms = torch.stack([gradient, curved, times(A.mT, multipliers)]).abs().amax(0)
+            force = torch.where(near_lower, pull, -pull) / _positive(terms.amax(-1, keepdim=True))
+            free = (near > force.clamp_min(0)) & ~polytope.fixed
+            multipliers = _fitted(A, gradient, free, multipliers)
+        margin = torch.where(polytope.fixed, torch.inf, torch.where(free, near, force)).amin(-1)
+        return Activity(free, ~near_lower, multipliers, margin)
+
+    def report(self, margin: float) -> Report:
+        """Strict complementarity, in words; the residual is the least margin."""
+        return kink_report("active bounds", self.margin, margin)
+
+
+def kink_report(part: str, margins: Tensor, least: float) -> Report:
+    """How far y*(x) is from a kink, `(*batch,)`, in words."""
+    statuses = tuple(
+        Status.nonfinite if margin != margin else Status.successful if margin > least else Status.weakly_active
+        for margin in margins.reshape(-1).tolist()
+    )
+    return Report(part, Status.worst(statuses), float(margins.min()), 0, statuses if margins.dim() else ())
+
+
+def times(A: Tensor, v: Tensor) -> Tensor:
+    """A v for each row of the batch."""
+    product: Tensor = (A @ v.unsqueeze(-1)).squeeze(-1)
+    return product
+
+
+def _fitted(A: Tensor, gradient: Tensor, free: Tensor, near: Tensor) -> Tensor:
+    """The multipliers nearest to given ones that minimize |grad_F g + A_F' nu|."""
+    A_F = A * free.unsqueeze(-2)
+    left = (gradient + times(A.mT, near)) * free
+    return near - times(pseudo_inverse(A_F @ A_F.mT), times(A_F, left))
+
+
+def _positive(sizes: Tensor) -> Tensor:
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+
+
+def default_margin(like: Tensor) -> float:
+    """The relative distance from a kink that rounding and the tolerances of solvers leave uncertain."""
+    return 1e-10 if like.dtype == torch.float64 else 1e-6

@@ -1,0 +1,96 @@
+"""What an inner problem is: how y follows from x, and what is declared of it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from bilevel._linear import ANY, OperatorProperties
+from bilevel.requirements.properties import DoesNotApply, Feature, Property
+
+if TYPE_CHECKING:  # a problem holds its kind, and a kind is given the problem
+    from bilevel._calculus import AbstractProducts, Linearization
+    from bilevel._flat import FlatProblem
+    from bilevel._inner import Objective
+    from bilevel._result import Solved
+
+
+class AbstractInnerProblem(abc.ABC):
+    """A kind of inner problem: y*(x) as a minimizer, a constrained one, a fixed point, or the end of an iteration.
+
+    A kind is a frozen value that holds functions of the user's x and y. It declares what it offers, builds what inner
+    solvers are given, and, where y solves an equation F(x, y) = 0, that equation to first order. Estimators know no
+    kinds: they state what they require, and one place compares (`bilevel._apply`). What a kind does not declare it
+    does not have.
+    """
+
+    @property
+    @abc.abstractmethod
+    def offers(self) -> frozenset[Property]:
+        """What it has; an estimator that requires more is refused."""
+
+    @property
+    @abc.abstractmethod
+    def refusal(self) -> str:
+        """What it is, for an estimator that requires more, and what to use instead: a sentence or two."""
+
+    @property
+    def g(self) -> Callable[..., Tensor] | None:
+        """The smooth objective g(x, y), where there is one; it becomes that of the problem."""
+        return None
+
+    @property
+    def functions(self) -> Mapping[str, tuple[Callable[..., Any], tuple[str, ...]]]:
+        """Functions of its own beside g, by name, with the names of their arguments; data come after these."""
+        return {}
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What an inner solver must heed beyond a smooth objective."""
+        return frozenset()
+
+    @property
+    def operator(self) -> OperatorProperties:
+        """What is declared of (dF/dy)', which linear solvers demand."""
+        return ANY
+
+    @property
+    def implicit(self) -> str:
+        """The name of the estimator that differentiates F implicitly, which "implicit" stands for; empty: none does."""
+        return ""
+
+    @abc.abstractmethod
+    def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
+        """What inner solvers are given at x `(p,)`, or at several `(k, p)`.
+
+        Args:
+            problem: the problem in vectors.
+            x: the outer variable; where it requires a gradient, steps are differentiated through the objective.
+            products: how to linearize where the solver stops, and to evaluate gradients; None: not at all, and by
+                autograd.
+        """
+
+    def linearize(
+        self,
+        problem: FlatProblem,
+        x: Tensor,
+        solved: Solved,
+        smooth: Callable[[], Linearization],
+        margin: float | None,
+    ) -> Linearization:
+        """F(x, y) = 0 to first order at the solution.
+
+        Args:
+            problem: the problem in vectors.
+            x: the outer variable.
+            solved: what the inner solver returned.
+            smooth: makes the linearization of grad_y g there, for kinds with a g; one gradient, if it is not known.
+            margin: the relative distance from a kink of y*(x) below which it is reported; None: that of the dtype.
+
+        Raises:
+            DoesNotApply: if there is no such equation.
+        """
+        raise DoesNotApply(self.refusal)

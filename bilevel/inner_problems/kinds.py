@@ -1,0 +1,38 @@
+"""Which kind of inner problem a problem has: the one place that decides."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bilevel._calculus import AbstractProducts
+from bilevel._flat import FlatProblem
+from bilevel._inner import Objective
+from bilevel._problem import BilevelProblem
+from bilevel.inner_problems.composite import Composite
+from bilevel.inner_problems.constrained import LinearlyConstrained
+from bilevel.inner_problems.iteration import Iteration
+from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.smooth import SmoothMinimization
+
+
+def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
+    """The kind of inner problem that was given as `inner=`, or that follows from g, constraints, prox and iterative.
+
+    Example:
+        >>> type(inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))).__name__
+        'Iteration'
+    """
+    if isinstance(problem.inner, AbstractInnerProblem):
+        return problem.inner
+    if problem.iterative:
+        return Iteration(objective_function=problem.g)
+    if problem.constraints is not None:
+        return LinearlyConstrained(problem.g, problem.constraints)
+    if problem.prox is not None:
+        return Composite(problem.g, problem.prox)
+    return SmoothMinimization(problem.g)
+
+
+def inner_objective(problem: FlatProblem, x: Tensor, products: AbstractProducts | None = None) -> Objective:
+    """What inner solvers are given at x `(p,)`, or at several `(k, p)`; see `AbstractInnerProblem.objective`."""
+    return inner_problem(problem.problem).objective(problem, x, products)

@@ -1,0 +1,84 @@
+"""The weighted L1 norm, and its conjugate, the ball of the L-infinity norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._tree import Tree
+from bilevel.prox.term import AbstractProxTerm, least, on_leaves, relative_gap, total
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class L1(AbstractProxTerm):
+    """h(y) = sum_i w_i |y_i|, w_i >= 0; prox_{t h}(v)_i = sign(v_i) max(|v_i| - t w_i, 0), soft thresholding.
+
+    The derivative in v is 1 where |v_i| > t w_i and 0 where it is less; that in w is -t sign(v_i) there. At equality
+    the map has a kink, and the derivative taken is 0.
+
+    Args:
+        weight: w: a number or tensor for all entries, or a structure like y; leaves broadcast against those of y.
+
+    Example:
+        >>> L1(1.0).prox(torch.tensor([3.0, -0.5, -2.0]), 0.5)
+        tensor([ 2.5000, -0.0000, -1.5000])
+    """
+
+    weight: Tree
+
+    def value(self, y: Tree) -> Tensor:
+        return total(on_leaves(lambda leaf, w: w * leaf.abs(), y, self.weight))
+
+    def prox(self, v: Tree, step: Tensor | float) -> Tree:
+        return on_leaves(lambda leaf, w: leaf.sign() * (leaf.abs() - step * w).relu(), v, self.weight)
+
+    def margin(self, v: Tree, step: Tensor | float) -> Tensor:
+        return least(on_leaves(lambda leaf, w: relative_gap(leaf.abs(), step * w), v, self.weight))
+
+    def conjugate(self) -> LInfBall:
+        return LInfBall(self.weight)
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LInfBall(AbstractProxTerm):
+    """h(y) = 0 where |y_i| <= r_i for all i, infinite elsewhere; prox_{t h}(v)_i = min(max(v_i, -r_i), r_i).
+
+    The projection, whatever t. Its derivative in v is 1 inside and 0 outside; that in r is sign(v_i) outside.
+
+    Args:
+        radius: r: a number or tensor for all entries, or a structure like y; leaves broadcast against those of y.
+
+    Example:
+        >>> LInfBall(1.0).prox(torch.tensor([3.0, -0.5]), 0.1)
+        tensor([ 1.0000, -0.5000])
+    """
+
+    radius: Tree
+
+    def value(self, y: Tree) -> Tensor:
+        def outside(leaf: Tensor, r: Tensor | float) -> Tensor:
+            return torch.where(leaf.abs() <= r, torch.zeros_like(leaf), torch.full_like(leaf, torch.inf))
+
+        return total(on_leaves(outside, y, self.radius))
+
+    def prox(self, v: Tree, step: Tensor | float) -> Tree:
+        return on_leaves(lambda leaf, r: torch.where(leaf.abs() <= r, leaf, leaf.sign() * r), v, self.radius)
+
+    def margin(self, v: Tree, step: Tensor | float) -> Tensor:
+        return least(on_leaves(lambda leaf, r: relative_gap(leaf.abs(), r), v, self.radius))
+
+    def conjugate(self) -> L1:
+        return L1(self.radius)
+
+    @property
+    def separable(self) -> bool:
+        return True

@@ -1,0 +1,80 @@
+"""What a term with a proximal map is."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel._tree import Tree, tree_leaves, tree_parts
+
+
+class AbstractProxTerm(abc.ABC):
+    """A closed convex h(y) with prox_{t h}(v) = argmin_y h(y) + |y - v|^2 / (2 t).
+
+    y is any structure; parameters are tensors, through which the map is differentiated where they depend on x. Every
+    operation is elementwise or batched by `torch.vmap`.
+    """
+
+    @abc.abstractmethod
+    def value(self, y: Tree) -> Tensor:
+        """h(y): a scalar, infinite where y is not admitted."""
+
+    @abc.abstractmethod
+    def prox(self, v: Tree, step: Tensor | float) -> Tree:
+        """prox_{step h}(v), differentiable in v and in the parameters almost everywhere."""
+
+    @abc.abstractmethod
+    def margin(self, v: Tree, step: Tensor | float) -> Tensor:
+        """How far v is from where the map has a kink, relative to its entries: a scalar; zero at a kink."""
+
+    @abc.abstractmethod
+    def conjugate(self) -> AbstractProxTerm:
+        """h*(u) = sup_y <u, y> - h(y), so that prox_{t h}(v) + t prox_{h*/t}(v/t) = v (Moreau)."""
+
+    @property
+    def separable(self) -> bool:
+        """Whether h is a sum over entries, so that the derivative of the map is diagonal. False unless it says so."""
+        return False
+
+
+def on_leaves(function: Callable[[Tensor, Any], Tensor], y: Tree, parameter: Any) -> Tree:
+    """The function of each leaf of y and of its parameter: one for all leaves, or a structure like y.
+
+    Raises:
+        ValueError: if the parameter is a structure with another number of leaves.
+
+    Example:
+        >>> on_leaves(torch.mul, {"a": torch.ones(2)}, {"a": 3.0})
+        {'a': tensor([3., 3.])}
+    """
+    leaves, build = tree_parts(y)
+    parameters = tree_leaves(parameter)
+    if len(parameters) == 1 and len(leaves) > 1:
+        parameters = parameters * len(leaves)
+    if len(parameters) != len(leaves):
+        raise ValueError(
+            f"a parameter of a proximal term must be a number, a tensor, or a structure like y, which has {len(leaves)}"
+            f" leaves. Got {len(parameters)} leaves."
+        )
+    return build([function(leaf, each) for leaf, each in zip(leaves, parameters, strict=True)])
+
+
+def total(parts: Tree) -> Tensor:
+    """The sum of all entries of all leaves: a scalar."""
+    return torch.stack([leaf.sum() for leaf in tree_leaves(parts)]).sum()
+
+
+def least(parts: Tree) -> Tensor:
+    """The least entry of all leaves: a scalar."""
+    return torch.stack([leaf.min() for leaf in tree_leaves(parts)]).min()
+
+
+def relative_gap(size: Tensor, threshold: Tensor | float) -> Tensor:
+    """|size - threshold| over the larger of the two, entry by entry; zero where both are."""
+    other = torch.as_tensor(threshold).to(size)
+    largest = torch.maximum(size, other.expand_as(size))
+    return (size - other).abs() / torch.where(largest > 0, largest, torch.ones_like(largest))

@@ -1,0 +1,56 @@
+"""What an inner problem offers and an estimator requires, as data."""
+
+from __future__ import annotations
+
+import enum
+from typing import final
+
+
+class Property(enum.Enum):
+    """A property of an inner problem; the value says it in words.
+
+    A kind of inner problem declares which it offers, an estimator which it requires, and one place compares them before
+    every estimate (`bilevel._apply`). Two are not declared by a kind: `beyond_start` is seen where a derivative in x is
+    formed, at no cost, and `start_in_x` is whether the problem has an `init`.
+
+    Example:
+        >>> Property.stationary.value
+        'y solves an optimality condition F(x, y) = 0'
+    """
+
+    stationary = "y solves an optimality condition F(x, y) = 0"
+    minimum = "y minimizes a function g(x, .) that can be evaluated"
+    smooth = "g alone describes y: there are no constraints, no non-smooth term and no steps of the problem's own"
+    steps = "differentiable steps lead to y"
+    second_derivatives = "g has second derivatives in torch"
+    beyond_start = "y depends on x by more than the start of the inner iteration"
+    start_in_x = "the start of the inner iteration depends on x"
+
+
+class Feature(enum.Enum):
+    """What an inner problem has beyond a smooth objective, and an inner solver must heed; its value is in words."""
+
+    constraints = "the constraints on y"
+    prox = "the non-smooth term of the inner problem"
+    own_steps = "the steps that the inner problem consists of"
+
+
+STRICTEST = frozenset(Property) - {Property.start_in_x}  # what an estimator that declares nothing requires
+
+START_ONLY = (
+    "g does not depend on x, so y depends on x only through its start `init(x)`, which the implicit function theorem"
+    " does not see. Use `ITD` or `ESJ`, or add a term in x to g (iMAML: a proximal term)."
+)
+
+
+@final
+class DoesNotApply(ValueError):  # noqa: N818  (what it says is what is wrong)
+    """An estimator does not apply to a problem, for a reason that is seen on the way only.
+
+    Attributes:
+        reason: a sentence or two: what the problem is, and what to use instead.
+    """
+
+    def __init__(self, reason: str) -> None:
+        ValueError.__init__(self, f"the estimator does not apply: {reason}")
+        self.reason = reason
