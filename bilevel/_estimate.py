@@ -145,6 +145,13 @@ class AbstractEstimator(AbstractRequiring):
         """
         return False
 
+    def with_seed(self, seed: int) -> AbstractEstimator | None:
+        """This estimator, drawing its random numbers from another seed; None: it draws none.
+
+        One that says nothing is taken to draw none: `bilevel run --seed` then says that it has no effect.
+        """
+        return None
+
     @abc.abstractmethod
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         """The estimate at x `(p,)`, from a warm start; oracle calls are counted in `problem.tally`.

@@ -165,6 +165,21 @@ class AbstractInnerSolver(abc.ABC):
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         """Minimize the objective from y0: `(q,)`, or `(*batch, q)` for independent problems side by side."""
 
+    def with_tolerance(self, tol: float) -> AbstractInnerSolver | None:
+        """This solver, stopping where `Solved.residual` is at most `tol`; None: it has no tolerance.
+
+        One that says nothing is taken to have none: certified accuracy then uses it as it is, and takes its y for the
+        best that it finds.
+        """
+        return None
+
+    def with_steps(self, steps: int) -> AbstractInnerSolver | None:
+        """This solver, taking at most so many steps, and all of them if it has no tolerance; None: it is no iteration.
+
+        One that says nothing is taken to be none: `adapt(steps=...)` then refuses it.
+        """
+        return None
+
 
 class AbstractUnrollable(AbstractInnerSolver):
     """An inner solver that is an iteration of differentiable steps, which is what ITD differentiates.

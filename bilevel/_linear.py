@@ -151,6 +151,25 @@ class AbstractLinearSolver(abc.ABC):
             ValueError: if the operator is not declared to have a property that the method needs.
         """
 
+    def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> AbstractLinearSolver | None:
+        """This solver, stopping where |b - A v| <= tol; None: it has no tolerance (a factorization).
+
+        One that says nothing is taken to have none: certified accuracy then uses it as it is.
+
+        Args:
+            tol: the tolerance, absolute.
+            size: |b|, for solvers that know relative tolerances only.
+            trusting: do without the true residual of the system, where the solver can: nothing rests on it.
+        """
+        return None
+
+    def with_preconditioner(self, preconditioner: AbstractPreconditioner) -> AbstractLinearSolver | None:
+        """This solver, preconditioned, where it has no preconditioner of its own, which it keeps; None: it takes none.
+
+        One that says nothing is taken to take none, and is used without.
+        """
+        return None
+
 
 class AbstractPreconditioner(abc.ABC):
     """Builds r -> M^-1 r with M ~ A symmetric positive definite, once a solve."""

@@ -37,6 +37,13 @@ class AbstractOptimizer(abc.ABC):
     def tuned(self, largest_curvature: Tensor) -> AbstractOptimizer:
         """This optimizer with open step sizes derived from L: `()`, or `(*batch, 1)` for rows."""
 
+    def with_step(self, step: float) -> AbstractOptimizer | None:
+        """This optimizer with another step length; None: it has none of its own.
+
+        One that says nothing is taken to have none: `bilevel run --step` then asks for `--outer NAME`.
+        """
+        return None
+
 
 class AbstractOuterDriver(abc.ABC):
     """An outer method that runs its own loop (a library's minimizer), for deterministic problems."""

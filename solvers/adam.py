@@ -102,6 +102,9 @@ class Adam(AbstractOptimizer):
     def tuned(self, largest_curvature: Tensor) -> Adam:
         return self
 
+    def with_step(self, step: float) -> Adam:
+        return Adam(step, self.beta1, self.beta2, self.eps, self.eps_root)
+
 
 def _one_minus_power(beta: float, count: Tensor) -> Tensor:
     """1 - beta^k without the cancellation that costs float32 four digits at beta = 0.999, k = 1."""

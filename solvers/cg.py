@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias, final
 
@@ -92,6 +92,12 @@ class CG(AbstractLinearSolver):
         run = partial(_run_one if b.dim() == 1 else _run_batch, precondition=precondition)
         solve = solve_by_runs if self.recompute else solve_by_one_run
         return solve(run, operator, b, guess, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+
+    def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> CG:
+        return replace(self, rtol=0.0, atol=tol, recompute=self.recompute and not trusting)
+
+    def with_preconditioner(self, preconditioner: AbstractPreconditioner) -> CG:
+        return self if self.preconditioner is not None else replace(self, preconditioner=preconditioner)
 
 
 def solve_rows(operator: LinearOperator, b: Tensor, rtols: Sequence[float]) -> Solved:

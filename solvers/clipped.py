@@ -72,3 +72,7 @@ class Clipped(AbstractOptimizer):
 
     def tuned(self, largest_curvature: Tensor) -> Clipped:
         return Clipped(self.optimizer.tuned(largest_curvature), self.max_norm, self.max_value)
+
+    def with_step(self, step: float) -> Clipped | None:
+        moved = self.optimizer.with_step(step)
+        return None if moved is None else Clipped(moved, self.max_norm, self.max_value)

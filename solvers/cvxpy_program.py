@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -64,6 +64,9 @@ class Cvxpy(AbstractInnerSolver):
         held = int(((flat >= program.upper) | (flat <= program.lower)).sum())
         shape = y0.shape[:-1]
         return Solved(y, statuses, error.reshape(shape).to(y0), 1, held, multipliers.reshape(*shape, -1).to(y0))
+
+    def with_tolerance(self, tol: float) -> Cvxpy:
+        return replace(self, tol=tol)
 
     def _solve_row(self, program: Program, row: int) -> tuple[Tensor, Tensor, Status | None]:
         cvxpy = _cvxpy()

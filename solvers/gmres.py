@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
 
@@ -73,6 +73,9 @@ class GMRES(AbstractLinearSolver):
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         cycle = operator.size if self.restart is None else min(self.restart, operator.size)
         return solve_by_runs(partial(_run, cycle=cycle), operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
+
+    def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> GMRES:
+        return replace(self, rtol=tol / size if size > 0 else 0.0)
 
 
 def _run(

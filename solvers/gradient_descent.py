@@ -56,3 +56,6 @@ class GradientDescent(AbstractOptimizer):
 
     def tuned(self, largest_curvature: Tensor) -> GradientDescent:
         return GradientDescent(1.0 / largest_curvature) if self.needs_curvature else self
+
+    def with_step(self, step: float) -> GradientDescent:
+        return GradientDescent(step)

@@ -70,3 +70,6 @@ class HeavyBall(AbstractOptimizer):
 
     def tuned(self, largest_curvature: Tensor) -> HeavyBall:
         return HeavyBall(1.0 / largest_curvature, self.momentum) if self.needs_curvature else self
+
+    def with_step(self, step: float) -> HeavyBall:
+        return HeavyBall(step, self.momentum)

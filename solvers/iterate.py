@@ -112,6 +112,12 @@ class Iterate(AbstractUnrollable):
         )
         return Solved(y, statuses, residual, steps)
 
+    def with_tolerance(self, tol: float) -> Iterate:
+        return replace(self, tol=tol)
+
+    def with_steps(self, steps: int) -> Iterate:
+        return replace(self, max_steps=steps, min_steps=0)
+
     def tuned(self, objective: Objective, y0: Tensor) -> Iterate:
         if not self.optimizer.needs_curvature or self.line_search is not None:
             return self

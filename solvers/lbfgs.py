@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -98,6 +98,12 @@ class LBFGS(AbstractInnerSolver):
         norms = torch.linalg.vector_norm(g, dim=-1).reshape(lead)
         statuses = final_statuses([row.status for row in rows], self.tol)
         return Solved(y.reshape(y0.shape), statuses, norms, max((row.steps for row in rows), default=0))
+
+    def with_tolerance(self, tol: float) -> LBFGS:
+        return replace(self, tol=tol)
+
+    def with_steps(self, steps: int) -> LBFGS:
+        return replace(self, max_steps=steps)
 
 
 @final

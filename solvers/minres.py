@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -68,6 +68,9 @@ class MINRES(AbstractLinearSolver):
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         demand(operator, "MINRES", self.demands)
         return solve_by_runs(_run, operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
+
+    def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> MINRES:
+        return replace(self, rtol=tol / size if size > 0 else 0.0)
 
 
 def _run(

@@ -72,3 +72,6 @@ class Nesterov(AbstractOptimizer):
 
     def tuned(self, largest_curvature: Tensor) -> Nesterov:
         return Nesterov(1.0 / largest_curvature, self.momentum) if self.needs_curvature else self
+
+    def with_step(self, step: float) -> Nesterov:
+        return Nesterov(step, self.momentum)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -107,6 +107,9 @@ class Neumann(AbstractLinearSolver):
             for (refusal, residual, target), lost in zip(ends, diverged.reshape(-1).tolist(), strict=True)
         )
         return Solved(v, statuses, residual, steps)
+
+    def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> Neumann:
+        return replace(self, rtol=tol / size if size > 0 else 0.0)
 
     def _steps(self, operator: LinearOperator, b: Tensor, zero: Tensor) -> tuple[Tensor, list[Status]]:
         """The step of each row, zero where there is none, and why."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -90,6 +90,12 @@ class Newton(AbstractInnerSolver):
             if not found.any():
                 break
         return Solved(y, final_statuses(status, self.tol), norm, steps)
+
+    def with_tolerance(self, tol: float) -> Newton:
+        return replace(self, tol=tol)
+
+    def with_steps(self, steps: int) -> Newton:
+        return replace(self, max_steps=steps)
 
     def _direction(self, hessian: LinearOperator, gradient: Tensor, norm: Tensor) -> Tensor:
         """H^-1 grad g, to the accuracy that each row needs."""

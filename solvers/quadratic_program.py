@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -104,6 +104,12 @@ class QuadraticProgram(AbstractInnerSolver):
         held = int(((flat >= program.upper) | (flat <= program.lower)).sum())
         multipliers = found.multipliers.reshape(*y0.shape[:-1], -1).to(y0)
         return Solved(y, statuses, error.reshape(y0.shape[:-1]).to(y0), steps, held, multipliers)
+
+    def with_tolerance(self, tol: float) -> QuadraticProgram:
+        return replace(self, tol=tol)
+
+    def with_steps(self, steps: int) -> QuadraticProgram:
+        return replace(self, max_steps=steps)
 
 
 def program_of(objective: Objective, y0: Tensor) -> Program:

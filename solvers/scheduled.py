@@ -74,6 +74,10 @@ class Scheduled(AbstractOptimizer):
     def tuned(self, largest_curvature: Tensor) -> Scheduled:
         return Scheduled(self.optimizer.tuned(largest_curvature), self.schedule)
 
+    def with_step(self, step: float) -> Scheduled | None:
+        moved = self.optimizer.with_step(step)
+        return None if moved is None else Scheduled(moved, self.schedule)
+
 
 @final
 @dataclass(frozen=True)

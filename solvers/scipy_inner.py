@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
@@ -87,6 +87,12 @@ class Scipy(AbstractInnerSolver):
         statuses = tuple(_status(norm, self.tol, late) for norm in residual.reshape(-1).tolist())
         held = ((y <= lower) & (gradient > 0)) | ((y >= upper) & (gradient < 0))
         return Solved(y, statuses, residual, steps, at_bounds=int(held.sum()))
+
+    def with_tolerance(self, tol: float) -> Scipy:
+        return replace(self, tol=tol)
+
+    def with_steps(self, steps: int) -> Scipy:
+        return replace(self, max_steps=steps)
 
     def _minimize(self, objective: Objective, y: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, int, bool]:
         optimize = scipy_optimize("Scipy")

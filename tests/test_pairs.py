@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from strategies import spd_matrices, systems
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from bilevel._linear import LinearOperator
 from bilevel._numerics.quasi_newton import Pairs, Recycled
-from bilevel.certificates.accuracy import with_preconditioner
 from bilevel.solvers import CG, MINRES, Jacobi
 
 
@@ -110,8 +108,8 @@ def test_no_more_pairs_are_kept_than_asked_for() -> None:
     assert [pair[0].tolist() for pair in memory.pairs.pairs] == [[normal(3, seed=seed).tolist()] for seed in (3, 2)]
 
 
-@pytest.mark.parametrize("solver", [CG(preconditioner=Jacobi()), MINRES()])
-def test_a_solver_with_a_preconditioner_of_its_own_or_without_one_is_left_as_it_is(solver: CG | MINRES) -> None:
-    assert with_preconditioner(solver, recycled(torch.zeros(2))) is solver
-    memory = recycled(torch.zeros(2))
-    assert with_preconditioner(CG(atol=0.1), memory) == replace(CG(atol=0.1), preconditioner=memory)
+def test_a_solver_keeps_a_preconditioner_of_its_own_and_one_that_takes_none_says_so() -> None:
+    memory, own = recycled(torch.zeros(2)), CG(preconditioner=Jacobi())
+    assert own.with_preconditioner(memory) is own
+    assert MINRES().with_preconditioner(memory) is None
+    assert CG(atol=0.1).with_preconditioner(memory) == replace(CG(atol=0.1), preconditioner=memory)

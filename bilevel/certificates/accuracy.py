@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
-from bilevel._inner import AbstractInnerSolver
-from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._tree import Tree
 from bilevel.certificates.assumptions import NEEDED, completed
 from bilevel.certificates.certificate import Constants
@@ -21,8 +19,6 @@ from bilevel.certificates.estimate_constants import estimated
 from bilevel.certificates.residuals import Measured
 
 _TINY = torch.finfo(torch.float64).tiny
-
-S = TypeVar("S", AbstractInnerSolver, AbstractLinearSolver)
 
 
 @final
@@ -97,39 +93,6 @@ def linear_tolerance(part: float, known: Constants) -> float:
     """The |grad_y f - H v| at which the linear part of the bound is this."""
     assert known.mu is not None and known.C_G is not None
     return part * known.mu / max(known.C_G, _TINY)
-
-
-def with_tolerance(solver: S, tol: float, size: float = 1.0, trusting: bool = False) -> S:
-    """The solver with another absolute tolerance; as it is, if it has none (a closed form, a factorization).
-
-    Args:
-        solver: an inner solver with a field `tol`, or a linear solver with `atol` or `rtol`.
-        tol: the tolerance.
-        size: |b|, for linear solvers that know relative tolerances only.
-        trusting: do without the true residual of the linear system, where the solver can: nothing rests on it.
-    """
-    names = {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
-    if trusting and "recompute" in names:
-        solver = replace(solver, recompute=False)  # type: ignore[type-var]
-    if "tol" in names:
-        return replace(solver, tol=tol)  # type: ignore[type-var]
-    if "atol" in names:
-        return replace(solver, atol=tol, rtol=0.0)  # type: ignore[type-var]
-    if "rtol" in names:
-        return replace(solver, rtol=tol / size if size > 0 else 0.0)  # type: ignore[type-var]
-    return solver
-
-
-def with_preconditioner(solver: AbstractLinearSolver, preconditioner: AbstractPreconditioner) -> AbstractLinearSolver:
-    """The solver with a preconditioner; as it is, if it takes none or was given one."""
-    if getattr(solver, "preconditioner", solver) is not None:
-        return solver
-    return replace(solver, preconditioner=preconditioner)  # type: ignore[type-var]
-
-
-def has_tolerance(solver: AbstractInnerSolver) -> bool:
-    """Whether an inner solver takes a tolerance; a closed form does not, and is exact."""
-    return "tol" in {f.name for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
 
 
 RELATIVE = 0.5  # of adaptive accuracy: below 1, so that every step is certified to be along a descent direction

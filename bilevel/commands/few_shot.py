@@ -29,8 +29,6 @@ from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.train import Progress, Trained
 from bilevel.named.registry import estimators
 from bilevel.solvers.adam import Adam
-from bilevel.solvers.clipped import Clipped
-from bilevel.solvers.scheduled import Scheduled
 
 _LONG = 300  # characters of a description
 _TRIAL = 50  # episodes that tell how long the evaluation will take
@@ -133,7 +131,12 @@ def _short(value: object) -> str:
 
 def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
     if request.outer is None:
-        return own if request.step is None else _with_step(own, request.step)
+        if request.step is None:
+            return own
+        moved = own.with_step(request.step)
+        if moved is None:
+            raise ValueError(f"the outer method of this experiment is {own!r}: `--step` needs `--outer NAME`.")
+        return moved
     build = outer_method(request.outer)
     if not takes(build, "step"):
         raise ValueError(f"`--outer {request.outer}` runs its own loop on a deterministic problem. Use `adam`.")
@@ -141,17 +144,6 @@ def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
         raise ValueError(f"`--outer {request.outer}` needs a step length: add `--step`.")
     found: AbstractOptimizer = build(step=request.step)
     return found
-
-
-def _with_step(outer: AbstractOptimizer, step: float) -> AbstractOptimizer:
-    """The same optimizer with another step length."""
-    if isinstance(outer, Clipped):
-        return Clipped(_with_step(outer.optimizer, step), outer.max_norm, outer.max_value)
-    if isinstance(outer, Scheduled):
-        return Scheduled(_with_step(outer.optimizer, step), outer.schedule)
-    if isinstance(outer, Adam):
-        return Adam(step, outer.beta1, outer.beta2, outer.eps, outer.eps_root)
-    raise ValueError(f"the outer method of this experiment is {outer!r}: `--step` needs `--outer NAME`.")
 
 
 def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]]) -> None:

@@ -149,16 +149,14 @@ def _said(value: object) -> object:
 
 def _seeded(estimator: AbstractEstimator | str, instance: Instance, seed: int) -> AbstractEstimator | None:
     """The estimator with this seed, or None if it takes none."""
-    if isinstance(estimator, str):  # built as `minimize` would
+    if not isinstance(estimator, AbstractEstimator):  # built as `minimize` would
         x, x_structure = ravel(instance.x0, "x0")
         y, y_structure = ravel(instance.y0, "y0")
         batch = stream(instance.settings.get("data"))(0)
         check_signature(instance.problem, batch)
         flat = FlatProblem(instance.problem, x_structure, y_structure, batch)
         estimator = resolve(estimator, flat, x.detach().clone(), y.detach().clone())
-    if not dataclasses.is_dataclass(estimator) or "seed" not in {field.name for field in dataclasses.fields(estimator)}:
-        return None
-    return dataclasses.replace(estimator, seed=seed)
+    return estimator.with_seed(seed)
 
 
 def _outer(request: Request, known: Mapping[str, Any]) -> tuple[Any, str | None, float | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -158,15 +157,12 @@ def with_steps(solver: AbstractInnerSolver, steps: int) -> AbstractInnerSolver:
     """
     if steps < 0:
         raise ValueError(f"`steps` must be at least 0. Got {steps}.")
-    names: list[str] = []
-    if dataclasses.is_dataclass(solver):
-        names = [field.name for field in dataclasses.fields(solver)]
-    if "max_steps" not in names:
+    changed = solver.with_steps(steps)
+    if changed is None:
         raise ValueError(
-            f"`steps` needs a learner that adapts by an iteration. This one uses {type(solver).__name__}: leave it out."
+            f"`steps` needs a learner that adapts by an iteration. This one uses {type(solver).__name__}, which has no"
+            f" `with_steps`: leave it out."
         )
-    changes = {"max_steps": steps} | ({"min_steps": 0} if "min_steps" in names else {})
-    changed: AbstractInnerSolver = dataclasses.replace(solver, **changes)  # type: ignore[type-var]
     return changed
 
 

@@ -19,14 +19,7 @@ from bilevel._numerics.quasi_newton import Pairs, Recycled
 from bilevel._result import Report, Solved, Status, report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
-from bilevel.certificates.accuracy import (
-    Accuracy,
-    has_tolerance,
-    inner_tolerance,
-    linear_tolerance,
-    with_preconditioner,
-    with_tolerance,
-)
+from bilevel.certificates.accuracy import Accuracy, inner_tolerance, linear_tolerance
 from bilevel.certificates.assumptions import moved
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.residuals import measured
@@ -166,7 +159,9 @@ class AID(AbstractEstimator):
     ) -> Solved:
         operator = at.operator.shifted(self.damping)
         if recycled is not None:
-            linear, operator = with_preconditioner(linear, recycled), recycled.watched(operator)
+            preconditioned = linear.with_preconditioner(recycled)
+            linear = linear if preconditioned is None else preconditioned
+            operator = recycled.watched(operator)
         system = linear.solve(operator, fy, guess)
         problem.tally.linear_steps += system.steps
         return system
@@ -186,7 +181,7 @@ class AID(AbstractEstimator):
         y = problem.start(x, start.y).detach()
         recycled = Recycled(Pairs(_PAIRS, y.reshape(-1, y.shape[-1])))
         rows, attempt, stuck, failed = y.shape[:-1].numel(), 0, False, False
-        newton = start.v is not None and has_tolerance(self.inner)  # near y*, where the linear solver is the faster one
+        newton = start.v is not None  # near y*, where the linear solver is the faster one
         at = self.products.linearize(problem, x, y)
         known, anchor = accuracy.known(problem, x, y), y
         solved: Solved | None = None
@@ -209,12 +204,14 @@ class AID(AbstractEstimator):
             if guessed and not stuck and (terms.inner > target / 2 or not valid):
                 before = float(torch.linalg.vector_norm(at.gradient, dim=-1).max())
                 tol = min(inner_tolerance(_INNER * target, found, here), 0.5 * before, 0.5 * here.radius * terms.mu)
+                inner = self.inner.with_tolerance(tol)
+                newton = newton and inner is not None  # an exact inner solver needs no help
                 at_floor = not newton
                 if newton:
                     solved, at = self._newton(problem, x, at, tol, recycled)
                     newton = solved.status.ok
                 else:
-                    solved, at = self._inner(problem, x, y, with_tolerance(self.inner, tol))
+                    solved, at = self._inner(problem, x, y, self.inner if inner is None else inner)
                 y = solved.value
                 stuck = at_floor and not float(solved.residual.max()) < 0.9 * before  # at its rounding floor
                 value, fx, fy = outer_gradients(problem, x, y)
@@ -228,7 +225,7 @@ class AID(AbstractEstimator):
                 last = guessed and (stuck or left <= 0)
                 needed = linear_tolerance(max(left, 0.1 * floor), here) / rows
                 tol = min(needed, 0.5 * size) if guessed else 0.1 * size
-                system = self._solve(problem, at, r, None, with_tolerance(self.linear, tol, size), recycled)
+                system = self._solve(problem, at, r, None, self._accurate(tol, size), recycled)
                 failed = last or not (system.status.ok or float(system.residual.max()) < 0.5 * size)
                 v, h = v + system.value, self._hypergradient(problem, h, at.cross(system.value))
                 r = system.residual.unsqueeze(-1)
@@ -250,7 +247,7 @@ class AID(AbstractEstimator):
         norms, steps, gained = torch.linalg.vector_norm(at.gradient, dim=-1), 0, True
         while gained and float(norms.max()) > tol:
             before, steps = float(norms.max()), steps + 1
-            solver = with_tolerance(self.linear, max(0.5 * tol, _FORCING * before), before, trusting=True)
+            solver = self._accurate(max(0.5 * tol, _FORCING * before), before, trusting=True)
             step = self._solve(problem, at, at.gradient, None, solver, recycled)
             there = self.products.linearize(problem, x, at.y - step.value)
             left = torch.linalg.vector_norm(there.gradient, dim=-1)
@@ -259,6 +256,10 @@ class AID(AbstractEstimator):
                 at, norms = there, left
         ends = tuple(Status.successful if e <= tol else Status.max_steps for e in norms.reshape(-1).tolist())
         return Solved(at.y, ends, norms, steps), at
+
+    def _accurate(self, tol: float, size: float, trusting: bool = False) -> AbstractLinearSolver:
+        accurate = self.linear.with_tolerance(tol, size, trusting)
+        return self.linear if accurate is None else accurate
 
     def _from(
         self, problem: FlatProblem, at: Linearization, fx: Tensor, fy: Tensor, v: Tensor | None

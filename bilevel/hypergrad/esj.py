@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final, get_args
 
 import torch
@@ -89,6 +89,9 @@ class ESJ(AbstractEstimator):
     @property
     def requires(self) -> frozenset[Property]:
         return frozenset()
+
+    def with_seed(self, seed: int) -> ESJ:
+        return replace(self, seed=seed)
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         u, c = self._draw(x, start.count)

@@ -72,5 +72,9 @@ class Chosen(AbstractEstimator):
     def takes_encoding(self) -> bool:
         return self.estimator.takes_encoding
 
+    def with_seed(self, seed: int) -> Chosen | None:
+        seeded = self.estimator.with_seed(seed)
+        return None if seeded is None else replace(self, estimator=seeded)
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         return replace(self.estimator.estimate(problem, x, start), note=self.why)
