@@ -36,6 +36,7 @@ from bilevel.diagnostics.compare import compare as compare
 from bilevel.diagnostics.comparison import Comparison as Comparison, Row as Row
 from bilevel.diagnostics.verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
+from bilevel.hypergrad.certified import Certified as Certified
 from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
 from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProducts
 from bilevel.hypergrad.esj import ESJ as ESJ

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from bilevel._flat import FlatProblem
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
 from bilevel.requirements.properties import STRICTEST, Property
+
+if TYPE_CHECKING:
+    from bilevel.certificates.certificate import Constants
 
 
 @final
@@ -149,6 +152,24 @@ class AbstractEstimator(AbstractRequiring):
         """This estimator, drawing its random numbers from another seed; None: it draws none.
 
         One that says nothing is taken to draw none: `bilevel run --seed` then says that it has no effect.
+        """
+        return None
+
+    def certified(
+        self,
+        target_error: float | None,
+        relative_error: float | None,
+        constants: Constants | Callable[[Tree], Constants] | None,
+    ) -> AbstractEstimator | None:
+        """This estimator with targets for its certified error, the larger of which counts; None: it certifies none.
+
+        Its estimates have a `bound`, which is at most max(target_error, relative_error |h|) where they succeed.
+        `minimize(accuracy="adaptive")` asks for it, and refuses an estimator that says nothing.
+
+        Args:
+            target_error: the target for the bound; None: there is only the other.
+            relative_error: the same, relative to |h|.
+            constants: what is known of f and g, or a function of x that tells; None: what the estimator itself knows.
         """
         return None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from hypothesis import given, settings, strategies as st
 
 from bilevel import (
     AID,
+    ITD,
+    AbstractEstimator,
     AbstractOptimizer,
     BilevelProblem,
+    Certified,
     Constants,
     Estimate,
     Start,
@@ -24,6 +28,7 @@ from bilevel import (
     minimize,
 )
 from bilevel._calculus import FiniteDifferences
+from bilevel.extending import FlatEstimate, FlatProblem, FlatStart
 from bilevel.problems.hyper_cleaning import hyper_cleaning
 from bilevel.problems.logistic import logistic, logistic_breast_cancer
 from bilevel.problems.quadratic import quadratic, random_quadratic
@@ -211,6 +216,77 @@ def test_what_certified_accuracy_cannot_do_is_refused() -> None:
     unknown = AID(LBFGS(), CG(), target_error=1e-3, constants=Constants(mu=None))
     with pytest.raises(ValueError, match="needs the constants mu, L_fyy"):
         hypergradient(instance.problem, instance.x0, instance.y0, estimator=unknown)
+
+
+@pytest.mark.parametrize("solvers", SOLVERS)
+@pytest.mark.parametrize("targets", [(1e-5, None), (None, 0.3), (1e-9, 1e-4)])
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_older_form_gives_the_bits_of_the_wrapper(
+    solvers: str, targets: tuple[float | None, float | None], warm: bool
+) -> None:
+    instance = logistic(n=40, d=6)
+    inner, linear = SOLVERS[solvers]
+    old = AID(inner, linear, target_error=targets[0], relative_error=targets[1], constants=instance.constants)
+    new = Certified(
+        AID(inner, linear), target_error=targets[0], relative_error=targets[1], constants=instance.constants
+    )
+    start = Start(instance.y0 + 0.1, instance.y0 + 1.0) if warm else None
+    a, b = (hypergradient(instance.problem, instance.x0, instance.y0, estimator=e, start=start) for e in (old, new))
+    for one, other in zip((a.grad, a.y, a.v), (b.grad, b.y, b.v), strict=True):
+        assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+    assert (a.bound, a.value, a.stats, a.reports) == (b.bound, b.value, b.stats, b.reports)
+    assert b.bound is not None and b.status.ok
+
+
+def test_other_targets_keep_the_estimator_and_its_constants() -> None:
+    known = quadratic().constants
+    certified = Certified(AID(LBFGS(), CG()), relative_error=0.5, constants=known)
+    assert certified.certified(1e-3, None, None) == Certified(AID(LBFGS(), CG()), target_error=1e-3, constants=known)
+    older = AID(LBFGS(), CG(), relative_error=0.5, constants=known)
+    assert older.certified(1e-3, None, None) == certified.certified(1e-3, None, None)
+    other = Constants(mu=2.0)
+    assert older.certified(1e-3, None, other) == Certified(AID(LBFGS(), CG()), target_error=1e-3, constants=other)
+
+
+@final
+@dataclass(frozen=True)
+class Exactly(AbstractEstimator):
+    """A user's estimator, which knows the hypergradient to whatever it is asked for."""
+
+    gradient: Callable[[Any], Any]
+    target: float | None = None
+    relative: float | None = None
+
+    def estimate(self, problem: FlatProblem, x: torch.Tensor, start: FlatStart) -> FlatEstimate:
+        h = self.gradient(x)
+        bound = None if self.relative is None else max(self.target or 0.0, self.relative * float(h.norm()))
+        return FlatEstimate(h, torch.zeros(()), start.y, (), bound=bound)
+
+    def certified(self, target_error: float | None, relative_error: float | None, constants: Any) -> Exactly:
+        return Exactly(self.gradient, target_error, relative_error)
+
+
+def test_an_estimator_of_a_users_own_takes_part_in_adaptive_accuracy() -> None:
+    problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
+    x, mine = torch.ones(2, dtype=torch.float64), Exactly(lambda x: 2 * (x - 3))
+    run = minimize(problem, x, x, estimator=mine, outer=GradientDescent(0.25), tol=1e-3, accuracy="adaptive")
+    norms = [2 * 2.0**0.5 * 2 * 0.5**k for k in range(len(run.history))]
+    bounds = [max(1e-3 / 4, 0.5 * norm) for norm in norms]
+    assert [record.grad_norm for record in run.history] == pytest.approx(
+        [a + b for a, b in zip(norms, bounds, strict=True)]
+    )
+    assert run.status.ok and run.history[-1].grad_norm <= 1e-3 < run.history[-2].grad_norm
+
+
+def test_an_estimator_that_certifies_nothing_is_refused_for_adaptive_accuracy() -> None:
+    instance, itd = quadratic(), ITD(Iterate(GradientDescent(0.1), max_steps=3))
+    with pytest.raises(TypeError, match="Got ITD, which has no `certified`"):
+        minimize(instance.problem, instance.x0, instance.y0, estimator=itd, accuracy="adaptive")
+
+
+def test_what_is_no_implicit_estimator_is_not_wrapped() -> None:
+    with pytest.raises(TypeError, match=r"must be an implicit estimator such as `AID\(LBFGS\(\), CG\(\)\)`. Got ITD"):
+        Certified(ITD(Iterate(GradientDescent(0.1), max_steps=3)), target_error=1e-3)  # type: ignore[arg-type]
 
 
 def test_constants_of_tasks_must_be_given() -> None:

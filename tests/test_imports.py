@@ -25,6 +25,8 @@ FACE: tuple[str, ...] = (
 FACE += ("bilevel.commands", "bilevel.experiments", "bilevel.few_shot", "bilevel.testing", "bilevel.extending")
 PARTS_OF_ESTIMATORS = {"bilevel.hypergrad.compiled_programs", "bilevel.hypergrad.unrolling.unroll"}
 PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.implicit", "bilevel.hypergrad.aid", "bilevel.solvers.saddle_cholesky"}
+PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.abstract_implicit", "bilevel.hypergrad.implicit_point"}
+PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.certified"}  # a wrapper, which an estimator offers to put around itself
 MAY_BE_SUBCLASSED = {"BilevelProblem"}
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -108,18 +107,16 @@ def adaptive(
 
     Raises:
         ValueError: if `accuracy` is not "adaptive".
-        TypeError: if the estimator has no targets for its error.
+        TypeError: if the estimator does not certify its error.
     """
     if accuracy != "adaptive":
         raise ValueError(f"`minimize(accuracy=...)` must be 'fixed' or 'adaptive'. Got {accuracy!r}.")
-    names = {f.name for f in dataclasses.fields(estimator)}  # type: ignore[arg-type]
-    if not {"target_error", "relative_error", "constants"} <= names:
-        raise TypeError(
-            f"`minimize(accuracy='adaptive')` needs an implicit estimator. Got {type(estimator).__name__}."
-            f" Use `AID(...)` or one of the names 'aid-...'."
-        )
+    # The run ends at |h| + bound <= tol: a quarter of it for the bound leaves most of it to |h|.
     floor = None if tol is None else tol / 4
-    implicit: Any = estimator
-    own = implicit.constants if constants is None else constants
-    adapted: AbstractEstimator = replace(implicit, target_error=floor, relative_error=RELATIVE, constants=own)
-    return adapted
+    certified = estimator.certified(floor, RELATIVE, constants)
+    if certified is None:
+        raise TypeError(
+            f"`minimize(accuracy='adaptive')` needs an estimator that certifies its error. Got"
+            f" {type(estimator).__name__}, which has no `certified`. Use `AID(...)` or one of the names 'aid-...'."
+        )
+    return certified

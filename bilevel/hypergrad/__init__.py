@@ -1,6 +1,7 @@
 """The hypergradient estimators, one family a file."""
 
 from bilevel.hypergrad.aid import AID as AID
+from bilevel.hypergrad.certified import Certified as Certified
 from bilevel.hypergrad.compiled import CompiledITD as CompiledITD
 from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProducts
 from bilevel.hypergrad.esj import ESJ as ESJ

@@ -76,5 +76,14 @@ class Chosen(AbstractEstimator):
         seeded = self.estimator.with_seed(seed)
         return None if seeded is None else replace(self, estimator=seeded)
 
+    def certified(
+        self,
+        target_error: float | None,
+        relative_error: float | None,
+        constants: Constants | Callable[[Tree], Constants] | None,
+    ) -> Chosen | None:
+        certified = self.estimator.certified(target_error, relative_error, constants)
+        return None if certified is None else replace(self, estimator=certified)
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         return replace(self.estimator.estimate(problem, x, start), note=self.why)
