@@ -16,6 +16,8 @@ from bilevel._tree import Tree
 from bilevel.requirements.properties import STRICTEST, Property
 
 if TYPE_CHECKING:
+    from bilevel.bounds.beforehand import Beforehand
+    from bilevel.bounds.bound import Bound
     from bilevel.certificates.certificate import Constants
 
 
@@ -172,6 +174,20 @@ class AbstractEstimator(AbstractRequiring):
             constants: what is known of f and g, or a function of x that tells; None: what the estimator itself knows.
         """
         return None
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        """|estimate - h| <= total, before anything is computed, from the configuration; what `error_bound` returns.
+
+        The functions of `bilevel.bounds` are what it is made of, with `AbstractInnerSolver.solution_bound` and
+        `AbstractLinearSolver.relative_error` for the solvers.
+
+        Raises:
+            ValueError: if no bound is known for the configuration, as here, for an estimator that says nothing.
+        """
+        raise ValueError(
+            f"no bound is known for {type(self).__name__}. Bound a computed hypergradient by `certify`, or call the"
+            f" function of `bilevel.bounds` that describes it."
+        )
 
     @abc.abstractmethod
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:

@@ -19,6 +19,7 @@ from bilevel._tree import Tree
 from bilevel.requirements.properties import Feature
 
 if TYPE_CHECKING:
+    from bilevel.certificates.certificate import Constants
     from bilevel.inner_problems.polytope import FlatPolytope
 
 State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
@@ -179,6 +180,33 @@ class AbstractInnerSolver(abc.ABC):
         One that says nothing is taken to be none: `adapt(steps=...)` then refuses it.
         """
         return None
+
+    def solution_bound(self, constants: Constants, distance: float) -> float:
+        """A bound on |y - y*| where it stops, having started within `distance` of y*; for `error_bound`.
+
+        Raises:
+            ValueError: if none is known, as here, for a solver that says nothing; or if a constant is missing.
+        """
+        raise unbounded(self, "bounds.gradient_descent")
+
+    def as_gradient_descent(self, call: str) -> tuple[float, int]:
+        """The step and the number of steps, if it is gradient descent with both fixed; for `error_bound`.
+
+        Args:
+            call: the function of `bilevel.bounds` that is to be called with them, to be named where it is not.
+
+        Raises:
+            ValueError: if it is not, as here, for a solver that says nothing.
+        """
+        raise unbounded(self, call)
+
+
+def unbounded(solver: AbstractInnerSolver, call: str) -> ValueError:
+    """That it is not known in advance where a solver ends, and which function of `bilevel.bounds` to call instead."""
+    return ValueError(
+        f"no bound is known for {solver!r}: only for `Iterate(GradientDescent(step), max_steps=N)`. Where its iterates"
+        f" contract as those do, call `{call}` with that step and number of steps."
+    )
 
 
 class AbstractUnrollable(AbstractInnerSolver):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
 from bilevel._result import Solved
+
+if TYPE_CHECKING:
+    from bilevel.certificates.certificate import Constants
 
 
 @final
@@ -169,6 +172,33 @@ class AbstractLinearSolver(abc.ABC):
         One that says nothing is taken to take none, and is used without.
         """
         return None
+
+    @property
+    def own_damping(self) -> float:
+        """Rho, where the system that it solves is (A + rho I) v = b: a bias that no accuracy removes."""
+        return 0.0
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        """A bound on |v - v_exact| from zero, in units of |b| / (mu + damping + own_damping); for `error_bound`.
+
+        A relative residual that it reaches is one.
+
+        Args:
+            constants: mu and L of A.
+            damping: what is added to the eigenvalues of A.
+
+        Raises:
+            ValueError: if none is known, as here, for a solver that says nothing; or if a constant is missing.
+        """
+        raise unknown_error(self)
+
+
+def unknown_error(solver: AbstractLinearSolver) -> ValueError:
+    """That it is not known in advance what a linear solver reaches, and what to call instead."""
+    return ValueError(
+        f"no bound is known for {solver!r}: what it reaches is not known in advance. Call `bounds.aid` with"
+        f" linear_error=..., the relative residual that it reaches."
+    )
 
 
 class AbstractPreconditioner(abc.ABC):

@@ -18,6 +18,7 @@ from bilevel._linear import (
     LinearOperator,
     OperatorProperties,
     demand,
+    unknown_error,
 )
 from bilevel._numerics.krylov import (
     BREAKDOWN,
@@ -32,6 +33,8 @@ from bilevel._numerics.krylov import (
 from bilevel._result import Solved
 from bilevel._tree import row_dots
 from bilevel._validate import demand_types
+from bilevel.bounds.iterations import cg
+from bilevel.certificates.certificate import Constants
 
 
 @final
@@ -98,6 +101,13 @@ class CG(AbstractLinearSolver):
 
     def with_preconditioner(self, preconditioner: AbstractPreconditioner) -> CG:
         return self if self.preconditioner is not None else replace(self, preconditioner=preconditioner)
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        if self.atol == 0 and self.max_steps is None:
+            return self.rtol
+        if self.atol == 0 and self.max_steps is not None and self.preconditioner is None:
+            return max(self.rtol, cg(constants, steps=self.max_steps, damping=damping))
+        raise unknown_error(self)
 
 
 def solve_rows(operator: LinearOperator, b: Tensor, rtols: Sequence[float]) -> Solved:

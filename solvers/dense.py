@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
 from bilevel._numerics.krylov import row_norms
 from bilevel._result import Solved, Status
+from bilevel.certificates.certificate import Constants
 
 _FAR = 1e-3  # a residual above this part of |b| is no solution
 
@@ -65,6 +66,9 @@ class Dense(AbstractLinearSolver):
         columns = (zero, residual.isfinite(), indefinite, broken)
         rows = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
         return Solved(v, tuple(_status(*row) for row in rows), residual, 1)
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        return 0.0
 
 
 def _asymmetric(A: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
+from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties, unknown_error
 from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -23,6 +23,7 @@ from bilevel._numerics.krylov import (
 )
 from bilevel._result import Solved
 from bilevel._validate import demand_types
+from bilevel.certificates.certificate import Constants
 
 
 @final
@@ -76,6 +77,11 @@ class GMRES(AbstractLinearSolver):
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> GMRES:
         return replace(self, rtol=tol / size if size > 0 else 0.0)
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        if self.max_steps is not None:
+            raise unknown_error(self)
+        return self.rtol
 
 
 def _run(

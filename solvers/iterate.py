@@ -8,10 +8,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._inner import AbstractUnrollable, Objective, State
+from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.bounds.iterations import gradient_descent, stationary
+from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import Armijo, descend, rounding
 from bilevel.solvers.gradient_descent import GradientDescent
 
@@ -117,6 +119,27 @@ class Iterate(AbstractUnrollable):
 
     def with_steps(self, steps: int) -> Iterate:
         return replace(self, max_steps=steps, min_steps=0)
+
+    def solution_bound(self, constants: Constants, distance: float) -> float:
+        if self.tol:
+            return stationary(constants, self.tol)
+        step, steps = self.as_gradient_descent("bounds.gradient_descent")
+        return gradient_descent(constants, step=step, steps=steps, distance=distance)
+
+    def as_gradient_descent(self, call: str) -> tuple[float, int]:
+        if not isinstance(self.optimizer, GradientDescent) or self.line_search is not None:
+            raise unbounded(self, call)
+        step = self.optimizer.step_size
+        if not isinstance(step, int | float):
+            raise ValueError(
+                f"`GradientDescent(step=None)` derives its step at run time. Call `{call}` with that step."
+            )
+        if self.tol:
+            raise ValueError(
+                f"`Iterate(tol=...)` takes a number of steps that is not known in advance. Leave it out, or call"
+                f" `{call}` with the number that it took."
+            )
+        return float(step), self.max_steps
 
     def tuned(self, objective: Objective, y0: Tensor) -> Iterate:
         if not self.optimizer.needs_curvature or self.line_search is not None:

@@ -9,12 +9,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._numerics.quasi_newton import Pairs, where
 from bilevel._numerics.wolfe import Search, strong_wolfe
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
 from bilevel._validate import demand_types
+from bilevel.bounds.iterations import stationary
+from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import final_statuses
 
 _NOISE = 100.0  # in rounding units of the objective: differences below are not believed by the line search
@@ -104,6 +106,11 @@ class LBFGS(AbstractInnerSolver):
 
     def with_steps(self, steps: int) -> LBFGS:
         return replace(self, max_steps=steps)
+
+    def solution_bound(self, constants: Constants, distance: float) -> float:
+        if not self.tol:
+            raise unbounded(self, "bounds.gradient_descent")
+        return stationary(constants, self.tol)
 
 
 @final

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, demand
+from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, demand, unknown_error
 from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -22,6 +22,7 @@ from bilevel._numerics.krylov import (
 from bilevel._result import Solved
 from bilevel._tree import row_dots
 from bilevel._validate import demand_types
+from bilevel.certificates.certificate import Constants
 
 
 @final
@@ -71,6 +72,11 @@ class MINRES(AbstractLinearSolver):
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> MINRES:
         return replace(self, rtol=tol / size if size > 0 else 0.0)
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        if self.max_steps is not None:
+            raise unknown_error(self)
+        return self.rtol
 
 
 def _run(

@@ -17,11 +17,14 @@ from bilevel._linear import (
     LinearOperator,
     OperatorProperties,
     demand,
+    unknown_error,
 )
 from bilevel._numerics.krylov import row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.bounds.iterations import neumann
+from bilevel.certificates.certificate import Constants
 
 _GROWTH = 10.0  # a residual that grew so much where it cannot grow is a divergence
 
@@ -110,6 +113,11 @@ class Neumann(AbstractLinearSolver):
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> Neumann:
         return replace(self, rtol=tol / size if size > 0 else 0.0)
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        if self.step is None:
+            raise unknown_error(self)
+        return max(self.rtol, neumann(constants, step=self.step, terms=self.terms, damping=damping))
 
     def _steps(self, operator: LinearOperator, b: Tensor, zero: Tensor) -> tuple[Tensor, list[Status]]:
         """The step of each row, zero where there is none, and why."""

@@ -8,11 +8,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._linear import AbstractLinearSolver, LinearOperator
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
 from bilevel._validate import demand_types
+from bilevel.bounds.iterations import stationary
+from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import Along, Armijo, Progress, ends, final_statuses, stops
 from bilevel.solvers.cg import solve_rows
 
@@ -96,6 +98,11 @@ class Newton(AbstractInnerSolver):
 
     def with_steps(self, steps: int) -> Newton:
         return replace(self, max_steps=steps)
+
+    def solution_bound(self, constants: Constants, distance: float) -> float:
+        if not self.tol:
+            raise unbounded(self, "bounds.gradient_descent")
+        return stationary(constants, self.tol)
 
     def _direction(self, hessian: LinearOperator, gradient: Tensor, norm: Tensor) -> Tensor:
         """H^-1 grad g, to the accuracy that each row needs."""

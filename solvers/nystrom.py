@@ -23,6 +23,8 @@ from bilevel._numerics.krylov import row_norms
 from bilevel._result import Solved, Status
 from bilevel._tree import row_dots
 from bilevel._validate import demand_types
+from bilevel.bounds.implicit import nystrom_error
+from bilevel.certificates.certificate import Constants
 
 
 @final
@@ -108,6 +110,18 @@ class Nystrom(AbstractLinearSolver):
         columns_of_rows = (residual.isfinite(), zero, indefinite, vanished)
         rows = zip(*(entry.reshape(-1).tolist() for entry in columns_of_rows), strict=True)
         return Solved(v, tuple(_status(*row) for row in rows), residual, 1)
+
+    @property
+    def own_damping(self) -> float:
+        return self.damping or 0.0
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        if self.damping is None or damping:
+            raise ValueError(
+                "`AID(inner, Nystrom(damping=None))` derives its damping at run time, and `AID(damping=...)` adds"
+                " another. Call `bounds.nystrom` with the damping."
+            )
+        return nystrom_error(constants, damping=self.damping)
 
     def _damping(self, operator: LinearOperator, like: Tensor, U: Tensor, theta: Tensor, rank: Tensor) -> Tensor:
         """Rho of each row, from A_k = U theta U' with theta in descending order, `rank` of them positive."""

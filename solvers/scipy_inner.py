@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.bounds.iterations import stationary
+from bilevel.certificates.certificate import Constants
 from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize
 
 if TYPE_CHECKING:
@@ -93,6 +95,11 @@ class Scipy(AbstractInnerSolver):
 
     def with_steps(self, steps: int) -> Scipy:
         return replace(self, max_steps=steps)
+
+    def solution_bound(self, constants: Constants, distance: float) -> float:
+        if not self.tol:
+            raise unbounded(self, "bounds.gradient_descent")
+        return stationary(constants, self.tol)
 
     def _minimize(self, objective: Objective, y: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, int, bool]:
         optimize = scipy_optimize("Scipy")

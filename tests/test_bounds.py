@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, final
 
 import pytest
 import torch
@@ -17,16 +18,22 @@ from bilevel import (
     ESJ,
     ITD,
     AbstractEstimator,
+    AbstractInnerSolver,
+    AbstractLinearSolver,
     BilevelProblem,
     Constants,
     FiniteDifference,
     FiniteDifferences,
+    LinearOperator,
     Penalty,
+    Solved,
     bounds,
     error_bound,
     hypergradient,
 )
 from bilevel.bounds import Bound
+from bilevel.extending import Beforehand, FlatEstimate, FlatProblem, FlatStart, Objective
+from bilevel.named.auto import Chosen
 from bilevel.problems.quadratic import QuadraticFamily
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.cg import CG
@@ -41,6 +48,7 @@ from bilevel.solvers.minres import MINRES
 from bilevel.solvers.neumann import Neumann
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.nystrom import Nystrom
+from bilevel.solvers.quadratic_program import QuadraticProgram
 
 
 @dataclass(frozen=True, eq=False)
@@ -529,6 +537,98 @@ def test_unknown_estimators_and_constants_are_refused() -> None:
         bounds.penalty(replace(PLAIN, M_yy=1.0), weight=2.0, outer_gradient_norm=1.0, quadratic=True)
     with pytest.raises(ValueError, match="at most the number"):
         bounds.esj(PLAIN, step=1.0, steps=1, distance=0, outer_gradient_norm=1, outer_size=1, directions=2)
+
+
+@final
+@dataclass(frozen=True)
+class Halving(AbstractInnerSolver):
+    """A user's solver, of which it is known where it ends; it need not be run."""
+
+    steps: int
+
+    def solve(self, objective: Objective, y0: Tensor) -> Solved:
+        raise NotImplementedError
+
+    def solution_bound(self, constants: Constants, distance: float) -> float:
+        return math.ldexp(distance, -self.steps)
+
+
+@final
+@dataclass(frozen=True)
+class Tenth(AbstractLinearSolver):
+    """A user's linear solver that leaves a tenth of |b|, of a system with a damping of its own."""
+
+    rho: float
+
+    def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
+        raise NotImplementedError
+
+    @property
+    def own_damping(self) -> float:
+        return self.rho
+
+    def relative_error(self, constants: Constants, damping: float) -> float:
+        return 0.1
+
+
+@final
+@dataclass(frozen=True)
+class Halved(AbstractEstimator):
+    """A user's estimator: half of h, whatever the problem."""
+
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        raise NotImplementedError
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        assert about.constants.mu is not None and about.constants.C_G is not None
+        return Bound(bias=about.constants.C_G / about.constants.mu * about.outer_gradient_norm / 2)
+
+
+@final
+@dataclass(frozen=True)
+class Silent(AbstractEstimator):
+    """A user's estimator that says nothing of its error."""
+
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        raise NotImplementedError
+
+
+def test_estimators_and_solvers_of_a_users_own_take_part() -> None:
+    run: Any = {"distance": 4.0, "outer_gradient_norm": 3.0}
+    assert error_bound(Halved(), replace(PLAIN, C_G=2.0, mu=0.5), **run).total == 6.0
+    curved = replace(PLAIN, L_fyy=1.0, L_fxy=2.0)
+    found = error_bound(AID(Halving(2), Tenth(0.25)), curved, **run)
+    assert found == bounds.aid(curved, distance=1.0, outer_gradient_norm=3.0, linear_error=0.1, damping=0.25)
+    penalty = error_bound(Penalty(Halving(60), weight=9.0), PLAIN, **run)
+    exact = error_bound(Penalty(ClosedForm(lambda x: x), weight=9.0), PLAIN, **run)
+    assert penalty.total == pytest.approx(exact.total, rel=1e-9)
+    differences = FiniteDifference(Halving(1), step=0.1)
+    more: Any = {"outer_size": 4, "third_derivative": 6.0}
+    assert error_bound(differences, PLAIN, **run, **more) == bounds.finite_difference(
+        PLAIN, step=0.1, distance=2.0, outer_gradient_norm=3.0, **more
+    )
+    assert error_bound(Chosen(Halved(), "why"), PLAIN, **run) == error_bound(Halved(), PLAIN, **run)
+
+
+def test_what_says_nothing_has_no_bound_and_says_so() -> None:
+    run: Any = {"distance": 4.0, "outer_gradient_norm": 3.0}
+    with pytest.raises(ValueError, match=r"no bound is known for Silent\. Bound a computed hypergradient by `certify`"):
+        error_bound(Silent(), PLAIN, **run)
+    with pytest.raises(ValueError, match=r"no bound is known for Halving\(steps=2\): only for `Iterate"):
+        error_bound(ESJ(Halving(2)), PLAIN, **run, outer_size=4, smoothness=0.0)
+    with pytest.raises(ValueError, match=r"no bound is known for QuadraticProgram\(.*call `bounds.gradient_descent`"):
+        error_bound(AID(QuadraticProgram(), Dense()), PLAIN, **run)
+    with pytest.raises(ValueError, match=r"no bound is known for Nothing\(\): what it reaches is not known"):
+        error_bound(AID(Halving(2), Nothing()), PLAIN, **run)
+
+
+@final
+@dataclass(frozen=True)
+class Nothing(AbstractLinearSolver):
+    """A user's linear solver that says nothing of its error."""
+
+    def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
+        raise NotImplementedError
 
 
 def test_a_bound_prints_its_terms_and_assumptions() -> None:

@@ -15,13 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 STANDARD = set(sys.stdlib_module_names)
 # The face of the library may see both the core and what is built on it: names, entry points, the command line.
-FACE: tuple[str, ...] = (
-    "bilevel.cli",
-    "bilevel.__main__",
-    "bilevel.named.",
-    "bilevel.diagnostics.",
-    "bilevel.certificates.error_bound",
-)
+FACE: tuple[str, ...] = ("bilevel.cli", "bilevel.__main__", "bilevel.named.", "bilevel.diagnostics.")
 FACE += ("bilevel.commands", "bilevel.experiments", "bilevel.few_shot", "bilevel.testing", "bilevel.extending")
 PARTS_OF_ESTIMATORS = {"bilevel.hypergrad.compiled_programs", "bilevel.hypergrad.unrolling.unroll"}
 PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.implicit", "bilevel.hypergrad.aid", "bilevel.solvers.saddle_cholesky"}

@@ -1,9 +1,10 @@
 """Bounds on the error of a hypergradient before it is computed, from constants of f and g alone.
 
-Each states what it assumes and returns its terms apart. `bilevel.error_bound` picks the one that belongs to an
-estimator; `bilevel.certify` bounds the error of a hypergradient that has been computed, and is far sharper.
+Each states what it assumes and returns its terms apart. `bilevel.error_bound` asks an estimator for its own;
+`bilevel.certify` bounds the error of a hypergradient that has been computed, and is far sharper.
 """
 
+from bilevel.bounds.beforehand import Beforehand as Beforehand
 from bilevel.bounds.bound import Bound as Bound
 from bilevel.bounds.differences import finite_difference as finite_difference
 from bilevel.bounds.implicit import aid as aid, nystrom as nystrom

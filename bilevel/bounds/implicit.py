@@ -80,16 +80,20 @@ def nystrom(
         >>> nystrom(constants, distance=0.0, outer_gradient_norm=1.0, damping=1.0, remainder=0.0).total
         0.5
     """
+    return aid(
+        constants,
+        distance=distance,
+        outer_gradient_norm=outer_gradient_norm,
+        linear_error=nystrom_error(constants, damping=damping, remainder=remainder),
+        damping=damping,
+    )
+
+
+def nystrom_error(constants: Constants, *, damping: float, remainder: float | None = None) -> float:
+    """(mu + rho) e / (rho (rho + e)): |v - (H + rho I)^-1 b| of `nystrom` in units of |b| / (mu + rho)."""
     positive("bounds.nystrom", {"damping": damping})
     if remainder is None:
         (remainder,) = known("bounds.nystrom", constants, "L")
     at_least("bounds.nystrom", 0, {"remainder": remainder})
     (mu,) = known("bounds.nystrom", constants, "mu")
-    relative = (mu + damping) * remainder / (damping * (damping + remainder))
-    return aid(
-        constants,
-        distance=distance,
-        outer_gradient_norm=outer_gradient_norm,
-        linear_error=relative,
-        damping=damping,
-    )
+    return (mu + damping) * remainder / (damping * (damping + remainder))

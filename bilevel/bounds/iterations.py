@@ -55,6 +55,17 @@ def gradient_descent(constants: Constants, *, step: float, steps: int, distance:
     return rho**steps * distance
 
 
+def stationary(constants: Constants, tol: float) -> float:
+    """|y - y*| <= tol / mu where |grad_y g(x, y)| <= tol.
+
+    Raises:
+        ValueError: if mu is unknown.
+    """
+    if constants.mu is None:
+        raise ValueError("`error_bound` needs `Constants(mu=...)`. Got None. Give a lower bound.")
+    return tol / constants.mu
+
+
 def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
     """t_k = 2 q^k / (1 + q^2k), q = (sqrt(kappa) - 1) / (sqrt(kappa) + 1): k steps of conjugate gradients.
 

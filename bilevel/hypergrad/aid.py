@@ -16,6 +16,9 @@ from bilevel._linear import AbstractLinearSolver
 from bilevel._result import report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
+from bilevel.bounds.implicit import aid
 from bilevel.certificates.certificate import Constants
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit import solution
@@ -117,6 +120,22 @@ class AID(AbstractImplicit):
 
         plain = replace(self, target_error=None, relative_error=None, constants=None)
         return Certified(plain, target_error, relative_error, self.constants if constants is None else constants)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        if self._has_target:
+            return self.certified(self.target_error, self.relative_error, self.constants).error_bound(about)
+        if not isinstance(self.products, Exact):
+            raise ValueError(
+                f"no bound is known for `AID(products={type(self.products).__name__}(...))`. Call `bounds.aid` for"
+                f" exact ones."
+            )
+        return aid(
+            about.constants,
+            distance=self.inner.solution_bound(about.constants, about.distance),
+            outer_gradient_norm=about.outer_gradient_norm,
+            linear_error=self.linear.relative_error(about.constants, self.damping),
+            damping=self.damping + self.linear.own_damping,
+        )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         if self._has_target:

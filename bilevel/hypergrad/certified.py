@@ -17,6 +17,8 @@ from bilevel._numerics.quasi_newton import Pairs, Recycled
 from bilevel._result import Report, Solved, Status, report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.certificates.accuracy import Accuracy, inner_tolerance, linear_tolerance
 from bilevel.certificates.assumptions import moved
 from bilevel.certificates.certificate import Constants
@@ -114,6 +116,12 @@ class Certified(AbstractEstimator):
     ) -> Certified:
         own = self.constants if constants is None else constants
         return Certified(self.estimator, target_error, relative_error, own)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        raise ValueError(
+            "`Certified` certifies its own error. Read `Estimate.bound`, or call `bounds.aid` with the distance and the"
+            " linear error that are reached."
+        )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         accuracy, y = self._accuracy(), problem.start(x, start.y).detach()

@@ -15,6 +15,9 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._result import Solved, Status, report
 from bilevel._validate import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
+from bilevel.bounds.sampled import esj
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -92,6 +95,25 @@ class ESJ(AbstractEstimator):
 
     def with_seed(self, seed: int) -> ESJ:
         return replace(self, seed=seed)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        if about.outer_size is None or about.smoothness is None:
+            raise ValueError(
+                "`error_bound(ESJ(...))` needs outer_size and smoothness. Pass smoothness=0 where y_N is affine in x."
+            )
+        step, steps = self.inner.as_gradient_descent("bounds.esj")
+        return esj(
+            about.constants,
+            step=step,
+            steps=steps,
+            distance=about.distance,
+            outer_gradient_norm=about.outer_gradient_norm,
+            outer_size=about.outer_size,
+            directions=self.directions,
+            distribution=self.distribution,
+            radius=self.radius,
+            smoothness=about.smoothness,
+        )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         u, c = self._draw(x, start.count)

@@ -13,6 +13,9 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._result import Report, report
 from bilevel._validate import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
+from bilevel.bounds.differences import finite_difference
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -55,6 +58,23 @@ class FiniteDifference(AbstractEstimator):
     @property
     def requires(self) -> frozenset[Property]:
         return frozenset()
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        if self.step is None or about.outer_size is None or about.third_derivative is None:
+            raise ValueError(
+                "`error_bound(FiniteDifference(...))` needs step, outer_size and third_derivative. Call"
+                " `bounds.finite_difference` with the step that it derives."
+            )
+        return finite_difference(
+            about.constants,
+            step=self.step,
+            outer_size=about.outer_size,
+            third_derivative=about.third_derivative,
+            distance=self.inner.solution_bound(about.constants, about.distance),
+            outer_gradient_norm=about.outer_gradient_norm,
+            value_error=about.value_error,
+            reach=about.reach,
+        )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         value, y, first = self._phi(problem, x, start.y)

@@ -16,6 +16,9 @@ from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._numerics.second_derivatives import explained
 from bilevel._result import report
 from bilevel._validate import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
+from bilevel.bounds.unrolled import itd, one_step, truncated_itd
 from bilevel.hypergrad.unrolling.unroll import Unroll
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
@@ -96,6 +99,15 @@ class ITD(AbstractEstimator):
     @property
     def takes_encoding(self) -> bool:
         return True
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        step, steps = self.inner.as_gradient_descent("bounds.itd")
+        known, d, b = about.constants, about.distance, about.outer_gradient_norm
+        if self.truncate is None:
+            return itd(known, step=step, steps=steps, distance=d, outer_gradient_norm=b)
+        if self.truncate == 1 and steps:
+            return one_step(known, step=step, steps=steps, distance=d, outer_gradient_norm=b)
+        return truncated_itd(known, step=step, steps=steps, truncate=self.truncate, distance=d, outer_gradient_norm=b)
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         assert isinstance(self.inner, AbstractUnrollable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,6 +14,9 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._result import Report, report
 from bilevel._validate import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
+from bilevel.bounds.value_function import penalty
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -70,6 +73,35 @@ class Penalty(AbstractEstimator):
     @property
     def takes_encoding(self) -> bool:
         return True
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        known, w, b = about.constants, self.weight, about.outer_gradient_norm
+
+        def bound(distance: float, penalized_distance: float) -> Bound:
+            return penalty(
+                known,
+                weight=w,
+                outer_gradient_norm=b,
+                extrapolate=self.extrapolate,
+                quadratic=about.quadratic,
+                distance=distance,
+                penalized_distance=penalized_distance,
+            )
+
+        exact = bound(0.0, 0.0)  # which also checks the constants
+        assert known.mu is not None and known.L_fyy is not None
+        negative = known.L_fyy if known.L_f_minus is None else known.L_f_minus
+        reached = self.inner.solution_bound(known, about.distance)
+        # The penalized problem is g + f / w: from the solution before it, with curvature between mu - L_f_minus / w
+        # and L + L_fyy / w, which is also so, by a margin, for 2w.
+        L = None if known.L is None else known.L + known.L_fyy / w
+        shift = b / (w * known.mu - negative)
+        penalized = replace(known, mu=known.mu - negative / w, L=L, radius=known.radius - shift)
+        start = reached + shift  # |y~ - y_w|; for 2w: |y~_w - y_2w| <= |y~_w - y_w| + |y_w - y*| + |y* - y_2w|
+        late = self.inner.solution_bound(penalized, start)
+        if self.extrapolate:
+            late = max(late, self.inner.solution_bound(penalized, late + 2 * shift))
+        return exact if reached == late == 0 else bound(reached, late)
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())

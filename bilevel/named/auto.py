@@ -11,6 +11,8 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._tree import Tree
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.certificates.certificate import Constants
 from bilevel.requirements.properties import Property
 
@@ -84,6 +86,9 @@ class Chosen(AbstractEstimator):
     ) -> Chosen | None:
         certified = self.estimator.certified(target_error, relative_error, constants)
         return None if certified is None else replace(self, estimator=certified)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        return self.estimator.error_bound(about)
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         return replace(self.estimator.estimate(problem, x, start), note=self.why)

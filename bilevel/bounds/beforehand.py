@@ -1,0 +1,36 @@
+"""What an estimator's error bound may be computed from before anything else is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from bilevel.certificates.certificate import Constants
+
+
+@final
+@dataclass(frozen=True)
+class Beforehand:
+    """What is known of a problem and of a start before an estimate is made there; see `error_bound`.
+
+    Attributes:
+        constants: of f and g.
+        distance: |y_0 - y*|, or a bound on it.
+        outer_gradient_norm: |grad_y f(x, y*)|, or a bound on it.
+        outer_size: p.
+        smoothness: the Lipschitz constant of x -> J_N(x)' grad_y f; 0 where y_N is affine in x.
+        third_derivative: of Phi along the coordinates.
+        value_error: the rounding of a value of Phi.
+        reach: max(1, |x_i|) over i.
+        quadratic: whether f and g are quadratic in y.
+    """
+
+    constants: Constants
+    distance: float
+    outer_gradient_norm: float
+    outer_size: int | None = None
+    smoothness: float | None = None
+    third_derivative: float | None = None
+    value_error: float = 0.0
+    reach: float = 1.0
+    quadratic: bool = False
