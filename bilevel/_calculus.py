@@ -5,16 +5,18 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Tally
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
+
+if TYPE_CHECKING:
+    from bilevel._flat import FlatProblem
 
 
 def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: bool = False) -> Tensor:

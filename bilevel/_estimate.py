@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, final
 
 from torch import Tensor
 
-from bilevel._flat import FlatProblem
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
 from bilevel.requirements.properties import STRICTEST, Property
 
 if TYPE_CHECKING:
+    from bilevel._flat import FlatProblem
     from bilevel.bounds.beforehand import Beforehand
     from bilevel.bounds.bound import Bound
     from bilevel.certificates.certificate import Constants

@@ -16,8 +16,9 @@ from torch import Tensor
 from bilevel import AID, BilevelProblem, Constants, certify, hypergradient
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
-from bilevel.certificates.assumptions import completed
-from bilevel.certificates.residuals import Measured, measure
+from bilevel.certificates.completed import completed
+from bilevel.certificates.measured import Measured
+from bilevel.certificates.residuals import measure
 from bilevel.certificates.theorems import along, theorem_a
 from bilevel.solvers.dense import Dense
 from bilevel.solvers.gradient_descent import GradientDescent

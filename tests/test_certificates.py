@@ -28,9 +28,13 @@ from bilevel import (
     certify,
     hypergradient,
 )
-from bilevel.certificates.assumptions import completed, moved
-from bilevel.certificates.residuals import Measured, measure, measured
-from bilevel.certificates.theorems import certify_flat, least_eigenvalue, theorem, theorem_a, theorem_b
+from bilevel._numerics.spectrum import least_eigenvalue
+from bilevel.certificates.assumptions import moved
+from bilevel.certificates.certify_flat import certify_flat, theorem
+from bilevel.certificates.completed import completed
+from bilevel.certificates.measured import Measured, measured
+from bilevel.certificates.residuals import measure
+from bilevel.certificates.theorems import theorem_a, theorem_b
 from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
 from bilevel.solvers import CG, LBFGS, Dense, GradientDescent, Iterate, Neumann, Newton, Nystrom

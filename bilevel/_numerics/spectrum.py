@@ -1,4 +1,4 @@
-"""The largest eigenvalue of a symmetric operator, with a stated confidence."""
+"""The ends of a spectrum: the largest eigenvalue, with a stated confidence, and the least."""
 
 from __future__ import annotations
 
@@ -78,3 +78,10 @@ def largest_eigenvalue(
     theta = torch.linalg.eigvalsh(safe)[..., -1]
     bound = theta if steps == n else theta / (1 - overshoot)
     return torch.where(finite, bound, torch.full_like(bound, math.nan)).to(like)
+
+
+def least_eigenvalue(matrix: Tensor) -> Tensor:
+    """The least eigenvalue of a symmetric matrix, or of several, less the rounding of its entries."""
+    eigenvalues = torch.linalg.eigvalsh(((matrix + matrix.mT) / 2).double())
+    least: Tensor = eigenvalues[..., 0] - matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().amax(-1)
+    return least

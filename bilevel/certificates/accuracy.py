@@ -12,10 +12,11 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._tree import Tree
-from bilevel.certificates.assumptions import NEEDED, completed
+from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Constants
+from bilevel.certificates.completed import completed
 from bilevel.certificates.estimate_constants import estimated
-from bilevel.certificates.residuals import Measured
+from bilevel.certificates.measured import Measured
 
 _TINY = torch.finfo(torch.float64).tiny
 

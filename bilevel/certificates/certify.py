@@ -13,11 +13,11 @@ from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Structure, Tree, ravel
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
+from bilevel.certificates.certify_flat import certify_flat
 from bilevel.certificates.penalty import certify_penalty
-from bilevel.certificates.theorems import certify_flat
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.named.setting import default_linear
 from bilevel.requirements.properties import Property
+from bilevel.solvers.cg import accurate_cg
 
 
 def certify(
@@ -109,7 +109,7 @@ def certify(
     v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
     if first_order:
         return _first_order(flat, x_vector.detach(), z.detach(), y, estimate, constants)
-    solver = default_linear(y) if linear is None else linear
+    solver = accurate_cg(y) if linear is None else linear
     return certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
 
 

@@ -11,8 +11,8 @@ from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel.certificates.double_precision import in_double
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.named.setting import default_linear
 from bilevel.requirements.properties import DoesNotApply, Property
+from bilevel.solvers.cg import accurate_cg
 
 
 def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z: Tensor) -> float:
@@ -37,7 +37,7 @@ def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z
 
 
 def _second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z: Tensor) -> float:
-    linear = default_linear(y)
+    linear = accurate_cg(y)
     at = Exact().linearize(problem, x, y)
     step = linear.solve(at.operator, at.gradient)
     y = y - step.value

@@ -11,11 +11,10 @@ from torch import Tensor
 from bilevel._calculus import Exact, cross_operator, grad
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
-from bilevel._numerics.spectrum import largest_eigenvalue
+from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Tree, ravel
 from bilevel.certificates.certificate import Constants
-from bilevel.certificates.theorems import least_eigenvalue
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated
 _SAFETY = 2.0  # what sampled Lipschitz constants are multiplied by

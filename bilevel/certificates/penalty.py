@@ -11,10 +11,11 @@ from torch import Tensor
 from bilevel._calculus import outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._tree import row_norms
-from bilevel.certificates.assumptions import assumptions, completed, moved
+from bilevel.certificates.assumptions import assumptions, moved
 from bilevel.certificates.certificate import Certificate, Constants
-from bilevel.certificates.residuals import ROUNDING
-from bilevel.certificates.theorems import beyond, distance, precise
+from bilevel.certificates.certify_flat import beyond, distance, precise
+from bilevel.certificates.completed import completed
+from bilevel.certificates.measured import ROUNDING
 
 
 def certify_penalty(

@@ -1,24 +1,17 @@
-"""The theorems behind certificates, in vectors."""
+"""The theorems behind certificates: from residuals and constants to a bound."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import Exact, outer_gradients
-from bilevel._flat import FlatProblem
-from bilevel._linear import AbstractLinearSolver
-from bilevel._result import Tally
-from bilevel._tree import tree_leaves, tree_map
-from bilevel.certificates.assumptions import assumptions, completed, contradiction, moved
-from bilevel.certificates.certificate import Assumption, Certificate, Constants
-from bilevel.certificates.double_precision import in_double
-from bilevel.certificates.residuals import ROUNDING, Measured, measure
+from bilevel.certificates.assumptions import contradiction, moved
+from bilevel.certificates.certificate import Constants
+from bilevel.certificates.measured import Measured
 
 
 @final
@@ -92,154 +85,10 @@ def bounded(found: Measured, known: Constants) -> Terms:
     else:
         delta = found.e / known.mu
         terms = theorem_a(found, known.mu, delta, along(known, float(delta.max())))
-    return _confronted(found, terms)
+    return confronted(found, terms)
 
 
-def theorem(problem: FlatProblem, x: Tensor, y: Tensor, found: Measured, known: Constants) -> Terms:
-    """The bound at (x, y); without any mu theorem B from the least eigenvalue of the dense H there."""
-    if known.mu is not None:
-        return bounded(found, known)
-    matrix = Exact().linearize(problem, x, y).operator.dense(y)
-    return _confronted(found, theorem_b(found, least_eigenvalue(matrix), known))
-
-
-def _confronted(found: Measured, terms: Terms) -> Terms:
+def confronted(found: Measured, terms: Terms) -> Terms:
+    """The terms, infinite where the products that were taken anyway refute a constant."""
     refuted = contradiction(found, terms.known)
     return replace(terms, inner=math.inf, distance=math.inf, unique=0.0, reason=refuted) if refuted else terms
-
-
-def least_eigenvalue(matrix: Tensor) -> Tensor:
-    """The least eigenvalue of a symmetric matrix, or of several, less the rounding of its entries."""
-    eigenvalues = torch.linalg.eigvalsh(((matrix + matrix.mT) / 2).double())
-    least: Tensor = eigenvalues[..., 0] - matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().amax(-1)
-    return least
-
-
-def certify_flat(
-    problem: FlatProblem,
-    x: Tensor,
-    z: Tensor,
-    y: Tensor,
-    v: Tensor | None,
-    constants: Constants,
-    linear: AbstractLinearSolver,
-    refine: bool = False,
-) -> Certificate:
-    """The certificate in vectors; see `certify`. In float64 wherever f and g can be evaluated in it."""
-    return precise(
-        lambda problem, to, doubled: _certify(problem, to(x), to(z), to(y), to(v), constants, linear, refine, doubled),
-        problem,
-    )
-
-
-def precise(certificate: Callable[[FlatProblem, Any, bool], Certificate], problem: FlatProblem) -> Certificate:
-    """(problem, cast, whether cast) -> certificate, in float64, or, where that fails, in the problem's dtype."""
-    single = problem.y.dtype
-    if single != torch.float64:
-        trial = in_double(problem, Tally())
-        try:
-            found: Certificate = certificate(trial, lambda t: None if t is None else t.double(), True)
-        except (RuntimeError, TypeError, ValueError):
-            pass  # f or g insists on its dtype; whatever else it was is met again below
-        else:
-            problem.tally.add(trial.tally.stats())
-            return _in_dtype(replace(found, stats=problem.tally.stats()), single)
-    found = certificate(problem, lambda t: t, False)
-    if single == torch.float64:
-        return found
-    unit = ROUNDING * torch.finfo(single).eps
-    note = Assumption("rounding", unit, f"modelled, of {single}")
-    reason = found.reason or f"rounding errors of {single} are modelled: f and g cannot be evaluated in float64"
-    return replace(found, assumed=(*found.assumed, note), proven=False, reason=reason)
-
-
-def _in_dtype(found: Certificate, dtype: torch.dtype) -> Certificate:
-    """The refined hypergradient in the user's dtype, with the rounding of that in its bound."""
-    if found.refined is None or found.refined_bound is None:
-        return found
-    rounded = tree_map(lambda leaf: leaf.to(dtype), found.refined)
-    loss = math.hypot(*(distance(a, b) for a, b in zip(tree_leaves(rounded), tree_leaves(found.refined), strict=True)))
-    return replace(found, refined=rounded, refined_bound=found.refined_bound + loss)
-
-
-def _certify(
-    problem: FlatProblem,
-    x: Tensor,
-    z: Tensor,
-    y: Tensor,
-    v: Tensor | None,
-    constants: Constants,
-    linear: AbstractLinearSolver,
-    refine: bool,
-    doubled: bool,
-) -> Certificate:
-    if v is None:
-        at = Exact().linearize(problem, x, y)
-        v = linear.solve(at.operator, outer_gradients(problem, x, y)[2]).value
-    known, notes = completed(problem, x, y, constants)
-    found = measure(problem, x, y, v, known, doubled)
-    bound = theorem(problem, x, y, found, known)
-    reason = bound.reason or beyond(bound.distance, constants)
-    off = distance(z, found.h)
-    if not reason and not math.isfinite(off + bound.total):
-        reason = "NaN or Inf was met"
-    best, refined, refined_bound = off + bound.total + found.rounding, None, None
-    terms = {"inner": bound.inner, "linear": bound.linear, "estimate": off, "rounding": found.rounding}
-    if refine and math.isfinite(best):
-        refined, refined_bound = _refine(problem, x, y, v, known, bound, linear)
-        if distance(z, refined) + refined_bound < best and not reason:
-            terms = {"estimate": distance(z, refined), "refined": refined_bound}
-            best = sum(terms.values())
-    return Certificate(
-        bound=best,
-        terms=terms,
-        theorem="A" if known.mu is not None and "mu" not in known.local else "B",
-        proven=not constants.heuristic and not reason and math.isfinite(best),
-        confidence=known.confidence,
-        assumed=tuple(assumptions(constants, bound.known, bound.mu)) + notes,
-        distance=bound.distance,
-        grad_norm=float(torch.linalg.vector_norm(z.double())),
-        stats=problem.tally.stats(),
-        refined=None if refined is None else problem.x.unravel(refined),
-        refined_bound=refined_bound,
-        reason=reason,
-    )
-
-
-def beyond(reach: float, constants: Constants) -> str:
-    """Why a bound is no theorem although its formula applies: it reaches beyond where the constants hold."""
-    if reach <= constants.radius:
-        return ""
-    return (
-        f"the constants hold within {constants.radius:g} of y*, but y is only known to be within {reach:.3g} of it:"
-        f" solve the inner problem more accurately."
-    )
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """|a - b|, rounded up."""
-    return float(torch.linalg.vector_norm(a.double() - b.double())) * (1 + ROUNDING * torch.finfo(torch.float64).eps)
-
-
-def _refine(
-    problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, known: Constants, plain: Terms, linear: AbstractLinearSolver
-) -> tuple[Tensor, float]:
-    """The implicit gradient at y - H^-1 e, whose error is of second order in |y - y*|, and its own bound."""
-    at = Exact().linearize(problem, x, y)
-    step = linear.solve(at.operator, at.gradient).value
-    y = y - step
-    at = Exact().linearize(problem, x, y)
-    v = linear.solve(at.operator, outer_gradients(problem, x, y)[2], v).value
-    reach = float(torch.linalg.vector_norm(step.double(), dim=-1).max())
-    if not math.isfinite(reach):
-        return torch.full_like(x, math.nan), math.inf
-    local = moved(known, reach)
-    if known.mu is not None and local.mu is None:
-        return torch.full_like(x, math.nan), math.inf
-    found = measure(problem, x, y, v, local)
-    bound = theorem(problem, x, y, found, local)
-    # Both bounds are of one stationary point: that of y - s lies where that of y is the only one; and y - s, as well
-    # as y, is where the constants hold.
-    near = reach + (plain.distance if plain.unique == math.inf else bound.distance)
-    same = reach + bound.distance <= plain.unique and near <= known.radius
-    return found.h, bound.total + found.rounding if same else math.inf

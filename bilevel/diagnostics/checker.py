@@ -21,7 +21,8 @@ from bilevel.diagnostics.verdict import Check, Outcome, Verdict
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.named.reference import reference
 from bilevel.named.registry import estimators
-from bilevel.named.setting import Setting, default_inner, default_linear
+from bilevel.named.setting import Setting, default_inner
+from bilevel.solvers.cg import accurate_cg
 
 _REPEATS = 8  # evaluations at one point: a mask of two entries drawn anew agrees by chance once in 4^7 times
 _DENSE = 200  # up to so many inner variables the spectrum at the solution is computed, not estimated
@@ -318,7 +319,7 @@ class Checker:
         else:
             at = Exact().linearize(self.problem, self.x, self.y)
             _, fx, fy = outer_gradients(self.problem, self.x, self.y)
-            cross = at.cross(default_linear(self.y).solve(at.operator, fy).value)
+            cross = at.cross(accurate_cg(self.y).solve(at.operator, fy).value)
             h = fx if cross is None else fx - cross
         d = self._random(self.x)
         t = torch.finfo(self.x.dtype).eps ** 0.25 * max(1.0, float(torch.linalg.vector_norm(self.x)))

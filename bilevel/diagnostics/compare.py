@@ -16,13 +16,14 @@ from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError, Stats, Status, Tally
 from bilevel._tree import Tree, ravel
 from bilevel.certificates.certificate import Constants
-from bilevel.certificates.theorems import certify_flat
+from bilevel.certificates.certify_flat import certify_flat
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
 from bilevel.named.budget import budgeted
 from bilevel.named.reference import reference
 from bilevel.named.registry import estimators as named_estimators, resolve
-from bilevel.named.setting import Setting, default_linear
+from bilevel.named.setting import Setting
+from bilevel.solvers.cg import accurate_cg
 
 
 def compare(
@@ -174,5 +175,5 @@ class _Comparer:
     def _certificate(self, found: FlatEstimate) -> float:
         assert self.constants is not None
         quiet = self.problem.with_tally(Tally())
-        linear = default_linear(found.y)
+        linear = accurate_cg(found.y)
         return certify_flat(quiet, self.x, found.grad, found.y, found.v, self.constants, linear).bound

@@ -22,7 +22,7 @@ from bilevel.bounds.bound import Bound
 from bilevel.certificates.accuracy import Accuracy, inner_tolerance, linear_tolerance
 from bilevel.certificates.assumptions import moved
 from bilevel.certificates.certificate import Constants
-from bilevel.certificates.residuals import Measured, measured
+from bilevel.certificates.measured import Measured, measured
 from bilevel.certificates.theorems import Terms, bounded
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit_point import Point, Solves

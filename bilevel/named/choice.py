@@ -13,7 +13,7 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
 from bilevel.certificates.certificate import Constants
-from bilevel.certificates.theorems import certify_flat
+from bilevel.certificates.certify_flat import certify_flat
 from bilevel.named.auto import Auto, Chosen
 
 _BUDGETS = tuple(2**k for k in range(3, 14))  # oracle calls, doubled until the target is met

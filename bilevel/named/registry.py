@@ -18,8 +18,9 @@ from bilevel.named.auto import Auto, Chosen
 from bilevel.named.budget import budgeted
 from bilevel.named.choice import choose
 from bilevel.named.reference import reference
-from bilevel.named.setting import Setting, default_inner, default_linear, default_unrolled
+from bilevel.named.setting import Setting, default_inner, default_unrolled
 from bilevel.requirements.properties import Property
+from bilevel.solvers.cg import accurate_cg
 
 
 def _aid(linear: Callable[[Setting], AbstractLinearSolver]) -> Callable[[Setting], AbstractEstimator]:
@@ -221,6 +222,6 @@ def _choose(wish: Auto, s: Setting) -> Chosen:
         names,
         lambda name, budget: budgeted(name, s, budget),
         accurate,
-        default_linear,
+        accurate_cg,
         _NAMED["aid-cg"].build(s),
     )

@@ -12,7 +12,6 @@ from torch import Tensor
 from bilevel._calculus import outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
 from bilevel.inner_problems.kinds import inner_objective
 
@@ -113,10 +112,3 @@ def default_unrolled(s: Setting, min_steps: int = 0) -> AbstractInnerSolver:
         return Iterate(GradientDescent(), max_steps=10)
     tol = s.inner_tol() * (1e2 if s.double else 10)
     return Iterate(GradientDescent(), max_steps=MOST_STEPS, tol=tol, min_steps=min_steps)
-
-
-def default_linear(like: Tensor) -> AbstractLinearSolver:
-    """The linear solver that certificates use where none is given: conjugate gradients, accurate for the dtype."""
-    from bilevel.solvers.cg import CG
-
-    return CG(rtol=1e-10 if like.dtype == torch.float64 else 1e-5, max_steps=10 * like.shape[-1])
