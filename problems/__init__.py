@@ -14,18 +14,28 @@ from bilevel.problems.ill_posed import double_well, rank_deficient
 from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, lambert
 from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
 from bilevel.problems.logistic import Logistic, logistic, logistic_breast_cancer, multinomial_digits
-from bilevel.problems.meta_learning.abml import abml
-from bilevel.problems.meta_learning.anil import anil, no_inner_loop
-from bilevel.problems.meta_learning.gaussian_likelihood import GaussianLikelihood
-from bilevel.problems.meta_learning.ibaml import ibaml, ibaml_head
-from bilevel.problems.meta_learning.imaml import imaml
-from bilevel.problems.meta_learning.kl_products import KLDiagonal, KLProducts
-from bilevel.problems.meta_learning.maml import maml
-from bilevel.problems.meta_learning.proto_net import proto_net
-from bilevel.problems.meta_learning.reptile import reptile
-from bilevel.problems.meta_learning.ridge_head import ridge_head
-from bilevel.problems.meta_learning.shared_embedding import shared_embedding
-from bilevel.problems.meta_learning.svm_head import svm_head
+from bilevel.problems.meta_learning import (
+    GaussianLikelihood,
+    GaussianPrior,
+    KLDiagonal,
+    KLProducts,
+    KLSystem,
+    MonteCarlo,
+    OuterObjective,
+    PosteriorDescent,
+    abml,
+    anil,
+    ibaml,
+    ibaml_head,
+    imaml,
+    maml,
+    no_inner_loop,
+    proto_net,
+    reptile,
+    ridge_head,
+    shared_embedding,
+    svm_head,
+)
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
@@ -39,13 +49,18 @@ __all__ = [
     "Dataset",
     "Entry",
     "GaussianLikelihood",
+    "GaussianPrior",
     "HyperCleaning",
     "Instance",
     "InverseLink",
     "KLDiagonal",
     "KLProducts",
+    "KLSystem",
     "LogSumExp",
     "Logistic",
+    "MonteCarlo",
+    "OuterObjective",
+    "PosteriorDescent",
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",

@@ -16,7 +16,7 @@ from bilevel import AID, cli
 from bilevel._tree import tree_leaves
 from bilevel.experiments.catalogue import experiments
 from bilevel.experiments.image_setup import Setting
-from bilevel.few_shot import mlp, train
+from bilevel.few_shot import Experiment, mlp, train
 from bilevel.problems.meta_learning.kl_products import KLProducts
 
 RUN = ["run", "maml-sinusoid", "--set", "batch=3", "--quiet"]
@@ -32,18 +32,19 @@ def result(folder: Path) -> dict[str, Any]:
     return content
 
 
-def small(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
-    """Short validations and evaluations: `settings` replace those of the experiments."""
+def small(monkeypatch: pytest.MonkeyPatch, validate_every: int = 3) -> None:
+    """Short validations and evaluations in the place of those of the experiments."""
     from bilevel.experiments import on_sinusoids
-    from bilevel.few_shot import experiment
 
     original = on_sinusoids._experiment
 
-    def shrunk(*arguments: Any, **keywords: Any) -> experiment.Experiment:
+    def shrunk(*arguments: Any, **keywords: Any) -> Experiment:
         made = original(*arguments, **keywords)
-        wanted = {"validate_every": 3, "validate_episodes": 4, "checkpoint_every": 4, **settings}
         return dataclasses.replace(
-            made, settings={**made.settings, **wanted}, evaluation={**made.evaluation, "episodes": 6}
+            made,
+            validation=dataclasses.replace(made.validating, every=validate_every, episodes=4),
+            settings=dataclasses.replace(made.settings, checkpoint_every=4),
+            evaluation=dataclasses.replace(made.evaluation, episodes=6),
         )
 
     monkeypatch.setattr(on_sinusoids, "_experiment", shrunk)
@@ -82,7 +83,8 @@ def test_the_command_line_is_the_same_run_as_in_python(tmp_path: Path, monkeypat
     from bilevel.solvers import Adam
 
     experiment = experiments()["maml-sinusoid"].build(batch=3, seed=1)
-    trained = experiment.train(1, {"max_steps": 5, "outer": Adam(0.01)})
+    settings = dataclasses.replace(experiment.settings, max_steps=5, outer=Adam(0.01))
+    trained = dataclasses.replace(experiment, settings=settings).train(1)
     assert [line["value"] for line in lines(tmp_path / "run")] == [record.value for record in trained.history]
     found = experiment.evaluate(trained.x, 1)
     assert result(tmp_path / "run")["test"]["score"]["mean"] == found.score.mean
@@ -246,7 +248,7 @@ def test_every_experiment_is_listed_and_the_sinusoids_and_digits_can_be_built(
 @pytest.mark.parametrize("name", ["anil-sinusoid", "imaml-sinusoid", "ibaml-sinusoid", "anil-digits", "ridge-digits"])
 def test_an_experiment_learns_something(name: str) -> None:
     made = experiments()[name].build()
-    trained = train(made.learner, made.tasks, max_steps=8, batch=4, outer=made.settings["outer"], seed=1)
+    trained = train(made.learner, made.tasks, max_steps=8, batch=4, outer=made.settings.outer, seed=1)
     values = [record.value for record in trained.history]
     assert all(math.isfinite(value) for value in values)
     assert not torch.equal(*(tree_leaves(x)[0] for x in (trained.x, made.learner.x0)))
@@ -260,15 +262,15 @@ def test_an_experiment_can_be_checked_and_compared(capsys: pytest.CaptureFixture
 
 OWN = """
 from torch.nn.functional import mse_loss
-from bilevel.few_shot import Experiment, mlp
+from bilevel.few_shot import Evaluating, Experiment, Training, Validating, mlp
 from bilevel.problems import maml
 from bilevel.tasks import Sinusoid
 
 def tuned(shots: int = 5, seed: int = 0) -> Experiment:
     tasks = Sinusoid(shots=shots)
-    settings = {"max_steps": 2, "batch": 3, "validate_episodes": 4}
+    validation, settings = Validating(tasks, episodes=4), Training(max_steps=2, batch=3)
     learner = maml(mlp((1, 8, 1), seed=seed), mse_loss)
-    return Experiment(learner, tasks, tasks, tasks, settings=settings, evaluation={"episodes": 4})
+    return Experiment(learner, tasks, validation, tasks, settings=settings, evaluation=Evaluating(episodes=4))
 
 fixed = tuned()
 

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
@@ -23,7 +24,11 @@ NAMES = [
 
 def examples(module: ModuleType) -> list[doctest.DocTest]:
     """The docstrings of a module that have examples; those of what it imports belong to where that is defined."""
-    return [test for test in doctest.DocTestFinder().find(module) if test.examples]
+    finder, found = doctest.DocTestFinder(), doctest.DocTestFinder().find(module)
+    for name, own in vars(module).items():  # doctest passes over what a decorator of another module returns
+        if inspect.isfunction(own) and hasattr(own, "__wrapped__") and own.__module__ == module.__name__:
+            found += finder.find(inspect.unwrap(own), f"{module.__name__}.{name}", module)
+    return [test for test in {test.name: test for test in found}.values() if test.examples]
 
 
 WITH_EXAMPLES = [name for name in NAMES if examples(importlib.import_module(name))]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,23 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, BilevelError, BilevelProblem, functional, hypergradient, minimize
 from bilevel._tree import tree_leaves
-from bilevel.few_shot import Score, adapt, conv_net, evaluate, mlp, predict, read_best, train
-from bilevel.few_shot.experiment import Experiment
+from bilevel.few_shot import (
+    Evaluating,
+    Experiment,
+    OuterLoop,
+    Reporting,
+    Saving,
+    Score,
+    Training,
+    Validating,
+    adapt,
+    conv_net,
+    evaluate,
+    mlp,
+    predict,
+    read_best,
+    train,
+)
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.networks import features
 from bilevel.problems.meta_learning.imaml import imaml
@@ -165,15 +181,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(at: int, tmp_path: Path) -> None
             Blobs(),
             max_steps=11,
             batch=3,
-            outer=Clipped(Adam(0.02), max_norm=1.0),
-            schedule=Cosine(11),
-            validation=Blobs(),
-            validate_every=3,
-            validate_episodes=5,
-            checkpoint_every=4,
-            out=tmp_path / name,
+            outer=Scheduled(Clipped(Adam(0.02), max_norm=1.0), Cosine(11)),
+            validation=Validating(Blobs(), every=3, episodes=5),
+            out=Saving(tmp_path / name, every=4, resume=resume),
             callback=callback,
-            resume=resume,
         )
 
     whole = run("whole", None, False)
@@ -206,13 +217,8 @@ def test_validations_ahead_of_the_checkpoint_are_kept_and_count_for_patience_whe
             max_steps=max_steps,
             batch=2,
             outer=GradientDescent(0.1),
-            validation=validation,
-            validate_every=2,
-            validate_episodes=10,
-            patience=patience,
-            checkpoint_every=100,
-            out=tmp_path,
-            resume=resume,
+            validation=Validating(validation, every=2, episodes=10, patience=patience),
+            out=Saving(tmp_path, every=100, resume=resume),
         )
 
     run(2, resume=False)
@@ -237,10 +243,7 @@ def test_the_best_x_is_kept_when_validation_gets_worse_and_patience_ends_the_run
         max_steps=40,
         batch=2,
         outer=GradientDescent(0.1),
-        validation=Sinusoid(),
-        validate_every=2,
-        validate_episodes=10,
-        patience=3,
+        validation=Validating(Sinusoid(), every=2, episodes=10, patience=3),
     )
     assert trained.ended == "patience"
     assert [v.step for v in trained.validations] == [0, 2, 4, 6]
@@ -254,7 +257,7 @@ def test_the_best_x_is_kept_when_validation_gets_worse_and_patience_ends_the_run
 
 def test_the_best_x_is_the_one_that_scores_best_on_the_validation_tasks() -> None:
     trained = train(
-        prior_mean(), Sinusoid(), max_steps=20, batch=2, outer=Adam(0.5), validation=Sinusoid(), validate_every=1
+        prior_mean(), Sinusoid(), max_steps=20, batch=2, outer=Adam(0.5), validation=Validating(Sinusoid(), every=1)
     )
     scores = {v.step: v.score for v in trained.validations}
     assert trained.step == min(scores, key=lambda step: scores[step])
@@ -267,7 +270,7 @@ def test_the_best_x_is_the_one_that_scores_best_on_the_validation_tasks() -> Non
 
 def test_accuracy_is_better_when_larger() -> None:
     trained = train(
-        classification(), Blobs(), max_steps=12, batch=4, outer=Adam(0.02), validation=Blobs(), validate_every=3
+        classification(), Blobs(), max_steps=12, batch=4, outer=Adam(0.02), validation=Validating(Blobs(), every=3)
     )
     scores = [v.score for v in trained.validations]
     assert trained.best is not None
@@ -277,7 +280,7 @@ def test_accuracy_is_better_when_larger() -> None:
 
 def test_validation_tasks_are_the_same_at_each_validation_and_not_those_of_training() -> None:
     tasks, validation = Recorded(Sinusoid()), Recorded(Sinusoid())
-    train(regression(), tasks, max_steps=4, batch=2, validation=validation, validate_every=2, validate_episodes=3)
+    train(regression(), tasks, max_steps=4, batch=2, validation=Validating(validation, every=2, episodes=3))
     assert len(validation.calls) == 3
     assert len(set(validation.calls)) == 1
     assert not {seed for _, seed in validation.calls} & {seed for _, seed in tasks.calls}
@@ -292,7 +295,9 @@ def test_a_callback_stops_the_run_and_sees_the_score_of_the_batch() -> None:
         return bool(progress.record.step == 4)
 
     learner = regression()
-    trained = train(learner, Sinusoid(), max_steps=9, batch=3, callback=callback, score_every=2, outer=Adam(0.01))
+    trained = train(
+        learner, Sinusoid(), max_steps=9, batch=3, callback=Reporting(callback, score_every=2), outer=Adam(0.01)
+    )
     assert trained.ended == "callback"
     assert [progress.record.step for progress in seen] == [0, 1, 2, 3, 4]
     for progress in seen[::2]:  # a squared error is the outer loss itself
@@ -303,7 +308,12 @@ def test_a_callback_stops_the_run_and_sees_the_score_of_the_batch() -> None:
 
 def test_a_time_limit_stops_the_run_after_a_validation() -> None:
     trained = train(
-        regression(), Sinusoid(), max_steps=10**6, batch=2, seconds=0.2, validation=Sinusoid(), validate_every=10**6
+        regression(),
+        Sinusoid(),
+        max_steps=10**6,
+        batch=2,
+        outer=OuterLoop(seconds=0.2),
+        validation=Validating(Sinusoid(), every=10**6),
     )
     assert trained.ended == "seconds"
     assert trained.validations[-1].step == trained.history[-1].step > 0
@@ -312,7 +322,14 @@ def test_a_time_limit_stops_the_run_after_a_validation() -> None:
 
 def test_a_time_limit_counts_the_earlier_parts_of_a_resumed_run(tmp_path: Path) -> None:
     first = train(regression(), Sinusoid(), max_steps=20, batch=2, out=tmp_path)
-    again = train(regression(), Sinusoid(), max_steps=500, batch=2, out=tmp_path, resume=True, seconds=1e-6)
+    again = train(
+        regression(),
+        Sinusoid(),
+        max_steps=500,
+        batch=2,
+        outer=OuterLoop(seconds=1e-6),
+        out=Saving(tmp_path, resume=True),
+    )
     assert again.ended == "seconds"
     assert again.history[-1].step == 20
     assert again.seconds > sum(record.seconds for record in first.history[:-1])
@@ -325,7 +342,7 @@ def test_estimates_that_fail_are_counted_and_do_not_stop_the_run() -> None:
     assert trained.failed == {"max_steps": 4}
     assert trained.ended == "max_steps"
     with pytest.raises(BilevelError):
-        train(learner, Sinusoid(), max_steps=3, batch=2, throw=True)
+        train(learner, Sinusoid(), max_steps=3, batch=2, outer=OuterLoop(throw=True))
 
 
 def test_nan_ends_the_run_and_the_best_x_is_kept() -> None:
@@ -334,7 +351,12 @@ def test_nan_ends_the_run_and_the_best_x_is_kept() -> None:
 
     learner = dataclasses.replace(prior_mean(f), x0=torch.tensor(0.0))
     trained = train(
-        learner, Sinusoid(), max_steps=9, batch=2, outer=GradientDescent(1.0), validation=Sinusoid(), validate_every=1
+        learner,
+        Sinusoid(),
+        max_steps=9,
+        batch=2,
+        outer=GradientDescent(1.0),
+        validation=Validating(Sinusoid(), every=1),
     )
     assert trained.ended == "failed"
     assert trained.failed == {"nonfinite": 1}
@@ -375,7 +397,9 @@ def test_what_a_learner_draws_depends_on_the_seed_and_the_step_only() -> None:
 
 
 def test_chunks_change_nothing_but_rounding() -> None:
-    runs = [train(regression(), Sinusoid(), max_steps=3, batch=5, chunk_size=size) for size in (None, 2)]
+    runs = [
+        train(regression(), Sinusoid(), max_steps=3, batch=5, outer=OuterLoop(chunk_size=size)) for size in (None, 2)
+    ]
     for a, b in zip(*(tree_leaves(run.x) for run in runs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
@@ -389,35 +413,114 @@ def test_batches_move_to_the_dtype_of_x_and_labels_stay_integers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("make", "text"),
     [
-        ({"max_steps": -1}, "max_steps"),
-        ({"batch": 0}, "batch"),
-        ({"validate_every": 0}, "validate_every"),
-        ({"patience": 0}, "patience"),
-        ({"patience": 2}, "needs `validation=`"),
-        ({"seconds": 0.0}, "seconds"),
-        ({"resume": True}, "needs `out=`"),
-        ({"batch": 2.5}, "must be an integer"),
+        (lambda: train(regression(), Sinusoid(), max_steps=-1), "max_steps"),
+        (lambda: train(regression(), Sinusoid(), max_steps=1, batch=0), "batch"),
+        (lambda: train(regression(), Sinusoid(), max_steps=1, batch=2.5), "must be an integer"),  # type: ignore[arg-type]
+        (lambda: Validating(Sinusoid(), every=0), "every"),
+        (lambda: Validating(Sinusoid(), episodes=0), "episodes"),
+        (lambda: Validating(Sinusoid(), patience=0), "patience"),
+        (lambda: OuterLoop(seconds=0.0), "seconds"),
+        (lambda: Saving("here", every=0), "every"),
+        (lambda: Reporting(score_every=0), "score_every"),
+        (lambda: Training(max_steps=-1), "max_steps"),
+        (lambda: Training(batch=0), "batch"),
     ],
 )
-def test_senseless_settings_are_refused(arguments: dict[str, Any], text: str) -> None:
+def test_senseless_settings_are_refused(make: Callable[[], Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        train(regression(), Sinusoid(), **{"max_steps": 1, **arguments})
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: OuterLoop("adam"), "an optimizer such as"),  # type: ignore[arg-type]
+        (lambda: Validating(Sinusoid(), learner=Sinusoid()), "a `Learner`"),  # type: ignore[arg-type]
+        (lambda: Saving(3), "must be a path. Got 3"),  # type: ignore[arg-type]
+        (lambda: Reporting(3), "a function of the `Progress`"),  # type: ignore[arg-type]
+        (lambda: train(regression(), Sinusoid(), max_steps=1, validation=3), "validation"),  # type: ignore[arg-type]
+        (lambda: train(regression(), Sinusoid(), max_steps=1, steps=3), "unexpected keyword argument 'steps'"),  # type: ignore[call-arg]
+    ],
+)
+def test_settings_of_other_types_are_refused(make: Callable[[], Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        make()
+
+
+def test_ungrouped_keywords_are_the_groups_and_say_so(tmp_path: Path) -> None:
+    told: dict[str, list[float | None]] = {"old": [], "new": []}
+
+    def old(max_steps: int, resume: bool) -> Any:
+        keywords: dict[str, Any] = {
+            "outer": Adam(0.02),
+            "schedule": Cosine(6),
+            "estimator": "itd",
+            "constraint": None,
+            "chunk_size": 2,
+            "seconds": 1e6,
+            "throw": True,
+            "validation": Sinusoid(),
+            "validation_learner": regression(3),
+            "validate_every": 2,
+            "validate_episodes": 5,
+            "patience": 2,
+            "out": tmp_path / "old",
+            "resume": resume,
+            "checkpoint_every": 2,
+            "callback": lambda progress: told["old"].append(progress.score),
+            "score_every": 2,
+        }
+        return train(regression(), Sinusoid(), max_steps=max_steps, batch=3, **keywords)
+
+    def new(max_steps: int, resume: bool) -> Any:
+        return train(
+            regression(),
+            Sinusoid(),
+            max_steps=max_steps,
+            batch=3,
+            outer=OuterLoop(Scheduled(Adam(0.02), Cosine(6)), "itd", chunk_size=2, seconds=1e6, throw=True),
+            validation=Validating(Sinusoid(), every=2, episodes=5, patience=2, learner=regression(3)),
+            out=Saving(tmp_path / "new", every=2, resume=resume),
+            callback=Reporting(lambda progress: told["new"].append(progress.score), score_every=2),
+        )
+
+    with pytest.warns(
+        DeprecationWarning, match=r"validate_every=.*write `train\(outer=OuterLoop\(optimizer=Scheduled\("
+    ):
+        runs = [old(3, False), old(6, True), new(3, False), new(6, True)]
+    for before, now in ((runs[0], runs[2]), (runs[1], runs[3])):
+        assert before.ended == now.ended
+        assert [record.value for record in before.history] == [record.value for record in now.history]
+        assert [v.score for v in before.validations] == [v.score for v in now.validations]
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(before.x), tree_leaves(now.x), strict=True))
+    assert told["old"] == told["new"]
+    with pytest.warns(DeprecationWarning, match="validation_learner"):  # a run of the old form goes on in the new one
+        again = old(7, True)
+    assert again.history[0].value == runs[0].history[0].value
+
+
+@pytest.mark.parametrize(("keyword", "text"), [({"patience": 2}, "`validation=`"), ({"resume": True}, "`out=`")])
+def test_ungrouped_keywords_of_nothing_say_what_they_need(keyword: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=f"needs {text}"):
+        train(regression(), Sinusoid(), max_steps=1, **keyword)
+    with pytest.warns(DeprecationWarning, match="checkpoint_every"):  # without a folder it said nothing
+        train(regression(), Sinusoid(), max_steps=1, batch=2, checkpoint_every=5)  # type: ignore[call-arg]
 
 
 def test_resuming_what_was_never_begun_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        train(regression(), Sinusoid(), max_steps=1, out=tmp_path, resume=True)
+        train(regression(), Sinusoid(), max_steps=1, out=Saving(tmp_path, resume=True))
 
 
 def test_scores_of_another_learner_are_refused_on_resuming(tmp_path: Path) -> None:
-    train(regression(), Sinusoid(), max_steps=1, batch=2, out=tmp_path, validation=Sinusoid(), validate_episodes=2)
+    train(regression(), Sinusoid(), max_steps=1, batch=2, out=tmp_path, validation=Validating(Sinusoid(), episodes=2))
     with pytest.raises(ValueError, match="structure"):
-        train(classification(), Blobs(), max_steps=1, batch=2, out=tmp_path, validation=Blobs(), resume=True)
+        train(classification(), Blobs(), max_steps=1, batch=2, out=Saving(tmp_path, resume=True), validation=Blobs())
     (tmp_path / "best.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="not readable"):
-        train(regression(), Sinusoid(), max_steps=1, batch=2, out=tmp_path, validation=Sinusoid(), resume=True)
+        train(regression(), Sinusoid(), max_steps=1, batch=2, out=Saving(tmp_path, resume=True), validation=Sinusoid())
 
 
 # Evaluation
@@ -622,10 +725,10 @@ def test_test_tasks_are_untouched_until_the_final_evaluation() -> None:
     experiment = Experiment(
         regression(),
         parts[0],
-        parts[1],
+        Validating(parts[1], every=2, episodes=3),
         parts[2],
-        settings={"max_steps": 4, "batch": 2, "validate_every": 2, "validate_episodes": 3},
-        evaluation={"episodes": 4},
+        settings=Training(max_steps=4, batch=2),
+        evaluation=Evaluating(episodes=4),
     )
     trained = experiment.train(seed=5)
     assert parts[0].calls
@@ -636,6 +739,51 @@ def test_test_tasks_are_untouched_until_the_final_evaluation() -> None:
     assert seeds[2]
     assert not seeds[0] & seeds[1]
     assert not (seeds[0] | seeds[1]) & seeds[2]
+
+
+def test_experiments_of_mappings_are_those_of_values_and_say_so(tmp_path: Path) -> None:
+    parts = (regression(), Sinusoid(), Sinusoid(), Sinusoid())
+    settings: Any = {"max_steps": 4, "batch": 2, "validate_every": 2, "outer": Adam(0.1), "schedule": Cosine(4)}
+    evaluation: Any = {"episodes": 4, "curve": (0,)}
+    with pytest.warns(DeprecationWarning, match=r"write `Experiment\((settings=Training|evaluation=Evaluating)"):
+        old = Experiment(
+            *parts, settings=settings | {"checkpoint_every": 2}, evaluation=evaluation, tester=regression(3)
+        )
+    new = Experiment(
+        *parts[:2],
+        Validating(Sinusoid(), every=2),
+        Sinusoid(),
+        settings=Training(4, 2, Scheduled(Adam(0.1), Cosine(4)), checkpoint_every=2),
+        evaluation=Evaluating(4, curve=(0,)),
+        tester=regression(3),
+    )
+    assert old.settings.checkpoint_every == new.settings.checkpoint_every
+    found = [each.train(1) for each in (old, new)]
+    assert [record.value for record in found[0].history] == [record.value for record in found[1].history]
+    assert found[0].validations[1].score == found[1].validations[1].score
+    assert len(found[0].validations) == len(found[1].validations) == 3
+    assert torch.equal(*(each.evaluate(found[1].x, 1).scores for each in (old, new)))
+
+    told: list[int] = []
+    changes: Any = {"max_steps": 3, "outer": Adam(0.2), "validate_every": 3, "out": tmp_path, "resume": False}
+    changes |= {"callback": lambda progress: told.append(progress.record.step)}
+    with pytest.warns(DeprecationWarning, match=r"write `replace\(experiment"):
+        changed = new.train(1, changes)
+    loop = dataclasses.replace(new.settings, max_steps=3, outer=Adam(0.2))
+    other = dataclasses.replace(new, settings=loop, validation=Validating(Sinusoid(), every=3))
+    again = other.train(1, out=tmp_path / "again")
+    assert [record.value for record in changed.history] == [record.value for record in again.history]
+    assert [v.step for v in changed.validations] == [v.step for v in again.validations] == [0, 3]
+    assert told == [0, 1, 2, 3]
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.pt", "best.pt", "model.pt", "again"}
+    with pytest.warns(DeprecationWarning, match=r"write `replace\(experiment, evaluation"):
+        few = new.evaluate(again.x, 1, {"episodes": 2})
+    assert few.episodes == 2
+    assert list(few.curve) == [0]
+    with pytest.warns(DeprecationWarning, match="settings"), pytest.raises(TypeError, match="cannot hold out"):
+        Experiment(*parts, settings=settings | {"out": tmp_path})
+    with pytest.warns(DeprecationWarning, match="changes"), pytest.raises(TypeError, match="no argument 'steps'"):
+        new.train(1, {"steps": 3})
 
 
 # Schedules and clipping
@@ -662,8 +810,7 @@ def test_a_constant_schedule_and_a_wide_clip_change_no_bit() -> None:
         Sinusoid(),
         max_steps=3,
         batch=2,
-        outer=Clipped(Adam(0.01), max_norm=1e9, max_value=1e9),
-        schedule=lambda step: 1.0,
+        outer=Scheduled(Clipped(Adam(0.01), max_norm=1e9, max_value=1e9), lambda step: 1.0),
     )
     assert same(plain.x, wrapped.x)
 
@@ -729,7 +876,7 @@ def test_networks_have_the_features_they_say_and_leave_the_global_generator_alon
 def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(ImportError, match=r'pip install "bilevel\[tensorboard\]"'):
-        train(regression(), Sinusoid(), max_steps=1, tensorboard=tmp_path)
+        train(regression(), Sinusoid(), max_steps=1, callback=Reporting(tensorboard=tmp_path))
 
 
 def test_scalars_are_those_of_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -756,11 +903,8 @@ def test_scalars_are_those_of_the_history(tmp_path: Path, monkeypatch: pytest.Mo
         Sinusoid(),
         max_steps=4,
         batch=2,
-        score_every=2,
-        validation=Sinusoid(),
-        validate_every=3,
-        validate_episodes=2,
-        tensorboard=tmp_path,
+        validation=Validating(Sinusoid(), every=3, episodes=2),
+        callback=Reporting(score_every=2, tensorboard=tmp_path),
     )
     assert closed == [str(tmp_path)]
     for record in trained.history:

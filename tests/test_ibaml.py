@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,8 +27,13 @@ from bilevel.few_shot.learner import Learner
 from bilevel.problems import (
     BayesianRegression,
     GaussianLikelihood,
+    GaussianPrior,
     KLDiagonal,
     KLProducts,
+    KLSystem,
+    MonteCarlo,
+    OuterObjective,
+    PosteriorDescent,
     abml,
     bayesian_regression,
     ibaml,
@@ -533,15 +539,11 @@ def test_the_gradient_is_that_of_finite_differences_of_the_problem_solved_again(
     learner = ibaml(
         linear_net(),
         binary_cross_entropy_with_logits,
-        kl_weight=0.05,
-        samples=32,
-        log_variance=-1.0,
-        isotropic=isotropic,
+        prior=GaussianPrior(0.05, -1.0, isotropic=isotropic),
+        draws=MonteCarlo(32, 10),
         inner=NEWTON,
-        linear_steps=40,
-        outer_kl_weight=0.02,
-        hyper_prior_weight=0.03,
-        precision_prior=(2.0, 0.5),
+        system=KLSystem(40),
+        outer_objective=OuterObjective(kl_weight=0.02, hyper_prior_weight=0.03, precision_prior=(2.0, 0.5)),
     )
     data = prepared(learner, logistic_tasks(), 3)
     x, structure = ravel(learner.x0)
@@ -574,11 +576,10 @@ def test_other_noise_in_the_products_is_another_gradient() -> None:
     learner = ibaml(
         linear_net(),
         binary_cross_entropy_with_logits,
-        kl_weight=0.05,
-        samples=32,
-        log_variance=-1.0,
+        prior=GaussianPrior(0.05, -1.0),
+        draws=MonteCarlo(32, 10),
         inner=NEWTON,
-        linear_steps=40,
+        system=KLSystem(40),
     )
     data = prepared(learner, logistic_tasks(), 3)
     other = prepared(learner, logistic_tasks(), 4)
@@ -620,7 +621,7 @@ def test_targets_and_losses_of_no_mixture_are_refused(loss: Any, outputs: Any, t
 
 
 def test_noise_is_a_function_of_the_seed_and_another_one_for_each_task_and_side() -> None:
-    learner = ibaml(linear_net(), binary_cross_entropy_with_logits, samples=6)
+    learner = ibaml(linear_net(), binary_cross_entropy_with_logits, draws=MonteCarlo(6, 10))
     batch = logistic_tasks()
     data, again, other = (prepared(learner, batch, seed) for seed in (3, 3, 4))
     noise = data["support_noise"]
@@ -630,9 +631,9 @@ def test_noise_is_a_function_of_the_seed_and_another_one_for_each_task_and_side(
     for one, two in ((noise, other["support_noise"]), (noise, data["query_noise"]), (noise[0], noise[1])):
         assert float((one - two).abs().min()) > 0
     assert set(batch) == {"support_x", "support_y", "query_x", "query_y"}
-    single = ibaml(linear_net(), binary_cross_entropy_with_logits, samples=5, evaluation_samples=3, antithetic=False)
+    single = ibaml(linear_net(), binary_cross_entropy_with_logits, draws=MonteCarlo(5, 3, antithetic=False))
     assert prepared(single, batch, 0)["support_noise"].shape == (2, 5, 6)
-    learner = ibaml(linear_net(), binary_cross_entropy_with_logits, samples=20_000)
+    learner = ibaml(linear_net(), binary_cross_entropy_with_logits, draws=MonteCarlo(20_000, 10))
     many = prepared(learner, batch, 0)["support_noise"]
     assert float(many.var() - 1) == pytest.approx(0, abs=0.02)
 
@@ -690,8 +691,11 @@ def net(seed: int = 60) -> nn.Sequential:
     return module
 
 
+WIDE = GaussianPrior(kl_weight=0.1, log_variance=-2.0)
+
+
 def learners(**changes: Any) -> dict[str, Learner]:
-    arguments: dict[str, Any] = {"kl_weight": 0.1, "samples": 4, "log_variance": -2.0, "inner_steps": 4, **changes}
+    arguments: dict[str, Any] = {"prior": WIDE, "draws": MonteCarlo(4, 10), "inner": PosteriorDescent(4), **changes}
     module = net()
     return {
         "ibaml": ibaml(module, cross_entropy, **arguments),
@@ -703,9 +707,9 @@ def learners(**changes: Any) -> dict[str, Learner]:
 @pytest.mark.parametrize("isotropic", [False, True])
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
 def test_objectives_are_those_of_their_definition(name: str, isotropic: bool) -> None:
-    learner = learners(isotropic=isotropic, outer_kl_weight=0.2, hyper_prior_weight=0.3, precision_prior=(2.0, 0.5))[
-        name
-    ]
+    prior = replace(WIDE, isotropic=isotropic)
+    outer_objective = OuterObjective(kl_weight=0.2, hyper_prior_weight=0.3, precision_prior=(2.0, 0.5))
+    learner = learners(prior=prior, outer_objective=outer_objective)[name]
     task = {key: value[0] for key, value in prepared(learner, classification()).items()}
     x, structure = learner.x0, ravel(learner.y0["mean"])[1]
     m, l_t = flat(x["mean"]) + 0.1 * normal(structure.size, seed=98), normal(structure.size, seed=99) - 2
@@ -729,13 +733,13 @@ def test_objectives_are_those_of_their_definition(name: str, isotropic: bool) ->
     assert learner.problem.init is not None
     start = learner.problem.init(z, task)
     assert torch.equal(flat(start), torch.cat([flat(x["mean"]), torch.full((structure.size,), -2.0)]))
-    bare = learners(isotropic=isotropic)[name].problem
+    bare = learners(prior=prior)[name].problem
     assert float(bare.f(z, y, task).detach()) == pytest.approx(expected("query"), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
 def test_the_predictive_outer_loss_is_that_of_the_averaged_probability(name: str) -> None:
-    learner = learners(outer_loss="predictive", outer_kl_weight=0.2)[name]
+    learner = learners(outer_objective=OuterObjective("predictive", kl_weight=0.2))[name]
     batch = prepared(learner, classification())
     mask = torch.ones(batch["query_y"].shape, dtype=torch.float64)
     mask[0, 2:5] = 0
@@ -761,7 +765,12 @@ def test_the_predictive_outer_loss_is_that_of_the_averaged_probability(name: str
 
 def test_the_predictive_outer_loss_of_numbers_is_the_density_of_the_mixture() -> None:
     likelihood = GaussianLikelihood(0.3)
-    learner = ibaml(nn.Linear(2, 1).double(), likelihood, outer_loss="predictive", log_variance=-1.0)
+    learner = ibaml(
+        nn.Linear(2, 1).double(),
+        likelihood,
+        prior=GaussianPrior(4e-4, -1.0),
+        outer_objective=OuterObjective("predictive"),
+    )
     batch = {f"{side}_x": normal(1, 4, 2, seed=70 + k) for k, side in enumerate(("support", "query"))}
     batch |= {f"{side}_y": normal(1, 4, seed=72 + k) for k, side in enumerate(("support", "query"))}  # no column
     task = {key: value[0] for key, value in prepared(learner, batch).items()}
@@ -775,7 +784,7 @@ def test_the_predictive_outer_loss_of_numbers_is_the_density_of_the_mixture() ->
 @pytest.mark.parametrize("isotropic", [False, True])
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head"])
 def test_closed_forms_of_the_divergence_are_what_autograd_finds_at_any_y(name: str, isotropic: bool) -> None:
-    learner = learners(isotropic=isotropic)[name]
+    learner = learners(prior=replace(WIDE, isotropic=isotropic))[name]
     data = prepared(learner, classification())
     exact, plain = aid_of(learner, linear=Dense()), AID(learner.adapt, Dense())
     assert float((gradient_of(learner, data, exact) - gradient_of(learner, data, plain)).abs().max()) <= 1e-14
@@ -798,7 +807,7 @@ def test_both_forms_are_one_where_the_inner_problem_is_solved(name: str, form: A
 
 
 def test_a_shared_body_has_the_gradient_of_the_composition() -> None:
-    learner = learners(inner_steps=3)["ibaml_head"]
+    learner = learners(inner=PosteriorDescent(3))["ibaml_head"]
     problem, data = learner.problem, prepared(learner, classification())
     assert problem.encode is not None
     encode, f, g, init = problem.encode, problem.f, problem.g, problem.init
@@ -844,7 +853,9 @@ def test_padding_does_not_count(name: str) -> None:
 
 
 def test_the_explicit_gradient_is_that_of_the_steps() -> None:
-    learner = learners(inner_steps=3, outer_kl_weight=0.1, variance_step=0.5)["abml"]
+    learner = learners(inner=PosteriorDescent(3, variance_step=0.5), outer_objective=OuterObjective(kl_weight=0.1))[
+        "abml"
+    ]
     data = prepared(learner, classification())
     x, structure = ravel(learner.x0)
     direction, step = normal(len(x), seed=80), 1e-5
@@ -863,8 +874,8 @@ def test_the_explicit_gradient_is_that_of_the_steps() -> None:
 
 def test_log_variances_have_a_step_of_their_own() -> None:
     data = classification()
-    one = learners(inner_steps=1, step=0.1)["ibaml"]
-    two = learners(inner_steps=1, step=0.1, variance_step=0.4)["ibaml"]
+    one = learners(inner=PosteriorDescent(1, 0.1))["ibaml"]
+    two = learners(inner=PosteriorDescent(1, 0.1, 0.4))["ibaml"]
     data = prepared(one, data)
 
     def moved(learner: Learner) -> Any:
@@ -880,9 +891,10 @@ def test_log_variances_have_a_step_of_their_own() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_with_variances_frozen_and_no_noise_it_is_imaml(noise: float) -> None:
-    weight, log_variance, settings = 0.3, -1.1, {"step": 0.1, "inner_steps": 4, "linear_steps": 3}
-    frozen = ibaml(net(), cross_entropy, kl_weight=weight, log_variance=log_variance, learn_variance=False, **settings)  # type: ignore[arg-type]
-    other = imaml(net(), cross_entropy, regularization=weight * math.exp(-log_variance), **settings)  # type: ignore[arg-type]
+    prior = GaussianPrior(kl_weight=0.3, log_variance=-1.1, learn_variance=False)
+    frozen = ibaml(net(), cross_entropy, prior=prior, inner=PosteriorDescent(4, 0.1), system=KLSystem(3))
+    lambda_ = prior.kl_weight * math.exp(-prior.log_variance)
+    other = imaml(net(), cross_entropy, regularization=lambda_, step=0.1, inner_steps=4, linear_steps=3)
     data = prepared(frozen, classification())
     data = {key: noise * value if key.endswith("noise") else value for key, value in data.items()}
     assert list(frozen.x0) == list(frozen.y0) == ["mean"]
@@ -892,7 +904,8 @@ def test_with_variances_frozen_and_no_noise_it_is_imaml(noise: float) -> None:
 
 def test_for_linear_regression_it_is_imaml_with_noise_too() -> None:
     batch = {key: value.unsqueeze(-1) if key.endswith("_y") else value for key, value in regressions(q=6).items()}
-    frozen = ibaml(linear_net(), mse_loss, kl_weight=0.3, log_variance=-1.1, learn_variance=False, linear_steps=3)
+    prior = GaussianPrior(kl_weight=0.3, log_variance=-1.1, learn_variance=False)
+    frozen = ibaml(linear_net(), mse_loss, prior=prior, system=KLSystem(3))
     other = imaml(linear_net(), mse_loss, regularization=0.3 * math.exp(1.1), inner_steps=5, linear_steps=3)
     assert relative(gradient_of(frozen, prepared(frozen, batch)), gradient_of(other, batch)) <= 1e-10
 
@@ -924,7 +937,7 @@ def saved_bytes(learner: Learner, data: Any) -> int:
 def test_memory_grows_with_the_steps_of_explicit_gradients_and_not_of_implicit_ones() -> None:
     found: dict[str, list[int]] = {"ibaml": [], "ibaml_head": [], "abml": []}
     for steps in (2, 4, 8, 16):
-        for name, learner in learners(inner_steps=steps).items():
+        for name, learner in learners(inner=PosteriorDescent(steps)).items():
             found[name].append(saved_bytes(learner, prepared(learner, classification())))
     assert len(set(found["ibaml"])) == len(set(found["ibaml_head"])) == 1
     a, b, c, d = found["abml"]
@@ -943,7 +956,7 @@ def test_explicit_gradients_through_a_prior_that_is_the_start_only_are_not_impli
 
 @pytest.mark.parametrize("name", ["ibaml", "ibaml_head", "abml"])
 def test_predictions_are_the_mean_probability_of_draws(name: str) -> None:
-    learner = learners(evaluation_samples=6, seed=4)[name]
+    learner = learners(draws=MonteCarlo(4, 6, seed=4))[name]
     task = {key: value[0] for key, value in classification().items()}
     x = learner.x0
     found = learner.predict(x, learner.y0, task).detach()
@@ -1009,7 +1022,8 @@ def test_predictions_average_the_draws_of_a_posterior(loss: Any) -> None:
         "query_y": targets,
     }
     whole = nn.Sequential(body, head)
-    for learner in (ibaml_head(body, head, loss), ibaml(whole, loss, step=0.01), abml(whole, loss, step=0.01)):
+    short = PosteriorDescent(5, 0.01)
+    for learner in (ibaml_head(body, head, loss), ibaml(whole, loss, inner=short), abml(whole, loss, inner=short)):
         adapted = adapt(learner, learner.x0, batch)
         found, mean = draws(learner, learner.x0, adapted), predict(learner, learner.x0, adapted)
         assert found.shape == (3, 100 if learner.name == "ibaml_head" else 10, 4, 2)
@@ -1034,7 +1048,7 @@ def test_the_predictive_probability_is_an_average_however_the_cross_entropy_is_w
     task["query_y"] = torch.zeros(1, 4).long()
     found = [
         learner.predict(learner.x0, learner.y0, {key: entry[0] for key, entry in task.items()})
-        for learner in (ibaml(net, loss, log_variance=1.0) for loss in LOSSES)
+        for learner in (ibaml(net, loss, prior=GaussianPrior(4e-4, 1.0)) for loss in LOSSES)
     ]
     for each in found[1:]:
         torch.testing.assert_close(each, found[0])
@@ -1050,27 +1064,102 @@ def test_the_loss_of_a_gaussian_likelihood_is_minus_its_log_density() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("make", "message"),
     [
-        ({"kl_weight": 0.0}, "kl_weight"),
-        ({"samples": 0}, "samples"),
-        ({"samples": 3}, "antithetic"),
-        ({"evaluation_samples": 3}, "antithetic"),
-        ({"log_variance": math.inf}, "log_variance"),
-        ({"outer_loss": "mean"}, r"must be 'expected' or 'predictive'\. Got 'mean'"),
-        ({"outer_kl_weight": -1.0}, "outer_kl_weight"),
-        ({"hyper_prior_weight": -1.0}, "hyper_prior_weight"),
-        ({"precision_prior": (0.0, 1.0)}, "precision_prior"),
-        ({"isotropic": True, "learn_variance": False}, "isotropic"),
-        ({"step": -1.0}, "step"),
-        ({"step": 1.0, "variance_step": -1.0}, "variance_step"),
-        ({"linear_steps": 0}, "linear_steps"),
-        ({"form": "exact"}, "form"),
+        (lambda: GaussianPrior(0.0, -2.0), "kl_weight"),
+        (lambda: GaussianPrior(0.1, math.inf), "log_variance"),
+        (lambda: GaussianPrior(0.1, -2.0, isotropic=True, learn_variance=False), "isotropic"),
+        (lambda: MonteCarlo(0, 10), "samples"),
+        (lambda: MonteCarlo(3, 10), "antithetic"),
+        (lambda: MonteCarlo(4, 3), "antithetic"),
+        (lambda: OuterObjective("mean"), r"must be 'expected' or 'predictive'\. Got 'mean'"),  # type: ignore[arg-type]
+        (lambda: OuterObjective(kl_weight=-1.0), "kl_weight"),
+        (lambda: OuterObjective(hyper_prior_weight=-1.0), "hyper_prior_weight"),
+        (lambda: OuterObjective(precision_prior=(0.0, 1.0)), "precision_prior"),
+        (lambda: PosteriorDescent(-1), "steps"),
+        (lambda: PosteriorDescent(1, -1.0), "step"),
+        (lambda: PosteriorDescent(1, 1.0, -1.0), "variance_step"),
+        (lambda: KLSystem(0), "steps"),
+        (lambda: KLSystem(1, damping=-1.0), "damping"),
+        (lambda: KLSystem(1, form="exact"), "form"),  # type: ignore[arg-type]
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: Any, message: str) -> None:
+def test_arguments_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior": 0.1}, r"`ibaml\(prior=...\)` must be a `GaussianPrior`. Got 0.1"),
+        ({"draws": 4}, "a `MonteCarlo`"),
+        ({"inner": 5}, r"a `PosteriorDescent` or an inner solver"),
+        ({"system": CG()}, "a `KLSystem`"),
+        ({"outer_objective": Adam(0.1)}, "an? `OuterObjective`"),
+        ({"weight": 0.1}, "unexpected keyword argument 'weight'"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         ibaml(net(), cross_entropy, **arguments)
+
+
+OLD: dict[str, Any] = {
+    "kl_weight": 0.1,
+    "samples": 6,
+    "evaluation_samples": 8,
+    "log_variance": -2.0,
+    "isotropic": True,
+    "inner_steps": 3,
+    "step": 0.2,
+    "variance_step": 0.3,
+    "outer_loss": "predictive",
+    "outer_kl_weight": 0.02,
+    "hyper_prior_weight": 0.03,
+    "precision_prior": (2.0, 0.5),
+    "seed": 5,
+}
+NEW: dict[str, Any] = {
+    "prior": replace(WIDE, isotropic=True),
+    "draws": MonteCarlo(6, 8, seed=5),
+    "inner": PosteriorDescent(3, 0.2, 0.3),
+    "outer_objective": OuterObjective("predictive", 0.02, 0.03, (2.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("build", "old", "new"),
+    [
+        (
+            lambda **keywords: ibaml(net(), cross_entropy, **keywords),
+            {"linear_steps": 2, "damping": 0.1, "form": "substituted"},
+            {"system": KLSystem(2, 0.1, "substituted")},
+        ),
+        (lambda **keywords: ibaml_head(net()[:2], net()[2], cross_entropy, **keywords), {}, {}),
+        (lambda **keywords: abml(net(), cross_entropy, **keywords), {}, {}),
+    ],
+)
+def test_ungrouped_keywords_are_the_groups_and_say_so(build: Callable[..., Learner], old: Any, new: Any) -> None:
+    with pytest.warns(DeprecationWarning, match=r"write `[a-z_]+\(prior=GaussianPrior\(kl_weight=0.1"):
+        before = build(**OLD, **old)
+    now = build(**NEW, **new)
+    data = prepared(now, classification())
+    assert all(torch.equal(value, data[key]) for key, value in prepared(before, classification()).items())
+    assert torch.equal(gradient_of(before, data), gradient_of(now, data))
+    task = {key: value[0] for key, value in classification().items()}
+    assert torch.equal(*(learner.predict(learner.x0, learner.y0, task) for learner in (before, now)))
+
+
+def test_an_ungrouped_keyword_leaves_the_rest_of_its_group_as_the_method_has_it() -> None:
+    with pytest.warns(
+        DeprecationWarning, match=r"write `ibaml_head\(draws=MonteCarlo\(samples=6, evaluation_samples=100\)"
+    ):
+        learner = ibaml_head(net()[:2], net()[2], cross_entropy, samples=6)  # type: ignore[call-arg]
+    assert prepared(learner, classification())["support_noise"].shape[1] == 6
+    assert float(learner.x0["log_variance"]["weight"][0, 0]) == -2.0
+    with pytest.warns(DeprecationWarning, match=r"write `ibaml\(inner=Newton\("):
+        assert ibaml(net(), cross_entropy, inner=NEWTON, step=0.1).adapt is NEWTON  # type: ignore[call-arg]
 
 
 def test_arguments_out_of_range_are_refused_elsewhere() -> None:
@@ -1119,8 +1208,10 @@ def test_it_trains_is_evaluated_and_calibrated_as_any_other_learner() -> None:
     source = digits()
     episodes = Episodes(source.train, way=3, shots=2, queries=5)
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()).double()
-    learner = ibaml_head(body, nn.Linear(16, 3).double(), cross_entropy, kl_weight=0.05, evaluation_samples=20)
-    trained = train(learner, episodes, max_steps=12, batch=8, outer=Adam(1e-2), score_every=100)
+    learner = ibaml_head(
+        body, nn.Linear(16, 3).double(), cross_entropy, prior=GaussianPrior(0.05, -2.0), draws=MonteCarlo(10, 20)
+    )
+    trained = train(learner, episodes, max_steps=12, batch=8, outer=Adam(1e-2))
     found = [evaluate(learner, x, episodes, episodes=40) for x in (learner.x0, trained.x)]
     assert found[1].loss.mean < found[0].loss.mean
     assert found[1].score.mean > found[1].before.mean + 0.1
@@ -1151,7 +1242,8 @@ class Padded(AbstractTasks):
 
 def test_densities_and_intervals_of_new_tasks_are_those_of_the_likelihood() -> None:
     likelihood, tasks = GaussianLikelihood(0.1), Padded()
-    learner = ibaml(nn.Linear(1, 1).double(), likelihood, kl_weight=0.2, log_variance=-4.0, evaluation_samples=50)
+    prior = GaussianPrior(kl_weight=0.2, log_variance=-4.0)
+    learner = ibaml(nn.Linear(1, 1).double(), likelihood, prior=prior, draws=MonteCarlo(4, 50))
     found = evaluate(learner, learner.x0, tasks, episodes=6, batch=6, seed=3)
     adapted = adapt(learner, learner.x0, tasks.sample(6, seed_of_step(3, 0)), seed=noise_seed(3, 0))
     outputs = draws(learner, learner.x0, adapted)

@@ -72,7 +72,7 @@ def side(name: str) -> str:
         return "core"
     if name == "bilevel" or name.startswith(FACE):
         return "face"
-    if name.startswith("bilevel.problems.meta_learning."):
+    if f"{name}.".startswith("bilevel.problems.meta_learning."):
         return "methods"
     sub_package = name.split(".")[1]
     return sub_package if sub_package in ("solvers", "problems", "hypergrad") else "core"

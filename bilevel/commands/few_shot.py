@@ -7,7 +7,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 from bilevel._files import write_atomically
@@ -24,9 +24,10 @@ from bilevel.commands.raised import told
 from bilevel.commands.result import versions
 from bilevel.commands.run import Failure, folder_of
 from bilevel.few_shot.calibration import calibration_of
-from bilevel.few_shot.evaluate import Evaluation, evaluate
+from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.experiment import Experiment
-from bilevel.few_shot.train import Progress, Trained
+from bilevel.few_shot.options import Saving
+from bilevel.few_shot.trained import Progress, Trained
 from bilevel.named.registry import estimators
 from bilevel.solvers.adam import Adam
 
@@ -72,11 +73,10 @@ def run_experiment(request: Request) -> None:
 @final
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """An experiment that is ready to start, the arguments of `train`, and what was asked for as plain data."""
+    """An experiment as it was asked for, ready to start, and what was asked for as plain data."""
 
     request: Request
     experiment: Experiment
-    options: dict[str, Any]
     settings: dict[str, Any]
 
     @property
@@ -94,12 +94,12 @@ def _plan(request: Request, recorded: Mapping[str, Any] | None) -> _Plan:
     experiment, _ = load_experiment(request.problem, arguments, request.seed)
     if request.estimator is not None and request.estimator not in estimators():
         raise ValueError(f"there is no estimator {request.estimator!r}. Names: {', '.join(estimators())}.")
-    options: dict[str, Any] = dict(experiment.settings)
-    options["outer"] = _outer(request, options.get("outer", Adam(1e-3)))
+    own = experiment.settings
+    loop = replace(own.loop, optimizer=_outer(request, own.loop.optimizer))
     if request.estimator is not None:
-        options["estimator"] = request.estimator
-    if request.steps is not None:
-        options["max_steps"] = request.steps
+        loop = replace(loop, estimator=request.estimator)
+    steps = own.max_steps if request.steps is None else request.steps
+    experiment = replace(experiment, settings=replace(own, outer=loop, max_steps=steps))
     settings = {
         "problem": request.problem,
         "set": arguments,
@@ -107,7 +107,7 @@ def _plan(request: Request, recorded: Mapping[str, Any] | None) -> _Plan:
         "estimator": request.estimator,
         "outer": request.outer,
         "step": request.step,
-        "steps": options["max_steps"],
+        "steps": steps,
         "seconds": request.seconds,
         "tol": None,
         "chosen": {
@@ -116,11 +116,16 @@ def _plan(request: Request, recorded: Mapping[str, Any] | None) -> _Plan:
             "adapt": repr((experiment.tester or experiment.learner).adapt),
             "tasks": _short(experiment.tasks),
             "test": _short(experiment.test),
-            "evaluation": dict(experiment.evaluation),
-            **{name: value if isinstance(value, int | float) else repr(value) for name, value in options.items()},
+            "evaluation": asdict(experiment.evaluation),
+            "outer": repr(loop.optimizer),
+            "max_steps": steps,
+            "batch": own.batch,
+            "validate_every": experiment.validating.every,
+            "validate_episodes": experiment.validating.episodes,
+            "checkpoint_every": own.checkpoint_every,
         },
     }
-    return _Plan(request, experiment, options, settings)
+    return _Plan(request, experiment, settings)
 
 
 def _short(value: object) -> str:
@@ -149,11 +154,13 @@ def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
 def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]]) -> None:
     experiment, request, began = plan.experiment, plan.request, time.perf_counter()
     earlier = float(lines[-1]["elapsed"]) if lines else 0.0
-    limit = None
     if request.seconds is not None:
         limit = max(request.seconds - _time_to_evaluate(experiment), 1e-3)
+        settings = replace(experiment.settings, outer=replace(experiment.settings.loop, seconds=limit))
+        experiment = replace(experiment, settings=settings)
+    saving = Saving(folder.path, experiment.settings.checkpoint_every, request.resume)
 
-    with training_progress(plan.options["max_steps"], quiet=request.quiet) as show:
+    with training_progress(experiment.settings.max_steps, quiet=request.quiet) as show:
 
         def callback(progress: Progress) -> None:
             if not folder.result.exists() or progress.record.step == 0:
@@ -164,24 +171,21 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
             folder.append_history(lines[-1])
             show(progress)
 
-        changes = {**plan.options, "seconds": limit, "out": folder.path, "resume": request.resume, "callback": callback}
         try:
-            trained = experiment.train(plan.seed, changes)
+            trained = experiment.train(plan.seed, out=saving, callback=callback)
         except KeyboardInterrupt as error:
             if not lines:
                 raise
             again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
             message = f"interrupted after step {lines[-1]['step']}. Continue with: {again}"
-            seconds = earlier + time.perf_counter() - began
-            _write(folder, head, "interrupted", message, lines, None, None, seconds)
+            _write(folder, head, lines, _Ending("interrupted", message, earlier + time.perf_counter() - began))
             raise KeyboardInterrupt(message) from error
         except Exception as error:
             if not lines:
                 raise
             message = f"stopped after step {lines[-1]['step']}: {told(error, request.problem)}"
             status = error.status.name if isinstance(error, BilevelError) else "failed"
-            seconds = earlier + time.perf_counter() - began
-            _write(folder, head, status, message, lines, None, None, seconds)
+            _write(folder, head, lines, _Ending(status, message, earlier + time.perf_counter() - began))
             raise Failure(message) from error
     if not request.quiet:
         note(
@@ -191,7 +195,8 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
     failed = trained.ended == "failed"
     message = f"training met NaN at step {trained.history[-1].step}. {trained.message}" if failed else ""
     status = "nonfinite" if failed else "successful"
-    content = _write(folder, head, status, message, lines, trained, test, earlier + time.perf_counter() - began)
+    ending = _Ending(status, message, earlier + time.perf_counter() - began, trained, test)
+    content = _write(folder, head, lines, ending)
     if not request.quiet:
         _show(plan, folder, content, test)
     if failed:
@@ -202,10 +207,9 @@ def _time_to_evaluate(experiment: Experiment) -> float:
     """A generous guess of how long the evaluation takes, from a few episodes at the start of training."""
     learner = experiment.tester or experiment.learner
     for count in (1, _TRIAL):  # the first one warms up
-        options: dict[str, Any] = {**experiment.evaluation, "episodes": count}
-        found = evaluate(learner, learner.x0, experiment.validation, **options)
-    episodes = int(experiment.evaluation.get("episodes", 600))
-    return _SLACK * found.seconds * episodes / _TRIAL + 1.0
+        few = replace(experiment.evaluation, episodes=count)
+        found = few.evaluate(learner, learner.x0, experiment.validating.tasks)
+    return _SLACK * found.seconds * experiment.evaluation.episodes / _TRIAL + 1.0
 
 
 def _line(progress: Progress) -> dict[str, Any]:
@@ -234,21 +238,25 @@ def _earlier_lines(folder: Folder) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 
-def _write(
-    folder: Folder,
-    head: dict[str, Any],
-    status: str,
-    message: str,
-    lines: list[dict[str, Any]],
-    trained: Trained | None,
-    test: Evaluation | None,
-    seconds: float,
-) -> dict[str, Any]:
+@final
+@dataclass(frozen=True, eq=False)
+class _Ending:
+    """How a run ended: the status and its message, the seconds, and what there was to show."""
+
+    status: str
+    message: str
+    seconds: float
+    trained: Trained | None = None
+    test: Evaluation | None = None
+
+
+def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], ending: _Ending) -> dict[str, Any]:
     """Write every file of a run that has ended."""
+    trained, test = ending.trained, ending.test
     notes: list[str] = []
     content = head | {
-        "status": status,
-        "message": message,
+        "status": ending.status,
+        "message": ending.message,
         "steps": lines[-1]["step"],
         "initial": _values(lines[0]),
         "final": _values(lines[-1]),
@@ -260,7 +268,7 @@ def _write(
         "failed": dict(Counter(line["status"] for line in lines if line["status"] != "successful")),
         "stats": sum((Stats(**line["stats"]) for line in lines), Stats()).as_dict(),
         "training_seconds": lines[-1]["elapsed"],
-        "seconds": seconds,
+        "seconds": ending.seconds,
         "notes": notes,
     }
     folder.write_result(content)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bilevel.experiments.on_images import IMAGES
 from bilevel.experiments.on_sinusoids import SINUSOIDS
-from bilevel.few_shot.experiment import Named
+from bilevel.few_shot.experiment import NamedExperiment
 
 
-def experiments() -> dict[str, Named]:
+def experiments() -> dict[str, NamedExperiment]:
     """Every experiment by its name.
 
     Example:

@@ -12,6 +12,8 @@ from bilevel._optimizer import AbstractOptimizer
 from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.networks import conv_net, features
+from bilevel.few_shot.options import Validating
+from bilevel.few_shot.training import Evaluating, Training
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.clipped import Clipped
 from bilevel.solvers.scheduled import Cosine, Scheduled
@@ -130,16 +132,18 @@ class Setup:
         return Experiment(
             learner,
             tasks=Episodes(splits.train, train_way or self.way, chosen.shots, chosen.queries, "train" in turned),
-            validation=Episodes(splits.validation, self.way, chosen.shots, chosen.test_queries, "validation" in turned),
+            validation=Validating(
+                Episodes(splits.validation, self.way, chosen.shots, chosen.test_queries, "validation" in turned),
+                every=self.source.max_steps // 20,
+                episodes=100,
+            ),
             test=Episodes(splits.test, self.way, chosen.shots, chosen.test_queries, "test" in turned),
             description=f"{learner.name} on {self.source.name}, {self.way} ways, {chosen.shots} shots",
-            settings={
-                "max_steps": self.source.max_steps,
-                "batch": chosen.batch,
-                "outer": Clipped(outer, max_norm=chosen.clip) if chosen.clip else outer,
-                "validate_every": self.source.max_steps // 20,
-                "validate_episodes": 100,
-            },
-            evaluation={"episodes": 600, "curve": curve},
+            settings=Training(
+                max_steps=self.source.max_steps,
+                batch=chosen.batch,
+                outer=Clipped(outer, max_norm=chosen.clip) if chosen.clip else outer,
+            ),
+            evaluation=Evaluating(curve=curve),
             tester=tester,
         )

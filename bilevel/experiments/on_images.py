@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 from torch.nn.functional import cross_entropy
 
 from bilevel.experiments.image_setup import Setting, Setup, Source
-from bilevel.few_shot.experiment import Experiment, Named
+from bilevel.few_shot.experiment import Experiment, NamedExperiment
 from bilevel.few_shot.learner import Learner
 from bilevel.problems.meta_learning.anil import anil
+from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
 from bilevel.problems.meta_learning.ibaml import ibaml, ibaml_head
 from bilevel.problems.meta_learning.imaml import imaml
+from bilevel.problems.meta_learning.kl_system import KLSystem
 from bilevel.problems.meta_learning.maml import maml
+from bilevel.problems.meta_learning.monte_carlo import MonteCarlo
+from bilevel.problems.meta_learning.outer_objective import OuterLoss, OuterObjective
+from bilevel.problems.meta_learning.posterior_descent import PosteriorDescent
 from bilevel.problems.meta_learning.proto_net import proto_net
 from bilevel.problems.meta_learning.ridge_head import ridge_head
 from bilevel.problems.meta_learning.shared_embedding import shared_embedding
@@ -98,7 +102,7 @@ def ibaml_images(
     test_kl_weight: float | None = None,
     samples: int = 4,
     log_variance: float | None = None,
-    outer_loss: Literal["expected", "predictive"] | None = None,
+    outer_loss: OuterLoss | None = None,
     step: float | None = None,
     inner_steps: int | None = None,
     linear_steps: int | None = None,
@@ -117,29 +121,22 @@ def ibaml_images(
             return ibaml(
                 setup.network(),
                 cross_entropy,
-                kl_weight=4e-4 if weight is None else weight,
-                samples=samples,
-                log_variance=-8.5 if log_variance is None else log_variance,
-                outer_loss=outer_loss or "expected",
-                step=0.1 if step is None else step,
-                inner_steps=5 if inner_steps is None else inner_steps,
-                linear_steps=5 if linear_steps is None else linear_steps,
-                damping=0.0 if damping is None else damping,
-                seed=setting.seed,
+                prior=GaussianPrior(4e-4 if weight is None else weight, -8.5 if log_variance is None else log_variance),
+                draws=MonteCarlo(samples, 10, seed=setting.seed),
+                inner=PosteriorDescent(5 if inner_steps is None else inner_steps, 0.1 if step is None else step),
+                system=KLSystem(5 if linear_steps is None else linear_steps, 0.0 if damping is None else damping),
+                outer_objective=OuterObjective(outer_loss or "expected"),
             )
         steps = 20 if inner_steps is None else inner_steps
         return ibaml_head(
             setup.body(),
             setup.head(),
             cross_entropy,
-            kl_weight=1e-7 if weight is None else weight,
-            samples=samples,
-            log_variance=-9.0 if log_variance is None else log_variance,
-            outer_loss=outer_loss or "predictive",
+            prior=GaussianPrior(1e-7 if weight is None else weight, -9.0 if log_variance is None else log_variance),
+            draws=MonteCarlo(samples, 100, seed=setting.seed),
             inner=LBFGS(tol=0.0, max_steps=steps) if step is None else Iterate(GradientDescent(step), steps),
-            linear_steps=10 if linear_steps is None else linear_steps,
-            damping=0.003 if damping is None else damping,
-            seed=setting.seed,
+            system=KLSystem(10 if linear_steps is None else linear_steps, 0.003 if damping is None else damping),
+            outer_objective=OuterObjective(outer_loss or "predictive"),
         )
 
     tester = None if test_kl_weight is None else learner(test_kl_weight)
@@ -232,7 +229,7 @@ _SOURCES = (
 )
 
 IMAGES = tuple(
-    Named(
+    NamedExperiment(
         f"{method}-{source.name}",
         f"{description}; {source.name}" + (" (needs --set data=PATH)" if source.name == "omniglot" else ""),
         partial(build, source),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from torch.nn.functional import mse_loss
 
-from bilevel.few_shot.experiment import Experiment, Named
+from bilevel.few_shot.experiment import Experiment, NamedExperiment
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.networks import mlp
+from bilevel.few_shot.options import Validating
+from bilevel.few_shot.training import Evaluating, Training
 from bilevel.problems.meta_learning.anil import anil
 from bilevel.problems.meta_learning.gaussian_likelihood import GaussianLikelihood
+from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
 from bilevel.problems.meta_learning.ibaml import ibaml, ibaml_head
 from bilevel.problems.meta_learning.imaml import imaml
+from bilevel.problems.meta_learning.kl_system import KLSystem
 from bilevel.problems.meta_learning.maml import maml
+from bilevel.problems.meta_learning.monte_carlo import MonteCarlo
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.armijo import Armijo
 from bilevel.solvers.cg import CG
@@ -27,7 +32,7 @@ def maml_sinusoid(
 ) -> Experiment:
     """MAML; its score is that after `inner_steps` steps, the curve that of more."""
     learner = maml(mlp(seed=seed), mse_loss, step=step, inner_steps=inner_steps, learn_steps=learn_steps)
-    return _experiment(learner, shots, batch, curve=(0, 1, 5, 10))
+    return _experiment(learner, shots, _training(batch), curve=(0, 1, 5, 10))
 
 
 def fomaml_sinusoid(
@@ -35,7 +40,7 @@ def fomaml_sinusoid(
 ) -> Experiment:
     """First-order MAML."""
     learner = maml(mlp(seed=seed), mse_loss, step=step, inner_steps=inner_steps, first_order=True)
-    return _experiment(learner, shots, batch, curve=(0, 1, 5, 10))
+    return _experiment(learner, shots, _training(batch), curve=(0, 1, 5, 10))
 
 
 def anil_sinusoid(
@@ -43,7 +48,8 @@ def anil_sinusoid(
 ) -> Experiment:
     """ANIL: the last layer is adapted, by as many steps as were trained with."""
     net = mlp(seed=seed)
-    return _experiment(anil(net[:-1], net[-1], mse_loss, step=step, inner_steps=inner_steps), shots, batch)
+    learner = anil(net[:-1], net[-1], mse_loss, step=step, inner_steps=inner_steps)
+    return _experiment(learner, shots, _training(batch))
 
 
 def imaml_sinusoid(
@@ -59,7 +65,7 @@ def imaml_sinusoid(
     """Proximal adaptation with backtracking, iMAML: curvature grows in training, and no fixed step stays stable."""
     inner = Iterate(GradientDescent(step), inner_steps, line_search=Armijo(growth=1.5))
     learner = imaml(mlp(seed=seed), mse_loss, regularization=regularization, inner=inner, linear_steps=linear_steps)
-    return _experiment(learner, shots, batch, max_steps=2000, clip=clip)
+    return _experiment(learner, shots, _training(batch, max_steps=2000, clip=clip))
 
 
 def ibaml_sinusoid(
@@ -83,18 +89,18 @@ def ibaml_sinusoid(
     parameters are adapted less exactly, so that what is left of the error counts as noise there.
     """
     net = mlp(seed=seed)
+    system = KLSystem(linear_steps)
     if full:
         steps = 12 if inner_steps is None else inner_steps
         learner = ibaml(
             net,
             GaussianLikelihood(0.3 if variance is None else variance),
-            kl_weight=0.03 if kl_weight is None else kl_weight,
-            samples=4 if samples is None else samples,
-            evaluation_samples=100,
-            log_variance=-4.5 if log_variance is None else log_variance,
+            prior=GaussianPrior(
+                0.03 if kl_weight is None else kl_weight, -4.5 if log_variance is None else log_variance
+            ),
+            draws=MonteCarlo(4 if samples is None else samples, 100, seed=seed),
             inner=Iterate(GradientDescent(0.05), steps, line_search=Armijo(growth=1.5)),
-            linear_steps=linear_steps,
-            seed=seed,
+            system=system,
         )
     else:
         steps = 3 if inner_steps is None else inner_steps
@@ -102,49 +108,46 @@ def ibaml_sinusoid(
             net[:-1],
             net[-1],
             GaussianLikelihood(0.09 if variance is None else variance),
-            kl_weight=0.1 if kl_weight is None else kl_weight,
-            samples=10 if samples is None else samples,
-            log_variance=-2.0 if log_variance is None else log_variance,
+            prior=GaussianPrior(
+                0.1 if kl_weight is None else kl_weight, -2.0 if log_variance is None else log_variance
+            ),
+            draws=MonteCarlo(10 if samples is None else samples, 100, seed=seed),
             inner=Newton(tol=0.0, max_steps=steps, linear=CG(rtol=0.0, max_steps=10)),
-            linear_steps=linear_steps,
-            seed=seed,
+            system=system,
         )
-    return _experiment(learner, shots, batch, rate=rate, max_steps=500, clip=clip, noise=noise)
+    return _experiment(learner, shots, _training(batch, rate=rate, max_steps=500, clip=clip), noise=noise)
 
 
 def _experiment(
     learner: Learner,
     shots: int,
-    batch: int,
+    training: Training,
     *,
-    rate: float = 1e-3,
-    max_steps: int = 5000,
-    clip: float | None = None,
     curve: tuple[int, ...] = (),
     noise: float = 0.0,
 ) -> Experiment:
-    outer = Adam(rate)
     return Experiment(
         learner,
         tasks=Sinusoid(shots=shots, queries=shots, noise=noise),
-        validation=Sinusoid(shots=shots, queries=100, noise=noise),
+        validation=Validating(Sinusoid(shots=shots, queries=100, noise=noise), every=250),
         test=Sinusoid(shots=shots, queries=100, noise=noise),
         description=f"{learner.name} on sinusoids, {shots} shots" + (f", noise {noise:g}" if noise else ""),
-        settings={
-            "max_steps": max_steps,
-            "batch": batch,
-            "outer": outer if clip is None else Clipped(outer, max_norm=clip),
-            "validate_every": 250,
-            "checkpoint_every": 1000,
-        },
-        evaluation={"episodes": 600, "curve": curve},
+        settings=training,
+        evaluation=Evaluating(curve=curve),
     )
 
 
+def _training(batch: int, *, rate: float = 1e-3, max_steps: int = 5000, clip: float | None = None) -> Training:
+    outer = Adam(rate) if clip is None else Clipped(Adam(rate), max_norm=clip)
+    return Training(max_steps, batch, outer, checkpoint_every=1000)
+
+
 SINUSOIDS = (
-    Named("maml-sinusoid", "MAML: regress sinusoids after one gradient step", maml_sinusoid),
-    Named("fomaml-sinusoid", "first-order MAML on the same", fomaml_sinusoid),
-    Named("anil-sinusoid", "ANIL on the same: only the last layer is adapted", anil_sinusoid),
-    Named("imaml-sinusoid", "iMAML on the same, with backtracking and implicit gradients", imaml_sinusoid),
-    Named("ibaml-sinusoid", "iBaML on the same: a Gaussian posterior of the last layer for each task", ibaml_sinusoid),
+    NamedExperiment("maml-sinusoid", "MAML: regress sinusoids after one gradient step", maml_sinusoid),
+    NamedExperiment("fomaml-sinusoid", "first-order MAML on the same", fomaml_sinusoid),
+    NamedExperiment("anil-sinusoid", "ANIL on the same: only the last layer is adapted", anil_sinusoid),
+    NamedExperiment("imaml-sinusoid", "iMAML on the same, with backtracking and implicit gradients", imaml_sinusoid),
+    NamedExperiment(
+        "ibaml-sinusoid", "iBaML on the same: a Gaussian posterior of the last layer for each task", ibaml_sinusoid
+    ),
 )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 from bilevel._instance import Instance
 from bilevel._tree import Tree
-from bilevel.few_shot.evaluate import Evaluation, evaluate
+from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.learner import Learner
-from bilevel.few_shot.train import Trained, train
+from bilevel.few_shot.options import FORMERLY, Reporting, Saving, Validating, validating
+from bilevel.few_shot.train import train
+from bilevel.few_shot.trained import Callback, Trained
+from bilevel.few_shot.training import Evaluating, Training, regrouped, taken
 from bilevel.tasks.source import AbstractTasks, batches
 
 _TEST = 2**35  # test tasks are drawn from a stream of seeds of their own
@@ -24,38 +29,83 @@ class Experiment:
     Attributes:
         learner: the method, with its start.
         tasks: what is trained on.
-        validation: what the best x is chosen by.
+        validation: what the best x is chosen by: tasks, or a `Validating` that says how often.
         test: what it is judged on, once, at the end.
         description: one line.
-        settings: keyword arguments of `train`: `max_steps`, `batch`, `outer`, `validate_every`, ...
-        evaluation: keyword arguments of `evaluate` for the test: `episodes`, `curve`, ...
+        settings: of the training. (A mapping of keyword arguments of `train` is the old form.)
+        evaluation: of the test. (A mapping of keyword arguments of `evaluate` is the old form.)
         tester: the learner of validation and test, where it is not that of training.
+
+    Raises:
+        TypeError: if a mapping of old has keywords that belong to a run, such as `out`.
     """
 
     learner: Learner
     tasks: AbstractTasks
-    validation: AbstractTasks
+    validation: AbstractTasks | Validating
     test: AbstractTasks
     description: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    settings: Training = Training()
+    evaluation: Evaluating = Evaluating()
     tester: Learner | None = None
 
-    def train(self, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Trained:
+    def __post_init__(self) -> None:
+        settings, evaluation = self.settings, self.evaluation
+        if isinstance(settings, Mapping):
+            _warn("Experiment(settings={...})", "Experiment(settings=Training(...), validation=Validating(...))", 4)
+            own, validation, rest = regrouped(Training(), self.validating, settings)
+            if rest:
+                raise TypeError(f"`Experiment(settings=...)` cannot hold {', '.join(rest)}: that is of a single run.")
+            object.__setattr__(self, "settings", own)
+            object.__setattr__(self, "validation", validation)
+        if isinstance(evaluation, Mapping):
+            _warn("Experiment(evaluation={...})", "Experiment(evaluation=Evaluating(...))", 4)
+            object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+
+    @property
+    def validating(self) -> Validating:
+        """The validation, with its defaults and by the tester."""
+        own = validating(self.validation)
+        assert own is not None
+        return replace(own, learner=self.tester) if own.learner is None else own
+
+    def train(
+        self,
+        seed: int = 0,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        out: str | os.PathLike[str] | Saving | None = None,
+        callback: Callback | Reporting | None = None,
+    ) -> Trained:
         """`train` on `tasks`, validated on `validation`.
 
         Args:
             seed: of the tasks.
-            changes: keyword arguments of `train` in the place of `settings`.
+            changes: an old form, keyword arguments of `train` in the place of `settings`; write
+                `replace(experiment, settings=...)` for the experiment with others.
+            out: as for `train`.
+            callback: as for `train`.
         """
-        options = {**self.settings, **(changes or {})}
+        settings, validation = self.settings, self.validating
+        if changes is not None:
+            _warn("Experiment.train(changes=...)", "replace(experiment, settings=Training(...)).train()")
+            settings, validation, rest = regrouped(settings, validation, changes)
+            out = _kept(rest.pop("out", out), settings)
+            out = FORMERLY["out"].build(out, taken(rest, {"resume": "resume"}))
+            told = rest.pop("callback", callback)
+            callback = FORMERLY["callback"].build(told, taken(rest, FORMERLY["callback"].fields))
+            if rest:
+                raise TypeError(f"`train` has no argument {next(iter(rest))!r}.")
         return train(
             self.learner,
             self.tasks,
+            max_steps=settings.max_steps,
+            batch=settings.batch,
             seed=seed,
-            validation=self.validation,
-            validation_learner=self.tester,
-            **options,
+            outer=settings.outer,
+            validation=validation,
+            out=_kept(out, settings),
+            callback=callback,
         )
 
     def evaluate(self, x: Tree, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Evaluation:
@@ -64,15 +114,18 @@ class Experiment:
         Args:
             x: what was learned.
             seed: of the tasks.
-            changes: keyword arguments of `evaluate` in the place of `evaluation`.
+            changes: an old form, keyword arguments of `evaluate` in the place of `evaluation`; write
+                `replace(experiment, evaluation=...)` for the experiment with others.
         """
-        options = {**self.evaluation, **(changes or {})}
-        learner = self.learner if self.tester is None else self.tester
-        return evaluate(learner, x, self.test, seed=seed + _TEST, **options)
+        own = self.evaluation
+        if changes is not None:
+            _warn("Experiment.evaluate(changes=...)", "replace(experiment, evaluation=Evaluating(...)).evaluate(x)")
+            own = replace(own, **changes)
+        return own.evaluate(self.learner if self.tester is None else self.tester, x, self.test, seed + _TEST)
 
     def instance(self, seed: int = 0) -> Instance:
         """The bilevel problem of one batch of training tasks, for `check` and `compare`."""
-        sample = batches(self.tasks, self.settings.get("batch", 16), seed)
+        sample = batches(self.tasks, self.settings.batch, seed)
         learner = self.learner
 
         def data(step: int) -> Any:
@@ -90,7 +143,7 @@ class Experiment:
 
 @final
 @dataclass(frozen=True)
-class Named:
+class NamedExperiment:
     """An experiment that can be built by name.
 
     Attributes:
@@ -103,3 +156,16 @@ class Named:
     name: str
     description: str
     build: Callable[..., Experiment]
+
+
+Named = NamedExperiment  # the name of old
+
+
+def _kept(out: str | os.PathLike[str] | Saving | None, settings: Training) -> Saving | None:
+    return out if out is None or isinstance(out, Saving) else Saving(out, settings.checkpoint_every)
+
+
+def _warn(old: str, new: str, level: int = 3) -> None:
+    """On behalf of the caller of the method that warns."""
+    text = f"`{old}` is an old form, and will go: write `{new}`."
+    warnings.warn(text, DeprecationWarning, stacklevel=level)

@@ -5,125 +5,79 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, final, get_args
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._tree import Structure, Tree, ravel, tree_map
+from bilevel._inner import AbstractInnerSolver
+from bilevel._tree import Structure, Tree, tree_map
+from bilevel._validate import demand_type
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
 from bilevel.problems.meta_learning._tasks import Loss, Side, is_cross_entropy, is_of_numbers, mixture_loss, task_loss
+from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
+from bilevel.problems.meta_learning.kl_system import KLSystem
+from bilevel.problems.meta_learning.monte_carlo import MonteCarlo
+from bilevel.problems.meta_learning.outer_objective import OuterObjective
+from bilevel.problems.meta_learning.posterior_descent import PosteriorDescent
 
-OuterLoss: TypeAlias = Literal["expected", "predictive"]
-
+_KINDS: dict[str, Any] = {
+    "prior": GaussianPrior,
+    "draws": MonteCarlo,
+    "inner": PosteriorDescent | AbstractInnerSolver,
+    "system": KLSystem,
+    "outer_objective": OuterObjective,
+}
 NOISE = {"support": "support_noise", "query": "query_noise"}
-
-
-@final
-@dataclass(frozen=True)
-class Settings:
-    """What the variational methods have in common; the arguments of `ibaml`, which explains them.
-
-    Raises:
-        ValueError: if one is out of range.
-    """
-
-    method: str
-    kl_weight: float
-    samples: int
-    evaluation_samples: int
-    log_variance: float
-    isotropic: bool
-    learn_variance: bool
-    antithetic: bool
-    outer_loss: OuterLoss
-    outer_kl_weight: float
-    hyper_prior_weight: float
-    precision_prior: tuple[float, float]
-    seed: int
-
-    def __post_init__(self) -> None:
-        name = self.method
-        if not self.kl_weight > 0:
-            raise ValueError(
-                f"`{name}(kl_weight=...)` must be positive. Got {self.kl_weight}. Without a prior, tasks share nothing."
-            )
-        for key, least in (
-            ("samples", 1),
-            ("evaluation_samples", 1),
-            ("outer_kl_weight", 0),
-            ("hyper_prior_weight", 0),
-        ):
-            if not getattr(self, key) >= least:
-                raise ValueError(f"`{name}({key}=...)` must be at least {least}. Got {getattr(self, key)}.")
-        if self.antithetic and (self.samples % 2 or self.evaluation_samples % 2):
-            raise ValueError(
-                f"`{name}(antithetic=True)` draws pairs: `samples` and `evaluation_samples` must be even."
-                f" Got {self.samples} and {self.evaluation_samples}. Change them, or pass `antithetic=False`."
-            )
-        if self.outer_loss not in get_args(OuterLoss):
-            allowed = " or ".join(map(repr, get_args(OuterLoss)))
-            raise ValueError(f"`{name}(outer_loss=...)` must be {allowed}. Got {self.outer_loss!r}.")
-        if not math.isfinite(self.log_variance):
-            raise ValueError(f"`{name}(log_variance=...)` must be a finite number. Got {self.log_variance}.")
-        if min(self.precision_prior) <= 0:
-            raise ValueError(f"`{name}(precision_prior=...)` must be positive numbers. Got {self.precision_prior}.")
-        if not self.learn_variance and self.isotropic:
-            raise ValueError(f"`{name}(isotropic=True)` says what is learned of a variance: needs learn_variance=True.")
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """g = E_q[support loss] + w KL(q || p) and f = E_q[query loss] + w' KL(q || p) - w'' log p(m, d), for one task.
-
-    Or, in f, the loss of the averaged probabilities of the queries in the place of their average loss.
+    """g = E_q[support loss] + w KL(q || p) and the f of an `OuterObjective`, for one task.
 
     Attributes:
         output: (weights, inputs) -> the model's outputs.
         loss: (outputs, targets) -> the mean over samples.
         structure: of the weights.
-        settings: the rest.
+        prior: its weight in g, and where its variance starts.
+        monte_carlo: how E_q is evaluated.
+        outer: what f is.
         features: whether inputs are `z["support"]` and `z["query"]` instead of the task's own.
     """
 
     output: Callable[[Tree, Tensor], Tensor]
     loss: Loss
     structure: Structure
-    settings: Settings
-    features: bool
+    prior: GaussianPrior
+    monte_carlo: MonteCarlo
+    outer: OuterObjective
+    features: bool = False
 
-    @staticmethod
-    def of(
-        output: Callable[[Tree, Tensor], Tensor], loss: Loss, params: Tree, settings: Settings, *, features: bool
-    ) -> Evidence:
-        """With the structure of these parameters."""
-        return Evidence(output, loss, ravel(params, "the module's parameters")[1], settings, features)
-
-    def prior(self, params: Tree) -> dict[str, Tree]:
+    def x0(self, params: Tree) -> dict[str, Tree]:
         """Where the prior starts: around these parameters."""
-        if not self.settings.learn_variance:
+        if not self.prior.learn_variance:
             return {"mean": params}
-        value = self.settings.log_variance
-        if self.settings.isotropic:
+        value = self.prior.log_variance
+        if self.prior.isotropic:
             own = torch.tensor(value, dtype=self.structure.dtype, device=self.structure.device)
             return {"mean": params, "log_variance": own}
         return {"mean": params, "log_variance": tree_map(lambda leaf: torch.full_like(leaf, value), params)}
 
     def start(self, z: Mapping[str, Tree], *_: Any) -> dict[str, Tree]:
         """The posterior that is the prior."""
-        if not self.settings.learn_variance:
+        if not self.prior.learn_variance:
             return {"mean": z["mean"]}
         log_d = z["log_variance"]
-        if self.settings.isotropic:
+        if self.prior.isotropic:
             log_d = tree_map(lambda leaf: log_d + torch.zeros_like(leaf), z["mean"])
         return {"mean": z["mean"], "log_variance": log_d}
 
     def full(self, part: Mapping[str, Tree]) -> Mapping[str, Tree]:
         """A prior or posterior with its variance, where that is fixed."""
-        if self.settings.learn_variance:
+        if self.prior.learn_variance:
             return part
-        return {**part, "log_variance": torch.full_like(rows(part["mean"])[:1].detach(), self.settings.log_variance)}
+        return {**part, "log_variance": torch.full_like(rows(part["mean"])[:1].detach(), self.prior.log_variance)}
 
     def expectation(self, z: Tree, y: Tree, task: Mapping[str, Tensor], side: Side = "support") -> Tensor:
         """E_q[loss] on one side of the task, over the task's own noise."""
@@ -146,27 +100,27 @@ class Evidence:
 
     def g(self, z: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
         """The inner objective."""
-        return self.expectation(z, y, task) + self.settings.kl_weight * divergence(self.full(z), self.full(y))
+        return self.expectation(z, y, task) + self.prior.kl_weight * divergence(self.full(z), self.full(y))
 
     def f(self, z: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
         """The outer objective."""
-        settings = self.settings
-        if settings.outer_loss == "expected":
+        outer = self.outer
+        if outer.loss == "expected":
             value = self.expectation(z, y, task, "query")
         else:
             value = mixture_loss(self.loss, self._outputs(z, y, task, "query"), task, "query")
-        if settings.outer_kl_weight:
-            value = value + settings.outer_kl_weight * divergence(self.full(z), self.full(y))
-        if settings.hyper_prior_weight:
-            value = value + settings.hyper_prior_weight * hyper_prior(self.full(z), *settings.precision_prior)
+        if outer.kl_weight:
+            value = value + outer.kl_weight * divergence(self.full(z), self.full(y))
+        if outer.hyper_prior_weight:
+            value = value + outer.hyper_prior_weight * hyper_prior(self.full(z), *outer.precision_prior)
         return value
 
     def prepare(self, batch: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         """The batch with its noise: another one on the support and on the query set of each task."""
         tasks = len(batch["support_x"])
         like = torch.zeros((), dtype=self.structure.dtype, device=self.structure.device)
-        shape = (2 * tasks, self.settings.samples, self.structure.size)
-        noise = normal_noise(shape, seed, like, antithetic=self.settings.antithetic)
+        shape = (2 * tasks, self.monte_carlo.samples, self.structure.size)
+        noise = normal_noise(shape, seed, like, antithetic=self.monte_carlo.antithetic)
         return {**batch, NOISE["support"]: noise[:tasks], NOISE["query"]: noise[tasks:]}
 
     def predict(self, y: Tree, inputs: Tensor, noise: Tensor, task: Mapping[str, Tensor]) -> Tensor:
@@ -190,10 +144,20 @@ class Evidence:
 
     def evaluation_noise(self) -> Tensor:
         """The noise of predictions: the same for every task."""
-        settings = self.settings
+        own = self.monte_carlo
         like = torch.zeros((), dtype=self.structure.dtype, device=self.structure.device)
-        shape = (settings.evaluation_samples, self.structure.size)
-        return normal_noise(shape, settings.seed, like, antithetic=settings.antithetic)
+        shape = (own.evaluation_samples, self.structure.size)
+        return normal_noise(shape, own.seed, like, antithetic=own.antithetic)
+
+
+def demand_variational(call: str, **given: object) -> None:
+    """Refuse arguments of a variational method that are not of their types.
+
+    Raises:
+        TypeError: naming the first.
+    """
+    for name, value in given.items():
+        demand_type(call, name, value, _KINDS[name])
 
 
 def _targets(task: Mapping[str, Tensor], side: Side) -> list[str]:

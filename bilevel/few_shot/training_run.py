@@ -1,0 +1,191 @@
+"""A training run as it goes: the batches, the clock, the validations, the reports, and what is left at the end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from bilevel._estimate import Estimate
+from bilevel._result import Stats, Status
+from bilevel._tree import Tree
+from bilevel.few_shot.adapt import Adapted, noise_seed, predict, ready
+from bilevel.few_shot.board import Board
+from bilevel.few_shot.evaluate import Evaluation, score_tasks
+from bilevel.few_shot.learner import Learner
+from bilevel.few_shot.options import Reporting
+from bilevel.few_shot.trained import Ended, Progress, Trained
+from bilevel.few_shot.validate import Validation, Validations
+from bilevel.outer.minimize import Record, Solution
+from bilevel.tasks.ragged import check_batch
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """step -> its batch, as the learner sees it; the latest is kept for its score."""
+
+    learner: Learner
+    sample: Callable[[int], Any]
+    seed: int
+    latest: dict[int, Any] = field(default_factory=dict)
+
+    def __call__(self, step: int) -> Any:
+        if step not in self.latest:
+            self.latest.clear()
+            batch = self.sample(step)
+            check_batch(batch)
+            self.latest[step] = ready(self.learner, self.learner.x0, batch, noise_seed(self.seed, step))
+        return self.latest[step]
+
+
+@final
+@dataclass(frozen=True)
+class Clock:
+    """The time since training began, and whether it is over.
+
+    Attributes:
+        earlier: what the parts of a resumed run before this one took.
+        limit: how long the run may take; None: as long as it likes.
+        began: this part.
+    """
+
+    earlier: float
+    limit: float | None
+    began: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Since training began."""
+        return self.earlier + time.perf_counter() - self.began
+
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.limit is not None and self.seconds() >= self.limit
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Validator:
+    """The validations of a run: when, of what, and whether another may help.
+
+    Attributes:
+        kept: those so far.
+        evaluate: x -> its evaluation; None: there are no validations.
+        every: steps between them.
+        patience: how many without a better one are enough; None: never.
+    """
+
+    kept: Validations
+    evaluate: Callable[[Tree], Evaluation] | None = None
+    every: int = 1
+    patience: int | None = None
+
+    def at(self, step: int, x: Tree, clock: Clock, *, last: bool) -> Validation | None:
+        """The validation of a step, if it has one."""
+        if self.evaluate is None or not (last or step % self.every == 0):
+            return None
+        return self.kept.at(step, x, self.evaluate, clock.seconds)
+
+    def enough(self, step: int) -> bool:
+        """Whether x has not become better for too long."""
+        return self.patience is not None and self.kept.stale(step) >= self.patience
+
+
+@final
+class Reporter:
+    """Tells the callback and TensorBoard.
+
+    Args:
+        given: whom, and how often a score is made for them.
+
+    Raises:
+        ImportError: if tensorboard is missing.
+    """
+
+    def __init__(self, given: Reporting) -> None:
+        self._given = given
+        self._board = None if given.tensorboard is None else Board(given.tensorboard)
+
+    def scores(self, step: int) -> bool:
+        """Whether somebody is to be told the score of this step's batch."""
+        return (self._given.callback is not None or self._board is not None) and step % self._given.score_every == 0
+
+    def tell(self, progress: Progress) -> bool:
+        """Tell them; whether the callback asks to stop."""
+        if self._board is not None:
+            self._board.write(progress.record, progress.score, progress.validation)
+        return self._given.callback is not None and bool(self._given.callback(progress))
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._board is not None:
+            self._board.close()
+
+
+@final
+class TrainingRun:
+    """What happens after each step, and what is left at the end.
+
+    Args:
+        batches: of the learner that is trained.
+        last_step: where training ends at the latest.
+        clock: of this run.
+        validator: for its validations.
+        reporter: for its reports.
+    """
+
+    def __init__(
+        self, batches: Batches, last_step: int, clock: Clock, validator: Validator, reporter: Reporter
+    ) -> None:
+        self._batches, self._last_step, self._clock = batches, last_step, clock
+        self._validator, self._reporter = validator, reporter
+        self._ended: Ended = "max_steps"
+
+    def after_step(self, record: Record, estimate: Estimate) -> bool:
+        """Validate, score and report as this step asks for; whether training ends here."""
+        if estimate.status is Status.nonfinite:
+            self._ended = "failed"
+            self._tell(record, None, None)
+            return True
+        out_of_time, at_end = self._clock.over(), record.step == self._last_step
+        validation = self._validator.at(record.step, estimate.x, self._clock, last=at_end or out_of_time)
+        score = self._score(record.step, estimate) if self._reporter.scores(record.step) else None
+        stop = self._tell(record, score, validation)
+        if at_end:
+            return True
+        if self._validator.enough(record.step):
+            self._ended = "patience"
+        elif out_of_time:
+            self._ended = "seconds"
+        elif stop:
+            self._ended = "callback"
+        return self._ended != "max_steps"
+
+    def trained(self, solution: Solution) -> Trained:
+        """What the run comes to."""
+        step, kept = solution.history[-1].step, self._validator.kept
+        best = kept.best()
+        return Trained(
+            learner=self._batches.learner,
+            x=solution.x if best is None else kept.x,
+            step=step if best is None else best.step,
+            ended=self._ended,
+            message=solution.estimate.message if self._ended == "failed" else "",
+            validations=kept.until(),
+            history=solution.history,
+            failed=dict(Counter(record.status for record in solution.history if record.status != "successful")),
+            stats=solution.stats,
+            seconds=self._clock.seconds(),
+            last=solution.x,
+        )
+
+    def _tell(self, record: Record, score: float | None, validation: Validation | None) -> bool:
+        best = self._validator.kept.best(record.step)
+        return self._reporter.tell(Progress(record, score, validation, best, self._clock.seconds()))
+
+    def _score(self, step: int, estimate: Estimate) -> float:
+        batch = self._batches(step)
+        adapted = Adapted(estimate.y, (), Stats(), batch)
+        return float(score_tasks(predict(self._batches.learner, estimate.x, adapted), batch).mean())
