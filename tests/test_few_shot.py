@@ -762,6 +762,9 @@ def test_experiments_of_mappings_are_those_of_values_and_say_so(tmp_path: Path) 
     assert [record.value for record in found[0].history] == [record.value for record in found[1].history]
     assert found[0].validations[1].score == found[1].validations[1].score
     assert len(found[0].validations) == len(found[1].validations) == 3
+    tester = Validating(Sinusoid(), every=2, learner=regression(3))
+    direct = train(regression(), Sinusoid(), max_steps=4, batch=2, seed=1, outer=new.settings.outer, validation=tester)
+    assert [v.score for v in direct.validations] == [v.score for v in found[1].validations]
     assert torch.equal(*(each.evaluate(found[1].x, 1).scores for each in (old, new)))
 
     told: list[int] = []

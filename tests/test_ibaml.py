@@ -1151,6 +1151,17 @@ def test_ungrouped_keywords_are_the_groups_and_say_so(build: Callable[..., Learn
     assert torch.equal(*(learner.predict(learner.x0, learner.y0, task) for learner in (before, now)))
 
 
+@pytest.mark.parametrize("name", ["ibaml", "ibaml_head"])
+def test_checkpoints_from_before_the_groups_know_their_run(name: str) -> None:
+    products = aid_of(learners(outer_objective=OuterObjective("predictive"))[name]).products
+    assert isinstance(products, KLProducts)
+    assert (
+        f"settings=Settings(method='{name}', kl_weight=0.1, samples=4, evaluation_samples=10, log_variance=-2.0,"
+        " isotropic=False, learn_variance=True, antithetic=True, outer_loss='predictive', outer_kl_weight=0.0,"
+        f" hyper_prior_weight=0.0, precision_prior=(1.0, 0.01), seed=0), features={name == 'ibaml_head'})>"
+    ) in repr(products.expectation)
+
+
 def test_an_ungrouped_keyword_leaves_the_rest_of_its_group_as_the_method_has_it() -> None:
     with pytest.warns(
         DeprecationWarning, match=r"write `ibaml_head\(draws=MonteCarlo\(samples=6, evaluation_samples=100\)"

@@ -32,7 +32,7 @@ NOISE = {"support": "support_noise", "query": "query_noise"}
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evidence:
     """g = E_q[support loss] + w KL(q || p) and the f of an `OuterObjective`, for one task.
 
@@ -53,6 +53,22 @@ class Evidence:
     monte_carlo: MonteCarlo
     outer: OuterObjective
     features: bool = False
+
+    def __repr__(self) -> str:
+        """As it was when its numbers were the arguments of a method: a checkpoint knows its run by this text."""
+        prior, draws, outer = self.prior, self.monte_carlo, self.outer
+        settings = (
+            f"method={'ibaml_head' if self.features else 'ibaml'!r}, kl_weight={prior.kl_weight!r},"
+            f" samples={draws.samples!r}, evaluation_samples={draws.evaluation_samples!r},"
+            f" log_variance={prior.log_variance!r}, isotropic={prior.isotropic!r},"
+            f" learn_variance={prior.learn_variance!r}, antithetic={draws.antithetic!r}, outer_loss={outer.loss!r},"
+            f" outer_kl_weight={outer.kl_weight!r}, hyper_prior_weight={outer.hyper_prior_weight!r},"
+            f" precision_prior={outer.precision_prior!r}, seed={draws.seed!r}"
+        )
+        return (
+            f"Evidence(output={self.output!r}, loss={self.loss!r}, structure={self.structure!r},"
+            f" settings=Settings({settings}), features={self.features!r})"
+        )
 
     def x0(self, params: Tree) -> dict[str, Tree]:
         """Where the prior starts: around these parameters."""
