@@ -48,5 +48,5 @@ from bilevel.hypergrad.penalty import Penalty as Penalty
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.modules.functional import Functional as Functional, functional as functional
 from bilevel.named.auto import Auto as Auto
-from bilevel.named.registry import estimators as estimators
+from bilevel.named.registry import estimators as estimators, register_estimator as register_estimator
 from bilevel.outer.minimize import Record as Record, Solution as Solution, minimize as minimize

@@ -24,7 +24,7 @@ def hypergradient(
     x: Tree,
     y0: Tree,
     *,
-    estimator: AbstractEstimator | Auto | str = "aid-cg",
+    estimator: AbstractEstimator | Auto | str = "implicit",
     data: Any = None,
     start: Start | None = None,
     chunk_size: int | None = None,

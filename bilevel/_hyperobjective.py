@@ -71,7 +71,7 @@ def hyperobjective(
     problem: BilevelProblem,
     y0: Tree,
     *,
-    estimator: AbstractEstimator | Auto | str = "aid-cg",
+    estimator: AbstractEstimator | Auto | str = "implicit",
     warm_start: bool = True,
     chunk_size: int | None = None,
     throw: bool = True,

@@ -31,4 +31,5 @@ from bilevel.few_shot.learner import Learner as Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood as AbstractLikelihood
 from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_objective as inner_objective, inner_problem as inner_problem
+from bilevel.named.setting import Setting as Setting
 from bilevel.requirements.properties import DoesNotApply as DoesNotApply, Feature as Feature, Property as Property

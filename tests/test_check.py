@@ -240,7 +240,7 @@ def test_a_check_is_plain_data_and_readable() -> None:
     found = check(BilevelProblem(sound_f, sound_g), X, Y0)
     assert found.as_dict()["ok"] is True
     assert {v["name"] for v in found.as_dict()["verdicts"]} >= {"values", "curvature", "hypergradient"}
-    assert "estimators that apply: aid-cg" in str(found)
+    assert "estimators that apply: implicit, aid-cg" in str(found)
 
 
 def test_a_check_leaves_its_arguments_alone() -> None:

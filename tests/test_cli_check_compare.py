@@ -216,7 +216,11 @@ def test_without_a_reference_there_is_no_comparison(capsys: pytest.CaptureFixtur
         (["check", "mine.py:nothing"], 2, "mine.py has no 'nothing'. It has: "),
         (["check", "mine.py:problem", "--set", "a=1"], 2, "is not a function: it takes no `--set`"),
         (["check", "mine.py:problem", "--seed", "x"], 2, "argument --seed: must be an integer. Got 'x'"),
-        (["compare", "mine.py:known", "--estimator", "aid"], 2, "there is no estimator 'aid'. Names: aid-cg, "),
+        (
+            ["compare", "mine.py:known", "--estimator", "aid"],
+            2,
+            "there is no estimator 'aid'. Did you mean 'aid-cg'? Names: ",
+        ),
         (["compare", "mine.py:known", "--budgets", "10,x"], 2, "must be positive integers separated by commas"),
         (["compare", "mine.py:known", "--budgets", "0"], 2, "must be positive integers separated by commas"),
         (["compare", "mine.py:known", "--out", "mine.py"], 2, "is a file: name a folder"),

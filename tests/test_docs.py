@@ -124,7 +124,7 @@ def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    monkeypatch.setattr(_registry, "_NAMED", dict(_registry._NAMED))  # a page may add a name
+    monkeypatch.setattr(_registry, "_REGISTERED", dict(_registry._REGISTERED))  # a page may add a name
     yield vars(module)
     torch.set_default_dtype(dtype)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bilevel
+from bilevel.named import registry
 
 NAMES = [
     "bilevel",
@@ -35,10 +36,11 @@ WITH_EXAMPLES = [name for name in NAMES if examples(importlib.import_module(name
 
 
 @pytest.fixture
-def float32() -> Iterator[None]:
-    """Torch as it is before anybody sets its default dtype."""
+def float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch as it is before anybody sets its default dtype, and names as they are before anybody registers one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))  # an example may add a name
     yield
     torch.set_default_dtype(before)
 

@@ -171,7 +171,7 @@ def test_tasks_without_one_leading_axis_in_the_data_are_refused(data: Any, got: 
         ({"x": ONES.to("meta")}, ValueError, "one dtype and device. Got torch.float64 on meta"),
         ({"estimator": None}, TypeError, "`estimator` must be an estimator .* or a name. Got NoneType"),
         ({"estimator": "aid-gc"}, ValueError, "there is no estimator 'aid-gc'. Did you mean 'aid-cg'?"),
-        ({"estimator": "?"}, ValueError, r"there is no estimator '\?'. Names: aid-cg, "),
+        ({"estimator": "?"}, ValueError, r"there is no estimator '\?'. Names: implicit, aid-cg, "),
         ({"start": ZEROS}, TypeError, r"`hypergradient\(start=...\)` must be a Start. Got Tensor"),
         ({"start": Start(torch.ones(3))}, ValueError, r"start.y must have the structure \(2,\). Got \(3,\)"),
         ({"start": Start(ZEROS, torch.ones(1))}, ValueError, r"start.v must have the structure \(2,\). Got \(1,\)"),

@@ -21,6 +21,7 @@ from bilevel.solvers.lbfgs import LBFGS
 
 # relative errors in float64 and float32; the biased ones as large as their bias is on these problems
 STATED = {
+    "implicit": (1e-7, 2e-3),
     "aid-cg": (1e-7, 2e-3),
     "aid-dense": (1e-7, 2e-3),
     "kkt": (1e-7, 2e-3),

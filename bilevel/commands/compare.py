@@ -18,7 +18,7 @@ from bilevel.commands.run import Failure
 from bilevel.commands.subject import Subject, subject
 from bilevel.diagnostics.compare import compare as compare_estimators
 from bilevel.diagnostics.comparison import Comparison
-from bilevel.named.registry import estimators
+from bilevel.named.registry import demand_names
 
 _WIDTH, _HEIGHT, _DPI = 8.0, 5.0, 110
 
@@ -46,12 +46,10 @@ def compare(wish: Wish) -> None:
         BilevelError: if not even the reference could be computed.
         Failure: if no estimator applies; what there is to say is printed and written first.
     """
-    unknown = [name for name in wish.estimator if name not in estimators()]
-    if unknown:
-        raise ValueError(f"there is no estimator {unknown[0]!r}. Names: {', '.join(estimators())}.")
     if wish.out is not None and Path(wish.out).exists() and not Path(wish.out).is_dir():
         raise ValueError(f"`--out {wish.out}` is a file: name a folder.")
     at = subject(wish.problem, wish.arguments, wish.seed)
+    demand_names(*wish.estimator)  # which the file of the problem may have registered
     if wish.seed is not None and not at.seeded:
         note(f"--seed has no effect: {wish.problem} draws no random numbers.")
     made = at.instance

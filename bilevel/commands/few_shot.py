@@ -28,8 +28,7 @@ from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.options import Saving
 from bilevel.few_shot.trained import Progress, Trained
-from bilevel.named.registry import estimators
-from bilevel.solvers.adam import Adam
+from bilevel.named.registry import demand_names
 
 _LONG = 300  # characters of a description
 _TRIAL = 50  # episodes that tell how long the evaluation will take
@@ -92,8 +91,8 @@ def _plan(request: Request, recorded: Mapping[str, Any] | None) -> _Plan:
     if recorded is not None:
         request, arguments = merge(request, arguments, recorded)
     experiment, _ = load_experiment(request.problem, arguments, request.seed)
-    if request.estimator is not None and request.estimator not in estimators():
-        raise ValueError(f"there is no estimator {request.estimator!r}. Names: {', '.join(estimators())}.")
+    if request.estimator is not None:
+        demand_names(request.estimator)
     own = experiment.settings
     loop = replace(own.loop, optimizer=_outer(request, own.loop.optimizer))
     if request.estimator is not None:

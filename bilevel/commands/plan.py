@@ -16,7 +16,7 @@ from bilevel._tree import ravel
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load
-from bilevel.named.registry import default_outer, estimators, resolve
+from bilevel.named.registry import default_outer, demand_names, resolve
 from bilevel.outer.batches import stream
 
 _KNOWN = {"estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
@@ -85,9 +85,9 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
             f"the settings of {request.problem} have an unknown entry {sorted(unknown)[0]!r}."
             f" Known: {', '.join(sorted(_KNOWN))}."
         )
-    estimator = request.estimator if request.estimator is not None else known.get("estimator", "aid-cg")
-    if isinstance(estimator, str) and estimator not in estimators():
-        raise ValueError(f"there is no estimator {estimator!r}. Names: {', '.join(estimators())}.")
+    estimator = request.estimator if request.estimator is not None else known.get("estimator", "implicit")
+    if isinstance(estimator, str):
+        demand_names(estimator)
     asked, notes = estimator if isinstance(estimator, str) else None, []
     if request.seed is not None:
         chosen = _seeded(estimator, instance, request.seed)

@@ -19,9 +19,10 @@ from bilevel._result import Solved
 from bilevel.diagnostics.taylor import Slope, slope
 from bilevel.diagnostics.verdict import Check, Outcome, Verdict
 from bilevel.inner_problems.kinds import inner_objective
+from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.registry import estimators
-from bilevel.named.setting import Setting, default_inner
+from bilevel.named.setting import Setting
 from bilevel.solvers.cg import accurate_cg
 
 _REPEATS = 8  # evaluations at one point: a mask of two entries drawn anew agrees by chance once in 4^7 times
@@ -192,7 +193,7 @@ class Checker:
     def _inner_solution(self) -> None:
         setting = Setting(self.problem, self.x, self.plain_y0)
         try:
-            solver = self.inner if self.inner is not None else default_inner(setting)
+            solver = self.inner if self.inner is not None else setting.inner()
             first = inner_objective(self.problem, self.x).gradient(self.y0)
             solved: Solved = solver.solve(inner_objective(self.problem, self.x), self.y0)
         except NotImplementedError:
@@ -313,7 +314,7 @@ class Checker:
         sound = self.second_order and self.definite and self.solvable and self.smooth
         if not sound or self.dependence != "inner objective":
             return
-        solver = self.inner if self.inner is not None else default_inner(Setting(self.problem, self.x, self.plain_y0))
+        solver = self.inner if self.inner is not None else Setting(self.problem, self.x, self.plain_y0).inner()
         if self.constrained:
             h = reference(Setting(self.problem, self.x, self.plain_y0))[0].grad
         else:
@@ -343,6 +344,7 @@ class Checker:
 
     def _why_not(self, name: str) -> str:
         """Why the estimator of that name does not apply; empty if it does."""
+        name = implicit_name(self.problem) if name == IMPLICIT else name
         implicit, unrolled = name.startswith(("aid", "kkt")), name.startswith(("itd", "one-step"))
         by_values = name == "finite-difference"
         if "values" in self.wrong:

@@ -19,9 +19,9 @@ from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
-from bilevel.named.budget import budgeted
+from bilevel.named.implicit import IMPLICIT
 from bilevel.named.reference import reference
-from bilevel.named.registry import estimators as named_estimators, resolve
+from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
 from bilevel.solvers.cg import accurate_cg
 
@@ -49,7 +49,8 @@ def compare(
         problem: f and g.
         x: where.
         y0: where the inner solvers start.
-        estimators: names, or a dict of estimators under labels of yours; by default every name.
+        estimators: names, or a dict of estimators under labels of yours; by default every name but "implicit", which
+            stands for one of the others.
         budgets: for names: oracle calls to spend, one row each, instead of the names' own tolerances.
         data: the third argument of f and g, if they take one.
         constants: what is known of f and g, or a function of x that tells; for certificates.
@@ -85,16 +86,12 @@ def compare(
         for label, estimator in estimators.items():
             rows.append(comparer.row(label, None, lambda e=estimator: e))  # type: ignore[misc]
         return comparer.comparison(rows)
-    names = list(named_estimators()) if estimators is None else list(estimators)
-    unknown = [name for name in names if name not in named_estimators()]
-    if unknown:
-        raise ValueError(f"there is no estimator {unknown[0]!r}. Names: {', '.join(named_estimators())}.")
+    names = [name for name in named_estimators() if name != IMPLICIT] if estimators is None else list(estimators)
+    demand_names(*names)
     for name in names:
-        if budgets is None:
-            rows.append(comparer.row(name, None, lambda n=name: resolve(n, flat, comparer.x, comparer.y0)))  # type: ignore[misc]
-        for budget in budgets or ():
-            setting = Setting(flat, comparer.x, comparer.y0)
-            rows.append(comparer.row(name, budget, lambda n=name, s=setting, b=budget: budgeted(n, s, b)))  # type: ignore[misc]
+        for budget in (None,) if budgets is None else budgets:
+            setting = Setting(flat, comparer.x, comparer.y0, budget)
+            rows.append(comparer.row(name, budget, lambda n=name, s=setting: build(n, s)))  # type: ignore[misc]
     return comparer.comparison(rows)
 
 

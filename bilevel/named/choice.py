@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,68 +11,75 @@ from torch import Tensor
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.named.auto import Auto, Chosen
+from bilevel.named.implicit import IMPLICIT, implicit_name
+from bilevel.named.reference import reference
+from bilevel.named.setting import BudgetError, Setting
+from bilevel.requirements.properties import Feature
 
-_BUDGETS = tuple(2**k for k in range(3, 14))  # oracle calls, doubled until the target is met
+# Oracle calls, doubled until the target is met, so that all tries of a name cost at most twice the last one: from less
+# than anything useful takes to more than accurate defaults take on problems that are well posed.
+_BUDGETS = tuple(2**k for k in range(3, 14))
+_PASSED_OVER = {
+    "finite-difference": "an oracle for tests",
+    "itd-checkpointed": "the number of itd for more calls",
+    "aid-gmres": "the number of aid-minres for the same calls and more memory, as the inner Hessian is symmetric",
+    "first-order": "an error that no budget makes smaller",
+    "kkt": "for constraints, where nothing is chosen",
+    IMPLICIT: "another name of one that is tried",
+}
+_DENSE = 500  # y: beyond, a dense Hessian costs more products than the largest useful budgets
+_FORWARD = 50  # x: beyond, forward mode takes more products a step than reverse mode takes for the whole gradient
 
 
-def choose(
-    wish: Auto,
-    problem: FlatProblem,
-    x: Tensor,
-    y0: Tensor,
-    names: Iterable[str],
-    build: Callable[[str, int], AbstractEstimator],
-    accurate: FlatEstimate,
-    linear: Callable[[Tensor], AbstractLinearSolver],
-    fallback: AbstractEstimator,
-) -> Chosen:
+def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, Setting], AbstractEstimator]) -> Chosen:
     """Try names at doubling budgets; see `Auto`.
 
     Args:
         wish: the target.
-        problem: the problem.
-        x: where it is first met.
-        y0: where the inner solvers start.
-        names: the candidates.
-        build: (name, budget) -> estimator; raises ValueError where the budget is too small.
-        accurate: the reference.
-        linear: for certificates: y -> a linear solver.
-        fallback: what is taken if no candidate meets the target.
+        s: the problem where it is first met.
+        names: of all estimators.
+        build: (name, setting) -> estimator.
+
+    Raises:
+        ValueError: if the problem is not one on which estimators can take each other's place.
     """
+    _demand_choice(s)
     constants = wish.constants
-    known = constants(problem.x.unravel(x)) if callable(constants) else constants
+    known = constants(s.problem.x.unravel(s.x)) if callable(constants) else constants
+    accurate, _ = reference(replace(s, problem=s.problem.with_tally(Tally())))
     target = max(wish.target_error, wish.relative_error * float(torch.linalg.vector_norm(accurate.grad)))
     best: tuple[int, str, AbstractEstimator, float] | None = None
     tried = refused = 0
-    for name in names:
+    for name in _candidates(names, s):
         for budget in _BUDGETS:
-            if best is not None and budget > 2 * best[0]:
+            if best is not None and budget > 2 * best[0]:  # what it would spend is more than what was found spends
                 break
+            quiet = s.problem.with_tally(Tally())
             try:
-                estimator = build(name, budget)
-                quiet = problem.with_tally(Tally())
-                found = apply_estimator(estimator, quiet, x, FlatStart(y0))
-            except (ValueError, NotImplementedError) as reason:
-                refused += "budget" not in str(reason)
-                if "budget" in str(reason):
-                    continue
+                estimator = build(name, replace(s, budget=budget))
+                found = apply_estimator(estimator, quiet, s.x, FlatStart(s.y0))
+            except BudgetError:
+                continue
+            except (ValueError, NotImplementedError):
+                refused += 1
                 break
             tried += 1
             stats = quiet.tally.stats()
             cost = stats.gradients + stats.hvps + stats.cross_products
-            error = _error(found, accurate, known, problem, x, linear)
+            error = _error(found, accurate, known, s.problem, s.x)
             if error <= target:
                 if best is None or cost < best[0]:
                     best = (cost, name, estimator, error)
                 break
     kind = "measured" if known is None else "certified"
     if best is None:
-        return Chosen(fallback, f"no estimator met the {kind} target {target:.3g} of {tried} tries: taking aid-cg")
+        fallback = implicit_name(s.problem)
+        why = f"no estimator met the {kind} target {target:.3g} of {tried} tries: taking {fallback}"
+        return Chosen(build(fallback, s), why)
     cost, name, estimator, error = best
     return Chosen(
         estimator,
@@ -80,17 +88,31 @@ def choose(
     )
 
 
+def _demand_choice(s: Setting) -> None:
+    if s.problem.problem.init is not None:
+        raise ValueError(
+            "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the"
+            " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
+        )
+    if Feature.constraints in s.features:
+        raise ValueError("`Auto` does not apply to a problem with constraints on y. Name the estimator: 'kkt'.")
+
+
+def _candidates(names: Sequence[str], s: Setting) -> list[str]:
+    without = set(_PASSED_OVER)
+    if s.y0.shape[-1] > _DENSE:
+        without.add("aid-dense")
+    if s.x.shape[-1] > _FORWARD:
+        without.add("itd-forward")
+    return [name for name in names if name not in without]
+
+
 def _error(
-    found: FlatEstimate,
-    accurate: FlatEstimate,
-    known: Constants | None,
-    problem: FlatProblem,
-    x: Tensor,
-    linear: Callable[[Tensor], AbstractLinearSolver],
+    found: FlatEstimate, accurate: FlatEstimate, known: Constants | None, problem: FlatProblem, x: Tensor
 ) -> float:
     if not bool(found.grad.isfinite().all()):
         return float("inf")
     if known is None:
         return float(torch.linalg.vector_norm(found.grad - accurate.grad))
     quiet = problem.with_tally(Tally())
-    return certify_flat(quiet, x, found.grad, found.y, found.v, known, linear(found.y)).bound
+    return certify_flat(quiet, x, found.grad, found.y, found.v, known, accurate_cg(found.y)).bound

@@ -1,194 +1,191 @@
-"""Estimators by name: the one file that knows both the estimators and default solvers for them."""
+"""Estimators by name: those of the library, and those that users register."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 from torch import Tensor
 
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
-from bilevel._linear import AbstractLinearSolver
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._result import Tally
-from bilevel.inner_problems.kinds import inner_problem
-from bilevel.named.auto import Auto, Chosen
-from bilevel.named.budget import budgeted
-from bilevel.named.choice import choose
-from bilevel.named.reference import reference
-from bilevel.named.setting import Setting, default_inner, default_unrolled
-from bilevel.requirements.properties import Property
-from bilevel.solvers.cg import accurate_cg
+from bilevel._validate import demand_type
+from bilevel.named.auto import Auto
+from bilevel.named.builders import (
+    Builder,
+    aid,
+    cg,
+    dense,
+    esj,
+    finite_difference,
+    first_order,
+    gmres,
+    itd,
+    kkt,
+    minres,
+    neumann,
+    nystrom,
+    penalty,
+    truncated,
+)
+from bilevel.named.implicit import IMPLICIT, implicit_name
+from bilevel.named.setting import Setting
 
-
-def _aid(linear: Callable[[Setting], AbstractLinearSolver]) -> Callable[[Setting], AbstractEstimator]:
-    def build(s: Setting) -> AbstractEstimator:
-        from bilevel.hypergrad.aid import AID
-
-        return AID(inner=default_inner(s), linear=linear(s))
-
-    return build
-
-
-def _rtol(s: Setting) -> float:
-    return 1e-9 if s.double else 1e-4
-
-
-def _cg(s: Setting) -> AbstractLinearSolver:
-    from bilevel.solvers.cg import CG
-
-    return CG(rtol=_rtol(s))
-
-
-def _neumann(s: Setting) -> AbstractLinearSolver:
-    from bilevel.solvers.neumann import Neumann
-
-    return Neumann(step=None, terms=10_000, rtol=1e-6 if s.double else 1e-3)
-
-
-def _dense(s: Setting) -> AbstractLinearSolver:  # noqa: ARG001
-    from bilevel.solvers.dense import Dense
-
-    return Dense()
-
-
-def _minres(s: Setting) -> AbstractLinearSolver:
-    from bilevel.solvers.minres import MINRES
-
-    return MINRES(rtol=_rtol(s))
-
-
-def _gmres(s: Setting) -> AbstractLinearSolver:
-    from bilevel.solvers.gmres import GMRES
-
-    return GMRES(rtol=_rtol(s))
-
-
-def _nystrom(s: Setting) -> AbstractLinearSolver:
-    from bilevel.solvers.nystrom import Nystrom
-
-    return Nystrom(rank=min(20, s.y0.shape[-1]), damping=None)
-
-
-def _itd(
-    truncate: int | None = None, forward: bool = False, checkpoint: bool = False
-) -> Callable[[Setting], AbstractEstimator]:
-    def build(s: Setting) -> AbstractEstimator:
-        from bilevel.hypergrad.itd import ITD
-        from bilevel.solvers.gradient_descent import GradientDescent
-        from bilevel.solvers.iterate import Iterate
-
-        if Property.steps not in inner_problem(s.problem.problem).offers:  # it is refused where it is applied
-            return ITD(Iterate(GradientDescent(), max_steps=1))
-        least = s.derivative_steps() if truncate is None else truncate
-        return ITD(default_unrolled(s, least), truncate=truncate, forward=forward, checkpoint=checkpoint)
-
-    return build
-
-
-def _esj(s: Setting) -> AbstractEstimator:
-    from bilevel.hypergrad.esj import ESJ
-
-    directions = min(s.x.shape[-1], 20)
-    # The rounding and the tolerance of y come over the radius, its square over one: the balance of the two.
-    inner = default_unrolled(s) if s.problem.problem.init is not None else default_inner(s)
-    return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
-
-
-def _first_order(s: Setting) -> AbstractEstimator:
-    from bilevel.hypergrad.first_order import FirstOrder
-
-    return FirstOrder(default_unrolled(s) if s.problem.problem.init is not None else default_inner(s))
-
-
-def _kkt(s: Setting) -> AbstractEstimator:
-    from bilevel.hypergrad.kkt import KKT
-
-    return KKT(default_inner(s))
-
-
-def _penalty(s: Setting) -> AbstractEstimator:
-    from bilevel.hypergrad.penalty import Penalty
-
-    return Penalty(default_inner(s), weight=s.penalty_weight(), extrapolate=True)
-
-
-def _finite_difference(s: Setting) -> AbstractEstimator:
-    from bilevel.hypergrad.finite_difference import FiniteDifference
-
-    inner = default_unrolled(s) if s.problem.problem.init is not None else default_inner(s)
-    return FiniteDifference(inner, step=1e-4 if s.double else 2e-2)
+AUTO = "auto"  # a wish, not an estimator: see `Auto`
 
 
 @final
 @dataclass(frozen=True)
-class Named:
-    """A name's description and how its safe defaults are built where the problem is first met."""
+class NamedEstimator:
+    """A name's one line of description, and how its estimator is built where the problem is first met."""
 
     description: str
-    build: Callable[[Setting], AbstractEstimator]
+    build: Builder
 
 
-_NAMED: dict[str, Named] = {
-    "aid-cg": Named("implicit gradient, conjugate gradients: the default for smooth strongly convex g", _aid(_cg)),
-    "aid-neumann": Named("implicit gradient, Neumann series with a step from the largest curvature", _aid(_neumann)),
-    "aid-dense": Named("implicit gradient, Cholesky factorization of the dense inner Hessian (few y)", _aid(_dense)),
-    "aid-minres": Named("implicit gradient, MINRES: symmetric systems, definite or not", _aid(_minres)),
-    "aid-gmres": Named("implicit gradient, GMRES: any invertible system", _aid(_gmres)),
-    "aid-nystrom": Named("implicit gradient, Nystrom approximation of low rank with damping (biased)", _aid(_nystrom)),
-    "itd": Named("reverse mode through the inner steps; memory grows with them", _itd()),
-    "itd-truncated": Named("reverse mode through the last 20 inner steps (biased)", _itd(truncate=20)),
-    "itd-forward": Named("forward mode through the inner steps; cost grows with the number of x", _itd(forward=True)),
-    "itd-checkpointed": Named(
-        "reverse mode, recomputing: memory grows with the root of the steps", _itd(checkpoint=True)
-    ),
-    "one-step": Named("reverse mode through the last inner step only, Jacobian-free (biased)", _itd(truncate=1)),
-    "first-order": Named("no second derivatives: y moves as its start does or not (biased; FOMAML)", _first_order),
-    "esj": Named("evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch", _esj),
-    "kkt": Named("implicit gradient under linear constraints on y, from the optimality conditions (few y)", _kkt),
-    "penalty": Named("fully first-order value function, with Richardson extrapolation in the weight", _penalty),
-    "finite-difference": Named("central differences of Phi: an oracle for tests, 2p inner solves", _finite_difference),
+def _implicit(s: Setting) -> AbstractEstimator:
+    """The estimator of another name, by the kind of inner problem."""
+    return _named()[implicit_name(s.problem)].build(s)
+
+
+_TABLE: dict[str, tuple[Builder, str]] = {
+    IMPLICIT: (_implicit, "the default: the implicit gradient that fits, aid-cg, or kkt under constraints on y"),
+    "aid-cg": (aid(cg), "implicit gradient, conjugate gradients: the default for smooth strongly convex g"),
+    "aid-neumann": (aid(neumann), "implicit gradient, Neumann series with a step from the largest curvature"),
+    "aid-dense": (aid(dense), "implicit gradient, Cholesky factorization of the dense inner Hessian (few y)"),
+    "aid-minres": (aid(minres), "implicit gradient, MINRES: symmetric systems, definite or not"),
+    "aid-gmres": (aid(gmres), "implicit gradient, GMRES: any invertible system"),
+    "aid-nystrom": (aid(nystrom), "implicit gradient, Nystrom approximation of low rank with damping (biased)"),
+    "itd": (itd(), "reverse mode through the inner steps; memory grows with them"),
+    "itd-truncated": (truncated(20), "reverse mode through the last 20 inner steps (biased)"),
+    "itd-forward": (itd(forward=True), "forward mode through the inner steps; cost grows with the number of x"),
+    "itd-checkpointed": (itd(checkpoint=True), "reverse mode, recomputing: memory grows with the root of the steps"),
+    "one-step": (truncated(1), "reverse mode through the last inner step only, Jacobian-free (biased)"),
+    "first-order": (first_order, "no second derivatives: y moves as its start does or not (biased; FOMAML)"),
+    "esj": (esj, "evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch"),
+    "kkt": (kkt, "implicit gradient under linear constraints on y, from the optimality conditions (few y)"),
+    "penalty": (penalty, "fully first-order value function, with Richardson extrapolation in the weight"),
+    "finite-difference": (finite_difference, "central differences of Phi: an oracle for tests, 2p inner solves"),
 }
+_BUILT_IN = {name: NamedEstimator(description, build) for name, (build, description) in _TABLE.items()}
+_REGISTERED: dict[str, NamedEstimator] = {}  # by users, in this process
+
+
+def _named() -> dict[str, NamedEstimator]:
+    return _BUILT_IN | _REGISTERED
 
 
 def estimators() -> dict[str, str]:
-    """The estimators that can be asked for by name, each with one line of description.
+    """The estimators that can be asked for by name, each with one line of description; registered ones last.
 
     Example:
         >>> estimators()["aid-cg"][:17]
         'implicit gradient'
     """
-    return {name: named.description for name, named in _NAMED.items()}
+    return {name: named.description for name, named in _named().items()}
+
+
+def register_estimator(name: str, build: Builder, description: str) -> None:
+    """Give an estimator of your own a name, which then stands for it wherever a name may be given.
+
+    That is in `hypergradient`, `minimize`, `hyperobjective`, `compare` with its budgets, `check`, and on the command
+    line, of a problem in a file that registers it. Call it at the top level of a module: a name is known in the process
+    that has imported it, so that a worker process has it by importing the same module.
+
+    Args:
+        name: one word, such as "mine".
+        build: setting -> estimator, called where the problem is first met. `setting.inner()`, `setting.unrolled()` and
+            `setting.linear()` are solvers that are accurate there, or that spend a budget: with
+            `per_step`, how many gradients and products of g one inner step brings with it in your estimator. One that
+            asks for none of them, nor for `setting.steps(per_step)`, has no budgets.
+        description: one line, for lists.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if the name is taken, or it is not one word, or the description not one line.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import AID, BilevelProblem, hypergradient, register_estimator
+        >>> from bilevel.solvers import MINRES
+        >>> register_estimator("mine", lambda s: AID(s.inner(per_step=2), MINRES(max_steps=s.steps(2))), "by MINRES")
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator="mine").grad
+        tensor([-2.])
+    """
+    demand_type("register_estimator", "name", name, str)
+    demand_type("register_estimator", "description", description, str)
+    if not callable(build):
+        raise TypeError(
+            f"`register_estimator(build=...)` must be a function of a setting that returns an estimator. Got"
+            f" {type(build).__name__}. Write `lambda setting: ...`."
+        )
+    if name.split() != [name]:
+        raise ValueError(f"`register_estimator(name=...)` must be one word. Got {name!r}.")
+    if len(description.splitlines()) != 1 or not description.strip():
+        raise ValueError(f"`register_estimator(description=...)` must be one line. Got {description!r}.")
+    if name == AUTO or name in _named():
+        whose = "registered already" if name in _REGISTERED else "a name of the library"
+        raise ValueError(f"`register_estimator` has no name twice: {name!r} is {whose}. Choose another.")
+    _REGISTERED[name] = NamedEstimator(description, build)
+
+
+def demand_names(*names: Any) -> None:
+    """Refuse what is no estimator's name.
+
+    Raises:
+        ValueError: with the name that comes nearest.
+    """
+    known = list(_named())
+    for name in names:
+        if name not in known:
+            longer = [other for other in known if name and other.startswith(str(name))]
+            near = longer or difflib.get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"there is no estimator {name!r}. {hint}Names: {', '.join(known)}.")
+
+
+def build(name: str, s: Setting) -> AbstractEstimator:
+    """The named estimator for a setting: accurate, or one that spends about `s.budget` gradients and products of g.
+
+    Raises:
+        ValueError: if there is no such name, it is not known what the estimator spends, or the budget is too small.
+        TypeError: if the builder of a registered name returns something else.
+    """
+    demand_names(name)
+    s = replace(s, name=name)
+    found = _named()[name].build(s)
+    if not isinstance(found, AbstractEstimator):
+        raise TypeError(f"the `build` that {name!r} was registered with must return an estimator. Got {found!r}.")
+    if s.budget is not None and not s.asked:
+        raise ValueError(f"it is not known what {name!r} spends. Pass an estimator instead of a budget.")
+    return found
 
 
 def resolve(
     estimator: AbstractEstimator | Auto | str, problem: FlatProblem, x: Tensor, y0: Tensor
 ) -> AbstractEstimator:
-    """An estimator from a name or from itself.
+    """An estimator from a name, a wish or itself.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if it is none of them.
         ValueError: if there is no estimator of that name.
     """
     if isinstance(estimator, AbstractEstimator):
         return estimator
-    if estimator == "auto" or isinstance(estimator, Auto):
-        wish = estimator if isinstance(estimator, Auto) else Auto()
-        return _choose(wish, Setting(problem, x, y0))
+    s = Setting(problem, x, y0)
+    if estimator == AUTO or isinstance(estimator, Auto):
+        from bilevel.named.choice import choose
+
+        return choose(estimator if isinstance(estimator, Auto) else Auto(), s, tuple(_named()), build)
     if not isinstance(estimator, str):
         raise TypeError(
             f"`estimator` must be an estimator such as `AID(...)` or a name. Got {type(estimator).__name__}."
-            f" Names: {', '.join(_NAMED)}."
+            f" Names: {', '.join(_named())}."
         )
-    if estimator not in _NAMED:
-        import difflib
-
-        near = difflib.get_close_matches(estimator, _NAMED, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no estimator {estimator!r}. {hint}Names: {', '.join(_NAMED)}.")
-    return _NAMED[estimator].build(Setting(problem, x, y0))
+    return build(estimator, s)
 
 
 def default_outer() -> AbstractOptimizer:
@@ -196,32 +193,3 @@ def default_outer() -> AbstractOptimizer:
     from bilevel.solvers.adam import Adam
 
     return Adam(0.05)
-
-
-def _choose(wish: Auto, s: Setting) -> Chosen:
-    if s.problem.problem.init is not None:
-        raise ValueError(
-            "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the"
-            " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
-        )
-    if s.problem.problem.constraints is not None:
-        raise ValueError("`Auto` does not apply to a problem with constraints on y. Name the estimator: 'kkt'.")
-    p, q = s.x.shape[-1], s.y0.shape[-1]
-    passed_over = ("finite-difference", "itd-checkpointed", "aid-gmres", "first-order", "kkt")
-    names = [name for name in _NAMED if name not in passed_over]
-    if q > 500:  # a dense factorization or a dense difference would cost more than it can save
-        names.remove("aid-dense")
-    if p > 50:
-        names.remove("itd-forward")
-    accurate, _ = reference(Setting(s.problem.with_tally(Tally()), s.x, s.y0))
-    return choose(
-        wish,
-        s.problem,
-        s.x,
-        s.y0,
-        names,
-        lambda name, budget: budgeted(name, s, budget),
-        accurate,
-        accurate_cg,
-        _NAMED["aid-cg"].build(s),
-    )

@@ -1,9 +1,9 @@
-"""Safe defaults: solvers and their tolerances, from the problem where it is first met."""
+"""What the builder of a named estimator is given: the problem where it is first met, and the parts that fit it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -12,25 +12,123 @@ from torch import Tensor
 from bilevel._calculus import outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
-from bilevel.inner_problems.kinds import inner_objective
+from bilevel.inner_problems.kinds import inner_objective, inner_problem
+from bilevel.requirements.properties import Feature
 
-MOST_STEPS = 5000  # of an unrolled iteration
+# Of an unrolled iteration: at condition numbers beyond about 300 it ends before 1e-7, which is reported, and a name
+# does not take minutes.
+MOST_STEPS = 5000
+
+
+@final
+class BudgetError(ValueError):
+    """A budget in which an estimator cannot take one step."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What safe defaults are derived from: the problem at the point where it is first met."""
+    """What a name's builder is given: from it come solvers that are accurate, or that spend a budget.
+
+    Without a budget, `inner`, `unrolled` and `linear` are accurate for the dtype and for the problem. With one they
+    take a fixed number of steps: the budget over what a step costs, which the estimator knows and says as
+    `per_step`, the gradients of g and the products with its second derivatives that one inner step brings with it.
+
+    Args:
+        problem: the problem.
+        x: where it is first met.
+        y0: where the inner solvers start.
+        budget: how many gradients and products of g to spend; None: as many as accuracy takes.
+        name: the name whose estimator is built, for messages.
+
+    Attributes:
+        asked: every `per_step` that was asked for. Where there is none, the builder did not heed the budget.
+
+    Example:
+        >>> from bilevel import AID, BilevelProblem
+        >>> from bilevel._tree import ravel
+        >>> x, structure = ravel(torch.ones(2), "x")
+        >>> problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum())
+        >>> flat = FlatProblem(problem, structure, structure, None)
+        >>> Setting(flat, x, x, budget=100).inner(per_step=2)
+        LBFGS(tol=0.0, max_steps=50, memory=10)
+    """
 
     problem: FlatProblem
     x: Tensor
     y0: Tensor
+    budget: int | None = None
+    name: str = "the estimator"
+    asked: list[int] = field(default_factory=list, init=False, repr=False)
 
     @property
     def double(self) -> bool:
         """Whether the computation is in float64."""
         return self.y0.dtype == torch.float64
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What inner solvers must heed."""
+        return inner_problem(self.problem.problem).features
+
+    def steps(self, per_step: int) -> int | None:
+        """How many steps the budget is enough for, at so many gradients and products a step; None without a budget.
+
+        Raises:
+            BudgetError: if it is not enough for one.
+        """
+        self.asked.append(per_step)
+        if self.budget is None:
+            return None
+        if self.budget < per_step:
+            raise BudgetError(f"a budget of {self.budget} oracle calls is too small for {self.name!r}.")
+        return self.budget // per_step
+
+    def accuracy(self, double: float, single: float) -> float:
+        """A relative tolerance by dtype; 0 with a budget, where steps decide."""
+        if self.budget is not None:
+            return 0.0
+        return double if self.double else single
+
+    def inner(self, per_step: int = 1) -> AbstractInnerSolver:
+        """For estimators that take any inner solver: L-BFGS; one that heeds the constraints where y has some.
+
+        The latter takes its own steps, some tens of systems in y, whatever the budget.
+        """
+        from bilevel.solvers.lbfgs import LBFGS
+        from bilevel.solvers.quadratic_program import QuadraticProgram
+
+        steps = self.steps(per_step)
+        if Feature.constraints in self.features:
+            return QuadraticProgram()
+        # 1000: accurate L-BFGS takes tens to hundreds of steps; what needs more is ill-posed, and is reported.
+        return LBFGS(tol=self.inner_tol(), max_steps=1000) if steps is None else LBFGS(tol=0.0, max_steps=steps)
+
+    def unrolled(self, per_step: int = 1, min_steps: int = 0) -> AbstractInnerSolver:
+        """For estimators that differentiate the iteration: gradient descent until y is as accurate as they need it.
+
+        At least `min_steps`, where there is no budget.
+        """
+        from bilevel.solvers.gradient_descent import GradientDescent
+        from bilevel.solvers.iterate import Iterate
+
+        steps = self.steps(per_step)
+        if steps is not None:
+            return Iterate(GradientDescent(), max_steps=steps)
+        if self.problem.problem.init is not None:
+            # The number of steps is part of the problem, adaptation and not convergence: ten, as many as few-shot
+            # learning takes at most.
+            return Iterate(GradientDescent(), max_steps=10)
+        tol = self.inner_tol() * (1e2 if self.double else 10)  # as accurate as `derivative_steps` makes the derivative
+        return Iterate(GradientDescent(), max_steps=MOST_STEPS, tol=tol, min_steps=min_steps)
+
+    def linear(self, per_step: int = 2) -> AbstractLinearSolver:
+        """For implicit estimators: conjugate gradients; a budget is by default half inner steps, half linear ones."""
+        from bilevel.solvers.cg import CG
+
+        return CG(rtol=self.accuracy(1e-9, 1e-4), max_steps=self.steps(per_step))
 
     def inner_tol(self) -> float:
         """A gradient norm that counts as zero: relative to the gradient at y0, or to L |y0| if that is larger.
@@ -52,6 +150,8 @@ class Setting:
         moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y0)
         response = torch.linalg.vector_norm(moved - gradient, dim=-1).max() / root
         largest = response if bool(scale.max() <= root * response) else scale.max()
+        # Rounding leaves a gradient of about eps of its scale (2e-16, 1e-7) times a factor that grows with q and the
+        # cancellation in g: 1e-9 and 1e-4 are reached in practice, and leave room for the latter.
         tol = (1e-9 if self.double else 1e-4) * float(largest)
         tiny = torch.finfo(self.y0.dtype).tiny
         return max(tol, tiny) if math.isfinite(tol) else tiny  # what is not finite is reported by the solver
@@ -59,14 +159,16 @@ class Setting:
     def derivative_steps(self) -> int:
         """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
 
-        That is the k with |(I - H / L)^k grad_y f| <= 1e-7 |grad_y f| (float32: 1e-3), found by taking them at y*(x).
+        That is the k with |(I - H / L)^k grad_y f| <= 1e-7 |grad_y f| (float32: 1e-3), found by taking them at y*(x);
+        both are well above rounding and below what such a derivative is asked for. 0 where steps are not chosen for
+        accuracy, with a budget or an `init`, and where they are not those of gradient descent on g.
         """
+        if self.budget is not None or self.problem.problem.init is not None or self.features:
+            return 0
         quiet = self.problem.with_tally(Tally())
         objective = inner_objective(quiet, self.x)
         y0 = self.problem.start(self.x, self.y0).detach()
-        if self.problem.problem.init is not None:
-            return 0
-        y = default_inner(self).solve(objective, y0).value
+        y = self.inner().solve(objective, y0).value
         left = outer_gradients(quiet, self.x, y)[2]
         hessian = objective.hessian(y)[2]
         step = 1 / objective.largest_curvature(y).clamp_min(torch.finfo(y.dtype).tiny).unsqueeze(-1)
@@ -78,7 +180,11 @@ class Setting:
         return MOST_STEPS
 
     def penalty_weight(self) -> float:
-        """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y."""
+        """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y.
+
+        With extrapolation the bias falls like 1 / weight^2, while the tolerance of y is multiplied by the weight: at
+        1e4 that is 1e-8 and 1e-5 in float64, at 1e2 in float32 1e-4 and 1e-2.
+        """
         quiet = self.problem.with_tally(Tally())
         y0 = self.problem.start(self.x, self.y0).detach()
         objectives = (Objective(lambda y: quiet.g(self.x, y)), Objective(lambda y: quiet.f_each(self.x, y)))
@@ -89,26 +195,3 @@ class Setting:
             ratio = float(torch.linalg.vector_norm(fy)) / (top_g or 1.0)
         ratio = ratio if math.isfinite(ratio) else 1.0
         return (1e4 if self.double else 1e2) * max(ratio, torch.finfo(self.y0.dtype).tiny)
-
-
-def default_inner(s: Setting) -> AbstractInnerSolver:
-    """The inner solver behind names whose estimator takes any: accurate L-BFGS; one that heeds constraints on y."""
-    from bilevel.solvers.lbfgs import LBFGS
-    from bilevel.solvers.quadratic_program import QuadraticProgram
-
-    if s.problem.problem.constraints is not None:
-        return QuadraticProgram()
-    return LBFGS(tol=s.inner_tol(), max_steps=1000)
-
-
-def default_unrolled(s: Setting, min_steps: int = 0) -> AbstractInnerSolver:
-    """Gradient descent until y is as accurate as an unrolled derivative needs it, for names that differentiate it."""
-    from bilevel.solvers.gradient_descent import GradientDescent
-    from bilevel.solvers.iterate import Iterate
-
-    if s.problem.problem.constraints is not None:
-        return default_inner(s)
-    if s.problem.problem.init is not None:  # the number of steps is part of the problem: adaptation, not convergence
-        return Iterate(GradientDescent(), max_steps=10)
-    tol = s.inner_tol() * (1e2 if s.double else 10)
-    return Iterate(GradientDescent(), max_steps=MOST_STEPS, tol=tol, min_steps=min_steps)

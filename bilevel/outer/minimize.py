@@ -96,7 +96,7 @@ def minimize(
     x0: Tree,
     y0: Tree,
     *,
-    estimator: AbstractEstimator | Auto | str = "aid-cg",
+    estimator: AbstractEstimator | Auto | str = "implicit",
     outer: AbstractOptimizer | AbstractOuterDriver | None = None,
     max_steps: int = 100,
     tol: float | None = None,

@@ -1,0 +1,146 @@
+"""How the estimator behind each name is made: `build(setting)`, with accurate solvers or with those of a budget.
+
+They import what they make inside, so that the name of an estimator loads neither the others nor the solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from bilevel._estimate import AbstractEstimator
+from bilevel._inner import AbstractInnerSolver
+from bilevel._linear import AbstractLinearSolver
+
+if TYPE_CHECKING:
+    from bilevel.named.setting import Setting
+
+_DIRECTIONS = 20  # of `ESJ`, as many as it takes by default; where x has fewer entries all, which leaves no variance
+
+
+Builder: TypeAlias = Callable[["Setting"], AbstractEstimator]
+
+
+def aid(linear: Callable[[Setting], AbstractLinearSolver]) -> Builder:
+    """`AID`: each inner step of one gradient brings one product of the linear solver."""
+
+    def build(s: Setting) -> AbstractEstimator:
+        from bilevel.hypergrad.aid import AID
+
+        return AID(inner=s.inner(per_step=2), linear=linear(s))
+
+    return build
+
+
+def cg(s: Setting) -> AbstractLinearSolver:
+    """`CG`."""
+    return s.linear()
+
+
+def neumann(s: Setting) -> AbstractLinearSolver:
+    """`Neumann`: 10 000 terms reach 1e-6 up to condition numbers of about 700; what they miss is reported."""
+    from bilevel.solvers.neumann import Neumann
+
+    return Neumann(step=None, terms=s.steps(2) or 10_000, rtol=s.accuracy(1e-6, 1e-3))
+
+
+def dense(s: Setting) -> AbstractLinearSolver:  # noqa: ARG001
+    """`Dense`: it takes its q products, whatever is left of a budget."""
+    from bilevel.solvers.dense import Dense
+
+    return Dense()
+
+
+def minres(s: Setting) -> AbstractLinearSolver:
+    """`MINRES`."""
+    from bilevel.solvers.minres import MINRES
+
+    return MINRES(rtol=s.accuracy(1e-9, 1e-4), max_steps=s.steps(2))
+
+
+def gmres(s: Setting) -> AbstractLinearSolver:
+    """`GMRES`."""
+    from bilevel.solvers.gmres import GMRES
+
+    return GMRES(rtol=s.accuracy(1e-9, 1e-4), max_steps=s.steps(2))
+
+
+def nystrom(s: Setting) -> AbstractLinearSolver:
+    """`Nystrom`: without a budget of rank 20, for the few large eigenvalues that the method is made for."""
+    from bilevel.solvers.nystrom import Nystrom
+
+    return Nystrom(rank=min(s.steps(2) or 20, s.y0.shape[-1]), damping=None)
+
+
+def itd(forward: bool = False, checkpoint: bool = False) -> Builder:
+    """`ITD`: a step brings a product, where it is recomputed a further gradient, and in forward mode p products."""
+
+    def build(s: Setting) -> AbstractEstimator:
+        from bilevel.hypergrad.itd import ITD
+
+        per_step = 1 + s.x.shape[-1] if forward else 3 if checkpoint else 2
+        inner = s.unrolled(per_step, min_steps=s.derivative_steps())
+        return ITD(inner, forward=forward, checkpoint=checkpoint)
+
+    return build
+
+
+def truncated(last: int) -> Builder:
+    """`ITD` through the last steps only, whose products are few beside the gradients of all."""
+
+    def build(s: Setting) -> AbstractEstimator:
+        from bilevel.hypergrad.itd import ITD
+
+        return ITD(s.unrolled(per_step=1, min_steps=last), truncate=min(last, s.steps(1) or last))
+
+    return build
+
+
+def first_order(s: Setting) -> AbstractEstimator:
+    """`FirstOrder`: no products."""
+    from bilevel.hypergrad.first_order import FirstOrder
+
+    return FirstOrder(_as_posed(s, per_step=1))
+
+
+def esj(s: Setting) -> AbstractEstimator:
+    """`ESJ`: every step is taken at x and along each direction."""
+    from bilevel.hypergrad.esj import ESJ
+
+    directions = min(s.x.shape[-1], _DIRECTIONS)
+    # Differences of unfinished solves are those of the iteration: of gradient descent's, which is smooth in x.
+    smooth = s.budget is not None and not s.features
+    inner = s.unrolled(directions + 1) if smooth else _as_posed(s, directions + 1)
+    # The rounding and the tolerance of y come over the radius, its square over one: the balance of the two.
+    return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
+
+
+def kkt(s: Setting) -> AbstractEstimator:
+    """`KKT`: as `AID`."""
+    from bilevel.hypergrad.kkt import KKT
+
+    return KKT(s.inner(per_step=2))
+
+
+def penalty(s: Setting) -> AbstractEstimator:
+    """`Penalty`: three inner problems: that of g, and those of two weights."""
+    from bilevel.hypergrad.penalty import Penalty
+
+    return Penalty(s.inner(per_step=3), weight=s.penalty_weight(), extrapolate=True)
+
+
+def finite_difference(s: Setting) -> AbstractEstimator:
+    """`FiniteDifference`: an inner solve at x, and two along each coordinate."""
+    from bilevel.hypergrad.finite_difference import FiniteDifference
+
+    inner = _as_posed(s, per_step=2 * s.x.shape[-1] + 1)
+    # The tolerance of y comes over the step, so that accurate solves want one above that for rounding alone; those of
+    # a budget take the same steps at both ends, and None is the step for rounding.
+    step = None if s.budget is not None else 1e-4 if s.double else 2e-2
+    return FiniteDifference(inner, step=step)
+
+
+def _as_posed(s: Setting, per_step: int) -> AbstractInnerSolver:
+    """For estimators that see Phi by values: y*(x), or what the steps make of a start that depends on x."""
+    from_start = s.problem.problem.init is not None and not s.features
+    return s.unrolled(per_step) if from_start else s.inner(per_step)
