@@ -19,6 +19,7 @@ from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.setting import BudgetError, Setting
 from bilevel.requirements.properties import Feature
+from bilevel.solvers.cg import accurate_cg
 
 # Oracle calls, doubled until the target is met, so that all tries of a name cost at most twice the last one: from less
 # than anything useful takes to more than accurate defaults take on problems that are well posed.
