@@ -15,7 +15,7 @@ from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Tally
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
     from bilevel._flat import FlatProblem
 
 

@@ -18,6 +18,8 @@ from bilevel.solvers.nesterov import Nesterov as Nesterov
 from bilevel.solvers.neumann import Neumann as Neumann
 from bilevel.solvers.newton import Newton as Newton
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
+from bilevel.solvers.own_steps import OwnSteps as OwnSteps
+from bilevel.solvers.proximal_gradient import ProximalGradient as ProximalGradient
 from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
 from bilevel.solvers.saddle_cholesky import SaddleCholesky as SaddleCholesky
 from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay

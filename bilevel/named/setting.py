@@ -93,9 +93,9 @@ class Setting:
         return double if self.double else single
 
     def inner(self, per_step: int = 1) -> AbstractInnerSolver:
-        """For estimators that take any inner solver: L-BFGS; one that heeds the constraints where y has some.
+        """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
-        The latter takes its own steps, some tens of systems in y, whatever the budget.
+        One for constraints takes its own steps, some tens of systems in y, whatever the budget.
         """
         from bilevel.solvers.lbfgs import LBFGS
         from bilevel.solvers.quadratic_program import QuadraticProgram
@@ -103,6 +103,8 @@ class Setting:
         steps = self.steps(per_step)
         if Feature.constraints in self.features:
             return QuadraticProgram()
+        if self.features:
+            return self._stepwise(steps, 0)
         # 1000: accurate L-BFGS takes tens to hundreds of steps; what needs more is ill-posed, and is reported.
         return LBFGS(tol=self.inner_tol(), max_steps=1000) if steps is None else LBFGS(tol=0.0, max_steps=steps)
 
@@ -115,6 +117,8 @@ class Setting:
         from bilevel.solvers.iterate import Iterate
 
         steps = self.steps(per_step)
+        if self.features & {Feature.prox, Feature.own_steps}:
+            return self._stepwise(steps, min_steps)
         if steps is not None:
             return Iterate(GradientDescent(), max_steps=steps)
         if self.problem.problem.init is not None:
@@ -123,6 +127,18 @@ class Setting:
             return Iterate(GradientDescent(), max_steps=10)
         tol = self.inner_tol() * (1e2 if self.double else 10)  # as accurate as `derivative_steps` makes the derivative
         return Iterate(GradientDescent(), max_steps=MOST_STEPS, tol=tol, min_steps=min_steps)
+
+    def _stepwise(self, steps: int | None, min_steps: int) -> AbstractInnerSolver:
+        """For a non-smooth term and for steps of the problem's own: differentiable steps that heed them."""
+        from bilevel.solvers.own_steps import OwnSteps
+        from bilevel.solvers.proximal_gradient import ProximalGradient
+
+        if Feature.own_steps in self.features:
+            return OwnSteps()
+        if steps is not None:
+            return ProximalGradient(max_steps=steps, tol=None)
+        # Ten times as many as of gradient descent: where columns are correlated, the support is settled late.
+        return ProximalGradient(max_steps=10 * MOST_STEPS, tol=self.inner_tol(), min_steps=min_steps)
 
     def linear(self, per_step: int = 2) -> AbstractLinearSolver:
         """For implicit estimators: conjugate gradients; a budget is by default half inner steps, half linear ones."""
