@@ -182,14 +182,3 @@ def _builder(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Tree]:
 def tree_leaves(tree: Tree) -> list[Any]:
     """The leaves, in order."""
     return pytree.tree_leaves(tree)
-
-
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of matching rows: `(*batch, n), (*batch, n) -> (*batch,)`."""
-    return (a * b).sum(-1)
-
-
-def row_norms(a: Tensor) -> Tensor:
-    """Euclidean norms of rows: `(*batch, n) -> (*batch,)`."""
-    norms: Tensor = torch.linalg.vector_norm(a, dim=-1)
-    return norms

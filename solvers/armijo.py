@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import Objective
+from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
-from bilevel._tree import row_dots
 from bilevel._validate import demand_types
 
 _NOISE = 100.0  # in rounding units of the objective: differences of values below are not believed

@@ -30,8 +30,8 @@ from bilevel._numerics.krylov import (
     solve_by_one_run,
     solve_by_runs,
 )
+from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved
-from bilevel._tree import row_dots
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import cg
 from bilevel.certificates.certificate import Constants

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
-from bilevel._numerics.krylov import row_norms
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, Status
 from bilevel.certificates.certificate import Constants
 
@@ -45,11 +45,11 @@ class Dense(AbstractLinearSolver):
 
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b; `guess` is not needed."""
-        norm_b = row_norms(b)
+        norm_b = safe_row_norms(b)
         zero = norm_b == 0
         if bool(zero.all()):
             v = torch.zeros_like(b)
-            residual = row_norms(operator.residual(b, v))
+            residual = safe_row_norms(operator.residual(b, v))
             return Solved(v, (Status.successful,) * zero.numel(), residual, 0)
         A = operator.dense(b)
         finite = A.isfinite().all(-1).all(-1) & norm_b.isfinite()
@@ -61,7 +61,7 @@ class Dense(AbstractLinearSolver):
         skewed = _asymmetric(A) if symmetric else torch.zeros_like(zero)
         v, indefinite, singular = _solve(A, rhs, skewed, operator.positive_definite)
         v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
-        residual = row_norms(operator.residual(b, v))
+        residual = safe_row_norms(operator.residual(b, v))
         broken = skewed | singular | (residual > _FAR * norm_b)
         columns = (zero, residual.isfinite(), indefinite, broken)
         rows = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
@@ -110,7 +110,7 @@ def _solve(A: Tensor, b: Tensor, skewed: Tensor, positive_definite: bool) -> tup
 
 def _missed(A: Tensor, b: Tensor, v: Tensor) -> Tensor:
     """Whether a factorization was of a matrix singular to rounding: its solution is far from solving A v = b."""
-    return row_norms((b - A @ v).squeeze(-1)) > _FAR * row_norms(b.squeeze(-1))
+    return safe_row_norms((b - A @ v).squeeze(-1)) > _FAR * safe_row_norms(b.squeeze(-1))
 
 
 def _status(zero: bool, finite: bool, indefinite: bool, broken: bool) -> Status:

@@ -17,10 +17,9 @@ from bilevel._numerics.krylov import (
     OUT_OF_STEPS,
     RESTART,
     check_tolerances,
-    over,
-    row_norms,
     solve_by_runs,
 )
+from bilevel._numerics.rows import divided_rows, safe_row_norms
 from bilevel._result import Solved
 from bilevel._validate import demand_types
 from bilevel.certificates.certificate import Constants
@@ -89,12 +88,12 @@ def _run(
 ) -> tuple[Tensor, list[int], int, Tensor]:
     """One cycle: an orthonormal basis Q of the Krylov space, A Q = Q H, and rotations that triangularize H."""
     rounding = 10 * torch.finfo(r.dtype).eps
-    phi = row_norms(r)  # signed; |phi| is the norm of the residual
+    phi = safe_row_norms(r)  # signed; |phi| is the norm of the residual
     zero, one = torch.zeros_like(phi), torch.ones_like(phi)
     codes = torch.full_like(phi, OUT_OF_STEPS, dtype=torch.int64)
     codes = torch.where(phi.isfinite(), codes, NONFINITE)
     codes = torch.where(phi <= stop, CONVERGED, codes)
-    q = over(r, phi, codes == OUT_OF_STEPS)
+    q = divided_rows(r, phi, codes == OUT_OF_STEPS)
     basis = q.unsqueeze(-2)  # (*batch, k or more, n); grows by doubling
     rotations = one[..., None, None]  # the product of all so far, (*batch, k + 1, k + 1)
     columns: list[Tensor] = []  # of the triangular factor
@@ -107,13 +106,13 @@ def _run(
         k = steps
         w = operator.mv(q)
         steps += 1
-        norm_A = torch.maximum(norm_A, row_norms(w))
+        norm_A = torch.maximum(norm_A, safe_row_norms(w))
         Q = basis[..., : k + 1, :]
         h = (Q @ w.unsqueeze(-1)).squeeze(-1)
         w = w - (h.unsqueeze(-2) @ Q).squeeze(-2)
         again = (Q @ w.unsqueeze(-1)).squeeze(-1)  # twice is enough
         w, h = w - (again.unsqueeze(-2) @ Q).squeeze(-2), h + again
-        below = row_norms(w)
+        below = safe_row_norms(w)
         below = torch.where(below <= rounding * norm_A, zero, below)  # the Krylov space is exhausted
 
         column = (rotations @ h.unsqueeze(-1)).squeeze(-1)
@@ -131,7 +130,7 @@ def _run(
         if steps == min(max_steps, cycle):
             break
         rotations = _rotate(rotations, c, s)
-        q = over(w, below, codes == OUT_OF_STEPS)
+        q = divided_rows(w, below, codes == OUT_OF_STEPS)
         if basis.shape[-2] == steps:
             basis = torch.cat([basis, torch.zeros_like(basis[..., : cycle - steps, :])], dim=-2)
         basis[..., steps, :] = q

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
-from bilevel._numerics.quasi_newton import Pairs, where
+from bilevel._numerics.quasi_newton import Pairs
+from bilevel._numerics.rows import chosen_rows, row_dots
 from bilevel._numerics.wolfe import Search, strong_wolfe
 from bilevel._result import Solved, Status
-from bilevel._tree import row_dots
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
@@ -90,7 +90,7 @@ class LBFGS(AbstractInnerSolver):
                 memory.push(
                     trial - y, gradients - g, [row.curvature * ok for row, ok in zip(rows, accepted, strict=True)]
                 )
-                y, g = where(accepted, trial, y), where(accepted, gradients, g)
+                y, g = chosen_rows(accepted, trial, y), chosen_rows(accepted, gradients, g)
             for row, ok in zip(rows, accepted, strict=True):
                 if ok:
                     row.end(self)
@@ -180,16 +180,16 @@ def _begin(rows: list[_Row], new: list[bool], memory: Pairs, g: Tensor, d: Tenso
     new = [start and row.status is None for row, start in zip(rows, new, strict=True)]
     going = [row.status is None for row in rows]
     if not any(new):
-        return where(going, d, torch.zeros_like(d))
+        return chosen_rows(going, d, torch.zeros_like(d))
     retry = [row.retry for row in rows]
     if any(retry):
         memory.forget(retry)
-    d = where(going, where(new, -memory.product(g), d), torch.zeros_like(d))
+    d = chosen_rows(going, chosen_rows(new, -memory.product(g), d), torch.zeros_like(d))
     slopes = [slope for (slope,) in _numbers(row_dots(g, d))]
     lost = [start and not slope < 0 for start, slope in zip(new, slopes, strict=True)]
     if any(lost):  # rounding made the direction one of ascent
         memory.forget(lost)
-        d = where(lost, -g, d)
+        d = chosen_rows(lost, -g, d)
         slopes = [slope for (slope,) in _numbers(row_dots(g, d))]
     for row, start, again, slope in zip(rows, new, lost, slopes, strict=True):
         if start:

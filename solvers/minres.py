@@ -15,12 +15,10 @@ from bilevel._numerics.krylov import (
     NONFINITE,
     OUT_OF_STEPS,
     check_tolerances,
-    over,
-    row_norms,
     solve_by_runs,
 )
+from bilevel._numerics.rows import divided_rows, row_dots, safe_row_norms
 from bilevel._result import Solved
-from bilevel._tree import row_dots
 from bilevel._validate import demand_types
 from bilevel.certificates.certificate import Constants
 
@@ -85,12 +83,12 @@ def _run(
     """Lanczos vectors q, the rotations (c, s) that triangularize their tridiagonal matrix, directions w."""
     rounding = 10 * torch.finfo(r.dtype).eps
     d = w = w_old = q_old = torch.zeros_like(r)
-    phi = row_norms(r)  # signed; |phi| is the norm of the residual
+    phi = safe_row_norms(r)  # signed; |phi| is the norm of the residual
     zero, one = torch.zeros_like(phi), torch.ones_like(phi)
     codes = torch.full_like(phi, OUT_OF_STEPS, dtype=torch.int64)
     codes = torch.where(phi.isfinite(), codes, NONFINITE)
     codes = torch.where(phi <= stop, CONVERGED, codes)
-    q = over(r, phi, codes == OUT_OF_STEPS)
+    q = divided_rows(r, phi, codes == OUT_OF_STEPS)
     beta = zero
     c_old, s_old, c, s = one, zero, one, zero
     steps = 0
@@ -102,7 +100,7 @@ def _run(
         steps += 1
         alpha = row_dots(q, Aq)
         next_q = Aq - alpha.unsqueeze(-1) * q - beta.unsqueeze(-1) * q_old
-        next_beta = row_norms(next_q)
+        next_beta = safe_row_norms(next_q)
         norm_A = torch.maximum(norm_A, (alpha.square() + beta.square() + next_beta.square()).sqrt())
         # An exhausted Krylov space leaves rounding errors: the residual is then exactly what the rotation leaves.
         next_beta = torch.where(next_beta <= rounding * norm_A, zero, next_beta)
@@ -116,11 +114,11 @@ def _run(
         codes = torch.where(active & ~(alpha.isfinite() & next_beta.isfinite()), NONFINITE, codes)
         active = codes == OUT_OF_STEPS
 
-        next_w = over(q - rho_3.unsqueeze(-1) * w_old - rho_2.unsqueeze(-1) * w, rho_1, active)
+        next_w = divided_rows(q - rho_3.unsqueeze(-1) * w_old - rho_2.unsqueeze(-1) * w, rho_1, active)
         c_old, s_old, c, s = c, s, delta / rho_1, next_beta / rho_1
         d = torch.where(active.unsqueeze(-1), d + (c * phi).unsqueeze(-1) * next_w, d)
         phi = torch.where(active, -s * phi, phi)
         codes = torch.where(active & (phi.abs() <= stop), CONVERGED, codes)
         w_old, w = w, next_w
-        q_old, q, beta = q, over(next_q, next_beta, codes == OUT_OF_STEPS), next_beta
+        q_old, q, beta = q, divided_rows(next_q, next_beta, codes == OUT_OF_STEPS), next_beta
     return d, codes.reshape(-1).tolist(), steps, norm_A

@@ -19,7 +19,7 @@ from bilevel._linear import (
     demand,
     unknown_error,
 )
-from bilevel._numerics.krylov import row_norms
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
@@ -82,7 +82,7 @@ class Neumann(AbstractLinearSolver):
         return ANY if self.step is not None else POSITIVE_DEFINITE
 
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
-        norm_b = row_norms(b)
+        norm_b = safe_row_norms(b)
         zero = norm_b == 0
         step, refusals = self._steps(operator, b, zero)
         target = self.rtol * norm_b
@@ -90,7 +90,7 @@ class Neumann(AbstractLinearSolver):
         if guess is not None:
             v = torch.where(zero.unsqueeze(-1), v, guess)
             r = torch.where(zero.unsqueeze(-1), b, b - operator.mv(v))
-        norm = row_norms(r)
+        norm = safe_row_norms(r)
         # Growth below the floor is rounding. Where A is not symmetric, a residual may grow for a while.
         symmetric = operator.symmetric or operator.positive_definite
         floor = torch.maximum(norm, norm_b) * (math.sqrt(torch.finfo(b.dtype).eps) if symmetric else 1e3)
@@ -99,11 +99,11 @@ class Neumann(AbstractLinearSolver):
         v, best, diverged, steps = run(operator, b, v, r, norm, step, target, floor, self.terms)
 
         v = torch.where(diverged.unsqueeze(-1), best, v)
-        residual = row_norms(operator.residual(b, v))
+        residual = safe_row_norms(operator.residual(b, v))
         late = ~diverged & (residual > 1.01 * limit)
         if bool(late.any()):  # the last step took it above where it began
             v, diverged = torch.where(late.unsqueeze(-1), best, v), diverged | late
-            residual = row_norms(operator.residual(b, v))
+            residual = safe_row_norms(operator.residual(b, v))
         ends = zip(refusals, residual.reshape(-1).tolist(), target.reshape(-1).tolist(), strict=True)
         statuses = tuple(
             _status(refusal, residual, target, lost)
@@ -155,7 +155,7 @@ def _run_one(
     while steps < terms and alpha > 0:
         if steps:
             r = b - operator.mv(v)
-            size = float(row_norms(r))  # which scales, and neither overflows nor underflows
+            size = float(safe_row_norms(r))  # which scales, and neither overflows nor underflows
             diverged = size > _GROWTH * max(least, least_limit)
             if size < least:
                 least, best = size, v
@@ -184,7 +184,7 @@ def _run_batch(
     while steps < terms and bool(active.any()):
         if steps:
             r = b - operator.mv(v)
-            norm = row_norms(r)
+            norm = safe_row_norms(r)
             diverged |= active & (norm > _GROWTH * torch.maximum(least, floor))
             better = active & (norm < least)
             least, best = torch.where(better, norm, least), torch.where(better.unsqueeze(-1), v, best)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._linear import AbstractLinearSolver, LinearOperator
+from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
-from bilevel._tree import row_dots
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants

@@ -19,9 +19,8 @@ from bilevel._linear import (
     OperatorProperties,
     demand,
 )
-from bilevel._numerics.krylov import row_norms
+from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel._result import Solved, Status
-from bilevel._tree import row_dots
 from bilevel._validate import demand_types
 from bilevel.bounds.implicit import nystrom_error
 from bilevel.certificates.certificate import Constants
@@ -77,11 +76,11 @@ class Nystrom(AbstractLinearSolver):
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Apply the damped inverse of the approximation; `guess` is not needed."""
         demand(operator, "Nystrom", SYMMETRIC)
-        norm_b = row_norms(b)
+        norm_b = safe_row_norms(b)
         zero = norm_b == 0
         if bool(zero.all()):
             v = torch.zeros_like(b)
-            residual = row_norms(operator.residual(b, v))
+            residual = safe_row_norms(operator.residual(b, v))
             return Solved(v, (Status.successful,) * zero.numel(), residual, 0)
         n, k = operator.size, min(self.rank, operator.size)
         drawn = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:k].to(b.device)
@@ -104,7 +103,7 @@ class Nystrom(AbstractLinearSolver):
         outside = column - U @ inside if k < n else torch.zeros_like(column)
         v = ((U @ (inside / (theta + rho).unsqueeze(-1))) + outside / rho.unsqueeze(-1)).squeeze(-1)
         v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
-        residual = row_norms(operator.residual(b, v))
+        residual = safe_row_norms(operator.residual(b, v))
         indefinite = eigenvalues[..., 0] < -math.sqrt(torch.finfo(b.dtype).eps) * largest
         vanished = (largest == 0) & (self.damping is None)
         columns_of_rows = (residual.isfinite(), zero, indefinite, vanished)

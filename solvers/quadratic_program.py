@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._numerics.interior_point import Program, times
+from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import solve_program, violation
+from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.inner_problems.polytope import FlatPolytope
@@ -132,7 +133,7 @@ def program_of(objective: Objective, y0: Tensor) -> Program:
         .to(dtype)
         for part, k in zip(polytope.tensors(), (2, 1, 1, 1), strict=True)
     )
-    q = gradient.reshape(rows, n).to(dtype) - times(Q, y0.reshape(rows, n).to(dtype))
+    q = gradient.reshape(rows, n).to(dtype) - matrix_times(Q, y0.reshape(rows, n).to(dtype))
     return Program(Q, q, A, b, lower, upper)
 
 

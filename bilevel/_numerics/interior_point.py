@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.rows import matrix_times, positive_or_one, row_moduli
 from bilevel._numerics.saddle_point import SaddlePoint
 
 _BACK = 0.995  # how far towards the nearest boundary a step goes
@@ -28,16 +29,16 @@ class Program:
 
     def gradient(self, y: Tensor) -> Tensor:
         """Q y + q."""
-        return times(self.Q, y) + self.q
+        return matrix_times(self.Q, y) + self.q
 
     def scales(self, y: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:
         """The sizes that errors in y and in the gradient are relative to: `(batch, 1)` each, never zero."""
         bounds = torch.stack([self.lower, self.upper], -2)
         bounds = torch.where(bounds.isfinite(), bounds, torch.zeros_like(bounds))
-        primal = torch.maximum(largest(bounds.flatten(1)), largest(y))
-        pull = largest(times(self.A.mT, multipliers))
-        dual = torch.maximum(torch.maximum(largest(self.q), largest(times(self.Q, y))), pull)
-        return _positive(primal), _positive(dual)
+        primal = torch.maximum(row_moduli(bounds.flatten(1)), row_moduli(y))
+        pull = row_moduli(matrix_times(self.A.mT, multipliers))
+        dual = torch.maximum(torch.maximum(row_moduli(self.q), row_moduli(matrix_times(self.Q, y))), pull)
+        return positive_or_one(primal), positive_or_one(dual)
 
 
 @final
@@ -97,7 +98,9 @@ class Mehrotra:
         self.bounded = self.limits.isfinite()
         self.limits = torch.where(self.bounded, self.limits, torch.zeros_like(self.limits))
         self.count = self.bounded.sum((-2, -1)).clamp_min(1)
-        self.size = _positive(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)).squeeze(-1)
+        self.size = positive_or_one(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)).squeeze(
+            -1
+        )
 
     def run(self, tol: float, max_steps: int, start: Point | None = None) -> tuple[Point, Tensor, Tensor]:
         """The best point met from a start, its error and the steps taken: `(batch,)` each."""
@@ -126,9 +129,11 @@ class Mehrotra:
         z = self._masked(-self.size[:, None, None] * slacks)
         slacks, z = self._pushed(slacks), self._pushed(z)
         product = (slacks * z).sum((-2, -1), keepdim=True)
-        shift_s, shift_z = (0.5 * product / _positive(other.sum((-2, -1), keepdim=True)) for other in (z, slacks))
+        shift_s, shift_z = (0.5 * product / positive_or_one(other.sum((-2, -1), keepdim=True)) for other in (z, slacks))
         slacks, z = slacks + shift_s, z + shift_z
-        return Point(y, multipliers, torch.where(self.bounded, _positive(slacks), 1.0), self._masked(_positive(z)))
+        return Point(
+            y, multipliers, torch.where(self.bounded, positive_or_one(slacks), 1.0), self._masked(positive_or_one(z))
+        )
 
     def step(self, at: Point) -> Point:
         """One predictor-corrector step."""
@@ -137,7 +142,7 @@ class Mehrotra:
         affine = self._direction(saddle, at, at.slacks * at.z)
         ahead = at.moved(affine, self._length(at, affine))
         reached = (ahead.slacks * ahead.z * self.bounded).sum((-2, -1)) / self.count
-        centering = (reached / _positive(mu)).clamp(0, 1) ** 3
+        centering = (reached / positive_or_one(mu)).clamp(0, 1) ** 3
         target = at.slacks * at.z + affine.slacks * affine.z - self._masked((centering * mu)[:, None, None])
         step = self._direction(saddle, at, target)
         return at.moved(step, (_BACK * self._length(at, step)).clamp_max(1.0))
@@ -149,14 +154,14 @@ class Mehrotra:
         stationarity, equality, slack = self._residuals(at)
         complementarity = (at.slacks * at.z).flatten(1) / (primal * dual)
         parts = (stationarity / dual, equality / primal, slack.flatten(1) / primal, complementarity)
-        worst = torch.cat([largest(part) for part in parts], -1).amax(-1)
+        worst = torch.cat([row_moduli(part) for part in parts], -1).amax(-1)
         return torch.where(worst.isfinite(), worst, torch.inf)
 
     def _residuals(self, at: Point) -> tuple[Tensor, Tensor, Tensor]:
         p = self.program
-        stationarity = p.gradient(at.y) + times(p.A.mT, at.multipliers) + (self.sign * at.z).sum(-2)
+        stationarity = p.gradient(at.y) + matrix_times(p.A.mT, at.multipliers) + (self.sign * at.z).sum(-2)
         slack = self._masked(self.sign * at.y.unsqueeze(-2) + at.slacks - self.limits)
-        return stationarity, times(p.A, at.y) - p.b, slack
+        return stationarity, matrix_times(p.A, at.y) - p.b, slack
 
     def _direction(self, saddle: SaddlePoint, at: Point, target: Tensor) -> Point:
         """The Newton step to zero residuals and slacks * z reduced by `target`."""
@@ -182,19 +187,3 @@ class Mehrotra:
         inside = torch.where(self.bounded, entries, torch.inf).flatten(1).amin(-1)[:, None, None]
         shift = (-1.5 * inside).clamp_min(0)
         return self._masked(entries + torch.where(shift.isfinite(), shift, torch.zeros_like(shift)))
-
-
-def times(A: Tensor, v: Tensor) -> Tensor:
-    """Matrix times vector, row by row of a batch."""
-    return (A @ v.unsqueeze(-1)).squeeze(-1)
-
-
-def largest(entries: Tensor) -> Tensor:
-    """The largest modulus of each row: `(batch, 1)`; 0 without entries."""
-    if entries.shape[-1] == 0:
-        return entries.new_zeros(*entries.shape[:-1], 1)
-    return entries.abs().amax(-1, keepdim=True)
-
-
-def _positive(sizes: Tensor) -> Tensor:
-    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))

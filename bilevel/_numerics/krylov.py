@@ -1,4 +1,4 @@
-"""What Krylov solvers share: safe norms, systems scaled to |b| = 1, and runs from the true residual of the last."""
+"""What Krylov solvers share: systems scaled to |b| = 1, and runs from the true residual of the last."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
+from bilevel._numerics.rows import row_norm_numbers
 from bilevel._result import Solved, Status
 
 # How a run of a recurrence ended, as a number for each row; RESTART is not an end.
@@ -27,36 +28,6 @@ _STATUS = (
 # (operator, right-hand side, residual norm to stop at, most steps, size of A as far as known, zero at first)
 # -> (solution, how each row ended, steps taken, size of A)
 Run: TypeAlias = Callable[[LinearOperator, Tensor, Tensor, int, Tensor], tuple[Tensor, list[int], int, Tensor]]
-
-
-def row_norms(v: Tensor) -> Tensor:
-    """Euclidean norms of the rows `(*batch, n) -> (*batch,)`, though their squares over- or underflow.
-
-    Example:
-        >>> float(row_norms(torch.tensor([3e30, 4e30], dtype=torch.float32)) / 1e30)
-        5.0
-    """
-    norms: Tensor = torch.linalg.vector_norm(v, dim=-1)
-    info = torch.finfo(v.dtype)
-    if v.shape[-1] == 0 or bool(((norms > math.sqrt(info.tiny) / info.eps) & (norms < math.sqrt(info.max))).all()):
-        return norms
-    largest = v.abs().amax(-1, keepdim=True)
-    scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
-    scaled: Tensor = torch.linalg.vector_norm(v / scale, dim=-1)
-    return scaled * scale.squeeze(-1)
-
-
-def _norms(v: Tensor) -> list[float]:
-    """Euclidean norms of all rows as floats, which for few rows are cheaper to compare than tensors."""
-    norms: list[float] = torch.linalg.vector_norm(v, dim=-1).reshape(-1).tolist()
-    info = torch.finfo(v.dtype)
-    low, high = math.sqrt(info.tiny) / info.eps, math.sqrt(info.max)
-    return norms if all(low < norm < high for norm in norms) else row_norms(v).reshape(-1).tolist()
-
-
-def over(v: Tensor, norm: Tensor, active: Tensor) -> Tensor:
-    """Rows v / norm where active, and zero elsewhere, so that NaN does not outlive its row."""
-    return torch.where(active.unsqueeze(-1), v / norm.unsqueeze(-1), torch.zeros_like(v))
 
 
 def check_tolerances(solver: str, rtol: float, atol: float, max_steps: int | None) -> None:
@@ -109,7 +80,7 @@ def solve_by_runs(
         codes = [new if ran else old for ran, new, old in zip(running, ends, codes, strict=True)]
         last = steps >= max_steps or RESTART not in codes
         r = operator.residual(b, v) if last else b - operator.mv(v)
-        residuals = _norms(r)
+        residuals = row_norm_numbers(r)
         rows = zip(running, codes, residuals, targets, before, norms, strict=True)
         codes = [_judged(code, res, aim, old, norm, eps) if ran else code for ran, code, res, aim, old, norm in rows]
         running = [code == RESTART for code in codes]
@@ -119,7 +90,7 @@ def solve_by_runs(
             r = torch.where(b.new_tensor(running, dtype=torch.bool).unsqueeze(-1), r, torch.zeros_like(r))
         before = residuals
     if not last:
-        residuals = _norms(operator.residual(b, v))
+        residuals = row_norm_numbers(operator.residual(b, v))
     if any(code != CONVERGED for code in codes):
         blurs = [eps * size for size in (norm_A.reshape(-1) * v.norm(dim=-1).reshape(-1)).tolist()]
         codes = [_ended(*row) for row in zip(codes, residuals, targets, blurs, norms, strict=True)]
@@ -143,7 +114,7 @@ def solve_by_one_run(
     r = r / scale
     correction, codes, steps, _ = run(operator, r, stop, max_steps, torch.zeros_like(stop))
     v = correction.mul_(scale) if guess is None else torch.addcmul(v, scale, correction)
-    residuals = _norms(r.mul_(scale))
+    residuals = row_norm_numbers(r.mul_(scale))
     statuses = []
     for code, residual, target in zip(codes, residuals, targets, strict=True):
         if not math.isfinite(residual):
@@ -159,7 +130,7 @@ def _scaled(
 ) -> tuple[Tensor, Tensor, list[float], list[float], Tensor, Tensor]:
     """Where to start: v, b - A v, |b|, the targets, the scale that makes the residual of norm 1, where to stop then."""
     eps = torch.finfo(b.dtype).eps
-    norms = _norms(b)
+    norms = row_norm_numbers(b)
     rtols = [rtol] * len(norms) if isinstance(rtol, float | int) else rtol
     targets = [max(own * norm, atol) for own, norm in zip(rtols, norms, strict=True)]
     v, r, sizes = torch.zeros_like(b), b, norms
@@ -167,7 +138,7 @@ def _scaled(
         zero = b.new_tensor(norms).reshape((*b.shape[:-1], 1)) == 0
         v = torch.where(zero, v, guess)
         r = torch.where(zero, b, b - operator.mv(v))
-        sizes = [max(norm, size) for norm, size in zip(norms, _norms(r), strict=True)]
+        sizes = [max(norm, size) for norm, size in zip(norms, row_norm_numbers(r), strict=True)]
     # Squared norms of the scaled system neither overflow nor underflow in float32.
     scales = [size if 0 < size < math.inf else 1.0 for size in sizes]
     # Below a tenth of a rounding error of b, it has converged exactly as far as this dtype can tell.

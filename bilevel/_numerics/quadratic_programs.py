@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.interior_point import Mehrotra, Point, Program, largest, times
+from bilevel._numerics.interior_point import Mehrotra, Point, Program
+from bilevel._numerics.rows import matrix_times, row_moduli
 from bilevel._numerics.saddle_point import SaddlePoint, alone, pseudo_inverse, restricted
 from bilevel._result import Status
 
@@ -57,13 +58,13 @@ def solve_program(program: Program, tol: float, max_steps: int) -> Found:
 def violation(program: Program, y: Tensor, multipliers: Tensor, gradient: Tensor) -> Tensor:
     """The largest relative violation of the optimality conditions at y `(batch, q)`: `(batch,)`."""
     primal, dual = program.scales(y, multipliers)
-    pull = (gradient + times(program.A.mT, multipliers)) / dual
+    pull = (gradient + matrix_times(program.A.mT, multipliers)) / dual
     above, below = (program.upper - y) / primal, (y - program.lower) / primal
     outside = torch.maximum(-above, -below).clamp_min(0)
     # A positive pull is in order as far as y is on its lower bound, a negative one on its upper bound.
     unmatched = torch.where(pull > 0, torch.minimum(pull, below.clamp_min(0)), torch.minimum(-pull, above.clamp_min(0)))
-    equality = (times(program.A, y) - program.b) / primal
-    worst: Tensor = torch.cat([largest(part) for part in (outside, unmatched, equality)], -1).amax(-1)
+    equality = (matrix_times(program.A, y) - program.b) / primal
+    worst: Tensor = torch.cat([row_moduli(part) for part in (outside, unmatched, equality)], -1).amax(-1)
     return worst
 
 
@@ -78,11 +79,11 @@ def _polished(program: Program, point: Point) -> tuple[Point, Tensor]:
     size = torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1)
     rest = program.gradient(bound)
     y, shift = SaddlePoint.factor(M, A, size).solve(
-        -(rest + times(program.A.mT, point.multipliers)) * free, program.b - times(program.A, bound)
+        -(rest + matrix_times(program.A.mT, point.multipliers)) * free, program.b - matrix_times(program.A, bound)
     )
     y, multipliers = torch.where(free, y, bound), point.multipliers + shift
     only = alone(program.A, free)  # an entry that an equality determines by itself has its value exactly
-    values = torch.where(only, (program.b - times(program.A, bound)).unsqueeze(-1) / program.A, 0)
+    values = torch.where(only, (program.b - matrix_times(program.A, bound)).unsqueeze(-1) / program.A, 0)
     y = torch.where(only.any(-2), values.sum(-2) / only.sum(-2).clamp_min(1), y)
     now = violation(program, y, multipliers, program.gradient(y))
     before = violation(program, point.y, point.multipliers, program.gradient(point.y))
@@ -99,7 +100,7 @@ def _without_fixed(program: Program) -> tuple[Program, Tensor]:
     q = torch.where(fixed, torch.zeros_like(program.q), program.gradient(value))
     lower = torch.where(fixed, -torch.inf, program.lower)
     upper = torch.where(fixed, torch.inf, program.upper)
-    return Program(Q, q, A, program.b - times(program.A, value), lower, upper), fixed
+    return Program(Q, q, A, program.b - matrix_times(program.A, value), lower, upper), fixed
 
 
 def _replaced(program: Program, rows: Tensor) -> Program:
@@ -120,10 +121,10 @@ def _inconsistent(program: Program) -> Tensor:
     """Whether bounds cross, or A y = b has no solution at all with the entries that are fixed."""
     reduced, fixed = _without_fixed(program)
     known = torch.where(fixed, program.lower, torch.zeros_like(program.lower))
-    size = torch.maximum(largest(program.b), largest(times(program.A.abs(), known.abs())))
+    size = torch.maximum(row_moduli(program.b), row_moduli(matrix_times(program.A.abs(), known.abs())))
     S = reduced.A @ reduced.A.mT
-    left = reduced.b - times(S, times(pseudo_inverse(S), reduced.b))
-    return (program.lower > program.upper).any(-1) | (largest(left) > 1e-8 * size).squeeze(-1)
+    left = reduced.b - matrix_times(S, matrix_times(pseudo_inverse(S), reduced.b))
+    return (program.lower > program.upper).any(-1) | (row_moduli(left) > 1e-8 * size).squeeze(-1)
 
 
 def _farkas(program: Program, point: Point) -> Tensor:
@@ -132,11 +133,13 @@ def _farkas(program: Program, point: Point) -> Tensor:
     A'm + z_upper - z_lower = 0 with z >= 0 and b'm + upper'z_upper - lower'z_lower < 0 cannot be if one does.
     """
     up, down = point.z.unbind(-2)
-    left = largest(times(program.A.mT, point.multipliers) + up - down).squeeze(-1)
+    left = row_moduli(matrix_times(program.A.mT, point.multipliers) + up - down).squeeze(-1)
     bounded = torch.where(program.upper.isfinite(), program.upper, 0) * up
     bounded = bounded - torch.where(program.lower.isfinite(), program.lower, 0) * down
     gap = -((program.b * point.multipliers).sum(-1) + bounded.sum(-1))
-    size = torch.maximum(largest(program.b), largest(torch.where(bounded != 0, bounded / (up + down), 0))).squeeze(-1)
+    size = torch.maximum(
+        row_moduli(program.b), row_moduli(torch.where(bounded != 0, bounded / (up + down), 0))
+    ).squeeze(-1)
     return left * size < 1e-6 * gap
 
 

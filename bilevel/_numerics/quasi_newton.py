@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import AbstractPreconditioner, LinearOperator
-from bilevel._tree import row_dots
+from bilevel._numerics.rows import chosen_rows, row_dots
 
 
 @final
@@ -34,7 +34,7 @@ class Pairs:
         if not any(good):
             return
         sw = self.gamma.new_tensor([[c if ok else 1.0] for c, ok in zip(curvatures, good, strict=True)])
-        self.gamma = where(good, sw / row_dots(w, w).unsqueeze(-1), self.gamma)
+        self.gamma = chosen_rows(good, sw / row_dots(w, w).unsqueeze(-1), self.gamma)
         new = (s, w, 1 / sw)
         if all(good):
             self.pairs = [new, *self.pairs][: self.size]
@@ -43,7 +43,7 @@ class Pairs:
             self.pairs.append((torch.zeros_like(s), torch.zeros_like(w), torch.zeros_like(sw)))
         shifted = [new, *self.pairs]
         self.pairs = [
-            (where(good, s, older_s), where(good, w, older_w), where(good, rho, older_rho))
+            (chosen_rows(good, s, older_s), chosen_rows(good, w, older_w), chosen_rows(good, rho, older_rho))
             for (s, w, rho), (older_s, older_w, older_rho) in zip(shifted, self.pairs, strict=False)
         ]
 
@@ -51,8 +51,8 @@ class Pairs:
         """Empty the memory of some rows."""
         if all(which):
             self.pairs.clear()
-        self.pairs = [(s, w, where(which, torch.zeros_like(rho), rho)) for s, w, rho in self.pairs]
-        self.gamma = where(which, torch.ones_like(self.gamma), self.gamma)
+        self.pairs = [(s, w, chosen_rows(which, torch.zeros_like(rho), rho)) for s, w, rho in self.pairs]
+        self.gamma = chosen_rows(which, torch.ones_like(self.gamma), self.gamma)
 
     def product(self, g: Tensor) -> Tensor:
         """B g by two loops over the pairs."""
@@ -64,13 +64,6 @@ class Pairs:
         for (s, w, rho), alpha in zip(reversed(self.pairs), reversed(alphas), strict=True):
             q.addcmul_(alpha - rho * row_dots(w, q).unsqueeze(-1), s)
         return q
-
-
-def where(which: list[bool], a: Tensor, b: Tensor) -> Tensor:
-    """The rows of a that are marked, and the others of b; without a copy where all or none are."""
-    if all(which):
-        return a
-    return torch.where(torch.tensor(which, device=a.device).unsqueeze(-1), a, b) if any(which) else b
 
 
 @final

@@ -8,6 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.rows import matrix_times, row_maxima
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -46,8 +48,8 @@ class SaddlePoint:
             A: the equalities.
             scale: the size of M that w A'A is given, `(*batch,)`; None: the largest diagonal entry.
         """
-        size = _largest(torch.diagonal(M, dim1=-2, dim2=-1)) if scale is None else scale
-        rows = _largest(A.square().sum(-1))
+        size = row_maxima(torch.diagonal(M, dim1=-2, dim2=-1)) if scale is None else scale
+        rows = row_maxima(A.square().sum(-1))
         weight = torch.where(rows > 0, size / rows, torch.zeros_like(rows))[..., None, None]
         shifted = M + weight * (A.mT @ A)
         L, info = torch.linalg.cholesky_ex(shifted)
@@ -62,16 +64,16 @@ class SaddlePoint:
         """The solution: p `(*batch, q)` and s `(*batch, m)`."""
         p, s = self._once(r, t)
         for _ in range(2):
-            left = r - _times(self.M, p) - _times(self.A.mT, s), t - _times(self.A, p)
+            left = r - matrix_times(self.M, p) - matrix_times(self.A.mT, s), t - matrix_times(self.A, p)
             dp, ds = self._once(*left)
             p, s = p + dp, s + ds
         lost = torch.where(self.definite, 0.0, torch.nan).to(p).unsqueeze(-1)
         return p + lost, s + lost
 
     def _once(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        free = self._inverse(r + self.weight.squeeze(-1) * _times(self.A.mT, t))
-        s = _times(self.inverse, _times(self.A, free) - t)
-        return free - self._inverse(_times(self.A.mT, s)), s
+        free = self._inverse(r + self.weight.squeeze(-1) * matrix_times(self.A.mT, t))
+        s = matrix_times(self.inverse, matrix_times(self.A, free) - t)
+        return free - self._inverse(matrix_times(self.A.mT, s)), s
 
     def _inverse(self, r: Tensor) -> Tensor:
         return torch.cholesky_solve(r.unsqueeze(-1), self.L).squeeze(-1)
@@ -103,12 +105,3 @@ def alone(A: Tensor, free: Tensor) -> Tensor:
     """Which free entry each row of A determines, where there is one only: `(*batch, m, q)`."""
     present = (A != 0) & free.unsqueeze(-2)
     return present & (present.sum(-1, keepdim=True) == 1)
-
-
-def _largest(entries: Tensor) -> Tensor:
-    return entries.amax(-1) if entries.shape[-1] else entries.sum(-1)
-
-
-def _times(A: Tensor, v: Tensor) -> Tensor:
-    product: Tensor = (A @ v.unsqueeze(-1)).squeeze(-1)
-    return product

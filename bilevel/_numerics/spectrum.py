@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.krylov import row_norms
-from bilevel._tree import row_dots
+from bilevel._numerics.rows import row_dots, safe_row_norms
 
 
 def largest_eigenvalue(
@@ -66,7 +65,7 @@ def largest_eigenvalue(
         for _ in range(2):  # twice is enough
             for q in basis:
                 w = w - row_dots(w, q).unsqueeze(-1) * q
-        beta = row_norms(w)
+        beta = safe_row_norms(w)
         # An exhausted Krylov space leaves w at rounding level: the row is decoupled by a zero, not divided by.
         alive = alive & (beta > 10 * eps * torch.linalg.matrix_norm(tridiagonal).to(beta))
         beta = torch.where(alive, beta, torch.zeros_like(beta))

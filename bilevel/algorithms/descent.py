@@ -12,8 +12,8 @@ from torch import Tensor
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._tree import row_norms
 
 
 @final

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._tree import row_norms
+from bilevel._numerics.rows import row_norms
 from bilevel.certificates.certificate import Constants
 
 ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times the size of its terms

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._calculus import outer_gradients
 from bilevel._flat import FlatProblem
-from bilevel._tree import row_norms
+from bilevel._numerics.rows import row_norms
 from bilevel.certificates.assumptions import assumptions, moved
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import beyond, distance, precise

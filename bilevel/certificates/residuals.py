@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
-from bilevel._tree import row_dots, row_norms
+from bilevel._numerics.rows import row_dots, row_norms
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.measured import Measured, measured
 
