@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, final
@@ -84,6 +85,46 @@ class Status(enum.Enum):
         """The last of the given statuses in the order of this enumeration; successful if there is none."""
         order = list(Status)
         return max(statuses, key=order.index, default=Status.successful)
+
+
+def judged(residual: float, tol: float, otherwise: Status = Status.max_steps) -> Status:
+    """What a residual says of a solution: nonfinite for NaN and Inf, successful up to `tol`, and else `otherwise`.
+
+    Args:
+        residual: recomputed at the solution.
+        tol: what was asked for; infinite where nothing was, so that every finite residual is a success.
+        otherwise: why it is larger than that.
+
+    Example:
+        >>> judged(1e-9, tol=1e-8).name, judged(1e-7, tol=1e-8).name, judged(math.nan, tol=math.inf).name
+        ('successful', 'max_steps', 'nonfinite')
+    """
+    if not math.isfinite(residual):
+        return Status.nonfinite
+    return Status.successful if residual <= tol else otherwise
+
+
+def judged_rows(residual: Tensor, tol: float, otherwise: Status = Status.max_steps) -> tuple[Status, ...]:
+    """:func:`judged` for each entry of a tensor `(*batch,)`."""
+    return tuple(judged(each, tol, otherwise) for each in residual.reshape(-1).tolist())
+
+
+def first_statuses(*cases: tuple[Tensor, Status]) -> tuple[Status, ...]:
+    """For each row the status of the first case that holds in it, and successful where none does.
+
+    Args:
+        cases: which rows `(*batch,)`, and what their status is then.
+
+    Example:
+        >>> from torch import tensor
+        >>> lost, zero = tensor([True, False, False]), tensor([True, True, False])
+        >>> found = first_statuses((lost, Status.nonfinite), (zero, Status.breakdown))
+        >>> [status.name for status in found]
+        ['nonfinite', 'breakdown', 'successful']
+    """
+    statuses = [status for _, status in cases]
+    rows = zip(*(which.reshape(-1).tolist() for which, _ in cases), strict=True)
+    return tuple(next((s for s, holds in zip(statuses, row, strict=True) if holds), Status.successful) for row in rows)
 
 
 @final

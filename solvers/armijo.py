@@ -14,8 +14,12 @@ from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 
-_NOISE = 100.0  # in rounding units of the objective: differences of values below are not believed
-_PATIENCE = 100  # steps without the least progress before the rounding floor is declared
+# In rounding units of the objective: differences of values below are not believed. The rounding of a sum of n terms of
+# one sign is some sqrt(n) units, so that a hundred is enough for ten thousand terms.
+NOISE = 100.0
+# Steps without the least progress of value or gradient before the rounding floor is declared. Above it values decrease
+# at every step of a line search; what looks like none is rounding, and may still be followed by progress.
+_PATIENCE = 100
 
 
 @final
@@ -103,7 +107,7 @@ class Along(NamedTuple):
 
 def rounding(value: Tensor) -> Tensor:
     """What differences of the objective are not believed at this value of it."""
-    return _NOISE * torch.finfo(value.dtype).eps * value.abs()
+    return NOISE * torch.finfo(value.dtype).eps * value.abs()
 
 
 def descend(
@@ -156,12 +160,8 @@ class Progress:
 
 def ends(status: list[Status | None], value: Tensor, norm: Tensor, idle: Tensor, tol: float) -> list[Status | None]:
     """Which rows stop where they are, and why."""
-    numbers = torch.stack((value, norm, idle), dim=-1).reshape(-1, 3)
-    finite = numbers.isfinite().all(-1).tolist()
-    return [
-        before or _end(ok, row[1], row[2], tol)
-        for before, ok, row in zip(status, finite, numbers.tolist(), strict=True)
-    ]
+    rows = torch.stack((value, norm, idle), dim=-1).reshape(-1, 3).tolist()
+    return [before or end(*row, tol) for before, row in zip(status, rows, strict=True)]
 
 
 def final_statuses(status: list[Status | None], tol: float) -> tuple[Status, ...]:
@@ -171,8 +171,9 @@ def final_statuses(status: list[Status | None], tol: float) -> tuple[Status, ...
     return tuple(Status.max_steps if s is None else s for s in status)
 
 
-def _end(finite: bool, norm: float, idle: float, tol: float) -> Status | None:
-    if not finite:
+def end(value: float, norm: float, idle: float, tol: float) -> Status | None:
+    """Whether a row stops where it is, and why."""
+    if not (math.isfinite(value) and math.isfinite(norm)):
         return Status.nonfinite
     if norm <= tol:
         return Status.successful

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, judged_rows
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
 from bilevel.certificates.certificate import Constants
@@ -57,8 +58,7 @@ class ClosedForm(AbstractInnerSolver):
         with torch.no_grad():
             y = objective.closed_form(self.solution).detach().expand_as(y0).clone()
         residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
-        finite = residual.isfinite().reshape(-1).tolist()
-        return Solved(y, tuple(Status.successful if ok else Status.nonfinite for ok in finite), residual, 0)
+        return Solved(y, judged_rows(residual, math.inf), residual, 0)
 
     def solution_bound(self, constants: Constants, distance: float) -> float:
         return 0.0

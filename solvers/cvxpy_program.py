@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import violation
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
 from bilevel.solvers.quadratic_program import program_of
@@ -58,7 +58,7 @@ class Cvxpy(AbstractInnerSolver):
         gradient = objective.last_gradient(y).reshape(flat.shape).to(flat)
         error = violation(program, flat, multipliers, gradient)
         statuses = tuple(
-            (Status.successful if e <= self.tol else Status.stagnated) if status is None else status
+            judged(e, self.tol, Status.stagnated) if status is None else status
             for e, (_, _, status) in zip(error.tolist(), rows, strict=True)
         )
         held = int(((flat >= program.upper) | (flat <= program.lower)).sum())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
 from bilevel._numerics.rows import safe_row_norms
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
 
 _FAR = 1e-3  # a residual above this part of |b| is no solution
@@ -63,9 +63,13 @@ class Dense(AbstractLinearSolver):
         v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
         residual = safe_row_norms(operator.residual(b, v))
         broken = skewed | singular | (residual > _FAR * norm_b)
-        columns = (zero, residual.isfinite(), indefinite, broken)
-        rows = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
-        return Solved(v, tuple(_status(*row) for row in rows), residual, 1)
+        statuses = first_statuses(
+            (~residual.isfinite(), Status.nonfinite),
+            (zero, Status.successful),
+            (indefinite, Status.not_positive_definite),
+            (broken, Status.breakdown),
+        )
+        return Solved(v, statuses, residual, 1)
 
     def relative_error(self, constants: Constants, damping: float) -> float:
         return 0.0
@@ -111,13 +115,3 @@ def _solve(A: Tensor, b: Tensor, skewed: Tensor, positive_definite: bool) -> tup
 def _missed(A: Tensor, b: Tensor, v: Tensor) -> Tensor:
     """Whether a factorization was of a matrix singular to rounding: its solution is far from solving A v = b."""
     return safe_row_norms((b - A @ v).squeeze(-1)) > _FAR * safe_row_norms(b.squeeze(-1))
-
-
-def _status(zero: bool, finite: bool, indefinite: bool, broken: bool) -> Status:
-    if not finite:
-        return Status.nonfinite
-    if zero:
-        return Status.successful
-    if indefinite:
-        return Status.not_positive_definite
-    return Status.breakdown if broken else Status.successful

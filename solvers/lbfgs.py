@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -17,10 +16,7 @@ from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
-from bilevel.solvers.armijo import final_statuses
-
-_NOISE = 100.0  # in rounding units of the objective: differences below are not believed by the line search
-_PATIENCE = 100  # steps without the least progress of value or gradient before the rounding floor is declared
+from bilevel.solvers.armijo import NOISE, end, final_statuses
 
 
 @final
@@ -127,7 +123,7 @@ class _Row:
 
     @property
     def noise(self) -> float:
-        return _NOISE * self.eps * abs(self.value)
+        return NOISE * self.eps * abs(self.value)
 
     def begin(self, slope: float) -> None:
         """Start a line search along a new direction."""
@@ -163,13 +159,8 @@ class _Row:
 
     def end(self, solver: LBFGS) -> None:
         """Stop at a new point if there is reason to."""
-        if not (math.isfinite(self.value) and math.isfinite(self.norm)):
-            self.status = Status.nonfinite
-        elif self.norm <= solver.tol:
-            self.status = Status.successful
-        elif self.idle >= _PATIENCE:
-            self.status = Status.stagnated
-        elif self.steps >= solver.max_steps:
+        self.status = end(self.value, self.norm, self.idle, solver.tol)
+        if self.status is None and self.steps >= solver.max_steps:
             self.status = Status.max_steps if solver.tol else Status.successful
         if self.status is not None:
             self.t = 0.0

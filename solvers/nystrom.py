@@ -20,7 +20,7 @@ from bilevel._linear import (
     demand,
 )
 from bilevel._numerics.rows import row_dots, safe_row_norms
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
 from bilevel.bounds.implicit import nystrom_error
 from bilevel.certificates.certificate import Constants
@@ -106,9 +106,13 @@ class Nystrom(AbstractLinearSolver):
         residual = safe_row_norms(operator.residual(b, v))
         indefinite = eigenvalues[..., 0] < -math.sqrt(torch.finfo(b.dtype).eps) * largest
         vanished = (largest == 0) & (self.damping is None)
-        columns_of_rows = (residual.isfinite(), zero, indefinite, vanished)
-        rows = zip(*(entry.reshape(-1).tolist() for entry in columns_of_rows), strict=True)
-        return Solved(v, tuple(_status(*row) for row in rows), residual, 1)
+        statuses = first_statuses(
+            (~residual.isfinite(), Status.nonfinite),
+            (zero, Status.successful),
+            (indefinite, Status.not_positive_definite),
+            (vanished, Status.breakdown),
+        )
+        return Solved(v, statuses, residual, 1)
 
     @property
     def own_damping(self) -> float:
@@ -212,13 +216,3 @@ def _products(operator: LinearOperator, matrix: Tensor, like: Tensor) -> Tensor:
     X = torch.stack(columns, dim=-1)
     # Factorizations of NaN raise or hang on some devices.
     return torch.where(X.isfinite().all(-1).all(-1)[..., None, None], X, torch.zeros_like(X))
-
-
-def _status(finite: bool, zero: bool, indefinite: bool, vanished: bool) -> Status:
-    if not finite:
-        return Status.nonfinite
-    if zero:
-        return Status.successful
-    if indefinite:
-        return Status.not_positive_definite
-    return Status.breakdown if vanished else Status.successful

@@ -12,7 +12,7 @@ from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import solve_program, violation
 from bilevel._numerics.rows import matrix_times
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
 from bilevel.inner_problems.polytope import FlatPolytope
 from bilevel.requirements.properties import Feature
@@ -101,7 +101,10 @@ class QuadraticProgram(AbstractInnerSolver):
                 break
             before = float(left.max())
         rows = zip(found.statuses, error.tolist(), exhausted.tolist(), strict=True)
-        statuses = tuple(_verdict(status, e, tol, most) for status, e, most in rows)
+        statuses = tuple(
+            judged(e, tol, Status.max_steps if spent else Status.stagnated) if status is None else status
+            for status, e, spent in rows
+        )
         held = int(((flat >= program.upper) | (flat <= program.lower)).sum())
         multipliers = found.multipliers.reshape(*y0.shape[:-1], -1).to(y0)
         return Solved(y, statuses, error.reshape(y0.shape[:-1]).to(y0), steps, held, multipliers)
@@ -135,13 +138,3 @@ def program_of(objective: Objective, y0: Tensor) -> Program:
     )
     q = gradient.reshape(rows, n).to(dtype) - matrix_times(Q, y0.reshape(rows, n).to(dtype))
     return Program(Q, q, A, b, lower, upper)
-
-
-def _verdict(status: Status | None, error: float, tol: float, exhausted: bool) -> Status:
-    if status is not None:
-        return status
-    if not error < float("inf"):
-        return Status.nonfinite
-    if error <= tol:
-        return Status.successful
-    return Status.max_steps if exhausted else Status.stagnated

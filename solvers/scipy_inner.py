@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, judged_rows
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
@@ -86,7 +86,7 @@ class Scipy(AbstractInnerSolver):
             residual = torch.linalg.vector_norm(gradient, dim=-1)
         objective.tally.inner_steps += steps * residual.numel()
         late = Status.stagnated if not spent else Status.max_steps
-        statuses = tuple(_status(norm, self.tol, late) for norm in residual.reshape(-1).tolist())
+        statuses = judged_rows(residual, self.tol or math.inf, late)  # 0: as many steps as there may be
         held = ((y <= lower) & (gradient > 0)) | ((y >= upper) & (gradient < 0))
         return Solved(y, statuses, residual, steps, at_bounds=int(held.sum()))
 
@@ -135,9 +135,3 @@ class Scipy(AbstractInnerSolver):
                 )
             limits.append(limit)
         return limits[0], limits[1]
-
-
-def _status(residual: float, tol: float, otherwise: Status) -> Status:
-    if not math.isfinite(residual):
-        return Status.nonfinite
-    return Status.successful if residual <= tol or tol == 0 else otherwise

@@ -12,7 +12,7 @@ from bilevel._calculus import grad
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
-from bilevel._result import Report, Status
+from bilevel._result import Report, Status, first_statuses
 from bilevel._validate import demand_types
 from bilevel.hypergrad.compiled_programs import Programs
 from bilevel.inner_problems.kinds import inner_objective
@@ -88,8 +88,7 @@ class CompiledITD(AbstractEstimator):
             )
         h, value, y, residual = self._programs.of(self._unrolled, problem, x, start.y)(x, start.y)
         self._count(problem, y)
-        finite = (y.isfinite().all(-1) & residual.isfinite()).reshape(-1).tolist()
-        statuses = tuple(Status.successful if ok else Status.nonfinite for ok in finite)
+        statuses = first_statuses((~(y.isfinite().all(-1) & residual.isfinite()), Status.nonfinite))
         found = Report("inner solver", Status.worst(statuses), float(residual.max()), inner.max_steps, statuses)
         return FlatEstimate(h, value, y, (found,))
 
