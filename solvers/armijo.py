@@ -161,7 +161,7 @@ class Progress:
 def ends(status: list[Status | None], value: Tensor, norm: Tensor, idle: Tensor, tol: float) -> list[Status | None]:
     """Which rows stop where they are, and why."""
     rows = torch.stack((value, norm, idle), dim=-1).reshape(-1, 3).tolist()
-    return [before or end(*row, tol) for before, row in zip(status, rows, strict=True)]
+    return [before or end(v, n, i, tol) for before, (v, n, i) in zip(status, rows, strict=True)]
 
 
 def final_statuses(status: list[Status | None], tol: float) -> tuple[Status, ...]:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
 
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._tree import Tree, ravel
-from bilevel.diagnostics.checker import Checker
+from bilevel.diagnostics.against_differences import hypergradient_agrees
+from bilevel.diagnostics.applicability import why_not_applicable
+from bilevel.diagnostics.dependence import y_depends_on_x
+from bilevel.diagnostics.derivatives import derivatives_are_right, second_derivatives_exist
+from bilevel.diagnostics.findings import Findings
+from bilevel.diagnostics.solution import inner_problem_is_solved, minimum_is_strict, scales_are_even
+from bilevel.diagnostics.subject import Subject
+from bilevel.diagnostics.values import values_are_finite, values_are_repeatable
 from bilevel.diagnostics.verdict import Check
+from bilevel.named.implicit import IMPLICIT, implicit_name
+from bilevel.named.registry import estimators
+
+Test: TypeAlias = Callable[[Subject, Findings], Findings]
+
+_OF_FUNCTIONS: tuple[Test, ...] = (values_are_repeatable, derivatives_are_right)
+_OF_THE_PROBLEM: tuple[Test, ...] = (
+    second_derivatives_exist,
+    inner_problem_is_solved,
+    minimum_is_strict,
+    y_depends_on_x,
+    scales_are_even,
+    hypergradient_agrees,
+)
 
 
 def check(
@@ -48,7 +72,6 @@ def check(
         ValueError: if x, y0 and data do not fit together.
 
     Example:
-        >>> import torch
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
         >>> check(problem, torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)).ok
         True
@@ -57,4 +80,22 @@ def check(
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y0, "y0")
     flat = FlatProblem(problem, x_structure, y_structure, data, Tally())
-    return Checker(flat, x_vector.detach().clone(), y_vector.detach().clone(), inner, seed).run()
+    x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
+    start, generator = flat.start(x_vector, y_vector).detach(), torch.Generator().manual_seed(seed)
+    subject = Subject(flat, x_vector, y_vector, start, inner, generator)
+    found = _tested(subject)
+    names = {name: implicit_name(flat) if name == IMPLICIT else name for name in estimators()}
+    applicable = {name: why_not_applicable(meant, found) for name, meant in names.items()}
+    return Check(found.verdicts, found.dependence, applicable)
+
+
+def _tested(subject: Subject) -> Findings:
+    """What the tests find, in the order in which they build on each other."""
+    found = values_are_finite(subject, Findings(subject.y0, subject.constrained))
+    if not found.wrong:
+        for test in _OF_FUNCTIONS:
+            found = test(subject, found)
+    if not found.wrong & {"values", "g in y"}:  # nothing that follows would mean anything
+        for test in _OF_THE_PROBLEM:
+            found = test(subject, found)
+    return found

@@ -1,0 +1,72 @@
+"""Test of `check`: y depends on x, and by which way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import cross_operator
+from bilevel.diagnostics.findings import Findings
+from bilevel.diagnostics.subject import Subject
+from bilevel.diagnostics.verdict import Outcome, Verdict
+from bilevel.inner_problems.kinds import inner_objective
+
+_WAYS = {
+    "inner objective": "through g",
+    "start": "through its start only: implicit estimators do not see that",
+    "both": "through g and through its start, which matters only as far as the inner problem is unsolved",
+}
+
+
+def y_depends_on_x(subject: Subject, found: Findings) -> Findings:
+    """Whether y moves with x: through g or the constraints, through its start, through both or not at all."""
+    through_g, through_start = _through_g(subject, found), _through_start(subject)
+    names = {(True, True): "both", (True, False): "inner objective", (False, True): "start"}
+    found = replace(found, dependence=names.get((through_g, through_start), "none"))
+    if found.dependence == "none":
+        detached = subject.moves(lambda x: inner_objective(subject.problem, x).gradient(found.y))
+        return replace(found, detached=detached).saying(
+            "y depends on x",
+            False,
+            "grad_y g changes with x, but its derivative in x is zero to autograd"
+            if detached
+            else "not at all: grad_y g does not change with x, and there is no start `init(x)`",
+            "use x itself inside g(x, y); a detached or copied x does not count",
+        )
+    good = True if found.dependence != "start" else None
+    found = found.saying("y depends on x", good, _WAYS[found.dependence], "use ITD or ESJ")
+    if found.dependence == "start":  # y is what the steps make of it: nobody asks g for a strict minimum
+        return replace(found, verdicts=tuple(map(_of_no_account, found.verdicts)))
+    return found
+
+
+def _through_g(subject: Subject, found: Findings) -> bool:
+    if subject.problem.problem.iterative:  # y is what the steps make of the start, whatever g looks like
+        seen = False
+    elif found.second_order:
+        operator, like = cross_operator(subject.problem, subject.x, found.y)
+        seen = float(torch.linalg.vector_norm(operator.mv(subject.direction(like)))) > 0
+    else:
+        seen = subject.moves(lambda x: inner_objective(subject.problem, x).gradient(found.y))
+    return seen or (found.constrained and subject.moves(lambda x: _constraints(subject, x)))
+
+
+def _through_start(subject: Subject) -> bool:
+    if subject.problem.problem.init is None:
+        return False
+    return subject.moves(lambda x: subject.problem.start(x, subject.given).detach())
+
+
+def _constraints(subject: Subject, x: Tensor) -> Tensor:
+    polytope = inner_objective(subject.problem, x).constraints
+    assert polytope is not None
+    return torch.cat([part.detach().reshape(-1) for part in polytope.tensors()])
+
+
+def _of_no_account(verdict: Verdict) -> Verdict:
+    """The verdict on an inner problem that is not solved, where only its steps matter."""
+    if verdict.name not in ("inner solution", "curvature") or verdict.outcome is not Outcome.failed:
+        return verdict
+    return replace(verdict, outcome=Outcome.warning, remedy="of no account to estimators that differentiate steps")

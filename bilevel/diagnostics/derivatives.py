@@ -1,0 +1,85 @@
+"""Tests of `check`: derivatives are those of the values, and torch has the second ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import Exact, grad
+from bilevel.diagnostics.findings import Findings
+from bilevel.diagnostics.subject import Subject
+from bilevel.diagnostics.taylor import Slope, slope
+
+
+def derivatives_are_right(subject: Subject, found: Findings) -> Findings:
+    """Whether the derivatives of f and g in x and y by autograd are those of the values, and smooth."""
+    y, x = subject.near(subject.y0, 0.1), subject.near(subject.x, 0.01)
+    slopes: list[tuple[str, Slope]] = []
+    for name, function in (("f", subject.f), ("g", subject.g)):
+        slopes.append((f"{name} in x", _slope(subject, partial(_swapped, function, y), x)))
+        slopes.append((f"{name} in y", _slope(subject, partial(function, x), y)))
+    wrong = {name: s for name, s in slopes if s.wrong and found.deterministic}
+    # Of g in x only what changes grad_y g matters: a difference of Phi will tell.
+    smooth = not [name for name, s in slopes if not s.smooth and not (name == "g in x" and s.wrong)]
+    found = replace(found, wrong=found.wrong | wrong.keys(), smooth=smooth)
+    serious = [name for name in wrong if name != "g in x"]
+    if serious:
+        claims = [f"{name}: {wrong[name].claimed:.4g} against {wrong[name].measured:.4g}" for name in serious]
+        return found.saying(
+            "differentiable",
+            False,
+            f"the derivative by autograd is not that by differences along a random direction ({'; '.join(claims)})",
+            f"write {' and '.join(sorted({name[0] for name in serious}))} in torch operations on x and y"
+            " themselves: `.detach()`, `.item()`, `.data`, `torch.tensor(y)`, numpy and `torch.no_grad()` cut the"
+            " derivative off, and a custom backward may be wrong",
+        )
+    bad = [f"{name} ({s})" for name, s in slopes if not s.smooth]
+    return found.saying(
+        "differentiable",
+        True if not bad else None,
+        "Taylor remainders of f and g vanish like t^2" if not bad else f"not smooth here: {', '.join(bad)}",
+        "kinks (ReLU, abs, max) are tolerable away from the solution; check .detach(), rounding, in-place"
+        " operations, and custom derivatives otherwise",
+    )
+
+
+def _swapped(function: Callable[[Tensor, Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    return function(x, y)
+
+
+def _slope(subject: Subject, function: Callable[[Tensor], Tensor], at: Tensor) -> Slope:
+    leaf = at.detach().requires_grad_()
+    with torch.enable_grad():
+        value = function(leaf)
+        gradient = grad(value, leaf) if value.requires_grad else torch.zeros_like(leaf)
+    d = subject.direction(at)
+    predicted = float((gradient * d).sum())
+    with torch.no_grad():
+        return slope(lambda t: float(function(at + t * d)), predicted, float(torch.linalg.vector_norm(at)), at.dtype)
+
+
+def second_derivatives_exist(subject: Subject, found: Findings) -> Findings:
+    """Whether torch has the second derivatives of g, and the Hessian is symmetric: <u, H v> = <v, H u>."""
+    u, v = subject.direction(subject.y0), subject.direction(subject.y0)
+    try:
+        # Two linearizations, so that masks drawn anew between them show.
+        hu = Exact().linearize(subject.problem, subject.x, subject.y0).operator.mv(u)
+        at = Exact().linearize(subject.problem, subject.x, subject.y0)
+        hv = at.operator.mv(v)
+        at.products(v)
+    except NotImplementedError as error:
+        what, _, remedy = str(error).partition(". ")
+        return replace(found, second_order=False).saying("second derivatives", None, what, remedy)
+    a, b = float((u * hv).sum()), float((v * hu).sum())
+    size = float(torch.linalg.vector_norm(hu) + torch.linalg.vector_norm(hv))
+    symmetric = abs(a - b) <= 100 * torch.finfo(u.dtype).eps ** 0.75 * max(size, 1e-30)
+    return found.saying(
+        "second derivatives",
+        symmetric,
+        f"<u, Hv> = {a:.6g}, <v, Hu> = {b:.6g}",
+        "the Hessian is not symmetric: g changes between calls, or a part of its gradient is detached",
+    )

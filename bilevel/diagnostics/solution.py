@@ -1,0 +1,95 @@
+"""Tests of `check`: the inner problem is solved, its minimum strict, and x and y* evenly scaled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import Exact
+from bilevel._linear import LinearOperator
+from bilevel._numerics.spectrum import largest_eigenvalue
+from bilevel.diagnostics.findings import Findings
+from bilevel.diagnostics.subject import Subject
+from bilevel.inner_problems.kinds import inner_objective
+
+_DENSE = 200  # up to so many inner variables the spectrum at the solution is computed, not estimated
+_ILL = 1e6  # a condition number above which some thousand steps of conjugate gradients are to be expected
+_UNEVEN = 1e8  # between the sizes of entries: about what a gradient in float32 can still tell from nothing
+
+
+def inner_problem_is_solved(subject: Subject, found: Findings) -> Findings:
+    """How far the inner solver gets; y is then where it ended."""
+    try:
+        solver = subject.solver()
+        first = inner_objective(subject.problem, subject.x).gradient(subject.y0)
+        solved = solver.solve(inner_objective(subject.problem, subject.x), subject.y0)
+    except NotImplementedError:
+        text = "not tried: it needs a second derivative that torch does not have"
+        return found.saying("inner solution", None, text)
+    before, after = float(torch.linalg.vector_norm(first)), float(solved.residual.max())
+    finite = bool(solved.value.isfinite().all())
+    solvable = solved.status.ok and finite
+    return replace(found, solvable=solvable, y=solved.value if finite else subject.y0).saying(
+        "inner solution",
+        solvable,
+        f"|grad_y g| from {before:.3g} to {after:.3g} in {solved.steps} steps"
+        if not found.constrained
+        else f"optimality violated by {after:.3g} after {solved.steps} steps; {solved.at_bounds} bounds hold",
+        solved.status.value,
+    )
+
+
+def minimum_is_strict(subject: Subject, found: Findings) -> Findings:
+    """Whether the inner Hessian at y is positive definite, and its condition number."""
+    if not found.second_order:
+        return found
+    hessian = Exact().linearize(subject.problem, subject.x, found.y).operator
+    least, most = _extreme_eigenvalues(hessian, found.y)
+    eps = torch.finfo(found.y.dtype).eps * hessian.size
+    if not least > eps * abs(most):
+        kind = "negative" if least < -eps * abs(most) else "no"
+        return replace(found, definite=False).saying(
+            "curvature",
+            False,
+            f"{kind} curvature at the inner solution: eigenvalues from {least:.3g} to {most:.3g}",
+            "y*(x) is not a strict minimum: add a regularizer in y to g, or use 'aid-minres', ITD or ESJ knowingly",
+        )
+    kappa = most / least if least > 0 else float("inf")
+    steps = int(kappa**0.5 * 5) + 1
+    return found.saying(
+        "curvature",
+        True if kappa < _ILL else None,
+        f"positive definite, condition number {kappa:.3g}; conjugate gradients need about"
+        f" {min(steps, hessian.size)} steps",
+        "ill conditioned: rescale y, strengthen the regularizer, or give CG a preconditioner",
+    )
+
+
+def _extreme_eigenvalues(hessian: LinearOperator, y: Tensor) -> tuple[float, float]:
+    """The least and the largest, of all tasks."""
+    if hessian.size <= _DENSE:
+        matrix = hessian.dense(y)
+        eigenvalues = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+        return float(eigenvalues[..., 0].min()), float(eigenvalues[..., -1].max())
+    most = float(largest_eigenvalue(hessian, y).max())
+    top = max(most, 1e-30)
+    shifted = LinearOperator(lambda v: top * v - hessian.mv(v), hessian.size)
+    # A Ritz value is at most lambda_max of the shifted operator: `least` may be too large, never too small.
+    return top - float(largest_eigenvalue(shifted, y, overshoot=0.01).max()) * 0.99, most
+
+
+def scales_are_even(subject: Subject, found: Findings) -> Findings:
+    """Whether the entries of x and of y* are of similar size."""
+    uneven = []
+    for name, vector in (("x", subject.x), ("y*", found.y)):
+        sizes = vector.abs()[vector != 0]
+        if sizes.numel() and float(sizes.max() / sizes.min()) > _UNEVEN:
+            uneven.append(f"entries of {name} range from {float(sizes.min()):.1g} to {float(sizes.max()):.1g}")
+    return found.saying(
+        "scales",
+        None if uneven else True,
+        "; ".join(uneven) or "x and y* are evenly scaled",
+        "optimize logarithms of quantities that differ by orders of magnitude",
+    )

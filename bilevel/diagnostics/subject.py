@@ -1,0 +1,74 @@
+"""What is checked: a problem at a point, and the random directions along which it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
+from bilevel.named.setting import Setting
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A problem at a point, as the tests behind `check` see it.
+
+    Attributes:
+        problem: f and g on flat vectors.
+        x: the outer point `(p,)`.
+        given: the start of y `(q,)` as it was passed to `check`.
+        y0: where the inner iteration starts, `init(x)` in place of `given` where there is one: `(*tasks, q)`.
+        inner: the user's inner solver, if any.
+        generator: the random directions; each test draws from it in turn, so that their order is part of a verdict.
+    """
+
+    problem: FlatProblem
+    x: Tensor
+    given: Tensor
+    y0: Tensor
+    inner: AbstractInnerSolver | None
+    generator: torch.Generator
+
+    @property
+    def setting(self) -> Setting:
+        """The same, as named estimators and default solvers are built from."""
+        return Setting(self.problem, self.x, self.given)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether y is constrained."""
+        return self.problem.problem.constraints is not None
+
+    def solver(self) -> AbstractInnerSolver:
+        """The user's inner solver, or the default one."""
+        return self.setting.inner() if self.inner is None else self.inner
+
+    def f(self, x: Tensor, y: Tensor) -> Tensor:
+        """F, a number."""
+        return self.problem.f(x, y)
+
+    def g(self, x: Tensor, y: Tensor) -> Tensor:
+        """G, summed over tasks."""
+        return self.problem.g(x, y).sum()
+
+    def direction(self, like: Tensor) -> Tensor:
+        """A random vector of length 1."""
+        d = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        unit: Tensor = d / torch.linalg.vector_norm(d)
+        return unit
+
+    def near(self, point: Tensor, distance: float) -> Tensor:
+        """A random point near this one, at a distance relative to its size: off special points, such as zero."""
+        length = distance * (1 + torch.linalg.vector_norm(point))
+        near: Tensor = point + length * self.direction(point)
+        return near
+
+    def moves(self, function: Callable[[Tensor], Tensor]) -> bool:
+        """Whether a function of x has other values nearby."""
+        return not torch.equal(function(self.x), function(self.near(self.x, 1e-2)))
