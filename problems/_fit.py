@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bilevel._linear import LinearOperator
+from bilevel._numerics.conjugate_gradients import conjugate_gradients
+
 
 def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
     """Minimize a smooth function from y0, to |gradient| <= tol.
@@ -41,27 +44,22 @@ def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
             return leaf.detach()
         if not residual < before:
             break
-        point = leaf.detach() - _conjugate_gradients(gradient, leaf)
+        point = leaf.detach() - _newton_step(gradient, leaf)
     raise RuntimeError(
         f"a baseline did not converge: |gradient| is {min(before, residual):.3g}, and {tol:.3g} was asked for."
         f" Use float64, or a larger regularization."
     )
 
 
-def _conjugate_gradients(gradient: Tensor, y: Tensor) -> Tensor:
-    """H^-1 gradient, to a tenth of a percent."""
-    r = gradient.detach().clone()
-    step, p, rr = torch.zeros_like(r), r.clone(), float(r.square().sum())
-    stop = 1e-6 * rr
-    for _ in range(500):
-        (hp,) = torch.autograd.grad(gradient, y, p, retain_graph=True)
-        curvature = float((p * hp).sum())
-        if curvature <= 0:
-            break
-        alpha = rr / curvature
-        step, r = step + alpha * p, r - alpha * hp
-        rr, before = float(r.square().sum()), rr
-        if rr <= stop:
-            break
-        p = r + (rr / before) * p
-    return step
+def _newton_step(gradient: Tensor, y: Tensor) -> Tensor:
+    """H^-1 gradient, to a tenth of a percent; less where H is not positive definite."""
+
+    def product(v: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(gradient, y, v.reshape(y.shape), retain_graph=True)
+        return found.reshape(-1)
+
+    size: Tensor = torch.linalg.vector_norm(gradient.detach())
+    unit = gradient.detach().reshape(-1) / size
+    stop, unseen = torch.full_like(size, 1e-3), torch.zeros_like(size)
+    step, *_ = conjugate_gradients(LinearOperator(product, y.numel()), unit, stop, 500, unseen)
+    return step.mul_(size).reshape(y.shape)

@@ -20,8 +20,9 @@ from bilevel._linear import (
     unknown_error,
 )
 from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.side_by_side import systems_of
 from bilevel._numerics.spectrum import largest_eigenvalue
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import neumann
 from bilevel.certificates.certificate import Constants
@@ -95,8 +96,7 @@ class Neumann(AbstractLinearSolver):
         symmetric = operator.symmetric or operator.positive_definite
         floor = torch.maximum(norm, norm_b) * (math.sqrt(torch.finfo(b.dtype).eps) if symmetric else 1e3)
         limit = torch.maximum(norm, floor)
-        run = _run_one if b.dim() == 1 else _run_batch
-        v, best, diverged, steps = run(operator, b, v, r, norm, step, target, floor, self.terms)
+        v, best, diverged, steps = _run(operator, b, v, r, _Limits(norm, step, target, floor), self.terms)
 
         v = torch.where(diverged.unsqueeze(-1), best, v)
         residual = safe_row_norms(operator.residual(b, v))
@@ -104,12 +104,17 @@ class Neumann(AbstractLinearSolver):
         if bool(late.any()):  # the last step took it above where it began
             v, diverged = torch.where(late.unsqueeze(-1), best, v), diverged | late
             residual = safe_row_norms(operator.residual(b, v))
-        ends = zip(refusals, residual.reshape(-1).tolist(), target.reshape(-1).tolist(), strict=True)
-        statuses = tuple(
-            _status(refusal, residual, target, lost)
-            for (refusal, residual, target), lost in zip(ends, diverged.reshape(-1).tolist(), strict=True)
+        ended = first_statuses(
+            (~residual.isfinite(), Status.nonfinite),
+            (diverged, Status.diverged),
+            ((residual > target) & (target > 0), Status.max_steps),  # without a tolerance all the terms are success
         )
-        return Solved(v, statuses, residual, steps)
+        # Where there was no step to take, that is the reason, unless NaN was met.
+        statuses = [
+            end if refusal.ok or end is Status.nonfinite else refusal
+            for end, refusal in zip(ended, refusals, strict=True)
+        ]
+        return Solved(v, tuple(statuses), residual, steps)
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> Neumann:
         return replace(self, rtol=tol / size if size > 0 else 0.0)
@@ -119,87 +124,53 @@ class Neumann(AbstractLinearSolver):
             raise unknown_error(self)
         return max(self.rtol, neumann(constants, step=self.step, terms=self.terms, damping=damping))
 
-    def _steps(self, operator: LinearOperator, b: Tensor, zero: Tensor) -> tuple[Tensor, list[Status]]:
+    def _steps(self, operator: LinearOperator, b: Tensor, zero: Tensor) -> tuple[Tensor, tuple[Status, ...]]:
         """The step of each row, zero where there is none, and why."""
         if self.step is not None:
-            return torch.full_like(zero, self.step, dtype=b.dtype), [Status.successful] * zero.numel()
+            return torch.full_like(zero, self.step, dtype=b.dtype), (Status.successful,) * zero.numel()
         demand(operator, "Neumann(step=None)", SYMMETRIC)
         largest = largest_eigenvalue(operator, b)
-        refusals = [
-            Status.successful
-            if none or top > 0
-            else Status.breakdown
-            if top == 0
-            else Status.negative_curvature
-            if top < 0
-            else Status.nonfinite
-            for top, none in zip(largest.reshape(-1).tolist(), zero.reshape(-1).tolist(), strict=True)
-        ]
+        refusals = first_statuses(
+            (zero | (largest > 0), Status.successful),
+            (largest == 0, Status.breakdown),
+            (largest < 0, Status.negative_curvature),
+            (largest.isnan(), Status.nonfinite),
+        )
         return torch.where(largest > 0, 1 / largest, torch.zeros_like(largest)), refusals
 
 
-def _run_one(
-    operator: LinearOperator,
-    b: Tensor,
-    v: Tensor,
-    r: Tensor,
-    norm: Tensor,
-    step: Tensor,
-    target: Tensor,
-    floor: Tensor,
-    terms: int,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """One system: Python floats, so that little beside the products costs time."""
-    alpha, stop, least_limit, size = float(step), float(target), float(floor), float(norm)
-    least, best, steps, diverged = size, v, 0, False
-    while steps < terms and alpha > 0:
-        if steps:
-            r = b - operator.mv(v)
-            size = float(safe_row_norms(r))  # which scales, and neither overflows nor underflows
-            diverged = size > _GROWTH * max(least, least_limit)
-            if size < least:
-                least, best = size, v
-        if diverged or not stop < size < math.inf:
-            break
-        v = torch.add(v, r, alpha=alpha)
-        steps += 1
-    return v, best, torch.full_like(norm, diverged, dtype=torch.bool), steps
+@final
+@dataclass(frozen=True, eq=False)
+class _Limits:
+    """Numbers of each system: |b - A v| at the start, the step, and the residuals to stop at and to forgive."""
+
+    norm: Tensor
+    step: Tensor
+    target: Tensor
+    floor: Tensor
 
 
-def _run_batch(
-    operator: LinearOperator,
-    b: Tensor,
-    v: Tensor,
-    r: Tensor,
-    norm: Tensor,
-    step: Tensor,
-    target: Tensor,
-    floor: Tensor,
-    terms: int,
+def _run(
+    operator: LinearOperator, b: Tensor, v: Tensor, r: Tensor, limits: _Limits, terms: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Independent systems side by side: rows that ended stand still."""
-    least, best = norm, v
-    active = (norm > target) & (step > 0) & norm.isfinite()
-    diverged, steps = torch.zeros_like(active), 0
-    while steps < terms and bool(active.any()):
+    """The iterates v, those of least residual, which systems diverged, and the steps taken."""
+    at = systems_of(b)
+    norm, step, target, floor = (at.numbers(each) for each in (limits.norm, limits.step, limits.target, limits.floor))
+    best, least, steps = v.clone(), norm, 0
+    going = (norm > target) & (norm < math.inf) & (step > 0)  # NaN compares false
+    diverged = norm < 0
+    while steps < terms and at.any(going):
         if steps:
             r = b - operator.mv(v)
-            norm = safe_row_norms(r)
-            diverged |= active & (norm > _GROWTH * torch.maximum(least, floor))
-            better = active & (norm < least)
-            least, best = torch.where(better, norm, least), torch.where(better.unsqueeze(-1), v, best)
+            norm = at.norm(r)
+            most = _GROWTH * at.either(least > floor, least, floor)
+            diverged = diverged | going & (norm > most)
+            better = going & (norm < least)
+            best, least = at.kept(better, v, best), at.either(better, norm, least)
             # A residual of zero stays zero: without a tolerance only the steps end the iteration.
-            active = active & ~diverged & (norm > target) & norm.isfinite()
-            if not bool(active.any()):
+            going = going & (norm <= most) & (norm > target) & (norm < math.inf)
+            if not at.any(going):
                 break
-        v = torch.where(active.unsqueeze(-1), v + step.unsqueeze(-1) * r, v)
+        v = at.add(going, v, step, r)
         steps += 1
-    return v, best, diverged, steps
-
-
-def _status(refusal: Status, residual: float, target: float, diverged: bool) -> Status:
-    if not math.isfinite(residual):
-        return Status.nonfinite
-    if diverged:
-        return Status.diverged
-    return Status.max_steps if refusal.ok and residual > target > 0 else refusal
+    return v, best, torch.zeros_like(limits.norm, dtype=torch.bool) | diverged, steps

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.rows import row_norm_numbers
+from bilevel._numerics.rows import row_norm_numbers, row_norms
 from bilevel._result import Solved, Status
 
 # How a run of a recurrence ended, as a number for each row; RESTART is not an end.
@@ -92,10 +92,10 @@ def solve_by_runs(
     if not last:
         residuals = row_norm_numbers(operator.residual(b, v))
     if any(code != CONVERGED for code in codes):
-        blurs = [eps * size for size in (norm_A.reshape(-1) * v.norm(dim=-1).reshape(-1)).tolist()]
+        sizes = (norm_A * row_norms(v)).reshape(-1).tolist()
+        blurs = [eps * size for size in sizes]
         codes = [_ended(*row) for row in zip(codes, residuals, targets, blurs, norms, strict=True)]
-    residual = b.new_tensor(residuals).reshape(b.shape[:-1])
-    return Solved(v, tuple(_STATUS[code] for code in codes), residual, steps)
+    return Solved(v, tuple([_STATUS[code] for code in codes]), _column(residuals, b), steps)
 
 
 def solve_by_one_run(
@@ -122,7 +122,7 @@ def solve_by_one_run(
         elif code == OUT_OF_STEPS and (target == 0 or residual <= target):
             code = CONVERGED
         statuses.append(_STATUS[code])
-    return Solved(v, tuple(statuses), b.new_tensor(residuals).reshape(b.shape[:-1]), steps)
+    return Solved(v, tuple(statuses), _column(residuals, b), steps)
 
 
 def _scaled(
@@ -135,7 +135,7 @@ def _scaled(
     targets = [max(own * norm, atol) for own, norm in zip(rtols, norms, strict=True)]
     v, r, sizes = torch.zeros_like(b), b, norms
     if guess is not None:
-        zero = b.new_tensor(norms).reshape((*b.shape[:-1], 1)) == 0
+        zero = _column(norms, b).unsqueeze(-1) == 0
         v = torch.where(zero, v, guess)
         r = torch.where(zero, b, b - operator.mv(v))
         sizes = [max(norm, size) for norm, size in zip(norms, row_norm_numbers(r), strict=True)]
@@ -143,8 +143,14 @@ def _scaled(
     scales = [size if 0 < size < math.inf else 1.0 for size in sizes]
     # Below a tenth of a rounding error of b, it has converged exactly as far as this dtype can tell.
     stops = [max(t, 0.1 * eps * norm) / scale for t, norm, scale in zip(targets, norms, scales, strict=True)]
-    scale = b.new_tensor(scales).reshape((*b.shape[:-1], 1))
-    return v, r, norms, targets, scale, b.new_tensor(stops).reshape(b.shape[:-1])
+    return v, r, norms, targets, _column(scales, b).unsqueeze(-1), _column(stops, b)
+
+
+def _column(numbers: list[float], like: Tensor) -> Tensor:
+    """A number a row, as a tensor `(*batch,)`."""
+    if like.dim() == 1:  # half as long as by a list, and a solve of few steps feels it
+        return like.new_full((), numbers[0])
+    return like.new_tensor(numbers).reshape(like.shape[:-1])
 
 
 def _judged(code: int, residual: float, target: float, before: float, norm: float, eps: float) -> int:

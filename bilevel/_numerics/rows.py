@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ def safe_row_norms(a: Tensor) -> Tensor:
 
 def row_norm_numbers(a: Tensor) -> list[float]:
     """:func:`safe_row_norms` of all rows as floats, which for few rows are cheaper to compare than tensors."""
-    norms: list[float] = row_norms(a).reshape(-1).tolist()
+    found = row_norms(a)
+    norms: list[float] = [found.item()] if a.dim() == 1 else found.reshape(-1).tolist()
     low, high = _safe_range(a.dtype)
     return norms if all(low < norm < high for norm in norms) else safe_row_norms(a).reshape(-1).tolist()
 
 
+@cache
 def _safe_range(dtype: torch.dtype) -> tuple[float, float]:
     """Between these, the squares of a norm and of what counts in it are normal numbers of this dtype."""
     info = torch.finfo(dtype)
