@@ -17,7 +17,9 @@ from bilevel._validate import demand_types
 from bilevel.inner_problems.polytope import FlatPolytope
 from bilevel.requirements.properties import Feature
 
-_LESS = 0.9  # what another model must reduce the error to
+# What another model must reduce the error to. Newton's method converges quadratically: where a model gains less than a
+# tenth, it is either at the rounding floor or too far away to converge without a line search.
+_LESS = 0.9
 
 
 @final

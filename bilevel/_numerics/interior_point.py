@@ -11,8 +11,12 @@ from torch import Tensor
 from bilevel._numerics.rows import matrix_times, positive_or_one, row_moduli
 from bilevel._numerics.saddle_point import SaddlePoint
 
-_BACK = 0.995  # how far towards the nearest boundary a step goes
-_IDLE = 8  # iterations without progress after which a row is given up
+# How far towards the nearest boundary a step goes: short of it, as slacks and multipliers must stay positive, and near
+# enough for each step to reduce their products two hundredfold at the end.
+_BACK = 0.995
+# Iterations without progress after which a row is given up. The whole iteration takes some 10 to 20, and an error may
+# rise for a few of them while the iterates turn towards the central path.
+_IDLE = 8
 
 
 @final
@@ -140,12 +144,12 @@ class Mehrotra:
         saddle = self._factor((at.z / at.slacks).sum(-2))
         mu = (at.slacks * at.z).sum((-2, -1)) / self.count
         affine = self._direction(saddle, at, at.slacks * at.z)
-        ahead = at.moved(affine, self._length(at, affine))
+        ahead = at.moved(affine, _longest(at, affine))
         reached = (ahead.slacks * ahead.z * self.bounded).sum((-2, -1)) / self.count
         centering = (reached / positive_or_one(mu)).clamp(0, 1) ** 3
         target = at.slacks * at.z + affine.slacks * affine.z - self._masked((centering * mu)[:, None, None])
         step = self._direction(saddle, at, target)
-        return at.moved(step, (_BACK * self._length(at, step)).clamp_max(1.0))
+        return at.moved(step, (_BACK * _longest(at, step)).clamp_max(1.0))
 
     def error(self, at: Point) -> Tensor:
         """The largest relative violation of the optimality conditions."""
@@ -171,12 +175,6 @@ class Mehrotra:
         slacks = self._masked(-slack - self.sign * y.unsqueeze(-2))
         return Point(y, multipliers, slacks, self._masked(-(target + at.z * slacks) / at.slacks))
 
-    def _length(self, at: Point, step: Point) -> Tensor:
-        """The longest step `(batch,)` up to 1 / 0.995 that keeps slacks and multipliers nonnegative."""
-        here, change = torch.cat([at.slacks, at.z], -1).flatten(1), torch.cat([step.slacks, step.z], -1).flatten(1)
-        ratios = torch.where(change < 0, -here / change, torch.inf)
-        return ratios.amin(-1).clamp_max(1 / _BACK)
-
     def _factor(self, diagonal: Tensor) -> SaddlePoint:
         return SaddlePoint.factor(self.program.Q + torch.diag_embed(diagonal), self.program.A, self.size)
 
@@ -187,3 +185,10 @@ class Mehrotra:
         inside = torch.where(self.bounded, entries, torch.inf).flatten(1).amin(-1)[:, None, None]
         shift = (-1.5 * inside).clamp_min(0)
         return self._masked(entries + torch.where(shift.isfinite(), shift, torch.zeros_like(shift)))
+
+
+def _longest(at: Point, step: Point) -> Tensor:
+    """The longest step `(batch,)` up to 1 / 0.995 that keeps slacks and multipliers nonnegative."""
+    here, change = torch.cat([at.slacks, at.z], -1).flatten(1), torch.cat([step.slacks, step.z], -1).flatten(1)
+    ratios = torch.where(change < 0, -here / change, torch.inf)
+    return ratios.amin(-1).clamp_max(1 / _BACK)

@@ -13,7 +13,9 @@ from bilevel._numerics.rows import matrix_times, row_moduli
 from bilevel._numerics.saddle_point import SaddlePoint, alone, pseudo_inverse, restricted
 from bilevel._result import Status
 
-_ENOUGH = 1e-10  # an error of the interior-point method that tells which bounds hold
+# An error of the interior-point method that tells which bounds hold: the lesser of each slack and multiplier is then
+# below 1e-5 of its scale. What is nearer to both being zero is decided by trying, further down.
+_ENOUGH = 1e-10
 
 
 @final

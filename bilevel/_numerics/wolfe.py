@@ -10,7 +10,9 @@ from bilevel._result import Status
 
 DECREASE = 1e-4  # phi(t) <= phi(0) + DECREASE t phi'(0)
 CURVATURE = 0.9  # |phi'(t)| <= CURVATURE |phi'(0)|
+# At most so many: forty halvings shrink an interval to 1e-12 of itself, where the search ends anyway.
 _EVALUATIONS = 40
+# Where values and slopes are both noise, more tell nothing: ten halvings have shrunk the interval a thousandfold.
 _EVALUATIONS_IN_NOISE = 10
 _GROWTH = 10.0  # how much longer the next step may be while no upper end is known
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASK = 2**32 - 1
+_MASK = 2**32 - 1  # words of 32 bits: torch's `manual_seed` heeds no more of a seed on the CPU
 
 
 def generator(seed: int) -> torch.Generator:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.tasks._vinyals import class_names, split_of
 from bilevel.tasks.images import ImageClasses, Splits
 
-_SIZE = 28
+_SIZE = 28  # pixels to a side, to which the drawings are reduced in the literature since Vinyals et al. (2016)
 
 
 def omniglot(path: str | Path) -> Splits:
