@@ -45,6 +45,10 @@ from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as R
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.kkt import KKT as KKT
 from bilevel.hypergrad.penalty import Penalty as Penalty
+from bilevel.hypergrad.unrolling.checkpointed import Checkpointed as Checkpointed
+from bilevel.hypergrad.unrolling.forward import Forward as Forward
+from bilevel.hypergrad.unrolling.reverse import Reverse as Reverse
+from bilevel.hypergrad.unrolling.truncated import Truncated as Truncated
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.modules.functional import Functional as Functional, functional as functional
 from bilevel.named.auto import Auto as Auto

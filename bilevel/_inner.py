@@ -210,7 +210,7 @@ def unbounded(solver: AbstractInnerSolver, call: str) -> ValueError:
 
 
 class AbstractUnrollable(AbstractInnerSolver):
-    """An inner solver that is an iteration of differentiable steps, which is what ITD differentiates.
+    """An inner solver that is an iteration of differentiable steps, state_{k+1} = T_k(x, state_k): what ITD takes.
 
     A state is a tuple of tensors whose first entry is y. `solve` must take exactly these steps.
     """
@@ -219,17 +219,38 @@ class AbstractUnrollable(AbstractInnerSolver):
     tol: float | None
     min_steps: int  # taken though the tolerance is met, for the sake of the derivative
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a step takes grad_y g at `state[0]`; one that does not is given None, and g is not evaluated."""
+        return True
+
+    @property
+    def residual_step(self) -> Tensor | float | None:
+        """What `tol` is compared with: a gives |y_k - y_{k+1}| / a, the residual of a proximal step of length a.
+
+        None: |grad_y g|, or where no gradient is needed |y_k - y_{k+1}|.
+        """
+        return None
+
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
-        """This solver with every step size fixed; derived from the curvature at y0 where it was left open."""
+        """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
 
     @abc.abstractmethod
     def begin(self, y0: Tensor) -> State:
         """The state before the first step; differentiable in y0."""
 
     @abc.abstractmethod
-    def advance(self, gradient: Tensor, state: State) -> State:
-        """One step, given the gradient at `state[0]`; differentiable in both."""
+    def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
+        """One step; differentiable in the gradient, in the state and, through the objective, in x.
+
+        Args:
+            objective: what else a step may use of the inner problem, such as `objective.prox(v, step)` or
+                `objective.own.step(y, gradient, index)`.
+            gradient: grad_y g at `state[0]`, with its graph from x and y; None where `needs_gradient` is False.
+            state: the state before the step.
+            index: the number of the step: 0, 1, ...
+        """
 
 
 def _rows(y: Tensor) -> int:

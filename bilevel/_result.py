@@ -127,6 +127,32 @@ def first_statuses(*cases: tuple[Tensor, Status]) -> tuple[Status, ...]:
     return tuple(next((s for s, holds in zip(statuses, row, strict=True) if holds), Status.successful) for row in rows)
 
 
+GROWTH = 10.0  # a residual this many times larger than at the start, at a larger objective, is a divergence
+
+
+def ended(residual: float, value: float, first_residual: float, first_value: float, tol: float) -> Status:
+    """How an inner iteration ended, by its residual and its objective at the end and at the start.
+
+    Args:
+        residual: at the end, such as |grad_y g|.
+        value: of the objective at the end; read only where the residual has grown, and to be finite.
+        first_residual: at the start.
+        first_value: of the objective at the start.
+        tol: what the residual was to reach; 0 where the steps were all that was asked for.
+
+    Example:
+        >>> ended(1e-9, 0.0, 1.0, 1.0, tol=1e-8), ended(20.0, 5.0, 1.0, 1.0, tol=0.0)
+        (Status.successful, Status.diverged)
+    """
+    if not (math.isfinite(residual) and math.isfinite(value)):
+        return Status.nonfinite
+    if tol and residual <= tol:
+        return Status.successful
+    if residual > GROWTH * first_residual and not value <= first_value:
+        return Status.diverged
+    return Status.max_steps if tol else Status.successful
+
+
 @final
 @dataclass(frozen=True)
 class Stats:

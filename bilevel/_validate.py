@@ -34,6 +34,7 @@ _EXAMPLES = {
     "AbstractLinearSolver": "a linear solver such as `CG()`",
     "AbstractPreconditioner": "a preconditioner such as `Jacobi()`",
     "AbstractOptimizer": "an optimizer such as `GradientDescent(0.1)`",
+    "AbstractUnrolling": "a form of unrolling such as `Checkpointed()`",
     "AbstractProducts": "`bilevel.FiniteDifferences()` or the like",
 }
 

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._result import Solved, Status
+from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import gradient_descent, stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import Armijo, descend, rounding
 from bilevel.solvers.gradient_descent import GradientDescent
-
-_GROWTH = 10.0  # a gradient this many times larger than at the start, at a larger objective, is a divergence
 
 
 @final
@@ -83,6 +81,8 @@ class Iterate(AbstractUnrollable):
             assert isinstance(self.optimizer, GradientDescent)
             step = self.optimizer.step_size
             return descend(self.line_search, 1.0 if step is None else step, objective, y0, self.max_steps, tol)
+        # The steps are those of `advance`, not called through it nor through the walk of `ITD`: an optimizer of any
+        # state, such as `TorchOptim`, can be run though it cannot be unrolled.
         optimizer = self.tuned(objective, y0).optimizer
         y = y0.detach().clone()
         state = optimizer.init(y)
@@ -104,15 +104,7 @@ class Iterate(AbstractUnrollable):
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
         residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
-        grown = torch.zeros_like(moving)
-        if first is not None:
-            large = residual > _GROWTH * first[0]
-            grown = large & ~(objective.value(y) <= first[1] + rounding(first[1])) if large.any() else grown
-        statuses = tuple(
-            _status(norm, large, tol)
-            for norm, large in zip(residual.reshape(-1).tolist(), grown.reshape(-1).tolist(), strict=True)
-        )
-        return Solved(y, statuses, residual, steps)
+        return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps)
 
     def with_tolerance(self, tol: float) -> Iterate:
         return replace(self, tol=tol)
@@ -164,17 +156,19 @@ class Iterate(AbstractUnrollable):
                 )
         return (y0, *state.values())
 
-    def advance(self, gradient: Tensor, state: State) -> State:
+    def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
+        assert gradient is not None
         keys = self.optimizer.init(state[0].detach()).keys()
         point, new = self.optimizer.step(gradient, state[0], dict(zip(keys, state[1:], strict=True)))
         return (point, *new.values())
 
 
-def _status(residual: float, grown: bool, tol: float) -> Status:
-    if residual != residual or residual == float("inf"):
-        return Status.nonfinite
-    if tol and residual <= tol:
-        return Status.successful
-    if grown:
-        return Status.diverged
-    return Status.max_steps if tol else Status.successful
+def _statuses(
+    objective: Objective, y: Tensor, residual: Tensor, first: tuple[Tensor, Tensor] | None, tol: float
+) -> tuple[Status, ...]:
+    """How each row ended; the objective is evaluated, one value, only if the gradient of some row has grown."""
+    r0, g0 = first or (residual, torch.zeros_like(residual))
+    grown = residual > GROWTH * r0
+    g = torch.where(grown, objective.value(y), 0.0) if bool(grown.any()) else torch.zeros_like(g0)
+    table = torch.stack([residual, g, r0, g0 + rounding(g0)]).reshape(4, -1).tolist()
+    return tuple(ended(*row, tol=tol) for row in zip(table[0], table[1], table[2], table[3], strict=True))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import bilevel.hypergrad
+import bilevel.hypergrad.unrolling
 import bilevel.solvers
 from bilevel import AID, ESJ, ITD, Box, CompiledITD, FiniteDifference, Penalty
 from bilevel._estimate import AbstractEstimator
@@ -23,6 +24,7 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
 from bilevel._validate import demand_type
+from bilevel.hypergrad.unrolling.form import AbstractUnrolling
 from bilevel.solvers import (
     CG,
     LBFGS,
@@ -47,10 +49,12 @@ KINDS = (
     AbstractPreconditioner,
     AbstractOptimizer,
     AbstractOuterDriver,
+    AbstractUnrolling,
 )
 VALID: dict[str, Any] = {"inner": LBFGS(), "linear": CG(), "optimizer": Adam(0.1), "max_steps": 3, "step": 0.1}
 VALID |= {
     "terms": 3,
+    "steps": 3,
     "solution": lambda x: x,
     "rank": 2,
     "schedule": lambda step: 1.0,
@@ -61,7 +65,7 @@ VALID |= {
 
 def configured() -> Iterator[tuple[Any, str]]:
     """Every solver and estimator with each of its arguments."""
-    for package in (bilevel.solvers, bilevel.hypergrad):
+    for package in (bilevel.solvers, bilevel.hypergrad, bilevel.hypergrad.unrolling):
         for module in pkgutil.iter_modules(package.__path__):
             cls: Any
             for cls in vars(importlib.import_module(f"{package.__name__}.{module.name}")).values():

@@ -383,8 +383,8 @@ def test_solve_takes_exactly_the_steps_of_the_unrolled_iteration(
     function, _ = quadratic(tensor(1.0, 4.0, 9.0), 1)
     inner, y0, objective = Iterate(optimizer, max_steps=6), tensor(5.0, -3.0, 2.0), Objective(function)
     state = inner.begin(y0)
-    for _ in range(6):
-        state = inner.advance(objective.gradient(state[0]), state)
+    for k in range(6):
+        state = inner.advance(objective, objective.gradient(state[0]), state, k)
     counted = Objective(function)
     assert torch.equal(inner.solve(counted, y0).value, state[0])
     assert counted.tally.gradients == 7

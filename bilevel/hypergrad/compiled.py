@@ -15,6 +15,8 @@ from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._result import Report, Status, first_statuses
 from bilevel._validate import demand_types
 from bilevel.hypergrad.compiled_programs import Programs
+from bilevel.hypergrad.unrolling.segments import count_products
+from bilevel.hypergrad.unrolling.walk import Walk
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -93,27 +95,23 @@ class CompiledITD(AbstractEstimator):
         return FlatEstimate(h, value, y, (found,))
 
     def _unrolled(self, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """h, Phi, y_N, and |grad_y g| before the last step."""
+        """h, Phi, y_N, and the residual before the last step."""
         inner = self.inner
         assert isinstance(inner, AbstractUnrollable)
-        x = x.detach().requires_grad_()
-        y = problem.start(x, y0)
-        y = y if y.requires_grad else y.detach().requires_grad_()
-        state, residual = inner.begin(y), torch.zeros_like(y[..., 0])
-        for _ in range(inner.max_steps):
-            at = state[0]
-            gradient = grad(problem.g(x, at).sum(), at, create_graph=True)
-            residual = torch.linalg.vector_norm(gradient, dim=-1)
-            state = inner.advance(gradient, state)
-        value = problem.f(x, state[0])
-        return grad(value, x), value.detach(), state[0].detach(), residual.detach()
+        leaf = x.detach().requires_grad_()
+        start = problem.start(leaf, y0)
+        at, fixed = inner_objective(problem, leaf), inner_objective(problem, x)
+        walk = Walk(problem, inner, at, fixed, leaf, start, to_converge=False)  # not asked of so many steps
+        y = walk.whole()[0]
+        value = problem.f(leaf, y)
+        residual = torch.zeros_like(y[..., 0]) if walk.last is None else torch.linalg.vector_norm(walk.last[0], dim=-1)
+        return grad(value, leaf), value.detach(), y.detach(), residual.detach()
 
     def _count(self, problem: FlatProblem, y: Tensor) -> None:
-        inner, rows = self.inner, y.shape[:-1].numel()
+        inner, rows, tally = self.inner, y.shape[:-1].numel(), problem.tally
         assert isinstance(inner, AbstractUnrollable)
-        steps, has_init = inner.max_steps, problem.problem.init is not None
-        problem.tally.gradients += steps * rows
-        problem.tally.inner_steps += steps * rows
-        problem.tally.cross_products += steps * rows
-        problem.tally.hvps += max(steps - (0 if has_init else 1), 0) * rows
-        problem.tally.outer_gradients += rows
+        steps = inner.max_steps
+        tally.inner_steps += steps * rows
+        tally.outer_gradients += rows
+        tally.gradients += steps * rows
+        count_products(tally, rows, steps, through=problem.problem.init is not None)

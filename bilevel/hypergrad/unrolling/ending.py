@@ -1,0 +1,64 @@
+"""How an unrolled iteration ended: the verdict on y, and that on the derivative."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import inner_gradient_in_x
+from bilevel._result import Report, Solved, Status, ended
+
+if TYPE_CHECKING:
+    from bilevel._inner import State
+    from bilevel.hypergrad.unrolling.walk import Walk
+
+_LEFT = 1e-2  # the part of the derivative that an iteration with a tolerance may lack
+
+
+def solved(walk: Walk, end: State) -> Solved:
+    """The verdict on y_N: its own residual (one more gradient), and divergence if there was any.
+
+    Where y is not to solve anything (without a tolerance, MAML's, whose start depends on x, and steps without a
+    gradient), the residual before the last step, which is at hand, has to do.
+    """
+    y = end[0]
+    walk.problem.tally.inner_steps += walk.steps * walk.rows
+    if walk.last is not None and not walk.inner.tol and (walk.has_init or not walk.needs_gradient):
+        vector, value = walk.last
+        value = value + 0.0 * y.sum(-1)  # not finite where y is not
+    else:
+        vector, value = _residual(walk, end)
+    residual = torch.linalg.vector_norm(vector, dim=-1)
+    columns, (first_vector, first_value) = [residual, value], walk.first or (vector, value)
+    if first_vector is not vector:
+        columns += [torch.linalg.vector_norm(first_vector, dim=-1), first_value]
+    table = torch.stack(columns).reshape(len(columns), -1).tolist()
+    r, g, r0, g0 = table if len(table) == 4 else table * 2
+    statuses = tuple(ended(*row, walk.inner.tol or 0.0) for row in zip(r, g, r0, g0, strict=True))
+    return Solved(y, statuses, residual, walk.steps)
+
+
+def _residual(walk: Walk, end: State) -> tuple[Tensor, Tensor]:
+    """The residual as a vector at the end, and g there; a step more where the residual is the length of a step."""
+    value, gradient = walk.gradient(end[0], with_graph=False)
+    if walk.length is None:
+        assert gradient is not None
+        return gradient, value
+    with torch.no_grad():
+        return walk.moved(end, walk.inner.advance(walk.fixed, gradient, end, walk.steps)), value
+
+
+def carried(walk: Walk, left: float) -> Report:
+    """Whether the steps were enough for the derivative; `left` is what they lack of it.
+
+    In reverse mode |(dy_N/dy_0)' grad_y f| / |grad_y f|; in forward mode |H dy_N/dx + G'| / |G'|, or what the last step
+    still changed in dy_N/dx compared with the first.
+    """
+    through_g = walk.needs_gradient and walk.objective.prox is None  # x reaches y by grad_y g alone
+    depends = (
+        left <= _LEFT or not through_g or inner_gradient_in_x(walk.problem, walk.x, walk.start.detach()) is not None
+    )
+    status = Status.truncated if left > _LEFT and depends else Status.successful
+    return Report("unrolled derivative", status, left, walk.steps)

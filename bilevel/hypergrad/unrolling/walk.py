@@ -1,0 +1,155 @@
+"""The walk along the steps of an inner iteration, with a graph or without: the one unrolled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import grad
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractUnrollable, Objective, State
+from bilevel._numerics.second_derivatives import refuse_dropped_terms
+
+
+@final
+class Walk:
+    """The iteration state_{k+1} = T_k(x, state_k) of an inner solver, as a differentiable map; for one estimate.
+
+    Args:
+        problem: the problem, at whose tally oracle calls are counted.
+        inner: the iteration, its step sizes fixed.
+        objective: what the steps see of the inner problem, at the leaf x.
+        fixed: the same at an x without a graph, for the steps that take none.
+        x: the outer variable `(p,)`, a leaf that requires grad.
+        start: where the iteration starts `(*tasks, q)`, with its graph from x.
+        to_converge: whether y solves anything that the steps tend to.
+
+    Attributes:
+        steps: how many steps have been taken.
+        first: before the first step: the residual as a vector `(*tasks, q)`, whose norm `tol` is compared with, and g.
+        last: the same before the latest step.
+        has_init: whether the start depends on x.
+        checked: whether the iteration is to converge, and its derivative with it.
+        length: a where the residual is (y_k - y_{k+1}) / a, known after the step; None: it is grad_y g at y_k.
+    """
+
+    def __init__(
+        self,
+        problem: FlatProblem,
+        inner: AbstractUnrollable,
+        objective: Objective,
+        fixed: Objective,
+        x: Tensor,
+        start: Tensor,
+        to_converge: bool,
+    ) -> None:
+        self.problem, self.inner, self.objective, self.fixed = problem, inner, objective, fixed
+        self.x, self.start = x, start
+        self.rows = start.shape[:-1].numel()
+        self.has_init, self.needs_gradient = problem.problem.init is not None, inner.needs_gradient
+        self.checked = bool(inner.tol) and to_converge and not self.has_init
+        self.length = 1.0 if inner.residual_step is None and not self.needs_gradient else inner.residual_step
+        self.steps = 0
+        self.first: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor] | None = None
+        self._is_differentiable = False  # known so far
+
+    def step(self, state: State, index: int, with_graph: bool) -> State | None:
+        """T(x, state), step number `index`; None if every row has met the tolerance. Rows that have stand still."""
+        value, gradient = self.gradient(state[0], with_graph)
+        moving: Tensor | None = None
+        if self.length is None:
+            assert gradient is not None
+            moving = self.moving(gradient.detach(), value, index)
+            if self.is_over(moving):
+                return None
+        with torch.set_grad_enabled(with_graph):
+            new = self.inner.advance(self.objective if with_graph else self.fixed, gradient, state, index)
+        if self.length is not None:
+            moving = self.moving(self.moved(state, new), value, index)
+            if self.is_over(moving):
+                return None
+        return self.hold(moving, new, state)
+
+    def gradient(self, y: Tensor, with_graph: bool) -> tuple[Tensor, Tensor | None]:
+        """G `(*tasks,)`, without a graph, and grad_y g `(*tasks, q)`; zero and None where the steps need neither."""
+        if not self.needs_gradient:
+            return y.new_zeros(y.shape[:-1]), None
+        if not with_graph:
+            return self.fixed.value_and_gradient(y)
+        self.problem.tally.gradients += self.rows
+        with torch.enable_grad():
+            at = y if y.requires_grad else y.detach().requires_grad_()
+            value = self.objective.function(at)
+            if not self._is_differentiable:
+                refuse_dropped_terms(value, at)
+                self._is_differentiable = True  # the steps that follow are the same function
+            return value.detach(), grad(value.sum(), at, create_graph=True, checked=True)
+
+    def moved(self, state: State, new: State) -> Tensor:
+        """The residual (y_k - y_{k+1}) / a of a step, without a graph: `(*tasks, q)`."""
+        return (state[0].detach() - new[0].detach()) / (1.0 if self.length is None else self.length)
+
+    def moving(self, residual: Tensor, value: Tensor, index: int) -> Tensor | None:
+        """The rows that take step number `index`: those above the tolerance, or all of them at first; None: all."""
+        if index >= self.steps:  # and not a step taken again
+            self.last = residual, value
+            self.first = self.last if self.first is None else self.first
+        if not self.inner.tol:
+            return None
+        norm = torch.linalg.vector_norm(residual, dim=-1)
+        moving: Tensor = (norm > self.inner.tol) | ((index < self.inner.min_steps) & norm.isfinite())
+        return moving
+
+    @staticmethod
+    def is_over(moving: Tensor | None) -> bool:
+        """Whether no row moves any more."""
+        return moving is not None and not bool(moving.any())
+
+    def hold(self, moving: Tensor | None, new: State, old: State) -> State:
+        """The new states, or tangents, of the rows that move, and the old ones of the others."""
+        if moving is None or self.problem.tasks is None:
+            return new
+        held, shape = moving.unsqueeze(-1), old[0].shape
+        return tuple(torch.where(held, n, o) if n.shape == shape else n for n, o in zip(new, old, strict=True))
+
+    def without_graph(self, visit: Callable[[int, State], None], stop: int) -> State:
+        """Steps without a graph up to `stop`; `visit(k, state)` sees the state before step k."""
+        with torch.no_grad():
+            state = self.inner.begin(self.start.detach())
+        while self.steps < stop:
+            new = self.step(state, self.steps, with_graph=False)
+            if new is None:
+                break
+            visit(self.steps, state)
+            state, self.steps = new, self.steps + 1
+        return state
+
+    def from_leaves(self, state: State, index: int, length: int) -> tuple[State, State, int]:
+        """Up to `length` steps with a graph, from leaves that hold `state`, which is that before step `index`.
+
+        Returns:
+            The leaves, the state after the steps, and how many there were.
+        """
+        leaves = tuple(s.detach().requires_grad_() for s in state)
+        end, taken = self._with_graph(leaves, index, length)
+        return leaves, end, taken
+
+    def whole(self) -> State:
+        """The last state with its graph from x, through all steps and through the start."""
+        with torch.enable_grad():
+            state = self.inner.begin(self.start)
+        end, self.steps = self._with_graph(state, 0, self.inner.max_steps)
+        return end
+
+    def _with_graph(self, state: State, index: int, length: int) -> tuple[State, int]:
+        taken = 0
+        while taken < length:
+            new = self.step(state, index + taken, with_graph=True)
+            if new is None:
+                break
+            state, taken = new, taken + 1
+        return state, taken
