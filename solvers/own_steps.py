@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, OwnStep, State
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
 
@@ -57,6 +57,9 @@ class OwnSteps(AbstractUnrollable):
     def needs_gradient(self) -> bool:
         return self._gradient
 
+    def with_steps(self, steps: int) -> OwnSteps:
+        return OwnSteps(steps)
+
     def tuned(self, objective: Objective, y0: Tensor) -> OwnSteps:
         own = _own(objective)
         made = OwnSteps(self.steps)
@@ -79,9 +82,8 @@ class OwnSteps(AbstractUnrollable):
                 y, before = tuned.advance(objective, gradient, (y,), k)[0].detach(), y
         objective.tally.inner_steps += tuned.max_steps * y.shape[:-1].numel()
         moved = torch.linalg.vector_norm(y - before, dim=-1)
-        finite = (y.isfinite().all(-1) & moved.isfinite()).reshape(-1).tolist()
-        statuses = tuple(Status.successful if ok else Status.nonfinite for ok in finite)
-        return Solved(y, statuses, torch.where(y.isfinite().all(-1), moved, math.nan), tuned.max_steps)
+        residual = torch.where(y.isfinite().all(-1), moved, math.nan)
+        return Solved(y, judged_rows(residual, math.inf), residual, tuned.max_steps)
 
 
 def _own(objective: Objective) -> OwnStep:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
 
@@ -66,6 +66,16 @@ class ProximalGradient(AbstractUnrollable):
     def heeds(self) -> frozenset[Feature]:
         return frozenset({Feature.prox})
 
+    @property
+    def residual_step(self) -> float | None:
+        return self.step
+
+    def with_tolerance(self, tol: float) -> ProximalGradient:
+        return replace(self, tol=tol)
+
+    def with_steps(self, steps: int) -> ProximalGradient:
+        return replace(self, max_steps=steps, min_steps=0)
+
     def tuned(self, objective: Objective, y0: Tensor) -> ProximalGradient:
         if self.step is not None:
             return self
@@ -95,11 +105,4 @@ class ProximalGradient(AbstractUnrollable):
                     break
                 y, steps = torch.where(moving.unsqueeze(-1), moved, y), steps + 1
                 objective.tally.inner_steps += int(moving.sum())
-        statuses = tuple(_status(norm, tol) for norm in residual.reshape(-1).tolist())
-        return Solved(y, statuses, residual, steps)
-
-
-def _status(residual: float, tol: float) -> Status:
-    if not math.isfinite(residual):
-        return Status.nonfinite
-    return Status.successful if residual <= tol or tol == 0 else Status.max_steps
+        return Solved(y, judged_rows(residual, tol or math.inf), residual, steps)

@@ -13,7 +13,21 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from bilevel import AID, ESJ, KKT, BilevelProblem, FiniteDifference, Penalty, Polytope, Status, hypergradient
+from bilevel import (
+    AID,
+    ESJ,
+    ITD,
+    KKT,
+    BilevelProblem,
+    Checkpointed,
+    FiniteDifference,
+    Forward,
+    Penalty,
+    Polytope,
+    Reverse,
+    Status,
+    hypergradient,
+)
 from bilevel._calculus import Linearization
 from bilevel._linear import ANY, LinearOperator, OperatorProperties
 from bilevel.extending import (
@@ -33,9 +47,21 @@ from bilevel.extending import (
     outer_gradients,
     report,
 )
+from bilevel.hypergrad.unrolling.form import AbstractUnrolling
 from bilevel.inner_problems import Composite, Iteration, LinearlyConstrained, SmoothMinimization, inner_problem
 from bilevel.prox import L1, AbstractProxTerm, LInfBall
-from bilevel.solvers import CG, GMRES, LBFGS, ClosedForm, Dense, ProximalGradient, QuadraticProgram
+from bilevel.solvers import (
+    CG,
+    GMRES,
+    LBFGS,
+    ClosedForm,
+    Dense,
+    GradientDescent,
+    Iterate,
+    OwnSteps,
+    ProximalGradient,
+    QuadraticProgram,
+)
 
 DOUBLE = torch.float64
 
@@ -349,6 +375,52 @@ def test_a_term_that_is_not_separable_is_refused_implicitly_and_not_by_differenc
     found = hypergradient(problem, X, Y0, estimator=FiniteDifference(PROXIMAL))
     expected = hypergradient(COMPOSITE, X, Y0, estimator=AID(PROXIMAL, CG()))
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-6, atol=1e-6)
+
+
+FORMS = [Reverse(), Checkpointed(), Forward()]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
+def test_unrolled_proximal_steps_tend_to_the_implicit_gradient(form: AbstractUnrolling) -> None:
+    A, b, c = lasso(4)
+    problem = BilevelProblem(
+        lambda x, y: c @ y, lambda x, y: (A @ y - b).square().sum() / 2, prox=lambda x: L1(x.exp())
+    )
+    x, y0 = torch.zeros(5, dtype=DOUBLE), torch.zeros(5, dtype=DOUBLE)
+    exact = hypergradient(problem, x, y0, estimator=AID(PROXIMAL, CG(1e-12)))
+    itd = ITD(ProximalGradient(max_steps=2000, tol=None), unrolling=form)
+    torch.testing.assert_close(hypergradient(problem, x, y0, estimator=itd).grad, exact.grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)
+@pytest.mark.parametrize("with_g", [True, False])
+def test_a_step_of_ones_own_knows_its_number_and_a_length_that_depends_on_x(
+    form: AbstractUnrolling, with_g: bool
+) -> None:
+    """y_{k+1} = y_k - exp(x_0) (k + 1) / 20 grad g, with a momentum that y carries along, against differences."""
+
+    def step(x: Any, y: Any, *rest: Any) -> Any:
+        gradient, k = rest if with_g else ({"a": y["a"] - x, "m": 0 * y["m"]}, *rest)
+        m = 0.5 * y["m"] + gradient["a"]
+        return {"a": y["a"] - x[0].exp() * (k + 1) / 20 * m, "m": m}
+
+    inner = Iteration(step, steps=5, objective_function=(lambda x, y: g(x, y["a"])) if with_g else None)
+    problem = BilevelProblem(lambda x, y: f(x, y["a"]), inner=inner)
+    y0 = {"a": Y0, "m": Y0}
+    exact = hypergradient(problem, X, y0, estimator=ITD(OwnSteps(), unrolling=form))
+    differences = hypergradient(problem, X, y0, estimator=FiniteDifference(OwnSteps()))
+    torch.testing.assert_close(exact.grad, differences.grad, rtol=1e-7, atol=1e-8)
+    assert exact.status.ok and exact.stats.inner_steps == 5
+    assert exact.stats.gradients == (0 if not with_g else exact.stats.gradients)
+    with pytest.raises(ValueError, match=r"must heed the steps that the inner problem consists of.*Use `OwnSteps`"):
+        hypergradient(problem, X, y0, estimator=ITD(Iterate(GradientDescent(0.1), 5), unrolling=form))
+    by_name = hypergradient(problem, X, y0, estimator="itd")
+    torch.testing.assert_close(by_name.grad, exact.grad)
+
+
+def test_own_steps_are_for_iterations_only() -> None:
+    with pytest.raises(ValueError, match="takes the steps of an inner problem that is an iteration"):
+        hypergradient(SMOOTH, X, Y0, estimator=AID(OwnSteps(), CG()))
 
 
 # Proximal terms
