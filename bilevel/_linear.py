@@ -141,6 +141,14 @@ class AbstractLinearSolver(abc.ABC):
         """What the method needs of A: the strictest unless it says otherwise. Without it, an estimate is refused."""
         return POSITIVE_DEFINITE
 
+    @property
+    def tolerates_indefinite(self) -> bool:
+        """Whether it solves with a symmetric A that was declared positive definite and is not; False unless it says so.
+
+        Others report it by a status. What `check` finds of the curvature is held against this.
+        """
+        return False
+
     @abc.abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b.

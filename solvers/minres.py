@@ -64,6 +64,10 @@ class MINRES(AbstractLinearSolver):
     def demands(self) -> OperatorProperties:
         return SYMMETRIC
 
+    @property
+    def tolerates_indefinite(self) -> bool:
+        return True
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         demand(operator, "MINRES", self.demands)
         return solve_by_runs(_run, operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)

@@ -34,7 +34,6 @@ STATED = {
     "itd-checkpointed": (1e-4, 2e-2),
     "itd-truncated": (0.3, 0.3),
     "one-step": (1.0, 1.0),
-    "first-order": (1.1, 1.1),
     "esj": (1e-3, 0.1),
     "penalty": (1e-3, 5e-2),
     "finite-difference": (1e-4, 2e-2),
@@ -64,7 +63,7 @@ def problem_of(name: str, c_g: float, c_f: float, double: bool) -> tuple[Bilevel
 
 
 def test_every_name_has_a_stated_accuracy() -> None:
-    assert STATED.keys() == estimators().keys()
+    assert STATED.keys() == estimators().keys() - {"first-order"}  # which is of a start that depends on x
     assert all(estimators().values())
 
 
@@ -101,7 +100,7 @@ def test_singular_hessian_without_a_hypergradient_is_reported(name: str) -> None
     assert found.message != ""
 
 
-@pytest.mark.parametrize("name", [name for name in STATED if name not in ("aid-nystrom", "first-order")])
+@pytest.mark.parametrize("name", [name for name in STATED if name != "aid-nystrom"])
 def test_consistent_singular_hessian_is_mastered_or_reported(name: str) -> None:
     instance = rank_deficient(consistent=True)
     x = instance.x0 + 0.3
@@ -147,7 +146,7 @@ def test_minimize_by_name_reaches_the_minimizer(name: str) -> None:
         instance.problem, instance.x0, instance.y0, estimator=name, outer=GradientDescent(0.6), max_steps=25
     )
     assert solution.status is Status.successful
-    if name not in ("one-step", "first-order", "itd-truncated", "aid-nystrom"):
+    if name not in ("one-step", "itd-truncated", "aid-nystrom"):
         assert distance(solution.x, instance.minimizer) <= 3e-2
         assert instance.gradient is not None
         assert float((solution.estimate.grad - instance.gradient(solution.x)).norm()) <= 1e-3

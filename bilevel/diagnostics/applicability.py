@@ -1,30 +1,50 @@
-"""Which estimators apply to a problem, by what was found of it."""
+"""Which estimators apply to a problem: what they declare against what was found of it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from bilevel._estimate import AbstractEstimator
 from bilevel.diagnostics.findings import Findings
+from bilevel.diagnostics.subject import Subject
+from bilevel.named.registry import build
+from bilevel.requirements.properties import Property
+from bilevel.requirements.why_not import why_not
+
+# Enough for every name to take a step; estimators of a budget are built without the solves that accurate defaults take.
+_BUDGET = 10_000
 
 
-def why_not_applicable(name: str, found: Findings) -> str:
+def why_not_applicable(name: str, subject: Subject, found: Findings) -> str:
     """Why the estimator of that name does not apply; empty if it does."""
-    implicit, unrolled = name.startswith(("aid", "kkt")), name.startswith(("itd", "one-step"))
-    by_values = name == "finite-difference"
     if "values" in found.wrong:
         return "f and g must run, and be finite, at (x, y0) first"
     if "g in y" in found.wrong:
         return "the derivative of g in y is not that of its values: no inner solver finds y*"
-    if found.wrong & {"f in x", "f in y"} and not by_values:
-        return "the derivative of f is not that of its values"
-    if found.detached and not by_values and name != "esj":
-        return "the derivative of grad_y g in x is zero to autograd: x is detached in g"
-    if found.constrained and (implicit or unrolled or name == "penalty") and name != "kkt":
-        return "y is constrained: grad_y g need not be zero at y*; use 'kkt'"
-    if not found.second_order and (implicit or unrolled):
-        return "an operation of g has no second derivative"
-    if found.dependence == "start" and (implicit or name == "penalty"):
-        return "y depends on x only through its start"
-    if not found.definite and name in ("aid-cg", "aid-neumann", "aid-dense", "aid-nystrom", "kkt"):
-        return "the inner Hessian is not positive definite at the solution"
+    problem = subject.problem.problem
+    indefinite = "" if found.definite else "the inner Hessian is not positive definite at the solution"
     if found.dependence == "none" and not found.detached:
         return "y does not depend on x: Phi(x) = f(x, y*) needs no estimator"
-    return ""
+    return why_not(_built(name, subject), problem, _lacking(found), indefinite)
+
+
+def _lacking(found: Findings) -> dict[Property, str]:
+    """What an estimator may require and the problem was found not to have, each with the reason."""
+    lacking: dict[Property, str] = {}
+    if found.wrong & {"f in x", "f in y"}:
+        lacking[Property.outer_gradient] = "the derivative of f is not that of its values"
+    if not found.second_order:
+        lacking[Property.second_derivatives] = "an operation of g has no second derivative"
+    if found.detached:
+        reason = "the derivative of grad_y g in x is zero to autograd: x is detached in g"
+        lacking |= {Property.second_derivatives: reason, Property.beyond_start: reason}
+    elif found.dependence == "start":
+        lacking[Property.beyond_start] = "y depends on x only through its start"
+    return lacking
+
+
+def _built(name: str, subject: Subject) -> AbstractEstimator:
+    try:
+        return build(name, replace(subject.setting, budget=_BUDGET))
+    except ValueError:  # a registered name whose builder knows no budgets
+        return build(name, subject.setting)

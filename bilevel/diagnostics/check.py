@@ -85,7 +85,7 @@ def check(
     subject = Subject(flat, x_vector, y_vector, start, inner, generator)
     found = _tested(subject)
     names = {name: implicit_name(flat) if name == IMPLICIT else name for name in estimators()}
-    applicable = {name: why_not_applicable(meant, found) for name, meant in names.items()}
+    applicable = {name: why_not_applicable(meant, subject, found) for name, meant in names.items()}
     return Check(found.verdicts, found.dependence, applicable)
 
 

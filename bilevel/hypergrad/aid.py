@@ -107,7 +107,9 @@ class AID(AbstractImplicit):
     def requires(self) -> frozenset[Property]:
         if self._has_target:
             return self.certified(self.target_error, self.relative_error, self.constants).requires
-        needed = frozenset({Property.stationary, Property.second_derivatives, Property.beyond_start})
+        needed = frozenset(
+            {Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient}
+        )
         return needed - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else needed
 
     def certified(

@@ -75,7 +75,7 @@ class CompiledITD(AbstractEstimator):
 
     @property
     def requires(self) -> frozenset[Property]:
-        return frozenset({Property.steps, Property.smooth, Property.second_derivatives})
+        return frozenset({Property.steps, Property.smooth, Property.second_derivatives, Property.outer_gradient})
 
     @property
     def takes_encoding(self) -> bool:

@@ -91,7 +91,7 @@ class ESJ(AbstractEstimator):
 
     @property
     def requires(self) -> frozenset[Property]:
-        return frozenset()
+        return frozenset({Property.outer_gradient})
 
     def with_seed(self, seed: int) -> ESJ:
         return replace(self, seed=seed)

@@ -25,10 +25,10 @@ class FirstOrder(AbstractEstimator):
     """h = grad_x f(x, y_N) + (d init/dx)' grad_y f(x, y_N): y_N is taken to move with x exactly as its start does.
 
     What `ITD` gives with every gradient of g held constant. Where the start is x itself this is first-order MAML,
-    h = grad f(y_N); where the problem has no `init`, y_N is a constant and h = grad_x f.
+    h = grad f(y_N). Where the problem has no `init` nothing would be left of J' grad_y f, and the problem is refused.
 
     Biased, whatever N. For MAML on a quadratic with inner Hessian H the true gradient is (I - step H)^N h: near h only
-    while N step |H| is small. Without `init` all of the implicit term is missing, J' grad_y f.
+    while N step |H| is small.
 
     Cost: the inner solve and one gradient of f. Memory O(q), whatever N.
 
@@ -36,6 +36,9 @@ class FirstOrder(AbstractEstimator):
 
     Args:
         inner: any inner solver.
+
+    Raises:
+        ValueError: from `estimate`, if the start of y does not depend on x (there is no `init`).
 
     Example:
         >>> from bilevel import BilevelProblem, hypergradient
@@ -55,7 +58,7 @@ class FirstOrder(AbstractEstimator):
 
     @property
     def requires(self) -> frozenset[Property]:
-        return frozenset()
+        return frozenset({Property.outer_gradient, Property.start_in_x})
 
     @property
     def takes_encoding(self) -> bool:

@@ -105,7 +105,7 @@ class ITD(AbstractEstimator):
 
     @property
     def requires(self) -> frozenset[Property]:
-        return frozenset({Property.steps, Property.second_derivatives})
+        return frozenset({Property.steps, Property.second_derivatives, Property.outer_gradient})
 
     @property
     def takes_encoding(self) -> bool:

@@ -68,7 +68,9 @@ class Penalty(AbstractEstimator):
 
     @property
     def requires(self) -> frozenset[Property]:
-        return frozenset({Property.stationary, Property.minimum, Property.smooth, Property.beyond_start})
+        return frozenset(
+            {Property.stationary, Property.minimum, Property.smooth, Property.beyond_start, Property.outer_gradient}
+        )
 
     @property
     def takes_encoding(self) -> bool:

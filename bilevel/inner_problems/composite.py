@@ -71,7 +71,7 @@ class Composite(AbstractInnerProblem):
 
     @property
     def offers(self) -> frozenset[Property]:
-        return frozenset({Property.stationary, Property.steps, Property.second_derivatives, Property.beyond_start})
+        return frozenset({Property.stationary, Property.steps})
 
     @property
     def refusal(self) -> str:

@@ -54,7 +54,7 @@ class LinearlyConstrained(AbstractInnerProblem):
 
     @property
     def offers(self) -> frozenset[Property]:
-        return frozenset({Property.stationary, Property.minimum, Property.second_derivatives, Property.beyond_start})
+        return frozenset({Property.stationary, Property.minimum})
 
     @property
     def refusal(self) -> str:

@@ -67,8 +67,7 @@ class Iteration(AbstractInnerProblem):
 
     @property
     def offers(self) -> frozenset[Property]:
-        offered = {Property.steps, Property.second_derivatives, Property.beyond_start}
-        return frozenset(offered | ({Property.smooth} if self.step is None else set()))
+        return frozenset({Property.steps, Property.smooth} if self.step is None else {Property.steps})
 
     @property
     def refusal(self) -> str:

@@ -14,7 +14,7 @@ from bilevel._inner import Objective, smooth_objective
 from bilevel._linear import POSITIVE_DEFINITE, OperatorProperties
 from bilevel._result import Solved
 from bilevel.inner_problems.kind import AbstractInnerProblem
-from bilevel.requirements.properties import STRICTEST, Property
+from bilevel.requirements.properties import Property
 
 
 @final
@@ -41,7 +41,7 @@ class SmoothMinimization(AbstractInnerProblem):
 
     @property
     def offers(self) -> frozenset[Property]:
-        return STRICTEST
+        return frozenset({Property.stationary, Property.minimum, Property.smooth, Property.steps})
 
     @property
     def refusal(self) -> str:

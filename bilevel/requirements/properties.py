@@ -9,9 +9,10 @@ from typing import final
 class Property(enum.Enum):
     """A property of an inner problem; the value says it in words.
 
-    A kind of inner problem declares which it offers, an estimator which it requires, and one place compares them before
-    every estimate (`bilevel._apply`). Two are not declared by a kind: `beyond_start` is seen where a derivative in x is
-    formed, at no cost, and `start_in_x` is whether the problem has an `init`.
+    A kind of inner problem declares which of the first four it offers, an estimator which of all it requires, and one
+    place compares them before every estimate (`bilevel.requirements.why_not`). The last is whether the problem has an
+    `init`; those between are taken for granted until they are found missing, where a derivative is formed or by
+    `check`.
 
     Example:
         >>> Property.stationary.value
@@ -24,7 +25,11 @@ class Property(enum.Enum):
     steps = "differentiable steps lead to y"
     second_derivatives = "g has second derivatives in torch"
     beyond_start = "y depends on x by more than the start of the inner iteration"
+    outer_gradient = "f has the derivatives that its values have"
     start_in_x = "the start of the inner iteration depends on x"
+
+
+FOUND = frozenset({Property.second_derivatives, Property.beyond_start, Property.outer_gradient})  # missing, if they are
 
 
 class Feature(enum.Enum):

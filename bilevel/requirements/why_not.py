@@ -12,10 +12,15 @@ from bilevel._linear import AbstractLinearSolver, unmet
 from bilevel._problem import BilevelProblem
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.requirements.properties import Feature, Property
+from bilevel.requirements.properties import FOUND, Feature, Property
 
 
-def why_not(estimator: object, problem: BilevelProblem, lacking: Mapping[Property, str] = MappingProxyType({})) -> str:
+def why_not(
+    estimator: object,
+    problem: BilevelProblem,
+    lacking: Mapping[Property, str] = MappingProxyType({}),
+    indefinite: str = "",
+) -> str:
     """Why an estimator, or a whole algorithm, does not apply to a problem, as far as that is declared; empty: it does.
 
     What it requires is compared with what the kind of inner problem offers, what the kind has beyond a smooth
@@ -26,17 +31,18 @@ def why_not(estimator: object, problem: BilevelProblem, lacking: Mapping[Propert
         estimator: the estimator, or the algorithm.
         problem: the problem.
         lacking: properties that the problem was found to lack, each with the reason.
+        indefinite: why the linearization is not positive definite, where it was found not to be.
     """
     if not isinstance(estimator, AbstractRequiring):
         return ""
     kind = inner_problem(problem)
-    offered = kind.offers if problem.init is None else kind.offers | {Property.start_in_x}
+    offered = kind.offers | FOUND if problem.init is None else kind.offers | FOUND | {Property.start_in_x}
     missing = (estimator.requires - offered) | (estimator.requires & lacking.keys())
     if missing:
         needed = min(missing, key=list(Property).index)
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
-    whys = [_why_not_part(estimator, name, part, kind) for name, part in _parts(estimator)]
-    inside = (why_not(part, problem, lacking) for _, part in _parts(estimator))
+    whys = [_why_not_part(estimator, name, part, kind, indefinite) for name, part in _parts(estimator)]
+    inside = (why_not(part, problem, lacking, indefinite) for _, part in _parts(estimator))
     return next((why for why in (*sorted(whys, key=_wholly), *inside) if why), "")
 
 
@@ -48,7 +54,7 @@ def _wholly(why: str) -> bool:
     return "does not apply" not in why
 
 
-def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInnerProblem) -> str:
+def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInnerProblem, indefinite: str) -> str:
     """Why a solver that the estimator is made of cannot be used for this kind of inner problem."""
     if isinstance(part, AbstractInnerSolver) and kind.features:
         ignored = kind.features - part.heeds
@@ -63,6 +69,8 @@ def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInne
         if lacks:
             other = f"Or take another `{name}=`: `{_name(part)}` {lacks}"
             return refusal(estimator, f"{kind.refusal} {other}")
+        if indefinite and not part.tolerates_indefinite:
+            return refusal(estimator, indefinite)
     return ""
 
 
