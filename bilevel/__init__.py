@@ -23,6 +23,7 @@ from bilevel._result import (
 )
 from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
+from bilevel.algorithms.registry import register_algorithm as register_algorithm
 from bilevel.certificates.certificate import (
     Assumption as Assumption,
     Certificate as Certificate,
@@ -53,4 +54,5 @@ from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.modules.functional import Functional as Functional, functional as functional
 from bilevel.named.auto import Auto as Auto
 from bilevel.named.registry import estimators as estimators, register_estimator as register_estimator
-from bilevel.outer.minimize import Record as Record, Solution as Solution, minimize as minimize
+from bilevel.outer.minimize import minimize as minimize
+from bilevel.outer.solution import Record as Record, Solution as Solution

@@ -191,11 +191,18 @@ class Stats:
         return {f.name: getattr(self, f.name) for f in fields(Stats)}
 
 
+_COUNTS = tuple(field.name for field in fields(Stats))  # once: looking them up takes as long as a small gradient
+
+
 @final
 class Tally:
-    """A running count of oracle calls, local to one estimate; :meth:`stats` reads it."""
+    """A running count of oracle calls; :meth:`stats` reads it."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin again at zero."""
         self.gradients = self.hvps = self.cross_products = self.outer_gradients = 0
         self.values = self.inner_steps = self.linear_steps = 0
 
@@ -206,7 +213,7 @@ class Tally:
 
     def stats(self) -> Stats:
         """What has been counted so far."""
-        return Stats(*(getattr(self, f.name) for f in fields(Stats)))
+        return Stats(*(getattr(self, name) for name in _COUNTS))
 
 
 @final

@@ -155,6 +155,11 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     _add_problem(command)
     add = command.add_argument
     add("--estimator", metavar="NAME", help="how hypergradients are estimated (see `bilevel list`)")
+    add(
+        "--algorithm",
+        metavar="NAME",
+        help="a whole algorithm with its own steps (see `bilevel list`), in the place of --estimator and --outer",
+    )
     add("--outer", metavar="NAME", help="the outer method (see `bilevel list`); default: the problem's, or adam")
     add("--step", type=_number(float, "a positive number", lambda step: step > 0), help="its step length")
     add("--steps", type=_number(int, "an integer >= 0", lambda steps: steps >= 0), help="how many outer steps")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from cases import bits
 
 import bilevel
 from bilevel._files import write_atomically
@@ -193,15 +194,56 @@ def test_without_out_each_run_gets_a_folder_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_driver_runs_its_own_loop_and_cannot_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_driver_runs_its_own_loop_and_goes_on_as_if_it_had_not_stopped() -> None:
     pytest.importorskip("scipy")
     assert run("quadratic", "--outer", "scipy-minimize", "--tol", "1e-6") == 0
     assert result()["final"]["grad_norm"] <= 1e-6
     minimizer = quadratic().minimizer
     assert minimizer is not None
     assert torch.allclose(solution()["x"], minimizer, atol=1e-5)
-    assert run("quadratic", "--resume") == 2
-    assert "no run to resume" in error_line(capsys)
+    assert run("nested", "--outer", "scipy-minimize", "--steps", "3", out="parts") == 0
+    assert run("nested", "--resume", "--steps", "12", out="parts") == 0
+    assert run("nested", "--outer", "scipy-minimize", "--steps", "12", out="whole") == 0
+    assert without_seconds(history("parts")) == without_seconds(history("whole"))
+    for name in ("x", "y"):
+        assert bits(solution("parts")[name]) == bits(solution("whole")[name])
+    assert run("nested", "--resume", out="parts") == 0
+    assert without_seconds(history("parts")) == without_seconds(history("whole"))
+
+
+@pytest.mark.usefixtures("here")
+def test_an_algorithm_is_run_by_name_recorded_and_kept_on_resuming(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quadratic", "--algorithm", "soba", "--steps", "6", "--out", "parts"]) == 0
+    assert "quadratic: soba" in capsys.readouterr().out
+    assert result("parts")["settings"]["algorithm"] == result("parts")["settings"]["chosen"]["algorithm"] == "soba"
+    assert run("quadratic", "--resume", "--steps", "9", out="parts") == 0
+    assert run("quadratic", "--algorithm", "soba", "--steps", "9", out="whole") == 0
+    assert torch.equal(solution("parts")["x"], solution("whole")["x"])
+    assert without_seconds(history("parts")) == without_seconds(history("whole"))
+    instance = quadratic()
+    direct = bilevel.minimize(instance.problem, instance.x0, instance.y0, algorithm="soba", max_steps=9)
+    assert torch.equal(solution("whole")["x"], direct.x)
+    assert result("whole")["stats"]["hvps"] == 10
+    assert run("quadratic", "--resume", "--algorithm", "descent", out="parts") == 2
+    assert "algorithm descent (it was soba)" in error_line(capsys)
+    assert run("quadratic", "--algorithm", "descent", "--estimator", "itd", "--steps", "1", out="descent") == 0
+    assert result("descent")["settings"]["algorithm"] == "descent"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_problem_may_come_with_its_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    file = user_file("""
+        from bilevel.algorithms import SOBA
+        single = Instance(problem, x0, y0, settings={"algorithm": SOBA(0.5, 0.1), "max_steps": 5, "warm_start": False})
+    """)
+    assert run(f"{file}:single") == 0
+    assert result()["settings"]["chosen"]["algorithm"].startswith("SOBA(inner_step=0.5")
+    assert run(f"{file}:single", "--resume", "--steps", "7") == 0
+    assert len(history()) == 8
+    assert run(f"{file}:single", "--estimator", "itd", out="other") == 0
+    assert result("other")["settings"]["chosen"]["estimator"] == "itd"
+    assert run(f"{file}:single", "--seed", "1", out="seeded") == 0
+    assert "--seed has no effect" in capsys.readouterr().err
 
 
 # Resuming
@@ -679,6 +721,9 @@ def test_a_seed_without_effect_is_noted(capsys: pytest.CaptureFixture[str]) -> N
     ("words", "complaint"),
     [
         (["run", "quadratic", "--estimator", "aid"], "there is no estimator 'aid'"),
+        (["run", "quadratic", "--algorithm", "sobba"], "there is no algorithm 'sobba'. Names: descent, soba"),
+        (["run", "quadratic", "--algorithm", "soba", "--step", "1"], "leave out --step, which belong to"),
+        (["run", "maml-sinusoid", "--algorithm", "soba"], "does not apply to few-shot experiments"),
         (["run", "quadratic", "--outer", "sgd"], "there is no outer method 'sgd'. Names: adam, "),
         (["run", "quadratic", "--outer", "gd"], "`--outer gd` needs a step length"),
         (["run", "quadratic", "--outer", "scipy-minimize", "--step", "1"], "leave out `--step`"),
@@ -966,20 +1011,22 @@ def history_lines() -> list[str]:
 
 
 @pytest.mark.usefixtures("here")
-def test_interrupting_a_driver_says_that_nothing_can_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_driver_can_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy")
     file = user_file("""
         calls = []
         def f(x, y):
             calls.append(1)
-            if len(calls) > 3:
+            if len(calls) == 4:
                 raise KeyboardInterrupt
             return (y - target).square().sum() + (x - target).pow(4).sum()
         stops = BilevelProblem(f, problem.g)
     """)
     assert run(f"{file}:stops", "--outer", "scipy-minimize") == 130
-    assert "keeps no checkpoint" in capsys.readouterr().err
+    assert "Continue with: bilevel run mine.py:stops --out out --resume" in capsys.readouterr().err
     assert result()["status"] == "interrupted"
-    assert result()["x"] is None
-    assert not Path("out/solution.pt").exists()
-    assert len(history()) >= 1
+    assert len(history()) == result()["steps"] == 3
+    assert run(f"{file}:stops", "--resume") == 0
+    assert run(f"{file}:stops", "--outer", "scipy-minimize", out="whole") == 0
+    assert torch.equal(solution()["x"], solution("whole")["x"])
+    assert without_seconds(history()) == without_seconds(history("whole"))

@@ -29,6 +29,7 @@ import torch
 
 import bilevel
 from bilevel import cli
+from bilevel.algorithms import registry as _algorithms
 from bilevel.commands.arguments import takes
 from bilevel.experiments.catalogue import experiments
 from bilevel.named import registry as _registry
@@ -124,7 +125,8 @@ def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    monkeypatch.setattr(_registry, "_REGISTERED", dict(_registry._REGISTERED))  # a page may add a name
+    for names in (_registry, _algorithms):  # a page may add a name
+        monkeypatch.setattr(names, "_REGISTERED", dict(names._REGISTERED))
     yield vars(module)
     torch.set_default_dtype(dtype)
 
@@ -184,6 +186,7 @@ def check_bilevel(words: Sequence[str]) -> None:
     assert problem in builds, f"there is no problem {problem!r}"
     named = getattr(options, "estimator", None) or []
     assert set([named] if isinstance(named, str) else named) <= set(bilevel.estimators())
+    assert getattr(options, "algorithm", None) in (None, *_algorithms.available())
     for word in options.set:
         assert takes(builds[problem], word.partition("=")[0]), f"{problem} has no argument of {word}"
 

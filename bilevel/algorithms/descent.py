@@ -1,99 +1,101 @@
-"""Whole bilevel algorithms as values with `init`, `evaluate` and `step`, run by `minimize`."""
+"""Descent along hypergradient estimates."""
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
-from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
-from bilevel._flat import FlatProblem
-from bilevel._numerics.rows import row_norms
+from bilevel._estimate import AbstractEstimator, FlatStart
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._validate import demand_types
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluation
+from bilevel.algorithms.oracle import Oracle
+from bilevel.requirements.properties import Property
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class OuterState:
-    """Everything that the rest of a run depends on: from equal states, equal bits follow.
+class DescentState:
+    """Everything that the rest of a descent depends on.
 
     Attributes:
-        step: how many outer steps were taken.
         x: the outer iterate `(p,)`.
-        start: the warm start for the estimate at x.
+        y: where the next inner solve starts.
+        v: where the next linear solve starts, or None.
         memory: the outer optimizer's state.
     """
 
-    step: int
     x: Tensor
-    start: FlatStart
+    y: Tensor
+    v: Tensor | None
     memory: OptimizerState
-
-
-class AbstractAlgorithm(abc.ABC):
-    """A bilevel algorithm: at each step an estimate at the current x, then a move.
-
-    Algorithms that interleave the levels keep their inner and linear iterates in `OuterState.start`.
-    """
-
-    @abc.abstractmethod
-    def init(self, x: Tensor, start: FlatStart) -> OuterState:
-        """The state before the first step."""
-
-    @abc.abstractmethod
-    def evaluate(self, problem: FlatProblem, state: OuterState) -> FlatEstimate:
-        """The hypergradient estimate at `state.x`, on this step's data."""
-
-    @abc.abstractmethod
-    def step(self, state: OuterState, found: FlatEstimate) -> OuterState:
-        """The state after a step along the estimate."""
-
-    @abc.abstractmethod
-    def stationarity(self, state: OuterState, found: FlatEstimate) -> Tensor:
-        """What `tol` is compared with: `()`."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Descent(AbstractAlgorithm):
-    """x <- P(step(x, h)): any estimator, any optimizer, and a projection where x is constrained.
+class Descent(AbstractAlgorithm[DescentState]):
+    """x <- P(step(x, h)): any hypergradient estimate h, any optimizer, and a projection where x is constrained.
+
+    What `minimize` runs where it is given `estimator=` and `outer=`, or neither.
+
+    Cost: one estimate a step. A step draws one batch of f and one of g.
 
     Args:
-        estimator: estimates h.
+        estimator: estimates h, solving the inner problem at each step.
         outer: the outer optimizer.
-        project: the projection onto the constraint, or None.
         warm_start: start each estimate from the inner and linear solutions of the one before.
         chunk_size: in task mode, how many tasks to treat at a time.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if the optimizer's step size is left open.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import AID, BilevelProblem, minimize
+        >>> from bilevel.solvers import CG, LBFGS, GradientDescent
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> x0 = torch.tensor(0.0, dtype=torch.float64)
+        >>> descent = Descent(AID(LBFGS(), CG()), GradientDescent(0.5))
+        >>> round(float(minimize(problem, x0, x0, algorithm=descent).x), 4)
+        3.0
     """
 
     estimator: AbstractEstimator
     outer: AbstractOptimizer
-    project: Callable[[Tensor], Tensor] | None = None
     warm_start: bool = True
     chunk_size: int | None = None
 
-    def init(self, x: Tensor, start: FlatStart) -> OuterState:
-        x = x if self.project is None else self.project(x)
-        return OuterState(0, x, start, self.outer.init(x))
+    def __post_init__(self) -> None:
+        demand_types(self, {"estimator": "an estimator such as `AID(LBFGS(), CG())`"})
+        if self.outer.needs_curvature:
+            raise ValueError(f"`Descent(outer={type(self.outer).__name__}())` needs a step size: pass `step=...`.")
 
-    def evaluate(self, problem: FlatProblem, state: OuterState) -> FlatEstimate:
-        return apply_estimator(self.estimator, problem, state.x, state.start, self.chunk_size)
+    @property
+    def requires(self) -> frozenset[Property]:
+        return frozenset()  # the estimator has requirements of its own
 
-    def step(self, state: OuterState, found: FlatEstimate) -> OuterState:
-        x, memory = self.outer.step(found.grad, state.x, state.memory)
-        x = x if self.project is None else self.project(x)
-        start = replace(state.start, count=state.start.count + 1)
-        if self.warm_start:
-            start = FlatStart(found.y, found.v, start.count)
-        return OuterState(state.step + 1, x.detach(), start, memory)
+    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> DescentState:
+        x = oracle.project(x)
+        return DescentState(x, y, None, self.outer.init(x))
 
-    def stationarity(self, state: OuterState, found: FlatEstimate) -> Tensor:
+    def evaluate(self, oracle: Oracle, state: DescentState) -> Evaluation:
+        start = FlatStart(state.y, state.v, oracle.step)
+        return Evaluation(apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size))
+
+    def step(self, oracle: Oracle, state: DescentState, found: Evaluation) -> DescentState:
+        h = found.estimate
+        x, memory = self.outer.step(h.grad, state.x, state.memory)
+        y, v = (h.y, h.v) if self.warm_start else (state.y, state.v)
+        return DescentState(oracle.project(x).detach(), y, v, memory)
+
+    def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluation) -> Tensor:
         # A projection moves no further than its argument: the certified error adds to either measure.
-        error = 0.0 if found.bound is None else found.bound
-        if self.project is None:
-            return row_norms(found.grad) + error
-        return row_norms(state.x - self.project(state.x - found.grad)) + error
+        error = 0.0 if found.estimate.bound is None else found.estimate.bound
+        return oracle.residual(state.x, found.estimate.grad) + error
+
+    def point(self, state: DescentState) -> tuple[Tensor, Tensor]:
+        return state.x, state.y

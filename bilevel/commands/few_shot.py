@@ -88,6 +88,8 @@ def _plan(request: Request, recorded: Mapping[str, Any] | None) -> _Plan:
     arguments = split(request.arguments)
     if request.tol is not None:
         raise ValueError("`--tol` does not apply to few-shot experiments: every step has other tasks.")
+    if request.algorithm is not None:
+        raise ValueError("`--algorithm` does not apply to few-shot experiments: their learners are trained by descent.")
     if recorded is not None:
         request, arguments = merge(request, arguments, recorded)
     experiment, _ = load_experiment(request.problem, arguments, request.seed)

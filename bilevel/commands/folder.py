@@ -15,7 +15,7 @@ from bilevel._files import write_atomically
 from bilevel._tree import Tree
 from bilevel.commands.result import plain
 from bilevel.outer.checkpoint import unreadable
-from bilevel.outer.minimize import Record
+from bilevel.outer.solution import Record
 
 
 @final

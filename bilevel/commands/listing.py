@@ -12,7 +12,6 @@ from typing import Any
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
-from bilevel.algorithms.descent import AbstractAlgorithm
 
 _SHORT = {"gd": "gradient-descent"}
 _ROLES: dict[str, type] = {
@@ -50,8 +49,8 @@ def outer_method(name: str) -> Callable[..., Any]:
 
 def contents() -> dict[str, dict[str, str]]:
     """By kind, every name with one line of description."""
-    import bilevel.algorithms.descent
     import bilevel.solvers
+    from bilevel.algorithms.registry import available
     from bilevel.experiments.catalogue import experiments
     from bilevel.named.registry import estimators
     from bilevel.problems import catalogue
@@ -68,9 +67,7 @@ def contents() -> dict[str, dict[str, str]]:
         name: _first_line(cls) + (f" (short: {short[name]})" if name in short else "")
         for name, cls in outer_methods().items()
     }
-    found["algorithms"] = {
-        _kebab(cls.__name__): _first_line(cls) for cls in _classes(bilevel.algorithms.descent, AbstractAlgorithm)
-    }
+    found["algorithms"] = available()
     return found
 
 

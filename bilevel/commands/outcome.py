@@ -14,7 +14,7 @@ from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
 from bilevel.commands.progress import note, number, table
 from bilevel.commands.result import describe, versions
-from bilevel.outer.minimize import Record
+from bilevel.outer.solution import Record
 
 
 @final
@@ -26,7 +26,7 @@ class Outcome:
         status: the name of a `Status`, "interrupted", or "failed" for an exception of f or g.
         message: what to do about it.
         steps: how many outer steps led to x; one more than the last record's where the run was stopped after a step.
-        point: x and y; None where the run was stopped inside an outer method that keeps no checkpoint.
+        point: x and y; None where no checkpoint could be written.
         history: the records.
     """
 
@@ -107,4 +107,4 @@ def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
         ("seconds", f"{content['seconds']:.2f}"),
         ("files", f"{folder.path}: {', '.join(files)}"),
     ]
-    table(f"{settings['problem']}: {settings['chosen']['estimator']}, {settings['chosen']['outer']}", rows)
+    table(f"{settings['problem']}: {', '.join(settings['chosen'].values())}", rows)

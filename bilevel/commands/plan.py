@@ -13,14 +13,15 @@ from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
 from bilevel._problem import check_signature
 from bilevel._tree import ravel
+from bilevel.algorithms.registry import DESCENT, available
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load
 from bilevel.named.registry import default_outer, demand_names, resolve
-from bilevel.outer.batches import stream
+from bilevel.outer.batches import first_batch
 
-_KNOWN = {"estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
-_FIXED = ("estimator", "outer", "step", "seed")  # what cannot change when a run is resumed
+_KNOWN = {"algorithm", "estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
+_FIXED = ("algorithm", "estimator", "outer", "step", "seed")  # what cannot change when a run is resumed
 
 
 @final
@@ -29,6 +30,7 @@ class Request:
     """The words of `bilevel run`; None where nothing was said."""
 
     problem: str
+    algorithm: str | None = None
     estimator: str | None = None
     outer: str | None = None
     step: float | None = None
@@ -85,6 +87,9 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
             f"the settings of {request.problem} have an unknown entry {sorted(unknown)[0]!r}."
             f" Known: {', '.join(sorted(_KNOWN))}."
         )
+    algorithm = _algorithm(request, known)
+    if algorithm is not None:
+        return _of_algorithm(request, arguments, instance, algorithm, seeded)
     estimator = request.estimator if request.estimator is not None else known.get("estimator", "implicit")
     if isinstance(estimator, str):
         demand_names(estimator)
@@ -95,17 +100,12 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
             notes.append(f"--seed has no effect: neither {request.problem} nor the estimator draws random numbers.")
         estimator = estimator if chosen is None else chosen
     outer, name, step = _outer(request, known)
-    options = {
-        "estimator": estimator,
-        "outer": outer,
-        "max_steps": request.steps if request.steps is not None else known.get("max_steps", 100),
-        "tol": request.tol if request.tol is not None else known.get("tol"),
-        **{key: known[key] for key in ("data", "constraint", "warm_start") if key in known},
-    }
+    options = {"estimator": estimator, "outer": outer, **_common(request, known, "warm_start")}
     settings = {
         "problem": request.problem,
         "set": arguments,
         "seed": request.seed,
+        "algorithm": None if request.algorithm is None else DESCENT,
         "estimator": asked,
         "outer": name,
         "step": step,
@@ -114,6 +114,60 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
         "chosen": {"estimator": estimator if isinstance(estimator, str) else repr(estimator), "outer": repr(outer)},
     }
     return Plan(instance, options, settings, notes)
+
+
+def _algorithm(request: Request, known: Mapping[str, Any]) -> Any:
+    """The whole algorithm that is asked for, or that the problem comes with; None: descent.
+
+    Raises:
+        ValueError: if there is no such algorithm, or it was given settings that belong to descent.
+    """
+    given = [f"--{name}" for name in ("estimator", "outer", "step") if getattr(request, name) is not None]
+    if request.algorithm is None:  # what the problem comes with gives way to what is asked for
+        algorithm = None if given else known.get("algorithm")
+        return None if algorithm == DESCENT else algorithm
+    if request.algorithm not in available():
+        raise ValueError(f"there is no algorithm {request.algorithm!r}. Names: {', '.join(available())}.")
+    if request.algorithm == DESCENT:
+        return None
+    if given:
+        raise ValueError(
+            f"`--algorithm {request.algorithm}` chooses its own steps: leave out {' and '.join(given)}, which belong to"
+            f" `--algorithm {DESCENT}`."
+        )
+    return request.algorithm
+
+
+def _of_algorithm(
+    request: Request, arguments: dict[str, str], instance: Instance, algorithm: Any, seeded: bool
+) -> Plan:
+    """The plan of a run of a whole algorithm."""
+    notes = []
+    if request.seed is not None and not seeded:
+        notes.append(f"--seed has no effect: neither {request.problem} nor the algorithm draws random numbers.")
+    options = {"algorithm": algorithm, **_common(request, instance.settings)}
+    settings = {
+        "problem": request.problem,
+        "set": arguments,
+        "seed": request.seed,
+        "algorithm": algorithm if isinstance(algorithm, str) else None,
+        "estimator": None,
+        "outer": None,
+        "step": None,
+        "steps": options["max_steps"],
+        "tol": options["tol"],
+        "chosen": {"algorithm": algorithm if isinstance(algorithm, str) else repr(algorithm)},
+    }
+    return Plan(instance, options, settings, notes)
+
+
+def _common(request: Request, known: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """The arguments of `minimize` that have nothing to do with the algorithm, and those of `more` that are known."""
+    return {
+        "max_steps": request.steps if request.steps is not None else known.get("max_steps", 100),
+        "tol": request.tol if request.tol is not None else known.get("tol"),
+        **{key: known[key] for key in ("data", "constraint", *more) if key in known},
+    }
 
 
 def merge(request: Request, arguments: dict[str, str], recorded: Mapping[str, Any]) -> tuple[Request, dict[str, str]]:
@@ -152,7 +206,7 @@ def _seeded(estimator: AbstractEstimator | str, instance: Instance, seed: int) -
     if not isinstance(estimator, AbstractEstimator):  # built as `minimize` would
         x, x_structure = ravel(instance.x0, "x0")
         y, y_structure = ravel(instance.y0, "y0")
-        batch = stream(instance.settings.get("data"))(0)
+        batch = first_batch(instance.settings.get("data"))
         check_signature(instance.problem, batch)
         flat = FlatProblem(instance.problem, x_structure, y_structure, batch)
         estimator = resolve(estimator, flat, x.detach().clone(), y.detach().clone())

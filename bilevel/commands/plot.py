@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from bilevel._instance import Instance
 from bilevel._tree import Tree
-from bilevel.outer.minimize import Record
+from bilevel.outer.solution import Record
 
 _WIDTH, _DPI = 9.0, 110
 

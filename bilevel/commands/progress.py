@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, TypeAlias, final
 
-from bilevel.outer.minimize import Record
+from bilevel.outer.solution import Record
 
 if TYPE_CHECKING:
     from bilevel.few_shot.train import Progress

@@ -20,7 +20,8 @@ from bilevel.commands.outcome import Outcome, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
 from bilevel.commands.raised import told
-from bilevel.outer.minimize import Record, Solution, minimize
+from bilevel.outer.minimize import minimize
+from bilevel.outer.solution import Record, Solution
 
 
 class Failure(Exception):  # noqa: N818  (its name is what the exit code says)
@@ -70,6 +71,8 @@ def _complete(before: Mapping[str, Any], made: Plan, folder: Folder) -> bool:
     """Whether the run that is to be resumed has succeeded, and all the steps that are asked for have been taken."""
     if before.get("status") != Status.successful.name or made.options["tol"] != before["settings"].get("tol"):
         return False
+    if isinstance(made.options.get("outer"), AbstractOuterDriver):  # its file counts evaluations
+        return bool(made.options["max_steps"] == before["settings"]["steps"])
     return bool(folder.read_checkpoint()["step"] >= made.options["max_steps"])
 
 
@@ -123,6 +126,9 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
                 first = False
             if record.status == Status.successful.name or record.step > 0:
                 folder.forget()
+            if record.step < len(records):  # a resumed outer method has asked for another point than before
+                del records[record.step :]
+                folder.write_history(records)
             records.append(record)
             folder.append_history(record)
             show(record)
@@ -133,7 +139,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
                 instance.x0,
                 instance.y0,
                 callback=callback,
-                checkpoint=None if isinstance(made.options["outer"], AbstractOuterDriver) else folder.checkpoint,
+                checkpoint=folder.checkpoint,
                 resume=request.resume,
                 throw=not request.keep_going,
                 **made.options,
@@ -141,14 +147,14 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
         except BilevelError as error:
             if not isinstance(error.partial, Solution):
                 raise
-            return _ended(error.partial), began, error
+            return _ended(error.partial, folder, records), began, error
         except KeyboardInterrupt as error:
             if folder.replaced.is_dir() or not (records or folder.checkpoint.exists()):
                 folder.clear()
                 raise
             step = records[-1].step if records else 0
             again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
-            kept = f"Continue with: {again}" if folder.checkpoint.exists() else "This outer method keeps no checkpoint."
+            kept = f"Continue with: {again}" if folder.checkpoint.exists() else "No checkpoint could be written."
             message = f"interrupted after step {step}. {kept}"
             return _stopped(instance, folder, records, "interrupted", message), began, error
         except Exception as error:
@@ -158,10 +164,12 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
                 raise
             message = f"stopped after step {records[-1].step}: {told(error, request.problem)}"
             return _stopped(instance, folder, records, "failed", message), began, error
-    return _ended(solution), began, None
+    return _ended(solution, folder, records), began, None
 
 
-def _ended(solution: Solution) -> Outcome:
+def _ended(solution: Solution, folder: Folder, records: list[Record]) -> Outcome:
+    if len(solution.history) != len(records):  # a resumed outer method needed fewer evaluations than before
+        folder.write_history(solution.history)
     message = "" if solution.status.ok else f"the run did not succeed. {solution.message}"
     return Outcome(solution.status.name, message, solution.history[-1].step, (solution.x, solution.y), solution.history)
 

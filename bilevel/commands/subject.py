@@ -9,7 +9,7 @@ from typing import Any, final
 from bilevel._instance import Instance
 from bilevel.commands.arguments import split
 from bilevel.commands.loading import load
-from bilevel.outer.batches import stream
+from bilevel.outer.batches import first_batch
 
 
 @final
@@ -31,4 +31,4 @@ class Subject:
 def subject(problem: str, settings: Sequence[str], seed: int | None) -> Subject:
     """What PROBLEM, `--set` and `--seed` name; see :func:`bilevel.commands.loading.load`."""
     instance, seeded = load(problem, split(settings), seed)
-    return Subject(instance, stream(instance.settings.get("data"))(0), seeded)
+    return Subject(instance, first_batch(instance.settings.get("data")), seeded)

@@ -6,7 +6,7 @@ import os
 from typing import Any, final
 
 from bilevel.few_shot.validate import Validation
-from bilevel.outer.minimize import Record
+from bilevel.outer.solution import Record
 
 
 @final

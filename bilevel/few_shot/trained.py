@@ -12,7 +12,7 @@ from bilevel._result import Stats
 from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.validate import Validation
-from bilevel.outer.minimize import Record
+from bilevel.outer.solution import Record
 
 Ended: TypeAlias = Literal["max_steps", "patience", "seconds", "callback", "failed"]
 

@@ -18,7 +18,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import Reporting
 from bilevel.few_shot.trained import Ended, Progress, Trained
 from bilevel.few_shot.validate import Validation, Validations
-from bilevel.outer.minimize import Record, Solution
+from bilevel.outer.solution import Record, Solution
 from bilevel.tasks.ragged import check_batch
 
 

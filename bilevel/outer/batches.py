@@ -1,4 +1,4 @@
-"""What f and g are called with at each outer step: a fixed batch, a loader, or a callable."""
+"""What f and g are called with: one batch for every step, a loader, or a callable, as numbered batches."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, final
 from torch import Tensor
 
 from bilevel._problem import Split
+from bilevel.algorithms.oracle import AbstractData
 
 
-def stream(data: Any) -> Callable[[int], Any]:
-    """A function step -> batch, to be called with steps that never decrease.
+def sources(data: Any) -> AbstractData | Split:
+    """Numbered batches from what `minimize(data=...)` is given; for a `Split` from each of its sides.
 
-    A tensor, a mapping or a tuple is one batch, used at every step. Any other iterable (a list of batches, a
-    DataLoader) yields a batch a step and starts again at its end. A callable is called with the step. A `Split`
-    treats its two sides so, each on its own.
+    A tensor, a mapping or a tuple is one batch, whatever the number. Any other iterable (a list of batches, a
+    DataLoader) yields batches in order and starts again at its end. A callable is called with the number.
 
     Raises:
-        ValueError: (from the function) if an iterable yields nothing.
         TypeError: if `data` is none of these, is an iterator, which cannot be started again, or an array or a list of
             arrays or numbers, which torch functions do not take.
     """
     if isinstance(data, Split):
-        f, g = stream(data.f), stream(data.g)
-        return lambda step: Split(f(step), g(step))
+        return Split(sources(data.f), sources(data.g))
+    if isinstance(data, AbstractData):
+        return data
     if data is None or isinstance(data, Tensor | Mapping | tuple):
-        return lambda step: data  # noqa: ARG005
+        return _OneBatch(data)
     if isinstance(data, Iterator):
         raise TypeError(
             f"`minimize(data=...)` must be something that can be started again. Got an iterator"
@@ -37,14 +37,24 @@ def stream(data: Any) -> Callable[[int], Any]:
             _refuse_array(batch, f"data[{i}]", "A list is a loader, one entry a step; one batch of several is a tuple.")
     if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         _refuse_array(data, "data", "")
-        return _Loader(data).at
+        return _Loader(data)
     if callable(data):
-        function: Callable[[int], Any] = data
-        return function
+        return _Numbered(data)
     raise TypeError(
         f"`minimize(data=...)` must be a batch (tensor, dict or tuple), a loader, or a callable step -> batch."
         f" Got {type(data).__name__}."
     )
+
+
+def first_batch(data: Any) -> Any:
+    """What f and g are called with first: the data of a problem at its start.
+
+    Raises:
+        TypeError: as :func:`sources` does.
+        ValueError: if there is no batch.
+    """
+    found = sources(data)
+    return Split(found.f.batch(0, 0), found.g.batch(0, 0)) if isinstance(found, Split) else found.batch(0, 0)
 
 
 def _refuse_array(batch: Any, name: str, hint: str) -> None:
@@ -56,17 +66,61 @@ def _refuse_array(batch: Any, name: str, hint: str) -> None:
 
 
 @final
-class _Loader:
-    """An iterable of batches by step: run forward as far as is asked for, the latest batch kept."""
+class _OneBatch(AbstractData):
+    """The same batch at every number: all samples there are."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches, self.reached, self.batch = _cycle(batches), -1, None
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
 
-    def at(self, step: int) -> Any:
-        while self.reached < step:
-            self.batch = next(self.batches)
+    def batch(self, index: int, first: int) -> Any:
+        return self.samples
+
+    def whole(self) -> Any:
+        return self.samples
+
+
+@final
+class _Numbered(AbstractData):
+    """A function number -> batch."""
+
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        self.function = function
+
+    def batch(self, index: int, first: int) -> Any:
+        return self.function(index)
+
+    def whole(self) -> Any:
+        raise _only_batches("a callable", self.function)
+
+
+@final
+class _Loader(AbstractData):
+    """An iterable of batches: run forward as far as is asked for, the latest batches kept."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader, self.batches, self.reached = loader, _cycle(loader), -1
+        self.latest: dict[int, Any] = {}
+
+    def batch(self, index: int, first: int) -> Any:
+        for passed in [number for number in self.latest if number < first]:
+            del self.latest[passed]
+        while self.reached < index:
+            batch = next(self.batches)
             self.reached += 1
-        return self.batch
+            if self.reached >= first:
+                self.latest[self.reached] = batch
+        return self.latest[index]
+
+    def whole(self) -> Any:
+        raise _only_batches("a loader", self.loader)
+
+
+def _only_batches(kind: str, data: Any) -> ValueError:
+    return ValueError(
+        f"the algorithm asks for the whole data, and `minimize(data=...)` has only batches of them: {kind}"
+        f" ({type(data).__name__}). Pass all samples as one batch (a tensor, dict or tuple), or choose an algorithm"
+        f" that needs batches only."
+    )
 
 
 def _cycle(batches: Iterable[Any]) -> Iterator[Any]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
+from torch import Tensor
 
-from bilevel._estimate import FlatStart
 from bilevel._files import write_atomically
-from bilevel.algorithms.descent import OuterState
 
-_FORMAT = 1
+_FORMAT = 2  # 1 held the state of a descent, entry by entry, and nothing else
 
 
 def fingerprint(settings: Mapping[str, object]) -> dict[str, str]:
@@ -22,64 +22,102 @@ def fingerprint(settings: Mapping[str, object]) -> dict[str, str]:
     return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", str(setting)) for name, setting in settings.items()}
 
 
-def save_checkpoint(
-    path: str | os.PathLike[str], state: OuterState, history: list[dict[str, Any]], settings: dict[str, str]
-) -> None:
-    """Write a state and the history so far; a crash leaves the previous file or the new one, never half of one."""
-    content = {
-        "format": _FORMAT,
-        "settings": settings,
-        "step": state.step,
-        "x": state.x,
-        "y": state.start.y,
-        "v": state.start.v,
-        "count": state.start.count,
-        "memory": state.memory,
-        "history": history,
-    }
-    write_atomically(path, lambda file: torch.save(content, file))
+@final
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file of a run.
 
-
-def load_checkpoint(
-    path: str | os.PathLike[str], like: OuterState, settings: dict[str, str]
-) -> tuple[OuterState, list[dict[str, Any]]]:
-    """Read back what :func:`save_checkpoint` wrote, for a run whose initial state is `like`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a checkpoint of this format, is of a problem with other sizes or dtype, or of a run
-            with other settings (checkpoints of earlier versions do not say which theirs were).
+    Attributes:
+        path: where it is.
+        every: how many steps lie between two writes.
+        settings: what the run was begun with, from :func:`fingerprint`.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no checkpoint at {str(path)!r} to resume from. Run without `resume` first.")
-    try:
-        content = torch.load(path, map_location=like.x.device, weights_only=True)
-    except Exception as error:
-        raise ValueError(unreadable(path)) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
-    for name, saved, wanted in (("x", content["x"], like.x), ("y", content["y"], like.start.y)):
-        if saved.shape != wanted.shape or saved.dtype != wanted.dtype:
-            raise ValueError(
-                f"the checkpoint {str(path)!r} is of another problem: its {name} has {tuple(saved.shape)} entries of"
-                f" {saved.dtype}, this one {tuple(wanted.shape)} of {wanted.dtype}."
+
+    path: str | os.PathLike[str]
+    every: int
+    settings: Mapping[str, str]
+
+    def save(self, step: int, point: tuple[Tensor, Tensor], history: list[dict[str, Any]], **state: Any) -> None:
+        """Write a state and the history so far; a crash leaves the previous file or the new one, never half of one.
+
+        Args:
+            step: how many steps were taken.
+            point: x and y, for whoever looks at the file.
+            history: the records of these steps.
+            state: everything that the rest of the run depends on, as plain data.
+        """
+        content = {
+            "format": _FORMAT,
+            "settings": dict(self.settings),
+            "step": step,
+            "x": point[0],
+            "y": point[1],
+            "history": history,
+            **state,
+        }
+        write_atomically(self.path, lambda file: torch.save(content, file))
+
+    def load(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """Read back what :meth:`save` wrote, for a run that begins at x and y.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a checkpoint that this version reads, is of a problem with other sizes or dtype, or
+                of another algorithm.
+        """
+        if not Path(self.path).exists():
+            raise FileNotFoundError(
+                f"there is no checkpoint at {str(self.path)!r} to resume from. Run without `resume` first."
             )
-    if content["memory"].keys() != like.memory.keys():
-        raise ValueError(
-            f"the checkpoint {str(path)!r} was written with another outer optimizer: its state has"
-            f" {sorted(content['memory'])}, this one {sorted(like.memory)}."
+        try:
+            content = torch.load(self.path, map_location=x.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(unreadable(self.path)) from error
+        if not isinstance(content, dict) or content.get("format") not in (1, _FORMAT):
+            raise ValueError(f"{str(self.path)!r} is not a checkpoint of this version of bilevel.")
+        for name, saved, wanted in (("x", content["x"], x), ("y", content["y"], y)):
+            # What y has before its last axis are tasks, for each of which the run begins at the same y.
+            if saved.shape[-1:] != wanted.shape[-1:] or saved.dtype != wanted.dtype:
+                raise ValueError(
+                    f"the checkpoint {str(self.path)!r} is of another problem: its {name} has {tuple(saved.shape)}"
+                    f" entries of {saved.dtype}, this one {tuple(wanted.shape)} of {wanted.dtype}."
+                )
+        self.demand(content, "algorithm")
+        return _upgraded(content) if content["format"] == 1 else content
+
+    def demand(self, content: Mapping[str, Any], *names: str) -> None:
+        """Refuse the checkpoint of a run with other settings; those that the file does not tell are taken on trust.
+
+        Args:
+            content: what was read.
+            names: of the settings; none: all of them.
+
+        Raises:
+            ValueError: naming what has changed.
+        """
+        saved = content.get("settings", {})
+        changed = [
+            f"{name} was {saved[name]} and is {now}"
+            for name, now in self.settings.items()
+            if (not names or name in names) and saved.get(name, now) != now
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint {str(self.path)!r} is of a run with other settings: {'; '.join(changed)}. Resume it as"
+                f" it was begun, or begin another run, with another file, from its x and y."
+            )
+
+    def foreign(self, what: object) -> ValueError:
+        """What to say of a checkpoint whose state is another algorithm's."""
+        return ValueError(
+            f"the checkpoint {str(self.path)!r} was written with another outer optimizer or algorithm: {what}."
         )
-    saved = content.get("settings", {})
-    changed = [
-        f"{name} was {saved[name]} and is {now}" for name, now in settings.items() if saved.get(name, now) != now
-    ]
-    if changed:
-        raise ValueError(
-            f"the checkpoint {str(path)!r} is of a run with other settings: {'; '.join(changed)}. Resume it as it was"
-            f" begun, or begin another run, with another file, from its x and y."
-        )
-    start = FlatStart(content["y"], content["v"], content["count"])
-    return OuterState(content["step"], content["x"], start, content["memory"]), content["history"]
+
+
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of format 1, as it would be written now."""
+    state = {name: content[name] for name in ("x", "y", "v", "memory")}
+    return {**content, "state": state, "calls": {}}
 
 
 def unreadable(path: str | os.PathLike[str]) -> str:

@@ -1,0 +1,78 @@
+"""What a whole bilevel algorithm is: a state, an evaluation at it, and a step."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, final
+
+from torch import Tensor
+
+from bilevel._estimate import AbstractRequiring, FlatEstimate
+from bilevel.algorithms.oracle import Draws, Oracle
+
+S = TypeVar("S")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an algorithm finds at its state.
+
+    Attributes:
+        estimate: at the current x: the direction that x moves along as `grad`, the value of f as `value`, the inner
+            iterate `y` (and `v`), and how each part ended. A part that is not finite has the status `nonfinite`.
+        kept: whatever the step needs besides; it does not outlive the step, and is not saved.
+    """
+
+    estimate: FlatEstimate
+    kept: Any = None
+
+
+class AbstractAlgorithm(AbstractRequiring, Generic[S]):
+    """A bilevel algorithm: from the state s_k, an evaluation e_k at x_k, and the step s_{k+1} from both.
+
+    `minimize` evaluates `max_steps` + 1 times, the last time at the x that it returns, and steps in between:
+
+        s_0 = init(x0, y0);   e_k = evaluate(s_k);   stop, or s_{k+1} = step(s_k, e_k)
+
+    An algorithm is a final frozen value: its settings are fields, everything that changes is in the state. A state is
+    any frozen structure (dataclass, named tuple, tuple, dict) of tensors, numbers, texts and None; what a checkpoint
+    holds is its state, so that its evaluations and steps must be functions of the state and the oracle alone, without
+    hidden random numbers. Nested dataclasses are read back where `init` has them; what is None there may become a
+    tensor.
+
+    No method modifies a tensor of a state, but for one liberty: rows of a large table may be written in place where
+    writing them again changes nothing, as a step that is interrupted is taken again from the same state.
+
+    What it requires of the inner problem it declares as estimators do, `requires`; one that says nothing is refused
+    wherever y is not the unconstrained minimizer of a smooth g.
+
+    Oracle calls, wherever they are made, count for the record that is written next: that of e_k has those of `step`
+    before it. Batches are drawn from the oracle, as many at a step as `draws` declares.
+    """
+
+    @property
+    def draws(self) -> Draws:
+        """How many batches of f and of g it draws at a step."""
+        return Draws()
+
+    @abc.abstractmethod
+    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> S:
+        """The state before the first step, at x `(p,)` and y `(q,)`, one task's; x may have to be projected."""
+
+    @abc.abstractmethod
+    def evaluate(self, oracle: Oracle, state: S) -> Evaluation:
+        """What there is to know at the current x."""
+
+    @abc.abstractmethod
+    def step(self, oracle: Oracle, state: S, found: Evaluation) -> S:
+        """The state after a step."""
+
+    @abc.abstractmethod
+    def stationarity(self, oracle: Oracle, state: S, found: Evaluation) -> Tensor:
+        """What `tol` is compared with: `()`; zero where the algorithm has arrived, and only there."""
+
+    @abc.abstractmethod
+    def point(self, state: S) -> tuple[Tensor, Tensor]:
+        """The current x `(p,)` and y `(*tasks, q)`."""

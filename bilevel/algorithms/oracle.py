@@ -1,0 +1,151 @@
+"""What an algorithm sees of the problem at one outer step: batches by role and number, and the whole data."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, final
+
+from torch import Tensor
+
+from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import row_norms
+from bilevel._problem import Split
+
+Role: TypeAlias = Literal["f", "g"]
+
+
+class AbstractData(abc.ABC):
+    """Numbered batches, and all samples together where these are known: what f, or g, or both are called with."""
+
+    @abc.abstractmethod
+    def batch(self, index: int, first: int) -> Any:
+        """Batch number `index` = 0, 1, ...; from now on none before number `first` <= index is asked for."""
+
+    @abc.abstractmethod
+    def whole(self) -> Any:
+        """All samples as one batch.
+
+        Raises:
+            ValueError: if only batches are known.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class Draws:
+    """How many batches an algorithm draws at each step, for f and for g.
+
+    Batch `number` of step k is then the item k * draws + number of the data, whatever was drawn before: a run that is
+    resumed at step k sees what an uninterrupted one does.
+    """
+
+    f: int = 1
+    g: int = 1
+
+
+@final
+class Oracle:
+    """The problem and its data at one outer step.
+
+    Batches are drawn by role and number. Where f and g have data of their own (a `Split`), those of f and of g are
+    independent of each other. Where they share one source, number i of f and number i of g are the same item of it:
+    an algorithm that needs them to be independent takes different numbers.
+
+    Within a step the same number is the same batch, which can be evaluated at any (x, y), as often as need be.
+
+    Args:
+        like: the problem with its structures; its tally counts the calls of every problem handed out here.
+        data: where batches come from, for both levels or for each.
+        draws: how many a step takes.
+        projection: the projection of x onto its constraint, or None.
+        step: which step.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import BilevelProblem, Split
+        >>> from bilevel._tree import ravel
+        >>> from bilevel.outer.batches import sources
+        >>> problem = BilevelProblem(lambda x, y, b: (y - b).square(), lambda x, y, b: (y - x - b).square())
+        >>> one, structure = ravel(torch.ones(()))
+        >>> data = Split(f=torch.ones(()), g=lambda index: torch.tensor(10.0 * index))
+        >>> oracle = Oracle(FlatProblem(problem, structure, structure), sources(data), Draws(f=1, g=2)).at(3)
+        >>> oracle.draw("g", 1)  # item 3 * 2 + 1
+        tensor(70.)
+        >>> oracle.problem(f=0, g=1).g(one, 2 * one)
+        tensor(4761.)
+    """
+
+    def __init__(
+        self,
+        like: FlatProblem,
+        data: AbstractData | Split,
+        draws: Draws = Draws(),
+        projection: Callable[[Tensor], Tensor] | None = None,
+        step: int = 0,
+    ) -> None:
+        self.like, self.data, self.draws, self.projection, self.step = like, data, draws, projection, step
+        self._drawn: dict[tuple[str, int], Any] = {}
+        self._problems: dict[tuple[int, int], FlatProblem] = {}
+
+    def at(self, step: int) -> Oracle:
+        """The oracle of another step."""
+        return Oracle(self.like, self.data, self.draws, self.projection, step)
+
+    def draw(self, role: Role, number: int = 0) -> Any:
+        """Batch `number` of this step, for f or for g.
+
+        Raises:
+            ValueError: if the algorithm has not declared so many.
+        """
+        if isinstance(self.data, Split):
+            key: str = role
+            source: AbstractData = self.data.f if role == "f" else self.data.g
+            most = self.draws.f if role == "f" else self.draws.g
+        else:
+            key, source, most = "both", self.data, max(self.draws.f, self.draws.g)
+        if (key, number) not in self._drawn:
+            if not 0 <= number < most:
+                raise ValueError(
+                    f"`Oracle.draw({role!r}, {number})` needs a number below {most}, which is how many the algorithm"
+                    f" declares to draw at a step. Raise `draws`."
+                )
+            first = self.step * most
+            self._drawn[key, number] = source.batch(first + number, first)
+        return self._drawn[key, number]
+
+    def problem(self, f: int = 0, g: int = 0) -> FlatProblem:
+        """The problem with batch number `f` for f and batch number `g` for g."""
+        if (f, g) not in self._problems:
+            of_f, of_g = self.draw("f", f), self.draw("g", g)
+            alike = of_f is of_g and not isinstance(self.data, Split)
+            self._problems[f, g] = self._with(of_f if alike else Split(f=of_f, g=of_g))
+        return self._problems[f, g]
+
+    def first(self) -> FlatProblem:
+        """The first problem that was handed out at this step; that of the first batches if none was."""
+        return next(iter(self._problems.values())) if self._problems else self.problem()
+
+    def whole(self) -> FlatProblem:
+        """The problem on all the data.
+
+        Raises:
+            ValueError: if only batches of them are known.
+        """
+        if isinstance(self.data, Split):
+            return self._with(Split(f=self.data.f.whole(), g=self.data.g.whole()))
+        return self._with(self.data.whole())
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest point of the constraint on x; x itself where there is none."""
+        return x if self.projection is None else self.projection(x)
+
+    def residual(self, x: Tensor, direction: Tensor) -> Tensor:
+        """|d|, or with a constraint on x |x - P(x - d)|: zero at a stationary point, for d = grad Phi."""
+        if self.projection is None:
+            return row_norms(direction)
+        return row_norms(x - self.projection(x - direction))
+
+    def _with(self, data: Any) -> FlatProblem:
+        return FlatProblem(self.like.problem, self.like.x, self.like.y, data, self.like.tally)

@@ -1,0 +1,118 @@
+"""Algorithms by name, with safe step lengths derived where the problem is first met."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+from bilevel._validate import demand_type
+from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.schedule import Power
+from bilevel.algorithms.soba import SOBA
+from bilevel.algorithms.step_lengths import inner_step, outer_step
+from bilevel.named.setting import Setting
+from bilevel.requirements.why_not import why_not
+
+Build: TypeAlias = Callable[[Setting], AbstractAlgorithm[Any]]
+
+DESCENT = "descent"  # built by `minimize`, whose `estimator=`, `outer=` and the like are its arguments
+_CONSTANT_FOR = 1000  # steps before the default schedule has much effect: a transient, which needs long steps
+
+
+def _soba(s: Setting) -> SOBA:
+    why = why_not(SOBA(1.0, 1.0), s.problem.problem)  # before curvatures are looked for that may not exist
+    if why:
+        raise ValueError(why)
+    rho = inner_step(s)
+    return SOBA(rho, outer_step(s, rho), schedule=Power(0.5, after=_CONSTANT_FOR))
+
+
+@final
+@dataclass(frozen=True)
+class NamedAlgorithm:
+    """A name's description and how its algorithm is built where the problem is first met."""
+
+    description: str
+    build: Build
+
+
+_BUILT_IN = {
+    "soba": NamedAlgorithm("one loop: y, v and x step together, each along a batch; no inner or linear solves", _soba),
+}
+_REGISTERED: dict[str, NamedAlgorithm] = {}  # by users, in this process
+
+
+def _named() -> dict[str, NamedAlgorithm]:
+    return _BUILT_IN | _REGISTERED
+
+
+def available() -> dict[str, str]:
+    """The algorithms that `minimize(algorithm=...)` takes by name, each with one line of description.
+
+    Example:
+        >>> available()["soba"][:8]
+        'one loop'
+    """
+    descent = "x moves by an optimizer along hypergradient estimates: the default, any estimator and outer method"
+    return {DESCENT: descent, **{name: named.description for name, named in _named().items()}}
+
+
+def register_algorithm(name: str, build: Build, description: str) -> None:
+    """Give an algorithm of your own a name for `minimize(algorithm=NAME)` and the command line.
+
+    Call it at the top level of a module: a name is known in the process that has imported it.
+
+    Args:
+        name: one word.
+        build: from a setting (the flat problem on its first data as `setting.problem`, and where it is first met as
+            `setting.x` and `setting.y0`) to the algorithm.
+        description: one line.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if there is an algorithm of that name, it is not one word, or the description not one line.
+
+    Example:
+        >>> register_algorithm("soba-small", lambda setting: SOBA(1e-3, 1e-4), "SOBA with small steps")
+        >>> available()["soba-small"]
+        'SOBA with small steps'
+        >>> del _REGISTERED["soba-small"]
+    """
+    demand_type("register_algorithm", "name", name, str)
+    demand_type("register_algorithm", "description", description, str)
+    demand_type("register_algorithm", "build", build, Callable[..., Any], "a function of a setting")
+    if name.split() != [name]:
+        raise ValueError(f"`register_algorithm(name=...)` must be one word. Got {name!r}.")
+    if len(description.splitlines()) != 1 or not description.strip():
+        raise ValueError(f"`register_algorithm(description=...)` must be one line. Got {description!r}.")
+    if name in available():
+        whose = "registered already" if name in _REGISTERED else "a name of the library"
+        raise ValueError(f"`register_algorithm` has no name twice: {name!r} is {whose}. Choose another.")
+    _REGISTERED[name] = NamedAlgorithm(description, build)
+
+
+def resolve_algorithm(algorithm: AbstractAlgorithm[Any] | str, setting: Setting) -> AbstractAlgorithm[Any]:
+    """An algorithm from a name or from itself.
+
+    Raises:
+        TypeError: if it is neither, or what was registered builds something else.
+        ValueError: if there is no algorithm of that name.
+    """
+    if isinstance(algorithm, AbstractAlgorithm):
+        return algorithm
+    if not isinstance(algorithm, str):
+        got = f"the class {algorithm.__name__} itself" if isinstance(algorithm, type) else type(algorithm).__name__
+        raise TypeError(
+            f"`minimize(algorithm=...)` must be an algorithm such as `SOBA(0.1, 0.01)` or a name. Got {got}."
+            f" Names: {', '.join(available())}."
+        )
+    if algorithm not in _named():
+        near = difflib.get_close_matches(algorithm, available(), n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no algorithm {algorithm!r}. {hint}Names: {', '.join(available())}.")
+    found = _named()[algorithm].build(setting)
+    if not isinstance(found, AbstractAlgorithm):
+        raise TypeError(f"the `build` that {algorithm!r} was registered with must return an algorithm. Got {found!r}.")
+    return found

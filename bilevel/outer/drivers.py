@@ -1,0 +1,187 @@
+"""Outer methods that run their own loop, with the records and the checkpoints of every run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel._estimate import Estimate, FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
+from bilevel._optimizer import AbstractOuterDriver
+from bilevel._result import Report, Status, Tally
+from bilevel.outer.checkpoint import Checkpoint
+from bilevel.outer.run import Run
+from bilevel.outer.solution import Record, Solution
+
+Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
+
+
+def drive(
+    run: Run,
+    driver: AbstractOuterDriver,
+    estimator: Estimator,
+    problem: FlatProblem,
+    start: tuple[Tensor, Tensor],
+    *,
+    bounds: tuple[Tensor, Tensor] | None,
+    warm_start: bool,
+) -> Solution:
+    """Let a driver minimize Phi, recording each evaluation.
+
+    A checkpoint holds every evaluation. Resuming calls the driver from the start, and answers from the file as long as
+    it asks for the points that are there: what goes on inside it is then where it was, bit for bit. The first other
+    point (after a change of `max_steps`, say) and all after it are estimated.
+
+    Args:
+        run: the records.
+        driver: what is run.
+        estimator: (problem, x, warm start) -> the estimate at x.
+        problem: the problem, without data.
+        start: x `(p,)` and y `(q,)`, of one task.
+        bounds: on x, or None.
+        warm_start: whether estimates start where the one before ended.
+
+    Raises:
+        ValueError: if a checkpoint is of another run.
+        BilevelError: if the run does not succeed, and that is to be raised.
+    """
+    answers = _Answers(run, estimator, problem, start, warm_start)
+    rules = run.rules
+    if rules.resume:
+        assert rules.checkpoint is not None
+        answers.resume(rules.checkpoint)
+    try:
+        try:
+            x, ended = driver.drive(answers.at, start[0], bounds=bounds, max_steps=rules.max_steps, tol=rules.tol)
+            if answers.latest is None or not torch.equal(answers.latest.x, x):
+                answers.at(x)
+        except _Stop as stop:
+            ended = stop.status
+    except BaseException as error:
+        try:
+            answers.save()
+        except OSError as failure:  # must not hide what went wrong first
+            error.add_note(f"The checkpoint could not be written either: {failure}")
+        raise
+    answers.save()
+    last = answers.latest
+    assert last is not None
+    return run.finish(problem.x.unravel(last.x.clone()), answers.structured(last), ended)
+
+
+@final
+class _Stop(Exception):  # noqa: N818  (not an error: how a callback leaves somebody else's loop)
+    def __init__(self, status: Status) -> None:
+        Exception.__init__(self)
+        self.status = status
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """The estimate that was found at x, and its record."""
+
+    x: Tensor
+    found: FlatEstimate
+    record: Record
+
+
+@final
+class _Answers:
+    """Phi and its gradient where a driver asks for them: from the record as far as that goes, estimated after."""
+
+    def __init__(
+        self, run: Run, estimator: Estimator, problem: FlatProblem, start: tuple[Tensor, Tensor], warm_start: bool
+    ) -> None:
+        self.run, self.estimator, self.problem, self.start = run, estimator, problem, start
+        self.warm_start = warm_start
+        self.latest: _Answer | None = None
+        self.given: list[_Answer] = []  # all of them, where there is a file to keep them in
+        self.known: list[_Answer] = []  # from the file
+
+    def at(self, x: Tensor) -> tuple[float, Tensor]:
+        """Phi(x) and its gradient, as drivers take them."""
+        index = len(self.run.history)
+        known = self.known[index] if index < len(self.known) else None
+        if known is not None and torch.equal(known.x, x):
+            self.run.history.append(known.record)
+            self._keep(known)
+            status = Status[known.record.status]
+            if status is Status.nonfinite or (self.run.rules.throw and not status.ok):
+                raise _Stop(status)
+            return float(known.found.value), known.found.grad
+        self.known = []  # another run from here on
+        before = time.perf_counter()
+        begin = FlatStart(self.start[1], count=index)
+        if self.latest is not None and self.warm_start:
+            begin = FlatStart(self.latest.found.y, self.latest.found.v, index)
+        problem = self.problem.with_tally(Tally())
+        found = self.estimator(problem, x, begin)
+        estimate = self.run.structured(problem, x, found, index)
+        norm = float(torch.linalg.vector_norm(found.grad))
+        self.run.record(index, estimate, norm, time.perf_counter() - before)
+        answer = _Answer(x.clone(), found, self.run.history[-1])
+        ended = self.run.ended(estimate, norm, last_step=False, converged_by="driver")
+        self._keep(answer)
+        if ended is not None:
+            raise _Stop(ended)
+        checkpoint = self.run.rules.checkpoint
+        if checkpoint is not None and (index + 1) % checkpoint.every == 0:
+            self.save()
+        return float(found.value), found.grad
+
+    def structured(self, answer: _Answer) -> Estimate:
+        """The estimate of an answer in the user's structures."""
+        tally = Tally()
+        tally.add(answer.record.stats)
+        return self.run.structured(self.problem.with_tally(tally), answer.x, answer.found, answer.record.step)
+
+    def save(self) -> None:
+        """Write all answers that the callback has been told of."""
+        checkpoint = self.run.rules.checkpoint
+        if checkpoint is None:
+            return
+        point = (self.given[-1].x, self.given[-1].found.y) if self.given else self.start
+        records = [answer.record.as_dict() for answer in self.given]
+        checkpoint.save(len(records), point, records, evaluations=[_plain(answer) for answer in self.given])
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take the answers of a file for known.
+
+        Raises:
+            ValueError: if it is that of another run.
+        """
+        content = checkpoint.load(*self.start)
+        if "evaluations" not in content:
+            raise checkpoint.foreign("it holds a state, and this method runs its own loop")
+        checkpoint.demand(content)
+        self.known = [
+            _answer(plain, Record.from_dict(record))
+            for plain, record in zip(content["evaluations"], content["history"], strict=True)
+        ]
+
+    def _keep(self, answer: _Answer) -> None:
+        self.latest = answer
+        if self.run.rules.checkpoint is not None:
+            self.given.append(answer)
+
+
+def _plain(answer: _Answer) -> dict[str, Any]:
+    found = answer.found
+    reports = [(r.part, r.status.name, r.residual, r.steps, [s.name for s in r.statuses]) for r in found.reports]
+    kept = {field.name: getattr(found, field.name) for field in fields(FlatEstimate)}
+    return {**kept, "reports": reports, "at": answer.x}
+
+
+def _answer(plain: Mapping[str, Any], record: Record) -> _Answer:
+    reports = tuple(
+        Report(part, Status[status], residual, steps, tuple(Status[each] for each in statuses))
+        for part, status, residual, steps, statuses in plain["reports"]
+    )
+    kept = {name: value for name, value in plain.items() if name not in ("at", "reports")}
+    return _Answer(plain["at"], FlatEstimate(**kept, reports=reports), record)

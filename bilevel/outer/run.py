@@ -1,0 +1,206 @@
+"""The outer loop, which runs every algorithm: records, callbacks, statuses, checkpoints and the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+from torch import Tensor
+
+from bilevel._estimate import Estimate, FlatEstimate
+from bilevel._flat import FlatProblem
+from bilevel._result import BilevelError, Stats, Status
+from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.oracle import Oracle
+from bilevel.outer.checkpoint import Checkpoint
+from bilevel.outer.encoding import decoded, encoded
+from bilevel.outer.solution import Record, Solution
+from bilevel.requirements.properties import DoesNotApply
+from bilevel.requirements.why_not import refusal, why_not
+
+Callback: TypeAlias = Callable[[Record, Estimate], bool | None]
+# (problem, x, estimate, its number) -> the estimate in the user's structures, with the calls in the problem's tally
+Structured: TypeAlias = Callable[[FlatProblem, Tensor, FlatEstimate, int], Estimate]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """When a run ends, who is told of its steps, and where its state is kept.
+
+    Attributes:
+        max_steps: how many steps at most.
+        tol: at which measure of stationarity it ends; None: at none.
+        throw: whether it ends, with an error, where something does not succeed.
+        callback: what is called with each record; a true value ends the run.
+        checkpoint: the file that the state is written to, or None.
+        resume: whether the run begins with what is in the file.
+    """
+
+    max_steps: int
+    tol: float | None
+    throw: bool
+    callback: Callback | None
+    checkpoint: Checkpoint | None
+    resume: bool
+
+
+@final
+class Run:
+    """What every run has, whoever owns the iteration: its records, and what they mean for its end.
+
+    Args:
+        rules: when it ends, who is told.
+        structured: how estimates get their structures.
+    """
+
+    def __init__(self, rules: Rules, structured: Structured) -> None:
+        self.rules, self.structured = rules, structured
+        self.history: list[Record] = []
+
+    def record(self, step: int, estimate: Estimate, norm: float, seconds: float) -> None:
+        """Keep the record of a step."""
+        record = Record(step, estimate.value, norm, estimate.status.name, estimate.stats, seconds)
+        del self.history[step:]
+        self.history.append(record)
+
+    def ended(self, estimate: Estimate, norm: float, last_step: bool, converged_by: str = "tol") -> Status | None:
+        """Why the run ends with the latest record, or None; the callback is told of it."""
+        tol, callback = self.rules.tol, self.rules.callback
+        stop = callback is not None and bool(callback(self.history[-1], estimate))
+        if estimate.status is Status.nonfinite or (self.rules.throw and not estimate.status.ok):
+            return estimate.status
+        if tol is not None and converged_by == "tol" and norm <= tol:
+            return Status.successful
+        if stop:
+            return Status.successful
+        if last_step:
+            return Status.successful if tol is None else Status.max_steps
+        return None
+
+    def finish(self, x: Any, estimate: Estimate, ended: Status) -> Solution:
+        """The solution, at x in the user's structure.
+
+        Raises:
+            BilevelError: if it is no success, and that is to be raised.
+        """
+        met = [Status[record.status] for record in self.history]
+        status = Status.worst([ended, *met])
+        message = ""
+        if not ended.ok:
+            message = estimate.message or f"minimize: {ended.value}"
+        elif not status.ok:
+            failed = next(record.step for record in self.history if record.status == status.name)
+            message = f"the estimate at step {failed}: {status.value}"
+        solution = Solution(
+            x=x,
+            y=estimate.y,
+            value=estimate.value,
+            status=status,
+            message=message,
+            stats=sum((record.stats for record in self.history), Stats()),
+            history=tuple(self.history),
+            estimate=estimate,
+        )
+        if self.rules.throw and not status.ok:
+            step = self.history[-1].step
+            raise BilevelError(f"`minimize` did not succeed; it stopped at step {step}. {message}", status, solution)
+        return solution
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Reached:
+    """Where a run is: at `state`, with the oracle calls that led there since the latest record."""
+
+    step: int
+    state: Any
+    calls: Stats
+
+
+def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
+    """Run an algorithm from x and y, or from where its checkpoint is.
+
+    Args:
+        run: the records.
+        algorithm: what is run.
+        oracle: of step 0.
+        x: the start `(p,)`.
+        y: the start `(q,)`, of one task.
+
+    Raises:
+        ValueError: if a checkpoint is of another run, or the algorithm does not apply to the problem.
+        BilevelError: if the run does not succeed, and that is to be raised.
+    """
+    why = why_not(algorithm, oracle.like.problem)
+    if why:
+        raise ValueError(why)
+    try:
+        return _iterate(run, algorithm, oracle, x, y)
+    except DoesNotApply as error:  # seen on the way only
+        raise ValueError(refusal(algorithm, error.reason)) from error
+
+
+def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
+    rules, tally = run.rules, oracle.like.tally
+    initial = algorithm.init(oracle, x, y)
+    reached = _Reached(0, initial, tally.stats())
+    if rules.resume:
+        assert rules.checkpoint is not None
+        reached = _resumed(run, rules.checkpoint, initial, algorithm.point(initial))
+        oracle = oracle.at(reached.step)
+        tally.clear()
+        tally.add(reached.calls)
+    try:
+        seconds = 0.0
+        while True:
+            state, before = reached.state, time.perf_counter()
+            found = algorithm.evaluate(oracle, state)
+            norm = float(algorithm.stationarity(oracle, state, found))
+            at = algorithm.point(state)[0]
+            estimate = run.structured(oracle.first(), at, found.estimate, reached.step)
+            run.record(reached.step, estimate, norm, seconds + time.perf_counter() - before)
+            tally.clear()
+            ended = run.ended(estimate, norm, reached.step >= rules.max_steps)
+            if ended is not None:
+                break
+            before = time.perf_counter()
+            state = algorithm.step(oracle, state, found)
+            seconds = time.perf_counter() - before
+            reached = _Reached(reached.step + 1, state, tally.stats())
+            oracle = oracle.at(reached.step)
+            if rules.checkpoint is not None and reached.step % rules.checkpoint.every == 0:
+                _save(run, rules.checkpoint, algorithm, reached, initial)
+    except BaseException as error:
+        if rules.checkpoint is not None:
+            try:  # of the last whole step; its record, if it has one, is written again on resuming
+                _save(run, rules.checkpoint, algorithm, reached, initial)
+            except OSError as failure:  # must not hide what went wrong first
+                error.add_note(f"The checkpoint could not be written either: {failure}")
+        raise
+    if rules.checkpoint is not None:
+        _save(run, rules.checkpoint, algorithm, reached, initial)
+    return run.finish(oracle.like.x.unravel(at.clone()), estimate, ended)
+
+
+def _save(run: Run, checkpoint: Checkpoint, algorithm: AbstractAlgorithm[Any], reached: _Reached, initial: Any) -> None:
+    records = [record.as_dict() for record in run.history[: reached.step]]
+    state = encoded(reached.state, initial)
+    calls = reached.calls.as_dict()
+    checkpoint.save(reached.step, algorithm.point(reached.state), records, state=state, calls=calls)
+
+
+def _resumed(run: Run, checkpoint: Checkpoint, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
+    """Where the checkpoint is; its records become those of the run."""
+    content = checkpoint.load(*point)
+    if "state" not in content:
+        raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
+    try:
+        state = decoded(content["state"], initial)
+    except ValueError as error:
+        raise checkpoint.foreign(error) from error
+    checkpoint.demand(content)
+    run.history = [Record.from_dict(record) for record in content["history"]]
+    return _Reached(content["step"], state, Stats(**content["calls"]))
