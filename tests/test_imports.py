@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,15 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 STANDARD = set(sys.stdlib_module_names)
-# The face of the library may see both the core and what is built on it: names, entry points, the command line.
-FACE: tuple[str, ...] = ("bilevel.cli", "bilevel.__main__", "bilevel.named.", "bilevel.diagnostics.")
-FACE += ("bilevel.commands", "bilevel.experiments", "bilevel.few_shot", "bilevel.testing", "bilevel.extending")
-PARTS_OF_ESTIMATORS = {"bilevel.hypergrad.compiled_programs"}
-PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.implicit", "bilevel.hypergrad.aid", "bilevel.solvers.saddle_cholesky"}
-PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.abstract_implicit", "bilevel.hypergrad.implicit_point"}
-PARTS_OF_ESTIMATORS |= {"bilevel.hypergrad.certified"}  # a wrapper, which an estimator offers to put around itself
-UNROLLING = "bilevel.hypergrad.unrolling."  # the forms that ITD is given, and the walk that CompiledITD traces too
-LENT = "bilevel.solvers.cg"  # to certificates, which solve linear systems by it where no solver is given
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+# The layers of docs/design.md, from the bottom up: a module imports from its own line and from those above it. Rooms
+# stand for their modules; a module that is named stands where it is named, wherever its room does.
+LAYERS = tuple(re.findall(r"^\d+ +(.*?)(?: {2,}.*)?$", DESIGN.split("## Layers")[1].split("```")[1], re.MULTILINE))
+FLOORS = 10  # of imports at import time, of what is not on top of the library
+ON_TOP = tuple(f"bilevel.{r}" for r in ("cli", "__main__", "commands", "experiments", "few_shot", "tasks", "testing"))
+AT_THE_ROOT = 20  # modules
+# An estimator that is another one with settings of its own, and a wrapper that an estimator puts around itself.
+ESTIMATORS_IN_ESTIMATORS = {("kkt", "aid"), ("aid", "certified")}
 MAY_BE_SUBCLASSED = {"BilevelProblem"}
 
 
@@ -38,6 +39,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 MODULES = modules()
+PACKAGES = set(SETUPTOOLS["packages"])
 
 
 def imports(tree: ast.AST, *, top_level: bool = False) -> Iterator[str]:
@@ -64,27 +66,91 @@ def _typing(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def side(name: str) -> str:
-    """Where a module belongs: to solvers, problems, hypergrad, methods, the face or the core.
+def layer(name: str) -> int:
+    """On which line of the layers a module stands: the one that names it, or else its room."""
+    lines = {f"bilevel.{each}": line for line, text in enumerate(LAYERS) for each in text.split()}
+    while name not in lines:
+        name = name.rpartition(".")[0]
+        assert name, "a room without a line in docs/design.md"
+    return lines[name]
 
-    A method is a problem over tasks together with the estimator and the inner solver that it is published with.
-    """
-    if name in ("bilevel.few_shot.learner", "bilevel.few_shot.likelihood"):
-        return "core"
-    if name == "bilevel" or name.startswith(FACE):
-        return "face"
-    if f"{name}.".startswith("bilevel.problems.meta_learning."):
-        return "methods"
-    sub_package = name.split(".")[1]
-    return sub_package if sub_package in ("solvers", "problems", "hypergrad") else "core"
+
+def floors() -> dict[str, int]:
+    """Modules above each other at import time; what is imported through a package counts from its own module."""
+    found: dict[str, int] = {}
+
+    def defining(module: str, name: str) -> str:
+        for node in MODULES[module].body:
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        return defining(node.module, alias.name)
+        return module
+
+    def of(name: str) -> int:
+        if name not in found:
+            below = {defining(*each) for each in names_at_import(MODULES[name])}
+            found[name] = 1 + max((of(other) for other in below if other not in PACKAGES), default=0)
+        return found[name]
+
+    for name in MODULES.keys() - PACKAGES:
+        of(name)
+    return found
+
+
+def names_at_import(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module of the library, name) for every `from module import name` that runs on import."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in PACKAGES:
+                    yield from names_at_import(MODULES[inner])
+                elif inner in MODULES or node.module in MODULES:
+                    yield (inner, "") if inner in MODULES else (node.module, alias.name)
+        elif not (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _typing(node)):
+            yield from names_at_import(node)
+
+
+def defines_an_estimator(name: str) -> bool:
+    """Whether one of its classes is an estimator, and not an abstract kind of estimators."""
+    bases = {"AbstractEstimator", "AbstractImplicit"}
+    return any(
+        bases & set(base_names(node)) and not is_abstract(node)
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.ClassDef)
+    )
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(MODULES) > 20
+    assert len(MODULES) > 100 and len(LAYERS) > 10
     assert {"bilevel._calculus", "bilevel.solvers.cg", "bilevel.hypergrad.aid"} <= MODULES.keys()
     assert "torch" in set(imports(MODULES["bilevel._calculus"]))
     assert "bilevel.solvers.lbfgs" in set(imports(MODULES["bilevel.named.setting"]))
     assert "bilevel.solvers.lbfgs" not in set(imports(MODULES["bilevel.named.setting"], top_level=True))
+    assert layer("bilevel._calculus") < layer("bilevel.solvers.cg") < layer("bilevel.hypergrad.aid")
+    assert defines_an_estimator("bilevel.hypergrad.aid") and not defines_an_estimator("bilevel.hypergrad.implicit")
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"bilevel"}))
+def test_a_module_imports_from_its_own_layer_and_from_those_below(name: str) -> None:
+    if name in PACKAGES:
+        return
+    for imported in imports_that_run(MODULES[name]):
+        if imported in MODULES and imported not in PACKAGES:
+            assert layer(imported) <= layer(name), imported
+
+
+def test_the_root_holds_few_modules() -> None:
+    root = [path.name for path in (ROOT / "bilevel").glob("*.py")]
+    assert len(root) <= AT_THE_ROOT, root
+
+
+def test_there_are_few_floors_of_imports() -> None:
+    found = {name: floor for name, floor in floors().items() if not name.startswith(ON_TOP)}
+    assert found["bilevel._result"] == 1 and found["bilevel._linear"] == 2
+    too_high = {name: floor for name, floor in found.items() if floor > FLOORS}
+    assert not too_high
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -105,40 +171,29 @@ def test_tests_and_scripts_import_sub_packages_by_their_full_name_too() -> None:
             assert not {"solvers", "problems"} & roots, path.name
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if side(name) in ("solvers", "problems")])
-def test_problems_and_solvers_import_the_core_and_never_each_other(name: str) -> None:
-    allowed = {side(name), "core"} | ({"methods"} if name == "bilevel.problems" else set())
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("bilevel.problems.")])
+def test_only_methods_over_tasks_know_solvers_and_estimators(name: str) -> None:
+    """A method is a problem over tasks with the estimator and the solvers that it is published with."""
+    if "meta_learning" not in name:
+        rooms = {imported.split(".")[1] for imported in imports(MODULES[name]) if imported.startswith("bilevel.")}
+        assert not rooms & {"solvers", "hypergrad"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("bilevel.hypergrad.")])
+def test_estimators_never_import_each_other(name: str) -> None:
     for imported in imports(MODULES[name]):
-        if imported.split(".")[0] == "bilevel" and imported != "bilevel":
-            assert side(imported) in allowed, imported
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if side(name) == "methods"])
-def test_methods_import_the_core_and_what_they_are_made_of(name: str) -> None:
-    for imported in imports(MODULES[name]):
-        if imported.split(".")[0] == "bilevel":
-            assert side(imported) in ("core", "problems", "solvers", "hypergrad", "methods"), imported
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if side(name) == "hypergrad"])
-def test_estimators_import_the_core_only_and_never_each_other(name: str) -> None:
-    for imported in imports(MODULES[name]):
-        if imported.split(".")[0] == "bilevel" and name != "bilevel.hypergrad":
-            assert side(imported) == "core" or imported in PARTS_OF_ESTIMATORS or imported.startswith(UNROLLING), (
-                imported
+        if imported in MODULES and imported != name and imported.startswith("bilevel.hypergrad."):
+            pair = (name.split(".")[-1], imported.split(".")[-1])
+            assert (
+                not (defines_an_estimator(name) and defines_an_estimator(imported)) or pair in ESTIMATORS_IN_ESTIMATORS
             )
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if side(name) == "core"])
-def test_the_core_imports_neither_solvers_nor_problems_nor_estimators(name: str) -> None:
-    for imported in imports(MODULES[name]):
-        if imported.split(".")[0] == "bilevel":
-            lent = imported == LENT and name.startswith("bilevel.certificates.")
-            assert side(imported) == "core" or imported.startswith("bilevel.named.") or lent, imported
-
-
-def test_there_is_no_cycle_among_imports_that_run_on_import() -> None:
-    graph = {name: {i for i in imports(tree, top_level=True) if i in MODULES} for name, tree in MODULES.items()}
+def test_there_is_no_circle_among_imports_those_inside_functions_included() -> None:
+    graph = {
+        name: {i for i in imports_that_run(tree) if i in MODULES and i not in PACKAGES}
+        for name, tree in MODULES.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -148,8 +203,17 @@ def test_there_is_no_cycle_among_imports_that_run_on_import() -> None:
                 visit(imported, (*path, name))
             done.add(name)
 
-    for name in graph:
+    for name in graph.keys() - PACKAGES:
         visit(name, ())
+
+
+def imports_that_run(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that are imported at any time; not what is for type checkers."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(ast.Module([node], []))
+        elif not _typing(node):
+            yield from imports_that_run(node)
 
 
 def test_importing_bilevel_loads_nothing_that_torch_does_not_load() -> None:

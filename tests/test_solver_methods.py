@@ -191,7 +191,7 @@ def test_an_estimator_that_draws_random_numbers_takes_a_seed_and_no_other_does()
         Clipped(Adam(1.0), max_norm=1.0),
         Scheduled(GradientDescent(1.0), lambda k: 0.5**k),
     ],
-    ids=repr,
+    ids=lambda optimizer: type(optimizer).__name__,
 )
 def test_an_optimizer_with_another_step_length_moves_in_proportion(optimizer: AbstractOptimizer) -> None:
     changed: Any = optimizer.with_step(0.25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -18,8 +18,31 @@ _FORMAT = 2  # 1 held the state of a descent, entry by entry, and nothing else
 
 
 def fingerprint(settings: Mapping[str, object]) -> dict[str, str]:
-    """Settings in words, for comparison with those of another process: without the addresses of functions."""
-    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", str(setting)) for name, setting in settings.items()}
+    """Settings in words, for comparison with those of another process: without the addresses of functions.
+
+    Fields that are as they are by default are left out, so that a field more in a later version changes nothing.
+
+    Example:
+        >>> from bilevel import Constants
+        >>> fingerprint({"constants": Constants(mu=1.0), "estimator": "aid-cg"})
+        {'constants': 'Constants(mu=1.0)', 'estimator': 'aid-cg'}
+    """
+    texts = {name: setting if isinstance(setting, str) else _described(setting) for name, setting in settings.items()}
+    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for name, text in texts.items()}
+
+
+def _described(value: object) -> str:
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    given = [(f, getattr(value, f.name)) for f in fields(value) if f.repr]
+    told = [f"{f.name}={_described(v)}" for f, v in given if f.default is MISSING or repr(v) != repr(f.default)]
+    return f"{type(value).__name__}({', '.join(told)})"
+
+
+def _alike(saved: str, now: str) -> bool:
+    """Whether a setting of a file of format 1, with all its fields of then, may be this one: it has the same name."""
+    names = [text.split("(")[0] for text in (saved, now)]
+    return names[0] == names[1] or (now == "implicit" and saved in ("aid-cg", "kkt"))  # what the default stood for
 
 
 @final
@@ -96,10 +119,11 @@ class Checkpoint:
             ValueError: naming what has changed.
         """
         saved = content.get("settings", {})
+        same = _alike if content.get("format") == 1 else str.__eq__
         changed = [
             f"{name} was {saved[name]} and is {now}"
             for name, now in self.settings.items()
-            if (not names or name in names) and saved.get(name, now) != now
+            if (not names or name in names) and not same(saved.get(name, now), now)
         ]
         if changed:
             raise ValueError(
