@@ -92,21 +92,23 @@ class AID(AbstractImplicit):
             raise ValueError(f"`AID(damping=...)` must be at least 0. Got {self.damping}.")
         if self.margin is not None and not self.margin >= 0:
             raise ValueError(f"`AID(margin=...)` must be at least 0, or None. Got {self.margin}.")
-        if self._has_target:
-            self.certified(self.target_error, self.relative_error, self.constants)  # which refuses what it cannot do
+        _ = self._certified  # which refuses what it cannot do
 
     @property
-    def _has_target(self) -> bool:
-        return self.target_error is not None or self.relative_error is not None
+    def _certified(self) -> Certified | None:
+        """What the older form of `Certified` means; None: there is no target."""
+        if self.target_error is None and self.relative_error is None:
+            return None
+        return self.certified(self.target_error, self.relative_error, self.constants)
 
     @property
     def takes_encoding(self) -> bool:
-        return not self._has_target  # a certificate is of the error in x
+        return self._certified is None  # a certificate is of the error in x
 
     @property
     def requires(self) -> frozenset[Property]:
-        if self._has_target:
-            return self.certified(self.target_error, self.relative_error, self.constants).requires
+        if (certified := self._certified) is not None:
+            return certified.requires
         needed = frozenset(
             {Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient}
         )
@@ -124,8 +126,8 @@ class AID(AbstractImplicit):
         return Certified(plain, target_error, relative_error, self.constants if constants is None else constants)
 
     def error_bound(self, about: Beforehand) -> Bound:
-        if self._has_target:
-            return self.certified(self.target_error, self.relative_error, self.constants).error_bound(about)
+        if (certified := self._certified) is not None:
+            return certified.error_bound(about)
         if not isinstance(self.products, Exact):
             raise ValueError(
                 f"no bound is known for `AID(products={type(self.products).__name__}(...))`. Call `bounds.aid` for"
@@ -140,8 +142,8 @@ class AID(AbstractImplicit):
         )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        if self._has_target:
-            return self.certified(self.target_error, self.relative_error, self.constants).estimate(problem, x, start)
+        if (certified := self._certified) is not None:
+            return certified.estimate(problem, x, start)
         y0 = problem.start(x, start.y).detach()
         solved, at, ended = solution(problem, x, y0, self.inner, self.products, self.margin)
         y = solved.value

@@ -151,13 +151,13 @@ class Certified(AbstractEstimator):
                     _INSIDE * here.radius * now.terms.mu,
                 )
                 inner = self.estimator.inner.with_tolerance(tol)
-                at_floor = not (newton and inner is not None)
-                if at_floor:  # a solver without a tolerance, such as a closed form, needs no help
-                    solved, at = solves.inner(point.y, self.estimator.inner if inner is None else inner)
-                else:
+                newton = newton and inner is not None  # a solver without a tolerance, a closed form, needs no help
+                if newton:
                     solved, at = solves.newton(point.at, tol)
-                newton = not at_floor and solved.status.ok
-                stuck = at_floor and not float(solved.residual.max()) < _FLOOR * before
+                    newton = solved.status.ok
+                else:
+                    solved, at = solves.inner(point.y, self.estimator.inner if inner is None else inner)
+                    stuck = not float(solved.residual.max()) < _FLOOR * before
                 point = solves.point(solved.value, at, point.v)
             else:
                 if point.r.shape != point.fy.shape:  # its norm is known, but not itself
