@@ -52,6 +52,7 @@ class KKT(AbstractEstimator):
             y depends on x only through its start (`init=`).
 
     Example:
+        >>> import torch
         >>> from bilevel import KKT, BilevelProblem, Polytope, hypergradient
         >>> from bilevel.solvers import QuadraticProgram
         >>> problem = BilevelProblem(
