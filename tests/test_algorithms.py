@@ -25,6 +25,7 @@ from bilevel import (
     Status,
     hypergradient,
     minimize,
+    prox,
     register_algorithm,
 )
 from bilevel._calculus import inner_gradient_in_x, outer_gradients
@@ -160,6 +161,17 @@ def test_calls_of_a_step_count_for_the_next_record_also_across_an_interruption(t
     again = minimize(NOISY, ZERO, ZERO, algorithm=toy, data=data, max_steps=6, checkpoint=file, resume=True)
     assert content(again) == content(whole)
     assert again.stats == whole.stats == Stats(gradients=19, outer_gradients=7)
+
+
+def test_an_algorithm_that_declares_nothing_is_refused_where_y_is_no_plain_minimizer() -> None:
+    for options, why in (
+        ({"constraints": lambda x: Polytope(upper=torch.ones(2))}, "y is constrained"),
+        ({"iterative": True}, "declared `iterative`"),
+        ({"prox": lambda x: prox.L1(x.exp().sum())}, "non-smooth"),
+    ):
+        problem = BilevelProblem(SQUARE.f, SQUARE.g, **LOOSE(options))
+        with pytest.raises(ValueError, match=f"`Alternating` does not apply: .*{why}"):
+            minimize(problem, ZERO, ZERO, algorithm=Alternating(0.3, 0.1))
 
 
 # The oracle
@@ -513,13 +525,13 @@ def test_one_step_of_soba_moves_all_three_at_once() -> None:
 
 def test_soba_on_the_whole_data_reaches_the_minimizer_and_says_so() -> None:
     instance = quadratic()
-    solution = minimize(instance.problem, instance.x0, instance.y0, algorithm=SOBA(0.1, 0.01), max_steps=5000, tol=1e-8)
+    solution = minimize(instance.problem, instance.x0, instance.y0, algorithm=SOBA(0.1, 0.03), max_steps=3000, tol=1e-6)
     assert solution.status is Status.successful
-    assert distance(solution.x, instance.minimizer) <= 1e-6
+    assert distance(solution.x, instance.minimizer) <= 1e-4
     assert instance.solution is not None
-    assert distance(solution.y, instance.solution(solution.x)) <= 1e-7
+    assert distance(solution.y, instance.solution(solution.x)) <= 1e-6
     exact = hypergradient(instance.problem, solution.x, instance.y0, estimator=AID_CG)
-    assert distance(solution.estimate.v, exact.v) <= 1e-6
+    assert distance(solution.estimate.v, exact.v) <= 1e-5
     steps = len(solution.history)
     assert solution.stats == Stats(gradients=steps, hvps=steps, cross_products=steps, outer_gradients=steps)
 
@@ -586,9 +598,7 @@ def test_soba_refuses_what_it_would_get_wrong() -> None:
         (start, "only through its start"),
     ):
         for algorithm in (SOBA(0.1, 0.1), "soba"):
-            if problem is start and algorithm == "soba":
-                continue
-            with pytest.raises(ValueError, match=why):
+            with pytest.raises(ValueError, match=f"(`SOBA`|'soba') does not apply: .*{why}"):
                 minimize(problem, ZERO, ZERO, algorithm=algorithm)
 
 

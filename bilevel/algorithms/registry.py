@@ -13,6 +13,7 @@ from bilevel.algorithms.schedule import Power
 from bilevel.algorithms.soba import SOBA
 from bilevel.algorithms.step_lengths import inner_step, outer_step
 from bilevel.named.setting import Setting
+from bilevel.requirements.properties import DoesNotApply
 from bilevel.requirements.why_not import why_not
 
 Build: TypeAlias = Callable[[Setting], AbstractAlgorithm[Any]]
@@ -98,7 +99,7 @@ def resolve_algorithm(algorithm: AbstractAlgorithm[Any] | str, setting: Setting)
 
     Raises:
         TypeError: if it is neither, or what was registered builds something else.
-        ValueError: if there is no algorithm of that name.
+        ValueError: if there is no algorithm of that name, or it does not apply to the problem.
     """
     if isinstance(algorithm, AbstractAlgorithm):
         return algorithm
@@ -112,7 +113,10 @@ def resolve_algorithm(algorithm: AbstractAlgorithm[Any] | str, setting: Setting)
         near = difflib.get_close_matches(algorithm, available(), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no algorithm {algorithm!r}. {hint}Names: {', '.join(available())}.")
-    found = _named()[algorithm].build(setting)
+    try:
+        found = _named()[algorithm].build(setting)
+    except DoesNotApply as error:
+        raise ValueError(f"the algorithm {algorithm!r} does not apply: {error.reason}") from error
     if not isinstance(found, AbstractAlgorithm):
         raise TypeError(f"the `build` that {algorithm!r} was registered with must return an algorithm. Got {found!r}.")
     return found
