@@ -228,7 +228,7 @@ class AbstractUnrollable(AbstractInnerSolver):
     def residual_step(self) -> Tensor | float | None:
         """What `tol` is compared with: a gives |y_k - y_{k+1}| / a, the residual of a proximal step of length a.
 
-        None: |grad_y g|, or where no gradient is needed |y_k - y_{k+1}|.
+        None: |grad_y g|, or where the steps are the problem's own |y_k - y_{k+1}|.
         """
         return None
 

@@ -17,6 +17,7 @@ from bilevel import (
     AbstractUnrollable,
     BilevelProblem,
     Checkpointed,
+    FiniteDifference,
     Forward,
     Reverse,
     Solved,
@@ -31,8 +32,9 @@ from bilevel.extending import Objective, State
 from bilevel.hypergrad.unrolling.ending import carried, solved
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling, Unrolled
 from bilevel.hypergrad.unrolling.walk import Walk
+from bilevel.inner_problems import Iteration
 from bilevel.problems.quadratic import QuadraticFamily
-from bilevel.solvers import GradientDescent, HeavyBall, Iterate
+from bilevel.solvers import GradientDescent, HeavyBall, Iterate, OwnSteps
 
 N, P, Q = 7, 3, 4
 A, B, W = normal(Q, Q, seed=1), normal(Q, P, seed=2), normal(Q, P, seed=3)
@@ -99,7 +101,7 @@ class ProximalDescent(AbstractUnrollable):
 
 @final
 @dataclass(frozen=True)
-class OwnSteps(AbstractUnrollable):
+class MovingSteps(AbstractUnrollable):
     """y <- the problem's own step, and 0.3 of the last move, which is kept in the state as a momentum is."""
 
     max_steps: int = N
@@ -114,7 +116,7 @@ class OwnSteps(AbstractUnrollable):
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         raise NotImplementedError
 
-    def tuned(self, objective: Objective, y0: Tensor) -> OwnSteps:
+    def tuned(self, objective: Objective, y0: Tensor) -> MovingSteps:
         return self
 
     def begin(self, y0: Tensor) -> State:
@@ -135,8 +137,8 @@ def at_learned_descent(x: Tensor) -> Objective:
 
 KINDS: dict[str, tuple[AbstractUnrollable, Callable[[Tensor], Objective]]] = {
     "proximal": (ProximalDescent(STEP), at_composite),
-    "own steps": (OwnSteps(), at_iteration),
-    "own steps with the gradient": (OwnSteps(with_gradient=True), at_learned_descent),
+    "own steps": (MovingSteps(), at_iteration),
+    "own steps with the gradient": (MovingSteps(with_gradient=True), at_learned_descent),
 }
 STARTS: dict[str, Callable[[Tensor], Tensor] | None] = {"constant": None, "from x": lambda x: (W @ x).sin()}
 
@@ -221,24 +223,41 @@ def test_a_step_is_given_its_number_once_in_each_pass() -> None:
 
     for form in (Reverse(), Forward(), Truncated(3)):
         seen.clear()
-        form.differentiate(walk_of(OwnSteps(), at, X))
+        form.differentiate(walk_of(MovingSteps(), at, X))
         assert seen == list(range(N))
     seen.clear()
-    Checkpointed().differentiate(walk_of(OwnSteps(), at, X))
+    Checkpointed().differentiate(walk_of(MovingSteps(), at, X))
     assert seen == [*range(N), 6, 3, 4, 5, 4, 3, 0, 1, 2, 1, 0]
 
 
 def test_nothing_of_g_is_evaluated_or_counted_where_steps_need_no_gradient() -> None:
     for form in SAME:
-        walk = walk_of(OwnSteps(), at_iteration, X)
+        walk = walk_of(MovingSteps(), at_iteration, X)
         found = form.differentiate(walk)
         verdict = solved(walk, found.end)
         stats = walk.problem.tally.stats()
         assert (stats.gradients, stats.hvps, stats.cross_products, stats.values) == (0, 0, 0, 0)
         assert (stats.inner_steps, stats.outer_gradients) == (N, 1)
         assert verdict.statuses == (Status.successful,)
-        last = plainly(OwnSteps(N - 1), at_iteration, X, OwnSteps().begin(Y0), 0)[0]
+        last = plainly(MovingSteps(N - 1), at_iteration, X, MovingSteps().begin(Y0), 0)[0]
         assert verdict.residual == pytest.approx(float((found.end[0] - last).norm()))
+
+
+@pytest.mark.parametrize("sign", [1, -4])
+def test_steps_of_ones_own_are_what_was_asked_for_though_they_climb_g(sign: int) -> None:
+    """The residual is the last move, as the solver's own is; a gradient that has grown is no divergence."""
+    step = Iteration(lambda x, y, d, k: y - sign * x[0] * d, steps=5, objective_function=lambda x, y: y @ y / 2)
+    problem = BilevelProblem(f, inner=step)
+    x, y0 = torch.tensor([0.3, 0.0, 0.0]), torch.ones(2)
+    alone = hypergradient(problem, x, y0, estimator=FiniteDifference(OwnSteps()))
+    for form in (Reverse(), Checkpointed(), Forward(), Truncated(5)):
+        found = hypergradient(problem, x, y0, estimator=ITD(OwnSteps(), form))
+        assert torch.allclose(found.grad, alone.grad, rtol=1e-6, atol=1e-9)
+        assert found.status is Status.successful
+        y = [(1 - sign * 0.3) ** k for k in (4, 5)]
+        assert found.reports[0].residual == pytest.approx(2**0.5 * abs(y[1] - y[0]))
+        assert len(found.reports) == 1
+        assert found.stats.gradients == (13 if form == Checkpointed() else 5)
 
 
 def test_the_gradients_of_proximal_steps_are_counted_as_those_of_descent() -> None:
@@ -327,10 +346,10 @@ def test_forward_mode_refuses_a_step_whose_derivative_cannot_be_differentiated()
         own = OwnStep(lambda y, *_: Halved.apply(y) + x.sum(), N, needs_gradient=False)  # type: ignore[no-untyped-call]
         return Objective(lambda y: y.sum(), own=own)
 
-    expected = Reverse().differentiate(walk_of(OwnSteps(), at, X)).grad
+    expected = Reverse().differentiate(walk_of(MovingSteps(), at, X)).grad
     assert expected.norm() > 0
     with pytest.raises(NotImplementedError, match="Halved"):
-        Forward().differentiate(walk_of(OwnSteps(), at, X))
+        Forward().differentiate(walk_of(MovingSteps(), at, X))
 
 
 def test_a_step_may_ignore_all_that_it_is_given() -> None:

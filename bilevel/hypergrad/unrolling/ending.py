@@ -20,18 +20,19 @@ _LEFT = 1e-2  # the part of the derivative that an iteration with a tolerance ma
 def solved(walk: Walk, end: State) -> Solved:
     """The verdict on y_N: its own residual (one more gradient), and divergence if there was any.
 
-    Where y is not to solve anything (without a tolerance, MAML's, whose start depends on x, and steps without a
-    gradient), the residual before the last step, which is at hand, has to do.
+    Where y is not to solve anything (without a tolerance, MAML's, whose start depends on x, and steps of the problem's
+    own), the residual before the last step, which is at hand, has to do. Own steps do not diverge: they are what was
+    asked for, as long as y is finite.
     """
     y = end[0]
     walk.problem.tally.inner_steps += walk.steps * walk.rows
-    if walk.last is not None and not walk.inner.tol and (walk.has_init or not walk.needs_gradient):
+    if walk.last is not None and not walk.inner.tol and (walk.has_init or walk.is_own):
         vector, value = walk.last
         value = value + 0.0 * y.sum(-1)  # not finite where y is not
     else:
         vector, value = _residual(walk, end)
     residual = torch.linalg.vector_norm(vector, dim=-1)
-    columns, (first_vector, first_value) = [residual, value], walk.first or (vector, value)
+    columns, (first_vector, first_value) = [residual, value], (None if walk.is_own else walk.first) or (vector, value)
     if first_vector is not vector:
         columns += [torch.linalg.vector_norm(first_vector, dim=-1), first_value]
     table = torch.stack(columns).reshape(len(columns), -1).tolist()

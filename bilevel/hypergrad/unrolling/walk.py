@@ -31,6 +31,7 @@ class Walk:
         steps: how many steps have been taken.
         first: before the first step: the residual as a vector `(*tasks, q)`, whose norm `tol` is compared with, and g.
         last: the same before the latest step.
+        is_own: whether the steps are the inner problem itself, whatever its g is.
         has_init: whether the start depends on x.
         checked: whether the iteration is to converge, and its derivative with it.
         length: a where the residual is (y_k - y_{k+1}) / a, known after the step; None: it is grad_y g at y_k.
@@ -51,7 +52,8 @@ class Walk:
         self.rows = start.shape[:-1].numel()
         self.has_init, self.needs_gradient = problem.problem.init is not None, inner.needs_gradient
         self.checked = bool(inner.tol) and to_converge and not self.has_init
-        self.length = 1.0 if inner.residual_step is None and not self.needs_gradient else inner.residual_step
+        self.is_own = objective.own is not None or not self.needs_gradient
+        self.length = 1.0 if inner.residual_step is None and self.is_own else inner.residual_step
         self.steps = 0
         self.first: tuple[Tensor, Tensor] | None = None
         self.last: tuple[Tensor, Tensor] | None = None
