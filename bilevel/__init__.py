@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y)."""
 
-from bilevel import bounds as bounds
+from bilevel import bounds as bounds, prox as prox
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
 from bilevel._hypergradient import hypergradient as hypergradient
@@ -50,6 +50,7 @@ from bilevel.hypergrad.unrolling.checkpointed import Checkpointed as Checkpointe
 from bilevel.hypergrad.unrolling.forward import Forward as Forward
 from bilevel.hypergrad.unrolling.reverse import Reverse as Reverse
 from bilevel.hypergrad.unrolling.truncated import Truncated as Truncated
+from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.modules.functional import Functional as Functional, functional as functional
 from bilevel.named.auto import Auto as Auto

@@ -22,6 +22,7 @@ from bilevel._linear import (
     AbstractLinearSolver as AbstractLinearSolver,
     AbstractPreconditioner as AbstractPreconditioner,
     LinearOperator as LinearOperator,
+    OperatorProperties as OperatorProperties,
 )
 from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, OptimizerState as OptimizerState
 from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally, report as report

@@ -201,7 +201,7 @@ class FixedPoint(AbstractInnerProblem):
 
     @property
     def offers(self) -> frozenset[Property]:
-        return frozenset({Property.stationary, Property.second_derivatives, Property.beyond_start})
+        return frozenset({Property.stationary})
 
     @property
     def refusal(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import MappingProxyType
 
 from bilevel._estimate import AbstractRequiring
@@ -36,14 +37,19 @@ def why_not(
     if not isinstance(estimator, AbstractRequiring):
         return ""
     kind = inner_problem(problem)
-    offered = kind.offers | FOUND if problem.init is None else kind.offers | FOUND | {Property.start_in_x}
-    missing = (estimator.requires - offered) | (estimator.requires & lacking.keys())
+    missing = estimator.requires - kind.offers - FOUND
+    if problem.init is not None:
+        missing -= {Property.start_in_x}
+    if lacking:
+        missing |= estimator.requires & lacking.keys()
     if missing:
         needed = min(missing, key=list(Property).index)
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
-    whys = [_why_not_part(estimator, name, part, kind, indefinite) for name, part in _parts(estimator)]
-    inside = (why_not(part, problem, lacking, indefinite) for _, part in _parts(estimator))
-    return next((why for why in (*sorted(whys, key=_wholly), *inside) if why), "")
+    parts = [(name, getattr(estimator, name)) for name in _fields(type(estimator))]
+    whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if isinstance(part, AbstractRequiring)]
+    if indefinite or kind.features or not kind.operator.positive_definite:  # or any solver will do
+        whys += sorted((_why_not_part(estimator, *part, kind, indefinite) for part in parts), key=_wholly)
+    return next((why for why in whys if why), "")
 
 
 _NO_START = "the start of y does not depend on x. Give the problem `init=lambda x: x`, or use another estimator."
@@ -90,7 +96,7 @@ def _name(value: object) -> str:
     return type(value).__name__
 
 
-def _parts(value: object) -> Iterator[tuple[str, object]]:
-    """What a dataclass is made of, by the names of its fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        yield from ((field.name, getattr(value, field.name)) for field in fields(value))
+@cache
+def _fields(kind: type) -> tuple[str, ...]:
+    """The names of what a dataclass is made of."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
