@@ -158,7 +158,7 @@ class Iterate(AbstractUnrollable):
 
     def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
         assert gradient is not None
-        keys = self.optimizer.init(state[0].detach()).keys()
+        keys = self.optimizer.init(state[0].detach()).keys() if len(state) > 1 else ()
         point, new = self.optimizer.step(gradient, state[0], dict(zip(keys, state[1:], strict=True)))
         return (point, *new.values())
 

@@ -155,7 +155,7 @@ def walk_of(
     leaf = x.clone().requires_grad_()
     fixed = at(x)
     fixed.tally = problem.tally  # as where an objective is made from the problem
-    return Walk(problem, inner, at(leaf), fixed, leaf, problem.start(leaf, y0), to_converge=True)
+    return Walk(problem, inner, at(leaf), fixed, leaf, problem.start(leaf, y0), bool(inner.tol))
 
 
 def plainly(inner: AbstractUnrollable, at: Callable[[Tensor], Objective], x: Tensor, state: State, begin: int) -> State:

@@ -24,7 +24,7 @@ from bilevel.hypergrad.unrolling.forward import Forward
 from bilevel.hypergrad.unrolling.reverse import Reverse
 from bilevel.hypergrad.unrolling.truncated import Truncated
 from bilevel.hypergrad.unrolling.walk import Walk
-from bilevel.inner_problems.kinds import inner_objective, inner_problem
+from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import Property
 
 
@@ -126,10 +126,11 @@ class ITD(AbstractEstimator):
         with torch.enable_grad(), explained():
             leaf = x.detach().requires_grad_()
             y0 = problem.start(leaf, start.y)
-        fixed = inner_objective(problem, x.detach())
+        kind = inner_problem(problem.problem)
+        objective, fixed = kind.objective(problem, leaf, None), kind.objective(problem, x.detach(), None)
         inner = self.inner.tuned(fixed, y0.detach())
-        to_converge = Property.stationary in inner_problem(problem.problem).offers
-        walk = Walk(problem, inner, inner_objective(problem, leaf), fixed, leaf, y0, to_converge)
+        to_converge = bool(inner.tol) and Property.stationary in kind.offers
+        walk = Walk(problem, inner, objective, fixed, leaf, y0, to_converge)
         unrolled = self.unrolling.differentiate(walk)
         reports = [report("inner solver", solved(walk, unrolled.end))]
         if unrolled.left is not None:

@@ -25,7 +25,7 @@ class Walk:
         fixed: the same at an x without a graph, for the steps that take none.
         x: the outer variable `(p,)`, a leaf that requires grad.
         start: where the iteration starts `(*tasks, q)`, with its graph from x.
-        to_converge: whether y solves anything that the steps tend to.
+        to_converge: whether the steps have a tolerance, and tend to something that y solves.
 
     Attributes:
         steps: how many steps have been taken.
@@ -51,7 +51,7 @@ class Walk:
         self.x, self.start = x, start
         self.rows = start.shape[:-1].numel()
         self.has_init, self.needs_gradient = problem.problem.init is not None, inner.needs_gradient
-        self.checked = bool(inner.tol) and to_converge and not self.has_init
+        self.checked = to_converge and not self.has_init
         self.is_own = objective.own is not None or not self.needs_gradient
         self.length = 1.0 if inner.residual_step is None and self.is_own else inner.residual_step
         self.steps = 0
