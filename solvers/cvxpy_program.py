@@ -76,10 +76,10 @@ class Cvxpy(AbstractInnerSolver):
         )
         y = cvxpy.Variable(len(q))
         equalities = [A @ y == b] if len(A) else []
-        sides = ((upper, 1.0), (-lower, -1.0))
-        bounds = [s * y[limit < float("inf")] <= limit[limit < float("inf")] for limit, s in sides]
+        sides = [(limit, limit < float("inf"), sign) for limit, sign in ((upper, 1.0), (-lower, -1.0))]
+        bounds = [sign * y[finite] <= limit[finite] for limit, finite, sign in sides if finite.any()]
         objective = cvxpy.Minimize(cvxpy.quad_form(y, cvxpy.psd_wrap(Q)) / 2 + q @ y)
-        problem = cvxpy.Problem(objective, equalities + [bound for bound in bounds if bound.size])
+        problem = cvxpy.Problem(objective, equalities + bounds)
         problem.solve(solver=self.solver)
         like = program.q[row]
         none = torch.full_like(like, torch.nan), torch.full_like(program.b[row], torch.nan)
