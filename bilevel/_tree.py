@@ -1,18 +1,26 @@
-"""Nested structures of tensors as one vector, and back: the only user of torch's pytree module."""
+"""Nested structures of tensors as one vector, and back."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-Tree: TypeAlias = Any  # a tensor, or a nested dict, list, tuple or named tuple of tensors
+from bilevel._nesting import (
+    Node,
+    Tree as Tree,
+    aligned,
+    builder,
+    flatten,
+    places,
+    tree_leaves as tree_leaves,
+    tree_map as tree_map,
+    tree_parts as tree_parts,
+)
 
 
 @final
@@ -27,7 +35,7 @@ class Structure:
         device: the device of all leaves.
     """
 
-    spec: pytree.TreeSpec
+    spec: Node | None
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     device: torch.device
@@ -56,7 +64,7 @@ class Structure:
 
     @cached_property
     def _build(self) -> Callable[[Sequence[Any]], Tree]:
-        return _builder(self.spec)
+        return builder(self.spec)
 
     def ravel(self, tree: Tree, name: str) -> Tensor:
         """Join the leaves of `tree` into a vector `(n,)`; differentiable. `name` is for error messages.
@@ -80,11 +88,11 @@ class Structure:
 
     def aligned(self, tree: Tree) -> Tree:
         """The tree with its dicts in the order of this structure, wherever their keys are the same."""
-        return _aligned(tree, pytree.tree_unflatten([None] * len(self.shapes), self.spec))
+        return aligned(tree, self._build([None] * len(self.shapes)))
 
     def describe(self) -> str:
         """The nesting with the shape of each leaf in its place."""
-        return str(pytree.tree_unflatten([tuple(shape) for shape in self.shapes], self.spec))
+        return str(self._build([tuple(shape) for shape in self.shapes]))
 
 
 def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
@@ -108,7 +116,8 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
         >>> structure.unravel(vector)["b"]
         tensor(0.)
     """
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    spec = flatten(tree, leaves)
     for leaf in leaves:
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided):
             _refuse_leaf(tree, name)
@@ -128,8 +137,7 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
 
 
 def _refuse_leaf(tree: Tree, name: str) -> None:
-    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-        where = name + pytree.keystr(path)
+    for where, leaf in places(tree, name):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name} must be a tensor or a nested dict, list or tuple of tensors."
@@ -142,43 +150,3 @@ def _refuse_leaf(tree: Tree, name: str) -> None:
             )
         if leaf.layout != torch.strided:
             raise TypeError(f"{name} must hold dense tensors. Got {leaf.layout} at {where}. Write `.to_dense()`.")
-
-
-def tree_map(function: Callable[[Any], Any], tree: Tree) -> Tree:
-    """Apply `function` to every leaf."""
-    return pytree.tree_map(function, tree)
-
-
-def tree_parts(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
-    """The leaves, in order, and what makes the same nesting of other leaves."""
-    leaves, spec = pytree.tree_flatten(tree)
-    return leaves, _builder(spec)
-
-
-def _aligned(tree: Tree, like: Tree) -> Tree:
-    if type(tree) is not type(like) or not isinstance(tree, dict | list | tuple) or len(tree) != len(like):
-        return tree
-    if isinstance(tree, dict):
-        if tree.keys() != like.keys():
-            return tree
-        ordered = copy.copy(tree)  # of the same kind: a defaultdict keeps its default
-        ordered.clear()
-        ordered.update((key, _aligned(tree[key], like[key])) for key in like)
-        return ordered
-    children = [_aligned(a, b) for a, b in zip(tree, like, strict=True)]
-    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
-
-
-def _builder(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Tree]:
-    """From leaves to the nesting. The usual ones in one stroke: unflattening takes as long as a small layer."""
-    if spec.is_leaf():
-        return lambda leaves: leaves[0]
-    if spec.type is dict and all(child.is_leaf() for child in spec.children()):
-        keys = spec.context
-        return lambda leaves: dict(zip(keys, leaves, strict=True))
-    return lambda leaves: pytree.tree_unflatten(leaves, spec)
-
-
-def tree_leaves(tree: Tree) -> list[Any]:
-    """The leaves, in order."""
-    return pytree.tree_leaves(tree)

@@ -227,6 +227,45 @@ def test_importing_bilevel_loads_nothing_that_torch_does_not_load() -> None:
     assert loaded <= STANDARD | {"torch", "bilevel"}
 
 
+# What is private to torch may go in any release. Each use has a fallback, or is of a name that others rely on as well.
+PRIVATE = {
+    "bilevel._nesting": {"torch.utils._pytree"},  # looked up: without it, types that others registered are leaves
+    "bilevel._numerics.batched": {"torch._C", "torch._C._functorch"},  # looked up: without it, torch.vmap is called
+    # base classes that have no public name: an import that fails says so at once
+    "bilevel.modules.functional": {
+        "torch.nn.modules.batchnorm._BatchNorm",
+        "torch.nn.modules.batchnorm._NormBase",
+        "torch.nn.modules.dropout._DropoutNd",
+    },
+}
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Names with a part that begins with one underscore, of what is imported from torch or looked up there."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            names = [f"{ast.unparse(node.args[0])}.{ast.unparse(node.args[1])[1:-1]}"]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "torch" and any(part.startswith("_") and not part.startswith("__") for part in parts):
+                yield name
+
+
+def test_few_private_names_of_torch_are_used_and_none_without_need() -> None:
+    assert list(private_names(ast.parse("from torch.utils._pytree import tree_map"))) == [
+        "torch.utils._pytree.tree_map"
+    ]
+    found = {name: set(private_names(tree)) for name, tree in MODULES.items()}
+    assert {name: names for name, names in found.items() if names} == PRIVATE
+
+
 # Classes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +39,8 @@ TREES = st.recursive(
         st.lists(child, min_size=1, max_size=3).map(tuple),
         st.dictionaries(st.sampled_from("abc"), child, min_size=1),
         st.tuples(child, child).map(lambda two: Pair(*two)),
+        st.lists(child, min_size=1, max_size=3).map(lambda several: deque(several, maxlen=3)),
+        st.dictionaries(st.sampled_from("abc"), child, min_size=1).map(OrderedDict),
     ),
     max_leaves=6,
 )
@@ -48,6 +50,18 @@ def assert_same(one: Any, other: Any) -> None:
     assert type(one) is type(other)
     pairs = list(zip(tree_leaves(one), tree_leaves(other), strict=True))
     assert all(a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+class Point:
+    """A container of somebody else's, which torch's transformations know."""
+
+    def __init__(self, u: Any, v: Any) -> None:
+        self.u, self.v = u, v
+
+
+getattr(torch.utils, "_pytree").register_pytree_node(  # noqa: B009  (type checkers take it for private)
+    Point, lambda point: ([point.u, point.v], None), lambda parts, _: Point(*parts)
+)
 
 
 @given(TREES)
@@ -87,6 +101,8 @@ def reordered(tree: Any, seed: int) -> Any:
         return type(tree)((key, reordered(tree[key], seed)) for key in keys)
     if isinstance(tree, Pair):
         return Pair(*(reordered(child, seed) for child in tree))
+    if isinstance(tree, deque):
+        return deque((reordered(child, seed) for child in tree), tree.maxlen)
     return type(tree)(reordered(child, seed) for child in tree) if isinstance(tree, list | tuple) else tree
 
 
@@ -152,6 +168,41 @@ def test_an_estimate_does_not_depend_on_the_order_of_keys() -> None:
     assert certify(problem, swapped, first, constants, data=data).bound < 1e-8
 
 
+def test_what_makes_a_container_is_kept() -> None:
+    by_name: defaultdict[str, Any] = defaultdict(list, a=torch.ones(2))
+    vector, structure = ravel(by_name)
+    built = structure.unravel(vector)
+    assert type(built) is defaultdict and built["missing"] == []
+    vector, structure = ravel(deque([torch.ones(1)], maxlen=4))
+    assert structure.unravel(vector).maxlen == 4
+
+
+def test_kinds_of_nodes_that_torch_was_told_of_are_nodes() -> None:
+    tree = {"p": Point(torch.ones(2), [torch.zeros(1)])}
+    vector, structure = ravel(tree)
+    assert vector.tolist() == [1.0, 1.0, 0.0]
+    built = structure.unravel(vector + 1)["p"]
+    assert isinstance(built, Point)
+    assert built.u.tolist() == [2.0, 2.0] and built.v[0].tolist() == [1.0]
+    with pytest.raises(TypeError, match=r"Got str at x\['p'\]\[1\]"):
+        ravel({"p": Point(torch.ones(2), "v")}, "x")
+
+
+def test_leaves_come_as_from_torch() -> None:
+    """In the same order, with the same types as leaves: a subclass of a container is one, named tuples aside."""
+    torchs = getattr(torch.utils, "_pytree")  # noqa: B009  (type checkers take it for private)
+
+    class Sub(dict[str, Any]):
+        pass
+
+    trees: list[Any] = [{"b": 1, "a": [2, (3, None)]}, torch.Size([1, 2]), Sub(a=1), OrderedDict(b=1, a=2), Pair(1, 2)]  # type: ignore[arg-type]
+    trees += [torch.max(torch.ones(2, 2), 0), deque([1, {"z": 2, "y": 3}]), defaultdict(list, b=1), range(3), "ab", {}]
+    for tree in trees:
+        ours, theirs = tree_leaves(tree), torchs.tree_leaves(tree)
+        assert len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+        assert type(tree_map(str, tree)) is type(torchs.tree_map(str, tree))
+
+
 def test_tree_map_reaches_every_leaf() -> None:
     tree = {"a": [torch.ones(2), (torch.zeros(()),)]}
     assert_same(tree_map(lambda leaf: leaf + 1, tree), {"a": [torch.full((2,), 2.0), (torch.ones(()),)]})
@@ -186,6 +237,7 @@ def test_another_structure_is_refused_and_described(other: Any, text: str) -> No
         (torch.ones(2, dtype=torch.int64), TypeError, "Got torch.int64 at x. Convert"),
         (torch.ones(2, dtype=torch.bool), TypeError, "Got torch.bool at x"),
         ((torch.ones(2), torch.ones(2, dtype=torch.complex128)), TypeError, r"Got torch.complex128 at x\[1\]"),
+        (Pair(torch.ones(2), torch.ones(2, dtype=torch.int64)), TypeError, r"Got torch.int64 at x\.b"),
         (torch.ones(2).to_sparse(), TypeError, "Got torch.sparse_coo at x. Write `.to_dense"),
         ([torch.ones(2), torch.ones(2, dtype=torch.float32)], ValueError, "one dtype. Got .*float32.*float64"),
         ([torch.ones(2), torch.ones(2, device="meta")], ValueError, "one device. Got .*cpu.*meta"),
