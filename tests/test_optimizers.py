@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem, Box, minimize
+from bilevel import AID, BilevelProblem, Box, minimize
 from bilevel._inner import Objective
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import BilevelError, Status
 from bilevel._tree import tree_leaves
+from bilevel.problems import quadratic
 from bilevel.solvers.adam import Adam
+from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
+from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.nesterov import Nesterov
 from bilevel.solvers.scipy_minimize import ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim
@@ -340,6 +343,30 @@ def test_scipy_respects_bounds(method: str) -> None:
     torch.testing.assert_close(solution.x, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="takes no bounds"):
         minimize(tracking(target), x0, x0, outer=ScipyMinimize("BFGS"), constraint=box)
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "SLSQP"])
+def test_a_tolerance_on_the_norm_of_the_hypergradient_is_met_by_scipy(method: str, tol: float) -> None:
+    instance = quadratic(p=6)
+    exact = AID(LBFGS(tol=1e-12), CG(rtol=1e-12))
+    outer = ScipyMinimize(method)
+    solution = minimize(instance.problem, instance.x0, instance.y0, estimator=exact, outer=outer, tol=tol)
+    assert solution.status is Status.successful
+    assert instance.gradient is not None
+    assert float(torch.linalg.vector_norm(instance.gradient(solution.x))) <= 1.01 * tol
+
+
+def test_scipy_goes_on_from_no_step_that_meets_the_tolerance() -> None:
+    """Else it goes on to where hypergradients are no more than their error, and line searches fail."""
+    instance = quadratic(p=6)
+    solution = minimize(instance.problem, instance.x0, instance.y0, outer=ScipyMinimize(), tol=1e-5)
+    assert solution.status is Status.successful
+    # and bounds count: the gradient at a bound does not vanish, its projection does
+    box = torch.full((2,), -1.0, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    x, status = drive(rosenbrock, bounds=box, tol=1e-4)
+    assert status is Status.successful
+    assert float(x[0]) == 0.5 and float(torch.linalg.vector_norm(rosenbrock(x)[1])) > 0.1
 
 
 def drive(evaluate: Callable[[Tensor], tuple[float, Tensor]], **settings: Any) -> tuple[Tensor, Status]:
