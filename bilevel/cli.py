@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, final
 
+from bilevel import __version__
+
 SUCCESS, FAILED, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 
 _DEBUG = "show the traceback of an error"
@@ -31,17 +33,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"bilevel: error: {message}. See `{self.prog} --help`.\n")
 
 
-@final
-class _Version(argparse.Action):
-    """Looked up only when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from bilevel.commands.result import version
-
-        print(f"bilevel {version('bilevel')}")
-        parser.exit(SUCCESS)
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `command` to the function that carries it out."""
     top = _Parser(
@@ -51,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="show the version and exit")
+    top.add_argument("--version", action="version", version=f"bilevel {__version__}", help="show the version and exit")
     commands = top.add_subparsers(metavar="COMMAND", title="commands")
     _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ..."))
     for name, add, purpose in (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
+import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +49,13 @@ def test_links_show_the_mapped_folders_to_static_tools() -> None:
 def test_the_package_is_marked_as_typed() -> None:
     assert (ROOT / "bilevel" / "py.typed").is_file()
     assert "py.typed" in SETUPTOOLS["package-data"]["bilevel"]
+
+
+def test_the_version_is_written_once_and_that_of_what_is_installed() -> None:
+    assert "version" not in CONFIGURATION["project"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "bilevel.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", bilevel.__version__)
+    assert importlib.metadata.version("bilevel") == bilevel.__version__
 
 
 def test_torch_is_the_only_requirement() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel import __version__
 from bilevel._tree import Tree, tree_leaves
 
 _SMALL = 200  # entries of x that are written out
@@ -64,16 +64,8 @@ def _range(leaf: Tensor) -> dict[str, float]:
 def versions() -> dict[str, str]:
     """Of everything that the bits of a result depend on."""
     return {
-        "bilevel": version("bilevel"),
+        "bilevel": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-
-
-def version(package: str) -> str:
-    """The version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        return "not installed"
