@@ -3,6 +3,7 @@
 #   make demo     find the mislabelled digits in a training set; the picture is runs/demo/plot.png
 #   make test     run the tests
 #   make check    run the linters and the type checkers
+#   make docs     build the documentation, in site/
 #
 # Variables: PYTHON (default python3), VENV (default .venv), PYTEST_FLAGS (default -n 2).
 
@@ -18,10 +19,10 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 # small matrices: threads would only wait for each other
 demo test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,7p' Makefile
+	@sed -n 's/^# \{0,1\}//; 1,8p' Makefile
 
 demo: $(VENV)/.demo
 	$(IN_VENV) -m bilevel run hyper-cleaning --out runs/demo --overwrite
@@ -35,8 +36,12 @@ check: $(VENV)/.dev
 	$(IN_VENV) -m mypy
 	$(IN_VENV) -m pyright --pythonpath $(IN_VENV)
 
+docs: export NO_MKDOCS_2_WARNING ?= 1
+docs: $(VENV)/.docs
+	$(IN_VENV) -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info
+	rm -rf "$(VENV)" build dist site *.egg-info
 
 # torch first, alone and pinned; the rest may not replace it
 $(VENV)/.torch: constraints.txt
@@ -57,3 +62,7 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) ".[dev]"
 	@touch "$@" "$(VENV)/.test" "$(VENV)/.demo"
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(INSTALL) ".[docs]"
+	@touch "$@"

@@ -52,7 +52,6 @@ class Objective:
         function: y -> values; differentiable by autograd.
         tally: where the calls are counted.
         linearize: how the owner wants the objective linearized at the solution; see :meth:`last_gradient`.
-        x: the outer variable at which it is taken, for solvers that know y*(x) in closed form: `(p,)`.
         closed_form: applies a user's map x -> y in the user's structures; see `ClosedForm`.
         constraints: linear constraints on y, for solvers that heed them.
         oracle: y -> (values, gradients), where there is a faster way than autograd.
