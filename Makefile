@@ -4,6 +4,7 @@
 #   make test     run the tests
 #   make check    run the linters and the type checkers
 #   make docs     build the documentation, in site/
+#   make test-lowest   run the tests of the core at the lowest versions that pyproject.toml admits, in $(VENV)-lowest
 #
 # Variables: PYTHON (default python3), VENV (default .venv), PYTEST_FLAGS (default -n 2).
 
@@ -15,14 +16,16 @@ IN_VENV = "$(VENV)/bin/python"
 PIP = $(IN_VENV) -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --constraint constraints.txt --editable
 TORCH = $(shell grep '^torch==' constraints.txt)
+# what computes, what uses scipy, scikit-learn, cvxpy and matplotlib, and the command line
+CORE_TESTS = tree problem problems estimators inner_solvers linear_solvers optimizers quadratic_program kkt cli
 
 # small matrices: threads would only wait for each other
-demo test: export OMP_NUM_THREADS ?= 1
+demo test test-lowest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-lowest check docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,8p' Makefile
+	@sed -n 's/^# \{0,1\}//; 1,9p' Makefile
 
 demo: $(VENV)/.demo
 	$(IN_VENV) -m bilevel run hyper-cleaning --out runs/demo --overwrite
@@ -36,12 +39,17 @@ check: $(VENV)/.dev
 	$(IN_VENV) -m mypy
 	$(IN_VENV) -m pyright --pythonpath $(IN_VENV)
 
+# The lowest versions were made for the lowest Python: run it with 3.11.
+test-lowest:
+	$(MAKE) VENV="$(VENV)-lowest" "$(VENV)-lowest/.lowest"
+	"$(VENV)-lowest/bin/python" -m pytest $(PYTEST_FLAGS) $(CORE_TESTS:%=tests/test_%.py)
+
 docs: export NO_MKDOCS_2_WARNING ?= 1
 docs: $(VENV)/.docs
 	$(IN_VENV) -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf "$(VENV)" build dist site *.egg-info
+	rm -rf "$(VENV)" "$(VENV)-lowest" build dist site *.egg-info
 
 # torch first, alone and pinned; the rest may not replace it
 $(VENV)/.torch: constraints.txt
@@ -65,4 +73,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	$(INSTALL) ".[docs]"
+	@touch "$@"
+
+$(VENV)/.lowest: $(VENV)/.torch pyproject.toml .ci/lowest_requirements.py
+	$(IN_VENV) .ci/lowest_requirements.py > "$(VENV)/lowest.txt"
+	$(PIP) install --quiet --requirement "$(VENV)/lowest.txt"
+	$(PIP) install --quiet --no-deps --editable .
 	@touch "$@"

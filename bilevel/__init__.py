@@ -1,9 +1,8 @@
 """Bilevel optimization in PyTorch: min_x f(x, y*(x)) subject to y*(x) = argmin_y g(x, y)."""
 
-from bilevel import bounds as bounds, prox as prox
-
 __version__ = "0.1.0"  # the only place: setuptools and the command line read it here
 
+from bilevel import bounds as bounds, prox as prox
 from bilevel._calculus import Exact as Exact, FiniteDifferences as FiniteDifferences
 from bilevel._estimate import AbstractEstimator as AbstractEstimator, Estimate as Estimate, Start as Start
 from bilevel._hypergradient import hypergradient as hypergradient

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._nesting import (
+from bilevel._numerics.nesting import (
     Node,
     Tree as Tree,
     aligned,

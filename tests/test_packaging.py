@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +62,16 @@ def test_the_version_is_written_once_and_that_of_what_is_installed() -> None:
 
 def test_torch_is_the_only_requirement() -> None:
     assert [requirement.split(">")[0] for requirement in CONFIGURATION["project"]["dependencies"]] == ["torch"]
+
+
+def test_lower_bounds_can_be_installed_as_they_are_and_are_one_a_package() -> None:
+    run = subprocess.run([sys.executable, ROOT / ".ci" / "lowest_requirements.py"], capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0, run.stderr
+    assert {"scipy", "numpy", "scikit-learn", "cvxpy", "matplotlib", "pytest"} <= {
+        line.split("==")[0] for line in lines
+    }
+    assert len({line.split("==")[0] for line in lines}) == len(lines)
 
 
 def test_the_extra_all_holds_every_extra_for_users() -> None:

@@ -372,6 +372,7 @@ def test_the_pseudo_inverse_ignores_scales_and_repetitions() -> None:
 # Against other solvers
 
 
+@pytest.mark.filterwarnings("ignore:Values in x were outside bounds")  # of scipy 1.12, about a step of its own
 @given(programs())
 def test_scipy_finds_no_better_point(program: Data) -> None:
     optimize = pytest.importorskip("scipy.optimize")
