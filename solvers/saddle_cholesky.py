@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, SaddleBlocks, demand
 from bilevel._numerics.saddle_point import SaddlePoint, alone
-from bilevel._result import Solved, Status
+from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
 
 
@@ -58,11 +58,7 @@ class SaddleCholesky(AbstractLinearSolver):
         u = torch.where(alone(blocks.A, blocks.free).any(-2), b[..., :q] * 0, u)  # A u = 0: exactly 0 where it is alone
         v = torch.cat([u, s], dim=-1) if s.shape[-1] else u
         residual = torch.linalg.vector_norm(operator.residual(b, v)[..., :q], dim=-1)
-        statuses = tuple(
-            Status.successful if definite else Status.not_positive_definite
-            for definite in system.definite.reshape(-1).tolist()
-        )
-        return Solved(v, statuses, residual, 1)
+        return Solved(v, first_statuses((~system.definite, Status.not_positive_definite)), residual, 1)
 
     def relative_error(self, constants: Constants, damping: float) -> float:
         return 0.0

@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.rows import matrix_times, positive_or_one
 from bilevel._numerics.saddle_point import pseudo_inverse
 from bilevel._result import Report, Status
 from bilevel.inner_problems.polytope import FlatPolytope
@@ -41,16 +42,16 @@ class Activity:
         """From the gradient of g at y, H y (whose size it has cancelled from), and the multipliers where known."""
         A, b, lower, upper = (part.expand(*y.shape[:-1], *part.shape[y.dim() - 1 :]) for part in polytope.tensors())
         finite = torch.stack([torch.where(bound.isfinite(), bound, y) for bound in (lower, upper)])
-        primal = _positive(torch.maximum(finite.abs().amax(0), y.abs()).amax(-1, keepdim=True))
+        primal = positive_or_one(torch.maximum(finite.abs().amax(0), y.abs()).amax(-1, keepdim=True))
         near_lower, near = y - lower < upper - y, torch.minimum(y - lower, upper - y) / primal
         free = near > torch.finfo(y.dtype).eps ** 0.5
         if multipliers is None:
             multipliers = _fitted(A, gradient, free, torch.zeros_like(b))
         force = near
         for _ in range(_ROUNDS):
-            pull = gradient + times(A.mT, multipliers)
-            terms = torch.stack([gradient, curved, times(A.mT, multipliers)]).abs().amax(0)
-            force = torch.where(near_lower, pull, -pull) / _positive(terms.amax(-1, keepdim=True))
+            pull = gradient + matrix_times(A.mT, multipliers)
+            terms = torch.stack([gradient, curved, matrix_times(A.mT, multipliers)]).abs().amax(0)
+            force = torch.where(near_lower, pull, -pull) / positive_or_one(terms.amax(-1, keepdim=True))
             free = (near > force.clamp_min(0)) & ~polytope.fixed
             multipliers = _fitted(A, gradient, free, multipliers)
         margin = torch.where(polytope.fixed, torch.inf, torch.where(free, near, force)).amin(-1)
@@ -70,21 +71,11 @@ def kink_report(part: str, margins: Tensor, least: float) -> Report:
     return Report(part, Status.worst(statuses), float(margins.min()), 0, statuses if margins.dim() else ())
 
 
-def times(A: Tensor, v: Tensor) -> Tensor:
-    """A v for each row of the batch."""
-    product: Tensor = (A @ v.unsqueeze(-1)).squeeze(-1)
-    return product
-
-
 def _fitted(A: Tensor, gradient: Tensor, free: Tensor, near: Tensor) -> Tensor:
     """The multipliers nearest to given ones that minimize |grad_F g + A_F' nu|."""
     A_F = A * free.unsqueeze(-2)
-    left = (gradient + times(A.mT, near)) * free
-    return near - times(pseudo_inverse(A_F @ A_F.mT), times(A_F, left))
-
-
-def _positive(sizes: Tensor) -> Tensor:
-    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    left = (gradient + matrix_times(A.mT, near)) * free
+    return near - matrix_times(pseudo_inverse(A_F @ A_F.mT), matrix_times(A_F, left))
 
 
 def default_margin(like: Tensor) -> float:

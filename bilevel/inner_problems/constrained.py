@@ -13,9 +13,10 @@ from bilevel._calculus import AbstractProducts, Linearization
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective, smooth_objective
 from bilevel._linear import SYMMETRIC, LinearOperator, OperatorProperties, SaddleBlocks
+from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved
 from bilevel._tree import Tree
-from bilevel.inner_problems.activity import Activity, default_margin, times
+from bilevel.inner_problems.activity import Activity, default_margin
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.polytope import FlatPolytope, Polytope
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
@@ -122,15 +123,15 @@ class LinearlyConstrained(AbstractInnerProblem):
             u, s = torch.where(free, v[..., :q], 0.0), v[..., q:]
             hu, gu = at.products(u)
             seen[:] = [(v, v._version, hu)]
-            top = inside(v[..., :q], hu) + times(A_F.mT, s)
-            return torch.cat([top, times(A_F, u)], dim=-1), gu
+            top = inside(v[..., :q], hu) + matrix_times(A_F.mT, s)
+            return torch.cat([top, matrix_times(A_F, u)], dim=-1), gu
 
         def leading(u: Tensor) -> Tensor:
             return inside(u, at.operator.mv(torch.where(free, u, 0.0)))
 
         def mv(v: Tensor) -> Tensor:
-            top = leading(v[..., :q]) + times(A_F.mT, v[..., q:])
-            return torch.cat([top, times(A_F, v[..., :q])], dim=-1)
+            top = leading(v[..., :q]) + matrix_times(A_F.mT, v[..., q:])
+            return torch.cat([top, matrix_times(A_F, v[..., :q])], dim=-1)
 
         def pull(v: Tensor) -> Tensor | None:
             return at.cross(torch.where(free, v[..., :q], 0.0))
@@ -141,10 +142,10 @@ class LinearlyConstrained(AbstractInnerProblem):
             u, s = torch.where(free, v[..., :q], 0.0), v[..., q:]
             known = bool(seen) and seen[0][0] is v and seen[0][1] == v._version
             hu = seen[0][2] if known else at.operator.mv(u)
-            t = (fy - hu - times(A.mT, s)) * ~free
+            t = (fy - hu - matrix_times(A.mT, s)) * ~free
             A_x, b, lower, upper = moving.tensors()
             bound = torch.where(free, y, torch.where(activity.upper, upper, lower))
-            total = (activity.multipliers * times(A_x, u)).sum() + (s * (times(A_x, y) - b)).sum()
+            total = (activity.multipliers * matrix_times(A_x, u)).sum() + (s * (matrix_times(A_x, y) - b)).sum()
             total = total + (t * (y - bound)).sum()
             found: Tensor = torch.autograd.grad(
                 total, leaf, retain_graph=True, allow_unused=True, materialize_grads=True
