@@ -158,8 +158,9 @@ class Iterate(AbstractUnrollable):
 
     def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
         assert gradient is not None
-        keys = self.optimizer.init(state[0].detach()).keys() if len(state) > 1 else ()
-        point, new = self.optimizer.step(gradient, state[0], dict(zip(keys, state[1:], strict=True)))
+        y, *entries = state
+        keys = self.optimizer.init(y.detach()).keys() if entries else ()
+        point, new = self.optimizer.step(gradient, y, dict(zip(keys, entries, strict=True)))
         return (point, *new.values())
 
 

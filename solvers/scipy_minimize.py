@@ -87,7 +87,7 @@ class ScipyMinimize(AbstractOuterDriver):
             residual = gradient if bounds is None else x - (x - gradient).clamp(*bounds)
             return float(torch.linalg.vector_norm(residual))
 
-        def stop_if_reached(flat: np.ndarray[Any, Any], *more: object) -> None:
+        def stop_if_reached(flat: np.ndarray[Any, Any], *more: object) -> None:  # noqa: ARG001  (trust-constr tells more)
             x, _, gradient = seen[0]
             if tol is not None and norm_at(x, gradient) <= tol and torch.equal(torch.from_numpy(flat).to(x), x):
                 raise _ReachedError

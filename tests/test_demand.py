@@ -58,7 +58,7 @@ VALID |= {
     "solution": lambda x: x,
     "rank": 2,
     "schedule": lambda step: 1.0,
-    "estimator": ITD(Iterate(GradientDescent(0.1), 3)),
+    "estimator": AID(LBFGS(), CG()),
     "factory": lambda params: None,
 }
 

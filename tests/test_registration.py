@@ -209,7 +209,7 @@ def test_implicit_is_aid_cg_where_g_is_smooth_and_kkt_where_y_is_constrained() -
 
 
 def test_implicit_is_the_default() -> None:
-    for function in (hypergradient, minimize, hyperobjective):
+    for function in (hypergradient, hyperobjective):
         assert inspect.signature(function).parameters["estimator"].default == "implicit"
     x, y0 = torch.tensor([1.0, -1.0]), torch.zeros(2)
     assert hypergradient(CONSTRAINED, x, y0).grad.tolist() == pytest.approx([-2.0, 0.0], abs=1e-9)
