@@ -14,7 +14,7 @@ from bilevel._tree import Tree
 from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:
-    from bilevel.inner_problems.kind import AbstractInnerProblem
+    from bilevel.inner_problems.declarations import AbstractDeclaredKind
     from bilevel.inner_problems.polytope import Polytope
     from bilevel.prox.term import AbstractProxTerm
 from bilevel._validate import demand_batch
@@ -73,7 +73,7 @@ class BilevelProblem:
     prox: Callable[..., AbstractProxTerm] | None = None
     iterative: bool = False
     tasks: bool = False
-    inner: AbstractInnerProblem | None = None
+    inner: AbstractDeclaredKind | None = None
     _f: Callable[..., Tensor] | None = None
     _g: Callable[..., Tensor] | None = None
 
@@ -88,7 +88,7 @@ class BilevelProblem:
         prox: Callable[..., AbstractProxTerm] | None = None,
         iterative: bool = False,
         tasks: bool = False,
-        inner: AbstractInnerProblem | None = None,
+        inner: AbstractDeclaredKind | None = None,
     ) -> None:
         optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
@@ -210,9 +210,9 @@ def _demand_arguments(name: str, function: Callable[..., Any], names: tuple[str,
 
 
 def _demand_kind(inner: Any) -> None:
-    from bilevel.inner_problems.kind import AbstractInnerProblem
+    from bilevel.inner_problems.declarations import AbstractDeclaredKind
 
-    if not isinstance(inner, AbstractInnerProblem):
+    if not isinstance(inner, AbstractDeclaredKind):
         raise TypeError(
             f"`BilevelProblem(inner=...)` must be a kind of inner problem such as `SmoothMinimization(g)`."
             f" Got {type(inner).__name__}. A function g goes to `BilevelProblem(f, g)`."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bilevel._linear import ANY, OperatorProperties
-from bilevel.requirements.properties import DoesNotApply, Feature, Property
+from bilevel.inner_problems.declarations import AbstractDeclaredKind
+from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:  # a problem holds its kind, and a kind is given the problem
     from bilevel._calculus import AbstractProducts, Linearization
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a problem holds its kind, and a kind is given the problem
     from bilevel._result import Solved
 
 
-class AbstractInnerProblem(abc.ABC):
+class AbstractInnerProblem(AbstractDeclaredKind):
     """A kind of inner problem: y*(x) as a minimizer, a constrained one, a fixed point, or the end of an iteration.
 
     A kind is a frozen value that holds functions of the user's x and y. It declares what it offers, builds what inner
@@ -26,41 +26,6 @@ class AbstractInnerProblem(abc.ABC):
     kinds: they state what they require, and one place compares (`bilevel._apply`). What a kind does not declare it
     does not have.
     """
-
-    @property
-    @abc.abstractmethod
-    def offers(self) -> frozenset[Property]:
-        """What it has; an estimator that requires more is refused."""
-
-    @property
-    @abc.abstractmethod
-    def refusal(self) -> str:
-        """What it is, for an estimator that requires more, and what to use instead: a sentence or two."""
-
-    @property
-    def g(self) -> Callable[..., Tensor] | None:
-        """The smooth objective g(x, y), where there is one; it becomes that of the problem."""
-        return None
-
-    @property
-    def functions(self) -> Mapping[str, tuple[Callable[..., Any], tuple[str, ...]]]:
-        """Functions of its own beside g, by name, with the names of their arguments; data come after these."""
-        return {}
-
-    @property
-    def features(self) -> frozenset[Feature]:
-        """What an inner solver must heed beyond a smooth objective."""
-        return frozenset()
-
-    @property
-    def operator(self) -> OperatorProperties:
-        """What is declared of (dF/dy)', which linear solvers demand."""
-        return ANY
-
-    @property
-    def implicit(self) -> str:
-        """The name of the estimator that differentiates F implicitly, which "implicit" stands for; empty: none does."""
-        return ""
 
     @abc.abstractmethod
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
