@@ -34,6 +34,11 @@ def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: b
         ]
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum over a batch `()`; a single value as it is: its sum would be an operation more, forward and backward."""
+    return values if values.dim() == 0 else values.sum()
+
+
 def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Phi's integrand f(x, y) `()`, grad_x f `(p,)` and grad_y f `(*tasks, q)`, by one backward pass."""
     problem.tally.outer_gradients += y.shape[:-1].numel()
@@ -56,7 +61,7 @@ def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | 
     problem.tally.gradients += y.shape[:-1].numel()
     with torch.enable_grad(), explained():
         x = x.detach().requires_grad_()
-        value = problem.g(x, y.detach()).sum()
+        value = total(problem.g(x, y.detach()))
         found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     if found is None and problem.problem.init is not None:
         raise DoesNotApply(START_ONLY)
@@ -217,7 +222,7 @@ class Exact(AbstractProducts):
         tally.gradients += rows
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            gradient = grad(problem.g(x, y).sum(), y, create_graph=True)
+            gradient = grad(total(problem.g(x, y)), y, create_graph=True)
         operator = hessian_operator(gradient, y, tally)
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -263,7 +268,7 @@ class FiniteDifferences(AbstractProducts):
             tally.gradients += rows
             with torch.enable_grad(), explained():
                 xs, ys = x.detach().requires_grad_(), y.detach().requires_grad_()
-                gx, gy = torch.autograd.grad(problem.g(xs, ys).sum(), (xs, ys), allow_unused=True)
+                gx, gy = torch.autograd.grad(total(problem.g(xs, ys)), (xs, ys), allow_unused=True)
             return torch.zeros_like(y) if gy is None else gy, gx
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator
+from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator, total
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue
@@ -96,7 +96,7 @@ class Objective:
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             value = self.function(leaf)
-            return value.detach(), grad(value.sum(), leaf)
+            return value.detach(), grad(total(value), leaf)
 
     def gradient(self, y: Tensor) -> Tensor:
         """grad_y g(x, y): `(*batch, q)`, without a graph."""
@@ -119,7 +119,7 @@ class Objective:
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             value = self.function(leaf)
-            gradient = grad(value.sum(), leaf, create_graph=True)
+            gradient = grad(total(value), leaf, create_graph=True)
         return value.detach(), gradient.detach(), hessian_operator(gradient, leaf, self.tally)
 
     def largest_curvature(self, y: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def why_not(
         needed = min(missing, key=list(Property).index)
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
     parts = [(name, getattr(estimator, name)) for name in _fields(type(estimator))]
-    whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if isinstance(part, AbstractRequiring)]
+    whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if _requires(part.__class__)]
     if indefinite or kind.features or not kind.operator.positive_definite:  # or any solver will do
         whys += sorted((_why_not_part(estimator, *part, kind, indefinite) for part in parts), key=_wholly)
     return next((why for why in whys if why), "")
@@ -94,6 +94,12 @@ def refusal(estimator: object, reason: str) -> str:
 
 def _name(value: object) -> str:
     return type(value).__name__
+
+
+@cache
+def _requires(kind: type) -> bool:
+    """Whether it is a class of what declares what it requires; kept, as it is asked before every estimate."""
+    return issubclass(kind, AbstractRequiring)
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import grad
+from bilevel._calculus import grad, total
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._numerics.second_derivatives import refuse_dropped_terms
@@ -89,7 +89,7 @@ class Walk:
             if not self._is_differentiable:
                 refuse_dropped_terms(value, at)
                 self._is_differentiable = True  # the steps that follow are the same function
-            return value.detach(), grad(value.sum(), at, create_graph=True, checked=True)
+            return value.detach(), grad(total(value), at, create_graph=True, checked=True)
 
     def moved(self, state: State, new: State) -> Tensor:
         """The residual (y_k - y_{k+1}) / a of a step, without a graph: `(*tasks, q)`."""
