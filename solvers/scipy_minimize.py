@@ -87,8 +87,8 @@ class ScipyMinimize(AbstractOuterDriver):
             residual = gradient if bounds is None else x - (x - gradient).clamp(*bounds)
             return float(torch.linalg.vector_norm(residual))
 
-        def stop_if_reached(flat: np.ndarray[Any, Any], *more: object) -> None:  # noqa: ARG001  (trust-constr tells more)
-            x, _, gradient = seen[0]
+        def stop_if_reached(flat: np.ndarray[Any, Any], *_: object) -> None:  # trust-constr tells more than the point
+            x, gradient = seen[0][0], seen[0][2]
             if tol is not None and norm_at(x, gradient) <= tol and torch.equal(torch.from_numpy(flat).to(x), x):
                 raise _ReachedError
 

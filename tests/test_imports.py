@@ -229,9 +229,7 @@ def test_importing_bilevel_loads_nothing_that_torch_does_not_load() -> None:
 
 # What is private to torch may go in any release. Each use has a fallback, or is of a name that others rely on as well.
 PRIVATE = {
-    "bilevel._numerics.nesting": {
-        "torch.utils._pytree"
-    },  # looked up: without it, types that others registered are leaves
+    "bilevel._numerics.nesting": {"torch.utils._pytree"},  # looked up; without it, types registered there are leaves
     "bilevel._numerics.batched": {"torch._C", "torch._C._functorch"},  # looked up: without it, torch.vmap is called
     # base classes that have no public name: an import that fails says so at once
     "bilevel.modules.functional": {

@@ -115,16 +115,17 @@ def _built(node: Node | None, leaves: Iterator[Any]) -> Tree:
 
 def places(tree: Tree, where: str) -> Iterator[tuple[str, Any]]:
     """The leaves, in order, each after the expression that reaches it, where `where` is the name of the tree."""
-    known = _kind(type(tree))
+    kind: Any = type(tree)
+    known = _kind(kind)
     if known is None:
         yield where, tree
         return
     children = list(known.parts(tree)[0])
     steps = [f"[{k}]" for k in range(len(children))]
-    if isinstance(tree, dict) and type(tree) in _KINDS:
+    if isinstance(tree, dict) and kind in _KINDS:
         steps = [f"[{key!r}]" for key in tree]
-    elif _is_named_tuple(type(tree)):
-        steps = [f".{name}" for name in tree._fields]
+    elif _is_named_tuple(kind):
+        steps = [f".{name}" for name in kind._fields]
     for step, child in zip(steps, children, strict=True):
         yield from places(child, where + step)
 
