@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bilevel._calculus import demand_beyond_start
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
-from bilevel._result import Report, Status
-from bilevel.requirements.properties import DoesNotApply
+from bilevel._result import Report, Status, Tally
+from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
 
 
@@ -31,17 +32,21 @@ def apply_estimator(
     if why:
         raise ValueError(why)
     try:
-        return _chunked(estimator, problem, x, start, chunk_size)
+        if (
+            estimator.requires is STRICTEST
+        ):  # it says nothing: what others see where they form derivatives is looked for
+            demand_beyond_start(problem.with_tally(Tally()), x, problem.start(x, start.y).detach())
+        if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
+            return _encoded(estimator, problem, x, start)
+        return _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
 
 
 def _chunked(
-    estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, chunk_size: int | None
+    estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, chunk_size: int, tasks: int
 ) -> FlatEstimate:
-    if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
-        return _encoded(estimator, problem, x, start)
-    tasks, parts = problem.tasks, []
+    parts = []
     for begin in range(0, tasks, chunk_size):
         rows = slice(begin, min(begin + chunk_size, tasks))
         share = (rows.stop - begin) / tasks

@@ -68,6 +68,22 @@ def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | 
     return found
 
 
+def demand_beyond_start(problem: FlatProblem, x: Tensor, y: Tensor) -> None:
+    """Refuse a y that depends on x through its start only; one gradient with its graph, where there is an `init`.
+
+    Raises:
+        DoesNotApply: if no path of the graph leads from x to grad_y g.
+    """
+    if problem.problem.init is None:
+        return
+    with torch.enable_grad(), explained():
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        gradient = grad(total(problem.g(x, y)), y, create_graph=True)
+        seen = gradient.requires_grad and torch.autograd.grad(gradient.sum(), x, allow_unused=True)[0] is not None
+    if not seen:
+        raise DoesNotApply(START_ONLY)
+
+
 def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperator:
     """d2g/dy2 as an operator, from a gradient in y whose graph is kept: a product is one backward pass.
 

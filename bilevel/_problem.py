@@ -92,7 +92,10 @@ class BilevelProblem:
     ) -> None:
         optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
-            if function is None and (name in _OPTIONAL or _overridden(self, name) or (name == "g" and inner)):
+            without = (
+                name in _OPTIONAL or _overridden(self, name) or (name == "g" and (inner or self.inner) is not None)
+            )
+            if function is None and without:
                 continue
             if not callable(function):
                 raise TypeError(
@@ -101,16 +104,9 @@ class BilevelProblem:
                 )
         if inner is not None:
             _demand_kind(inner)
-        kinds = {"constraints": constraints, "prox": prox, "iterative": iterative or None, "inner": inner}
-        given = [name for name, kind in kinds.items() if kind is not None]
-        if len(given) > 1 or (inner is not None and g is not None):
-            raise ValueError(
-                f"`BilevelProblem` has one kind of inner problem. Got {' and '.join(given)}"
-                f"{' beside g' if g is not None and inner is not None else ''}. Give one of constraints, prox and"
-                f" iterative, or an `inner=` that holds all of it."
-            )
-        self._f, self._g = f, g if inner is None else inner.g
-        self.inner = inner
+        if inner is not None:
+            self.inner = inner
+        self._f, self._g = f, g
         if init is not None:
             self.init = init
         if encode is not None:
@@ -123,6 +119,7 @@ class BilevelProblem:
             self.iterative = iterative
         if tasks:
             self.tasks = tasks
+        _demand_one_kind(self)
 
     def f(self, x: Tree, y: Tree, *data: Any) -> Tensor:
         """The outer objective: a scalar."""
@@ -135,9 +132,10 @@ class BilevelProblem:
         Raises:
             DoesNotApply: if the inner problem has none.
         """
-        if self._g is None:
+        g = self._g if self.inner is None else self.inner.g
+        if g is None:
             raise DoesNotApply("the inner problem has no objective g. Use `ITD`, `ESJ` or `FiniteDifference`.")
-        return self._g(x, y, *data)
+        return g(x, y, *data)
 
     def __repr__(self) -> str:
         given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
@@ -173,6 +171,7 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         raise TypeError(
             f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
         )
+    _demand_one_kind(problem)  # a subclass need not call the constructor
     for batch in (data.f, data.g) if isinstance(data, Split) else (data,):
         demand_batch(batch)
     first = "x" if problem.encode is None else "z"
@@ -207,6 +206,23 @@ def _demand_arguments(name: str, function: Callable[..., Any], names: tuple[str,
         raise TypeError(
             f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept ({error}). {hint}"
         ) from error
+
+
+def _demand_one_kind(problem: BilevelProblem) -> None:
+    """Refuse a problem with more than one kind of inner problem, as arguments or as members of its class.
+
+    Raises:
+        ValueError: naming them.
+    """
+    given = [name for name in ("constraints", "prox", "inner") if getattr(problem, name) is not None]
+    given += ["iterative"] if problem.iterative else []
+    beside = problem.inner is not None and (problem._g is not None or _overridden(problem, "g"))
+    if len(given) > 1 or beside:
+        raise ValueError(
+            f"`{type(problem).__name__}` must have one kind of inner problem. Got {' and '.join(given)}"
+            f"{' beside g' if beside else ''}. Give one of constraints, prox and iterative, or an `inner=` that holds"
+            f" all of it."
+        )
 
 
 def _demand_kind(inner: Any) -> None:

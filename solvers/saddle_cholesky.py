@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, SaddleBlocks, demand
+from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, SaddleBlocks
 from bilevel._numerics.saddle_point import SaddlePoint, alone
 from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
@@ -45,7 +45,11 @@ class SaddleCholesky(AbstractLinearSolver):
         """Solve A v = b; `guess` is not needed."""
         blocks = operator.blocks
         if blocks is None:
-            demand(operator, "SaddleCholesky", OperatorProperties(positive_definite=True))
+            if not operator.positive_definite:
+                raise ValueError(
+                    "`SaddleCholesky` needs the blocks of a saddle-point matrix, as linearly constrained problems have"
+                    " them, or an operator declared positive definite. Got neither. Use `GMRES` or `Dense`."
+                )
             none = b.new_zeros(*b.shape[:-1], 0, operator.size)
             blocks = SaddleBlocks(operator, none, torch.ones_like(b, dtype=torch.bool))
         q = blocks.M.size

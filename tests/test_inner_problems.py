@@ -133,6 +133,26 @@ def test_what_needs_a_smooth_minimization_is_refused_by_name(
         hypergradient(problem, X, Y0, estimator=estimator)
 
 
+@final
+@dataclass(frozen=True)
+class ByHand(AbstractEstimator):
+    """The same without this library's derivatives; it declares nothing either."""
+
+    inner: AbstractInnerSolver
+
+    def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
+        value, fx, _ = outer_gradients(problem, x, solved.value)
+        return FlatEstimate(fx, value, solved.value, (report("inner solver", solved),))
+
+
+@pytest.mark.parametrize("g", [lambda x, y: (y - 2).square().sum(), lambda x, y: (y - 2).square().sum() + x.sum()])
+def test_whether_grad_g_sees_x_is_looked_for_where_nothing_is_declared(g: Any) -> None:
+    problem = BilevelProblem(f, g, init=lambda x: x)
+    with pytest.raises(ValueError, match="`ByHand` does not apply: g does not depend on x"):
+        hypergradient(problem, X, Y0, estimator=ByHand(LBFGS()))
+
+
 def test_a_start_that_alone_depends_on_x_is_refused_for_an_estimator_that_declares_nothing() -> None:
     problem = BilevelProblem(f, lambda x, y: y.square().sum(), init=lambda x: x)
     with pytest.raises(ValueError, match="`Undeclared` does not apply: g does not depend on x"):
@@ -143,7 +163,9 @@ def test_a_start_that_alone_depends_on_x_is_refused_for_an_estimator_that_declar
 
 @pytest.mark.parametrize("estimator", [ESJ(LBFGS()), FiniteDifference(LBFGS()), AID(LBFGS(), GMRES())])
 def test_an_inner_solver_that_would_ignore_the_term_is_refused(estimator: AbstractEstimator) -> None:
-    with pytest.raises(ValueError, match=r"must heed the non-smooth term.*`LBFGS`.*Use `ProximalGradient`"):
+    with pytest.raises(
+        ValueError, match=r"must heed the non-smooth term.*`LBFGS`, which ignores it\. Use `ProximalGradient`"
+    ):
         hypergradient(COMPOSITE, X, Y0, estimator=estimator)
 
 
@@ -187,6 +209,59 @@ def test_a_problem_has_one_kind_of_inner_problem() -> None:
         BilevelProblem(f, inner=g)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`problem.prox` will be called as prox\(x\)"):
         hypergradient(BilevelProblem(f, g, prox=lambda: L1(1.0)), X, Y0)
+
+
+class Subclass(BilevelProblem):
+    def f(self, x: Any, y: Any, *data: Any) -> Tensor:
+        return f(x, y)
+
+    def g(self, x: Any, y: Any, *data: Any) -> Tensor:
+        return g(x, y)
+
+
+class Bounded(Subclass):
+    def constraints(self, x: Any) -> Polytope:
+        return Polytope(upper=0.5)
+
+
+class Both(Bounded):
+    def prox(self, x: Any) -> AbstractProxTerm:
+        return L1(1.0)
+
+
+class Adapted(Bounded):
+    iterative = True
+
+
+class WithoutConstructor(Both):
+    def __init__(self) -> None:
+        pass
+
+
+class Held(BilevelProblem):
+    inner = Composite(g, lambda x: L1(x.exp()))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Subclass(inner=SmoothMinimization(g)),
+        lambda: Bounded(prox=lambda x: L1(1.0)),
+        lambda: Both(),
+        lambda: Adapted(),
+        lambda: hypergradient(WithoutConstructor(), X, Y0),
+    ],
+    ids=["inner beside g", "keyword beside method", "two methods", "attribute beside method", "no constructor"],
+)
+def test_members_of_a_class_count_as_kinds_too(build: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="must have one kind of inner problem"):
+        build()
+
+
+def test_a_class_may_hold_its_kind() -> None:
+    expected = hypergradient(COMPOSITE, X, Y0, estimator=AID(PROXIMAL, CG()))
+    assert torch.equal(hypergradient(Held(f), X, Y0, estimator=AID(PROXIMAL, CG())).grad, expected.grad)
+    assert type(inner_problem(Bounded())) is LinearlyConstrained
 
 
 # A kind of one's own in one class: y = T(x, y), which is not symmetric
@@ -314,6 +389,45 @@ def test_by_name_the_default_differentiates_each_kind_of_inner_problem() -> None
         torch.testing.assert_close(hypergradient(problem, X, Y0).grad, expected.grad, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="does not apply: the inner problem is an iteration"):
         hypergradient(OWN, X, Y0)
+
+
+def test_entries_off_the_support_move_as_the_proximal_map_does() -> None:
+    """A box whose size is x: both entries are on its boundary, and move with it."""
+    H = torch.tensor([[2.0, 0.5, 0.3], [0.5, 1.0, -0.2], [0.3, -0.2, 3.0]], dtype=DOUBLE)
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum() + y.prod(),
+        lambda x, y: y @ H @ y / 2 - y @ torch.tensor([3.0, 2.0, 0.5], dtype=DOUBLE) * x.exp(),
+        prox=lambda x: LInfBall(x),
+    )
+    x, y0 = torch.tensor(0.9, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
+    differences = hypergradient(problem, x, y0, estimator=FiniteDifference(PROXIMAL)).grad
+    for linear in (CG(1e-12), Dense()):
+        found = hypergradient(problem, x, y0, estimator=AID(PROXIMAL, linear))
+        assert 0 < int((found.y.abs() == x).sum()) < 3
+        torch.testing.assert_close(found.grad, differences, rtol=1e-7, atol=1e-8)
+
+
+def test_weights_are_matched_with_y_by_their_keys() -> None:
+    def problem(weights: dict[str, float]) -> BilevelProblem:
+        return BilevelProblem(
+            lambda x, y: y["a"] + y["b"],
+            lambda x, y: (y["a"] - 3 * x).square() / 2 + (y["b"] - 3 * x).square() / 2,
+            prox=lambda x: L1(weights),
+        )
+
+    one, y0 = torch.tensor(1.0, dtype=DOUBLE), {name: torch.zeros((), dtype=DOUBLE) for name in "ab"}
+    for weights in ({"a": 1.0, "b": 0.0}, {"b": 0.0, "a": 1.0}):
+        found = hypergradient(problem(weights), one, y0, estimator=AID(PROXIMAL, CG())).y
+        assert (float(found["a"]), float(found["b"])) == pytest.approx((2.0, 3.0))
+    with pytest.raises(ValueError, match=r"a parameter of a proximal term must be .* a structure like y"):
+        hypergradient(problem({"b": 0.0, "c": 1.0}), one, y0, estimator=AID(PROXIMAL, CG()))
+
+
+def test_a_negative_weight_is_no_success() -> None:
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - 2).square().sum() / 2, prox=lambda x: L1(x))
+    at = torch.tensor(-0.5, dtype=DOUBLE)
+    found = hypergradient(problem, at, Y0, estimator=AID(ProximalGradient(step=1.0), CG()), throw=False)
+    assert found.status is Status.nonfinite
 
 
 def test_composite_tasks_are_a_loop_over_tasks() -> None:

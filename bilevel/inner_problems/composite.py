@@ -34,7 +34,7 @@ class Composite(AbstractInnerProblem):
     P_ii > 0, with u = 0 off S, the condition F(x, y) = 0 has to first order
 
         (dF/dy)' u = (H + h'')_SS u = grad_S f,  h''_ii = (1 / P_ii - 1) / t,
-        (dF/dx)' u = G u - (d prox / dx)' (u / P) / t,
+        (dF/dx)' u = G u - (d prox / dx)' w,  w = u / (t P) on S, w = grad_y f - H u off S,
 
     symmetric, and positive definite where y* is locally unique, so that conjugate gradients apply. The naive system
     with the derivative of the fixed-point map itself is not symmetric, and conjugate gradients on it are wrong
@@ -68,6 +68,11 @@ class Composite(AbstractInnerProblem):
 
     objective_function: Callable[..., Tensor]
     prox: Callable[..., AbstractProxTerm]
+
+    def __post_init__(self) -> None:
+        for name, function in (("objective_function", self.objective_function), ("prox", self.prox)):
+            if not callable(function):
+                raise TypeError(f"`Composite({name}=...)` must be a function. Got {type(function).__name__}.")
 
     @property
     def offers(self) -> frozenset[Property]:
@@ -106,12 +111,21 @@ class Composite(AbstractInnerProblem):
 
         return smooth_objective(problem, x, products, prox=prox)
 
+    def _term(self, x: Tree, *data: Any) -> AbstractProxTerm:
+        found = self.prox(x, *data)
+        if not isinstance(found, AbstractProxTerm):
+            raise TypeError(
+                f"`prox(x)` must return a term with a proximal map, such as `bilevel.prox.L1(x.exp())`."
+                f" Got {type(found).__name__}."
+            )
+        return found
+
     def _prox(self, problem: FlatProblem, x: Tensor, v: Tensor, step: Tensor | float) -> Tensor:
         """prox_{step h_x}(v) in vectors, for each row of the batch; differentiable in x, v and the step."""
         structure = problem.y
 
         def one(x: Tree, v: Tensor, step: Tensor, *data: Any) -> Tensor:
-            found = self.prox(x, *data).prox(structure.unravel(v), step.squeeze(-1))
+            found = self._term(x, *data).prox(structure.unravel(v), step.squeeze(-1))
             return structure.ravel(found, "prox(x).prox(v, step)")
 
         steps = torch.as_tensor(step).to(v).expand(*v.shape[:-1], 1)
@@ -119,7 +133,7 @@ class Composite(AbstractInnerProblem):
 
     def _margin(self, problem: FlatProblem, x: Tensor, v: Tensor, step: Tensor) -> Tensor:
         def one(x: Tree, v: Tensor, step: Tensor, *data: Any) -> Tensor:
-            return self.prox(x, *data).margin(problem.y.unravel(v), step.squeeze(-1))
+            return self._term(x, *data).margin(problem.y.unravel(v), step.squeeze(-1))
 
         return problem.map(one, "g", x, v, step)
 
@@ -127,7 +141,7 @@ class Composite(AbstractInnerProblem):
         found: list[AbstractProxTerm] = []
 
         def one(x: Tree, *data: Any) -> Tensor:
-            found.append(self.prox(x, *data))
+            found.append(self._term(x, *data))
             return torch.zeros(())
 
         problem.map(one, "g", x)
@@ -159,16 +173,18 @@ class Composite(AbstractInnerProblem):
         def whole(u: Tensor, hu: Tensor) -> Tensor:
             return torch.where(S, hu + stiffness * u, u)  # the identity off the support
 
-        def together(u: Tensor, gu: Tensor | None) -> Tensor | None:
-            if in_x is None:  # the term does not depend on x
-                return gu
-            weights = torch.where(S, u / safe, 0.0) / t
-            through_prox = torch.autograd.grad(image, leaf, weights, retain_graph=True)[0]
-            return -through_prox if gu is None else gu - through_prox
+        seen: list[tuple[Tensor, int, Tensor]] = []  # the latest u, and H u there
 
         def products(u: Tensor) -> tuple[Tensor, Tensor | None]:
             hu, gu = at.products(on(u))
-            return whole(u, hu), together(u, gu)
+            seen[:] = [(u, u._version, hu)]
+            return whole(u, hu), gu
+
+        def moved(u: Tensor, fy: Tensor) -> Tensor:
+            known = bool(seen) and seen[0][0] is u and seen[0][1] == u._version
+            hu = seen[0][2] if known else at.operator.mv(on(u))
+            weights = torch.where(S, u / (safe * t), fy - hu)  # off the support y moves as the map itself does
+            return -torch.autograd.grad(image, leaf, weights, retain_graph=True)[0]
 
         def mv(u: Tensor) -> Tensor:
             return whole(u, at.operator.mv(on(u)))
@@ -181,6 +197,7 @@ class Composite(AbstractInnerProblem):
             products,
             operator=LinearOperator(mv, y.shape[-1], positive_definite=True),
             right_hand_side=on,
+            moved=None if in_x is None else moved,
             reports=(kink_report("support", margins, default_margin(y) if margin is None else margin),),
             start_in_x=problem.problem.init is not None,
         )

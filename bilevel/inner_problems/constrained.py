@@ -53,6 +53,11 @@ class LinearlyConstrained(AbstractInnerProblem):
     objective_function: Callable[..., Tensor]
     constraints: Callable[..., Polytope]
 
+    def __post_init__(self) -> None:
+        for name, function in (("objective_function", self.objective_function), ("constraints", self.constraints)):
+            if not callable(function):
+                raise TypeError(f"`LinearlyConstrained({name}=...)` must be a function. Got {type(function).__name__}.")
+
     @property
     def offers(self) -> frozenset[Property]:
         return frozenset({Property.stationary, Property.minimum})

@@ -23,8 +23,8 @@ class AbstractInnerProblem(AbstractDeclaredKind):
 
     A kind is a frozen value that holds functions of the user's x and y. It declares what it offers, builds what inner
     solvers are given, and, where y solves an equation F(x, y) = 0, that equation to first order. Estimators know no
-    kinds: they state what they require, and one place compares (`bilevel._apply`). What a kind does not declare it
-    does not have.
+    kinds: they state what they require, and one place compares (`bilevel.requirements.why_not`). What a kind does not
+    declare it does not have.
     """
 
     @abc.abstractmethod

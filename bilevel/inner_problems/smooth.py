@@ -39,6 +39,11 @@ class SmoothMinimization(AbstractInnerProblem):
 
     objective_function: Callable[..., Tensor]
 
+    def __post_init__(self) -> None:
+        for name, function in (("objective_function", self.objective_function),):
+            if not callable(function):
+                raise TypeError(f"`SmoothMinimization({name}=...)` must be a function. Got {type(function).__name__}.")
+
     @property
     def offers(self) -> frozenset[Property]:
         return frozenset({Property.stationary, Property.minimum, Property.smooth, Property.steps})

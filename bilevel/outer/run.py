@@ -9,15 +9,16 @@ from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
+from bilevel._calculus import demand_beyond_start
 from bilevel._estimate import Estimate, FlatEstimate
 from bilevel._flat import FlatProblem
-from bilevel._result import BilevelError, Stats, Status
+from bilevel._result import BilevelError, Stats, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.checkpoint import Checkpoint
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.solution import Record, Solution
-from bilevel.requirements.properties import DoesNotApply
+from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
 
 Callback: TypeAlias = Callable[[Record, Estimate], bool | None]
@@ -138,6 +139,11 @@ def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tens
     if why:
         raise ValueError(why)
     try:
+        if (
+            algorithm.requires is STRICTEST
+        ):  # it says nothing: what others see where they form derivatives is looked for
+            problem = oracle.problem().with_tally(Tally())
+            demand_beyond_start(problem, x, problem.start(x, y).detach())
         return _iterate(run, algorithm, oracle, x, y)
     except DoesNotApply as error:  # seen on the way only
         raise ValueError(refusal(algorithm, error.reason)) from error

@@ -21,7 +21,8 @@ class L1(AbstractProxTerm):
     the map has a kink, and the derivative taken is 0.
 
     Args:
-        weight: w: a number or tensor for all entries, or a structure like y; leaves broadcast against those of y.
+        weight: w: a number or tensor for all entries, or a structure like y; leaves broadcast against those of y. An
+            estimate at a negative weight ends with `Status.nonfinite`.
 
     Example:
         >>> L1(1.0).prox(torch.tensor([3.0, -0.5, -2.0]), 0.5)

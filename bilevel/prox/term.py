@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel._tree import Tree, tree_leaves, tree_parts
+from bilevel._numerics.nesting import aligned, flatten
+from bilevel._tree import Tree, tree_leaves, tree_map, tree_parts
 
 
 class AbstractProxTerm(abc.ABC):
@@ -45,22 +46,28 @@ def on_leaves(function: Callable[[Tensor, Any], Tensor], y: Tree, parameter: Any
     """The function of each leaf of y and of its parameter: one for all leaves, or a structure like y.
 
     Raises:
-        ValueError: if the parameter is a structure with another number of leaves.
+        ValueError: if the parameter is a structure and not that of y.
 
     Example:
         >>> on_leaves(torch.mul, {"a": torch.ones(2)}, {"a": 3.0})
         {'a': tensor([3., 3.])}
     """
     leaves, build = tree_parts(y)
-    parameters = tree_leaves(parameter)
-    if len(parameters) == 1 and len(leaves) > 1:
-        parameters = parameters * len(leaves)
-    if len(parameters) != len(leaves):
-        raise ValueError(
-            f"a parameter of a proximal term must be a number, a tensor, or a structure like y, which has {len(leaves)}"
-            f" leaves. Got {len(parameters)} leaves."
-        )
+    if isinstance(parameter, Tensor | float | int):
+        parameters: list[Any] = [parameter] * len(leaves)
+    else:
+        parameters = []
+        nesting = flatten(aligned(parameter, y), parameters)
+        if nesting != flatten(y, []):
+            raise ValueError(
+                f"a parameter of a proximal term must be a number, a tensor, or a structure like y, {_shown(y)}."
+                f" Got {_shown(parameter)}."
+            )
     return build([function(leaf, each) for leaf, each in zip(leaves, parameters, strict=True)])
+
+
+def _shown(tree: Tree) -> str:
+    return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, tree))
 
 
 def total(parts: Tree) -> Tensor:
@@ -74,7 +81,8 @@ def least(parts: Tree) -> Tensor:
 
 
 def relative_gap(size: Tensor, threshold: Tensor | float) -> Tensor:
-    """|size - threshold| over the larger of the two, entry by entry; zero where both are."""
+    """|size - threshold| over the larger of the two, entry by entry; zero where both are, NaN for a threshold below."""
     other = torch.as_tensor(threshold).to(size)
     largest = torch.maximum(size, other.expand_as(size))
-    return (size - other).abs() / torch.where(largest > 0, largest, torch.ones_like(largest))
+    gap = (size - other).abs() / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(other < 0, torch.nan, gap)  # such a weight is of no convex term: the estimate must not succeed

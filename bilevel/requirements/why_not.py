@@ -67,8 +67,8 @@ def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInne
         if ignored:
             feature = min(ignored, key=list(Feature).index)
             return (
-                f"`{_name(estimator)}({name}=...)` must heed {feature.value}. Got `{_name(part)}`, which ignores them."
-                f" Use {_HEEDING[feature]}."
+                f"`{_name(estimator)}({name}=...)` must heed {feature.value}. Got `{_name(part)}`, which"
+                f" ignores {_PRONOUN.get(feature, 'them')}. Use {_HEEDING[feature]}."
             )
     if isinstance(part, AbstractLinearSolver) and Property.stationary in kind.offers:
         lacks = unmet(part.demands, kind.operator)
@@ -80,6 +80,7 @@ def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInne
     return ""
 
 
+_PRONOUN = {Feature.prox: "it"}
 _HEEDING = {
     Feature.constraints: "`QuadraticProgram`",
     Feature.prox: "`ProximalGradient`",
