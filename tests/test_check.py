@@ -9,16 +9,19 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 import torch.nn.functional as F
+from test_inner_problems import FixedPoint
 from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem, Check, Outcome, check
 from bilevel.diagnostics.taylor import slope
+from bilevel.inner_problems import Iteration, LinearlyConstrained, Polytope
 from bilevel.problems.inverse_link import asinh
 from bilevel.problems.nested import nested
 from bilevel.problems.quadratic import quadratic
 from bilevel.problems.ridge import ridge
 from bilevel.problems.weighted_logit import weighted_logit
+from bilevel.prox import L1
 
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -249,3 +252,98 @@ def test_a_check_leaves_its_arguments_alone() -> None:
     assert x.grad is None
     assert y.grad is None
     assert torch.equal(x.detach(), X)
+
+
+A = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TARGET = A @ torch.tensor([3.0, -2.0, 0.01], dtype=torch.float64)
+WEIGHT, Y3 = torch.tensor(0.1, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+
+
+def lasso(shift: float) -> BilevelProblem:
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return (y - 1).square().sum()
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return (A @ y - TARGET - shift * x).square().sum() / 2
+
+    return BilevelProblem(f, g, prox=lambda x: L1(x.exp()))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_x_in_a_non_smooth_term_is_seen_and_its_gradient_is_that_of_the_differences(shift: float) -> None:
+    found = check(lasso(shift), WEIGHT, Y3)
+    assert found.ok, str(found)
+    assert found.dependence == "inner objective"
+    assert outcome(found, "hypergradient") is Outcome.passed
+    assert [name for name, why in found.estimators.items() if why] == ["first-order", "penalty"]
+
+
+def test_a_weight_that_is_detached_from_x_fails() -> None:
+    smooth = lasso(0.0)
+    problem = BilevelProblem(smooth.f, smooth.g, prox=lambda x: L1(x.detach().exp()))
+    assert outcome(check(problem, WEIGHT, Y3), "hypergradient") is Outcome.failed
+
+
+def test_a_non_smooth_term_needs_no_curvature_off_its_support() -> None:
+    twice = torch.stack([A[:, 0], A[:, 1], 0 * A[:, 0]], dim=1)  # a column of zeros: H is singular
+    problem = BilevelProblem(sound_f, lambda x, y: (twice @ y - TARGET).square().sum() / 2, prox=lambda x: L1(x.exp()))
+    found = check(problem, WEIGHT, Y3)
+    assert found.ok, str(found)
+    assert not found.estimators["aid-cg"]
+
+
+def test_constraints_are_checked_alike_whichever_way_they_are_given() -> None:
+    def nonnegative(x: Tensor) -> Polytope:
+        return Polytope(lower=0.0)
+
+    x, y0 = torch.tensor([1.0, -2.0]), torch.zeros(2)
+    given = check(BilevelProblem(sound_f, sound_g, constraints=nonnegative), x, y0)
+    held = check(BilevelProblem(sound_f, inner=LinearlyConstrained(sound_g, nonnegative)), x, y0)
+    assert given.ok, str(given)
+    assert given.as_dict() == held.as_dict()
+
+
+ITERATIONS = {
+    "iterative": BilevelProblem(sound_f, sound_g, iterative=True),
+    "steps on g": BilevelProblem(
+        sound_f, inner=Iteration(lambda x, y, gradient, k: y - gradient / 10, steps=3, objective_function=sound_g)
+    ),
+    "no g": BilevelProblem(sound_f, inner=Iteration(lambda x, y, k: y / 2 + x, steps=3)),
+}
+
+
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_an_iteration_is_sound_and_its_steps_are_differentiated(name: str) -> None:
+    found = check(ITERATIONS[name], X, Y0)
+    assert found.ok, str(found)
+    assert found.dependence == "inner objective"
+    assert "through its steps" in str(found)
+    assert [each for each, why in found.estimators.items() if not why] == [
+        "itd",
+        "itd-truncated",
+        "itd-forward",
+        "itd-checkpointed",
+        "one-step",
+        "esj",
+        "finite-difference",
+    ]
+
+
+def test_steps_that_do_not_see_x_and_steps_that_raise_are_found() -> None:
+    blind = check(BilevelProblem(sound_f, inner=Iteration(lambda x, y, k: y / 2, steps=3)), X, Y0)
+    assert blind.dependence == "none"
+    assert "the steps do not change with x" in str(blind)
+    broken = check(BilevelProblem(sound_f, inner=Iteration(lambda x, y, k: y @ torch.ones(5), steps=3)), X, Y0)
+    assert not broken.ok
+    assert broken.verdicts[-1].found.startswith("the inner problem raised RuntimeError")
+
+
+def test_an_equation_without_a_g_is_checked_by_its_solution() -> None:
+    rotation = torch.tensor([[0.0, 0.5], [-0.4, 0.1]]).double()
+    problem = BilevelProblem(sound_f, inner=FixedPoint(lambda x, y: rotation @ y + x.sin()))
+    found = check(problem, X.double(), Y0.double())
+    assert found.ok, str(found)
+    assert found.dependence == "inner objective"
+    assert not found.estimators["aid-gmres"]
+    assert "y is a fixed point" in found.estimators["aid-cg"]
+    assert "y is a fixed point" in found.estimators["penalty"]

@@ -9,13 +9,27 @@ import torch
 from cases import distance, flat, point
 from torch import Tensor
 
-from bilevel import AID, ITD, Auto, BilevelError, BilevelProblem, compare, estimators, hypergradient, minimize
+from bilevel import (
+    AID,
+    ITD,
+    Auto,
+    BilevelError,
+    BilevelProblem,
+    Constants,
+    compare,
+    estimators,
+    hypergradient,
+    minimize,
+)
 from bilevel.diagnostics.memory import peak_memory
+from bilevel.inner_problems import Iteration
 from bilevel.problems.quadratic import quadratic
+from bilevel.prox import L1
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.own_steps import OwnSteps
 
 INSTANCE = quadratic(p=3, q=5, cross=0.5, seed=2)
 X = point(INSTANCE)
@@ -184,3 +198,46 @@ def test_without_a_reference_there_is_no_comparison() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no estimator 'cg'"):
         compare(INSTANCE.problem, X, INSTANCE.y0, estimators=["cg"], memory=False)
+
+
+ITERATION = BilevelProblem(
+    lambda x, y: (y - 1).square().sum(), inner=Iteration(lambda x, y, k: y / 2 + x, steps=3)
+)  # y_3 = y_0 / 8 + 7 x / 4
+AT, FROM = torch.tensor([1.0, -2.0]).double(), torch.zeros(2).double()
+OF_ITERATION = 2 * 7 / 4 * (7 / 4 * AT - 1)
+
+
+def test_an_iteration_without_a_g_is_compared_with_differences() -> None:
+    found = compare(ITERATION, AT, FROM, constants=Constants(mu=1.0), memory=False)
+    assert found.norm == pytest.approx(float(OF_ITERATION.norm()), rel=1e-8)
+    rows = {row.name: row for row in found.rows}
+    assert (rows["itd"].relative or 0.0) < 1e-8
+    assert rows["itd"].certificate is None  # certificates are of minimizers
+    assert all(row.applies or "` does not apply: " in row.reason for row in found.rows)
+    (row,) = compare(ITERATION, AT, FROM, estimators={"mine": ITD(OwnSteps())}, memory=False).rows
+    assert (row.relative or 0.0) < 1e-8
+
+
+def test_auto_takes_the_steps_of_an_iteration_without_a_g() -> None:
+    found = hypergradient(ITERATION, AT, FROM, estimator="auto")
+    assert distance(found.grad, OF_ITERATION) < 0.01
+    with pytest.raises(ValueError, match="Leave the constants out"):
+        hypergradient(ITERATION, AT, FROM, estimator=Auto(constants=Constants(mu=1.0)))
+    unmet = hypergradient(ITERATION, AT, FROM, estimator=Auto(relative_error=1e-30))
+    assert "taking itd" in unmet.note
+
+
+@pytest.mark.parametrize("name", [name for name in estimators() if not name.startswith(("itd", "one", "esj", "fin"))])
+def test_names_that_need_more_than_steps_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^`\w+` does not apply: "):
+        hypergradient(ITERATION, AT, FROM, estimator=name)
+
+
+def test_a_non_smooth_problem_is_measured_against_its_own_implicit_gradient() -> None:
+    problem = BilevelProblem(
+        lambda x, y: y.square().sum() / 2, lambda x, y: (y - 3).square().sum() / 2, prox=lambda x: L1(x)
+    )  # y* = 3 - x
+    found = compare(problem, AT[0], FROM, estimators=["aid-cg", "itd"], memory=False)
+    assert "of the inner problem" in found.reference
+    assert found.norm == pytest.approx(4.0, rel=1e-8)
+    assert all((row.relative or 0.0) < 1e-6 for row in found.rows if row.applies)

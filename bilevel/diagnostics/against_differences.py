@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel._apply import apply_estimator
 from bilevel._calculus import Exact, outer_gradients
+from bilevel._estimate import FlatStart
+from bilevel._result import Status
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
 from bilevel.inner_problems.kinds import inner_objective
-from bilevel.named.reference import reference
+from bilevel.named.registry import build
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -18,7 +21,12 @@ def hypergradient_agrees(subject: Subject, found: Findings) -> Findings:
     sound = found.second_order and found.definite and found.solvable and found.smooth
     if not sound or found.dependence != "inner objective":
         return found
-    h, d = _implicit(subject, found), subject.direction(subject.x)
+    if not subject.kind.implicit:  # nothing that is differentiated implicitly
+        return found
+    at = _implicit(subject, found)
+    if at is None:
+        return found
+    (h, at_kink), d = at, subject.direction(subject.x)
     # The difference is off by some t^2 and by the error of Phi over t, which may then be as large as sqrt(eps).
     t = torch.finfo(subject.x.dtype).eps ** 0.25 * max(1.0, float(torch.linalg.vector_norm(subject.x)))
     solver = subject.solver()
@@ -33,17 +41,23 @@ def hypergradient_agrees(subject: Subject, found: Findings) -> Findings:
     off = abs(slope - predicted) / size
     return found.saying(
         "hypergradient",
-        True if off < 1e-2 else (None if off < 0.1 else False),
+        True if off < 1e-2 else (None if off < 0.1 or at_kink else False),
         f"<h, d> = {predicted:.5g}, difference of Phi = {slope:.5g} along a random direction",
         "Phi is not smooth here, or the inner problem is not solved accurately enough",
     )
 
 
-def _implicit(subject: Subject, found: Findings) -> Tensor:
-    """The implicit gradient at the solution that was found."""
-    if found.constrained:
-        return reference(subject.setting)[0].grad
+def _implicit(subject: Subject, found: Findings) -> tuple[Tensor, bool] | None:
+    """The implicit gradient at the solution that was found, and whether y* has a kink there; None: there is none."""
+    if not subject.minimizes_g:
+        try:
+            estimate = apply_estimator(
+                build(subject.kind.implicit, subject.setting), subject.problem, subject.x, FlatStart(found.y)
+            )
+        except (ValueError, NotImplementedError):  # such as a proximal map that is not separable
+            return None
+        return estimate.grad, any(report.status is Status.weakly_active for report in estimate.reports)
     at = Exact().linearize(subject.problem, subject.x, found.y)
     _, fx, fy = outer_gradients(subject.problem, subject.x, found.y)
     cross = at.cross(accurate_cg(found.y).solve(at.operator, fy).value)
-    return fx if cross is None else fx - cross
+    return fx if cross is None else fx - cross, False

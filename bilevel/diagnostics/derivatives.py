@@ -19,7 +19,7 @@ def derivatives_are_right(subject: Subject, found: Findings) -> Findings:
     """Whether the derivatives of f and g in x and y by autograd are those of the values, and smooth."""
     y, x = subject.near(subject.y0, 0.1), subject.near(subject.x, 0.01)
     slopes: list[tuple[str, Slope]] = []
-    for name, function in (("f", subject.f), ("g", subject.g)):
+    for name, function in subject.functions:
         slopes.append((f"{name} in x", _slope(subject, partial(_swapped, function, y), x)))
         slopes.append((f"{name} in y", _slope(subject, partial(function, x), y)))
     wrong = {name: s for name, s in slopes if s.wrong and found.deterministic}
@@ -41,7 +41,9 @@ def derivatives_are_right(subject: Subject, found: Findings) -> Findings:
     return found.saying(
         "differentiable",
         True if not bad else None,
-        "Taylor remainders of f and g vanish like t^2" if not bad else f"not smooth here: {', '.join(bad)}",
+        f"Taylor remainders of f{' and g' if subject.has_g else ''} vanish like t^2"
+        if not bad
+        else f"not smooth here: {', '.join(bad)}",
         "kinks (ReLU, abs, max) are tolerable away from the solution; check .detach(), rounding, in-place"
         " operations, and custom derivatives otherwise",
     )
@@ -64,6 +66,8 @@ def _slope(subject: Subject, function: Callable[[Tensor], Tensor], at: Tensor) -
 
 def second_derivatives_exist(subject: Subject, found: Findings) -> Findings:
     """Whether torch has the second derivatives of g, and the Hessian is symmetric: <u, H v> = <v, H u>."""
+    if not subject.has_g:
+        return found
     u, v = subject.direction(subject.y0), subject.direction(subject.y0)
     try:
         # Two linearizations, so that masks drawn anew between them show.

@@ -21,30 +21,55 @@ _UNEVEN = 1e8  # between the sizes of entries: about what a gradient in float32 
 
 def inner_problem_is_solved(subject: Subject, found: Findings) -> Findings:
     """How far the inner solver gets; y is then where it ended."""
+    if not subject.minimizes_g:
+        return _other_kind_is_solved(subject, found)
     try:
         solver = subject.solver()
         first = inner_objective(subject.problem, subject.x).gradient(subject.y0)
         solved = solver.solve(inner_objective(subject.problem, subject.x), subject.y0)
     except NotImplementedError:
-        text = "not tried: it needs a second derivative that torch does not have"
-        return found.saying("inner solution", None, text)
+        return _not_tried(found)
     before, after = float(torch.linalg.vector_norm(first)), float(solved.residual.max())
     finite = bool(solved.value.isfinite().all())
     solvable = solved.status.ok and finite
     return replace(found, solvable=solvable, y=solved.value if finite else subject.y0).saying(
         "inner solution",
         solvable,
-        f"|grad_y g| from {before:.3g} to {after:.3g} in {solved.steps} steps"
-        if not found.constrained
-        else f"optimality violated by {after:.3g} after {solved.steps} steps; {solved.at_bounds} bounds hold",
+        f"|grad_y g| from {before:.3g} to {after:.3g} in {solved.steps} steps",
         solved.status.value,
     )
 
 
+def _other_kind_is_solved(subject: Subject, found: Findings) -> Findings:
+    """The same where y is not given by grad_y g = 0; of an iteration nothing is asked but a finite y."""
+    try:
+        solved = subject.solved(subject.x, subject.y0)
+    except NotImplementedError:
+        return _not_tried(found)
+    except Exception as error:  # whatever the user's functions raise is the verdict
+        text = f"the inner problem raised {type(error).__name__}: {error}"
+        return replace(found, wrong=found.wrong | {"values"}).saying(
+            "inner solution", False, text, "make it run at (x, y0)"
+        )
+    finite = bool(solved.value.isfinite().all())
+    solvable = finite and (solved.status.ok or not subject.stationary)
+    text = f"optimality violated by {float(solved.residual.max()):.3g} after {solved.steps} steps"
+    if found.constrained:
+        text += f"; {solved.at_bounds} bounds hold"
+    if not subject.stationary:
+        text = f"y is {'finite' if finite else 'not finite'} after {solved.steps} steps"
+    found = replace(found, solvable=solvable, y=solved.value if finite else subject.y0)
+    return found.saying("inner solution", solvable, text, solved.status.value)
+
+
+def _not_tried(found: Findings) -> Findings:
+    return found.saying("inner solution", None, "not tried: it needs a second derivative that torch does not have")
+
+
 def minimum_is_strict(subject: Subject, found: Findings) -> Findings:
     """Whether the inner Hessian at y is positive definite, and its condition number."""
-    if not found.second_order:
-        return found
+    if not found.second_order or not (subject.minimizes_g or subject.constrained):
+        return found  # of no account where y does not minimize g, or is singular off the support of a non-smooth term
     hessian = Exact().linearize(subject.problem, subject.x, found.y).operator
     least, most = _extreme_eigenvalues(hessian, found.y)
     eps = torch.finfo(found.y.dtype).eps * hessian.size

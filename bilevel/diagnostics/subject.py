@@ -11,7 +11,11 @@ from torch import Tensor
 
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
+from bilevel._result import Solved
+from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.named.setting import Setting
+from bilevel.requirements.properties import Feature, Property
 
 
 @final
@@ -43,11 +47,43 @@ class Subject:
     @property
     def constrained(self) -> bool:
         """Whether y is constrained."""
-        return self.problem.problem.constraints is not None
+        return Feature.constraints in self.kind.features
+
+    @property
+    def kind(self) -> AbstractInnerProblem:
+        """What y is: a minimizer, a fixed point, the end of an iteration."""
+        return inner_problem(self.problem.problem)
+
+    @property
+    def functions(self) -> tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...]:
+        """What there is of f and g, by name: not every inner problem has a g."""
+        declared = self.problem.problem.inner
+        return (("f", self.f),) if declared is not None and declared.g is None else (("f", self.f), ("g", self.g))
+
+    @property
+    def has_g(self) -> bool:
+        """Whether the inner problem has a g."""
+        return len(self.functions) > 1
+
+    @property
+    def stationary(self) -> bool:
+        """Whether y solves an equation, from wherever a solver starts; else it is what the steps make of its start."""
+        return Property.stationary in self.kind.offers
+
+    @property
+    def minimizes_g(self) -> bool:
+        """Whether that equation is grad_y g(x, y) = 0."""
+        return self.stationary and self.has_g and Property.smooth in self.kind.offers
 
     def solver(self) -> AbstractInnerSolver:
         """The user's inner solver, or the default one."""
-        return self.setting.inner() if self.inner is None else self.inner
+        if self.inner is not None:
+            return self.inner
+        return self.setting.inner() if self.stationary else self.setting.unrolled()
+
+    def solved(self, x: Tensor, start: Tensor) -> Solved:
+        """What the inner solver makes of a start at x."""
+        return self.solver().solve(inner_objective(self.problem, x), start)
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """F, a number."""

@@ -16,28 +16,31 @@ def values_are_finite(subject: Subject, found: Findings) -> Findings:
     """Whether f and g run at (x, y0), are finite, and of one dtype; else "values" are wrong."""
     wrong = replace(found, wrong=found.wrong | {"values"})
     values = []
-    for name, function in (("f", subject.f), ("g", subject.g)):
+    for name, function in subject.functions:
         try:
-            values.append(function(subject.x, subject.y0))
+            values.append((name, function(subject.x, subject.y0)))
         except Exception as error:  # whatever the user's functions raise is the verdict
             text = f"{name} raised {type(error).__name__}: {error}"
             return wrong.saying("values", False, text, f"make {name} run at (x, y0)")
-    f, g = values
-    dtype = subject.x.dtype
-    finite = bool(f.isfinite()) and bool(g.isfinite())
-    same = f.dtype == g.dtype == dtype
+    names, dtype = " and ".join(name for name, _ in values), subject.x.dtype
+    finite = all(bool(value.isfinite()) for _, value in values)
+    same = all(value.dtype == dtype for _, value in values)
     return (found if finite else wrong).saying(
         "values",
         finite and (True if same else None),
-        f"f = {float(f):.4g}, g = {float(g):.4g} at (x, y0), in {dtype}".replace("torch.", "")
-        + ("" if same else f", but f is {f.dtype} and g {g.dtype}"),
-        "start where f and g are finite" if not finite else "keep one dtype throughout",
+        f"{', '.join(f'{name} = {float(value):.4g}' for name, value in values)} at (x, y0), in {dtype}".replace(
+            "torch.", ""
+        )
+        + ("" if same else ", but " + " and ".join(f"{n} is {v.dtype}" for n, v in values).replace("g is ", "g ")),
+        f"start where {names} {'is' if len(values) == 1 else 'are'} finite"
+        if not finite
+        else "keep one dtype throughout",
     )
 
 
 def values_are_repeatable(subject: Subject, found: Findings) -> Findings:
     """Whether f and g are deterministic: one value at one point."""
-    for name, function in (("f", subject.f), ("g", subject.g)):
+    for name, function in subject.functions:
         with torch.no_grad():
             y = subject.near(subject.y0, 0.1)
             once, *others = [function(subject.x, y) for _ in range(_REPEATS)]
@@ -50,4 +53,4 @@ def values_are_repeatable(subject: Subject, found: Findings) -> Findings:
                 "fix the random numbers: `bilevel.functional(module)` keeps one dropout mask; draw mini-batches by"
                 " `data=`",
             )
-    return found.saying("same value twice", True, "f and g are deterministic")
+    return found.saying("same value twice", True, f"f {'and g are' if subject.has_g else 'is'} deterministic")

@@ -14,11 +14,12 @@ from bilevel._flat import FlatProblem
 from bilevel._result import Tally
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
+from bilevel.inner_problems.kinds import inner_problem
 from bilevel.named.auto import Auto, Chosen
 from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.setting import BudgetError, Setting
-from bilevel.requirements.properties import Feature
+from bilevel.requirements.properties import Feature, Property
 from bilevel.solvers.cg import accurate_cg
 
 # Oracle calls, doubled until the target is met, so that all tries of a name cost at most twice the last one: from less
@@ -48,7 +49,7 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
     Raises:
         ValueError: if the problem is not one on which estimators can take each other's place.
     """
-    _demand_choice(s)
+    _demand_choice(wish, s)
     constants = wish.constants
     known = constants(s.problem.x.unravel(s.x)) if callable(constants) else constants
     accurate, _ = reference(replace(s, problem=s.problem.with_tally(Tally())))
@@ -78,7 +79,7 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
                 break
     kind = "measured" if known is None else "certified"
     if best is None:
-        fallback = implicit_name(s.problem)
+        fallback = _fallback(s)
         why = f"no estimator met the {kind} target {target:.3g} of {tried} tries: taking {fallback}"
         return Chosen(build(fallback, s), why)
     cost, name, estimator, error = best
@@ -89,14 +90,28 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
     )
 
 
-def _demand_choice(s: Setting) -> None:
-    if s.problem.problem.init is not None:
+def _demand_choice(wish: Auto, s: Setting) -> None:
+    problem = s.problem.problem
+    if problem.init is not None:
         raise ValueError(
             "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the"
             " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
         )
     if Feature.constraints in s.features:
         raise ValueError("`Auto` does not apply to a problem with constraints on y. Name the estimator: 'kkt'.")
+    if wish.constants is not None and not {Property.stationary, Property.smooth} <= inner_problem(problem).offers:
+        raise ValueError(
+            "`Auto(constants=...)` does not apply: certificates are of inner problems that are smooth minimizations."
+            " Leave the constants out: errors are then measured."
+        )
+
+
+def _fallback(s: Setting) -> str:
+    """The most accurate name that applies: an iteration has no condition to differentiate implicitly."""
+    kind = inner_problem(s.problem.problem)
+    if kind.implicit or {Property.stationary, Property.smooth} <= kind.offers:
+        return implicit_name(s.problem)
+    return "itd" if Property.steps in kind.offers else "finite-difference"
 
 
 def _candidates(names: Sequence[str], s: Setting) -> list[str]:

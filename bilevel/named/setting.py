@@ -15,7 +15,7 @@ from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
-from bilevel.requirements.properties import Feature
+from bilevel.requirements.properties import Feature, Property
 
 # Of an unrolled iteration: at condition numbers beyond about 300 it ends before 1e-7, which is reported, and a name
 # does not take minutes.
@@ -153,6 +153,8 @@ class Setting:
         first met. It is 1e-9 of the scale in float64 and 1e-4 of it in float32. Where y0 = 0 happens to be the
         solution, the scale is what the gradient becomes as x moves.
         """
+        if Feature.own_steps in self.features:  # no gradient is made zero, and there may be none
+            return torch.finfo(self.y0.dtype).tiny
         quiet = self.problem.with_tally(Tally())
         objective = inner_objective(quiet, self.x)
         y0 = self.problem.start(self.x, self.y0).detach()
@@ -179,7 +181,10 @@ class Setting:
         both are well above rounding and below what such a derivative is asked for. 0 where steps are not chosen for
         accuracy, with a budget or an `init`, and where they are not those of gradient descent on g.
         """
-        if self.budget is not None or self.problem.problem.init is not None or self.features:
+        offers = inner_problem(self.problem.problem).offers
+        if not {Property.smooth, Property.steps} <= offers or self.features:
+            return 0
+        if self.budget is not None or self.problem.problem.init is not None:
             return 0
         quiet = self.problem.with_tally(Tally())
         objective = inner_objective(quiet, self.x)
@@ -200,7 +205,10 @@ class Setting:
 
         With extrapolation the bias falls like 1 / weight^2, while the tolerance of y is multiplied by the weight: at
         1e4 that is 1e-8 and 1e-5 in float64, at 1e2 in float32 1e-4 and 1e-2.
+        1 where there is no g to be weighed, or y is not its minimizer: the estimator is then refused by name.
         """
+        if not {Property.minimum, Property.smooth} <= inner_problem(self.problem.problem).offers:
+            return 1.0
         quiet = self.problem.with_tally(Tally())
         y0 = self.problem.start(self.x, self.y0).detach()
         objectives = (Objective(lambda y: quiet.g(self.x, y)), Objective(lambda y: quiet.f_each(self.x, y)))
