@@ -138,6 +138,10 @@ def test_a_name_twice_is_refused(name: str) -> None:
     [
         ({"name": 3}, TypeError, r"`register_estimator\(name=...\)` must be a string. Got 3"),
         ({"build": FIXED}, TypeError, r"`register_estimator\(build=...\)` must be a function of a setting"),
+        ({"build": AID}, TypeError, "must be a function of a setting. Got the class AID itself. Write `lambda setting"),
+        ({"build": lambda: FIXED}, TypeError, r"must be a function of a setting. Got a function of the arguments \(\)"),
+        ({"build": lambda a, b: FIXED}, TypeError, r"Got a function of the arguments \(a, b\)"),
+        ({"build": lambda *, s: FIXED}, TypeError, r"Got a function of the arguments \(\*, s\)"),
         ({"description": None}, TypeError, r"`register_estimator\(description=...\)` must be a string"),
         ({"name": "my own"}, ValueError, "must be one word. Got 'my own'"),
         ({"name": ""}, ValueError, "must be one word"),
@@ -153,8 +157,41 @@ def test_what_is_no_registration_is_refused(wrong: dict[str, Any], error: type[E
 
 def test_a_builder_that_builds_no_estimator_is_named() -> None:
     register_estimator("mine", lambda setting: CG(), "one of my own")  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match="that 'mine' was registered with must return an estimator"):
+    with pytest.raises(
+        ValueError, match="'mine' could not be built: the `build` that it was registered with must return"
+    ):
         hypergradient(*arguments(), estimator="mine")
+
+
+def _raises(setting: Any) -> Any:
+    raise TypeError("a mistake in it")
+
+
+def _three(setting: Any) -> Any:
+    return 3
+
+
+def _misspelt(setting: Any) -> Any:
+    return AID(setting.iner(), CG())
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [(_raises, "raised TypeError: a mistake in it"), (_three, "Got 3"), (_misspelt, "raised AttributeError")],
+)
+def test_a_builder_that_does_not_work_costs_its_own_row_and_no_other(build: Any, reason: str) -> None:
+    register_estimator("mine", build, "one of my own")
+    *others, mine = compare(*arguments(), memory=False).rows
+    assert mine.name == "mine"
+    assert mine.reason.startswith("'mine' could not be built: ")
+    assert reason in mine.reason
+    assert any(row.applies for row in others)
+    found = check(*arguments()).estimators
+    assert found["mine"] == mine.reason
+    assert found["aid-cg"] == ""
+    with pytest.raises(ValueError, match="'mine' could not be built"):
+        hypergradient(*arguments(), estimator="mine")
+    assert hypergradient(*arguments(), estimator="auto").status.ok
 
 
 def test_a_misspelt_registered_name_is_suggested() -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.schedule import Power
 from bilevel.algorithms.soba import SOBA
 from bilevel.algorithms.step_lengths import inner_step, outer_step
+from bilevel.named.implicit import IMPLICIT
+from bilevel.named.registration import demand_registration
 from bilevel.named.setting import Setting
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.requirements.why_not import why_not
@@ -67,13 +68,14 @@ def register_algorithm(name: str, build: Build, description: str) -> None:
 
     Args:
         name: one word.
-        build: from a setting (the flat problem on its first data as `setting.problem`, and where it is first met as
-            `setting.x` and `setting.y0`) to the algorithm.
+        build: a function of one argument, from a setting (the flat problem on its first data as `setting.problem`, and
+            where it is first met as `setting.x` and `setting.y0`) to the algorithm.
         description: one line.
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if there is an algorithm of that name, it is not one word, or the description not one line.
+        ValueError: if the name is taken or reserved ("auto", "implicit"), it is not one word, or the description
+            not one line.
 
     Example:
         >>> register_algorithm("soba-small", lambda setting: SOBA(1e-3, 1e-4), "SOBA with small steps")
@@ -81,16 +83,8 @@ def register_algorithm(name: str, build: Build, description: str) -> None:
         'SOBA with small steps'
         >>> del _REGISTERED["soba-small"]
     """
-    demand_type("register_algorithm", "name", name, str)
-    demand_type("register_algorithm", "description", description, str)
-    demand_type("register_algorithm", "build", build, Callable[..., Any], "a function of a setting")
-    if name.split() != [name]:
-        raise ValueError(f"`register_algorithm(name=...)` must be one word. Got {name!r}.")
-    if len(description.splitlines()) != 1 or not description.strip():
-        raise ValueError(f"`register_algorithm(description=...)` must be one line. Got {description!r}.")
-    if name in available():
-        whose = "registered already" if name in _REGISTERED else "a name of the library"
-        raise ValueError(f"`register_algorithm` has no name twice: {name!r} is {whose}. Choose another.")
+    known = {IMPLICIT, *available()}  # an estimator's name that is the default, and would mislead here
+    demand_registration("register_algorithm", name, build, description, known=known, registered=_REGISTERED)
     _REGISTERED[name] = NamedAlgorithm(description, build)
 
 

@@ -25,7 +25,11 @@ def why_not_applicable(name: str, subject: Subject, found: Findings) -> str:
     indefinite = "" if found.definite else "the inner Hessian is not positive definite at the solution"
     if found.dependence == "none" and not found.detached:
         return "y does not depend on x: Phi(x) = f(x, y*) needs no estimator"
-    return why_not(_built(name, subject), problem, _lacking(found), indefinite)
+    try:
+        estimator = _built(name, subject)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    return why_not(estimator, problem, _lacking(found), indefinite)
 
 
 def _lacking(found: Findings) -> dict[Property, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._validate import demand_type
+from bilevel._result import BilevelError
 from bilevel.named.auto import Auto
 from bilevel.named.builders import (
     Builder,
@@ -31,9 +31,8 @@ from bilevel.named.builders import (
     truncated,
 )
 from bilevel.named.implicit import IMPLICIT, implicit_name
+from bilevel.named.registration import AUTO, demand_registration
 from bilevel.named.setting import Setting
-
-AUTO = "auto"  # a wish, not an estimator: see `Auto`
 
 
 @final
@@ -96,8 +95,9 @@ def register_estimator(name: str, build: Builder, description: str) -> None:
 
     Args:
         name: one word, such as "mine".
-        build: setting -> estimator, called where the problem is first met. `setting.inner()`, `setting.unrolled()` and
-            `setting.linear()` are solvers that are accurate there, or that spend a budget: with
+        build: setting -> estimator, a function of this one argument, called where the problem is first met.
+            `setting.inner()`, `setting.unrolled()` and `setting.linear()` are solvers that are accurate there, or that
+            spend a budget: with
             `per_step`, how many gradients and products of g one inner step brings with it in your estimator. One that
             asks for none of them, nor for `setting.steps(per_step)`, has no budgets.
         description: one line, for lists.
@@ -115,20 +115,7 @@ def register_estimator(name: str, build: Builder, description: str) -> None:
         >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator="mine").grad
         tensor([-2.])
     """
-    demand_type("register_estimator", "name", name, str)
-    demand_type("register_estimator", "description", description, str)
-    if not callable(build):
-        raise TypeError(
-            f"`register_estimator(build=...)` must be a function of a setting that returns an estimator. Got"
-            f" {type(build).__name__}. Write `lambda setting: ...`."
-        )
-    if name.split() != [name]:
-        raise ValueError(f"`register_estimator(name=...)` must be one word. Got {name!r}.")
-    if len(description.splitlines()) != 1 or not description.strip():
-        raise ValueError(f"`register_estimator(description=...)` must be one line. Got {description!r}.")
-    if name == AUTO or name in _named():
-        whose = "registered already" if name in _REGISTERED else "a name of the library"
-        raise ValueError(f"`register_estimator` has no name twice: {name!r} is {whose}. Choose another.")
+    demand_registration("register_estimator", name, build, description, known=_named(), registered=_REGISTERED)
     _REGISTERED[name] = NamedEstimator(description, build)
 
 
@@ -151,16 +138,33 @@ def build(name: str, s: Setting) -> AbstractEstimator:
     """The named estimator for a setting: accurate, or one that spends about `s.budget` gradients and products of g.
 
     Raises:
-        ValueError: if there is no such name, it is not known what the estimator spends, or the budget is too small.
-        TypeError: if the builder of a registered name returns something else.
+        ValueError: if there is no such name, it is not known what the estimator spends, the budget is too small, or the
+            builder of a registered name fails or returns something else.
     """
     demand_names(name)
     s = replace(s, name=name)
-    found = _named()[name].build(s)
-    if not isinstance(found, AbstractEstimator):
-        raise TypeError(f"the `build` that {name!r} was registered with must return an estimator. Got {found!r}.")
+    found = _registered(name, s) if name in _REGISTERED else _BUILT_IN[name].build(s)
     if s.budget is not None and not s.asked:
         raise ValueError(f"it is not known what {name!r} spends. Pass an estimator instead of a budget.")
+    return found
+
+
+def _registered(name: str, s: Setting) -> AbstractEstimator:
+    """What a user's builder makes; one that does not work costs its own row of a comparison and no other."""
+    try:
+        found: object = _REGISTERED[name].build(s)
+    except (ValueError, NotImplementedError, BilevelError):  # these say themselves why it is not to be had here
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} could not be built: the `build` that it was registered with raised {type(error).__name__}:"
+            f" {error}. Correct it: `register_estimator(build=...)` takes a function of a setting."
+        ) from error
+    if not isinstance(found, AbstractEstimator):
+        raise ValueError(
+            f"{name!r} could not be built: the `build` that it was registered with must return an estimator, such as"
+            f" `AID(...)`. Got {found!r}."
+        )
     return found
 
 
