@@ -11,9 +11,9 @@ from torch import Tensor
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
 from bilevel._flat import FlatProblem, ravel_rows
-from bilevel._problem import BilevelProblem, check_signature
+from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
-from bilevel._tree import Structure, Tree, ravel
+from bilevel._tree import Structure, Tree, ravel, tree_map
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
@@ -22,7 +22,7 @@ from bilevel.named.registry import resolve
 def hypergradient(
     problem: BilevelProblem,
     x: Tree,
-    y0: Tree,
+    y0: Tree = None,
     *,
     estimator: AbstractEstimator | Auto | str = "implicit",
     data: Any = None,
@@ -38,7 +38,8 @@ def hypergradient(
     Args:
         problem: f and g.
         x: where: a tensor, or a nested dict, list or tuple of tensors.
-        y0: where the inner solver starts (one task's start in task mode); its structure is that of y.
+        y0: where the inner solver starts (one task's start in task mode); its structure is that of y. None where the
+            problem has `init`: init(x).
         estimator: an estimator such as `AID(...)`, or a name with safe defaults; see `bilevel.estimators()`.
         data: the third argument of f and g, if they take one; `Split(f=..., g=...)` if they differ.
         start: a warm start, `estimate.start` of an earlier call; it replaces y0 and starts the linear solver.
@@ -51,7 +52,8 @@ def hypergradient(
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if structures, dtypes or devices do not match, or the estimator does not apply.
+        ValueError: if structures, dtypes or devices do not match, or the estimator does not apply; if
+            there is neither y0 nor `init`.
         BilevelError: if `throw` and a part did not succeed; its `partial` is the estimate.
 
     Example:
@@ -68,6 +70,8 @@ def hypergradient(
     check_signature(problem, data)
     check_chunks("hypergradient", problem, chunk_size)
     x_vector, x_structure = ravel(x, "x")
+    if y0 is None:
+        y0 = own_start("hypergradient", problem, x, data)
     y_vector, y_structure = ravel(y0, "y0")
     demand_alike("hypergradient(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data)
@@ -80,6 +84,30 @@ def hypergradient(
             f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found
         )
     return found
+
+
+def own_start(call: str, problem: BilevelProblem, x: Tree, data: Any) -> Tree:
+    """init(x), of the first task where there are tasks: what gives y its structure where no start is given.
+
+    Args:
+        call: who was given no y0.
+        problem: f and g.
+        x: where.
+        data: one batch, that fits the problem's signature.
+
+    Raises:
+        ValueError: if the problem has no `init`.
+    """
+    if problem.init is None:
+        raise ValueError(
+            f"`{call}(y0=...)` may be left out only where the problem has `init`, from which y starts. Pass y0."
+        )
+    batch = data.g if isinstance(data, Split) else data
+    if problem.tasks:
+        batch = tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
+    arguments = () if batch is None else (batch,)
+    with torch.no_grad():
+        return problem.init(x if problem.encode is None else problem.encode(x, *arguments), *arguments)
 
 
 def demand_alike(call: str, x: Structure, y: Structure) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._hypergradient import demand_alike, structured
+from bilevel._hypergradient import demand_alike, own_start, structured
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError
 from bilevel._tree import Tree, ravel
@@ -50,7 +50,8 @@ class HyperObjective:
         """
         check_signature(self._problem, data)
         x_vector, x_structure = ravel(x, "x")
-        y_vector, y_structure = ravel(self._y0, "y0")
+        y0 = own_start("hyperobjective", self._problem, x, data) if self._y0 is None else self._y0
+        y_vector, y_structure = ravel(y0, "y0")
         demand_alike("hyperobjective(x, y0)", x_structure, y_structure)
         flat = FlatProblem(self._problem, x_structure, y_structure, data)
         at, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
@@ -69,7 +70,7 @@ class HyperObjective:
 
 def hyperobjective(
     problem: BilevelProblem,
-    y0: Tree,
+    y0: Tree = None,
     *,
     estimator: AbstractEstimator | Auto | str = "implicit",
     warm_start: bool = True,
@@ -84,7 +85,7 @@ def hyperobjective(
 
     Args:
         problem: f and g.
-        y0: where the inner solver starts; its structure is that of y.
+        y0: where the inner solver starts; its structure is that of y. None where the problem has `init`: init(x).
         estimator: an estimator or a name; a name's defaults are fixed at the first call.
         warm_start: whether a call starts from the solutions of the one before.
         chunk_size: in task mode, how many tasks to treat at a time; None: all.
@@ -94,6 +95,7 @@ def hyperobjective(
         phi, with phi.last the latest `Estimate`.
 
     Raises:
+        ValueError: from a call, if there is neither y0 nor `init`.
         BilevelError: from a call, if `throw` and the estimate did not succeed.
         NotImplementedError: where a second derivative is asked for.
 

@@ -24,6 +24,7 @@ from bilevel import (
     Stats,
     Status,
     hypergradient,
+    hyperobjective,
     minimize,
     prox,
     register_algorithm,
@@ -638,11 +639,15 @@ def test_an_algorithm_of_ones_own_has_a_name() -> None:
     assert available()["mine"] == "SOBA again"
     by_name = minimize(SQUARE, ZERO, ZERO, algorithm="mine", max_steps=3)
     assert torch.equal(by_name.x, minimize(SQUARE, ZERO, ZERO, algorithm=SOBA(0.5, 0.05), max_steps=3).x)
-    for name in ("mine", "soba", "descent"):
+    for name in ("mine", "soba", "descent", "auto", "implicit"):
         with pytest.raises(ValueError, match=f"`register_algorithm` has no name twice: '{name}' is"):
             register_algorithm(name, lambda setting: SOBA(0.1, 0.1), "another")
     with pytest.raises(TypeError, match=r"`register_algorithm\(build=...\)` must be a function of a setting. Got SOBA"):
         register_algorithm("other", LOOSE(SOBA(0.1, 0.1)), "a value")
+    with pytest.raises(TypeError, match=r"must be a function of a setting\. Got the class SOBA itself"):
+        register_algorithm("other", LOOSE(SOBA), "a class")
+    with pytest.raises(TypeError, match=r"Got a function of the arguments \(\)"):
+        register_algorithm("other", LOOSE(lambda: SOBA(0.1, 0.1)), "of nothing")
     for wrong in ("two words", ""):
         with pytest.raises(ValueError, match=r"`register_algorithm\(name=...\)` must be one word"):
             register_algorithm(wrong, lambda setting: SOBA(0.1, 0.1), "another")
@@ -651,6 +656,14 @@ def test_an_algorithm_of_ones_own_has_a_name() -> None:
     register_algorithm("other", lambda setting: LOOSE(3), "no algorithm")
     with pytest.raises(TypeError, match="'other' was registered with must return an algorithm"):
         minimize(SQUARE, ZERO, ZERO, algorithm="other")
+
+
+def test_one_setting_of_descent_belongs_and_two_belong_to_it() -> None:
+    given: dict[str, Any] = {"estimator": "aid-cg"}
+    with pytest.raises(ValueError, match=r"`estimator=` belongs to `Descent`\. Leave it out"):
+        minimize(SQUARE, ZERO, ZERO, algorithm=SOBA(0.1, 0.1), **given)
+    with pytest.raises(ValueError, match=r"`estimator=`, `chunk_size=` belong to `Descent`\. Leave them out"):
+        minimize(SQUARE, ZERO, ZERO, algorithm=SOBA(0.1, 0.1), chunk_size=1, **given)
 
 
 # The start of y
@@ -672,6 +685,36 @@ def test_y0_may_be_left_out_where_the_problem_has_init() -> None:
     assert torch.equal(found.x, minimize(tasks, ZERO, {"a": ZERO}, estimator="itd", data=data, max_steps=2).x)
     with pytest.raises(ValueError, match=r"`minimize\(y0=...\)` may be left out only where the problem has `init`"):
         minimize(SQUARE, ZERO)
+
+
+def test_one_hypergradient_starts_at_init_too() -> None:
+    problem = BilevelProblem(SQUARE.f, SQUARE.g, init=lambda x: 2 * x)
+    found = hypergradient(problem, ZERO + 1, estimator="one-step")
+    assert torch.equal(found.grad, hypergradient(problem, ZERO + 1, ZERO, estimator="one-step").grad)
+    x = (ZERO + 1).requires_grad_()
+    hyperobjective(problem, estimator="one-step")(x).backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.equal(x.grad, found.grad)
+    tasks = BilevelProblem(
+        lambda x, y, t: (y["a"] - t).square().sum(),
+        lambda x, y, t: (y["a"] - x["b"] - t.mean()).square().sum(),
+        init=lambda x, t: {"a": x["b"] + 0 * t},
+        encode=lambda x, t: {"b": 2 * x},
+        tasks=True,
+    )
+    data = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    for batch in (data, Split(f=data, g=data + 1)):
+        found = hypergradient(tasks, ZERO, data=batch)
+        assert found.y["a"].shape == (3, 2)
+        assert torch.equal(found.grad, hypergradient(tasks, ZERO, {"a": ZERO}, data=batch).grad)
+    with pytest.raises(
+        ValueError, match=r"`hypergradient\(y0=...\)` may be left out only where the problem has `init`"
+    ):
+        hypergradient(SQUARE, ZERO)
+    with pytest.raises(
+        ValueError, match=r"`hyperobjective\(y0=...\)` may be left out only where the problem has `init`"
+    ):
+        hyperobjective(SQUARE)(ZERO)
 
 
 # The testing kit

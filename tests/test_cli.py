@@ -722,7 +722,7 @@ def test_a_seed_without_effect_is_noted(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["run", "quadratic", "--estimator", "aid"], "there is no estimator 'aid'"),
         (["run", "quadratic", "--algorithm", "sobba"], "there is no algorithm 'sobba'. Names: descent, soba"),
-        (["run", "quadratic", "--algorithm", "soba", "--step", "1"], "leave out --step, which belong to"),
+        (["run", "quadratic", "--algorithm", "soba", "--step", "1"], "leave out --step, which belongs to"),
         (["run", "maml-sinusoid", "--algorithm", "soba"], "does not apply to few-shot experiments"),
         (["run", "quadratic", "--outer", "sgd"], "there is no outer method 'sgd'. Names: adam, "),
         (["run", "quadratic", "--outer", "gd"], "`--outer gd` needs a step length"),

@@ -131,9 +131,10 @@ def _algorithm(request: Request, known: Mapping[str, Any]) -> Any:
     if request.algorithm == DESCENT:
         return None
     if given:
+        belong = "belongs" if len(given) == 1 else "belong"
         raise ValueError(
-            f"`--algorithm {request.algorithm}` chooses its own steps: leave out {' and '.join(given)}, which belong to"
-            f" `--algorithm {DESCENT}`."
+            f"`--algorithm {request.algorithm}` chooses its own steps: leave out {' and '.join(given)}, which {belong}"
+            f" to `--algorithm {DESCENT}`."
         )
     return request.algorithm
 

@@ -8,18 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._hypergradient import demand_alike, structured
+from bilevel._hypergradient import demand_alike, own_start, structured
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
-from bilevel._problem import BilevelProblem, Split, check_signature
+from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, projection
-from bilevel._tree import Tree, ravel, tree_map
+from bilevel._tree import Tree, ravel
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
@@ -110,6 +109,7 @@ def minimize(
         BilevelError: if `throw` and the run did not succeed; its `partial` is the solution so far.
 
     Example:
+        >>> import torch
         >>> from bilevel.solvers import GradientDescent
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
@@ -142,13 +142,13 @@ def minimize(
         _refuse_beside(algorithm, [name for name, value in of_descent.items() if value is not None])
     batches = sources(data)
     x, x_structure = ravel(x0, "x0")
+    first = first_batch(batches)
+    check_signature(problem, first)
     if y0 is None:
-        y0 = _own_start(problem, x0, data)
+        y0 = own_start("minimize", problem, x0, first)
     y, y_structure = ravel(y0, "y0")
     demand_alike("minimize(x0, y0)", x_structure, y_structure)
     x, y = x.detach().clone(), y.detach().clone()
-    first = first_batch(batches)
-    check_signature(problem, first)
     check_chunks("minimize", problem, chunk_size)
     flat = FlatProblem(problem, x_structure, y_structure, first)
     settings: dict[str, object] = {"constraint": constraint, "x": x_structure.describe(), "y": y_structure.describe()}
@@ -189,10 +189,11 @@ def _demand_arguments(max_steps: Any, tol: Any, callback: Any, checkpoint: Any, 
 
 def _refuse_beside(algorithm: Any, given: list[str]) -> None:
     if given:
+        belong, them = ("belongs", "it") if len(given) == 1 else ("belong", "them")
         name = repr(algorithm) if isinstance(algorithm, str) else f"{type(algorithm).__name__}(...)"
         raise ValueError(
-            f"`minimize(algorithm={name})` is a whole algorithm: {', '.join(f'`{each}=`' for each in given)} belong to"
-            f" `Descent`. Leave them out, or give such settings to the algorithm itself."
+            f"`minimize(algorithm={name})` is a whole algorithm: {', '.join(f'`{each}=`' for each in given)}"
+            f" {belong} to `Descent`. Leave {them} out, or give such settings to the algorithm itself."
         )
 
 
@@ -219,19 +220,3 @@ def _estimate(
     estimator: AbstractEstimator, chunk_size: int | None, problem: FlatProblem, x: Tensor, start: FlatStart
 ) -> FlatEstimate:
     return apply_estimator(estimator, problem, x, start, chunk_size)
-
-
-def _own_start(problem: BilevelProblem, x0: Tree, data: Any) -> Tree:
-    """init(x0), of the first task where there are tasks: what gives y its structure where no start is given."""
-    first = first_batch(data)
-    check_signature(problem, first)
-    if problem.init is None:
-        raise ValueError(
-            "`minimize(y0=...)` may be left out only where the problem has `init`, from which y starts. Pass y0."
-        )
-    batch = first.g if isinstance(first, Split) else first
-    if problem.tasks:
-        batch = tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
-    arguments = () if batch is None else (batch,)
-    with torch.no_grad():
-        return problem.init(x0 if problem.encode is None else problem.encode(x0, *arguments), *arguments)
