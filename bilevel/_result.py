@@ -55,8 +55,13 @@ class Status(enum.Enum):
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
         " minimum of g(x, .); solve the inner problem more accurately, add a regularizer to g or pass `damping=`."
     )
+    singular = (
+        "The matrix is singular to rounding: the system has no unique solution, and this is the least squares solution"
+        " of least norm. y*(x) may not be unique, or constraints on y repeat each other: add a regularizer to g, pass"
+        " `damping=`, or leave out the constraints that follow from others."
+    )
     breakdown = (
-        "The Krylov recurrence broke down before the tolerance was met: the operator is singular, or does not"
+        "The solver broke down before the tolerance was met: the operator is singular, or does not"
         " have the properties that it was declared to have."
     )
     infeasible = (

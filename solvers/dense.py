@@ -25,9 +25,10 @@ class Dense(AbstractLinearSolver):
     """A^-1 b from the dense matrix: by Cholesky if A is declared positive definite, by LU otherwise.
 
     Backward stable, with one step of iterative refinement. A matrix declared positive definite without a Cholesky
-    factorization is reported by `Status.not_positive_definite` and solved by LU all the same. A singular matrix,
-    one that is not symmetric though declared to be, and a residual above 1e-3 |b|, are reported by
-    `Status.breakdown`; a singular system is answered by the least squares solution of least norm.
+    factorization is reported by `Status.not_positive_definite` and solved by LU all the same. Any other matrix that is
+    singular to rounding is reported by `Status.singular`, and answered by the least squares solution of least norm. One
+    that is not symmetric though declared to be, and a residual above 1e-3 |b| although the matrix is regular, so that
+    products are not those of the matrix, are reported by `Status.breakdown`.
 
     Cost: n products for the matrix, one for the true residual; n^2 memory, n^3 / 3 flops (LU: 2 n^3 / 3). For up to
     some thousand unknowns.
@@ -64,12 +65,14 @@ class Dense(AbstractLinearSolver):
         v, indefinite, singular = _solve(A, rhs, skewed, operator.positive_definite)
         v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
         residual = safe_row_norms(operator.residual(b, v))
-        broken = skewed | singular | (residual > _FAR * norm_b)
+        unlike = residual > _FAR * norm_b
         statuses = first_statuses(
             (~residual.isfinite(), Status.nonfinite),
             (zero, Status.successful),
             (indefinite, Status.not_positive_definite),
-            (broken, Status.breakdown),
+            (skewed, Status.breakdown),
+            (singular, Status.singular),
+            (unlike, Status.breakdown),
         )
         return Solved(v, statuses, residual, 1)
 

@@ -685,8 +685,23 @@ def test_dense_reports_a_matrix_that_is_not_positive_definite_and_solves_it_all_
 def test_dense_answers_a_singular_system_by_least_squares_and_reports_it(positive_definite: bool, seed: int) -> None:
     A, b = spd(torch.tensor([3.0, 1.0, 0.0]), seed), gaussian(3, seed=seed + 7)
     solved = Dense().solve(operator(A, positive_definite=positive_definite), b)
-    assert solved.status is (Status.not_positive_definite if positive_definite else Status.breakdown)
+    assert solved.status is (Status.not_positive_definite if positive_definite else Status.singular)
     torch.testing.assert_close(solved.value, torch.linalg.pinv(A, rtol=1e-12) @ b, rtol=1e-9, atol=1e-12)
+
+
+def test_dense_says_of_a_saddle_point_system_with_a_repeated_constraint_that_it_is_singular() -> None:
+    H, row = spd(torch.tensor([3.0, 2.0, 1.0]), 1), gaussian(3, seed=2)
+    A = torch.zeros(5, 5)
+    A[:3, :3], A[3:, :3], A[:3, 3:] = H, torch.stack([row, row]), torch.stack([row, row], -1)
+    regular = A.clone()
+    regular[3, 0], regular[0, 3] = regular[3, 0] + 1, regular[0, 3] + 1
+    b = gaussian(5, seed=3)
+    solved = Dense().solve(operator(torch.stack([A, regular]), positive_definite=False), torch.stack([b, b]))
+    assert solved.statuses == (Status.singular, Status.successful)
+    assert solved.status is Status.singular
+    assert "singular to rounding" in solved.status.value
+    assert "Krylov" not in solved.status.value
+    torch.testing.assert_close(solved.value[0], torch.linalg.pinv(A, rtol=1e-12) @ b, rtol=1e-9, atol=1e-12)
 
 
 def test_dense_reports_an_operator_that_is_not_symmetric_though_declared() -> None:
