@@ -90,7 +90,8 @@ class Comparison:
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
             for line in table
         ]
-        lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, known to within {self.reference_error:.2g}")
+        known = f"known to within {self.reference_error:.2g}" if self.reference_error >= 0 else "of unknown accuracy"
+        lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, {known}")
         for row in self.rows:
             if not row.applies:
                 lines.append(f"not {row.name}: {row.reason}")

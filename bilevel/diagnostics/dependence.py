@@ -41,7 +41,8 @@ def y_depends_on_x(subject: Subject, found: Findings) -> Findings:
         )
     good = True if found.dependence != "start" else None
     ways = _WAYS if subject.stationary else _WAYS_OF_STEPS
-    way = ways[found.dependence] if subject.has_g else ways[found.dependence].replace("through g", "through F(x, y)")
+    what = "g" if subject.minimizes_g else "the inner problem" if subject.has_g else "F(x, y)"
+    way = ways[found.dependence].replace("through g", f"through {what}")
     found = found.saying("y depends on x", good, way, "use ITD or ESJ")
     if found.dependence == "start":  # y is what the steps make of it: nobody asks g for a strict minimum
         return replace(found, verdicts=tuple(map(_of_no_account, found.verdicts)))

@@ -31,7 +31,7 @@ def values_are_finite(subject: Subject, found: Findings) -> Findings:
         f"{', '.join(f'{name} = {float(value):.4g}' for name, value in values)} at (x, y0), in {dtype}".replace(
             "torch.", ""
         )
-        + ("" if same else ", but " + " and ".join(f"{n} is {v.dtype}" for n, v in values).replace("g is ", "g ")),
+        + ("" if same else ", but " + ", ".join(f"{name} is {value.dtype}" for name, value in values)),
         f"start where {names} {'is' if len(values) == 1 else 'are'} finite"
         if not finite
         else "keep one dtype throughout",
