@@ -14,6 +14,7 @@ from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import BilevelError, Stats, Status
 from bilevel.commands.arguments import split, takes
+from bilevel.commands.contents import append_history, read_checkpoint, read_result, write_history, write_result
 from bilevel.commands.folder import Folder
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load_experiment
@@ -21,6 +22,7 @@ from bilevel.commands.plan import Request, merge
 from bilevel.commands.plot_training import draw_training
 from bilevel.commands.progress import note, number, table, training_progress
 from bilevel.commands.raised import told
+from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.commands.result import versions
 from bilevel.commands.run import Failure, folder_of
 from bilevel.few_shot.calibration import calibration_of
@@ -44,15 +46,15 @@ def run_experiment(request: Request) -> None:
         KeyboardInterrupt: if it was interrupted; the files are written first.
     """
     folder = folder_of(request)
-    before = folder.read_result() if request.resume else None
+    before = read_result(folder) if request.resume else None
     plan = _plan(request, None if before is None else before["settings"])
     folder.path.mkdir(parents=True, exist_ok=True)
     if request.overwrite:
-        folder.set_aside()
+        set_aside(folder)
     elif not request.resume:
         folder.clear()
     lines = _earlier_lines(folder) if request.resume else []
-    folder.write_history(lines)
+    write_history(folder, lines)
     head = {
         "experiment": plan.request.problem,
         "description": plan.experiment.description,
@@ -64,7 +66,7 @@ def run_experiment(request: Request) -> None:
     except BaseException as error:
         if not lines and not request.resume:  # nothing was computed
             folder.clear()
-        if folder.bring_back():
+        if bring_back(folder):
             error.add_note(f"The earlier run in {str(folder.path)!r} is kept.")
         raise
 
@@ -165,11 +167,11 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
 
         def callback(progress: Progress) -> None:
             if not folder.result.exists() or progress.record.step == 0:
-                folder.write_result(head | {"status": "running"})
+                write_result(folder, head | {"status": "running"})
             if progress.record.status == Status.successful.name or progress.record.step > 0:
-                folder.forget()
+                forget(folder)
             lines.append(_line(progress))
-            folder.append_history(lines[-1])
+            append_history(folder, lines[-1])
             show(progress)
 
         try:
@@ -225,7 +227,7 @@ def _line(progress: Progress) -> dict[str, Any]:
 
 def _earlier_lines(folder: Folder) -> list[dict[str, Any]]:
     """The lines of history.jsonl up to the checkpoint."""
-    step = folder.read_checkpoint()["step"]
+    step = read_checkpoint(folder)["step"]
     if not folder.history.exists():
         return []
     found: dict[int, dict[str, Any]] = {}
@@ -272,14 +274,14 @@ def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], en
         "seconds": ending.seconds,
         "notes": notes,
     }
-    folder.write_result(content)
+    write_result(folder, content)
     try:
         write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"]))
     except Exception as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out plot.png: {error if missing else f'{type(error).__name__}: {error}'}")
         note(notes[-1])
-        folder.write_result(content)
+        write_result(folder, content)
     return content
 
 

@@ -9,6 +9,7 @@ from typing import Any, final
 from bilevel._files import write_atomically
 from bilevel._result import Stats
 from bilevel._tree import Tree
+from bilevel.commands.contents import write_result, write_solution
 from bilevel.commands.folder import Folder
 from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
@@ -64,17 +65,17 @@ def write(request: Request, made: Plan, folder: Folder, outcome: Outcome, second
         "seconds": seconds,
         "notes": notes,
     }
-    folder.write_result(content)  # before anything that a problem's own code could stop
+    write_result(folder, content)  # before anything that a problem's own code could stop
     if outcome.point is not None:
         x, y = outcome.point
-        folder.write_solution(x, y)
+        write_solution(folder, x, y)
         if instance.metrics is not None:
             metrics = instance.metrics
             _attempt("its metrics", lambda: content.update(metrics=dict(metrics(x, y))), notes)
         if history:
             picture = lambda file: draw(file, instance, x, y, history)  # noqa: E731
             _attempt("plot.png", lambda: write_atomically(folder.plot, picture), notes)
-    folder.write_result(content)
+    write_result(folder, content)
     for text in notes:
         note(text)
     if not request.quiet and history:

@@ -15,11 +15,13 @@ from bilevel._instance import Instance
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import BilevelError, Status
 from bilevel._tree import ravel
+from bilevel.commands.contents import append_history, read_checkpoint, read_result, write_history, write_result
 from bilevel.commands.folder import Folder
 from bilevel.commands.outcome import Outcome, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
 from bilevel.commands.raised import told
+from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Record, Solution
 
@@ -39,7 +41,7 @@ def run(request: Request) -> None:
     if request.seconds is not None:
         raise ValueError(f"`--seconds` limits the training of few-shot experiments, and {request.problem} is none.")
     folder = folder_of(request)
-    before = folder.read_result() if request.resume else None
+    before = read_result(folder) if request.resume else None
     made = plan(request, None if before is None else before["settings"])
     if before is not None and _complete(before, made, folder):
         if not request.quiet:
@@ -47,7 +49,7 @@ def run(request: Request) -> None:
         return
     folder.path.mkdir(parents=True, exist_ok=True)
     if request.overwrite:
-        folder.set_aside()
+        set_aside(folder)
     elif not request.resume:
         folder.clear()
     for text in made.notes:
@@ -56,10 +58,10 @@ def run(request: Request) -> None:
     try:
         outcome, began, cause = _compute(request, made, folder)
     except BaseException as error:
-        if folder.bring_back():
+        if bring_back(folder):
             error.add_note(_kept(folder))
         raise
-    if folder.bring_back():  # the first evaluation did not succeed
+    if bring_back(folder):  # the first evaluation did not succeed
         raise _failure(outcome, f"{outcome.message} {_kept(folder)}") from cause
     seconds = earlier + time.perf_counter() - began
     write(request, made, folder, outcome, seconds)
@@ -73,7 +75,7 @@ def _complete(before: Mapping[str, Any], made: Plan, folder: Folder) -> bool:
         return False
     if isinstance(made.options.get("outer"), AbstractOuterDriver):  # its file counts evaluations
         return bool(made.options["max_steps"] == before["settings"]["steps"])
-    return bool(folder.read_checkpoint()["step"] >= made.options["max_steps"])
+    return bool(read_checkpoint(folder)["step"] >= made.options["max_steps"])
 
 
 def _failure(outcome: Outcome, message: str) -> BaseException:
@@ -103,7 +105,7 @@ def folder_of(request: Request) -> Folder:
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"`--out {request.out}` is a file: name a folder.")
     if not folder.result.exists():
-        folder.bring_back()  # of a run that was killed before its first evaluation had ended
+        bring_back(folder)  # of a run that was killed before its first evaluation had ended
     if folder.occupied and not (request.resume or request.overwrite):
         raise ValueError(f"{request.out!r} holds a run: `--resume` continues it, `--overwrite` replaces it.")
     return folder
@@ -113,8 +115,8 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
     """Run `minimize`, writing the history as it goes; whatever ends it becomes an outcome."""
     instance, records = made.instance, list[Record]()
     if request.resume:
-        records = [Record.from_dict(record) for record in folder.read_checkpoint()["history"]]
-    folder.write_history(records)
+        records = [Record.from_dict(record) for record in read_checkpoint(folder)["history"]]
+    write_history(folder, records)
     began, first = time.perf_counter(), True
 
     with progress(made.options["max_steps"], quiet=request.quiet) as show:
@@ -122,15 +124,15 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
         def callback(record: Record, _: Estimate) -> None:
             nonlocal first
             if first:
-                folder.write_result(head(request, made) | {"status": "running"})
+                write_result(folder, head(request, made) | {"status": "running"})
                 first = False
             if record.status == Status.successful.name or record.step > 0:
-                folder.forget()
+                forget(folder)
             if record.step < len(records):  # a resumed outer method has asked for another point than before
                 del records[record.step :]
-                folder.write_history(records)
+                write_history(folder, records)
             records.append(record)
-            folder.append_history(record)
+            append_history(folder, record)
             show(record)
 
         try:
@@ -169,7 +171,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
 
 def _ended(solution: Solution, folder: Folder, records: list[Record]) -> Outcome:
     if len(solution.history) != len(records):  # a resumed outer method needed fewer evaluations than before
-        folder.write_history(solution.history)
+        write_history(folder, solution.history)
     message = "" if solution.status.ok else f"the run did not succeed. {solution.message}"
     return Outcome(solution.status.name, message, solution.history[-1].step, (solution.x, solution.y), solution.history)
 
@@ -178,7 +180,7 @@ def _stopped(instance: Instance, folder: Folder, records: list[Record], status: 
     """What the checkpoint, which `minimize` wrote on its way out, says."""
     if not folder.checkpoint.exists():
         return Outcome(status, message, records[-1].step, None, tuple(records))
-    saved = folder.read_checkpoint()
+    saved = read_checkpoint(folder)
     x, y = (
         structure.unravel(vector.to(structure.device))
         for structure, vector in ((ravel(instance.x0)[1], saved["x"]), (ravel(instance.y0)[1], saved["y"]))
