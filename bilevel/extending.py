@@ -26,7 +26,7 @@ from bilevel._linear import (
 )
 from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, OptimizerState as OptimizerState
 from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally, report as report
-from bilevel.algorithms.algorithm import AbstractAlgorithm as AbstractAlgorithm, Evaluation as Evaluation
+from bilevel.algorithms.algorithm import AbstractAlgorithm as AbstractAlgorithm, Evaluated as Evaluated
 from bilevel.algorithms.oracle import AbstractData as AbstractData, Draws as Draws, Oracle as Oracle
 from bilevel.bounds.beforehand import Beforehand as Beforehand
 from bilevel.bounds.bound import Bound as Bound

@@ -118,7 +118,7 @@ def descend(
     value, gradient = objective.value_and_gradient(y)
     lead = value.shape
     t = torch.full(lead, search.initial, dtype=y.dtype, device=y.device)
-    progress = Progress(value)
+    progress = Idleness(value)
     status: list[Status | None] = [None] * lead.numel()
     steps = 0
     while True:
@@ -143,7 +143,7 @@ def descend(
 
 
 @final
-class Progress:
+class Idleness:
     """How many steps each row has gone without its least value or gradient so far."""
 
     def __init__(self, value: Tensor) -> None:

@@ -15,7 +15,7 @@ from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
-from bilevel.solvers.armijo import Along, Armijo, Progress, ends, final_statuses, stops
+from bilevel.solvers.armijo import Along, Armijo, Idleness, ends, final_statuses, stops
 from bilevel.solvers.cg import solve_rows
 
 
@@ -67,11 +67,11 @@ class Newton(AbstractInnerSolver):
         y, search = y0.detach().clone(), Armijo()
         lead, steps = y.shape[:-1], 0
         status: list[Status | None] = [None] * lead.numel()
-        progress: Progress | None = None
+        progress: Idleness | None = None
         while True:
             value, gradient, hessian = objective.hessian(y)
             norm = torch.linalg.vector_norm(gradient, dim=-1)
-            progress = Progress(value) if progress is None else progress
+            progress = Idleness(value) if progress is None else progress
             progress.see(value, norm)
             status = ends(status, value, norm, progress.idle, self.tol)
             active = torch.tensor([s is None for s in status], device=y.device).reshape(lead)

@@ -38,7 +38,7 @@ from bilevel.algorithms import (
     AbstractAlgorithm,
     Descent,
     Draws,
-    Evaluation,
+    Evaluated,
     Oracle,
     Power,
     available,
@@ -88,21 +88,21 @@ class Alternating(AbstractAlgorithm[tuple[Tensor, Tensor, float]]):
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
         return x, y, 0.0
 
-    def evaluate(self, oracle: Oracle, state: tuple[Tensor, Tensor, float]) -> Evaluation:
+    def evaluate(self, oracle: Oracle, state: tuple[Tensor, Tensor, float]) -> Evaluated:
         x, y, _ = state
         value, fx, _ = outer_gradients(oracle.problem(), x, y)
         gx = inner_gradient_in_x(oracle.problem(), x, y)
         assert gx is not None
-        return Evaluation(FlatEstimate(fx + gx, value, y, ()))
+        return Evaluated(FlatEstimate(fx + gx, value, y, ()))
 
-    def step(self, oracle: Oracle, state: tuple[Tensor, Tensor, float], found: Evaluation) -> Any:
+    def step(self, oracle: Oracle, state: tuple[Tensor, Tensor, float], found: Evaluated) -> Any:
         x, y, travelled = state
         x = x - self.outer_step * found.estimate.grad  # moves first; then both batches at the new x
         for number in range(2):
             y = y - self.inner_step * inner_objective(oracle.problem(g=number), x).gradient(y)
         return x, y, travelled + float(found.estimate.grad.norm())
 
-    def stationarity(self, oracle: Oracle, state: Any, found: Evaluation) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: Any, found: Evaluated) -> Tensor:
         return oracle.residual(state[0], found.estimate.grad)
 
     def point(self, state: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
@@ -759,7 +759,7 @@ class Wrong(AbstractAlgorithm[Any]):
             y = y.add_(1)
         return SINGLE_LOOP.init(oracle, x, y)
 
-    def evaluate(self, oracle: Oracle, state: Any) -> Evaluation:
+    def evaluate(self, oracle: Oracle, state: Any) -> Evaluated:
         found = SINGLE_LOOP.evaluate(oracle, state)
         h = found.estimate
         if self.wrong == "random":
@@ -768,9 +768,9 @@ class Wrong(AbstractAlgorithm[Any]):
             h = FlatEstimate(h.grad.nan_to_num(), h.value.nan_to_num(), h.y, (), h.v)
         if self.wrong == "counts nothing":
             oracle.like.tally.clear()
-        return Evaluation(h, found.kept)
+        return Evaluated(h, found.kept)
 
-    def step(self, oracle: Oracle, state: Any, found: Evaluation) -> Any:
+    def step(self, oracle: Oracle, state: Any, found: Evaluated) -> Any:
         after = SINGLE_LOOP.step(oracle, state, found)
         if self.wrong == "in place state":
             state.x.add_(0.1)
@@ -779,7 +779,7 @@ class Wrong(AbstractAlgorithm[Any]):
             return type(after)(after.x, after.y * 0.9 ** (len(self.memory) % 5), after.v)
         return after
 
-    def stationarity(self, oracle: Oracle, state: Any, found: Evaluation) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: Any, found: Evaluated) -> Tensor:
         return oracle.residual(state.x, found.estimate.grad)
 
     def point(self, state: Any) -> tuple[Tensor, Tensor]:

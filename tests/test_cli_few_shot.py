@@ -15,7 +15,7 @@ import torch
 from bilevel import AID, cli
 from bilevel._tree import tree_leaves
 from bilevel.experiments.catalogue import experiments
-from bilevel.experiments.image_setup import Setting
+from bilevel.experiments.image_setup import ImageSetting
 from bilevel.few_shot import Experiment, mlp, train
 from bilevel.problems.meta_learning.kl_products import KLProducts
 
@@ -238,7 +238,7 @@ def test_every_experiment_is_listed_and_the_sinusoids_and_digits_can_be_built(
     assert listed.keys() == experiments().keys()
     for method in ("protonet", "maml", "anil", "imaml", "ibaml", "ridge", "svm"):
         assert f"{method}-omniglot" in listed
-        made = experiments()[f"{method}-digits"].build(Setting(filters=2))
+        made = experiments()[f"{method}-digits"].build(ImageSetting(filters=2))
         assert made.learner.problem.tasks
     for name in ("maml", "fomaml", "anil", "imaml", "ibaml"):
         made = experiments()[f"{name}-sinusoid"].build(shots=3)
@@ -311,10 +311,10 @@ def test_an_experiment_in_a_file_is_run(
 @pytest.mark.parametrize("full", [False, True])
 def test_the_weight_of_the_divergence_may_be_another_at_test_time(full: bool) -> None:
     build = experiments()["ibaml-digits"].build
-    made = build(Setting(filters=2), full=full, kl_weight=0.1, test_kl_weight=0.2)
+    made = build(ImageSetting(filters=2), full=full, kl_weight=0.1, test_kl_weight=0.2)
     for learner, weight in ((made.learner, 0.1), (made.tester, 0.2)):
         assert learner is not None
         assert isinstance(learner.estimator, AID)
         assert isinstance(learner.estimator.products, KLProducts)
         assert learner.estimator.products.weight == weight
-    assert build(Setting(filters=2), full=full).tester is None
+    assert build(ImageSetting(filters=2), full=full).tester is None

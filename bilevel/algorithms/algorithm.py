@@ -16,7 +16,7 @@ S = TypeVar("S")
 
 @final
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluated:
     """What an algorithm finds at its state.
 
     Attributes:
@@ -62,15 +62,15 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         """The state before the first step, at x `(p,)` and y `(q,)`, one task's; x may have to be projected."""
 
     @abc.abstractmethod
-    def evaluate(self, oracle: Oracle, state: S) -> Evaluation:
+    def evaluate(self, oracle: Oracle, state: S) -> Evaluated:
         """What there is to know at the current x."""
 
     @abc.abstractmethod
-    def step(self, oracle: Oracle, state: S, found: Evaluation) -> S:
+    def step(self, oracle: Oracle, state: S, found: Evaluated) -> S:
         """The state after a step."""
 
     @abc.abstractmethod
-    def stationarity(self, oracle: Oracle, state: S, found: Evaluation) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: S, found: Evaluated) -> Tensor:
         """What `tol` is compared with: `()`; zero where the algorithm has arrived, and only there."""
 
     @abc.abstractmethod

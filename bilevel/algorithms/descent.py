@@ -11,7 +11,7 @@ from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatStart
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_types
-from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluation
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.requirements.properties import Property
 
@@ -82,17 +82,17 @@ class Descent(AbstractAlgorithm[DescentState]):
         x = oracle.project(x)
         return DescentState(x, y, None, self.outer.init(x))
 
-    def evaluate(self, oracle: Oracle, state: DescentState) -> Evaluation:
+    def evaluate(self, oracle: Oracle, state: DescentState) -> Evaluated:
         start = FlatStart(state.y, state.v, oracle.step)
-        return Evaluation(apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size))
+        return Evaluated(apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size))
 
-    def step(self, oracle: Oracle, state: DescentState, found: Evaluation) -> DescentState:
+    def step(self, oracle: Oracle, state: DescentState, found: Evaluated) -> DescentState:
         h = found.estimate
         x, memory = self.outer.step(h.grad, state.x, state.memory)
         y, v = (h.y, h.v) if self.warm_start else (state.y, state.v)
         return DescentState(oracle.project(x).detach(), y, v, memory)
 
-    def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluation) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluated) -> Tensor:
         # A projection moves no further than its argument: the certified error adds to either measure.
         error = 0.0 if found.estimate.bound is None else found.estimate.bound
         return oracle.residual(state.x, found.estimate.grad) + error

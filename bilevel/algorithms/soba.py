@@ -13,7 +13,7 @@ from bilevel._calculus import Exact, outer_gradients
 from bilevel._estimate import FlatEstimate
 from bilevel._result import Report, Status
 from bilevel._validate import demand_types
-from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluation
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.requirements.properties import START_ONLY, DoesNotApply, Property
 
@@ -91,7 +91,7 @@ class SOBA(AbstractAlgorithm[SOBAState]):
         y = oracle.problem().start(x, y).detach()
         return SOBAState(x, y, torch.zeros_like(y))
 
-    def evaluate(self, oracle: Oracle, state: SOBAState) -> Evaluation:
+    def evaluate(self, oracle: Oracle, state: SOBAState) -> Evaluated:
         problem = oracle.problem()
         at = Exact().linearize(problem, state.x, state.y)
         hv, gv = at.products(state.v)
@@ -101,9 +101,9 @@ class SOBA(AbstractAlgorithm[SOBAState]):
         d_y, d_v = at.gradient, hv - fy
         d_x = fx if gv is None else fx - gv
         reports = (_report("inner iterate", d_y), _report("linear iterate", d_v))
-        return Evaluation(FlatEstimate(d_x, value, state.y, reports, state.v), (d_y, d_v))
+        return Evaluated(FlatEstimate(d_x, value, state.y, reports, state.v), (d_y, d_v))
 
-    def step(self, oracle: Oracle, state: SOBAState, found: Evaluation) -> SOBAState:
+    def step(self, oracle: Oracle, state: SOBAState, found: Evaluated) -> SOBAState:
         d_y, d_v = found.kept
         factor = 1.0 if self.schedule is None else self.schedule(oracle.step)
         linear_step = self.inner_step if self.linear_step is None else self.linear_step
@@ -113,7 +113,7 @@ class SOBA(AbstractAlgorithm[SOBAState]):
             v=state.v - factor * linear_step * d_v,
         )
 
-    def stationarity(self, oracle: Oracle, state: SOBAState, found: Evaluation) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: SOBAState, found: Evaluated) -> Tensor:
         outer = oracle.residual(state.x, found.estimate.grad)
         norm: Tensor = torch.linalg.vector_norm(torch.cat([outer.reshape(1), *(d.reshape(-1) for d in found.kept)]))
         return norm

@@ -15,7 +15,7 @@ from bilevel.certificates.estimate_constants import estimate_constants
 from bilevel.commands.progress import note
 from bilevel.commands.result import plain, versions
 from bilevel.commands.run import Failure
-from bilevel.commands.subject import Subject, subject
+from bilevel.commands.subject import NamedProblem, subject
 from bilevel.diagnostics.compare import compare as compare_estimators
 from bilevel.diagnostics.comparison import Comparison
 from bilevel.named.registry import demand_names
@@ -84,7 +84,7 @@ def compare(wish: Wish) -> None:
         raise Failure(f"no estimator applies to {wish.problem}.")
 
 
-def _constants(at: Subject, wish: Wish) -> Constants | None:
+def _constants(at: NamedProblem, wish: Wish) -> Constants | None:
     """Those of the problem, else, if it was asked for, estimates at an inner solution."""
     made = at.instance
     if made.constants is not None:

@@ -20,7 +20,7 @@ from bilevel.outer.solution import Record
 
 @final
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class RunOutcome:
     """How a run ended.
 
     Attributes:
@@ -48,7 +48,7 @@ def head(request: Request, made: Plan) -> dict[str, Any]:
     }
 
 
-def write(request: Request, made: Plan, folder: Folder, outcome: Outcome, seconds: float) -> None:
+def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, seconds: float) -> None:
     """Write every file of a run that has ended, and show its table."""
     notes: list[str] = []
     history, instance = outcome.history, made.instance

@@ -17,7 +17,7 @@ from bilevel._result import BilevelError, Status
 from bilevel._tree import ravel
 from bilevel.commands.contents import append_history, read_checkpoint, read_result, write_history, write_result
 from bilevel.commands.folder import Folder
-from bilevel.commands.outcome import Outcome, head, write
+from bilevel.commands.outcome import RunOutcome, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
 from bilevel.commands.raised import told
@@ -78,7 +78,7 @@ def _complete(before: Mapping[str, Any], made: Plan, folder: Folder) -> bool:
     return bool(read_checkpoint(folder)["step"] >= made.options["max_steps"])
 
 
-def _failure(outcome: Outcome, message: str) -> BaseException:
+def _failure(outcome: RunOutcome, message: str) -> BaseException:
     return KeyboardInterrupt(message) if outcome.status == "interrupted" else Failure(message)
 
 
@@ -111,7 +111,7 @@ def folder_of(request: Request) -> Folder:
     return folder
 
 
-def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, float, BaseException | None]:
+def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, float, BaseException | None]:
     """Run `minimize`, writing the history as it goes; whatever ends it becomes an outcome."""
     instance, records = made.instance, list[Record]()
     if request.resume:
@@ -169,20 +169,22 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[Outcome, flo
     return _ended(solution, folder, records), began, None
 
 
-def _ended(solution: Solution, folder: Folder, records: list[Record]) -> Outcome:
+def _ended(solution: Solution, folder: Folder, records: list[Record]) -> RunOutcome:
     if len(solution.history) != len(records):  # a resumed outer method needed fewer evaluations than before
         write_history(folder, solution.history)
     message = "" if solution.status.ok else f"the run did not succeed. {solution.message}"
-    return Outcome(solution.status.name, message, solution.history[-1].step, (solution.x, solution.y), solution.history)
+    return RunOutcome(
+        solution.status.name, message, solution.history[-1].step, (solution.x, solution.y), solution.history
+    )
 
 
-def _stopped(instance: Instance, folder: Folder, records: list[Record], status: str, message: str) -> Outcome:
+def _stopped(instance: Instance, folder: Folder, records: list[Record], status: str, message: str) -> RunOutcome:
     """What the checkpoint, which `minimize` wrote on its way out, says."""
     if not folder.checkpoint.exists():
-        return Outcome(status, message, records[-1].step, None, tuple(records))
+        return RunOutcome(status, message, records[-1].step, None, tuple(records))
     saved = read_checkpoint(folder)
     x, y = (
         structure.unravel(vector.to(structure.device))
         for structure, vector in ((ravel(instance.x0)[1], saved["x"]), (ravel(instance.y0)[1], saved["y"]))
     )
-    return Outcome(status, message, saved["step"], (x, y), tuple(records))
+    return RunOutcome(status, message, saved["step"], (x, y), tuple(records))

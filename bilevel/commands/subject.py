@@ -14,7 +14,7 @@ from bilevel.outer.batches import first_batch
 
 @final
 @dataclass(frozen=True, eq=False)
-class Subject:
+class NamedProblem:
     """A problem at its start, with the first of its data.
 
     Attributes:
@@ -28,7 +28,7 @@ class Subject:
     seeded: bool
 
 
-def subject(problem: str, settings: Sequence[str], seed: int | None) -> Subject:
+def subject(problem: str, settings: Sequence[str], seed: int | None) -> NamedProblem:
     """What PROBLEM, `--set` and `--seed` name; see :func:`bilevel.commands.loading.load`."""
     instance, seeded = load(problem, split(settings), seed)
-    return Subject(instance, first_batch(instance.settings.get("data")), seeded)
+    return NamedProblem(instance, first_batch(instance.settings.get("data")), seeded)

@@ -46,7 +46,7 @@ class Source:
 
 @final
 @dataclass(frozen=True)
-class Setting:
+class ImageSetting:
     """What can be chosen whatever the method is.
 
     Attributes:
@@ -87,7 +87,7 @@ class Setup:
     """
 
     source: Source
-    setting: Setting
+    setting: ImageSetting
 
     @property
     def way(self) -> int:

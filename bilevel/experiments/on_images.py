@@ -11,7 +11,7 @@ from functools import partial
 
 from torch.nn.functional import cross_entropy
 
-from bilevel.experiments.image_setup import Setting, Setup, Source
+from bilevel.experiments.image_setup import ImageSetting, Setup, Source
 from bilevel.few_shot.experiment import Experiment, NamedExperiment
 from bilevel.few_shot.learner import Learner
 from bilevel.problems.meta_learning.anil import anil
@@ -33,13 +33,13 @@ from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.newton import Newton
 from bilevel.tasks import Splits, digits, omniglot
 
-COMMON = Setting()
-EIGHT, FOUR = Setting(batch=8), Setting(batch=4)  # tasks a step, of methods that need fewer
+COMMON = ImageSetting()
+EIGHT, FOUR = ImageSetting(batch=8), ImageSetting(batch=4)  # tasks a step, of methods that need fewer
 
 
 def maml_images(
     source: Source,
-    setting: Setting = COMMON,
+    setting: ImageSetting = COMMON,
     step: float = 0.4,
     inner_steps: int = 1,
     evaluation_steps: int = 1,
@@ -62,7 +62,7 @@ def maml_images(
 
 def anil_images(
     source: Source,
-    setting: Setting = COMMON,
+    setting: ImageSetting = COMMON,
     step: float = 0.4,
     inner_steps: int = 5,
 ) -> Experiment:
@@ -73,7 +73,7 @@ def anil_images(
 
 def imaml_images(
     source: Source,
-    setting: Setting = COMMON,
+    setting: ImageSetting = COMMON,
     regularization: float = 2.0,
     step: float = 0.1,
     inner_steps: int = 16,
@@ -96,7 +96,7 @@ def imaml_images(
 
 def ibaml_images(
     source: Source,
-    setting: Setting = COMMON,
+    setting: ImageSetting = COMMON,
     full: bool = False,
     kl_weight: float | None = None,
     test_kl_weight: float | None = None,
@@ -145,7 +145,7 @@ def ibaml_images(
 
 def proto_net_images(
     source: Source,
-    setting: Setting = FOUR,
+    setting: ImageSetting = FOUR,
     train_way: int = 0,
 ) -> Experiment:
     """Prototypical networks; `train_way` classes in training tasks (0: as many as are told apart later)."""
@@ -157,7 +157,7 @@ def proto_net_images(
 
 def ridge_images(
     source: Source,
-    setting: Setting = EIGHT,
+    setting: ImageSetting = EIGHT,
     regularization: float = 1.0,
     learn_regularization: bool = True,
 ) -> Experiment:
@@ -175,7 +175,7 @@ def ridge_images(
 
 def svm_images(
     source: Source,
-    setting: Setting = EIGHT,
+    setting: ImageSetting = EIGHT,
     C: float = 0.1,
     dual_ridge: float = 1.0,
 ) -> Experiment:
@@ -187,7 +187,7 @@ def svm_images(
 
 def embedding_images(
     source: Source,
-    setting: Setting = EIGHT,
+    setting: ImageSetting = EIGHT,
     regularization: float = 0.5,
     inner_steps: int = 10,
 ) -> Experiment:

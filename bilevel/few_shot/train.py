@@ -27,7 +27,7 @@ from bilevel.few_shot.options import (
     validating,
 )
 from bilevel.few_shot.trained import Callback as Callback, Progress as Progress, Trained as Trained
-from bilevel.few_shot.training_run import Batches, Clock, Reporter, TrainingRun, Validator
+from bilevel.few_shot.training_run import Clock, Reporter, TrainingBatches, TrainingRun, Validator
 from bilevel.few_shot.validate import Validations
 from bilevel.outer.minimize import minimize
 from bilevel.tasks.source import AbstractTasks, batches
@@ -96,7 +96,7 @@ def train(
     demand_count("train", "batch", batch, 1)
     loop, chosen_by, kept_in = outer_loop(outer), validating(validation), saving(out)
     demand_tasks("train", learner, tasks=tasks, validation=None if chosen_by is None else chosen_by.tasks)
-    data = Batches(learner, batches(tasks, batch, seed), seed)
+    data = TrainingBatches(learner, batches(tasks, batch, seed), seed)
     clock = Clock(_earlier_seconds(kept_in), loop.seconds)
     validator = _validator(learner, chosen_by, kept_in, seed)
     reporter = Reporter(reporting(callback))

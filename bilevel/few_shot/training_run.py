@@ -24,7 +24,7 @@ from bilevel.tasks.ragged import check_batch
 
 @final
 @dataclass(frozen=True, eq=False)
-class Batches:
+class TrainingBatches:
     """step -> its batch, as the learner sees it; the latest is kept for its score."""
 
     learner: Learner
@@ -137,7 +137,7 @@ class TrainingRun:
     """
 
     def __init__(
-        self, batches: Batches, last_step: int, clock: Clock, validator: Validator, reporter: Reporter
+        self, batches: TrainingBatches, last_step: int, clock: Clock, validator: Validator, reporter: Reporter
     ) -> None:
         self._batches, self._last_step, self._clock = batches, last_step, clock
         self._validator, self._reporter = validator, reporter

@@ -25,7 +25,7 @@ from bilevel.certificates.certificate import Constants
 from bilevel.certificates.measured import Measured, measured
 from bilevel.certificates.theorems import Terms, bounded
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
-from bilevel.hypergrad.implicit_point import Point, Solves
+from bilevel.hypergrad.implicit_point import ImplicitPoint, Solves
 from bilevel.requirements.properties import Property
 
 _ATTEMPTS = 100  # solves in all: mostly two to four are needed, more where solvers take few steps each
@@ -193,7 +193,7 @@ class _Verdict:
         return self.bound <= self.target and self.valid
 
 
-def _judge(point: Point, here: Constants, accuracy: Accuracy) -> _Verdict:
+def _judge(point: ImplicitPoint, here: Constants, accuracy: Accuracy) -> _Verdict:
     found = measured(point.y, point.v, point.at.gradient, point.r, point.fx, point.fy, point.fx - point.h, here)
     terms = bounded(found, here)
     target = accuracy.target(torch.linalg.vector_norm(point.h))
@@ -201,7 +201,7 @@ def _judge(point: Point, here: Constants, accuracy: Accuracy) -> _Verdict:
 
 
 def _estimate(
-    point: Point, last: _Verdict, solved: Solved | None, system: Solved | None, attempts: int
+    point: ImplicitPoint, last: _Verdict, solved: Solved | None, system: Solved | None, attempts: int
 ) -> FlatEstimate:
     status = Status.successful if last.met else Status.stagnated
     parts = (("inner solver", solved, point.at.gradient), ("linear solver", system, point.r))

@@ -24,7 +24,7 @@ _GAIN = 0.1  # what a Newton step must reduce |grad_y g| to, or the inner solver
 
 @final
 @dataclass(frozen=True, eq=False)
-class Point:
+class ImplicitPoint:
     """An inner iterate y and a linear iterate v, and what is known there: nothing of it costs an oracle call again.
 
     Attributes:
@@ -61,19 +61,19 @@ class Solves:
     estimator: AbstractImplicit
     recycled: Recycled
 
-    def point(self, y: Tensor, at: Linearization, v: Tensor | None) -> Point:
+    def point(self, y: Tensor, at: Linearization, v: Tensor | None) -> ImplicitPoint:
         """The point (y, v): one gradient of f and one product with H and G; none at v = 0, which None is."""
         value, fx, fy = outer_gradients(self.problem, self.x, y)
         if v is None:
-            return Point(y, at, value, fx, fy, torch.zeros_like(fy), fx, fy)
-        return self.measured_anew(Point(y, at, value, fx, fy, v, fx, fy))
+            return ImplicitPoint(y, at, value, fx, fy, torch.zeros_like(fy), fx, fy)
+        return self.measured_anew(ImplicitPoint(y, at, value, fx, fy, v, fx, fy))
 
-    def measured_anew(self, point: Point) -> Point:
+    def measured_anew(self, point: ImplicitPoint) -> ImplicitPoint:
         """The same point, its h and r by one product with H and G."""
         hv, gv = point.at.products(point.v)
         return replace(point, h=self._less(point.fx, gv), r=point.fy - hv)
 
-    def corrected(self, point: Point, system: Solved) -> Point:
+    def corrected(self, point: ImplicitPoint, system: Solved) -> ImplicitPoint:
         """The point after its v was corrected by the solution of H s = r."""
         s = system.value
         h = self._less(point.h, point.at.cross(s))

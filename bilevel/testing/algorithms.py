@@ -16,7 +16,7 @@ from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Stats, Status
 from bilevel._tree import tree_leaves
-from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluation
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.outer.encoding import encoded
 from bilevel.outer.minimize import minimize
@@ -172,17 +172,17 @@ class _Twice(AbstractAlgorithm[Any]):
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Any:
         return self.algorithm.init(oracle, x, y)
 
-    def evaluate(self, oracle: Oracle, state: Any) -> Evaluation:
+    def evaluate(self, oracle: Oracle, state: Any) -> Evaluated:
         first, second = (self.algorithm.evaluate(oracle, state) for _ in range(2))
         _same("evaluation", (second.estimate.grad, second.estimate.value), (first.estimate.grad, first.estimate.value))
         return first
 
-    def step(self, oracle: Oracle, state: Any, found: Evaluation) -> Any:
+    def step(self, oracle: Oracle, state: Any, found: Evaluated) -> Any:
         first, second = (self.algorithm.step(oracle, state, found) for _ in range(2))
         _same("step", encoded(second, second), encoded(first, first))
         return second
 
-    def stationarity(self, oracle: Oracle, state: Any, found: Evaluation) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: Any, found: Evaluated) -> Tensor:
         return self.algorithm.stationarity(oracle, state, found)
 
     def point(self, state: Any) -> tuple[Tensor, Tensor]:
