@@ -407,6 +407,45 @@ def test_entries_off_the_support_move_as_the_proximal_map_does() -> None:
         torch.testing.assert_close(found.grad, differences, rtol=1e-7, atol=1e-8)
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class ElasticNet(AbstractProxTerm):
+    """h(y) = |y|_1 + c |y|^2 / 2: curved on its support, where the derivative of the map is below one."""
+
+    curvature: Tensor
+
+    def value(self, y: Any) -> Tensor:
+        return y.abs().sum() + self.curvature * y.square().sum() / 2  # type: ignore[no-any-return]
+
+    def prox(self, v: Any, step: Tensor | float) -> Tensor:
+        return v.sign() * (v.abs() - step).relu() / (1 + step * self.curvature)  # type: ignore[no-any-return]
+
+    def margin(self, v: Any, step: Tensor | float) -> Tensor:
+        return ((v.abs() - step).abs() / v.abs()).min()  # type: ignore[no-any-return]
+
+    def conjugate(self) -> AbstractProxTerm:
+        raise AssertionError("not needed here")
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+
+def test_the_curvature_of_the_term_itself_counts_on_the_support() -> None:
+    A, b, c = lasso(3)
+    problem = BilevelProblem(
+        lambda x, y: c @ y,
+        lambda x, y: (A @ y - b).square().sum() / 2,
+        prox=lambda x: ElasticNet(x.exp()),
+    )
+    x, y0 = torch.tensor(0.7, dtype=DOUBLE), torch.zeros(5, dtype=DOUBLE)
+    found = hypergradient(problem, x, y0, estimator=AID(PROXIMAL, CG(1e-12)))
+    S = found.y != 0  # on it (A'A + e^x I) dy/dx = -e^x y, in closed form
+    assert int(S.sum()) > 0
+    inverse = torch.linalg.inv((A.T @ A)[S][:, S] + x.exp() * torch.eye(int(S.sum()), dtype=DOUBLE))
+    torch.testing.assert_close(found.grad, -x.exp() * c[S] @ inverse @ found.y[S], rtol=1e-7, atol=1e-9)
+
+
 def test_weights_are_matched_with_y_by_their_keys() -> None:
     def problem(weights: dict[str, float]) -> BilevelProblem:
         return BilevelProblem(
