@@ -91,8 +91,13 @@ class Estimate:
 
     @property
     def message(self) -> str:
-        """The reports of the parts that failed, one sentence each; empty if none did."""
-        return " ".join(str(report) for report in self.reports if not report.status.ok)
+        """The reports of the parts that failed, one sentence each; empty if none did.
+
+        Where f or g is no function only that, as the failures of solvers follow from it.
+        """
+        failed = [report for report in self.reports if not report.status.ok]
+        causes = [report for report in failed if report.status is Status.not_repeatable]
+        return " ".join(map(str, causes or failed))
 
 
 @final
@@ -147,6 +152,16 @@ class AbstractEstimator(AbstractRequiring):
 
         True for one that only forms products with derivatives of f and g; one that moves x, or states its error in x,
         must see x itself.
+        """
+        return False
+
+    @property
+    def forgets_start(self) -> bool:
+        """Whether an estimate does not depend on where y and v start, but for the tolerances of its solvers.
+
+        A run of estimates then starts each where the one before ended, which saves work and changes nothing. Where the
+        start is part of the answer (a fixed number of steps), it begins each at y0. One that says nothing is taken to
+        remember its start.
         """
         return False
 

@@ -14,8 +14,10 @@ from bilevel._hypergradient import demand_alike, own_start, structured
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError
 from bilevel._tree import Tree, ravel
+from bilevel._validate import demand_type
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
+from bilevel.requirements.starts import starts_warm
 
 
 @final
@@ -31,7 +33,7 @@ class HyperObjective:
         problem: BilevelProblem,
         y0: Tree,
         estimator: AbstractEstimator | Auto | str,
-        warm_start: bool,
+        warm_start: bool | None,
         chunk_size: int | None,
         throw: bool,
     ) -> None:
@@ -53,7 +55,7 @@ class HyperObjective:
         y0 = own_start("hyperobjective", self._problem, x, data) if self._y0 is None else self._y0
         y_vector, y_structure = ravel(y0, "y0")
         demand_alike("hyperobjective(x, y0)", x_structure, y_structure)
-        flat = FlatProblem(self._problem, x_structure, y_structure, data)
+        flat = FlatProblem(self._problem, x_structure, y_structure, data, given=x)
         at, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
         if self._chosen is None:
             self._chosen = resolve(self._estimator, flat, at, y_vector)
@@ -63,7 +65,8 @@ class HyperObjective:
         if self._throw and not self.last.status.ok:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)
         count = start.count + 1
-        self._start = FlatStart(found.y, found.v, count) if self._warm_start else FlatStart(y_vector, None, count)
+        warm = starts_warm(self._warm_start, self._chosen, self._problem)
+        self._start = FlatStart(found.y, found.v, count) if warm else FlatStart(y_vector, None, count)
         value: Tensor = _Phi.apply(x_vector, found.value.detach(), found.grad.detach())  # type: ignore[no-untyped-call]
         return value
 
@@ -73,21 +76,22 @@ def hyperobjective(
     y0: Tree = None,
     *,
     estimator: AbstractEstimator | Auto | str = "implicit",
-    warm_start: bool = True,
+    warm_start: bool | None = None,
     chunk_size: int | None = None,
     throw: bool = True,
 ) -> HyperObjective:
     """phi(x) = f(x, y*(x)) as a differentiable function of x, once: phi(x).backward() puts h into x.grad.
 
     Each call solves the inner problem and estimates the hypergradient at once; `backward` only multiplies. The
-    returned object remembers the inner and linear solutions as warm starts for its next call; make a new one for an
-    independent sequence. A second derivative is refused.
+    returned object may remember the inner and linear solutions as warm starts for its next call (`warm_start`); make a
+    new one for an independent sequence. A second derivative is refused.
 
     Args:
         problem: f and g.
         y0: where the inner solver starts; its structure is that of y. None where the problem has `init`: init(x).
         estimator: an estimator or a name; a name's defaults are fixed at the first call.
-        warm_start: whether a call starts from the solutions of the one before.
+        warm_start: whether a call starts from the solutions of the one before. None: where the estimate forgets its
+            start, so that phi is a function of x alone; see `minimize`.
         chunk_size: in task mode, how many tasks to treat at a time; None: all.
         throw: raise if a part of an estimate did not succeed; otherwise see `phi.last.status`.
 
@@ -108,6 +112,7 @@ def hyperobjective(
         tensor(-2.)
     """
     check_chunks("hyperobjective", problem, chunk_size)
+    demand_type("hyperobjective", "warm_start", warm_start, bool | None)
     return HyperObjective(problem, y0, estimator, warm_start, chunk_size, throw)
 
 

@@ -57,6 +57,7 @@ class Objective:
         oracle: y -> (values, gradients), where there is a faster way than autograd.
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
+        solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -74,13 +75,19 @@ class Objective:
         oracle: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
+        solves: bool = True,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
-        self.closed_form = closed_form
+        self.closed_form, self.solves = closed_form, solves and own is None
         self.constraints, self.prox, self.own = constraints, prox, own
         self.linearization: Linearization | None = None
         self._linearize, self._oracle = linearize, oracle
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether y is to minimize g alone: there are no constraints, no proximal map and no steps of its own."""
+        return self.constraints is None and self.prox is None and self.own is None
 
     def value(self, y: Tensor) -> Tensor:
         """g(x, y): `(*batch,)`, without a graph."""
@@ -159,6 +166,14 @@ class AbstractInnerSolver(abc.ABC):
     @property
     def heeds_constraints(self) -> bool:
         """Whether it minimizes under `Objective.constraints`; see `heeds`."""
+        return False
+
+    @property
+    def forgets_start(self) -> bool:
+        """Whether where it stops does not depend on where it starts: it has a tolerance, or a formula.
+
+        One that says nothing is taken to remember it: a run of estimates then starts it at y0 each time.
+        """
         return False
 
     @abc.abstractmethod
@@ -264,8 +279,11 @@ def smooth_objective(
     constraints: FlatPolytope | None = None,
     prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     own: OwnStep | None = None,
+    solves: bool = True,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
+    # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
+    solves = solves and (products is not None or problem.problem.init is None)
     linearize = None if products is None else lambda y: products.linearize(problem, x, y)
     oracle = None if products is None else products.oracle(problem, x)
     return Objective(
@@ -277,6 +295,7 @@ def smooth_objective(
         oracle,
         prox,
         own,
+        solves,
     )
 
 

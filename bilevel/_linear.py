@@ -149,6 +149,14 @@ class AbstractLinearSolver(abc.ABC):
         """
         return False
 
+    @property
+    def forgets_start(self) -> bool:
+        """Whether the v that it returns does not depend on the guess: it has a tolerance, or is a factorization.
+
+        One that says nothing is taken to remember it: a run of estimates then starts it at zero each time.
+        """
+        return False
+
     @abc.abstractmethod
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b.

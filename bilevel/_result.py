@@ -64,6 +64,10 @@ class Status(enum.Enum):
         "The solver broke down before the tolerance was met: the operator is singular, or does not"
         " have the properties that it was declared to have."
     )
+    not_a_solution = (
+        "The given formula is not the solution of the inner problem: its residual is far above what rounding or a small"
+        " error leaves. Check `ClosedForm(solution=...)` against g, or let a solver find y (`LBFGS()`)."
+    )
     infeasible = (
         "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
         " `constraints` returns at this x."
@@ -71,6 +75,11 @@ class Status(enum.Enum):
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
         " the largest curvature, or pass `step=None` to have the step derived from an estimate of L."
+    )
+    not_repeatable = (
+        "Its value changes from call to call, so that there is no Phi to differentiate. Fix the random numbers"
+        " (`bilevel.functional(module)` keeps one dropout mask), close over nothing that changes, and pass mini-batches"
+        " by `data=`; or pass `throw=False` to accept it."
     )
     nonfinite = (
         "NaN or Inf was met. Check f and g at the starting point, and their derivatives for operations such as"

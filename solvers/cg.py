@@ -79,6 +79,10 @@ class CG(AbstractLinearSolver):
     def demands(self) -> OperatorProperties:
         return POSITIVE_DEFINITE
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.rtol > 0 or self.atol > 0
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         demand(operator, "CG", self.demands)
         precondition = None if self.preconditioner is None else self.preconditioner.build(operator, b)

@@ -49,6 +49,10 @@ class Cvxpy(AbstractInnerSolver):
     def heeds(self) -> frozenset[Feature]:
         return frozenset({Feature.constraints})
 
+    @property
+    def forgets_start(self) -> bool:
+        return True
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         program = program_of(objective, y0)
         rows = [self._solve_row(program, i) for i in range(len(program.q))]

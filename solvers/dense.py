@@ -46,6 +46,10 @@ class Dense(AbstractLinearSolver):
     def demands(self) -> OperatorProperties:
         return ANY
 
+    @property
+    def forgets_start(self) -> bool:
+        return True
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b; `guess` is not needed."""
         norm_b = safe_row_norms(b)

@@ -74,6 +74,10 @@ class GMRES(AbstractLinearSolver):
     def tolerates_indefinite(self) -> bool:
         return True
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.rtol > 0
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         cycle = operator.size if self.restart is None else min(self.restart, operator.size)
         return solve_by_runs(partial(_run, cycle=cycle), operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)

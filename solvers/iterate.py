@@ -75,6 +75,10 @@ class Iterate(AbstractUnrollable):
                 f"`Iterate(line_search=...)` applies to `GradientDescent` only. Got {type(self.optimizer).__name__}."
             )
 
+    @property
+    def forgets_start(self) -> bool:
+        return bool(self.tol)
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         tol = self.tol or 0.0
         if self.line_search is not None:

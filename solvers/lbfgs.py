@@ -62,6 +62,10 @@ class LBFGS(AbstractInnerSolver):
             if not getattr(self, name) >= least:
                 raise ValueError(f"`LBFGS({name}=...)` must be at least {least}. Got {getattr(self, name)}.")
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.tol > 0
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         lead, eps = y0.shape[:-1], torch.finfo(y0.dtype).eps
         y = y0.detach().reshape(-1, y0.shape[-1]).clone()

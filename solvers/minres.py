@@ -68,6 +68,10 @@ class MINRES(AbstractLinearSolver):
     def tolerates_indefinite(self) -> bool:
         return True
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.rtol > 0
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         demand(operator, "MINRES", self.demands)
         return solve_by_runs(_run, operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)

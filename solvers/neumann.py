@@ -82,6 +82,10 @@ class Neumann(AbstractLinearSolver):
     def demands(self) -> OperatorProperties:
         return ANY if self.step is not None else POSITIVE_DEFINITE
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.rtol > 0
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         norm_b = safe_row_norms(b)
         zero = norm_b == 0

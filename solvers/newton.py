@@ -63,6 +63,10 @@ class Newton(AbstractInnerSolver):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`Newton({name}=...)` must be at least 0. Got {getattr(self, name)}.")
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.tol > 0
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         y, search = y0.detach().clone(), Armijo()
         lead, steps = y.shape[:-1], 0

@@ -73,6 +73,10 @@ class Nystrom(AbstractLinearSolver):
     def demands(self) -> OperatorProperties:
         return POSITIVE_DEFINITE  # semidefinite at least: with eigenvalues of both signs it means nothing
 
+    @property
+    def forgets_start(self) -> bool:
+        return True
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Apply the damped inverse of the approximation; `guess` is not needed."""
         demand(operator, "Nystrom", SYMMETRIC)

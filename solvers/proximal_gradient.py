@@ -70,6 +70,10 @@ class ProximalGradient(AbstractUnrollable):
     def residual_step(self) -> float | None:
         return self.step
 
+    @property
+    def forgets_start(self) -> bool:
+        return bool(self.tol)
+
     def with_tolerance(self, tol: float) -> ProximalGradient:
         return replace(self, tol=tol)
 

@@ -83,6 +83,10 @@ class QuadraticProgram(AbstractInnerSolver):
     def heeds(self) -> frozenset[Feature]:
         return frozenset({Feature.constraints})
 
+    @property
+    def forgets_start(self) -> bool:
+        return True
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
         y, before, steps, models = y0.detach(), torch.inf, 0, 0

@@ -41,6 +41,10 @@ class SaddleCholesky(AbstractLinearSolver):
     def demands(self) -> OperatorProperties:
         return SYMMETRIC
 
+    @property
+    def forgets_start(self) -> bool:
+        return True
+
     def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
         """Solve A v = b; `guess` is not needed."""
         blocks = operator.blocks

@@ -75,6 +75,10 @@ class Scipy(AbstractInnerSolver):
             if bool((lower > upper).any()):
                 raise ValueError("`Scipy(bounds=(lower, upper))` must have lower <= upper everywhere.")
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.tol > 0
+
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         lower, upper = self._limits(y0)
         y, steps, spent = y0.detach().clamp(lower, upper).clone(), 0, True

@@ -14,6 +14,7 @@ from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.requirements.properties import Property
+from bilevel.requirements.starts import starts_warm
 
 
 @final
@@ -46,7 +47,8 @@ class Descent(AbstractAlgorithm[DescentState]):
     Args:
         estimator: estimates h, solving the inner problem at each step.
         outer: the outer optimizer.
-        warm_start: start each estimate from the inner and linear solutions of the one before.
+        warm_start: start each estimate from the inner and linear solutions of the one before; None: where the estimate
+            forgets its start, see `minimize`.
         chunk_size: in task mode, how many tasks to treat at a time.
 
     Raises:
@@ -66,7 +68,7 @@ class Descent(AbstractAlgorithm[DescentState]):
 
     estimator: AbstractEstimator
     outer: AbstractOptimizer
-    warm_start: bool = True
+    warm_start: bool | None = None
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +91,8 @@ class Descent(AbstractAlgorithm[DescentState]):
     def step(self, oracle: Oracle, state: DescentState, found: Evaluated) -> DescentState:
         h = found.estimate
         x, memory = self.outer.step(h.grad, state.x, state.memory)
-        y, v = (h.y, h.v) if self.warm_start else (state.y, state.v)
+        warm = starts_warm(self.warm_start, self.estimator, oracle.like.problem)
+        y, v = (h.y, h.v) if warm else (state.y, state.v)
         return DescentState(oracle.project(x).detach(), y, v, memory)
 
     def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluated) -> Tensor:

@@ -106,6 +106,10 @@ class AID(AbstractImplicit):
         return self._certified is None  # a certificate is of the error in x
 
     @property
+    def forgets_start(self) -> bool:
+        return self._certified is not None or (self.inner.forgets_start and self.linear.forgets_start)
+
+    @property
     def requires(self) -> frozenset[Property]:
         if (certified := self._certified) is not None:
             return certified.requires

@@ -104,6 +104,10 @@ class Certified(AbstractEstimator):
             )
 
     @property
+    def forgets_start(self) -> bool:
+        return True  # it is within its target, from wherever it starts
+
+    @property
     def requires(self) -> frozenset[Property]:
         # Certificates are of smooth minimization, and their products of second derivatives.
         return self.estimator.requires | {Property.smooth, Property.second_derivatives}

@@ -90,6 +90,10 @@ class ESJ(AbstractEstimator):
             )
 
     @property
+    def forgets_start(self) -> bool:
+        return self.inner.forgets_start
+
+    @property
     def requires(self) -> frozenset[Property]:
         return frozenset({Property.outer_gradient})
 

@@ -56,6 +56,10 @@ class FiniteDifference(AbstractEstimator):
             raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
 
     @property
+    def forgets_start(self) -> bool:
+        return self.inner.forgets_start
+
+    @property
     def requires(self) -> frozenset[Property]:
         return frozenset()
 

@@ -57,6 +57,10 @@ class FirstOrder(AbstractEstimator):
         demand_types(self)
 
     @property
+    def forgets_start(self) -> bool:
+        return self.inner.forgets_start
+
+    @property
     def requires(self) -> frozenset[Property]:
         return frozenset({Property.outer_gradient, Property.start_in_x})
 
@@ -106,6 +110,10 @@ class Reptile(AbstractEstimator):
 
     def __post_init__(self) -> None:
         demand_types(self)
+
+    @property
+    def forgets_start(self) -> bool:
+        return self.inner.forgets_start
 
     @property
     def requires(self) -> frozenset[Property]:

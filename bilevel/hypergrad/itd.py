@@ -104,6 +104,11 @@ class ITD(AbstractEstimator):
             object.__setattr__(self, "unrolling", given)
 
     @property
+    def forgets_start(self) -> bool:
+        assert isinstance(self.inner, AbstractUnrollable)
+        return self.inner.forgets_start and self.inner.min_steps > 0  # the derivative needs steps of its own
+
+    @property
     def requires(self) -> frozenset[Property]:
         return frozenset({Property.steps, Property.second_derivatives, Property.outer_gradient})
 

@@ -80,6 +80,10 @@ class KKT(AbstractEstimator):
         return AID(self.inner, SaddleCholesky(), products=self.products, margin=self.weak)
 
     @property
+    def forgets_start(self) -> bool:
+        return self.inner.forgets_start
+
+    @property
     def requires(self) -> frozenset[Property]:
         return self.implicit.requires
 

@@ -67,6 +67,10 @@ class Penalty(AbstractEstimator):
             raise ValueError(f"`Penalty(weight=...)` must be positive. Got {self.weight}.")
 
     @property
+    def forgets_start(self) -> bool:
+        return self.inner.forgets_start
+
+    @property
     def requires(self) -> frozenset[Property]:
         return frozenset(
             {Property.stationary, Property.minimum, Property.smooth, Property.beyond_start, Property.outer_gradient}

@@ -99,7 +99,7 @@ class Iteration(AbstractInnerProblem):
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
         step = self.step
         if step is None:
-            return smooth_objective(problem, x, products)
+            return smooth_objective(problem, x, products, solves=False)
         structure = problem.y
 
         def own_step(y: Tensor, gradient: Tensor | None, number: int) -> Tensor:

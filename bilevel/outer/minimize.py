@@ -35,6 +35,7 @@ from bilevel.outer.checkpoint import Checkpoint, fingerprint
 from bilevel.outer.drivers import drive
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.solution import Solution
+from bilevel.requirements.starts import starts_warm
 
 
 def minimize(
@@ -90,7 +91,10 @@ def minimize(
         checkpoint_every: how often.
         resume: continue from `checkpoint`, with the algorithm (estimator, outer method), the constraint and the
             structures that the run was begun with. Loaders are run forward to where they were; callables are exact.
-        warm_start: start each inner and linear solve where the previous ended (None: yes).
+        warm_start: start each inner and linear solve where the previous ended. None: where the estimate forgets its
+            start (its solvers have tolerances), so that this saves work and changes nothing; elsewhere, after so many
+            steps without a tolerance, the start is a part of Phi, and each solve begins at y0. True with such steps is
+            online unrolling: cheap, and what is minimized is no longer the Phi of any one number of steps.
         chunk_size: in task mode, how many tasks to treat at a time: bounds the memory; None: all.
         accuracy: "adaptive" (implicit estimators only): each hypergradient is certified to half of its own norm and no
             better, so that early steps are cheap, and the run stops when |h| is certified to be at most `tol`, that
@@ -118,6 +122,7 @@ def minimize(
         3.0
     """
     _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every)
+    demand_type("minimize", "warm_start", warm_start, bool | None)
     if max_steps < 0 or checkpoint_every < 1:
         raise ValueError(
             f"`minimize` needs max_steps >= 0 and checkpoint_every >= 1. Got {max_steps} and {checkpoint_every}."
@@ -150,7 +155,7 @@ def minimize(
     demand_alike("minimize(x0, y0)", x_structure, y_structure)
     x, y = x.detach().clone(), y.detach().clone()
     check_chunks("minimize", problem, chunk_size)
-    flat = FlatProblem(problem, x_structure, y_structure, first)
+    flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
     settings: dict[str, object] = {"constraint": constraint, "x": x_structure.describe(), "y": y_structure.describe()}
 
     def run() -> Run:
@@ -165,7 +170,7 @@ def minimize(
             estimates = adaptive(estimates, accuracy, constants, tol)
         steps = default_outer() if outer is None else outer
         settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
-        warm = warm_start is None or bool(warm_start)
+        warm = starts_warm(warm_start, estimates, problem)
         if isinstance(steps, AbstractOuterDriver):
             _refuse_data(steps, data)
             estimate = partial(_estimate, estimates, chunk_size)
