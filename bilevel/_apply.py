@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Tally
+from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
 
@@ -24,6 +26,8 @@ def apply_estimator(
 
     Where the problem has an `encode`, the estimator sees z = encode(x) in the place of x, and its h_z is pulled back:
     h = (dz/dx)' h_z, which every estimator that is linear in the derivatives of f and g commutes with.
+
+    The first estimate of a run (`start.count` is 0) brings a look at f and g with it; see `first_look`.
 
     Raises:
         ValueError: if the estimator does not apply to the problem, naming it and the reason.
@@ -37,7 +41,8 @@ def apply_estimator(
         ):  # it says nothing: what others see where they form derivatives is looked for
             demand_beyond_start(problem.with_tally(Tally()), x, problem.start(x, start.y).detach())
         if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
-            return _encoded(estimator, problem, x, start)
+            found = _encoded(estimator, problem, x, start)
+            return found if start.count else looked_at(problem, x, found, partial(why_not, estimator))
         return _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
@@ -53,7 +58,9 @@ def _chunked(
         # v solves H v = grad_y f, where f is the mean over those tasks that are in the batch.
         v = None if start.v is None else start.v[rows] / share
         y = start.y if start.y.dim() == 1 else start.y[rows]
-        parts.append((share, _encoded(estimator, problem.part(rows), x, FlatStart(y, v, start.count))))
+        some = problem.part(rows)
+        found = _encoded(estimator, some, x, FlatStart(y, v, start.count))
+        parts.append((share, found if start.count or begin else looked_at(some, x, found, partial(why_not, estimator))))
     return _mean(parts)
 
 

@@ -284,7 +284,10 @@ class FiniteDifferences(AbstractProducts):
             tally.gradients += rows
             with torch.enable_grad(), explained():
                 xs, ys = x.detach().requires_grad_(), y.detach().requires_grad_()
-                gx, gy = torch.autograd.grad(total(problem.g(xs, ys)), (xs, ys), allow_unused=True)
+                value = total(problem.g(xs, ys))
+                if not value.requires_grad:
+                    return torch.zeros_like(y), None
+                gx, gy = torch.autograd.grad(value, (xs, ys), allow_unused=True)
             return torch.zeros_like(y) if gy is None else gy, gx
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,7 @@ class FlatProblem:
         data: what f and g take as their third argument; None if they take two.
         tally: where oracle calls are counted.
         is_encoded: whether x stands for encode(x, data) already.
+        given: what the user passed as x, where that is known: for messages.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class FlatProblem:
         tally: Tally | None = None,
         *,
         is_encoded: bool = False,
+        given: Tree = None,
     ) -> None:
         self.problem, self.x, self.y, self.data, self.is_encoded = problem, x, y, data, is_encoded
+        self.given = given
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
         self._outer: tuple[tuple[Tensor, int, bool], Tree] | None = None
@@ -163,11 +166,11 @@ class FlatProblem:
 
         both = isinstance(self.data, Split)
         data = Split(tree_map(cut, self.data.f), tree_map(cut, self.data.g)) if both else tree_map(cut, self.data)
-        return FlatProblem(self.problem, self.x, self.y, data, self.tally)
+        return FlatProblem(self.problem, self.x, self.y, data, self.tally, given=self.given)
 
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
-        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
+        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
 
 
 def _task_count(data: Any) -> int:

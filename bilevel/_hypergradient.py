@@ -74,7 +74,7 @@ def hypergradient(
         y0 = own_start("hypergradient", problem, x, data)
     y_vector, y_structure = ravel(y0, "y0")
     demand_alike("hypergradient(x, y0)", x_structure, y_structure)
-    flat = FlatProblem(problem, x_structure, y_structure, data)
+    flat = FlatProblem(problem, x_structure, y_structure, data, given=x)
     x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
     chosen = resolve(estimator, flat, x_vector, y_vector)
     before = flat_start(flat, start, y_vector)

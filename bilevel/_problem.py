@@ -53,6 +53,8 @@ class BilevelProblem:
             with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
         inner: a kind of inner problem of `bilevel.inner_problems`, or one of your own, in the place of g, constraints,
             prox and iterative.
+        allow_unused: Phi may be a constant of x. Otherwise a hypergradient that is zero because x occurs nowhere, in no
+            graph of f, g and the rest, is refused as the mistake that it mostly is. A zero of numbers never is.
 
     Raises:
         TypeError: if f, g, init, encode, constraints or prox cannot be called.
@@ -74,6 +76,7 @@ class BilevelProblem:
     iterative: bool = False
     tasks: bool = False
     inner: AbstractDeclaredKind | None = None
+    allow_unused: bool = False
     _f: Callable[..., Tensor] | None = None
     _g: Callable[..., Tensor] | None = None
 
@@ -89,6 +92,7 @@ class BilevelProblem:
         iterative: bool = False,
         tasks: bool = False,
         inner: AbstractDeclaredKind | None = None,
+        allow_unused: bool = False,
     ) -> None:
         optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
@@ -119,6 +123,8 @@ class BilevelProblem:
             self.iterative = iterative
         if tasks:
             self.tasks = tasks
+        if allow_unused:
+            self.allow_unused = allow_unused
         _demand_one_kind(self)
 
     def f(self, x: Tree, y: Tree, *data: Any) -> Tensor:

@@ -383,7 +383,8 @@ def test_a_driver_is_resumed_bit_for_bit_by_replaying_its_evaluations(method: st
     counted = BilevelProblem(f, problem.g)
     arguments: dict[str, Any] = {"estimator": AID_CG, "outer": ScipyMinimize(method), "tol": 1e-5, "throw": False}
     whole = minimize(counted, start, ZERO, **arguments)
-    most, told = calls[0], list[int]()
+    look = 3  # evaluations of f beside the first estimate
+    most, told = calls[0] - look, list[int]()
     for stopped in (0, 1, 6):
         file = tmp_path / f"{stopped}.pt"
 
@@ -400,7 +401,7 @@ def test_a_driver_is_resumed_bit_for_bit_by_replaying_its_evaluations(method: st
             callback=lambda record, _: told.append(record.step),
         )  # fmt: skip
         assert told[0] == stopped
-        assert calls[0] == most - stopped
+        assert calls[0] == most - stopped + (0 if stopped else look)
         assert bits((again.x, again.y, again.estimate.grad)) == bits((whole.x, whole.y, whole.estimate.grad))
         assert content(again) == content(whole)
         calls[0] = 0

@@ -281,7 +281,7 @@ def test_x_in_a_non_smooth_term_is_seen_and_its_gradient_is_that_of_the_differen
 def test_a_weight_that_is_detached_from_x_fails() -> None:
     smooth = lasso(0.0)
     problem = BilevelProblem(smooth.f, smooth.g, prox=lambda x: L1(x.detach().exp()))
-    assert outcome(check(problem, WEIGHT, Y3), "hypergradient") is Outcome.failed
+    assert outcome(check(problem, WEIGHT, Y3), "graphs") is Outcome.failed
 
 
 def test_a_non_smooth_term_needs_no_curvature_off_its_support() -> None:

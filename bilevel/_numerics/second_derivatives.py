@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bilevel._numerics.graphs import ancestors
+
 _REMEDIES = {
     "scaled_dot_product": "wrap the call in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
     "ctc_loss": "use a loss that is twice differentiable",
@@ -95,9 +97,9 @@ def refuse_dropped_terms(value: Tensor, leaf: Tensor | None = None) -> None:
         NotImplementedError: if the graph holds such a node.
     """
     end = None if leaf is None else torch.autograd.graph.get_gradient_edge(leaf).node
-    for node in _ancestors(value.grad_fn, end):
+    for node in ancestors(value.grad_fn, end):
         operation = _differentiable_once_only(node)
-        if operation and (end is None or any(ancestor is end for ancestor in _ancestors(node, end))):
+        if operation and (end is None or any(ancestor is end for ancestor in ancestors(node, end))):
             raise NotImplementedError(_refusal(operation))
 
 
@@ -109,19 +111,6 @@ def _differentiable_once_only(node: Any) -> str | None:
     if function.__name__ == "CompiledFunction" and function.__module__.startswith("torch."):
         return "torch.compile"
     return f"{function.__name__} (marked once_differentiable)" if _marks_once(function) else None
-
-
-def _ancestors(node: Any, end: Any) -> Iterator[Any]:
-    """The nodes of a graph, each once, up to `end`."""
-    stack, seen = [node], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if node is not end:
-            stack.extend(parent for parent, _ in node.next_functions)
 
 
 def _marks_once(function: Any) -> bool:

@@ -148,4 +148,4 @@ class Oracle:
         return row_norms(x - self.projection(x - direction))
 
     def _with(self, data: Any) -> FlatProblem:
-        return FlatProblem(self.like.problem, self.like.x, self.like.y, data, self.like.tally)
+        return FlatProblem(self.like.problem, self.like.x, self.like.y, data, self.like.tally, given=self.like.given)

