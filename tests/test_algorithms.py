@@ -383,7 +383,7 @@ def test_a_driver_is_resumed_bit_for_bit_by_replaying_its_evaluations(method: st
     counted = BilevelProblem(f, problem.g)
     arguments: dict[str, Any] = {"estimator": AID_CG, "outer": ScipyMinimize(method), "tol": 1e-5, "throw": False}
     whole = minimize(counted, start, ZERO, **arguments)
-    look = 3  # evaluations of f beside the first estimate
+    look = 4  # evaluations of f beside the first estimate
     most, told = calls[0] - look, list[int]()
     for stopped in (0, 1, 6):
         file = tmp_path / f"{stopped}.pt"

@@ -1017,7 +1017,7 @@ def test_an_interrupted_driver_can_be_resumed(capsys: pytest.CaptureFixture[str]
         calls = []
         def f(x, y):
             calls.append(1)
-            if len(calls) == 6:  # two of them to look at f at first
+            if len(calls) == 7:  # three of them to look at f at first
                 raise KeyboardInterrupt
             return (y - target).square().sum() + (x - target).pow(4).sum()
         stops = BilevelProblem(f, problem.g)

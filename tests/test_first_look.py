@@ -300,6 +300,14 @@ def test_a_function_that_changes_from_call_to_call_is_not_successful(name: str, 
         estimate(problem, name)
 
 
+@every
+def test_noise_that_multiplies_a_zero_is_seen(name: str) -> None:
+    zero = torch.zeros(2, dtype=torch.float64)
+    noisy = BilevelProblem(f, lambda x, y: (y * (1 + 0.2 * torch.rand((), dtype=torch.float64)) - x).square().sum())
+    found = hypergradient(noisy, zero, zero, estimator=ESTIMATORS[name], throw=False)  # y* = 0 whatever the factor is
+    assert found.status is Status.not_repeatable
+
+
 def test_a_fixed_mask_and_a_batch_are_repeatable() -> None:
     mask = (torch.rand(2) > 0.5).double() + 0.5
     problem = BilevelProblem(lambda x, y, b: f(x, mask * y) + b, lambda x, y, b: g(x, mask * y) + b)
@@ -343,9 +351,9 @@ def test_later_estimates_are_not_looked_at_again() -> None:
     first = hypergradient(problem, X, Y0, estimator=ESTIMATORS["aid"])
     looked = len(calls)
     hypergradient(problem, X, Y0, estimator=ESTIMATORS["aid"], start=first.start)
-    assert looked == 4 and len(calls) - looked == 1  # f does not see x: a third evaluation of the look
+    assert looked == 5 and len(calls) - looked == 1  # f does not see x: a fourth evaluation of the look
     minimize(problem, X, Y0, estimator=ESTIMATORS["aid"], outer=Adam(0.1), max_steps=5)
-    assert len(calls) - looked == 1 + 3 + 6
+    assert len(calls) - looked == 1 + 4 + 6
 
 
 def test_tasks_are_looked_at_side_by_side() -> None:

@@ -489,7 +489,7 @@ def test_error_inside_an_estimate_leaves_the_state_before_it(tmp_path: Path) -> 
 
     def f(x: Tensor, y: Tensor) -> Tensor:
         calls[0] += 1
-        if calls[0] == 8:
+        if calls[0] == 9:
             raise OSError("the disk is gone")
         return (y - 3).square().sum() / 2
 

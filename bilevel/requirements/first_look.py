@@ -55,8 +55,8 @@ def first_look(problem: FlatProblem, x: Tensor, y: Tensor, h: Tensor | None = No
     Numbers do not decide. A graph without a path to x or y makes values be compared at another point, and only values
     that change where no path says so are a mistake: what is zero by its numbers is a right answer.
 
-    Cost: two evaluations each of f and g, and one of whatever else y follows from; where x or y is missing in a graph,
-    or the implicit term of h is zero, a few more and gradients. They are not counted.
+    Cost: three evaluations each of f and g, and one of whatever else y follows from; where x or y is missing in a
+    graph, or the implicit term of h is zero, a few more and gradients. They are not counted.
 
     Args:
         problem: the problem in vectors, with the data that the estimate was made with.
@@ -130,18 +130,35 @@ class _Look:
     def _evaluate_twice(self, part: _Part) -> None:
         x, y = self.x.clone().requires_grad_(), self.y.clone().requires_grad_()
         with torch.enable_grad():
-            once = part.at(x, y)
-        in_x, in_y = leads_to(once, x, y)
+            value = part.at(x, y)
+        in_x, in_y = leads_to(value, x, y)
         self.sees[part.name] = in_x, in_y
         if part is self.f and in_x:
-            self.fx = grad(once.sum(), x) / (self.problem.tasks or 1)
+            self.fx = grad(value.sum(), x) / (self.problem.tasks or 1)
+        self.values[part.name] = value.detach()
+        # Beside y, which may be special: noise that multiplies a zero does not show.
+        once = self._beside(part)
+        twice = value.detach() if once is None else self._beside(part)
         with torch.no_grad():
-            once, twice = once.detach(), part.at(self.x, self.y)
-        self.values[part.name] = once
-        if not self.unrepeatable and _moved(once, twice):
+            once = part.at(self.x, self.y) if once is None or twice is None else once
+        if not self.unrepeatable and twice is not None and _moved(once, twice):
             k = int((once - twice).abs().reshape(-1).argmax())
             values = f"{float(once.reshape(-1)[k]):.6g} and then {float(twice.reshape(-1)[k]):.6g}"
             self.unrepeatable = f"{part.name}, which gave {values} at the same point"
+
+    def _beside(self, part: _Part) -> Tensor | None:
+        """Its value near y; None where there is none."""
+        try:
+            with torch.no_grad():
+                value = part.at(self.x, self._near("y"))
+        except Exception:  # the user's function, at a point that it was not asked about
+            return None
+        return value if bool(value.isfinite().all()) else None
+
+    def _near(self, leaf: str) -> Tensor:
+        at = self.x if leaf == "x" else self.y
+        near: Tensor = at + _MOVE * (1 + torch.linalg.vector_norm(at)) * _direction(at)
+        return near
 
     def lacking(self, h: Tensor | None) -> dict[Property, str]:
         """What the problem lacks, with the reason; for whoever requires it."""
@@ -224,8 +241,7 @@ class _Look:
 
     def _changes(self, part: _Part, leaf: str) -> bool:
         """Whether its values change with x, or with y; no, where they cannot be had nearby."""
-        moved = {"x": self.x, "y": self.y}
-        moved[leaf] = moved[leaf] + _MOVE * (1 + torch.linalg.vector_norm(moved[leaf])) * _direction(moved[leaf])
+        moved = {"x": self.x, "y": self.y, leaf: self._near(leaf)}
         try:
             with torch.no_grad():
                 here = self.values.get(part.name)
