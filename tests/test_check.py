@@ -212,6 +212,45 @@ def test_an_operation_without_a_second_derivative_is_named() -> None:
     assert not found.estimators["penalty"]
 
 
+def exponential(cut_off: bool) -> Any:
+    """exp as a custom function, whose backward keeps its output in the graph or outside of it."""
+
+    class Exponential(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x.exp()
+            ctx.save_for_backward(y.clone() if cut_off else y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return g * ctx.saved_tensors[0]
+
+    return Exponential.apply
+
+
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_a_term_that_a_custom_function_drops_from_the_second_derivative_is_found(cut_off: bool) -> None:
+    exp = exponential(cut_off)
+    found = check(BilevelProblem(sound_f, lambda x, y: exp(y).sum() + sound_g(x, y)), X, Y0)
+    verdict = next(v for v in found.verdicts if v.name == "second derivatives")
+    assert verdict.outcome is (Outcome.failed if cut_off else Outcome.passed)
+    assert not cut_off or ("by differences of gradients" in verdict.found and "drops a term" in verdict.remedy)
+    assert bool(found.estimators["aid-cg"]) is cut_off and not found.estimators["penalty"]
+
+
+def test_the_second_derivative_of_a_network_with_kinks_is_right() -> None:
+    net = bilevel.functional(
+        torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1)).double()
+    )
+    inputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    problem = BilevelProblem(
+        lambda x, y: net(y, inputs).square().mean(),
+        lambda x, y: (net(y, inputs) - 1).square().mean() + x.exp() * sum(leaf.square().sum() for leaf in y.values()),
+    )
+    assert outcome(check(problem, torch.tensor(0.0), dict(net.params)), "second derivatives") is Outcome.passed
+
+
 def test_a_value_that_is_not_finite_or_raises_is_the_only_verdict() -> None:
     assert [v.name for v in check(BilevelProblem(lambda x, y: y.sum() / 0, sound_g), X, Y0).verdicts] == ["values"]
     raising = check(BilevelProblem(sound_f, lambda x, y: y @ torch.ones(5)), X, Y0)

@@ -169,7 +169,18 @@ def test_keywords_reach_the_forward() -> None:
 
 
 def test_a_buffer_written_to_in_the_forward_does_not_make_calls_differ() -> None:
-    net = functional(seeded(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))))
+    class Averages(nn.Module):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = self.get_buffer("mean")
+            mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            return self.weight * (x - mean)
+
+    net = functional(seeded(Averages))
     assert torch.equal(net(net.params, X), net(net.params, X))
 
 
@@ -441,6 +452,7 @@ def once(x: Tensor) -> Tensor:
     return cast(Tensor, Once.apply(x))  # type: ignore[no-untyped-call]
 
 
+fused_weight_norm = cast(Any, torch)._weight_norm
 compiled = torch.compile(lambda y: y.sin().sum(), backend="aot_eager")
 KEYS = torch.randn(1, 2, 3, 2, generator=torch.Generator().manual_seed(3))
 TERMS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
@@ -477,6 +489,23 @@ TERMS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     ),
     "torch.compile": (lambda y: compiled(y), "`torch.compile`", "eager function"),
     "torch.compile, curved": (lambda y: compiled(y).square(), "`torch.compile`", "eager function"),
+    "torch.cond": (lambda y: torch.cond(torch.tensor(True), torch.sin, torch.cos, (y,)).sum(), "`torch.cond`", "`if`"),
+    "weight_norm": (
+        lambda y: fused_weight_norm(y.reshape(3, 4), torch.ones(3, 1), 0).sin().sum(),
+        "`_weight_norm`.*the norm is taken for a constant",
+        "norm_except_dim",
+    ),
+    "sparse_coo_tensor": (
+        lambda y: (torch.sparse_coo_tensor(torch.arange(12)[None], y, (12,)).to_dense() ** 2).sum(),
+        "`sparse_coo_tensor`.*cut off from the graph",
+        "index_put",
+    ),
+    "std of equal numbers": (
+        lambda y: torch.stack([y, y]).std(0).square().sum(),
+        "`std`.*taken to be zero nearby",
+        "use `var`",
+    ),
+    "hardsigmoid": (lambda y: F.hardsigmoid(y).square().sum(), "`hardsigmoid`", "relu6"),
     "numpy": (lambda y: UsesNumpy.apply(y).sum(), "`numpy`", "write the backward"),  # type: ignore[no-untyped-call]
 }
 Y = torch.randn(12, generator=torch.Generator().manual_seed(4))
@@ -504,6 +533,57 @@ def test_an_operation_without_second_derivative_is_refused_by_name_with_a_remedy
     assert caught.match(r"products=bilevel.FiniteDifferences\(\)")
 
 
+NO_GRADIENT: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "scale_grad_by_freq": (
+        lambda y: F.embedding(torch.tensor([0, 0, 1]), y.reshape(3, 4), scale_grad_by_freq=True).square().sum(),
+        r"`embedding.scale_grad_by_freq=True.`.*no derivative of its values",
+        "Leave out `scale_grad_by_freq`",
+    ),
+    "singular determinant": (
+        lambda y: torch.linalg.det(y[:9].reshape(3, 3) * torch.tensor([1.0, 1, 0])).square() + y.sum(),
+        "`linalg.det`.*singular",
+        "keep the matrix regular",
+    ),
+}
+
+
+@pytest.mark.parametrize(("term", "name", "remedy"), NO_GRADIENT.values(), ids=NO_GRADIENT.keys())
+def test_an_operation_whose_gradient_is_wrong_too_is_refused_without_naming_other_estimators(
+    term: Callable[[Tensor], Tensor], name: str, remedy: str
+) -> None:
+    with pytest.raises(NotImplementedError, match=name) as caught:
+        solve_with(problem_with(term), bilevel.Exact())
+    assert caught.match(remedy) and "FiniteDifferences" not in str(caught.value)
+
+
+RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
+    "embedding": lambda y: F.embedding(torch.tensor([0, 0, 1]), y.reshape(3, 4)).square().sum(),
+    "det": lambda y: torch.linalg.det(y[:9].reshape(3, 3) + 4 * torch.eye(3)).square() / 1e3,
+    "std": lambda y: y.std().square(),
+    "constant sparse matrix": lambda y: (torch.eye(12).to_sparse() @ y[:, None]).square().sum(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("term", RIGHT.values(), ids=RIGHT.keys())
+def test_its_neighbours_pass_and_agree_with_finite_differences(term: Callable[[Tensor], Tensor]) -> None:
+    problem = problem_with(term)
+    got, differences = solve_with(problem, bilevel.Exact()), solve_with(problem, FiniteDifferences())
+    torch.testing.assert_close(got, differences, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ["aid-cg", "itd", "penalty", "esj"])
+def test_a_sparse_gradient_is_refused_in_words_whatever_the_estimator(estimator: str) -> None:
+    ids, start = torch.tensor([0, 2]), torch.ones(3, 2)
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return (F.embedding(ids, y, sparse=True) - x).square().sum() + F.embedding(ids + 0, y, sparse=True).sum()
+
+    problem = BilevelProblem(lambda x, y: y.square().sum(), g)
+    with pytest.raises(NotImplementedError, match=r"sparse tensor.*Leave out `sparse=True`"):
+        hypergradient(problem, torch.tensor(1.0), start, estimator=estimator)
+
+
 ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "cdist": (
         lambda y: torch.cdist(y.reshape(6, 2), KEYS[0, 0]).square().sum(),
@@ -514,6 +594,14 @@ ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
         lambda y: F.embedding(torch.tensor([[0, 1], [2, 0]]), y.reshape(3, 4)).mean(1).square().sum(),
     ),
     "once_differentiable": (lambda y: once(y).sum(), lambda y: y.sin().sum()),
+    "weight_norm": (
+        lambda y: fused_weight_norm(y.reshape(3, 4), torch.ones(3, 1), 0).sin().sum(),
+        lambda y: F.normalize(y.reshape(3, 4)).sin().sum(),
+    ),
+    "sparse_coo_tensor": (
+        lambda y: (torch.sparse_coo_tensor(torch.arange(12)[None], y, (12,)).to_dense() ** 2).sum(),
+        lambda y: y.square().sum(),
+    ),
     "torch.compile": (lambda y: compiled(y), lambda y: y.sin().sum()),
 }
 
@@ -558,6 +646,17 @@ def test_a_transformer_layer_is_refused_by_name_and_works_with_plain_attention(m
     with sdpa_kernel(SDPBackend.MATH):
         got = bilevel.Exact().linearize(flat, x.reshape(1), y).operator.mv(u)
     torch.testing.assert_close(got, finite_difference(loss_of(net, structure), y, u), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_depends_on_x_alone_may_be_normalized_by_torch() -> None:
+    # Only its first derivative is taken: y* = w / |w|, and f = <y, a> has the gradient (a - <a, y> y) / |w|.
+    a, w = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([0.5, -1.0, 2.0])
+    problem = BilevelProblem(
+        lambda x, y: y @ a, lambda x, y: (y - fused_weight_norm(x[None], torch.ones(1, 1), 0)[0]).square().sum() / 2
+    )
+    h = hypergradient(problem, w, torch.zeros(3), estimator="aid-cg").grad
+    y = w / w.norm()
+    torch.testing.assert_close(h, (a - (a @ y) * y) / w.norm(), rtol=1e-6, atol=1e-8)
 
 
 def test_a_function_of_x_alone_may_be_once_differentiable() -> None:

@@ -65,7 +65,10 @@ def _slope(subject: Subject, function: Callable[[Tensor], Tensor], at: Tensor) -
 
 
 def second_derivatives_exist(subject: Subject, found: Findings) -> Findings:
-    """Whether torch has the second derivatives of g, and the Hessian is symmetric: <u, H v> = <v, H u>."""
+    """Whether torch has the second derivatives of g, and they are right.
+
+    The Hessian is symmetric, <u, H v> = <v, H u>, and what the derivative of <u, grad_y g> along v is by differences.
+    """
     if not subject.has_g:
         return found
     u, v = subject.direction(subject.y0), subject.direction(subject.y0)
@@ -81,9 +84,32 @@ def second_derivatives_exist(subject: Subject, found: Findings) -> Findings:
     a, b = float((u * hv).sum()), float((v * hu).sum())
     size = float(torch.linalg.vector_norm(hu) + torch.linalg.vector_norm(hv))
     symmetric = abs(a - b) <= 100 * torch.finfo(u.dtype).eps ** 0.75 * max(size, 1e-30)
+    if symmetric and found.deterministic and found.smooth and "g in y" not in found.wrong:
+        measured = _second_slope(subject, u, v, a)
+        if measured.wrong:
+            return replace(found, second_order=False).saying(
+                "second derivatives",
+                False,
+                f"<u, Hv> = {a:.6g}, by differences of gradients {measured.measured:.6g}",
+                "torch drops a term: the backward of a `torch.autograd.Function` in g detaches what depends on its"
+                " inputs. Save inputs or outputs only, by `ctx.save_for_backward`, and compute without `no_grad`",
+            )
     return found.saying(
         "second derivatives",
         symmetric,
         f"<u, Hv> = {a:.6g}, <v, Hu> = {b:.6g}",
         "the Hessian is not symmetric: g changes between calls, or a part of its gradient is detached",
     )
+
+
+def _second_slope(subject: Subject, u: Tensor, v: Tensor, claimed: float) -> Slope:
+    """<u, grad_y g> along v at y0, whose slope is claimed to be <u, H v>."""
+    problem, x = subject.problem, subject.x
+    size = float(torch.linalg.vector_norm(subject.y0))
+
+    def along(t: float) -> float:
+        leaf = (subject.y0 + t * v).detach().requires_grad_()
+        with torch.enable_grad():
+            return float((u * grad(problem.g(x, leaf).sum(), leaf)).sum())
+
+    return slope(along, claimed, size, u.dtype)
