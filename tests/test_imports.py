@@ -232,7 +232,7 @@ PRIVATE = {
     "bilevel._numerics.nesting": {"torch.utils._pytree"},  # looked up; without it, types registered there are leaves
     "bilevel._numerics.batched": {"torch._C", "torch._C._functorch"},  # looked up: without it, torch.vmap is called
     # base classes that have no public name: an import that fails says so at once
-    "bilevel.modules.functional": {
+    "bilevel.modules.layers": {
         "torch.nn.modules.batchnorm._BatchNorm",
         "torch.nn.modules.batchnorm._NormBase",
         "torch.nn.modules.dropout._DropoutNd",

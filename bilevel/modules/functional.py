@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, final, get_args
+from typing import Any, final, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
-from bilevel._tree import tree_leaves
-from bilevel.modules.module_call import Slots
-
-BatchNormPolicy = Literal["batch", "frozen", "refuse"]
-DropoutPolicy = Literal["fixed", "off", "refuse"]
+from bilevel.modules.attributes import attributes, place, reached
+from bilevel.modules.calls import Calls
+from bilevel.modules.copies import left_by_calls, whole_copy
+from bilevel.modules.layers import BatchNormPolicy, DropoutPolicy, refuse_layers
 
 
 def functional(
@@ -30,16 +25,21 @@ def functional(
     each call, and batch normalization writes to its running statistics. Here both are settled beforehand. The
     module is copied and never touched; a layer in eval mode is used as it is.
 
-    Cost: that of the module's forward, one copy of its buffers, and some 10 microseconds a call.
+    Every call finds the module as it was given: attributes, buffers and generators that a forward writes to are as
+    before at the next call, in any thread. A parameter that is reached otherwise than through the registry (a list, a
+    closure) would keep its value, and is refused at the first call, by its place.
+
+    Cost: that of the module's forward, one copy of its buffers, and some 10 microseconds a call. The first call of a
+    module that is not made of torch's plain layers alone takes two forwards more, to see what it reads and writes.
 
     Works under `torch.vmap(..., randomness="same")`, and then equals a loop over the rows. Take gradients outside
     of the vmap, by `torch.autograd.grad`, as this library does: a gradient taken *inside* a vmap is silently wrong
     through batch normalization with affine parameters.
 
     Operations without a second derivative (fused attention, `ctc_loss`, `embedding_bag`, `cdist`, compiled
-    functions, functions marked `once_differentiable`) are refused by name where an estimator needs one. What
-    cannot be noticed is a custom `torch.autograd.Function` whose backward detaches what depends on its inputs:
-    torch then drops the term without a trace; `torch.autograd.gradgradcheck` finds such a function.
+    functions, functions marked `once_differentiable`), or with a wrong one, are refused by name where an estimator
+    needs one. What is noticed by `check` only is a custom `torch.autograd.Function` whose backward detaches what
+    depends on its inputs: torch then drops the term without a trace.
 
     Args:
         module: what to copy; its mode (train or eval) and its buffers are those of this moment.
@@ -57,8 +57,10 @@ def functional(
         The function; its `params` are a copy of the module's parameters, to start from.
 
     Raises:
-        TypeError: if the module is not an `nn.Module`, or the seed not an integer.
-        ValueError: if a policy is unknown or refuses a layer, or the module has no parameters to be optimized.
+        TypeError: if the module is not an `nn.Module`, or the seed not an integer, or an attribute of the module cannot
+            be copied.
+        ValueError: if a policy is unknown or refuses a layer, or the module has no parameters to be optimized; if a
+            layer writes to its weights (`max_norm`), is spectrally normalized in train mode, or is TorchScript.
 
     Example:
         >>> net = functional(nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)))
@@ -86,16 +88,29 @@ def functional(
         )
     params = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
-        raise ValueError(
-            "`functional(module)` needs a parameter that requires a gradient, and this module has none."
-            " Call `module.requires_grad_()`; what does not require a gradient is taken as constant."
-        )
-    original = copy.deepcopy(module)
-    shared: dict[int, Any] = {id(t): t for t in (*original.parameters(), *original.buffers())}
-    working = copy.deepcopy(original, shared)
-    _settle_normalization(working, batch_norm)
-    _settle_dropout(working, dropout)
-    return Functional(params, original, Slots(working), seed, dropout == "refuse")
+        raise ValueError(_without_parameters(module))
+    refuse_layers(module)
+    left = left_by_calls(module)
+    original = whole_copy(module, left.values())
+    calls = Calls(original, tuple(left), frozenset(params), batch_norm, dropout, seed)
+    return Functional(params, seed, calls)
+
+
+def _without_parameters(module: nn.Module) -> str:
+    registered = [id(part) for part in module.modules()]
+    for name, part in module.named_modules():
+        for attribute, value in attributes(part).items():
+            for where, found in reached(value, attribute, registered):
+                if isinstance(found, nn.Parameter) and found.requires_grad:
+                    return (
+                        "`functional(module)` needs a registered parameter that requires a gradient, and this module"
+                        f" has none: {place(name, part, where)} is not registered. Keep it in an `nn.ParameterList` or"
+                        " `nn.ModuleList`, or as an attribute of its own."
+                    )
+    return (
+        "`functional(module)` needs a parameter that requires a gradient, and this module has none."
+        " Call `module.requires_grad_()`; what does not require a gradient is taken as constant."
+    )
 
 
 @final
@@ -110,10 +125,8 @@ class Functional:
     """
 
     params: dict[str, Tensor] = field(repr=False)
-    _original: nn.Module = field(repr=False)
-    _slots: Slots = field(repr=False)
     seed: int
-    _refuse_random: bool = field(repr=False)
+    _calls: Calls = field(repr=False)
 
     def __call__(self, params: Mapping[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
         """The module's output at these parameters; `inputs` and `keywords` are those of its `forward`.
@@ -121,22 +134,12 @@ class Functional:
         Raises:
             TypeError: if `params` is not a mapping of names to tensors.
             ValueError: if names are missing or unexpected, or shapes differ; or random numbers are drawn and
-                `dropout="refuse"`.
+                `dropout="refuse"`. From the first call: if the forward uses a parameter that is not among `params`,
+                writes to one that is, or returns another value at the second evaluation.
+            RuntimeError: if parameters are read when no call is under way: by a recomputation inside of the module.
         """
         self._check(params)
-        if self._slots.is_deterministic:
-            return self._slots.call(params, inputs, keywords)
-        leaves = tree_leaves((dict(params), inputs, keywords))
-        devices = sorted({t.device.index for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"})
-        with _fixed_random_state(self.seed, devices) as has_drawn:
-            output = self._slots.call(params, inputs, keywords)
-            if self._refuse_random and has_drawn():
-                raise ValueError(
-                    '`functional(dropout="refuse")`: the module drew random numbers in its forward. Write'
-                    ' `functional(module, dropout="fixed")` to have the same ones at each call, or call'
-                    " `module.eval()` before."
-                )
-        return output
+        return self._calls.call(params, inputs, keywords)
 
     def load(self, params: Mapping[str, Tensor]) -> nn.Module:
         """A new module with these parameters: for exporting a solution, or a learned initialization.
@@ -149,7 +152,7 @@ class Functional:
             ValueError: if names are missing or unexpected, or shapes differ.
         """
         self._check(params)
-        module = copy.deepcopy(self._original)
+        module = self._calls.exported()
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if name in params:
@@ -175,58 +178,3 @@ class Functional:
                 raise ValueError(
                     f"`net(params, *inputs)` needs shape {tuple(own.shape)} at {name!r}. Got {tuple(given.shape)}."
                 )
-
-
-@contextmanager
-def _fixed_random_state(seed: int, devices: list[int]) -> Iterator[Callable[[], bool]]:
-    """Seed the generators of the CPU and of these CUDA devices; restore them. Yields whether they were used."""
-    generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
-    # Generator by generator: `torch.manual_seed` would also reset devices that are not restored.
-    with torch.random.fork_rng(devices, device_type="cuda"):
-        for generator in generators:
-            generator.manual_seed(seed)
-        states = [generator.get_state() for generator in generators]
-        yield lambda: any(not torch.equal(s, g.get_state()) for s, g in zip(states, generators, strict=True))
-
-
-def _settle_normalization(working: nn.Module, policy: BatchNormPolicy) -> None:
-    for name, layer in working.named_modules():
-        if not isinstance(layer, _NormBase) or not layer.training:
-            continue
-        if not isinstance(layer, _BatchNorm) and not layer.track_running_stats:
-            continue  # instance normalization: stateless
-        where = f"layer {name or '(root)'!r} ({type(layer).__name__})"
-        if policy == "refuse":
-            raise ValueError(
-                f'`functional(batch_norm="refuse")`: {where} is in train mode. Call `.eval()` on it, or choose'
-                f' "batch" (statistics of the batch) or "frozen" (running statistics as constants).'
-            )
-        if policy == "frozen":
-            if layer.running_mean is None:
-                raise ValueError(f'`functional(batch_norm="frozen")`: {where} has no running statistics. Use "batch".')
-            layer.eval()
-        else:
-            layer.track_running_stats = False
-            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                layer.register_buffer(buffer, None)
-
-
-def _settle_dropout(working: nn.Module, policy: DropoutPolicy) -> None:
-    if policy == "fixed":
-        return
-    for name, layer in working.named_modules():
-        if not layer.training:
-            continue
-        inside = isinstance(layer, nn.MultiheadAttention | nn.RNNBase)
-        draws = inside and layer.dropout > 0
-        draws = draws or (isinstance(layer, _DropoutNd) and layer.p > 0) or isinstance(layer, nn.RReLU)
-        if draws and policy == "refuse":
-            raise ValueError(
-                f'`functional(dropout="refuse")`: layer {name or "(root)"!r} ({type(layer).__name__}) is in train'
-                f' mode and draws random numbers. Call `.eval()` on it, or choose "fixed" (the same ones at each call)'
-                f' or "off".'
-            )
-        if draws and inside:
-            layer.dropout = 0.0
-        elif draws:
-            layer.eval()

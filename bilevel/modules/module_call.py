@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, final
 
@@ -28,45 +29,68 @@ class Slots:
 
     `torch.func.functional_call` does the same and looks for the places at each call, which takes longer than a small
     network does. It remains in charge where a layer keeps other references to its parameters (recurrent layers).
+
+    Not for two calls at a time, be it in threads or one inside of the other.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, mutable: Collection[tuple[str, str]] = ()) -> None:
+        """Find the places.
+
+        Args:
+            module: what is called.
+            mutable: plain attributes whose value a call changes in place, by layer and name: a call gets a copy of it.
+        """
+        self.module = module
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        parts = list(module.modules())
+        parts = dict(module.named_modules())
         self._parameters: list[tuple[dict[str, Any], str, str]] = [
             (part._parameters, key, names[id(parameter)])
-            for part in parts
+            for part in parts.values()
             for key, parameter in part._parameters.items()
             if parameter is not None
         ]
         self._buffers: list[tuple[dict[str, Any], str]] = [
-            (part._buffers, key) for part in parts for key, buffer in part._buffers.items() if buffer is not None
+            (part._buffers, key)
+            for part in parts.values()
+            for key, buffer in part._buffers.items()
+            if buffer is not None
         ]
         self._places = [(slot, key) for slot, key, _ in self._parameters] + self._buffers
-        self._is_plain = all(type(part).__setattr__ is nn.Module.__setattr__ for part in parts)
-        self.is_deterministic = all(_is_deterministic(part) for part in parts)
-        for part in parts:
+        self._is_plain = all(type(part).__setattr__ is nn.Module.__setattr__ for part in module.modules())
+        self.is_deterministic = all(_is_deterministic(part) for part in parts.values())
+        for part in parts.values():
             if type(part) is nn.Linear and "forward" not in part.__dict__:
                 part.forward = partial(_linear, part)  # type: ignore[method-assign]
+        # What a call binds anew is forgotten after it: every call finds the attributes that the first one found.
+        self._attributes = [(part.__dict__, dict(part.__dict__)) for part in parts.values() if _may_bind(part)]
+        self._mutable = [(parts[name].__dict__, key, parts[name].__dict__[key]) for name, key in mutable]
+        shared = (module, *parts.values(), *module.parameters(), *module.buffers())
+        self._shared = {id(each): each for each in shared} if mutable else {}
 
     def call(self, params: Mapping[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """The module's output with these parameters; buffers are copies, so that what a layer writes is lost."""
-        if not self._is_plain:
-            buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-            return torch.func.functional_call(self._module, {**params, **buffers}, inputs, keywords)
-        held = [(slot, key, slot[key]) for slot, key in self._places]
+        """The module's output with these parameters; what a layer writes to buffers and plain attributes is lost."""
+        if self._mutable:
+            memo = dict(self._shared)
+            for attributes, key, value in self._mutable:
+                attributes[key] = copy.deepcopy(value, memo)
+        held = [(slot, key, slot[key]) for slot, key in self._places] if self._is_plain else []
         try:
+            if not self._is_plain:
+                buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+                return torch.func.functional_call(self.module, {**params, **buffers}, inputs, keywords)
             for slot, key, name in self._parameters:
                 if name in params:
                     slot[key] = params[name]
             copies: dict[int, Tensor] = {}
             for slot, key in self._buffers:
                 slot[key] = copies.setdefault(id(slot[key]), slot[key].clone())
-            return self._module(*inputs, **keywords)
+            return self.module(*inputs, **keywords)
         finally:
             for slot, key, tensor in held:
                 slot[key] = tensor
+            for attributes, before in self._attributes:
+                attributes.clear()
+                attributes.update(before)
 
 
 def _linear(part: nn.Linear, input: Tensor) -> Tensor:
@@ -74,5 +98,14 @@ def _linear(part: nn.Linear, input: Tensor) -> Tensor:
 
 
 def _is_deterministic(part: nn.Module) -> bool:
-    hooks = (part._forward_hooks, part._forward_pre_hooks)
-    return type(part) in _DETERMINISTIC and "forward" not in part.__dict__ and not any(hooks)
+    return type(part) in _DETERMINISTIC and "forward" not in part.__dict__ and not _has_hooks(part)
+
+
+def _may_bind(part: nn.Module) -> bool:
+    """Whether a call may bind an attribute: torch's own layers do not, but recurrent ones."""
+    own = type(part).__module__.startswith("torch.nn.modules.") and not isinstance(part, nn.RNNBase)
+    return not own or _has_hooks(part)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks)
