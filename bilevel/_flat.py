@@ -126,27 +126,17 @@ class FlatProblem:
     ) -> Any:
         """What failed for a batch: by a loop, where it is over directions alone; else the reason, and what to do.
 
-        The first problem of the batch, evaluated by itself, tells whether `torch.vmap` is the reason.
+        The first problem of the batch, evaluated by itself, tells whether `torch.vmap` is the reason: its errors are
+        `RuntimeError`s.
         """
-        if not dims or self._each is looped or not self._takes_one(one, dims, inputs):
+        is_vmaps = bool(dims) and self._each is batched and isinstance(error, RuntimeError)
+        if not is_vmaps or not takes_one(one, dims, inputs):
             self._refuse_stacked(error)
             raise error
         if self.tasks is not None:
-            raise _not_side_by_side(error) from error
+            raise not_side_by_side(error) from error
         self._each = looped
         return looped(one, inputs[0].shape[0], dims[0])(*inputs)
-
-    @staticmethod
-    def _takes_one(one: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Any, ...]) -> bool:
-        """Whether the function takes the first problem of a batch."""
-        row = inputs
-        for in_dims in reversed(dims):
-            row = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(row, in_dims, strict=True))
-        try:
-            one(*row)
-        except Exception:
-            return False
-        return True
 
     def _refuse_stacked(self, error: Exception) -> None:
         """Say so where y seems to be the start of all tasks."""
@@ -224,11 +214,23 @@ class FlatProblem:
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
 
 
-def _not_side_by_side(error: Exception) -> ValueError:
+def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Any, ...]) -> bool:
+    """Whether a function takes the first problem of a batch, all axes of which are listed from the inside out."""
+    for in_dims in reversed(dims):
+        inputs = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(inputs, in_dims, strict=True))
+    try:
+        function(*inputs)
+    except Exception:
+        return False
+    return True
+
+
+def not_side_by_side(error: Exception) -> ValueError:
+    """What to say where all tasks at once are the reason of an error."""
     return ValueError(
-        f"`BilevelProblem(tasks=True)` evaluates all tasks at once by `torch.vmap`, which cannot take a function of this"
-        f" problem ({_first_line(error)}). Write `BilevelProblem(..., tasks=\"loop\")`, which takes one task after the"
-        f" other and returns the same numbers; of a few-shot learner take `learner.looped()`."
+        f"`BilevelProblem(tasks=True)` evaluates all tasks at once by `torch.vmap`, which cannot take a function of"
+        f" this problem ({_first_line(error)}). Write `BilevelProblem(..., tasks='loop')`, which takes one task after"
+        f" the other and returns the same numbers; of a few-shot learner take `learner.looped()`."
     )
 
 

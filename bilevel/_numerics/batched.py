@@ -47,11 +47,11 @@ def looped(function: Callable[..., Any], size: int, in_dims: tuple[int | None, .
 
     def call(*args: Tensor) -> Any:
         rows = [a if dim is None else a.unbind(dim) for a, dim in zip(args, in_dims, strict=True)]
-        state = _random_state(args)
+        state = random_state(*args)
         found = []
         for k in range(size):
             if k:
-                _set_random_state(state)
+                set_random_state(state)
             found.append(function(*(row[k] if isinstance(row, tuple) else row for row in rows)))
         if isinstance(found[0], tuple):
             return tuple(torch.stack(each) for each in zip(*found, strict=True))
@@ -60,14 +60,15 @@ def looped(function: Callable[..., Any], size: int, in_dims: tuple[int | None, .
     return call
 
 
-def _random_state(args: tuple[Tensor, ...]) -> list[tuple[torch.Generator, Tensor]]:
-    """The default generators of the devices at hand, and where they are."""
+def random_state(*args: Tensor) -> list[tuple[torch.Generator, Tensor]]:
+    """The default generators of the CPU and of the devices of these tensors, and where they are."""
     devices = {a.device.index for a in args if a.device.type == "cuda"}
     generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
     return [(generator, generator.get_state()) for generator in generators]
 
 
-def _set_random_state(state: list[tuple[torch.Generator, Tensor]]) -> None:
+def set_random_state(state: list[tuple[torch.Generator, Tensor]]) -> None:
+    """Put generators back to where they were."""
     for generator, at in state:
         generator.set_state(at)
 
@@ -82,6 +83,14 @@ def is_batched(tensor: Tensor) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def every_row(tensor: Tensor) -> Tensor:
+    """The values of a tensor for all problems side by side, their axes in front; outside of a `torch.vmap` itself."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    while functorch is not None and functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
+    return tensor
 
 
 @cache

@@ -15,7 +15,7 @@ from torch.nn.functional import nll_loss
 
 from bilevel._result import Stats
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, adapt, demand_tasks, draws, noise_seed, predict
+from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.tasks._random import seed_of_step
@@ -144,7 +144,8 @@ def evaluate(
         curve: other numbers of steps to report the score after, on the same tasks.
 
     Raises:
-        ValueError: if a number is out of range, a batch of tasks is malformed, or predictions do not match the targets.
+        ValueError: if a number is out of range, a batch of tasks is malformed, predictions do not match the targets, or
+            the padding of the first batch that has some changes values.
         TypeError: if `learner` is none, or `tasks` has no `sample`.
 
     Example:
@@ -170,15 +171,16 @@ def evaluate(
             raise ValueError(f"`evaluate({name}=...)` must be a positive integer. Got {value!r}.")
     demand_tasks("evaluate", learner, tasks=tasks)
     began = time.perf_counter()
-    found = _Found()
+    found, looked = _Found(), False
     for part, first in enumerate(range(0, episodes, batch)):
         count = min(batch, episodes - first)
         sampled = tasks.sample(count, seed_of_step(seed, part))
         check_batch(sampled, count)
 
         def at(steps: int | None, sampled: Any = sampled, part: int = part) -> Adapted:
-            return adapt(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))
+            return adapted(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))
 
+        looked = looked or check_padding(learner, x, ready(learner, x, sampled, noise_seed(seed, part)))
         found.add(learner, x, at, steps, curve)
     return found.evaluation(time.perf_counter() - began)
 
@@ -202,28 +204,28 @@ class _Found:
     def add(
         self, learner: Learner, x: Tree, at: Callable[[int | None], Adapted], steps: int | None, curve: Sequence[int]
     ) -> None:
-        adapted = at(steps)
-        predictions = predict(learner, x, adapted)
-        targets: Tensor = adapted.batch["query_y"]
+        own = at(steps)
+        predictions = predict(learner, x, own)
+        targets: Tensor = own.batch["query_y"]
         self.metric = "mse" if targets.is_floating_point() else "accuracy"
-        self.failed.update(status.name for status in adapted.statuses if not status.ok)
-        self.stats = self.stats + adapted.stats
-        scores = score_tasks(predictions, adapted.batch)
+        self.failed.update(status.name for status in own.statuses if not status.ok)
+        self.stats = self.stats + own.stats
+        scores = score_tasks(predictions, own.batch)
         self.after.append(scores)
-        self.before.append(scores if steps == 0 else score_tasks(predict(learner, x, at(0)), adapted.batch))
+        self.before.append(scores if steps == 0 else score_tasks(predict(learner, x, at(0)), own.batch))
         for number in curve:
-            found = self.before[-1] if number == 0 else score_tasks(predict(learner, x, at(number)), adapted.batch)
+            found = self.before[-1] if number == 0 else score_tasks(predict(learner, x, at(number)), own.batch)
             self.curve.setdefault(number, []).append(found)
         if self.metric == "mse":
             self.loss.append(scores)
             if learner.draws is not None and learner.likelihood is not None:
-                self.densities.append(_score_draws(learner.likelihood, draws(learner, x, adapted), adapted.batch))
+                self.densities.append(_score_draws(learner.likelihood, draws(learner, x, own), own.batch))
             return
         if bool((predictions.exp().sum(-1) - 1).abs().max() > 1e-3):  # logits: the learner did not know its loss
             predictions = predictions.log_softmax(-1)
         losses = nll_loss(predictions.transpose(1, 2), targets.long(), reduction="none")
-        self.loss.append(_mean(losses, adapted.batch))
-        kept = adapted.batch["query_mask"].bool() if "query_mask" in adapted.batch else torch.ones_like(targets).bool()
+        self.loss.append(_mean(losses, own.batch))
+        kept = own.batch["query_mask"].bool() if "query_mask" in own.batch else torch.ones_like(targets).bool()
         self.log_probabilities.append(predictions[kept].cpu())
         self.targets.append(targets[kept].long().cpu())
 

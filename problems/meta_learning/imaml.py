@@ -15,7 +15,7 @@ from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, prediction
+from bilevel.problems.meta_learning._modules import as_functional, outputs_of, prediction
 from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -98,11 +98,11 @@ def imaml(
         return x["params"], log.exp() if isinstance(log, Tensor) else {name: log[name].exp() for name in log}
 
     def f(_: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
-        return task_loss(loss, net(y, task["query_x"]), task, "query")
+        return task_loss(loss, outputs_of(net, y, task, "query"), task, "query")
 
     def g(x: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
         theta, lambda_ = parts(x)
-        fit = task_loss(loss, net(y, task["support_x"]), task, "support")
+        fit = task_loss(loss, outputs_of(net, y, task, "support"), task, "support")
         # Joined: a few operations on one vector, whatever the number of layers.
         away = (_join([y[name] for name in names]) - _join([theta[name] for name in names])).square()
         if isinstance(lambda_, dict):
@@ -121,7 +121,7 @@ def imaml(
         y0=dict(net.params),
         estimator=AID(solver, CG(rtol=0.0, max_steps=linear_steps, recompute=False), damping=damping),
         adapt=solver,
-        predict=lambda _, y, task: prediction(loss, net(y, task["query_x"])),
+        predict=lambda _, y, task: prediction(loss, outputs_of(net, y, task, "query")),
         export=lambda x: net.load(parts(x)[0]),
     )
 
