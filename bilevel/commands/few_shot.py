@@ -333,6 +333,7 @@ def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluat
             else []
         ),
         *([("failed adaptations", str(dict(test.failed)))] if test.failed else []),
+        *([(f"{test.metric} of the others", str(test.settled))] if test.lost else []),
         ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
         ("outer steps", f"{content['steps']} ({content['ended']})"),
         ("seconds", f"{content['seconds']:.2f}, {content['training_seconds']:.2f} of them for training"),

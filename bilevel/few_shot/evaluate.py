@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from bilevel._result import Stats
+from bilevel._result import Stats, Status
 from bilevel._tree import Tree
 from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
 from bilevel.few_shot.learner import Learner
@@ -67,7 +67,10 @@ class Evaluation:
         before: the metric without adaptation: at the start of the inner iteration.
         loss: after adaptation: minus the mean log-probability of the targets, or again the mean squared error.
         curve: the metric after other numbers of steps, by that number.
-        failed: how many tasks' adaptation did not succeed, by the name of the status; they are scored all the same.
+        failed: how many tasks' adaptation did not succeed, by the name of the status. They are scored all the same, also
+            those whose solver diverged: so that an x at which many do is not taken for a good one. A prediction that is
+            not finite counts as wrong, and makes a mean squared error NaN.
+        settled: the score without the tasks whose adaptation diverged or met NaN; None: there are no others.
         stats: the oracle calls of the adaptation.
         seconds: the wall-clock time.
         scores: the metric of each episode `(episodes,)`.
@@ -92,6 +95,12 @@ class Evaluation:
     targets: Tensor | None = field(default=None, repr=False)
     nll: Score | None = None
     coverage: Score | None = None
+    settled: Score | None = None
+
+    @property
+    def lost(self) -> int:
+        """How many tasks' adaptation diverged, or met NaN."""
+        return sum(count for name, count in self.failed.items() if Status[name].lost)
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers as plain data, without those of single episodes."""
@@ -105,6 +114,7 @@ class Evaluation:
             "coverage": None if self.coverage is None else asdict(self.coverage),
             "curve": {str(steps): asdict(score) for steps, score in self.curve.items()},
             "failed": dict(self.failed),
+            "settled": None if self.settled is None else asdict(self.settled),
             "stats": self.stats.as_dict(),
             "seconds": self.seconds,
         }
@@ -197,6 +207,7 @@ class _Found:
         self.densities: list[tuple[Tensor, Tensor]] = []
         self.curve: dict[int, list[Tensor]] = {}
         self.failed: Counter[str] = Counter()
+        self.settled: list[bool] = []
         self.stats = Stats()
         self.log_probabilities: list[Tensor] = []
         self.targets: list[Tensor] = []
@@ -209,6 +220,7 @@ class _Found:
         targets: Tensor = own.batch["query_y"]
         self.metric = "mse" if targets.is_floating_point() else "accuracy"
         self.failed.update(status.name for status in own.statuses if not status.ok)
+        self.settled += [not status.lost for status in own.statuses]
         self.stats = self.stats + own.stats
         scores = score_tasks(predictions, own.batch)
         self.after.append(scores)
@@ -221,7 +233,7 @@ class _Found:
             if learner.draws is not None and learner.likelihood is not None:
                 self.densities.append(_score_draws(learner.likelihood, draws(learner, x, own), own.batch))
             return
-        if bool((predictions.exp().sum(-1) - 1).abs().max() > 1e-3):  # logits: the learner did not know its loss
+        if bool(((predictions.exp().sum(-1) - 1).abs() > 1e-3).any()):  # logits: the learner did not know its loss
             predictions = predictions.log_softmax(-1)
         losses = nll_loss(predictions.transpose(1, 2), targets.long(), reduction="none")
         self.loss.append(_mean(losses, own.batch))
@@ -231,6 +243,7 @@ class _Found:
 
     def evaluation(self, seconds: float) -> Evaluation:
         scores = torch.cat(self.after)
+        settled = scores[torch.tensor(self.settled, device=scores.device)]
         nll, coverage = [Score.of(torch.cat(v)) for v in zip(*self.densities, strict=True)] or (None, None)
         return Evaluation(
             metric=self.metric,
@@ -242,6 +255,7 @@ class _Found:
             coverage=coverage,
             curve={steps: Score.of(torch.cat(values)) for steps, values in sorted(self.curve.items())},
             failed=dict(self.failed),
+            settled=Score.of(settled) if len(settled) else None,
             stats=self.stats,
             seconds=seconds,
             scores=scores,
@@ -274,7 +288,8 @@ def score_tasks(predictions: Tensor, batch: Any) -> Tensor:
             f"`learner.predict` must return log-probabilities ({targets.shape[1]}, classes) a task."
             f" Got {tuple(predictions.shape[1:])}."
         )
-    return _mean((predictions.argmax(-1) == targets).to(predictions.dtype), batch)
+    right = (predictions.argmax(-1) == targets) & ~predictions.isnan().any(-1)
+    return _mean(right.to(predictions.dtype), batch)
 
 
 def _score_draws(likelihood: AbstractLikelihood, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
