@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.batched import batched, looped
+from bilevel._numerics.batched import batched, looped, random_state, set_random_state
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
@@ -118,7 +118,7 @@ class FlatProblem:
         try:
             found: Tensor = called(*inputs)
         except Exception as error:
-            return self._otherwise(error, one, dims, inputs)
+            found = self._otherwise(error, one, dims, inputs)
         return found
 
     def _otherwise(
@@ -218,10 +218,13 @@ def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], 
     """Whether a function takes the first problem of a batch, all axes of which are listed from the inside out."""
     for in_dims in reversed(dims):
         inputs = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(inputs, in_dims, strict=True))
+    state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
     try:
         function(*inputs)
     except Exception:
         return False
+    finally:
+        set_random_state(state)
     return True
 
 

@@ -38,6 +38,7 @@ from bilevel.few_shot import (
     read_best,
     train,
 )
+from bilevel.few_shot.evaluate import score_tasks
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.networks import features
 from bilevel.problems.meta_learning.imaml import imaml
@@ -771,6 +772,57 @@ def test_adaptations_that_fail_are_counted_by_task() -> None:
                     Sinusoid(), episodes=30)  # fmt: skip
     assert sum(found.failed.values()) > 0
     assert fine.failed == {}
+
+
+@pytest.mark.parametrize("bad", [20.0, math.inf])
+def test_tasks_whose_adaptation_diverges_are_scored_counted_and_told_apart(bad: float) -> None:
+    """g = c (y - m)^2 / 2 + ...; c is 1, and `bad` on the third of each four tasks, where steps of 0.2 diverge."""
+
+    @final
+    @dataclass(frozen=True)
+    class Quarter(AbstractTasks):
+        def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+            c = torch.where(torch.arange(count) % 4 == 2, bad, 1.0)
+            return {**Sinusoid(queries=3).sample(count, seed), "c": c}
+
+    problem = BilevelProblem(
+        f=lambda x, y, task: (y - task["query_y"]).square().mean(),
+        g=lambda x, y, task: task["c"] * (y - task["support_y"]).square().mean() / 2 + (y - x).square() / 2,
+        tasks=True,
+    )
+    learner = dataclasses.replace(prior_mean(), problem=problem, adapt=Iterate(GradientDescent(0.2), 60))
+    found = evaluate(learner, learner.x0, Quarter(), episodes=40)
+    rest = torch.arange(40) % 4 != 2
+    assert found.lost == 10 and sum(found.failed.values()) == 10
+    assert found.settled is not None
+    assert found.settled.mean == pytest.approx(float(found.scores[rest].double().mean()))
+    assert found.as_dict()["settled"]["mean"] == found.settled.mean
+    assert not found.score.mean < 1e3 * found.settled.mean  # larger, or NaN
+    whole = evaluate(dataclasses.replace(learner, adapt=Iterate(GradientDescent(0.02), 60)), learner.x0, Sinusoids())
+    assert whole.lost == 0 and whole.settled == whole.score
+
+
+@final
+@dataclass(frozen=True)
+class Sinusoids(AbstractTasks):
+    def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+        return {**Sinusoid(queries=3).sample(count, seed), "c": torch.ones(count)}
+
+
+def test_predictions_that_are_not_numbers_are_wrong() -> None:
+    batch = {"query_y": torch.zeros(1, 3, dtype=torch.long)}
+    predictions = torch.tensor([[[0.0, -1.0], [math.nan, math.nan], [-1.0, 0.0]]])
+    assert float(score_tasks(predictions, batch)) == pytest.approx(1 / 3)
+
+
+def test_minimize_skips_only_where_another_batch_comes() -> None:
+    learner = prior_mean()
+    batch = Sinusoid().sample(2, 0)
+    options: dict[str, Any] = {"estimator": learner.estimator, "max_steps": 1}
+    for wrong in ({"data": batch}, {"throw": False}, {"data": batch, "throw": False, "skip": -1}):
+        with pytest.raises(ValueError, match=r"`minimize\(skip=\.\.\.\)`"):
+            minimize(learner.problem, learner.x0, learner.y0, **{"skip": 2, **options, **wrong})
+    assert minimize(learner.problem, learner.x0, learner.y0, data=batch, throw=False, skip=2, **options).status.ok
 
 
 def test_adaptation_reads_no_query_target() -> None:

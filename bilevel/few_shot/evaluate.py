@@ -67,9 +67,9 @@ class Evaluation:
         before: the metric without adaptation: at the start of the inner iteration.
         loss: after adaptation: minus the mean log-probability of the targets, or again the mean squared error.
         curve: the metric after other numbers of steps, by that number.
-        failed: how many tasks' adaptation did not succeed, by the name of the status. They are scored all the same, also
-            those whose solver diverged: so that an x at which many do is not taken for a good one. A prediction that is
-            not finite counts as wrong, and makes a mean squared error NaN.
+        failed: how many tasks' adaptation did not succeed, by the name of the status. They are scored all the same,
+            also those whose solver diverged, so that an x at which many do is not taken for a good one. A prediction
+            that is not finite counts as wrong, and makes a mean squared error NaN.
         settled: the score without the tasks whose adaptation diverged or met NaN; None: there are no others.
         stats: the oracle calls of the adaptation.
         seconds: the wall-clock time.

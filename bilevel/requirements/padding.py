@@ -143,7 +143,7 @@ def _task(
 
 def _derivatives(one: FlatProblem, functions: Sequence[Level], x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """F and g of one task, each with its gradients, as vectors."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in functions:
         function = one.f if name == "f" else one.g
         with torch.enable_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.batched import is_batched
 from bilevel._problem import Tasks
-from bilevel._tree import Structure, Tree, tree_leaves, tree_map
+from bilevel._tree import Structure, Tree, tree_map, tree_parts
 from bilevel._validate import demand_type
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
 from bilevel.problems.meta_learning._modules import on_examples
@@ -130,8 +130,9 @@ class Evidence:
             return on_examples(lambda examples: self.output(drawn, examples), inputs, mask)
 
         if self.monte_carlo.loop:
-            count = len(next(iter(tree_leaves(drawn))))
-            return torch.stack([one(tree_map(lambda leaf, k=k: leaf[k], drawn)) for k in range(count)])
+            leaves, build = tree_parts(drawn)
+            rows = [leaf.unbind() for leaf in leaves]
+            return torch.stack([one(build([row[k] for row in rows])) for k in range(len(rows[0]))])
         try:
             outputs: Tensor = torch.vmap(one, randomness="same")(drawn)
         except RuntimeError as error:

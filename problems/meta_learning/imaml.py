@@ -66,8 +66,8 @@ def imaml(
         learn_regularization: learn it too: x is {"params": theta, "log_regularization": log lambda}, the latter of the
             structure that `regularization` has. To keep lambda within limits pass a projection,
             `minimize(constraint={"log_regularization": Box(math.log(0.01), math.log(5000))})`.
-        step: of gradient descent in y; None: 1 / L of each task, L the largest curvature of g at theta, which takes some
-            10 to 20 products with H.
+        step: of gradient descent in y; None: 1 / L of each task, L the largest curvature of g at theta, which takes
+            some 10 to 20 products with H.
         inner_steps: of gradient descent in y.
         inner: another inner solver instead of it. With backtracking: `Iterate(GradientDescent(0.05), 16,
             line_search=Armijo())`; Hessian-free: `Newton(tol=0.0, max_steps=5, linear=CG(rtol=0.0, max_steps=5))`.
