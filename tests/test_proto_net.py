@@ -123,8 +123,8 @@ def test_a_class_without_support_samples_is_named() -> None:
     batch = tasks()
     batch["support_y"] = batch["support_y"].clamp(max=CLASSES - 2)
     learner = proto_net(network(), FEATURES, CLASSES)
-    for each in (learner, learner.looped()):
-        with pytest.raises(ValueError, match=rf"every class in every task.* Task 0 .* none of class {CLASSES - 1}"):
+    for each, which in ((learner, "Task 0 of the batch"), (learner.looped(), "A task")):
+        with pytest.raises(ValueError, match=rf"every class in every task.* {which} has none of class {CLASSES - 1}"):
             estimate(each, batch)
     whole = tasks()
     other = {**whole, "support_y": torch.cat([whole["support_y"][:2], batch["support_y"][2:]])}

@@ -47,8 +47,8 @@ def maml(
 
     Losses are means over samples: the reference code's inner loss for classification is the number of classes times
     that, so that its steps 0.4 (Omniglot, 5 ways) and 0.01 (mini-ImageNet, 5 ways) are 2.0 and 0.05 here. Layers of
-    batch normalization use the statistics of the batch at hand, in the query set as well; with masks, padding is a
-    part of that batch.
+    batch normalization use the statistics of the batch at hand, in the query set as well; tasks that are padded are
+    then refused, unless they are taken one after the other: `learner.looped()`.
 
     Source: Finn, Abbeel, Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017;
     Li, Zhou, Chen, Li, "Meta-SGD: learning to learn quickly for few-shot learning", arXiv 2017.

@@ -79,9 +79,10 @@ def proto_net(body: nn.Module | Functional, features: int, classes: int, *, norm
         missing = every_row(own).sum(-2) == 0  # of each task, each class
         if bool(missing.any()):
             task, label = missing.reshape(-1, classes).nonzero()[0].tolist()
+            which = f"Task {task} of the batch" if missing.dim() > 1 else "A task"
             raise ValueError(
                 f"`proto_net(classes={classes})` needs support samples of every class in every task: prototypes are"
-                f" their means. Task {task} of the batch has none of class {label}. Draw tasks that have some, or build"
+                f" their means. {which} has none of class {label}. Draw tasks that have some, or build"
                 f" the learner for as many classes as the tasks have, with labels 0 to classes - 1."
             )
 
