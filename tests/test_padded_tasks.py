@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import BilevelProblem, Estimate, Split, check, hypergradient
 from bilevel.few_shot import Learner, adapt, evaluate, predict, train
+from bilevel.few_shot.training_run import TrainingBatches
 from bilevel.modules.functional import functional
 from bilevel.problems import (
     GaussianPrior,
@@ -31,7 +33,7 @@ from bilevel.problems import (
     ridge_head,
     shared_embedding,
 )
-from bilevel.tasks import AbstractTasks, pad
+from bilevel.tasks import AbstractTasks, batches, pad
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
@@ -127,8 +129,9 @@ def assert_is_the_loop(learner: Learner, found: Estimate, unpadded: Learner | No
     assert found.value == pytest.approx(value, rel=1e-11)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.parametrize("layer", [normalized, Centered])
+@pytest.mark.parametrize(
+    ("name", "layer"), [*((name, normalized) for name in LEARNERS), ("maml", Centered), ("ibaml-head", Centered)]
+)
 def test_what_mixes_the_examples_of_a_task_is_refused_with_padding_and_right_one_task_at_a_time(
     name: str, layer: Callable[[], nn.Module]
 ) -> None:
@@ -154,8 +157,7 @@ def test_torchs_own_losses_with_settings_are_refused_by_name_and_right_one_task_
     assert_is_the_loop(learner, estimate(learner.looped(), PADDED))
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize(("name", "looped"), [*((name, False) for name in LEARNERS), ("anil", True), ("ibaml", True)])
 def test_padding_of_sound_modules_changes_nothing(name: str, looped: bool) -> None:
     learner = LEARNERS[name](lambda o, t: cross_entropy(o, t), nn.LayerNorm(4).double())
     assert_is_the_loop(learner, estimate(learner.looped() if looped else learner, PADDED))
@@ -206,6 +208,15 @@ def test_a_problem_of_ones_own_may_weigh_by_masks_as_it_likes_and_not_see_the_pa
     assert check(own(lambda e, m: (e * m).sum() / m.sum(), tasks), x, y0, data=PADDED).ok
 
 
+def test_padding_by_copies_of_the_examples_hides_nothing() -> None:
+    single = {name: entry[:1].expand(3, *entry.shape[1:]) for name, entry in TASKS[1].items()}
+    masks = {f"{side}_mask": torch.tensor([[1.0, 0.0, 0.0]]) for side in ("support", "query")}
+    x, y0 = normal(2, seed=1), torch.zeros(2, dtype=torch.float64)
+    for blind in (lambda e, _: e.mean(), lambda e, m: (e * m).sum() + e.std()):
+        with pytest.raises(ValueError, match="with what is in the padding"):
+            hypergradient(own(blind), x, y0, data={**alone(single), **masks})
+
+
 class Ragged(AbstractTasks):
     """Tasks of different sizes from the second batch on."""
 
@@ -226,11 +237,15 @@ def test_padding_is_looked_at_where_it_first_comes_in_training_and_in_evaluation
     with pytest.raises(ValueError, match="sees rows whose mask is 0"):
         adapt(learner, learner.x0, PADDED)
     looped = learner.looped()
+    data = TrainingBatches(looped, batches(Ragged(), 2, 0), 0)
+    for step in range(4):
+        data(step)
+    assert data.looked_at == [1]  # the first that has any, and no other
     assert train(looped, Ragged(), max_steps=2, batch=2).ended == "max_steps"
     assert evaluate(looped, looped.x0, Ragged(), episodes=4, batch=2).episodes == 4
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", ["maml", "anil", "ibaml-head", "proto", "ridge"])
 def test_predictions_of_padded_tasks_are_those_of_each_by_itself_one_at_a_time(name: str) -> None:
     learner = LEARNERS[name](weighted, normalized())
     padded = predict(learner.looped(), learner.x0, adapt(learner.looped(), learner.x0, PADDED))
@@ -238,8 +253,7 @@ def test_predictions_of_padded_tasks_are_those_of_each_by_itself_one_at_a_time(n
     for k, single in enumerate(TASKS):
         drawn = {key: noise[key][k : k + 1] for key in ("support_noise", "query_noise") if key in noise}
         batch = {**alone(single), **drawn}
-        unprepared = learner if learner.prepare is None else __import__("dataclasses").replace(learner, prepare=None)
-        found = predict(learner, learner.x0, adapt(unprepared, learner.x0, batch))[0]
+        found = predict(learner, learner.x0, adapt(replace(learner, prepare=None), learner.x0, batch))[0]
         assert torch.allclose(padded[k, : len(found)], found, rtol=0, atol=1e-12)
 
 
