@@ -15,6 +15,7 @@ from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Tally
 from bilevel.requirements.first_look import looked_at
+from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
 
@@ -30,7 +31,8 @@ def apply_estimator(
     The first estimate of a run (`start.count` is 0) brings a look at f and g with it; see `first_look`.
 
     Raises:
-        ValueError: if the estimator does not apply to the problem, naming it and the reason.
+        ValueError: if the estimator does not apply to the problem, naming it and the reason; at the first estimate of
+            a run, if what pads tasks of different sizes changes their values.
     """
     why = why_not(estimator, problem.problem)
     if why:
@@ -40,6 +42,8 @@ def apply_estimator(
             estimator.requires is STRICTEST
         ):  # it says nothing: what others see where they form derivatives is looked for
             demand_beyond_start(problem.with_tally(Tally()), x, problem.start(x, start.y).detach())
+        if problem.tasks is not None and not start.count:
+            demand_padding_unseen(problem, x, start.y)
         if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
             found = _encoded(estimator, problem, x, start)
             return found if start.count else looked_at(problem, x, found, partial(why_not, estimator))

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.batched import batched
+from bilevel._numerics.batched import batched, looped, random_state, set_random_state
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
@@ -22,7 +22,9 @@ class FlatProblem:
     x, each with its own y: x `(k, p)`, y `(k, q)`) and *tasks* (one x, several y, each with its own data: y
     `(tasks, q)`); both together are x `(k, p)`, y `(k, tasks, q)`. Values have the leading shape of y. Only the
     evaluation is vectorized (`torch.vmap` of the forward pass); derivatives are taken outside by
-    `torch.autograd.grad` of the sum, because `grad` inside `vmap` is wrong through affine BatchNorm.
+    `torch.autograd.grad` of the sum, because `grad` inside `vmap` is wrong through affine BatchNorm. With
+    `tasks="loop"` tasks and directions are evaluated one after the other instead, and stacked; so are directions
+    alone where `torch.vmap` cannot take the function.
 
     Where the problem has an `encode`, `encode` gives z and `encoded` the same problem as a function of z in the place
     of x: one z for each task, all of them side by side in one vector.
@@ -52,6 +54,7 @@ class FlatProblem:
         self.given = given
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
+        self._each = looped if problem.tasks == "loop" else batched
         self._outer: tuple[tuple[Tensor, int, bool], Tree] | None = None
         self._data: dict[str, tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]] = {}
 
@@ -104,13 +107,47 @@ class FlatProblem:
         called: Callable[..., Any] = one
         if shared is None:
             inputs = (x.reshape(*x.shape[:-1], self.tasks or 1, -1) if own else x, *inputs)
+        dims: list[tuple[int | None, ...]] = []
         if self.tasks is not None:
             in_x = () if shared is not None else (0 if own else None,)
-            called = batched(one, self.tasks, in_x + (0,) * (count + len(leaves)))
+            dims.append(in_x + (0,) * (count + len(leaves)))
+            called = self._each(one, self.tasks, dims[-1])
         if several:
-            called = batched(called, x.shape[0], (0,) * (1 + count) + (None,) * len(leaves))
-        found: Tensor = called(*inputs)
+            dims.append((0,) * (1 + count) + (None,) * len(leaves))
+            called = self._each(called, x.shape[0], dims[-1])
+        try:
+            found: Tensor = called(*inputs)
+        except Exception as error:
+            found = self._otherwise(error, one, dims, inputs)
         return found
+
+    def _otherwise(
+        self, error: Exception, one: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Tensor, ...]
+    ) -> Any:
+        """What failed for a batch: by a loop, where it is over directions alone; else the reason, and what to do.
+
+        The first problem of the batch, evaluated by itself, tells whether `torch.vmap` is the reason: its errors are
+        `RuntimeError`s.
+        """
+        is_vmaps = bool(dims) and self._each is batched and isinstance(error, RuntimeError)
+        if not is_vmaps or not takes_one(one, dims, inputs):
+            self._refuse_stacked(error)
+            raise error
+        if self.tasks is not None:
+            raise not_side_by_side(error) from error
+        self._each = looped
+        return looped(one, inputs[0].shape[0], dims[0])(*inputs)
+
+    def _refuse_stacked(self, error: Exception) -> None:
+        """Say so where y seems to be the start of all tasks."""
+        if self.tasks is not None and all(shape[:1] == (self.tasks,) for shape in self.y.shapes):
+            shapes = ", ".join(str(tuple(shape)) for shape in self.y.shapes)
+            raise ValueError(
+                f"with tasks `y0` must be the start of one task, which all share; est.y comes back stacked. Got shape"
+                f" {shapes}, whose first axis is the number of tasks, {self.tasks}, and the functions of the problem"
+                f" fail on it ({_first_line(error)}). Pass the start of one task, such as `y0[0]`, and starts that"
+                f" differ by `init=` or `start=`."
+            ) from error
 
     def _unravelled(self, x: Tensor) -> Tree:
         """The x of all problems in the user's structure: kept, as the steps of an iteration ask for the same one."""
@@ -155,7 +192,11 @@ class FlatProblem:
             return vector
 
         leaves, build = self._parts("g")
-        z = (one if self.tasks is None else batched(one, self.tasks, (0,) * len(leaves)))(*leaves)
+        dims: list[tuple[int | None, ...]] = [] if self.tasks is None else [(0,) * len(leaves)]
+        try:
+            z = (one if self.tasks is None else self._each(one, self.tasks, dims[0]))(*leaves)
+        except Exception as error:
+            z = self._otherwise(error, one, dims, tuple(leaves))
         return z.reshape(-1), FlatProblem(self.problem, found[0], self.y, self.data, self.tally, is_encoded=True)
 
     def part(self, tasks: slice) -> FlatProblem:
@@ -173,18 +214,46 @@ class FlatProblem:
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
 
 
+def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Any, ...]) -> bool:
+    """Whether a function takes the first problem of a batch, all axes of which are listed from the inside out."""
+    for in_dims in reversed(dims):
+        inputs = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(inputs, in_dims, strict=True))
+    state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
+    try:
+        function(*inputs)
+    except Exception:
+        return False
+    finally:
+        set_random_state(state)
+    return True
+
+
+def not_side_by_side(error: Exception) -> ValueError:
+    """What to say where all tasks at once are the reason of an error."""
+    return ValueError(
+        f"`BilevelProblem(tasks=True)` evaluates all tasks at once by `torch.vmap`, which cannot take a function of"
+        f" this problem ({_first_line(error)}). Write `BilevelProblem(..., tasks='loop')`, which takes one task after"
+        f" the other and returns the same numbers; of a few-shot learner take `learner.looped()`."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:200]
+
+
 def _task_count(data: Any) -> int:
     both = (data.f, data.g) if isinstance(data, Split) else data
     leaves = [leaf for leaf in tree_leaves(both) if isinstance(leaf, Tensor)]
     counts = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         raise ValueError(
-            f"`BilevelProblem(tasks=True)` needs `data=` whose tensors all have one leading axis of tasks."
+            f"`BilevelProblem(tasks=...)` needs `data=` whose tensors all have one leading axis of tasks."
             f" Got leading sizes {sorted(map(str, counts))}. Stack the tasks with `torch.stack`."
         )
     (count,) = counts
     if not count:
-        raise ValueError("`BilevelProblem(tasks=True)` needs `data=` of at least one task. Got none.")
+        raise ValueError("`BilevelProblem(tasks=...)` needs `data=` of at least one task. Got none.")
     return count
 
 

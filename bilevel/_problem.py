@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from bilevel.inner_problems.polytope import Polytope
     from bilevel.prox.term import AbstractProxTerm
 from bilevel._validate import demand_batch
+
+Tasks: TypeAlias = bool | Literal["loop"]
 
 _OPTIONAL = ("init", "encode", "constraints", "prox")  # functions that a problem may do without
 
@@ -50,7 +52,9 @@ class BilevelProblem:
         iterative: y is what so many steps make of their start, not a minimizer of g, although g depends on x (MAML with
             learned step sizes). `ITD` and `ESJ` are right then; estimators that assume grad_y g = 0 refuse.
         tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
-            with Phi(x) the mean of f(x, y_i, task_i) over the tasks.
+            with Phi(x) the mean of f(x, y_i, task_i) over the tasks. True evaluates all of them at once, by
+            `torch.vmap`; "loop" one after the other, to the same numbers: for functions that `torch.vmap` cannot take
+            (recurrent layers, `if`s and asserts on values, `.item()`, boolean masks), at the cost of a call a task.
         inner: a kind of inner problem of `bilevel.inner_problems`, or one of your own, in the place of g, constraints,
             prox and iterative.
         allow_unused: Phi may be a constant of x. Otherwise a hypergradient that is zero because x occurs nowhere, in no
@@ -58,7 +62,8 @@ class BilevelProblem:
 
     Raises:
         TypeError: if f, g, init, encode, constraints or prox cannot be called.
-        ValueError: if more than one of constraints, prox, iterative and inner is given, or g beside inner.
+        ValueError: if more than one of constraints, prox, iterative and inner is given, or g beside inner; if tasks is
+            something else than True, False and "loop".
 
     Example:
         >>> import torch
@@ -74,7 +79,7 @@ class BilevelProblem:
     constraints: Callable[..., Polytope] | None = None
     prox: Callable[..., AbstractProxTerm] | None = None
     iterative: bool = False
-    tasks: bool = False
+    tasks: Tasks = False
     inner: AbstractDeclaredKind | None = None
     allow_unused: bool = False
     _f: Callable[..., Tensor] | None = None
@@ -90,7 +95,7 @@ class BilevelProblem:
         constraints: Callable[..., Polytope] | None = None,
         prox: Callable[..., AbstractProxTerm] | None = None,
         iterative: bool = False,
-        tasks: bool = False,
+        tasks: Tasks = False,
         inner: AbstractDeclaredKind | None = None,
         allow_unused: bool = False,
     ) -> None:
@@ -121,10 +126,11 @@ class BilevelProblem:
             self.prox = prox
         if iterative:
             self.iterative = iterative
-        if tasks:
+        if tasks is not False:
             self.tasks = tasks
         if allow_unused:
             self.allow_unused = allow_unused
+        _demand_tasks(self)
         _demand_one_kind(self)
 
     def f(self, x: Tree, y: Tree, *data: Any) -> Tensor:
@@ -145,7 +151,7 @@ class BilevelProblem:
 
     def __repr__(self) -> str:
         given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
-        given += "".join(f", {name}=True" for name in ("iterative", "tasks") if getattr(self, name))
+        given += "".join(f", {name}={getattr(self, name)!r}" for name in ("iterative", "tasks") if getattr(self, name))
         g = "g" if self.inner is None else f"inner={type(self.inner).__name__}(...)"
         return f"{type(self).__name__}(f, {g}{given})"
 
@@ -177,7 +183,8 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         raise TypeError(
             f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
         )
-    _demand_one_kind(problem)  # a subclass need not call the constructor
+    _demand_tasks(problem)  # a subclass need not call the constructor
+    _demand_one_kind(problem)
     for batch in (data.f, data.g) if isinstance(data, Split) else (data,):
         demand_batch(batch)
     first = "x" if problem.encode is None else "z"
@@ -228,6 +235,19 @@ def _demand_one_kind(problem: BilevelProblem) -> None:
             f"`{type(problem).__name__}` must have one kind of inner problem. Got {' and '.join(given)}"
             f"{' beside g' if beside else ''}. Give one of constraints, prox and iterative, or an `inner=` that holds"
             f" all of it."
+        )
+
+
+def _demand_tasks(problem: BilevelProblem) -> None:
+    """Refuse a way to treat tasks that there is not.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if not isinstance(problem.tasks, bool) and not (isinstance(problem.tasks, str) and problem.tasks == "loop"):
+        raise ValueError(
+            f'`{type(problem).__name__}(tasks=...)` must be True (all tasks at once), "loop" (one after the other) or'
+            f" False (no tasks). Got {problem.tasks!r}."
         )
 
 

@@ -91,6 +91,16 @@ class Status(enum.Enum):
         """Whether this is :attr:`successful`."""
         return self is Status.successful
 
+    @property
+    def lost(self) -> bool:
+        """Whether what was computed is no basis for anything: not finite, diverged, or without a feasible point.
+
+        Example:
+            >>> [status.name for status in Status if status.lost]
+            ['infeasible', 'diverged', 'nonfinite']
+        """
+        return self in (Status.infeasible, Status.diverged, Status.nonfinite)
+
     def __repr__(self) -> str:
         return f"Status.{self.name}"
 

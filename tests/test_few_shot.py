@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from bilevel import AID, BilevelError, BilevelProblem, functional, hypergradient, minimize
+from bilevel import AID, BilevelError, BilevelProblem, Status, functional, hypergradient, minimize
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import (
     Evaluating,
     Experiment,
     OuterLoop,
+    Progress,
     Reporting,
     Saving,
     Score,
+    Trained,
     Training,
     Validating,
     adapt,
@@ -36,6 +38,7 @@ from bilevel.few_shot import (
     read_best,
     train,
 )
+from bilevel.few_shot.evaluate import score_tasks
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.networks import features
 from bilevel.problems.meta_learning.imaml import imaml
@@ -52,6 +55,7 @@ from bilevel.solvers.heavy_ball import HeavyBall
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.scheduled import Cosine, Scheduled, StepDecay
 from bilevel.tasks import AbstractTasks, Batch, Sinusoid, batches
+from bilevel.tasks._random import seed_of_step
 
 
 @final
@@ -345,23 +349,104 @@ def test_estimates_that_fail_are_counted_and_do_not_stop_the_run() -> None:
         train(learner, Sinusoid(), max_steps=3, batch=2, outer=OuterLoop(throw=True))
 
 
+def at_batches(lost: set[int], x0: float = 0.0) -> tuple[Learner, AbstractTasks]:
+    """Phi(x) = -x; not finite on batches of these numbers, whatever x is."""
+
+    def f(x: Tensor, y: Tensor, task: Any) -> Tensor:
+        return -x + 0 * y + torch.where(task["bad"] > 0, torch.inf, 0.0) * (1 + y.square())
+
+    seeds = {seed_of_step(0, step) for step in lost}
+
+    class Numbered(AbstractTasks):
+        def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+            return {**Sinusoid().sample(count, seed), "bad": torch.full((count,), float(seed in seeds))}
+
+    return dataclasses.replace(prior_mean(f), x0=torch.tensor(x0)), Numbered()
+
+
+def test_no_step_is_taken_along_what_is_not_finite_and_the_run_goes_on_with_the_next_batch() -> None:
+    learner, tasks = at_batches({2, 3, 6})
+    told: list[Progress] = []
+    trained = train(
+        learner, tasks, max_steps=9, batch=2, outer=GradientDescent(1.0), callback=Reporting(told.append, score_every=1)
+    )
+    assert (trained.ended, trained.skipped, trained.failed) == ("max_steps", 3, {"nonfinite": 3})
+    assert float(trained.x) == 9 - 3
+    assert [p.record.status == "nonfinite" for p in told] == [k in {2, 3, 6} for k in range(10)]
+    assert [p.score is None for p in told] == [k in {2, 3, 6} for k in range(10)]
+
+
+@pytest.mark.parametrize(("lost", "skip", "at"), [({2, 3, 4, 5}, 3, 5), ({2}, 0, 2), ({7, 8, 9}, 10, 9), ({9}, 0, 9)])
+def test_too_many_lost_estimates_in_a_row_or_at_the_end_stop_the_run_with_all_that_was_trained(
+    lost: set[int], skip: int, at: int, tmp_path: Path
+) -> None:
+    learner, tasks = at_batches(lost)
+    loop = OuterLoop(GradientDescent(1.0), skip=skip)
+    with pytest.raises(BilevelError, match=r"were not finite, or diverged.*NaN or Inf was met") as raised:
+        train(learner, tasks, max_steps=9, batch=2, outer=loop, out=tmp_path)
+    partial = raised.value.partial
+    assert isinstance(partial, Trained) and partial.ended == "failed" and "NaN" in partial.message
+    assert raised.value.status is Status.nonfinite and partial.history[-1].step == at
+    assert float(partial.x) == min(lost)
+    assert (tmp_path / "model.pt").exists()
+    learner, tasks = at_batches(lost - {min(lost)})
+    assert train(learner, tasks, max_steps=9, batch=2, outer=dataclasses.replace(loop, skip=3)).ended == "max_steps"
+
+
+def test_lost_estimates_of_the_earlier_part_of_a_resumed_run_count(tmp_path: Path) -> None:
+    learner, tasks = at_batches({2, 3, 4, 5, 6, 7})
+    loop = OuterLoop(GradientDescent(1.0), skip=4)
+    train(learner, tasks, max_steps=9, batch=2, outer=loop, out=tmp_path, callback=lambda p: p.record.step == 4)
+    with pytest.raises(BilevelError) as raised:
+        train(learner, tasks, max_steps=9, batch=2, outer=loop, out=Saving(tmp_path, resume=True))
+    assert raised.value.partial.history[-1].step == 6
+    assert raised.value.partial.skipped == 5
+
+
+def test_no_step_is_taken_along_an_estimate_whose_inner_solver_diverged() -> None:
+    """g = (y - m)^2 / 2 of the targets' mean m, times 50 on some batches, where the step 0.05 is too long."""
+
+    class Steep(AbstractTasks):
+        def __init__(self, steep: set[int]) -> None:
+            self.seeds = {seed_of_step(0, step) for step in steep}
+
+        def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+            scale = 50.0 if seed in self.seeds else 1.0
+            return {**Sinusoid().sample(count, seed), "scale": torch.full((count,), scale)}
+
+    problem = BilevelProblem(
+        f=lambda x, y, task: (y - task["query_y"]).square().mean(),
+        g=lambda x, y, task: task["scale"] * (y - task["support_y"]).square().mean() / 2 + (y - x).square() / 2,
+        init=lambda x, task: x,
+        tasks=True,
+    )
+    inner = Iterate(GradientDescent(0.05), max_steps=60)
+    learner = dataclasses.replace(prior_mean(), problem=problem, x0=torch.tensor(3.0), estimator=AID(inner, CG()))
+    trained = train(learner, Steep({1, 4}), max_steps=6, batch=2, outer=Adam(0.1))
+    assert trained.failed == {"diverged": 2} and trained.skipped == 2
+    again = train(learner, Steep(set()), max_steps=6, batch=2, outer=Adam(0.1))
+    assert again.skipped == 0 and float(again.x) < float(trained.x) < 3  # two steps fewer
+
+
 def test_nan_ends_the_run_and_the_best_x_is_kept() -> None:
     def f(x: Tensor, y: Tensor, task: Any) -> Tensor:
         return -(x + torch.where(x > 2, torch.nan, 0.0) + 0 * y)
 
     learner = dataclasses.replace(prior_mean(f), x0=torch.tensor(0.0))
-    trained = train(
-        learner,
-        Sinusoid(),
-        max_steps=9,
-        batch=2,
-        outer=GradientDescent(1.0),
-        validation=Validating(Sinusoid(), every=1),
-    )
+    with pytest.raises(BilevelError) as raised:
+        train(
+            learner,
+            Sinusoid(),
+            max_steps=9,
+            batch=2,
+            outer=GradientDescent(1.0),
+            validation=Validating(Sinusoid(), every=1),
+        )
+    trained = raised.value.partial
     assert trained.ended == "failed"
-    assert trained.failed == {"nonfinite": 1}
+    assert trained.failed == {"nonfinite": 7} and trained.skipped == 7
     assert "NaN" in trained.message
-    assert [v.step for v in trained.validations] == [0, 1, 2]
+    assert [v.step for v in trained.validations] == list(range(10))
     assert trained.x.isfinite()
 
 
@@ -687,6 +772,57 @@ def test_adaptations_that_fail_are_counted_by_task() -> None:
                     Sinusoid(), episodes=30)  # fmt: skip
     assert sum(found.failed.values()) > 0
     assert fine.failed == {}
+
+
+@pytest.mark.parametrize("bad", [20.0, math.inf])
+def test_tasks_whose_adaptation_diverges_are_scored_counted_and_told_apart(bad: float) -> None:
+    """g = c (y - m)^2 / 2 + ...; c is 1, and `bad` on the third of each four tasks, where steps of 0.2 diverge."""
+
+    @final
+    @dataclass(frozen=True)
+    class Quarter(AbstractTasks):
+        def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+            c = torch.where(torch.arange(count) % 4 == 2, bad, 1.0)
+            return {**Sinusoid(queries=3).sample(count, seed), "c": c}
+
+    problem = BilevelProblem(
+        f=lambda x, y, task: (y - task["query_y"]).square().mean(),
+        g=lambda x, y, task: task["c"] * (y - task["support_y"]).square().mean() / 2 + (y - x).square() / 2,
+        tasks=True,
+    )
+    learner = dataclasses.replace(prior_mean(), problem=problem, adapt=Iterate(GradientDescent(0.2), 60))
+    found = evaluate(learner, learner.x0, Quarter(), episodes=40)
+    rest = torch.arange(40) % 4 != 2
+    assert found.lost == 10 and sum(found.failed.values()) == 10
+    assert found.settled is not None
+    assert found.settled.mean == pytest.approx(float(found.scores[rest].double().mean()))
+    assert found.as_dict()["settled"]["mean"] == found.settled.mean
+    assert not found.score.mean < 1e3 * found.settled.mean  # larger, or NaN
+    whole = evaluate(dataclasses.replace(learner, adapt=Iterate(GradientDescent(0.02), 60)), learner.x0, Sinusoids())
+    assert whole.lost == 0 and whole.settled == whole.score
+
+
+@final
+@dataclass(frozen=True)
+class Sinusoids(AbstractTasks):
+    def sample(self, count: int, seed: int) -> dict[str, Tensor]:
+        return {**Sinusoid(queries=3).sample(count, seed), "c": torch.ones(count)}
+
+
+def test_predictions_that_are_not_numbers_are_wrong() -> None:
+    batch = {"query_y": torch.zeros(1, 3, dtype=torch.long)}
+    predictions = torch.tensor([[[0.0, -1.0], [math.nan, math.nan], [-1.0, 0.0]]])
+    assert float(score_tasks(predictions, batch)) == pytest.approx(1 / 3)
+
+
+def test_minimize_skips_only_where_another_batch_comes() -> None:
+    learner = prior_mean()
+    batch = Sinusoid().sample(2, 0)
+    options: dict[str, Any] = {"estimator": learner.estimator, "max_steps": 1}
+    for wrong in ({"data": batch}, {"throw": False}, {"data": batch, "throw": False, "skip": -1}):
+        with pytest.raises(ValueError, match=r"`minimize\(skip=\.\.\.\)`"):
+            minimize(learner.problem, learner.x0, learner.y0, **{"skip": 2, **options, **wrong})
+    assert minimize(learner.problem, learner.x0, learner.y0, data=batch, throw=False, skip=2, **options).status.ok
 
 
 def test_adaptation_reads_no_query_target() -> None:

@@ -22,6 +22,8 @@ from bilevel import AID, ITD, BilevelError, Box, Estimate, Status, hypergradient
 from bilevel._inner import Objective
 from bilevel._tree import tree_leaves, tree_map
 from bilevel.few_shot.learner import Learner
+from bilevel.problems.meta_learning.abml import abml
+from bilevel.problems.meta_learning.ibaml import ibaml
 from bilevel.problems.meta_learning.imaml import imaml
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.armijo import Armijo
@@ -342,11 +344,30 @@ def test_damping_adds_to_the_system_and_nothing_else() -> None:
     assert distance(found.grad["weight"], 2.0 * v.mean(0)) <= 1e-10
 
 
-def test_defaults_count_sixteen_gradients_and_five_products_for_each_task() -> None:
+def test_sixteen_gradients_and_five_products_are_counted_for_each_task_and_those_of_a_derived_step() -> None:
     tasks = regression_tasks(3)
-    stats = estimate(imaml(network(), mse_loss), tasks).stats
+    stats = estimate(imaml(network(), mse_loss, step=0.1), tasks).stats
     assert (stats.gradients, stats.hvps, stats.inner_steps) == (17 * 3, 5 * 3, 16 * 3)
     assert (stats.outer_gradients, stats.cross_products) == (3, 3)
+    derived = estimate(imaml(network(), mse_loss), tasks).stats
+    assert (derived.gradients, derived.inner_steps, derived.outer_gradients) == (18 * 3, 16 * 3, 3)
+    assert 5 * 3 < derived.hvps <= (5 + 20) * 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_the_default_step_is_that_of_the_curvature(scale: float) -> None:
+    """On quadratics with curvatures up to `scale` times 0.1 the step 0.1 diverges for the larger one."""
+    torch.manual_seed(0)
+    x = scale * torch.randn(3, 6, 2)
+    tasks = {"support_x": x, "support_y": x[..., :1], "query_x": x, "query_y": x[..., :1]}
+    for method in (imaml, ibaml, abml):
+        learner = method(nn.Linear(2, 1), mse_loss)
+        prepared = tasks if learner.prepare is None else learner.prepare(tasks, 0)
+        found = estimate(learner, prepared, throw=False)
+        assert not found.status.lost
+        assert all(bool(leaf.isfinite().all()) for leaf in tree_leaves(found.grad))
+    fixed = estimate(imaml(nn.Linear(2, 1), mse_loss, step=0.1), tasks, throw=False)
+    assert fixed.status.lost == (scale > 1)
 
 
 @pytest.mark.parametrize(("growth", "trials"), [(1.0, 7 + 1 + 1), (1.5, 7 + 2 + 1), (2.0, 7 + 2 + 2)])

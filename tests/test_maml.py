@@ -491,10 +491,14 @@ def test_numbers_that_are_no_classes_are_refused(loss: Any) -> None:
         partial(cross_entropy, weight=torch.tensor([1.0, 2.0])),
     ],
 )
-def test_with_masks_a_loss_that_is_no_plain_mean_is_refused(loss: Any) -> None:
+def test_with_masks_a_loss_that_is_no_plain_mean_is_refused_side_by_side_and_right_by_itself(loss: Any) -> None:
     task = {"query_y": torch.tensor([0, 1, 0]), "query_mask": torch.tensor([1.0, 1.0, 0.0])}
+    output = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, -9.0]])
+    assert torch.equal(task_loss(loss, output, task, "query"), loss(output[:2], torch.tensor([0, 1])))
     with pytest.raises(ValueError, match="must be a mean over samples, each of the same weight"):
-        task_loss(loss, torch.zeros(3, 2), task, "query")
+        torch.vmap(lambda output, task: task_loss(loss, output, task, "query"))(
+            output.unsqueeze(0), {name: entry.unsqueeze(0) for name, entry in task.items()}
+        )
 
 
 def test_labels_give_log_probabilities_and_numbers_give_outputs() -> None:

@@ -119,11 +119,20 @@ def test_batch_is_the_mean_of_a_loop() -> None:
         assert torch.allclose(leaf, torch.stack([s.grad[name] for s in singles]).mean(0), rtol=1e-12, atol=1e-15)
 
 
-def test_a_class_without_samples_is_not_hidden() -> None:
+def test_a_class_without_support_samples_is_named() -> None:
     batch = tasks()
     batch["support_y"] = batch["support_y"].clamp(max=CLASSES - 2)
-    found = estimate(proto_net(network(), FEATURES, CLASSES), batch, throw=False)
-    assert found.status is Status.nonfinite
+    learner = proto_net(network(), FEATURES, CLASSES)
+    for each, which in ((learner, "Task 0 of the batch"), (learner.looped(), "A task")):
+        with pytest.raises(ValueError, match=rf"every class in every task.* {which} has none of class {CLASSES - 1}"):
+            estimate(each, batch)
+    whole = tasks()
+    other = {**whole, "support_y": torch.cat([whole["support_y"][:2], batch["support_y"][2:]])}
+    with pytest.raises(ValueError, match="Task 2 of the batch"):
+        estimate(learner, other)
+    mask = torch.ones(whole["support_y"].shape).masked_fill(whole["support_y"] == 1, 0.0)
+    with pytest.raises(ValueError, match="none of class 1"):
+        estimate(learner, {**whole, "support_mask": mask})
 
 
 def test_what_was_learned_serves_another_number_of_classes() -> None:

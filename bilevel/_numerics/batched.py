@@ -1,4 +1,4 @@
-"""One function for many problems side by side: `torch.vmap` for tensors, without its cost a call."""
+"""One function for many problems: side by side (`torch.vmap` for tensors, without its cost a call), or in a loop."""
 
 from __future__ import annotations
 
@@ -36,6 +36,61 @@ def batched(function: Callable[..., Any], size: int, in_dims: tuple[int | None, 
             leave()
 
     return call
+
+
+def looped(function: Callable[..., Any], size: int, in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
+    """What `batched` is, by one call of the function for each problem: for functions that `torch.vmap` cannot take.
+
+    Results are stacked, so that derivatives taken outside are those of independent rows. Random numbers that the
+    function draws are the same for every problem, as they are side by side.
+    """
+
+    def call(*args: Tensor) -> Any:
+        rows = [a if dim is None else a.unbind(dim) for a, dim in zip(args, in_dims, strict=True)]
+        state = random_state(*args)
+        found = []
+        for k in range(size):
+            if k:
+                set_random_state(state)
+            found.append(function(*(row[k] if isinstance(row, tuple) else row for row in rows)))
+        if isinstance(found[0], tuple):
+            return tuple(torch.stack(each) for each in zip(*found, strict=True))
+        return torch.stack(found)
+
+    return call
+
+
+def random_state(*args: Tensor) -> list[tuple[torch.Generator, Tensor]]:
+    """The default generators of the CPU and of the devices of these tensors, and where they are."""
+    devices = {a.device.index for a in args if a.device.type == "cuda"}
+    generators = [torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)]
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def set_random_state(state: list[tuple[torch.Generator, Tensor]]) -> None:
+    """Put generators back to where they were."""
+    for generator, at in state:
+        generator.set_state(at)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether this stands for many tensors side by side: whether one is inside of a `torch.vmap` over it."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    if hasattr(functorch, "is_batchedtensor"):
+        return bool(functorch.is_batchedtensor(tensor))
+    try:
+        bool(tensor.detach().reshape(-1)[:1].sum() == 0)  # a number of one's own: there is none side by side
+    except RuntimeError:
+        return True
+    return False
+
+
+def every_row(tensor: Tensor) -> Tensor:
+    """The values of a tensor for all problems side by side, their axes in front; outside of a `torch.vmap` itself."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    while functorch is not None and functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor).movedim(functorch.maybe_get_bdim(tensor), 0)
+    return tensor
 
 
 @cache

@@ -104,7 +104,7 @@ def certify(
         )
     x_vector, x_structure = ravel(x, "x")
     z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
-    flat = FlatProblem(problem, x_structure, _one_row(estimate.y, problem.tasks), data)
+    flat = FlatProblem(problem, x_structure, _one_row(estimate.y, bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
     if first_order:

@@ -184,21 +184,34 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
             _write(folder, head, lines, _Ending("interrupted", message, earlier + time.perf_counter() - began))
             raise KeyboardInterrupt(message) from error
         except Exception as error:
+            if isinstance(error, BilevelError) and isinstance(error.partial, Trained):
+                _finish(plan, folder, head, lines, error.partial, earlier + time.perf_counter() - began)
+                return
             if not lines:
                 raise
             message = f"stopped after step {lines[-1]['step']}: {told(error, request.problem)}"
             status = error.status.name if isinstance(error, BilevelError) else "failed"
             _write(folder, head, lines, _Ending(status, message, earlier + time.perf_counter() - began))
             raise Failure(message) from error
+    _finish(plan, folder, head, lines, trained, earlier + time.perf_counter() - began)
+
+
+def _finish(
+    plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], trained: Trained, seconds: float
+) -> None:
+    """Evaluate and write what was trained, failed or not."""
+    experiment, request, began = plan.experiment, plan.request, time.perf_counter()
     if not request.quiet:
         note(
             f"training ended ({trained.ended}) at step {trained.history[-1].step}; evaluating x of step {trained.step}."
         )
     test = experiment.evaluate(trained.x, plan.seed)
     failed = trained.ended == "failed"
-    message = f"training met NaN at step {trained.history[-1].step}. {trained.message}" if failed else ""
-    status = "nonfinite" if failed else "successful"
-    ending = _Ending(status, message, earlier + time.perf_counter() - began, trained, test)
+    last = trained.history[-1]
+    message = f"training failed at step {last.step}. {trained.message}" if failed else ""
+    ending = _Ending(
+        last.status if failed else "successful", message, seconds + time.perf_counter() - began, trained, test
+    )
     content = _write(folder, head, lines, ending)
     if not request.quiet:
         _show(plan, folder, content, test)
@@ -269,6 +282,7 @@ def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], en
         "test": None if test is None else test.as_dict(),
         "calibration": None if test is None else _calibration(test),
         "failed": dict(Counter(line["status"] for line in lines if line["status"] != "successful")),
+        "skipped": sum(Status[line["status"]].lost for line in lines),
         "stats": sum((Stats(**line["stats"]) for line in lines), Stats()).as_dict(),
         "training_seconds": lines[-1]["elapsed"],
         "seconds": ending.seconds,
@@ -313,8 +327,13 @@ def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluat
         *((name, number(value)) for name, value in (content["calibration"] or {}).items()),
         *([("validation", f"{number(validation['score'])} at step {validation['step']}")] if validation else []),
         ("outer loss", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),
-        *([("failed estimates", str(content["failed"]))] if content["failed"] else []),
+        *(
+            [("failed estimates", f"{content['failed']}, {content['skipped']} passed over")]
+            if content["failed"]
+            else []
+        ),
         *([("failed adaptations", str(dict(test.failed)))] if test.failed else []),
+        *([(f"{test.metric} of the others", str(test.settled))] if test.lost else []),
         ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
         ("outer steps", f"{content['steps']} ({content['ended']})"),
         ("seconds", f"{content['seconds']:.2f}, {content['training_seconds']:.2f} of them for training"),

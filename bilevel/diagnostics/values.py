@@ -8,12 +8,13 @@ import torch
 
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
+from bilevel.requirements.padding import demand_padding_unseen
 
 _REPEATS = 8  # evaluations at one point: a mask of two entries drawn anew agrees by chance once in 4^7 times
 
 
 def values_are_finite(subject: Subject, found: Findings) -> Findings:
-    """Whether f and g run at (x, y0), are finite, and of one dtype; else "values" are wrong."""
+    """Whether f and g run at (x, y0), are finite, of one dtype and blind to padding; else "values" are wrong."""
     wrong = replace(found, wrong=found.wrong | {"values"})
     values = []
     for name, function in subject.functions:
@@ -22,6 +23,10 @@ def values_are_finite(subject: Subject, found: Findings) -> Findings:
         except Exception as error:  # whatever the user's functions raise is the verdict
             text = f"{name} raised {type(error).__name__}: {error}"
             return wrong.saying("values", False, text, f"make {name} run at (x, y0)")
+    try:
+        demand_padding_unseen(subject.problem, subject.x, subject.y0)
+    except ValueError as error:
+        return wrong.saying("values", False, str(error), "keep the padding of tasks out of f and g")
     names, dtype = " and ".join(name for name, _ in values), subject.x.dtype
     finite = all(bool(value.isfinite()) for _, value in values)
     same = all(value.dtype == dtype for _, value in values)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._flat import FlatProblem
+from bilevel._flat import FlatProblem, not_side_by_side, takes_one
 from bilevel._inner import AbstractInnerSolver
+from bilevel._numerics.batched import batched, looped
 from bilevel._result import Stats, Status
-from bilevel._tree import Tree, ravel, tree_leaves, tree_map
+from bilevel._tree import Tree, ravel, tree_leaves, tree_map, tree_parts
 from bilevel.few_shot.learner import Learner
 from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.padding import Level, demand_padding_unseen, is_padded
 from bilevel.tasks._random import seed_of_step
 from bilevel.tasks.source import AbstractTasks
 
@@ -51,7 +54,8 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
         seed: of what `learner.prepare` draws.
 
     Raises:
-        ValueError: if `steps` is negative or given for a solver that is no iteration.
+        ValueError: if `steps` is negative or given for a solver that is no iteration; if what pads tasks of different
+            sizes changes g.
 
     Example:
         >>> from bilevel import BilevelProblem
@@ -68,6 +72,27 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
         >>> adapt(learner, x0, {"support_y": torch.tensor([[1.0], [2.0]])}).y
         tensor([0.5000, 1.0000])
     """
+    check_padding(learner, x, ready(learner, x, batch, seed), ("g",))
+    return adapted(learner, x, batch, steps=steps, seed=seed)
+
+
+def check_padding(learner: Learner, x: Tree, batch: Any, functions: Sequence[Level] = ("f", "g")) -> bool:
+    """Whether a batch, as the learner sees it, is padded; refused where its padding changes what the functions give.
+
+    Raises:
+        ValueError: saying what changes by how much, and what to do.
+    """
+    if not is_padded(batch):
+        return False
+    vector, x_structure = ravel(x, "x")
+    y0, y_structure = ravel(learner.y0, "y0")
+    flat = FlatProblem(learner.problem, x_structure, y_structure, batch)
+    demand_padding_unseen(flat, vector.detach(), y0.detach().to(vector.device), functions)
+    return True
+
+
+def adapted(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, seed: int = 0) -> Adapted:
+    """`adapt` without a look at the padding."""
     batch = ready(learner, x, batch, seed)
     vector, flat, z, in_z = _at(learner, x, batch)
     start = in_z.start(z, vector).detach()
@@ -85,9 +110,7 @@ def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     def one(y: Tree, task: Any) -> Tensor:
         return learner.predict(x, y, task)
 
-    with torch.no_grad():
-        predictions: Tensor = torch.vmap(one, randomness="same")(adapted.y, adapted.batch)
-    return predictions
+    return _of_tasks(learner, one, adapted)
 
 
 def draws(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
@@ -103,8 +126,29 @@ def draws(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
         raise ValueError(
             f"`draws` needs a learner whose tasks have a posterior, such as `ibaml(module, loss)`. Got {learner.name}."
         )
+    return _of_tasks(learner, lambda y, task: given(x, y, task), adapted)
+
+
+def _of_tasks(learner: Learner, function: Callable[[Tree, Any], Tensor], adapted: Adapted) -> Tensor:
+    """function(y, task) of each task, stacked: side by side, or one after the other as the problem says."""
+    parts, build = tree_parts((adapted.y, adapted.batch))
+    places = [k for k, leaf in enumerate(parts) if isinstance(leaf, Tensor)]
+
+    def one(*tensors: Tensor) -> Tensor:
+        whole = list(parts)
+        for k, tensor in zip(places, tensors, strict=True):
+            whole[k] = tensor
+        return function(*build(whole))
+
+    tensors = [parts[k] for k in places]
+    each = looped if learner.problem.tasks == "loop" else batched
     with torch.no_grad():
-        found: Tensor = torch.vmap(lambda y, task: given(x, y, task), randomness="same")(adapted.y, adapted.batch)
+        try:
+            found: Tensor = each(one, len(tensors[0]), (0,) * len(tensors))(*tensors)
+        except RuntimeError as error:
+            if each is batched and takes_one(one, [(0,) * len(tensors)], tuple(tensors)):
+                raise not_side_by_side(error) from error
+            raise
     return found
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any, final
 
+from bilevel._result import Status
 from bilevel.few_shot.validate import Validation
 from bilevel.outer.solution import Record
 
 
 @final
 class Board:
-    """Scalars by step: `outer/loss`, `outer/gradient_norm`, `outer/seconds`, `batch/score`, `validation/...`.
+    """Scalars by step: `outer/{loss,gradient_norm,seconds,skipped}`, `batch/score` and `validation/...`.
 
     Args:
         folder: where TensorBoard finds them.
@@ -33,6 +34,7 @@ class Board:
             "outer/loss": record.value,
             "outer/gradient_norm": record.grad_norm,
             "outer/seconds": record.seconds,
+            "outer/skipped": float(Status[record.status].lost),
             "batch/score": score,
         }
         if validation is not None:

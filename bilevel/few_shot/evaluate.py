@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from bilevel._result import Stats
+from bilevel._result import Stats, Status
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, adapt, demand_tasks, draws, noise_seed, predict
+from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.tasks._random import seed_of_step
@@ -67,7 +67,10 @@ class Evaluation:
         before: the metric without adaptation: at the start of the inner iteration.
         loss: after adaptation: minus the mean log-probability of the targets, or again the mean squared error.
         curve: the metric after other numbers of steps, by that number.
-        failed: how many tasks' adaptation did not succeed, by the name of the status; they are scored all the same.
+        failed: how many tasks' adaptation did not succeed, by the name of the status. They are scored all the same,
+            also those whose solver diverged, so that an x at which many do is not taken for a good one. A prediction
+            that is not finite counts as wrong, and makes a mean squared error NaN.
+        settled: the score without the tasks whose adaptation diverged or met NaN; None: there are no others.
         stats: the oracle calls of the adaptation.
         seconds: the wall-clock time.
         scores: the metric of each episode `(episodes,)`.
@@ -92,6 +95,12 @@ class Evaluation:
     targets: Tensor | None = field(default=None, repr=False)
     nll: Score | None = None
     coverage: Score | None = None
+    settled: Score | None = None
+
+    @property
+    def lost(self) -> int:
+        """How many tasks' adaptation diverged, or met NaN."""
+        return sum(count for name, count in self.failed.items() if Status[name].lost)
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers as plain data, without those of single episodes."""
@@ -105,6 +114,7 @@ class Evaluation:
             "coverage": None if self.coverage is None else asdict(self.coverage),
             "curve": {str(steps): asdict(score) for steps, score in self.curve.items()},
             "failed": dict(self.failed),
+            "settled": None if self.settled is None else asdict(self.settled),
             "stats": self.stats.as_dict(),
             "seconds": self.seconds,
         }
@@ -144,7 +154,8 @@ def evaluate(
         curve: other numbers of steps to report the score after, on the same tasks.
 
     Raises:
-        ValueError: if a number is out of range, a batch of tasks is malformed, or predictions do not match the targets.
+        ValueError: if a number is out of range, a batch of tasks is malformed, predictions do not match the targets, or
+            the padding of the first batch that has some changes values.
         TypeError: if `learner` is none, or `tasks` has no `sample`.
 
     Example:
@@ -170,15 +181,16 @@ def evaluate(
             raise ValueError(f"`evaluate({name}=...)` must be a positive integer. Got {value!r}.")
     demand_tasks("evaluate", learner, tasks=tasks)
     began = time.perf_counter()
-    found = _Found()
+    found, looked = _Found(), False
     for part, first in enumerate(range(0, episodes, batch)):
         count = min(batch, episodes - first)
         sampled = tasks.sample(count, seed_of_step(seed, part))
         check_batch(sampled, count)
 
         def at(steps: int | None, sampled: Any = sampled, part: int = part) -> Adapted:
-            return adapt(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))
+            return adapted(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))
 
+        looked = looked or check_padding(learner, x, ready(learner, x, sampled, noise_seed(seed, part)))
         found.add(learner, x, at, steps, curve)
     return found.evaluation(time.perf_counter() - began)
 
@@ -195,6 +207,7 @@ class _Found:
         self.densities: list[tuple[Tensor, Tensor]] = []
         self.curve: dict[int, list[Tensor]] = {}
         self.failed: Counter[str] = Counter()
+        self.settled: list[bool] = []
         self.stats = Stats()
         self.log_probabilities: list[Tensor] = []
         self.targets: list[Tensor] = []
@@ -202,33 +215,35 @@ class _Found:
     def add(
         self, learner: Learner, x: Tree, at: Callable[[int | None], Adapted], steps: int | None, curve: Sequence[int]
     ) -> None:
-        adapted = at(steps)
-        predictions = predict(learner, x, adapted)
-        targets: Tensor = adapted.batch["query_y"]
+        own = at(steps)
+        predictions = predict(learner, x, own)
+        targets: Tensor = own.batch["query_y"]
         self.metric = "mse" if targets.is_floating_point() else "accuracy"
-        self.failed.update(status.name for status in adapted.statuses if not status.ok)
-        self.stats = self.stats + adapted.stats
-        scores = score_tasks(predictions, adapted.batch)
+        self.failed.update(status.name for status in own.statuses if not status.ok)
+        self.settled += [not status.lost for status in own.statuses]
+        self.stats = self.stats + own.stats
+        scores = score_tasks(predictions, own.batch)
         self.after.append(scores)
-        self.before.append(scores if steps == 0 else score_tasks(predict(learner, x, at(0)), adapted.batch))
+        self.before.append(scores if steps == 0 else score_tasks(predict(learner, x, at(0)), own.batch))
         for number in curve:
-            found = self.before[-1] if number == 0 else score_tasks(predict(learner, x, at(number)), adapted.batch)
+            found = self.before[-1] if number == 0 else score_tasks(predict(learner, x, at(number)), own.batch)
             self.curve.setdefault(number, []).append(found)
         if self.metric == "mse":
             self.loss.append(scores)
             if learner.draws is not None and learner.likelihood is not None:
-                self.densities.append(_score_draws(learner.likelihood, draws(learner, x, adapted), adapted.batch))
+                self.densities.append(_score_draws(learner.likelihood, draws(learner, x, own), own.batch))
             return
-        if bool((predictions.exp().sum(-1) - 1).abs().max() > 1e-3):  # logits: the learner did not know its loss
+        if bool(((predictions.exp().sum(-1) - 1).abs() > 1e-3).any()):  # logits: the learner did not know its loss
             predictions = predictions.log_softmax(-1)
         losses = nll_loss(predictions.transpose(1, 2), targets.long(), reduction="none")
-        self.loss.append(_mean(losses, adapted.batch))
-        kept = adapted.batch["query_mask"].bool() if "query_mask" in adapted.batch else torch.ones_like(targets).bool()
+        self.loss.append(_mean(losses, own.batch))
+        kept = own.batch["query_mask"].bool() if "query_mask" in own.batch else torch.ones_like(targets).bool()
         self.log_probabilities.append(predictions[kept].cpu())
         self.targets.append(targets[kept].long().cpu())
 
     def evaluation(self, seconds: float) -> Evaluation:
         scores = torch.cat(self.after)
+        settled = scores[torch.tensor(self.settled, device=scores.device)]
         nll, coverage = [Score.of(torch.cat(v)) for v in zip(*self.densities, strict=True)] or (None, None)
         return Evaluation(
             metric=self.metric,
@@ -240,6 +255,7 @@ class _Found:
             coverage=coverage,
             curve={steps: Score.of(torch.cat(values)) for steps, values in sorted(self.curve.items())},
             failed=dict(self.failed),
+            settled=Score.of(settled) if len(settled) else None,
             stats=self.stats,
             seconds=seconds,
             scores=scores,
@@ -272,7 +288,8 @@ def score_tasks(predictions: Tensor, batch: Any) -> Tensor:
             f"`learner.predict` must return log-probabilities ({targets.shape[1]}, classes) a task."
             f" Got {tuple(predictions.shape[1:])}."
         )
-    return _mean((predictions.argmax(-1) == targets).to(predictions.dtype), batch)
+    right = (predictions.argmax(-1) == targets) & ~predictions.isnan().any(-1)
+    return _mean(right.to(predictions.dtype), batch)
 
 
 def _score_draws(likelihood: AbstractLikelihood, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:

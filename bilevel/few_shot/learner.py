@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Learner:
 
     Attributes:
         name: the method's.
-        problem: f and g for one task; `problem.tasks` is True.
+        problem: f and g for one task; `problem.tasks` is True, or "loop".
         x0: what is learned across tasks, at its start.
         y0: one task's variable, for its structure (and its start, where the problem has no `init`).
         estimator: the hypergradient estimator that the method is published with; any that applies may be used.
@@ -52,3 +53,20 @@ class Learner:
     prepare: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     draws: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)
     likelihood: AbstractLikelihood | None = field(default=None, repr=False)
+
+    def looped(self) -> Learner:
+        """This learner with one task after the other, `tasks="loop"`: in training, adaptation and predictions alike.
+
+        For modules and losses that `torch.vmap` cannot take (recurrent layers, `if`s on values, boolean masks), and for
+        those to which the padding of tasks of different sizes would matter (batch normalization, class weights): the
+        learners of `bilevel.problems` then show a module the examples of a task alone. The numbers are otherwise the
+        same, at the cost of a call a task. Where a posterior is drawn from, see also `MonteCarlo(loop=True)`.
+
+        Example:
+            >>> from bilevel.problems import maml
+            >>> maml(nn.LSTM(2, 1), lambda output, target: (output[0] - target).square().mean()).looped().problem.tasks
+            'loop'
+        """
+        problem = copy.copy(self.problem)
+        problem.tasks = "loop"
+        return replace(self, problem=problem)

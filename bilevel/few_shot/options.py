@@ -31,11 +31,15 @@ class OuterLoop:
         constraint: a set for x, or for entries of it.
         chunk_size: how many tasks to treat at a time: bounds the memory; None: all.
         seconds: stop after so much time; None: never. It is looked at after each step.
-        throw: raise at the first estimate that does not succeed. By default training goes on with what such an
-            estimate gives, unless it is NaN, and counts it.
+        throw: raise at the first estimate that does not succeed. By default a step is taken along what such an estimate
+            gives (too few linear steps, negative curvature in a task), and it is counted; unless it is lost:
+        skip: how many estimates in a row may be lost, that is not finite, or with an inner solver that diverged on some
+            task. No step is taken along such a one, x and the optimizer stay as they are, the next batch comes, and it
+            is counted. Where more follow each other, or the last three of a run are lost, training ends with a
+            `BilevelError`.
 
     Raises:
-        ValueError: if the time is not positive.
+        ValueError: if the time is not positive, or `skip` is negative.
         TypeError: if the optimizer is none.
 
     Example:
@@ -49,11 +53,13 @@ class OuterLoop:
     chunk_size: int | None = None
     seconds: float | None = None
     throw: bool = False
+    skip: int = 10
 
     def __post_init__(self) -> None:
         demand_type("OuterLoop", "optimizer", self.optimizer, AbstractOptimizer)
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"`OuterLoop(seconds=...)` must be positive, or None. Got {self.seconds}.")
+        demand_count("OuterLoop", "skip", self.skip, 0)
 
 
 @final

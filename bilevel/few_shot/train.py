@@ -10,6 +10,7 @@ import torch
 
 from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
+from bilevel._result import BilevelError, Status
 from bilevel._validate import grouped
 from bilevel.few_shot.adapt import demand_tasks
 from bilevel.few_shot.evaluate import evaluate
@@ -30,6 +31,7 @@ from bilevel.few_shot.trained import Callback as Callback, Progress as Progress,
 from bilevel.few_shot.training_run import Clock, Reporter, TrainingBatches, TrainingRun, Validator
 from bilevel.few_shot.validate import Validations
 from bilevel.outer.minimize import minimize
+from bilevel.outer.solution import Solution
 from bilevel.tasks.source import AbstractTasks, batches
 
 _VALIDATION = 2**34  # validation tasks are drawn from another stream of seeds than training tasks
@@ -50,7 +52,8 @@ def train(
 ) -> Trained:
     """min_x E_t f(x, y_t(x), task_t) by outer steps on batches of new tasks; the x of the best validation is kept.
 
-    A layer over `bilevel.minimize`, without warm starts, as every step has other tasks. From the same arguments the
+    A layer over `bilevel.minimize`, without warm starts, as every step has other tasks. An estimate that is not finite,
+    or whose inner solver diverged, is never stepped along: see `OuterLoop.skip`. From the same arguments the
     same bits follow, also when a run is interrupted and resumed.
 
     Each of the last four arguments is one thing, or a value that says more about it.
@@ -72,7 +75,8 @@ def train(
         ValueError: if a number is out of range, a batch of tasks is malformed, or the estimator does not apply.
         TypeError: if `learner` is none, or a source of tasks has no `sample`.
         ImportError: if TensorBoard is asked for and missing.
-        BilevelError: if `outer.throw` and an estimate did not succeed.
+        BilevelError: if more than `outer.skip` estimates in a row, or the last three, were not finite or diverged, or
+            `outer.throw` and one did not succeed; its `partial` is what was `Trained` until then.
 
     Example:
         >>> from bilevel import ITD, BilevelProblem
@@ -100,7 +104,7 @@ def train(
     clock = Clock(_earlier_seconds(kept_in), loop.seconds)
     validator = _validator(learner, chosen_by, kept_in, seed)
     reporter = Reporter(reporting(callback))
-    run = TrainingRun(data, max_steps, clock, validator, reporter)
+    run = TrainingRun(data, max_steps, clock, validator, reporter, loop)
     try:
         solution = minimize(
             learner.problem,
@@ -118,14 +122,33 @@ def train(
             warm_start=False,
             chunk_size=loop.chunk_size,
             throw=loop.throw,
+            skip=0 if loop.throw else loop.skip,
         )
+    except BilevelError as error:  # `throw`
+        solution = error.partial
     finally:
         reporter.close()
     trained = run.trained(solution)
     if kept_in is not None:
         state = trained.module().state_dict()
         write_atomically(kept_in.path / "model.pt", lambda file: torch.save(state, file))
+    if trained.ended == "failed":
+        raise _failure(trained, solution, loop)
     return trained
+
+
+def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelError:
+    status = solution.estimate.status
+    why = "an estimate did not succeed, and `throw` was asked for."
+    lost = next((k for k, r in enumerate(reversed(trained.history)) if not Status[r.status].lost), len(trained.history))
+    if not loop.throw:
+        why = (
+            f"the last {lost} estimates were not finite, or diverged; no step was taken along them."
+            f" Shorten the inner step or have it derived (`step=None`), take another inner solver (with a line search),"
+            f" clip the gradient (`outer=Clipped(Adam(1e-3), max_norm=1.0)`), or raise `OuterLoop(skip=...)`."
+        )
+    step = trained.history[-1].step
+    return BilevelError(f"`train` stopped at step {step}: {why} {solution.estimate.message}", status, trained)
 
 
 def _validator(learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int) -> Validator:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, final
 
 from torch import nn
 
-from bilevel._result import Stats
+from bilevel._result import Stats, Status
 from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.validate import Validation
@@ -47,11 +47,13 @@ class Trained:
         learner: the method.
         x: what was learned: the x of the best validation; the last x if there was none.
         step: of that x.
-        ended: why training stopped: "max_steps", "patience", "seconds", "callback", or "failed" for NaN.
+        ended: why training stopped: "max_steps", "patience", "seconds", "callback", or "failed": too many estimates in
+            a row were lost, or the last three, or one did not succeed and `OuterLoop.throw` was asked for.
         message: what to do about it, if it failed.
         validations: the validation scores, in order.
         history: one record an outer step.
-        failed: how many steps' estimates did not succeed, by the name of the status. They were used all the same.
+        failed: how many steps' estimates did not succeed, by the name of the status. Those that `skipped` counts were
+            passed over, the others used all the same.
         stats: the oracle calls of training, validations not included.
         seconds: wall-clock time, validations and earlier parts of a resumed run included.
         last: where the outer iteration ended.
@@ -68,6 +70,11 @@ class Trained:
     stats: Stats
     seconds: float
     last: Tree = field(repr=False)
+
+    @property
+    def skipped(self) -> int:
+        """Along how many estimates no step was taken, as they were not finite or their inner solver diverged."""
+        return sum(Status[record.status].lost for record in self.history)
 
     @property
     def best(self) -> Validation | None:

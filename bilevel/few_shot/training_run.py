@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from bilevel._estimate import Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, noise_seed, predict, ready
+from bilevel.few_shot.adapt import Adapted, check_padding, noise_seed, predict, ready
 from bilevel.few_shot.board import Board
 from bilevel.few_shot.evaluate import Evaluation, score_tasks
 from bilevel.few_shot.learner import Learner
-from bilevel.few_shot.options import Reporting
+from bilevel.few_shot.options import OuterLoop, Reporting
 from bilevel.few_shot.trained import Ended, Progress, Trained
 from bilevel.few_shot.validate import Validation, Validations
 from bilevel.outer.solution import Record, Solution
 from bilevel.tasks.ragged import check_batch
+
+_AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
 
 
 @final
@@ -31,6 +33,7 @@ class TrainingBatches:
     sample: Callable[[int], Any]
     seed: int
     latest: dict[int, Any] = field(default_factory=dict)
+    looked_at: list[int] = field(default_factory=list)  # the step whose padding was
 
     def __call__(self, step: int) -> Any:
         if step not in self.latest:
@@ -38,6 +41,8 @@ class TrainingBatches:
             batch = self.sample(step)
             check_batch(batch)
             self.latest[step] = ready(self.learner, self.learner.x0, batch, noise_seed(self.seed, step))
+            if not self.looked_at:  # later batches may be the first that have padding
+                self.looked_at.extend([step] * check_padding(self.learner, self.learner.x0, self.latest[step]))
         return self.latest[step]
 
 
@@ -134,24 +139,28 @@ class TrainingRun:
         clock: of this run.
         validator: for its validations.
         reporter: for its reports.
+        loop: of its outer steps.
     """
 
     def __init__(
-        self, batches: TrainingBatches, last_step: int, clock: Clock, validator: Validator, reporter: Reporter
+        self,
+        batches: TrainingBatches,
+        last_step: int,
+        clock: Clock,
+        validator: Validator,
+        reporter: Reporter,
+        loop: OuterLoop = OuterLoop(),
     ) -> None:
-        self._batches, self._last_step, self._clock = batches, last_step, clock
+        self._batches, self._last_step, self._clock, self._loop = batches, last_step, clock, loop
         self._validator, self._reporter = validator, reporter
         self._ended: Ended = "max_steps"
 
     def after_step(self, record: Record, estimate: Estimate) -> bool:
         """Validate, score and report as this step asks for; whether training ends here."""
-        if estimate.status is Status.nonfinite:
-            self._ended = "failed"
-            self._tell(record, None, None)
-            return True
         out_of_time, at_end = self._clock.over(), record.step == self._last_step
         validation = self._validator.at(record.step, estimate.x, self._clock, last=at_end or out_of_time)
-        score = self._score(record.step, estimate) if self._reporter.scores(record.step) else None
+        scores = self._reporter.scores(record.step) and not estimate.status.lost
+        score = self._score(record.step, estimate) if scores else None
         stop = self._tell(record, score, validation)
         if at_end:
             return True
@@ -165,8 +174,10 @@ class TrainingRun:
 
     def trained(self, solution: Solution) -> Trained:
         """What the run comes to."""
-        step, kept = solution.history[-1].step, self._validator.kept
-        best = kept.best()
+        last, kept = solution.history[-1], self._validator.kept
+        step, best = last.step, kept.best()
+        if self._ended in ("max_steps", "seconds") and self._failed(solution.history):
+            self._ended = "failed"
         return Trained(
             learner=self._batches.learner,
             x=solution.x if best is None else kept.x,
@@ -180,6 +191,14 @@ class TrainingRun:
             seconds=self._clock.seconds(),
             last=solution.x,
         )
+
+    def _failed(self, history: Sequence[Record]) -> bool:
+        """Whether the run was ended by what did not succeed, or ends where it no longer does."""
+        if self._ended == "max_steps" and history[-1].step < self._last_step:
+            return True
+        if self._loop.throw:
+            return history[-1].status != Status.successful.name
+        return all(Status[record.status].lost for record in history[-min(_AT_THE_END, self._loop.skip + 1) :])
 
     def _tell(self, record: Record, score: float | None, validation: Validation | None) -> bool:
         best = self._validator.kept.best(record.step)

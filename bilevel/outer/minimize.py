@@ -59,6 +59,7 @@ def minimize(
     accuracy: Literal["fixed", "adaptive"] | None = None,
     constants: Constants | Callable[[Tree], Constants] | None = None,
     throw: bool = True,
+    skip: int = 0,
 ) -> Solution:
     """min_x Phi(x) = f(x, y*(x)): by x <- P(outer.step(x, h)), h a hypergradient estimate, or by another algorithm.
 
@@ -102,6 +103,9 @@ def minimize(
         constants: what is known of f and g, or a function of x that tells, for adaptive accuracy; None: estimated.
         throw: raise at the first estimate that does not succeed, and if `tol` is given and missed. Otherwise the run
             goes on as long as it stays finite, and `Solution.status` is the worst that was met.
+        skip: with `throw=False` and data that change from step to step: take no step along an estimate that is not
+            finite, or whose solver diverged, and go on with the next batch; the run ends where more than so many follow
+            each other. 0: none is passed over, and the first that is not finite ends the run.
 
     Returns:
         The solution.
@@ -135,6 +139,7 @@ def minimize(
         )
     if tol is not None and not tol >= 0:
         raise ValueError(f"`minimize(tol=...)` must be at least 0, or None to take all the steps. Got {tol}.")
+    _demand_skip(skip, throw, data, outer)
     of_descent = {
         "estimator": estimator,
         "outer": outer,
@@ -160,7 +165,7 @@ def minimize(
 
     def run() -> Run:
         kept = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every, fingerprint(settings))
-        return Run(Rules(max_steps, tol, throw, callback, kept, resume), structured)
+        return Run(Rules(max_steps, tol, throw, callback, kept, resume, skip), structured)
 
     chosen: AbstractAlgorithm[Any]
     if algorithm is None or algorithm == DESCENT:
@@ -190,6 +195,17 @@ def _demand_arguments(max_steps: Any, tol: Any, callback: Any, checkpoint: Any, 
     demand_type("minimize", "tol", tol, float | None)
     demand_type("minimize", "callback", callback, Callable[..., Any] | None)
     demand_type("minimize", "checkpoint", checkpoint, str | os.PathLike | None, "a path or None")
+
+
+def _demand_skip(skip: Any, throw: bool, data: Any, outer: Any) -> None:
+    demand_type("minimize", "skip", skip, int)
+    if skip < 0:
+        raise ValueError(f"`minimize(skip=...)` must be at least 0. Got {skip}.")
+    if skip and (throw or data is None or isinstance(outer, AbstractOuterDriver)):
+        raise ValueError(
+            "`minimize(skip=...)` passes over estimates that fail on one batch, on the way to the next: it needs"
+            " `throw=False`, `data=` and an optimizer or algorithm that takes one step a batch. Leave it out."
+        )
 
 
 def _refuse_beside(algorithm: Any, given: list[str]) -> None:

@@ -20,6 +20,7 @@ from bilevel.outer.checkpoint import Checkpoint
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.solution import Record, Solution
 from bilevel.requirements.first_look import looked_at
+from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
 
@@ -40,6 +41,7 @@ class Rules:
         callback: what is called with each record; a true value ends the run.
         checkpoint: the file that the state is written to, or None.
         resume: whether the run begins with what is in the file.
+        skip: how many estimates in a row that are lost (see `Status.lost`) are passed over, x staying where it is.
     """
 
     max_steps: int
@@ -48,6 +50,7 @@ class Rules:
     callback: Callback | None
     checkpoint: Checkpoint | None
     resume: bool
+    skip: int = 0
 
 
 @final
@@ -69,11 +72,25 @@ class Run:
         del self.history[step:]
         self.history.append(record)
 
+    def lost(self) -> int:
+        """How many estimates in a row, up to the latest, are no basis for a step."""
+        found = 0
+        while found < len(self.history) and Status[self.history[-1 - found].status].lost:
+            found += 1
+        return found
+
+    def passes_over(self) -> bool:
+        """Whether no step is taken along the latest estimate, and the run goes on with the next batch."""
+        return 0 < self.lost() <= self.rules.skip
+
     def ended(self, estimate: Estimate, norm: float, last_step: bool, converged_by: str = "tol") -> Status | None:
         """Why the run ends with the latest record, or None; the callback is told of it."""
         tol, callback = self.rules.tol, self.rules.callback
         stop = callback is not None and bool(callback(self.history[-1], estimate))
-        if estimate.status is Status.nonfinite or (self.rules.throw and not estimate.status.ok):
+        if self.passes_over():
+            return estimate.status if last_step else Status.successful if stop else None
+        refused = estimate.status.lost if self.rules.skip else estimate.status is Status.nonfinite
+        if refused or (self.rules.throw and not estimate.status.ok):
             return estimate.status
         if tol is not None and converged_by == "tol" and norm <= tol:
             return Status.successful
@@ -141,6 +158,7 @@ def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tens
     if why:
         raise ValueError(why)
     try:
+        demand_padding_unseen(oracle.problem().with_tally(Tally()), x, y)
         if (
             algorithm.requires is STRICTEST
         ):  # it says nothing: what others see where they form derivatives is looked for
@@ -180,7 +198,8 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
             if ended is not None:
                 break
             before = time.perf_counter()
-            state = algorithm.step(oracle, state, found)
+            if not run.passes_over():
+                state = algorithm.step(oracle, state, found)
             seconds = time.perf_counter() - before
             reached = _Reached(reached.step + 1, state, tally.stats())
             oracle = oracle.at(reached.step)

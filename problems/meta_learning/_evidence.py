@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver
-from bilevel._tree import Structure, Tree, tree_map
+from bilevel._numerics.batched import is_batched
+from bilevel._problem import Tasks
+from bilevel._tree import Structure, Tree, tree_map, tree_parts
 from bilevel._validate import demand_type
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
+from bilevel.problems.meta_learning._modules import on_examples
 from bilevel.problems.meta_learning._tasks import Loss, Side, is_cross_entropy, is_of_numbers, mixture_loss, task_loss
 from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
 from bilevel.problems.meta_learning.kl_system import KLSystem
@@ -95,9 +98,16 @@ class Evidence:
             return part
         return {**part, "log_variance": torch.full_like(rows(part["mean"])[:1].detach(), self.prior.log_variance)}
 
+    @property
+    def tasks(self) -> Tasks:
+        """How the tasks of a problem of this are treated: as the draws are."""
+        return "loop" if self.monte_carlo.loop else True
+
     def expectation(self, z: Tree, y: Tree, task: Mapping[str, Tensor], side: Side = "support") -> Tensor:
         """E_q[loss] on one side of the task, over the task's own noise."""
         outputs = self._outputs(z, y, task, side)
+        if not is_batched(outputs):  # one task at a time: losses of any kind are right
+            return torch.stack([task_loss(self.loss, output, task, side) for output in outputs]).mean()
         # Targets are given to every draw: torch's mse_loss is wrong in vmaps of which the inner one has no targets.
         own = {key: task[key].expand(len(outputs), *task[key].shape) for key in _targets(task, side)}
         return torch.vmap(lambda output, own: task_loss(self.loss, output, own, side))(outputs, own).mean()
@@ -111,7 +121,28 @@ class Evidence:
                 f" seed)` first."
             )
         drawn = weights(self.full(y), task[NOISE[side]], self.structure)
-        outputs: Tensor = torch.vmap(lambda drawn: self.output(drawn, inputs), randomness="same")(drawn)
+        return self._of_draws(drawn, inputs, task.get(f"{side}_mask"))
+
+    def _of_draws(self, drawn: Tree, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """The outputs of models side by side, or one after the other: `(samples, n, ...)`."""
+
+        def one(drawn: Tree) -> Tensor:
+            return on_examples(lambda examples: self.output(drawn, examples), inputs, mask)
+
+        if self.monte_carlo.loop:
+            leaves, build = tree_parts(drawn)
+            rows = [leaf.unbind() for leaf in leaves]
+            return torch.stack([one(build([row[k] for row in rows])) for k in range(len(rows[0]))])
+        try:
+            outputs: Tensor = torch.vmap(one, randomness="same")(drawn)
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("vmap", "atching rule", "data pointer")):
+                raise
+            raise ValueError(
+                f"the draws of a posterior are evaluated at once by `torch.vmap`, which cannot take this module"
+                f" ({str(error).splitlines()[0]}). Write `draws=MonteCarlo(..., loop=True)`: draws and tasks one after"
+                f" the other."
+            ) from error
         return outputs
 
     def g(self, z: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
@@ -149,7 +180,7 @@ class Evidence:
     def draws(self, y: Tree, inputs: Tensor, noise: Tensor, task: Mapping[str, Tensor]) -> Tensor:
         """The predictions of each draw of the posterior, `(samples, n, ...)`."""
         drawn = weights(self.full(y), noise, self.structure)
-        found: Tensor = torch.vmap(lambda drawn: self.output(drawn, inputs), randomness="same")(drawn)
+        found = self._of_draws(drawn, inputs, task.get("query_mask"))
         return found.log_softmax(-1) if self._classifies(task) else found
 
     def _classifies(self, task: Mapping[str, Tensor]) -> bool:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from bilevel._numerics.batched import is_batched
+from bilevel._tree import Tree
 from bilevel.modules.functional import Functional, functional
 from bilevel.problems.meta_learning._tasks import Loss, Side, is_cross_entropy
+
+SIDES: tuple[Side, ...] = ("support", "query")
 
 
 def as_functional(module: nn.Module | Functional) -> Functional:
@@ -25,10 +31,30 @@ def any_parameter(net: Functional) -> Tensor:
     return next(iter(net.params.values()))
 
 
-def features_of(net: Functional, x: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """The module's outputs, one vector for each sample: `(n, features)`."""
-    output: Tensor = net(x, inputs)
-    return output.reshape(len(inputs), -1)
+def on_examples(function: Callable[[Tensor], Tensor], inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """function(inputs) `(n, ...)`, with zeros in the rows that the mask says are padding.
+
+    One task at a time, the function sees the examples alone, so that what mixes them (batch normalization) is right.
+    Inside of a `torch.vmap` over tasks it sees the padding as well: there is no other way to have one shape.
+    """
+    if mask is None or is_batched(mask):
+        return function(inputs)
+    kept = mask > 0
+    if bool(kept.all()):
+        return function(inputs)
+    found = function(inputs[kept])
+    place = (kept.cumsum(0) - 1).clamp_min(0)  # of an example among the examples
+    return torch.where(kept.reshape(-1, *(1,) * (found.dim() - 1)), found[place], 0.0)
+
+
+def outputs_of(net: Functional, params: Tree, task: Mapping[str, Any], side: Side) -> Tensor:
+    """The module's outputs on one side of a task `(n, ...)`; see `on_examples`."""
+    return on_examples(lambda inputs: net(params, inputs), task[f"{side}_x"], task.get(f"{side}_mask"))
+
+
+def features_of(net: Functional, params: Mapping[str, Tensor], task: Mapping[str, Any], side: Side) -> Tensor:
+    """The same as one vector for each sample: `(n, features)`."""
+    return outputs_of(net, params, task, side).reshape(len(task[f"{side}_x"]), -1)
 
 
 def prediction(loss: Loss, output: Tensor) -> Tensor:

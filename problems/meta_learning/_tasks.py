@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
+from bilevel._numerics.batched import is_batched
 from bilevel.few_shot.likelihood import AbstractLikelihood
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> the mean over samples, as torch's losses
@@ -23,8 +24,10 @@ _ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side) -> Tensor:
     """sum_i m_i l(output_i, target_i) / sum_i m_i, the loss on one side of a task with mask m; without one, the mean.
 
-    The cost is that of the loss. Targets `(n,)` of a regression with outputs `(n, 1)` are taken as its one column,
-    where torch would compare every output with every target.
+    The cost is that of the loss. Where tasks come one at a time (`tasks="loop"`), the loss is called with the examples
+    alone, and may be of any kind; side by side, where all tasks have one shape, with one sample at a time: it must be a
+    plain mean then, which is looked at before the first estimate of a run. Targets `(n,)` of a regression with outputs
+    `(n, 1)` are taken as its one column, where torch would compare every output with every target.
 
     Args:
         loss: (outputs `(n, ...)`, targets) -> their mean over samples: `F.cross_entropy`, `F.mse_loss`, or any other.
@@ -35,7 +38,7 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
     Raises:
         KeyError: if the task has no targets on this side.
         ValueError: if torch would spread targets of another shape over the outputs, targets of the cross-entropy are no
-            numbers of classes, or, with a mask, the loss is no plain mean over samples.
+            numbers of classes, or, with a mask and tasks side by side, the loss is known to be no plain mean.
 
     Example:
         >>> task = {"query_y": torch.tensor([1.0, 5.0, 0.0]), "query_mask": torch.tensor([1.0, 1.0, 0.0])}
@@ -45,6 +48,10 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
     target, mask = _target(loss, output, task, side), task.get(f"{side}_mask")
     if mask is None:
         return loss(output, target)
+    if loss is not cross_entropy and loss is not mse_loss and not (is_batched(mask) or is_batched(output)):
+        kept = mask > 0
+        if bool((mask == kept).all()):  # and no weights
+            return loss(output[kept], target[kept])
     return (sample_losses(loss, output, target) * mask).sum() / mask.sum()
 
 
@@ -90,7 +97,7 @@ def sample_losses(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
         raise ValueError(
             "with masks, and with `outer_loss='predictive'`, the loss must be a mean over samples, each of the same"
             f" weight. Got {loss!r}, with `weight`, `ignore_index` or another `reduction`. Leave these out,"
-            " or train on tasks of one size, by the expected loss."
+            " or train on tasks of one size, or one task after the other (`learner.looped()`), by the expected loss."
         )
     return torch.vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0)))(output, target)
 

@@ -65,7 +65,7 @@ def abml(
     solver, noise = inner.iterate(model.structure, learn_variance=prior.learn_variance), model.evaluation_noise()
     return Learner(
         name="abml",
-        problem=BilevelProblem(model.f, model.g, init=model.start, tasks=True),
+        problem=BilevelProblem(model.f, model.g, init=model.start, tasks=model.tasks),
         x0=model.x0(net.params),
         y0=model.start(model.x0(net.params)),
         estimator=ITD(solver, checkpoint=checkpoint),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,16 @@ from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, demand_positive, prediction, weighted
-from bilevel.problems.meta_learning._tasks import Loss, task_loss
+from bilevel.problems.meta_learning._modules import (
+    SIDES,
+    as_functional,
+    demand_positive,
+    on_examples,
+    outputs_of,
+    prediction,
+    weighted,
+)
+from bilevel.problems.meta_learning._tasks import Loss, Side, task_loss
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
@@ -81,20 +90,22 @@ def anil(
     descent = GradientDescent(step)
 
     def encode(x: Tree, task: Any) -> Tree:
-        support, query = (features(x["body"], task[f"{side}_x"]) for side in ("support", "query"))
-        return {"support": support, "query": query, "head": x["head"]}
+        return {**{side: outputs_of(features, x["body"], task, side) for side in SIDES}, "head": x["head"]}
+
+    def on_head(y: Tree, z: Tree, task: Any, side: Side) -> Tensor:
+        return on_examples(lambda points: top(y, points), z[side], task.get(f"{side}_mask"))
 
     def f(z: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, top(y, z["query"]), task, "query")
+        return task_loss(loss, on_head(y, z, task, "query"), task, "query")
 
     def g(z: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, top(y, z["support"]), task, "support")
+        return task_loss(loss, on_head(y, z, task, "support"), task, "support")
 
     def init(z: Tree, task: Any) -> Tree:  # noqa: ARG001
         return z["head"]
 
     def predict(x: Tree, y: Tree, task: Any) -> Tensor:
-        return prediction(loss, top(y, features(x["body"], task["query_x"])))
+        return prediction(loss, top(y, outputs_of(features, x["body"], task, "query")))
 
     def export(x: Tree) -> nn.Module:
         module = nn.Sequential()
@@ -148,7 +159,8 @@ def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], 
     demand_positive("no_inner_loop", classes=classes)
 
     def predict(x: Tree, y: Tree, task: Any) -> Tensor:  # noqa: ARG001
-        support, query = (normalize(features(x, task[f"{side}_x"]).flatten(1), dim=-1) for side in ("support", "query"))
+        points = (on_examples(partial(features, x), task[f"{side}_x"], task.get(f"{side}_mask")) for side in SIDES)
+        support, query = (normalize(each.flatten(1), dim=-1) for each in points)
         labels = weighted(one_hot(task["support_y"].long(), classes).to(support), task, "support")
         return (query @ support.T @ labels).log_softmax(-1)
 

@@ -16,7 +16,7 @@ from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
 from bilevel.problems.meta_learning._evidence import Evidence, demand_variational
 from bilevel.problems.meta_learning._formerly import INNER, MONTE_CARLO, OUTER, PRIOR, SYSTEM
-from bilevel.problems.meta_learning._modules import as_functional, features_of
+from bilevel.problems.meta_learning._modules import SIDES, as_functional, features_of
 from bilevel.problems.meta_learning._tasks import Loss
 from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
 from bilevel.problems.meta_learning.kl_products import KLDiagonal, KLProducts
@@ -87,7 +87,7 @@ def ibaml(
     aid, noise = _implicit(model, inner, system), model.evaluation_noise()
     return Learner(
         name="ibaml",
-        problem=BilevelProblem(model.f, model.g, init=model.start, tasks=True),
+        problem=BilevelProblem(model.f, model.g, init=model.start, tasks=model.tasks),
         x0=model.x0(net.params),
         y0=model.start(model.x0(net.params)),
         estimator=aid,
@@ -147,19 +147,19 @@ def ibaml_head(
 
     def encode(x: Tree, task: Mapping[str, Tensor]) -> dict[str, Tree]:
         own = {key: x[key] for key in x if key != "body"}
-        return {**own, **{side: features_of(features, x["body"], task[f"{side}_x"]) for side in ("support", "query")}}
+        return {**own, **{side: features_of(features, x["body"], task, side) for side in SIDES}}
 
     return Learner(
         name="ibaml_head",
-        problem=BilevelProblem(model.f, model.g, init=model.start, encode=encode, tasks=True),
+        problem=BilevelProblem(model.f, model.g, init=model.start, encode=encode, tasks=model.tasks),
         x0={"body": dict(features.params), **model.x0(top.params)},
         y0=model.start(model.x0(top.params)),
         estimator=aid,
         adapt=aid.inner,
-        predict=lambda x, y, task: model.predict(y, features_of(features, x["body"], task["query_x"]), noise, task),
+        predict=lambda x, y, task: model.predict(y, features_of(features, x["body"], task, "query"), noise, task),
         export=lambda x: nn.Sequential(features.load(x["body"]), top.load(x["mean"])),
         prepare=model.prepare,
-        draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task["query_x"]), noise, task),
+        draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task, "query"), noise, task),
         likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )
 

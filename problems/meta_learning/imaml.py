@@ -15,7 +15,7 @@ from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, prediction
+from bilevel.problems.meta_learning._modules import as_functional, outputs_of, prediction
 from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.cg import CG
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -30,7 +30,7 @@ def imaml(
     *,
     regularization: Strength = 2.0,
     learn_regularization: bool = False,
-    step: float = 0.1,
+    step: float | None = None,
     inner_steps: int = 16,
     inner: AbstractInnerSolver | None = None,
     linear_steps: int = 5,
@@ -44,12 +44,13 @@ def imaml(
 
     g is strongly convex, and y a function of theta, for lambda above the most negative curvature of the support loss.
     Where it is not, `CG` reports `Status.negative_curvature` for the task and what it had found until then counts:
-    train with `throw=False`, and with the norm of the hypergradient clipped, `outer=Clipped(Adam(1e-3), max_norm=1.0)`:
-    near such points it is large and says little. With a step too long for the curvature, gradient descent diverges,
-    which the hypergradient does not discourage; a line search cannot.
+    train with the norm of the hypergradient clipped, `outer=Clipped(Adam(1e-3), max_norm=1.0)`: near such points it is
+    large and says little. With a step too long for the curvature gradient descent diverges, which the hypergradient
+    does not discourage; `train` takes no step along such an estimate. A step that is left out is derived from the
+    curvature where y starts; with a line search gradient descent cannot diverge.
 
-    Cost of an estimate: `inner_steps` + 1 gradients of the support loss, `linear_steps` products with H, one
-    gradient of the query loss. Memory: the graph of one gradient.
+    Cost of an estimate: `inner_steps` + 1 gradients of the support loss, `linear_steps` products with H (and those of
+    a derived step), one gradient of the query loss. Memory: the graph of one gradient.
 
     Error for a y at distance d from y*, a linear solution at distance r, and mu the least eigenvalue of H + lambda I:
     at most (lambda / mu) (L_f + rho M_f / mu) d + r, with M_f and L_f bounds on the query loss's gradient and Hessian
@@ -65,7 +66,8 @@ def imaml(
         learn_regularization: learn it too: x is {"params": theta, "log_regularization": log lambda}, the latter of the
             structure that `regularization` has. To keep lambda within limits pass a projection,
             `minimize(constraint={"log_regularization": Box(math.log(0.01), math.log(5000))})`.
-        step: of gradient descent in y.
+        step: of gradient descent in y; None: 1 / L of each task, L the largest curvature of g at theta, which takes
+            some 10 to 20 products with H.
         inner_steps: of gradient descent in y.
         inner: another inner solver instead of it. With backtracking: `Iterate(GradientDescent(0.05), 16,
             line_search=Armijo())`; Hessian-free: `Newton(tol=0.0, max_steps=5, linear=CG(rtol=0.0, max_steps=5))`.
@@ -98,11 +100,11 @@ def imaml(
         return x["params"], log.exp() if isinstance(log, Tensor) else {name: log[name].exp() for name in log}
 
     def f(_: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
-        return task_loss(loss, net(y, task["query_x"]), task, "query")
+        return task_loss(loss, outputs_of(net, y, task, "query"), task, "query")
 
     def g(x: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
         theta, lambda_ = parts(x)
-        fit = task_loss(loss, net(y, task["support_x"]), task, "support")
+        fit = task_loss(loss, outputs_of(net, y, task, "support"), task, "support")
         # Joined: a few operations on one vector, whatever the number of layers.
         away = (_join([y[name] for name in names]) - _join([theta[name] for name in names])).square()
         if isinstance(lambda_, dict):
@@ -121,7 +123,7 @@ def imaml(
         y0=dict(net.params),
         estimator=AID(solver, CG(rtol=0.0, max_steps=linear_steps, recompute=False), damping=damping),
         adapt=solver,
-        predict=lambda _, y, task: prediction(loss, net(y, task["query_x"])),
+        predict=lambda _, y, task: prediction(loss, outputs_of(net, y, task, "query")),
         export=lambda x: net.load(parts(x)[0]),
     )
 

@@ -14,7 +14,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.first_order import FirstOrder
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, demand_positive, prediction
+from bilevel.problems.meta_learning._modules import as_functional, demand_positive, outputs_of, prediction
 from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
@@ -47,8 +47,8 @@ def maml(
 
     Losses are means over samples: the reference code's inner loss for classification is the number of classes times
     that, so that its steps 0.4 (Omniglot, 5 ways) and 0.01 (mini-ImageNet, 5 ways) are 2.0 and 0.05 here. Layers of
-    batch normalization use the statistics of the batch at hand, in the query set as well; with masks, padding is a
-    part of that batch.
+    batch normalization use the statistics of the batch at hand, in the query set as well; tasks that are padded are
+    then refused, unless they are taken one after the other: `learner.looped()`.
 
     Source: Finn, Abbeel, Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017;
     Li, Zhou, Chen, Li, "Meta-SGD: learning to learn quickly for few-shot learning", arXiv 2017.
@@ -93,16 +93,16 @@ def maml(
         return {name: start + (x["log_steps"][name] / 2).exp() * y[name] for name, start in x["params"].items()}
 
     def f(x: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, net(adapted(x, y), task["query_x"]), task, "query")
+        return task_loss(loss, outputs_of(net, adapted(x, y), task, "query"), task, "query")
 
     def g(x: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, net(adapted(x, y), task["support_x"]), task, "support")
+        return task_loss(loss, outputs_of(net, adapted(x, y), task, "support"), task, "support")
 
     def init(x: Tree, task: Any) -> Tree:  # noqa: ARG001
         return {name: torch.zeros_like(start) for name, start in x["params"].items()} if learn_steps else x
 
     def predict(x: Tree, y: Tree, task: Any) -> Tensor:
-        return prediction(loss, net(adapted(x, y), task["query_x"]))
+        return prediction(loss, outputs_of(net, adapted(x, y), task, "query"))
 
     x0: Tree = dict(net.params)
     if learn_steps:

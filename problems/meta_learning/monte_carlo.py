@@ -18,6 +18,8 @@ class MonteCarlo:
         evaluation_samples: draws for a prediction.
         antithetic: draw noise in pairs e, -e.
         seed: of the noise of predictions, which is the same for every task.
+        loop: take draws, and tasks, one after the other: for modules that `torch.vmap` cannot take, such as recurrent
+            ones. The numbers are the same.
 
     Raises:
         ValueError: if a number is less than one, or odd where pairs are drawn.
@@ -31,6 +33,7 @@ class MonteCarlo:
     evaluation_samples: int
     antithetic: bool = True
     seed: int = 0
+    loop: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)

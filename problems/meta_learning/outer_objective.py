@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final, get_args
 
+from bilevel._validate import demand_types
+
 OuterLoss: TypeAlias = Literal["expected", "predictive"]
 
 
@@ -36,6 +38,7 @@ class OuterObjective:
     precision_prior: tuple[float, float] = (1.0, 0.01)
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.loss not in get_args(OuterLoss):
             allowed = " or ".join(map(repr, get_args(OuterLoss)))
             raise ValueError(f"`OuterObjective(loss=...)` must be {allowed}. Got {self.loss!r}.")

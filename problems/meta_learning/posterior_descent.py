@@ -20,19 +20,20 @@ class PosteriorDescent:
 
     Attributes:
         steps: K.
-        step: a.
+        step: a; None: 1 / L of each task, L the largest curvature of g at the prior, which takes some 10 to 20 products
+            with the Hessian; a derivative through the steps (`abml`) takes it as a constant. (Where b is given: 0.1.)
         variance_step: b; None: a.
 
     Raises:
         ValueError: if a step length is not positive, or the number of steps negative.
 
     Example:
-        >>> PosteriorDescent(steps=5, variance_step=0.5)
-        PosteriorDescent(steps=5, step=0.1, variance_step=0.5)
+        >>> PosteriorDescent(steps=5, step=0.1, variance_step=0.5).steps
+        5
     """
 
     steps: int
-    step: float = 0.1
+    step: float | None = None
     variance_step: float | None = None
 
     def __post_init__(self) -> None:
@@ -48,5 +49,6 @@ class PosteriorDescent:
         if self.variance_step is None or not learn_variance:
             return Iterate(GradientDescent(self.step), self.steps)
         like = torch.empty(structure.size, dtype=structure.dtype, device=structure.device)
-        lengths = torch.cat([torch.full_like(like, length) for length in (self.step, self.variance_step)])
+        step = 0.1 if self.step is None else self.step
+        lengths = torch.cat([torch.full_like(like, length) for length in (step, self.variance_step)])
         return Iterate(GradientDescent(lengths), self.steps)

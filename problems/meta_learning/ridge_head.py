@@ -15,6 +15,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
 from bilevel.problems.meta_learning._modules import (
+    SIDES,
     any_parameter,
     as_functional,
     demand_positive,
@@ -85,7 +86,7 @@ def ridge_head(
         x0 |= {"log_regularization": like.new_tensor(math.log(regularization))}
 
     def encode(x: Tree, task: Any) -> Tree:
-        z = {side: features_of(net, x["body"], task[f"{side}_x"]) for side in ("support", "query")}
+        z = {side: features_of(net, x["body"], task, side) for side in SIDES}
         return z | {name: x[name] for name in x if name != "body"}
 
     def lambda_(x: Tree) -> float | Tensor:
@@ -134,7 +135,7 @@ def ridge_head(
         y0=like.new_zeros(features, outputs),
         estimator=AID(solver, CG(rtol=1e-5)),
         adapt=solver,
-        predict=lambda x, y, task: prediction(loss, head(x, features_of(net, x["body"], task["query_x"]), y)),
+        predict=lambda x, y, task: prediction(loss, head(x, features_of(net, x["body"], task, "query"), y)),
         export=lambda x: net.load(x["body"]),
     )
 

@@ -13,8 +13,8 @@ from bilevel._tree import Tree, tree_leaves
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, prediction
-from bilevel.problems.meta_learning._tasks import Loss, task_loss
+from bilevel.problems.meta_learning._modules import SIDES, as_functional, on_examples, outputs_of, prediction
+from bilevel.problems.meta_learning._tasks import Loss, Side, task_loss
 from bilevel.solvers.cg import CG
 from bilevel.solvers.newton import Newton
 
@@ -66,13 +66,16 @@ def shared_embedding(
     solver = Newton(tol=1e-4, max_steps=20) if inner is None else inner
 
     def encode(x: Tree, task: Any) -> dict[str, Tensor]:
-        return {side: phi(x, task[f"{side}_x"]) for side in ("support", "query")}
+        return {side: outputs_of(phi, x, task, side) for side in SIDES}
+
+    def head_of(y: Tree, z: dict[str, Tensor], task: Any, side: Side) -> Tensor:
+        return on_examples(lambda points: net(y, points), z[side], task.get(f"{side}_mask"))
 
     def f(z: dict[str, Tensor], y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, net(y, z["query"]), task, "query")
+        return task_loss(loss, head_of(y, z, task, "query"), task, "query")
 
     def g(z: dict[str, Tensor], y: Tree, task: Any) -> Tensor:
-        fit = task_loss(loss, net(y, z["support"]), task, "support")
+        fit = task_loss(loss, head_of(y, z, task, "support"), task, "support")
         for leaf in tree_leaves(y):
             fit = fit + regularization / 2 * leaf.square().sum()
         return fit
@@ -84,6 +87,6 @@ def shared_embedding(
         y0=dict(net.params),
         estimator=AID(solver, CG(rtol=1e-4)) if estimator is None else estimator,
         adapt=solver,
-        predict=lambda x, y, task: prediction(loss, net(y, phi(x, task["query_x"]))),
+        predict=lambda x, y, task: prediction(loss, net(y, outputs_of(phi, x, task, "query"))),
         export=phi.load,
     )

@@ -104,9 +104,9 @@ def svm_head(
     loss = partial(cross_entropy, label_smoothing=label_smoothing * classes / (classes - 1))
 
     def encode(x: Tree, task: Any) -> Tree:
-        F = features_of(net, x["body"], task["support_x"])
+        F = features_of(net, x["body"], task, "support")
         _demand(F, features, support)
-        query = features_of(net, x["body"], task["query_x"])
+        query = features_of(net, x["body"], task, "query")
         z = {"kernel": F @ F.T, "support": F, "query": query}
         return z | ({"scale": x["scale"]} if learn_scale else {})
 
