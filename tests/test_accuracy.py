@@ -297,3 +297,74 @@ def test_constants_of_tasks_must_be_given() -> None:
     aid = AID(LBFGS(), CG(), target_error=1e-4)
     with pytest.raises(ValueError, match="certified accuracy of a problem with tasks needs `constants=`"):
         hypergradient(problem, torch.ones(2), torch.zeros(2), data=torch.ones(3, 2), estimator=aid)
+
+
+def test_a_mean_over_tasks_takes_no_more_solves_than_one_of_them() -> None:
+    """Each system is solved to its share of the target at once: the mean put 1 / tasks into its right-hand side."""
+    family = random_quadratic(3, 8, eigenvalues=torch.logspace(0, 3, 8).tolist(), cross=0.5, seed=1)
+    names, kind = ("A", "B", "c", "C", "t", "E", "R", "s"), type(family)
+    attempts = []
+    for tasks in (1, 30):
+        data = {name: torch.stack([getattr(family, name)] * tasks) for name in names}
+        problem = BilevelProblem(lambda x, y, d: kind(**d).f(x, y), lambda x, y, d: kind(**d).g(x, y), tasks=True)
+        aid = Certified(AID(Newton(), CG()), target_error=1e-7, constants=family.constants())
+        found = hypergradient(problem, normal(3, seed=7), torch.zeros(8), data=data, estimator=aid)
+        attempts.append(next(report.steps for report in found.reports if report.part == "certified accuracy"))
+        assert float((found.grad - family.gradient(normal(3, seed=7))).norm()) <= 1e-7
+    assert attempts[1] == attempts[0]
+
+
+def test_what_was_measured_at_the_start_is_extended_by_how_far_y_has_moved() -> None:
+    """And measured once where y has not moved, however far from 0 it is: |G| = |y| may change by M_xy |y - start|."""
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum() / 2, lambda x, y: ((1 + x.square()) * y.square() / 2 - 3 * y).sum()
+    )
+    x, known = torch.ones(1), Constants(2.0, 2.0, 1.0, 0.0, 0.0, 2.0)
+    certified = Certified(AID(Newton(), CG()), target_error=1e-6, constants=known)
+    first = hypergradient(problem, x, torch.full((1,), 1.4), estimator=certified)
+    again = hypergradient(problem, x, torch.zeros(1), estimator=certified, start=first.start)
+    given = Certified(AID(Newton(), CG()), target_error=1e-6, constants=replace(known, C_G=3.1))
+    without = hypergradient(problem, x, torch.zeros(1), estimator=given, start=first.start)
+    measured = again.stats.cross_products - without.stats.cross_products
+    assert 0 < measured <= 4  # one product with G and G' suffices for one variable
+
+
+def test_where_the_largest_curvature_is_not_given_it_is_measured_only_where_rounding_would_matter() -> None:
+    """A warm start that is accurate enough costs no product for it; a target near rounding costs some, at each try."""
+    family = random_quadratic(3, 8, eigenvalues=torch.logspace(0, 2, 8).tolist(), cross=0.5, seed=1)
+    problem, x = BilevelProblem(family.f, family.g), normal(3, seed=1)
+    open_ = replace(family.constants(), L=None)
+    for target, extra in ((1e-2, False), (1e-9, True)):
+        products = []
+        for constants in (family.constants(), open_):
+            certified = Certified(AID(LBFGS(), CG()), target_error=target, constants=constants)
+            first = hypergradient(problem, x, torch.zeros(8), estimator=certified)
+            found = hypergradient(problem, x, torch.zeros(8), estimator=certified, start=first.start)
+            products.append(found.stats.hvps)
+            assert found.bound is not None and float((found.grad - family.gradient(x)).norm()) <= found.bound <= target
+        assert (products[1] > products[0]) is extra
+
+
+@pytest.mark.parametrize(
+    "target", [{"target_error": math.inf}, {"relative_error": math.inf}, {"target_error": math.nan}]
+)
+def test_targets_are_finite(target: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least 0 and finite"):
+        Certified(AID(LBFGS(), CG()), **target)
+
+
+@pytest.mark.parametrize("known", [Constants(2.0, 2.0, 2.0, 0.0, 0.0, 0.0), None])
+def test_where_nan_is_met_that_is_the_status_and_the_bound_is_infinite(known: Constants | None) -> None:
+    def broken(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (y - x).square().sum() + (y * math.nan).square().sum()
+
+    problem = BilevelProblem(lambda x, y: y.square().sum(), broken)
+    certified = Certified(AID(LBFGS(), CG()), target_error=1e-3, constants=known)
+    found = hypergradient(problem, torch.ones(2), torch.ones(2), estimator=certified, throw=False)
+    assert found.status is Status.nonfinite
+    assert found.bound == math.inf
+    plain = hypergradient(problem, torch.ones(2), torch.ones(2), estimator=AID(LBFGS(), CG()), throw=False)
+    for constants in (Constants(2.0, 2.0, 2.0, 0.0, 0.0, 0.0), Constants(2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 2.0)):
+        certificate = certify(problem, torch.ones(2), plain, constants)
+        assert (certificate.bound, certificate.proven) == (math.inf, False)
+        assert "NaN or Inf" in certificate.reason

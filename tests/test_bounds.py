@@ -254,7 +254,7 @@ def test_nystrom_term_is_attained_by_columns_that_miss_the_remainder() -> None:
             problem, zero, torch.zeros(2), estimator=AID(ClosedForm(lambda x: torch.zeros(2)), solver)
         )
         bound = bounds.nystrom(
-            replace(PLAIN, mu=3.0), distance=0.0, outer_gradient_norm=2.0, damping=0.5, remainder=3.0
+            replace(PLAIN, mu=3.0, L=3.0), distance=0.0, outer_gradient_norm=2.0, damping=0.5, remainder=3.0
         )
         error = abs(float(found.grad) - 2 / 3)
         if abs(float(found.grad) - 4.0) < 1e-12:  # the other column was drawn: v = b / rho
@@ -537,6 +537,80 @@ def test_unknown_estimators_and_constants_are_refused() -> None:
         bounds.penalty(replace(PLAIN, M_yy=1.0), weight=2.0, outer_gradient_norm=1.0, quadratic=True)
     with pytest.raises(ValueError, match="at most the number"):
         bounds.esj(PLAIN, step=1.0, steps=1, distance=0, outer_gradient_norm=1, outer_size=1, directions=2)
+    with pytest.raises(ValueError, match="must be one of gaussian, rademacher"):
+        bounds.esj(PLAIN, **RUN, outer_size=1, directions=1, distribution="normal")  # type: ignore[arg-type]
+
+
+RUN: dict[str, Any] = {"step": 0.5, "steps": 3, "distance": 1.0, "outer_gradient_norm": 2.0}
+FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "aid": (bounds.aid, {"distance": 1.0, "outer_gradient_norm": 2.0, "linear_error": 0.1, "damping": 0.1}),
+    "nystrom": (bounds.nystrom, {"distance": 1.0, "outer_gradient_norm": 2.0, "damping": 0.1, "remainder": 0.5}),
+    "itd": (bounds.itd, RUN),
+    "truncated_itd": (bounds.truncated_itd, {**RUN, "truncate": 2}),
+    "one_step": (bounds.one_step, RUN),
+    "esj": (bounds.esj, {**RUN, "outer_size": 4, "directions": 2, "radius": 0.1, "smoothness": 1.0}),
+    "penalty": (
+        bounds.penalty,
+        {"weight": 9.0, "outer_gradient_norm": 2.0, "distance": 0.1, "penalized_distance": 0.1},
+    ),
+    "penalty extrapolated": (
+        bounds.penalty,
+        {"weight": 9.0, "outer_gradient_norm": 2.0, "distance": 0.1, "penalized_distance": 0.1, "extrapolate": True},
+    ),
+    "penalty quadratic": (
+        lambda constants, **run: bounds.penalty(constants, extrapolate=True, quadratic=True, **run),
+        {"weight": 9.0, "outer_gradient_norm": 2.0, "distance": 0.1, "penalized_distance": 0.1},
+    ),
+    "finite_difference": (
+        bounds.finite_difference,
+        {
+            **{"step": 0.1, "outer_size": 3, "third_derivative": 1.0, "distance": 0.1},
+            **{"outer_gradient_norm": 2.0, "value_error": 0.1, "reach": 2.0},
+        },
+    ),
+    "contraction": (bounds.contraction, {"step": 0.5, "damping": 0.1}),
+    "gradient_descent": (bounds.gradient_descent, {"step": 0.5, "steps": 3, "distance": 1.0}),
+    "cg": (bounds.cg, {"steps": 3, "damping": 0.1}),
+    "neumann": (bounds.neumann, {"step": 0.5, "terms": 3, "damping": 0.1}),
+    "error_bound": (
+        lambda constants, **run: error_bound(FiniteDifference(LBFGS(tol=0.1), step=0.1), constants, **run),
+        {
+            **{"distance": 1.0, "outer_gradient_norm": 2.0, "outer_size": 3, "third_derivative": 1.0},
+            **{"smoothness": 1.0, "value_error": 0.1, "reach": 2.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_not_finite_or_negative_is_refused_by_every_bound_and_named(name: str) -> None:
+    function, arguments = FUNCTIONS[name]
+    known = replace(PLAIN, L_fyy=1.0, L_f_minus=1.0)
+    found = function(known, **arguments)
+    assert math.isfinite(found.total if isinstance(found, Bound) else found)
+    for argument, value in arguments.items():
+        if not isinstance(value, bool):
+            for wrong in (math.inf, math.nan, -math.inf, -1.0):
+                with pytest.raises(ValueError, match=rf"\({argument}=...\)` must be"):
+                    function(known, **{**arguments, argument: wrong})
+
+
+@given(st.sampled_from(sorted(FUNCTIONS)), st.data())
+@settings(max_examples=150)
+def test_what_overflows_is_infinite_and_no_exception(name: str, data: st.DataObject) -> None:
+    """Or refused, where a weight does not dominate; never an error of arithmetic, and never NaN."""
+    extreme = st.sampled_from([5e-324, 1e-160, 1.0, 1e160, 1e308])
+    function, arguments = FUNCTIONS[name]
+    names = [key for key, value in arguments.items() if isinstance(value, float)]
+    drawn = {key: data.draw(extreme) for key in names}
+    least, largest = sorted((data.draw(extreme), data.draw(extreme)))
+    values: dict[str, Any] = {key: data.draw(extreme) for key in ("L_fyy", "L_fxy", "C_G", "L_f_minus")}
+    known = Constants(least, largest, **values, M_yy=0.0, M_xy=0.0)
+    try:
+        found = function(known, **{**arguments, **drawn})
+    except ValueError:
+        return
+    assert (found.total if isinstance(found, Bound) else found) >= 0.0
 
 
 @final

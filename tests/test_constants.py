@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,3 +153,70 @@ def test_rounding_is_taken_off_a_computed_least_eigenvalue() -> None:
     found = estimate_constants(problem, torch.zeros(3), torch.zeros(3))
     assert found.mu is not None
     assert 0.999e-3 <= found.mu <= float(torch.linalg.eigvalsh(A)[0])
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_only_finite_constants_in_their_ranges_are_taken(data: st.DataObject) -> None:
+    """All others are refused by name; so none of them can be part of a certificate or a bound."""
+    number = st.one_of(st.none(), st.floats(), st.floats(1e-3, 1e3))
+    names = ("mu", "L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")
+    drawn: dict[str, Any] = {name: data.draw(number, name) for name in names}
+    radius, confidence = data.draw(st.floats(), "radius"), data.draw(st.floats(), "confidence")
+    mu, L = drawn["mu"], drawn["L"]
+    right = all(value is None or 0 <= value < math.inf for value in drawn.values())
+    right = right and mu != 0 and not (mu is not None and L is not None and mu > L * (1 + 1e-9))
+    right = right and radius > 0 and 0 < confidence <= 1
+    if right:
+        Constants(**drawn, radius=radius, confidence=confidence)
+        return
+    with pytest.raises(ValueError, match=r"`Constants"):
+        Constants(**drawn, radius=radius, confidence=confidence)
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan, -1.0, -math.inf])
+@pytest.mark.parametrize("name", ["mu", "L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus"])
+def test_a_constant_that_is_infinite_not_a_number_or_negative_is_named(name: str, wrong: float) -> None:
+    with pytest.raises(ValueError, match=rf"`Constants\({name}=...\)` must be"):
+        Constants(**cast(Any, {"mu": None, name: wrong}))
+
+
+def test_constants_that_contradict_each_other_are_refused_and_equal_ones_are_not() -> None:
+    with pytest.raises(ValueError, match=r"mu <= L\. Got mu = 2 and L = 1"):
+        Constants(mu=2.0, L=1.0)
+    assert Constants(mu=1.0, L=1.0).kappa == 1.0
+    assert Constants(mu=1.0, L=1.0 - 1e-12).L == 1.0 - 1e-12  # the same eigenvalue, computed in two ways
+    assert Constants(mu=2.0, L=1.0, local=frozenset({"L"})).mu == 2.0  # of two points: `certify` confronts them
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"local": frozenset({"M_yy"})}, r"local=.* among C_G, L, mu. Got 'M_yy'"),  # which cannot be extended
+        ({"heuristic": frozenset({"kappa"})}, "heuristic=.* Got 'kappa'"),
+        ({"source": "guessed"}, "one of given, structural, estimated. Got 'guessed'"),
+        ({"radius": math.nan}, "radius > 0"),
+        ({"confidence": math.nan}, "0 < confidence <= 1"),
+    ],
+)
+def test_what_is_said_of_constants_must_make_sense(wrong: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        Constants(mu=1.0, **wrong)
+
+
+@pytest.mark.parametrize("name", ["mu", "radius"])
+def test_what_estimates_start_from_is_finite(name: str) -> None:
+    for wrong in (math.inf, math.nan, 0.0, -1.0):
+        with pytest.raises(ValueError, match=rf"{name}=...\)` must be positive and finite"):
+            estimate_constants(diagonal(torch.ones(2)), torch.zeros(2), torch.zeros(2), **cast(Any, {name: wrong}))
+
+
+@pytest.mark.parametrize("level", ["f", "g"])
+def test_where_a_derivative_is_not_finite_there_are_no_constants(level: str) -> None:
+    def broken(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (y - x).square().sum() + (y * math.inf).square().sum()
+
+    whole = diagonal(torch.ones(2))
+    problem = BilevelProblem(broken, whole.g) if level == "f" else BilevelProblem(whole.f, broken)
+    with pytest.raises(ValueError, match=r"finite second derivatives\. Met NaN or Inf"):
+        estimate_constants(problem, torch.zeros(2), torch.ones(2))

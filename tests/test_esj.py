@@ -185,3 +185,13 @@ def test_more_orthonormal_directions_than_variables_are_refused() -> None:
 def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ESJ(INNER, **options)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "a"), [("gaussian", 6.0), ("rademacher", 4.0), ("sphere", 4.0), ("orthonormal", 4.0)]
+)
+def test_the_standard_error_of_one_direction_follows_its_law_exactly(distribution: Any, a: float) -> None:
+    """A / (1 + a) |mean|^2 with a = (p + 1) / Q for Gaussian directions, (p - 1) / Q or p / Q - 1 for the others."""
+    samples = torch.tensor([[3.0, 0.0, 0.0, 0.0, 4.0]])
+    found = ESJ(INNER, 1, distribution=distribution)._error(samples, samples[0])
+    assert found == pytest.approx(5 * math.sqrt(a / (1 + a)), rel=1e-12)

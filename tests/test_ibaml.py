@@ -1274,3 +1274,21 @@ def test_densities_and_intervals_of_new_tasks_are_those_of_the_likelihood() -> N
     plain = evaluate(maml(nn.Linear(1, 1).double(), mse_loss), learner.x0["mean"], tasks, episodes=2)
     assert plain.nll is None
     assert plain.coverage is None
+
+
+@pytest.mark.parametrize("name", ["ibaml", "ibaml_head"])
+def test_the_damping_of_the_system_is_that_of_the_implicit_gradient(name: str) -> None:
+    module = net()
+    arguments: Any = {
+        **{"prior": WIDE, "draws": MonteCarlo(4, 10), "inner": LBFGS(1e-10, max_steps=2000)},
+        "system": KLSystem(steps=300, damping=0.3),
+    }
+    if name == "ibaml":
+        learner = ibaml(module, cross_entropy, **arguments)
+    else:
+        learner = ibaml_head(module[:2], module[2], cross_entropy, **arguments)
+    data = prepared(learner, classification())
+    damped, plain = (AID(learner.adapt, Dense(), damping=damping) for damping in (0.3, 0.0))
+    found = gradient_of(learner, data)
+    assert relative(found, gradient_of(learner, data, damped)) <= 1e-6
+    assert relative(found, gradient_of(learner, data, plain)) >= 1e-2

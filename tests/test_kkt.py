@@ -31,6 +31,8 @@ from bilevel import (
     hypergradient,
 )
 from bilevel._estimate import AbstractEstimator
+from bilevel.inner_problems.activity import Activity
+from bilevel.inner_problems.polytope import FlatPolytope
 from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 from bilevel.solvers.cvxpy_program import Cvxpy
@@ -476,3 +478,14 @@ def test_arguments_are_checked() -> None:
     problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: y.sum(), constraints=lambda: Polytope())
     with pytest.raises(TypeError, match=r"`problem.constraints` will be called as constraints\(x\)"):
         hypergradient(problem, torch.zeros(2), torch.zeros(2), estimator=KKT(SOLVER))
+
+
+def test_multipliers_are_fitted_again_to_the_entries_that_they_have_set_free() -> None:
+    """By distance alone no entry of this y is held; the first fit tells which are, the second what pulls at them."""
+    A, nu, pull = torch.tensor([[2.0, 3.0, 2.0, 1.0]]), torch.tensor([-2.0]), torch.tensor([0.25, 0.25, 0.0, 0.0])
+    y, gradient = torch.tensor([1e-4, 1e-3, 1.0, 1.0]), pull - A.T @ nu
+    polytope = FlatPolytope(A, A @ y, torch.zeros(4), torch.full((4,), torch.inf))
+    found = Activity.of(polytope, y, gradient, torch.zeros(4), None)
+    assert found.free.tolist() == [False, False, True, True]
+    assert float(found.multipliers) == pytest.approx(-2.0)
+    assert float(found.margin) == pytest.approx(0.25 / 6.25)  # relative to the largest entry of the gradient

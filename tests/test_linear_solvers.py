@@ -993,3 +993,27 @@ def test_without_recomputing_batches_and_guesses_are_solved_and_missed_tolerance
     assert float((solved.value - exact).norm()) <= 1e-11
     assert CG(rtol=1e-12, max_steps=1, recompute=False).solve(operator, b).status is Status.max_steps
     assert CG(recompute=False).solve(operator, b * torch.nan).status is Status.nonfinite
+
+
+@pytest.mark.parametrize("max_steps", [4, 6])
+def test_gmres_that_runs_out_of_steps_at_the_end_of_a_cycle_is_out_of_steps_and_not_stuck(max_steps: int) -> None:
+    """On the cyclic shift every residual before step n is |b|: cycles of two never gain anything."""
+    shift = torch.eye(6).roll(1, 0)
+    solver = GMRES(rtol=1e-9, restart=2, max_steps=max_steps)
+    solved = solver.solve(operator(shift, positive_definite=False), torch.eye(6)[0])
+    assert solved.status is (Status.max_steps if max_steps == 4 else Status.stagnated)
+    assert solved.steps == 4
+
+
+def test_minres_breaks_down_where_the_residual_is_of_least_norm_and_not_where_a_is_indefinite() -> None:
+    """A r = 0 ends it, however small r is; r'A r = 0 does not."""
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    solved = MINRES(rtol=1e-12).solve(operator(swap, positive_definite=False), torch.tensor([1.0, 0.0]))
+    assert solved.status is Status.successful
+    assert torch.allclose(solved.value, torch.tensor([0.0, 1.0]))
+    flat = torch.diag(torch.tensor([1.0, 2.0, 0.0]))
+    solved = MINRES(rtol=1e-12).solve(operator(flat, positive_definite=False), torch.tensor([1.0, 2.0, 1.0]))
+    assert solved.status is Status.breakdown
+    assert float(solved.residual) == pytest.approx(1.0)
+    assert float(solved.value.norm()) < 10  # before it grows along the null space
+    assert solved.steps <= 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from bilevel.bounds.bound import at_least
 from bilevel.certificates.certificate import Constants
 
 
@@ -23,6 +24,9 @@ class Beforehand:
         value_error: the rounding of a value of Phi.
         reach: max(1, |x_i|) over i.
         quadratic: whether f and g are quadratic in y.
+
+    Raises:
+        ValueError: if a number is negative, infinite or NaN.
     """
 
     constants: Constants
@@ -34,3 +38,12 @@ class Beforehand:
     value_error: float = 0.0
     reach: float = 1.0
     quadratic: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = {"distance": self.distance, "outer_gradient_norm": self.outer_gradient_norm}
+        numbers["value_error"] = self.value_error
+        for name in ("outer_size", "smoothness", "third_derivative"):
+            if (number := getattr(self, name)) is not None:
+                numbers[name] = number
+        at_least("error_bound", 0, numbers)
+        at_least("error_bound", 1, {"reach": self.reach})

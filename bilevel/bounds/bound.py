@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -13,6 +14,8 @@ from bilevel.certificates.certificate import Constants
 @dataclass(frozen=True)
 class Bound:
     """|estimate - h| <= inner + linear + bias + sampling + rounding, h = grad Phi(x).
+
+    A term that overflows is infinite, and so is the sum; what is not a number is no bound, and infinite as well.
 
     Attributes:
         inner: from the distance of the inner iterate to y*; zero for an exact inner solution.
@@ -43,7 +46,8 @@ class Bound:
     @property
     def total(self) -> float:
         """The sum of the terms."""
-        return sum(self.terms.values())
+        total = sum(self.terms.values())
+        return math.inf if math.isnan(total) else total
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value:.3g}" for name, value in self.terms.items() if value > 0)
@@ -83,7 +87,7 @@ def known(call: str, constants: Constants, *names: str, within: float = 0.0) -> 
 def assumed(constants: Constants, *more: str) -> tuple[str, ...]:
     """What every bound rests on, and more."""
     mu = "" if constants.mu is None else f" with mu = {constants.mu:.3g}"
-    where = "everywhere" if constants.radius == float("inf") else f"within {constants.radius:g} of y*"
+    where = "everywhere" if constants.radius == math.inf else f"within {constants.radius:g} of y*"
     notes = [f"g(x, .) is strongly convex{mu}, and the constants ({constants.source}) hold {where}"]
     if constants.heuristic:
         notes.append(f"{', '.join(sorted(constants.heuristic))}: estimated without a guarantee")
@@ -93,22 +97,31 @@ def assumed(constants: Constants, *more: str) -> tuple[str, ...]:
 
 
 def at_least(call: str, least: float, numbers: Mapping[str, float]) -> None:
-    """Refuse numbers below the least that makes sense, and NaN.
+    """Refuse numbers below the least that makes sense, infinite ones, and NaN.
 
     Raises:
         ValueError: naming the argument.
     """
     for name, number in numbers.items():
-        if not number >= least:
-            raise ValueError(f"`{call}({name}=...)` must be at least {least:g}. Got {number}.")
+        if not least <= number < math.inf:
+            raise ValueError(f"`{call}({name}=...)` must be at least {least:g} and finite. Got {number}.")
 
 
 def positive(call: str, numbers: Mapping[str, float]) -> None:
-    """Refuse numbers that are not positive.
+    """Refuse numbers that are not positive, infinite ones, and NaN.
 
     Raises:
         ValueError: naming the argument.
     """
     for name, number in numbers.items():
-        if not number > 0:
-            raise ValueError(f"`{call}({name}=...)` must be positive. Got {number}.")
+        if not 0 < number < math.inf:
+            raise ValueError(f"`{call}({name}=...)` must be positive and finite. Got {number}.")
+
+
+def power(base: float, exponent: float) -> float:
+    """Base^exponent of a factor >= 0; infinite where it overflows, which Python raises for."""
+    try:
+        found: float = base**exponent
+    except OverflowError:
+        return math.inf
+    return found

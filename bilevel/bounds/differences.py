@@ -57,8 +57,8 @@ def finite_difference(
     (L_fyy,) = known(call, constants, "L_fyy", within=distance)
     root = math.sqrt(outer_size)
     return Bound(
-        inner=root * (outer_gradient_norm * distance + L_fyy * distance**2 / 2) / step,
-        bias=root * (step * reach) ** 2 * third_derivative / 6,
+        inner=root * (outer_gradient_norm * distance + L_fyy * distance * distance / 2) / step,
+        bias=root * (step * reach) * (step * reach) * third_derivative / 6,
         rounding=root * value_error / step,
         assumptions=assumed(constants, "all of it holds at the perturbed points x +- t e_i, and between them"),
     )

@@ -47,7 +47,7 @@ def aid(
     return Bound(
         inner=distance * (L_fxy + M_xy * w + C_G / mu * (L_fyy + M_yy * w)),
         linear=C_G * linear_error * b / (mu + damping),
-        bias=C_G * damping * b / (mu * (mu + damping)),
+        bias=C_G * b * (damping / (mu + damping)) / mu,
         assumptions=assumed(constants, "the linear solver starts at zero"),
     )
 
@@ -96,4 +96,4 @@ def nystrom_error(constants: Constants, *, damping: float, remainder: float | No
         (remainder,) = known("bounds.nystrom", constants, "L")
     at_least("bounds.nystrom", 0, {"remainder": remainder})
     (mu,) = known("bounds.nystrom", constants, "mu")
-    return (mu + damping) * remainder / (damping * (damping + remainder))
+    return (mu + damping) / damping * (remainder / (damping + remainder))

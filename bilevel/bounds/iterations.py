@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bilevel.bounds.bound import at_least, known, positive
+from bilevel.bounds.bound import at_least, known, positive, power
 from bilevel.certificates.certificate import Constants
 
 
@@ -50,9 +50,14 @@ def gradient_descent(constants: Constants, *, step: float, steps: int, distance:
         1.0
     """
     at_least("bounds.gradient_descent", 0, {"steps": steps, "distance": distance})
-    rho = contraction(constants, step)
-    known("bounds.gradient_descent", constants, within=distance * max(1.0, rho**steps))
-    return rho**steps * distance
+    factor = power(contraction(constants, step), steps)
+    known("bounds.gradient_descent", constants, within=farthest(factor, distance))
+    return factor * distance if distance else 0.0
+
+
+def farthest(factor: float, distance: float) -> float:
+    """How far from y* iterates come that start within `distance` of it and end within `factor` times that."""
+    return distance * max(1.0, factor) if distance else 0.0
 
 
 def stationary(constants: Constants, tol: float) -> float:
@@ -88,6 +93,8 @@ def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
     at_least("bounds.cg", 0, {"steps": steps, "damping": damping})
     mu, L = known("bounds.cg", constants, "mu", "L")
     root = math.sqrt(max(1.0, (L + damping) / (mu + damping)))
+    if math.isinf(root):
+        return 1.0
     q = (root - 1) / (root + 1)
     return float(2 * q**steps / (1 + q ** (2 * steps)))
 
@@ -111,4 +118,4 @@ def neumann(constants: Constants, *, step: float, terms: int, damping: float = 0
         0.125
     """
     at_least("bounds.neumann", 0, {"terms": terms})
-    return contraction(constants, step, damping=damping) ** terms
+    return power(contraction(constants, step, damping=damping), terms)

@@ -63,6 +63,8 @@ def esj(
         "sphere": ((p - 1) / Q, p / (p + 1), float(p)),
         "orthonormal": (p / Q - 1, p / (p + 1), float(p)),
     }
+    if distribution not in laws:
+        raise ValueError(f"`{call}(distribution=...)` must be one of {', '.join(laws)}. Got {distribution!r}.")
     variance, bias, deviation = laws[distribution]
     unrolled = itd(constants, step=step, steps=steps, distance=distance, outer_gradient_norm=outer_gradient_norm)
     mu, C_G = known(call, constants, "mu", "C_G")

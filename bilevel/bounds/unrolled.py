@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bilevel.bounds.bound import Bound, assumed, at_least, known
-from bilevel.bounds.iterations import contraction
+from bilevel.bounds.bound import Bound, assumed, at_least, known, power
+from bilevel.bounds.iterations import contraction, farthest
 from bilevel.certificates.certificate import Constants
 
 _START = "the start does not depend on x, and the steps are those of gradient descent with this step"
@@ -101,15 +101,16 @@ def _parts(
     """The terms in the distance of the iterates, and that of the derivative where y_0 = y*."""
     at_least(call, 0, {"steps": steps, "distance": distance, "outer_gradient_norm": norm})
     rho = contraction(constants, step)
+    factor = power(rho, steps)
     mu, L_fyy, L_fxy, M_xy, C_G = known(
-        call, constants, "mu", "L_fyy", "L_fxy", "M_xy", "C_G", within=distance * max(1.0, rho**steps)
+        call, constants, "mu", "L_fyy", "L_fxy", "M_xy", "C_G", within=farthest(factor, distance)
     )
     J = C_G / mu
     change = M_xy
     if drift:
         (M_yy,) = known(call, constants, "M_yy")
         change += M_yy * J
-    d = rho**steps * distance
+    d = factor * distance if distance else 0.0
     b = norm + L_fyy * d
-    late = last * rho ** (steps - 1) * distance if steps else 0.0
-    return (L_fxy + J * L_fyy) * d + step * change * late * b, J * rho**last * b
+    late = last * power(rho, steps - 1) * distance if steps and distance else 0.0
+    return (L_fxy + J * L_fyy) * d + step * change * late * b, J * power(rho, last) * b

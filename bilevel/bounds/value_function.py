@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
 from bilevel.certificates.certificate import Constants
 
@@ -58,12 +60,13 @@ def penalty(
     if not room > 0:
         raise ValueError(f"`{call}(weight=...)` must exceed L_f_minus / mu = {negative / mu:.3g}. Got {weight:g}.")
     J = C_G / mu
-    shift = outer_gradient_norm / (weight * room)
+    shift = outer_gradient_norm / (weight * room) if weight * room > 0 else math.inf
     known(call, constants, within=max(shift + penalized_distance, distance))
 
     def plain(w: float) -> float:
-        s = outer_gradient_norm / (w * mu - negative)
-        return (L_fxy + J * L_fyy) * s + w * (M_xy + J * M_yy) * s**2 / 2
+        room = mu - negative / w
+        s = outer_gradient_norm / (w * room) if w * room > 0 else math.inf
+        return (L_fxy + J * L_fyy) * s + w * (M_xy + J * M_yy) * s * s / 2
 
     def inexact(w: float) -> float:
         return (L_fxy + w * C_G) * penalized_distance
@@ -77,7 +80,7 @@ def penalty(
         )
     if quadratic:
         notes.append("f and g are quadratic in y")
-        s = L_fyy * outer_gradient_norm / (2 * weight**2 * (mu - negative / (2 * weight)) * room)
+        s = L_fyy * shift / (2 * weight * mu - negative)
         bias = (L_fxy + J * L_fyy) * s
     else:
         bias = 2 * plain(2 * weight) + plain(weight)

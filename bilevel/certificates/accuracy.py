@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -14,7 +15,7 @@ from bilevel._flat import FlatProblem
 from bilevel._tree import Tree
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Constants
-from bilevel.certificates.completed import completed
+from bilevel.certificates.completed import with_cross, with_curvature
 from bilevel.certificates.estimate_constants import estimated
 from bilevel.certificates.measured import Measured
 
@@ -33,7 +34,7 @@ class Accuracy:
         relative: the target relative to the hypergradient's norm; below 1 it certifies a descent direction.
 
     Raises:
-        ValueError: if both targets are 0, or one is negative.
+        ValueError: if both targets are 0, or one is negative or not finite.
 
     Example:
         >>> Accuracy(Constants(mu=1.0), absolute=1e-3).target(torch.tensor(5.0))
@@ -45,9 +46,9 @@ class Accuracy:
     relative: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.absolute >= 0 and self.relative >= 0 and self.absolute + self.relative > 0):
+        if not (0 <= self.absolute < math.inf and 0 <= self.relative < math.inf and self.absolute + self.relative > 0):
             raise ValueError(
-                f"`Accuracy(absolute=..., relative=...)` must be at least 0, and one of them positive."
+                f"`Accuracy(absolute=..., relative=...)` must be at least 0 and finite, and one of them positive."
                 f" Got {self.absolute} and {self.relative}."
             )
 
@@ -56,10 +57,11 @@ class Accuracy:
         return max(self.absolute, self.relative * float(norm))
 
     def known(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Constants:
-        """The constants at x; C_G is bounded from the operator at y if it is not among them.
+        """The constants at x; C_G is bounded from the operator at y if it is not among them, and so is L in float32.
 
         Raises:
             ValueError: if mu or another needed constant is unknown.
+            NonfiniteError: if a product is not finite.
         """
         if self.constants is None and problem.tasks is not None:
             raise ValueError(
@@ -78,7 +80,8 @@ class Accuracy:
                 f"certified accuracy needs the constants {', '.join(missing)}"
                 f"{', which could not be estimated' if self.constants is None else ''}. Give them in `constants=`."
             )
-        return completed(problem, x, y, given)[0]
+        known = with_cross(problem, x, y, given)[0]
+        return known if y.dtype == torch.float64 else with_curvature(problem, x, y, known)[0]
 
 
 def inner_tolerance(part: float, found: Measured, known: Constants) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 
-from bilevel.certificates.certificate import Assumption, Constants
+from bilevel.certificates.certificate import Assumption, Constants, NonfiniteError
 from bilevel.certificates.measured import ROUNDING, Measured
 
 NEEDED = ("L_fyy", "L_fxy", "M_yy", "M_xy")
@@ -14,27 +15,36 @@ _SLACK = 1e-9  # a constant is contradicted by more than rounding
 
 
 def moved(known: Constants, distance: float) -> Constants:
-    """Constants measured at a point, made valid at another one at this distance: mu may be None then."""
+    """Constants measured at a point, made valid at another one at this distance: mu may be None then.
+
+    Raises:
+        NonfiniteError: if one of them is not finite there.
+    """
     assert known.M_yy is not None and known.M_xy is not None
     mu, C_G, L = known.mu, known.C_G, known.L
     if "mu" in known.local and mu is not None:
-        mu = mu - known.M_yy * distance if mu > known.M_yy * distance else None
+        less = mu - known.M_yy * distance
+        mu = None if less <= 0 else less
     if "C_G" in known.local and C_G is not None:
         C_G += known.M_xy * distance
     if "L" in known.local and L is not None:
         L += known.M_yy * distance
+    if not all(math.isfinite(constant) for constant in (mu, C_G, L) if constant is not None):
+        raise NonfiniteError
     return replace(known, mu=mu, C_G=C_G, L=L)
 
 
 def contradiction(found: Measured, known: Constants) -> str:
     """Which of the constants is refuted by the products that were taken anyway; empty if none is."""
-    if found.curvatures is None or found.coupling is None:
-        return ""
-    least, largest = found.curvatures
     slack = max(_SLACK, 8 * ROUNDING * torch.finfo(found.h.dtype).eps)
-    if known.mu is not None and least < known.mu - slack * max(known.mu, abs(largest)):
-        return f"mu = {known.mu:.3g} does not hold: the curvature along v is {least:.3g} at y"
-    if known.C_G is not None and found.coupling > known.C_G * (1 + slack) + torch.finfo(torch.float64).tiny:
+    if known.mu is not None and known.L is not None and known.mu * (1 - slack) > known.L:
+        return f"mu = {known.mu:.3g} does not hold: no curvature at y is above {known.L:.3g}"
+    if known.mu is not None and found.curvatures is not None:
+        least, largest = found.curvatures
+        if least < known.mu - slack * max(known.mu, abs(largest)):
+            return f"mu = {known.mu:.3g} does not hold: the curvature along v is {least:.3g} at y"
+    tiny = torch.finfo(torch.float64).tiny
+    if known.C_G is not None and found.coupling is not None and found.coupling > known.C_G * (1 + slack) + tiny:
         return f"C_G = {known.C_G:.3g} does not hold: |G v| / |v| is {found.coupling:.3g} at y"
     return ""
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final, get_args
 
 from bilevel._result import Stats
 from bilevel._tree import Tree
 
 Source: TypeAlias = Literal["given", "structural", "estimated"]
+UPPER = ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")  # the constants that are upper bounds
+_SLACK = 1e-9  # mu = L of a multiple of the identity, each computed in its own way
+LOCAL = frozenset({"mu", "L", "C_G"})  # those that certificates can extend from the point where they were measured
+
+
+class NonfiniteError(ArithmeticError):
+    """NaN or Inf was met: there is nothing to bound."""
 
 
 @final
@@ -18,7 +25,8 @@ Source: TypeAlias = Literal["given", "structural", "estimated"]
 class Constants:
     """What is known of f and g along the segment from y to y*(x); every constant is an upper bound but mu.
 
-    Each constant is kept apart, never lumped into one L; None means unknown.
+    Each constant is kept apart, never lumped into one L; None means unknown. Derivatives in x are those in the x that
+    the hypergradient is of: with an `encode`, those of f(encode(x), y) and g(encode(x), y).
 
     Attributes:
         mu: strong convexity of g(x, .): a lower bound on the eigenvalues of d2g/dy2. None: none is known, which
@@ -40,7 +48,8 @@ class Constants:
             segment, by M_yy and M_xy.
 
     Raises:
-        ValueError: if mu is not positive or another constant is negative.
+        ValueError: if mu is not positive, another constant is negative, or one is not finite; if mu exceeds L; if
+            `radius`, `confidence`, `source`, `heuristic` or `local` is none of what it may be.
 
     Example:
         >>> Constants(mu=0.1, L=1.0).kappa
@@ -62,14 +71,38 @@ class Constants:
     local: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.mu is not None and not self.mu > 0:
-            raise ValueError(f"`Constants(mu=...)` must be positive: g must be strongly convex in y. Got {self.mu}.")
-        for name in ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus"):
+        if self.mu is not None and not 0 < self.mu < math.inf:
+            raise ValueError(
+                f"`Constants(mu=...)` must be positive and finite: g must be strongly convex in y. Got {self.mu}."
+                f" Leave it None if no mu is known."
+            )
+        for name in UPPER:
             constant = getattr(self, name)
-            if constant is not None and not constant >= 0:
-                raise ValueError(f"`Constants({name}=...)` must be at least 0, or None if unknown. Got {constant}.")
+            if constant is not None and not 0 <= constant < math.inf:
+                raise ValueError(
+                    f"`Constants({name}=...)` must be at least 0 and finite, or None if unknown. Got {constant}."
+                )
+        both = self.mu is not None and self.L is not None and not self.local & {"mu", "L"}
+        if both and self.mu > self.L * (1 + _SLACK):  # type: ignore[operator]
+            raise ValueError(
+                f"`Constants(mu=..., L=...)` must be bounds on the same eigenvalues, mu <= L. Got mu = {self.mu:g} and"
+                f" L = {self.L:g}."
+            )
         if not self.radius > 0 or not 0 < self.confidence <= 1:
-            raise ValueError("`Constants` needs radius > 0 and 0 < confidence <= 1.")
+            raise ValueError(
+                f"`Constants(radius=..., confidence=...)` needs radius > 0 and 0 < confidence <= 1. Got {self.radius}"
+                f" and {self.confidence}."
+            )
+        sources = get_args(Source)
+        if self.source not in sources:
+            raise ValueError(f"`Constants(source=...)` must be one of {', '.join(sources)}. Got {self.source!r}.")
+        for name, known in (("heuristic", {"mu", *UPPER}), ("local", LOCAL)):
+            unknown = set(getattr(self, name)) - known
+            if unknown:
+                raise ValueError(
+                    f"`Constants({name}=...)` must name constants among {', '.join(sorted(known))}. Got"
+                    f" {', '.join(sorted(map(repr, unknown)))}."
+                )
 
     @property
     def kappa(self) -> float | None:
@@ -120,6 +153,7 @@ class Certificate:
         refined: where asked for, a better hypergradient: after one Newton correction of y.
         refined_bound: its own error bound; infinite where the theorem does not apply there.
         reason: why the bound is infinite or not proven; empty otherwise.
+        remark: where the bound is valid and not below |z|, so that it says little: why, and what helps; else empty.
     """
 
     bound: float
@@ -134,6 +168,7 @@ class Certificate:
     refined: Tree | None = field(default=None, repr=False)
     refined_bound: float | None = None
     reason: str = ""
+    remark: str = ""
 
     @property
     def descent(self) -> bool:
@@ -163,6 +198,7 @@ class Certificate:
             "refined_bound": self.refined_bound,
             "stats": self.stats.as_dict(),
             "reason": self.reason,
+            "remark": self.remark,
         }
         plain: dict[str, Any] = _finite(content)
         return plain
@@ -177,8 +213,7 @@ class Certificate:
         low, high = self.norm_interval
         verdict = "a descent direction" if self.descent else "not known to be a descent direction"
         lines.append(f"  so {low:.3g} <= |h| <= {high:.3g}, and -grad is {verdict}")
-        if self.reason:
-            lines.append(f"  note: {self.reason}")
+        lines += [f"  note: {text}" for text in (self.reason, self.remark) if text]
         return "\n".join(lines)
 
 

@@ -11,12 +11,11 @@ from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.certificates.penalty import certify_penalty
-from bilevel.inner_problems.kinds import inner_problem
-from bilevel.requirements.properties import Property
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -51,8 +50,10 @@ def certify(
     C_G that the products contradict makes the bound infinite.
 
     Cost: two gradients, one Hessian product and one cross product with all constants and v given. Without C_G some
-    ten products more, to bound |G| at y with 99 % confidence; without mu q products, for the dense Hessian; with
-    `refine` one more linear solve, for s = H^-1 e, and the same again at y - s.
+    30 cross products more, to bound |G| at y with 99 % confidence; without L a gradient and some 14 Hessian products,
+    to bound |H| there alike, which the rounding of residuals is proportional to; without mu q products, for the dense
+    Hessian; with `refine` one more linear solve, for s = H^-1 e, and the same again at y - s. With an `init` one
+    uncounted gradient, to see whether y depends on x by more than its start.
 
     Source: the bound with |v| <= |grad f| / mu is Ghadimi, Wang, "Approximation methods for bilevel programming"
     (2018), lemma 2.2; the idea of computable a-posteriori bounds is Ehrhardt, Roberts, "Analyzing inexact
@@ -69,11 +70,13 @@ def certify(
         first_order: for an estimate of `Penalty` without extrapolation: use gradients only, no Hessian product.
 
     Returns:
-        The certificate. Its bound is infinite, with a reason, where the theorem does not apply.
+        The certificate. Its bound is infinite, with a reason, where the theorem does not apply; where it is valid but
+        not below |z|, a remark says why and what helps.
 
     Raises:
         TypeError: if `estimate` or `constants` is of another type.
-        ValueError: if needed constants are missing, or structures do not match.
+        ValueError: if needed constants are missing, or structures do not match; if y is no unconstrained minimizer of
+            a smooth g, or depends on x through its start only.
 
     Example:
         >>> import torch
@@ -96,16 +99,16 @@ def certify(
             f" Give them, or use `estimate_constants(problem, x, estimate.y)`, or see `estimate.error_estimate`."
         )
     check_signature(problem, data)
-    kind = inner_problem(problem)
-    if not {Property.stationary, Property.smooth} <= kind.offers:
-        raise ValueError(
-            "`certify` does not apply: its theorems are for an inner problem that is a smooth minimization, without"
-            f" constraints on y. Here {kind.refusal}"
-        )
+    why = no_certificate(problem)
+    if why:
+        raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
     z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
+    why = no_certificate_at(flat, x_vector.detach(), y)
+    if why:
+        raise ValueError(f"`certify` does not apply: {why}")
     v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
     if first_order:
         return _first_order(flat, x_vector.detach(), z.detach(), y, estimate, constants)

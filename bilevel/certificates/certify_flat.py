@@ -13,16 +13,20 @@ from torch import Tensor
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import least_eigenvalue
 from bilevel._result import Tally
 from bilevel._tree import tree_leaves, tree_map
 from bilevel.certificates.assumptions import assumptions, moved
-from bilevel.certificates.certificate import Assumption, Certificate, Constants
+from bilevel.certificates.certificate import Assumption, Certificate, Constants, NonfiniteError
 from bilevel.certificates.completed import completed
 from bilevel.certificates.double_precision import in_double
 from bilevel.certificates.measured import ROUNDING, Measured
+from bilevel.certificates.remarks import remark
 from bilevel.certificates.residuals import measure
 from bilevel.certificates.theorems import Terms, bounded, confronted, theorem_b
+
+NOT_FINITE = "NaN or Inf was met"
 
 
 def certify_flat(
@@ -36,10 +40,14 @@ def certify_flat(
     refine: bool = False,
 ) -> Certificate:
     """The certificate in vectors; see `certify`. In float64 wherever f and g can be evaluated in it."""
-    return precise(
-        lambda problem, to, doubled: _certify(problem, to(x), to(z), to(y), to(v), constants, linear, refine, doubled),
-        problem,
-    )
+
+    def certificate(problem: FlatProblem, to: Any, doubled: bool) -> Certificate:
+        try:
+            return _certify(problem, to(x), to(z), to(y), to(v), constants, linear, refine, doubled)
+        except NonfiniteError:
+            return nothing(problem, to(z), constants, "B" if constants.mu is None else "A")
+
+    return precise(certificate, problem)
 
 
 def precise(certificate: Callable[[FlatProblem, Any, bool], Certificate], problem: FlatProblem) -> Certificate:
@@ -68,7 +76,8 @@ def _in_dtype(found: Certificate, dtype: torch.dtype) -> Certificate:
     if found.refined is None or found.refined_bound is None:
         return found
     rounded = tree_map(lambda leaf: leaf.to(dtype), found.refined)
-    loss = math.hypot(*(distance(a, b) for a, b in zip(tree_leaves(rounded), tree_leaves(found.refined), strict=True)))
+    leaves = zip(tree_leaves(rounded), tree_leaves(found.refined), strict=True)
+    loss = math.hypot(*(distance(a.reshape(-1), b.reshape(-1)) for a, b in leaves))
     return replace(found, refined=rounded, refined_bound=found.refined_bound + loss)
 
 
@@ -91,15 +100,16 @@ def _certify(
     bound = theorem(problem, x, y, found, known)
     reason = bound.reason or beyond(bound.distance, constants)
     off = distance(z, found.h)
-    if not reason and not math.isfinite(off + bound.total):
-        reason = "NaN or Inf was met"
     best, refined, refined_bound = off + bound.total + found.rounding, None, None
+    if not math.isfinite(best):
+        best, reason = math.inf, reason or NOT_FINITE
     terms = {"inner": bound.inner, "linear": bound.linear, "estimate": off, "rounding": found.rounding}
     if refine and math.isfinite(best):
         refined, refined_bound = _refine(problem, x, y, v, known, bound, linear)
         if distance(z, refined) + refined_bound < best and not reason:
             terms = {"estimate": distance(z, refined), "refined": refined_bound}
             best = sum(terms.values())
+    norm, L = float(safe_row_norms(z.double())), bound.known.L
     return Certificate(
         bound=best,
         terms=terms,
@@ -108,17 +118,34 @@ def _certify(
         confidence=known.confidence,
         assumed=tuple(assumptions(constants, bound.known, bound.mu)) + notes,
         distance=bound.distance,
-        grad_norm=float(torch.linalg.vector_norm(z.double())),
+        grad_norm=norm,
         stats=problem.tally.stats(),
         refined=None if refined is None else problem.x.unravel(refined),
         refined_bound=refined_bound,
         reason=reason,
+        remark=remark(best, norm, terms, L / bound.mu if L is not None and bound.mu > 0 else None, refine),
+    )
+
+
+def nothing(problem: FlatProblem, z: Tensor, constants: Constants, theorem: str) -> Certificate:
+    """The certificate where NaN or Inf was met."""
+    return Certificate(
+        bound=math.inf,
+        terms={},
+        theorem=theorem,
+        proven=False,
+        confidence=constants.confidence,
+        assumed=(),
+        distance=math.inf,
+        grad_norm=float(safe_row_norms(z.double())),
+        stats=problem.tally.stats(),
+        reason=NOT_FINITE,
     )
 
 
 def beyond(reach: float, constants: Constants) -> str:
     """Why a bound is no theorem although its formula applies: it reaches beyond where the constants hold."""
-    if reach <= constants.radius:
+    if math.isnan(reach) or reach <= constants.radius:
         return ""
     return (
         f"the constants hold within {constants.radius:g} of y*, but y is only known to be within {reach:.3g} of it:"
@@ -128,7 +155,7 @@ def beyond(reach: float, constants: Constants) -> str:
 
 def distance(a: Tensor, b: Tensor) -> float:
     """|a - b|, rounded up."""
-    return float(torch.linalg.vector_norm(a.double() - b.double())) * (1 + ROUNDING * torch.finfo(torch.float64).eps)
+    return float(safe_row_norms(a.double() - b.double())) * (1 + ROUNDING * torch.finfo(torch.float64).eps)
 
 
 def _refine(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
+from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.double_precision import in_double
-from bilevel.inner_problems.kinds import inner_problem
-from bilevel.requirements.properties import DoesNotApply, Property
+from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -22,8 +22,7 @@ def second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, z
     solves, two gradients of g and one of f, in float64 wherever f and g can be evaluated in it. NaN where a linear
     solve does not succeed, and where y is constrained.
     """
-    kind = inner_problem(problem.problem)
-    if not {Property.stationary, Property.smooth} <= kind.offers:
+    if no_certificate(problem.problem):
         return math.nan  # the Newton correction is of grad_y g = 0
     if y.dtype != torch.float64:
         doubled = in_double(problem, problem.tally)

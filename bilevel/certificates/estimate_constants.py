@@ -14,7 +14,7 @@ from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Tree, ravel
-from bilevel.certificates.certificate import Constants
+from bilevel.certificates.certificate import Constants, NonfiniteError
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated
 _SAFETY = 2.0  # what sampled Lipschitz constants are multiplied by
@@ -68,7 +68,8 @@ def estimate_constants(
         The constants, with source "estimated", and their confidence.
 
     Raises:
-        ValueError: if a number is out of range; in task mode: give the constants, which hold for every task.
+        ValueError: if a number is out of range; if NaN or Inf is met; in task mode: give the constants, which hold for
+            every task.
 
     Example:
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
@@ -82,12 +83,21 @@ def estimate_constants(
             "`estimate_constants` needs 0 < failure < 1/3, shift_steps >= 1 and samples >= 1. Got"
             f" {failure}, {shift_steps} and {samples}."
         )
+    for name, number in (("mu", mu), ("radius", radius)):
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"`estimate_constants({name}=...)` must be positive and finite, or None. Got {number}.")
     if problem.tasks:
         raise ValueError("`estimate_constants` needs one inner problem. Got tasks=True: give constants valid for each.")
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y, "y")
     flat = FlatProblem(problem, x_structure, y_structure, data)
-    return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure, shift_steps)
+    try:
+        return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure, shift_steps)
+    except NonfiniteError:
+        raise ValueError(
+            "`estimate_constants(problem, x, y)` needs a y at which f and g have finite second derivatives. Met NaN or"
+            " Inf: look at x, y and the functions there."
+        ) from None
 
 
 def estimated(
@@ -101,9 +111,13 @@ def estimated(
     failure: float = 0.01,
     shift_steps: int = 100,
 ) -> Constants:
-    """The constants in vectors; see :func:`estimate_constants`."""
+    """The constants in vectors; see :func:`estimate_constants`.
+
+    Raises:
+        NonfiniteError: if a product is not finite.
+    """
     hessian = Exact().linearize(flat, at_x, at_y).operator
-    L = float(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed))
+    L = max(_finite(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed)), 0.0)
     cross, like = cross_operator(flat, at_x, at_y)
     C_G = _root(largest_eigenvalue(cross, like, failure=failure, seed=seed))
     local, bounds = {"L", "C_G"}, 2
@@ -132,8 +146,14 @@ def estimated(
     )
 
 
+def _finite(number: Tensor | float) -> float:
+    if not math.isfinite(number):
+        raise NonfiniteError
+    return float(number)
+
+
 def _root(square: Tensor) -> float:
-    return math.sqrt(max(float(square), 0.0))
+    return math.sqrt(max(_finite(square), 0.0))
 
 
 def overshoot(steps: int, size: int, failure: float) -> float:
@@ -202,5 +222,5 @@ def _sampled(
             v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
             for w in (v, d):
                 moved = float(torch.linalg.vector_norm(change(w)[1]) / torch.linalg.vector_norm(w))
-                most_g = max(most_g, moved)
+                most_g = max(most_g, _finite(moved))
     return _SAFETY * most_h / distance, _SAFETY * most_g / distance

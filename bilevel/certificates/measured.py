@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.rows import row_norms
+from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel.certificates.certificate import Constants
 
 ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times the size of its terms
@@ -25,8 +25,9 @@ class Measured:
         v: |v|.
         h: the implicit gradient grad_x f - G v at this point `(p,)`.
         rounding: a bound on the rounding of h itself.
-        curvatures: the least and the largest <v, H v> / |v|^2 over the tasks, where that is known.
-        coupling: |G v| / |v|, where that is known; what C_G cannot be less than.
+        curvatures: the least and the largest <v, H v> / |v|^2 over the tasks, where H v is known and v is not zero; the
+            least rounded up and the largest down, so that no mu is refuted by rounding.
+        coupling: |G v| / |v|, rounded down, where v is not zero; what C_G cannot be less than.
     """
 
     e: Tensor
@@ -47,12 +48,13 @@ def measured(
     fy: Tensor,
     gv: Tensor | None,
     known: Constants,
-    largest: float = 0.0,
+    hv: Tensor | None = None,
 ) -> Measured:
     """Norms from what an implicit estimator has at hand anyway: no oracle call.
 
     The rounding of each is added, as `ROUNDING` units of it times the size of the terms: |H| |y| + |e| for the
-    gradient e, |H| |v| + |grad_y f| + L_fyy |y| for the residual, |grad_x f| + L_fxy |y| + |G| |v| for h.
+    gradient e, |H| |v| + |grad_y f| + L_fyy |y| for the residual, |grad_x f| + L_fxy |y| + |G| |v| for h. Here |H| is
+    L, or what H v shows of it where that is more: without either, nothing is granted for it.
 
     Args:
         y: `(*tasks, q)`.
@@ -63,16 +65,23 @@ def measured(
         fy: grad_y f `(*tasks, q)`.
         gv: G v `(p,)`, or None for zero.
         known: the constants, as far as they are.
-        largest: the largest curvature that has been seen, in case L is not known.
+        hv: H v, where it is known.
     """
     rows = y.shape[:-1].numel()  # the mean over tasks put 1 / rows into fy and v
     gv = torch.zeros_like(fx) if gv is None else gv
     eps = ROUNDING * torch.finfo(y.dtype).eps
-    size, norm_v, norm_fy = (row_norms(t.double()) for t in (y, v, fy))
-    e, r = row_norms(gradient.double()), row_norms(residual.double())
-    norm_fx, norm_gv = float(row_norms(fx.double())), float(row_norms(gv.double()))
-    L = max(largest, known.L or 0.0)
+    size, norm_v, norm_fy = (safe_row_norms(t.double()) for t in (y, v, fy))
+    e, r = safe_row_norms(gradient.double()), safe_row_norms(residual.double())
+    norm_fx, norm_gv = float(safe_row_norms(fx.double())), float(safe_row_norms(gv.double()))
+    L, curvatures, coupling = known.L or 0.0, None, None
+    if bool((norm_v > torch.finfo(v.dtype).tiny / eps).all()):
+        coupling = max(norm_gv - eps * norm_fx, 0.0) / float(norm_v.sum())
+        if hv is not None:
+            unit, product = (t.double() / norm_v.unsqueeze(-1) for t in (v, hv))
+            along = row_dots(unit, product)
+            L = max(L, float(safe_row_norms(product).max()))
+            curvatures = (float(along.min()) + eps * L, float(along.max()) - eps * L)
     e = e + eps * (L * size + e)
     r = rows * (r + eps * (L * norm_v + norm_fy)) + eps * (known.L_fyy or 0.0) * size
     terms = norm_fx + (known.L_fxy or 0.0) * float(size.mean()) + max(norm_gv, (known.C_G or 0.0) * float(norm_v.sum()))
-    return Measured(e, r, rows * norm_v, fx - gv, eps * terms)
+    return Measured(e, r, rows * norm_v, fx - gv, eps * terms, curvatures, coupling)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
-from bilevel._numerics.rows import row_dots, row_norms
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.measured import Measured, measured
+from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 
 class SinglePrecisionError(RuntimeError):
@@ -31,21 +31,16 @@ def measure(
 
     Raises:
         SinglePrecisionError: if they are, and computed in float32 inside.
+        DoesNotApply: if y depends on x through its start only, which no Newton step sees.
     """
     at = Exact().linearize(problem, x, y)
     value, fx, fy = outer_gradients(problem, x, y)
     hv, gv = at.products(v)
     if suspicious and (_single(at.gradient, hv) or _single(value, fx, fy)) and _single_inside(problem, x, y):
         raise SinglePrecisionError
-    squares = row_dots(v, v).double().clamp_min(torch.finfo(torch.float64).tiny)
-    seen = row_dots(v, hv).double() / squares
-    largest = float((row_norms(hv.double()) / squares.sqrt()).max())
-    found = measured(y, v, at.gradient, fy - hv, fx, fy, gv, known, largest)
-    if not bool((v != 0).any(-1).all()):
-        return found
-    coupling = 0.0 if gv is None else float(row_norms(gv.double()) / squares.sqrt().sum())
-    curvatures = (float(seen.min()), float(seen.max()))
-    return Measured(found.e, found.r, found.v, found.h, found.rounding, curvatures, coupling)
+    if gv is None and problem.problem.init is not None:
+        raise DoesNotApply(START_ONLY)
+    return measured(y, v, at.gradient, fy - hv, fx, fy, gv, known, hv)
 
 
 def _single_inside(problem: FlatProblem, x: Tensor, y: Tensor) -> bool:

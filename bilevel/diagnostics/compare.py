@@ -15,16 +15,15 @@ from bilevel._flat import FlatProblem
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError, Stats, Status, Tally
 from bilevel._tree import Tree, ravel
+from bilevel.certificates.applies import no_certificate_at
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
-from bilevel.inner_problems.kinds import inner_problem
 from bilevel.named.implicit import IMPLICIT
 from bilevel.named.reference import reference
 from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
-from bilevel.requirements.properties import Property
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -118,18 +117,16 @@ class _Comparer:
             words = " ".join(str(report) for report in found.reports if not report.status.ok)
             raise BilevelError(f"`compare` could not compute its reference, {self.how}. {words}", status, found)
         self.h = found.grad
-        if not self._smooth():  # certificates and estimates of the error are of grad_y g = 0
+        certifiable = not no_certificate_at(self.problem, self.x, found.y)
+        if not certifiable:  # certificates and estimates of the error are of grad_y g = 0
             self.constants = None
         if self.constants is not None and found.v is not None:
             self.error = self._certificate(found)
-        elif found.v is not None and self._smooth():
+        elif found.v is not None and certifiable:
             from bilevel.certificates.error_estimate import second_level
 
             quiet = self.problem.with_tally(Tally())
             self.error = second_level(quiet, self.x, found.y, found.v, found.grad)
-
-    def _smooth(self) -> bool:
-        return {Property.stationary, Property.smooth} <= inner_problem(self.problem.problem).offers
 
     def row(self, name: str, budget: int | None, build: Callable[[], AbstractEstimator]) -> Row:
         try:

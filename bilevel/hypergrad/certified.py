@@ -10,18 +10,21 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import Exact
+from bilevel._calculus import Exact, demand_beyond_start
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._numerics.quasi_newton import Pairs, Recycled
-from bilevel._result import Report, Solved, Status, report
+from bilevel._numerics.rows import safe_row_norms
+from bilevel._result import Report, Solved, Status, Tally, report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.certificates.accuracy import Accuracy, inner_tolerance, linear_tolerance
-from bilevel.certificates.assumptions import moved
-from bilevel.certificates.certificate import Constants
+from bilevel.certificates.applies import CERTIFIABLE
+from bilevel.certificates.assumptions import contradiction, moved
+from bilevel.certificates.certificate import Constants, NonfiniteError
+from bilevel.certificates.completed import with_curvature
 from bilevel.certificates.measured import Measured, measured
 from bilevel.certificates.theorems import Terms, bounded
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
@@ -36,6 +39,7 @@ _PROGRESS = 0.5  # what each solve must at least reduce its residual to, so that
 _FLOOR = 0.9  # an inner solver that reduces its residual to no less than this is at its rounding floor
 _REST = 0.1  # of the inner part and rounding: v as accurate as makes sense where these alone miss the target
 _INSIDE = 0.5  # of the radius within which the constants hold: the distance that is aimed at where y is beyond it
+_CONDITION = 1e8  # at most L over the least curvature, where L is not given and rounding may be left to it
 _STALE = 2.0  # times C_G as it was measured: where its extension to y has grown so much, it is measured anew
 _PAIRS = 20  # products that precondition the solves after them: 40 q of memory, and 80 q flops a step
 
@@ -46,11 +50,15 @@ class Certified(AbstractEstimator):
     """The h of an implicit estimator, solved for until |h - grad Phi(x)| <= max(target_error, relative_error |h|).
 
     The bound is that of `certify` (theorem A or B of the certificates), and is `Estimate.bound`. It costs nothing: its
-    residuals are those at hand. Whichever of the two problems keeps it above the target is solved to the tolerance
-    that the theorem asks for; the tolerances that its solvers came with do not matter. Linear systems are solved for
-    the correction of v. Near a warm start y is corrected by Newton steps with the linear solver, and by the inner
-    solver where these gain little. A linear solver that takes a preconditioner and has none is preconditioned by the
-    last 20 products, for 40 q of memory. A solver without a tolerance is used as it is.
+    residuals are those at hand. Only where L is not given, and rounding would miss the target were L 1e8 times the
+    curvature along v (which it is not for condition numbers up to 1e8), a gradient and some 14 Hessian products bound
+    it: with a target near rounding at every estimate, which giving L saves.
+
+    Whichever of the two problems keeps the bound above the target is solved to the tolerance that the theorem asks for;
+    the tolerances that its solvers came with do not matter. Linear systems are solved for the correction of v. Near a
+    warm start y is corrected by Newton steps with the linear solver, and by the inner solver where these gain little. A
+    linear solver that takes a preconditioner and has none is preconditioned by the last 20 products, for 40 q of
+    memory. A solver without a tolerance is used as it is.
 
     Cost: from a warm start that is accurate enough one gradient of g and of f, one Hessian product and one cross
     product; otherwise that of its solvers, which grows with the logarithm of the target.
@@ -110,7 +118,7 @@ class Certified(AbstractEstimator):
     @property
     def requires(self) -> frozenset[Property]:
         # Certificates are of smooth minimization, and their products of second derivatives.
-        return self.estimator.requires | {Property.smooth, Property.second_derivatives}
+        return self.estimator.requires | CERTIFIABLE | {Property.second_derivatives}
 
     def certified(
         self,
@@ -129,12 +137,23 @@ class Certified(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         accuracy, y = self._accuracy(), problem.start(x, start.y).detach()
+        if start.v is None:  # else the first product with G tells
+            demand_beyond_start(problem.with_tally(Tally()), x, y)
         solves = Solves(problem, x, self.estimator, Recycled(Pairs(_PAIRS, y.reshape(-1, y.shape[-1]))))
         at = self.estimator.products.linearize(problem, x, y)
-        known, anchor = accuracy.known(problem, x, y), y
-        point = solves.point(y, at, start.v)
+        try:
+            return self._from(solves.point(y, at, start.v), accuracy, solves, start.v is not None)
+        except NonfiniteError:
+            point = solves.point(y, at, start.v)
+            ended = Report("certified accuracy", Status.nonfinite, math.inf, 0)
+            return FlatEstimate(point.h, point.value, y, (ended,), point.v, bound=math.inf)
+
+    def _from(self, point: ImplicitPoint, accuracy: Accuracy, solves: Solves, warm: bool) -> FlatEstimate:
+        """The estimate, by solves from a point; `warm` says that its v is a guess."""
+        problem, x, anchor = solves.problem, solves.x, point.y
+        known = accuracy.known(problem, x, anchor)
         attempt, stuck, failed = 0, False, False
-        newton = start.v is not None  # near y*, where the linear solver is the faster one
+        newton = warm  # near y*, where the linear solver is the faster one
         solved: Solved | None = None
         system: Solved | None = None
         while True:
@@ -143,10 +162,21 @@ class Certified(AbstractEstimator):
                 known, anchor = accuracy.known(problem, x, point.y), point.y
                 here = known
             now = _judge(point, here, accuracy)
-            if now.met or failed or attempt == _ATTEMPTS or not math.isfinite(float(now.found.r.sum())):
-                break
+            refuted = here.radius == math.inf and bool(contradiction(now.found, here))
+            finite = math.isfinite(float(now.found.r.sum()))
+            if now.met or refuted or failed or attempt == _ATTEMPTS or not finite:
+                if here.L is not None or refuted or not finite:
+                    break
+                L = _CONDITION * _curvature(point)
+                if math.isfinite(L):
+                    granted = _judge(point, replace(here, L=L, local=here.local | {"L"}), accuracy)
+                    if granted.met:
+                        now = granted
+                        break
+                known, anchor = with_curvature(problem, x, point.y, here)[0], point.y
+                continue
             attempt += 1
-            guessed = start.v is not None or system is not None  # how large v and h are
+            guessed = warm or system is not None  # how large v and h are
             if guessed and not stuck and (now.terms.inner > now.target / 2 or not now.valid):
                 before = float(torch.linalg.vector_norm(point.at.gradient, dim=-1).max())
                 tol = min(
@@ -198,10 +228,18 @@ class _Verdict:
 
 
 def _judge(point: ImplicitPoint, here: Constants, accuracy: Accuracy) -> _Verdict:
-    found = measured(point.y, point.v, point.at.gradient, point.r, point.fx, point.fy, point.fx - point.h, here)
+    # H v = grad_y f - r, but for the rounding of both, which L bounds.
+    hv = point.fy - point.r if here.L is not None and point.r.shape == point.fy.shape else None
+    found = measured(point.y, point.v, point.at.gradient, point.r, point.fx, point.fy, point.fx - point.h, here, hv)
     terms = bounded(found, here)
     target = accuracy.target(torch.linalg.vector_norm(point.h))
     return _Verdict(found, terms, terms.total + found.rounding, target, terms.distance <= here.radius)
+
+
+def _curvature(point: ImplicitPoint) -> float:
+    """At least |H v| / |v|, which is at least the least eigenvalue of H; the largest over the tasks; Inf at v = 0."""
+    norms = [safe_row_norms(t.double()) for t in (point.fy, point.r, point.v)]
+    return float(((norms[0] + norms[1]) / norms[2]).nan_to_num(math.inf, math.inf).max())
 
 
 def _estimate(
@@ -213,5 +251,6 @@ def _estimate(
     if status.ok:  # the target is met: what the solvers could not do was not needed
         reports = [replace(each, status=Status.successful) for each in reports]
     reports.append(Report("certified accuracy", status, last.bound, attempts))
-    bound = last.bound if last.valid else math.inf
-    return FlatEstimate(point.h, point.value, point.y, tuple(reports), point.v, bound=bound)
+    bound = last.bound if last.valid and not math.isnan(last.bound) else math.inf
+    note = f"no certificate: {last.terms.reason}" if last.terms.reason else ""
+    return FlatEstimate(point.h, point.value, point.y, tuple(reports), point.v, bound=bound, note=note)

@@ -12,6 +12,7 @@ from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._result import Tally
+from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.inner_problems.kinds import inner_problem
@@ -99,10 +100,10 @@ def _demand_choice(wish: Auto, s: Setting) -> None:
         )
     if Feature.constraints in s.features:
         raise ValueError("`Auto` does not apply to a problem with constraints on y. Name the estimator: 'kkt'.")
-    if wish.constants is not None and not {Property.stationary, Property.smooth} <= inner_problem(problem).offers:
+    if wish.constants is not None and (why := no_certificate(problem)):
         raise ValueError(
-            "`Auto(constants=...)` does not apply: certificates are of inner problems that are smooth minimizations."
-            " Leave the constants out: errors are then measured."
+            f"`Auto(constants=...)` does not apply: it certifies, and {why} Leave the constants out: errors are then"
+            f" measured."
         )
 
 
