@@ -11,11 +11,15 @@ from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
 from bilevel.named.registry import build
 from bilevel.requirements.kinks import SEEN_BY
-from bilevel.requirements.properties import Property
+from bilevel.requirements.properties import START_ONLY, Property
 from bilevel.requirements.why_not import why_not
 
 # Enough for every name to take a step; estimators of a budget are built without the solves that accurate defaults take.
 _BUDGET = 10_000
+_UNSOLVED = (
+    "g has a kink at the inner solution, to which no gradient shows the way, and the inner solver does not meet its"
+    " tolerance there. Give a non-smooth term as `prox=`, or replace it by a smooth one."
+)
 _PHI = (
     "the derivative of Phi that those of the inner problem give is not that of its values: x is detached in a part of"
     " it. Use x itself there, or 'esj' or 'finite-difference'."
@@ -43,7 +47,8 @@ def why_not_here(build: Callable[[], AbstractEstimator], subject: Subject, found
     indefinite = "" if found.definite else "the inner Hessian is not positive definite at the solution"
     if found.dependence == "none" and not found.detached:
         return "y does not depend on x: Phi(x) = f(x, y*) needs no estimator"
-    return why_not(build(), subject.problem.problem, _lacking(found), indefinite)
+    why = why_not(build(), subject.problem.problem, _lacking(found), indefinite)
+    return why or (_UNSOLVED if found.kinked and not found.solvable else "")
 
 
 def _lacking(found: Findings) -> dict[Property, str]:
@@ -63,7 +68,7 @@ def _lacking(found: Findings) -> dict[Property, str]:
         reason = "the derivative of grad_y g in x is zero to autograd: x is detached in g"
         lacking |= {Property.second_derivatives: reason, Property.beyond_start: reason}
     elif found.dependence == "start":
-        lacking[Property.beyond_start] = "y depends on x only through its start"
+        lacking[Property.beyond_start] = START_ONLY
     return lacking
 
 

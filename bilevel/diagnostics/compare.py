@@ -19,7 +19,6 @@ from bilevel._tree import Tree, ravel
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.diagnostics.applicability import why_not_applicable, why_not_here
-from bilevel.diagnostics.check import examined, subject_at
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
 from bilevel.inner_problems.kinds import inner_problem
@@ -113,6 +112,8 @@ class _Comparer:
         self.constants: Constants | None = None
         self.h = x
         self.how, self.error = "", float("nan")
+        from bilevel.diagnostics.check import examined, subject_at
+
         self.subject = subject_at(problem.with_tally(Tally()), x, y0)
         self.findings = examined(self.subject)
 
