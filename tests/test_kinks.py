@@ -163,7 +163,8 @@ def test_a_relu_network_off_its_kinks_is_not_refused(dtype: torch.dtype) -> None
 
     def g(x: Tensor, y: Any) -> Tensor:
         decay = sum(leaf.square().sum() for leaf in y.values())
-        return (module(y, inputs) - inputs[:, :1].sin()).square().mean() + x.exp() * decay
+        loss: Tensor = (module(y, inputs) - inputs[:, :1].sin()).square().mean() + x.exp() * decay
+        return loss
 
     problem = BilevelProblem(lambda x, y: module(y, inputs).square().mean(), g)
     x, start = torch.tensor(-1.0, dtype=dtype), dict(module.params)

@@ -131,7 +131,7 @@ class ESJ(AbstractEstimator):
         slopes = (moved * fy).flatten(1).sum(1) / self.radius
         samples = c * slopes.unsqueeze(-1) * u  # (Q, p), each an unbiased estimate of J_N' grad_y f
         implicit = samples.mean(0)
-        reports = (report("inner solver", solved),)
+        reports: tuple[Report, ...] = (report("inner solver", solved),)
         if start.count == 0:
             reports += self._kink(problem, x, u[0], y, fy, start.y, float(slopes[0]))
         return FlatEstimate(fx + implicit, value, y, reports, standard_error=self._error(samples, implicit))

@@ -154,7 +154,7 @@ def _floor(s: Setting, found: FlatEstimate) -> float:
     """How large a slope differences take for none: hypergradients are small where x is optimal."""
     value, fx, fy = outer_gradients(s.problem, s.x, found.y)
     size = abs(float(value)) + float(torch.linalg.vector_norm(fx)) + float(torch.linalg.vector_norm(fy))
-    return torch.finfo(s.x.dtype).eps ** (1 / 3) * size
+    return float(torch.finfo(s.x.dtype).eps ** (1 / 3) * size)
 
 
 def _none(found: FlatEstimate, how: str, status: Status, words: str) -> BilevelError:

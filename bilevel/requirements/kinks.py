@@ -141,7 +141,8 @@ def _direction(like: Tensor) -> Tensor:
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1)
+    found: Tensor = torch.linalg.vector_norm(a, dim=-1)
+    return found
 
 
 def _alike(a: Tensor, b: Tensor) -> Tensor:
