@@ -47,7 +47,7 @@ def apply_estimator(
             found = found if start.count else looked_at(problem, x, found, partial(why_not, estimator))
         else:
             found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
-        if start.count == 0 and all(report.status is not Status.unrepeatable for report in found.reports):
+        if start.count == 0 and all(report.status is not Status.not_repeatable for report in found.reports):
             found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
         return found
     except DoesNotApply as error:

@@ -76,7 +76,8 @@ def test_a_kink_at_the_inner_solution_fails_whoever_differentiates_g(name: str) 
     exact = ClosedForm(lambda x: y + slope * (x - x_))
     for estimator in (AID(exact, CG()), AID(exact, Dense())):
         found = hypergradient(problem, x_, y_, estimator=estimator, throw=False)
-        assert found.status in (Status.kink, Status.nonfinite)  # as the derivatives of a norm at zero are
+        statuses = [report.status for report in found.reports]
+        assert Status.kink in statuses or Status.nonfinite in statuses  # as the derivatives of a norm at zero are
     for inner in (exact, LBFGS(1e-9)):  # what sees Phi by values is right
         found = hypergradient(problem, x_, y_, estimator=FiniteDifference(inner, step=1e-4), throw=False)
         assert float(found.grad) == pytest.approx(slope * (y - 3), rel=1e-6)
