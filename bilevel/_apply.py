@@ -15,6 +15,7 @@ from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Tally
 from bilevel.requirements.first_look import looked_at
+from bilevel.requirements.kinks import kink_reports
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
 from bilevel.requirements.why_not import refusal, why_not
@@ -28,7 +29,8 @@ def apply_estimator(
     Where the problem has an `encode`, the estimator sees z = encode(x) in the place of x, and its h_z is pulled back:
     h = (dz/dx)' h_z, which every estimator that is linear in the derivatives of f and g commutes with.
 
-    The first estimate of a run (`start.count` is 0) brings a look at f and g with it; see `first_look`.
+    The first estimate of a run (`start.count` is 0) brings a look at f and g with it, see `first_look`, and
+    one at g near the inner solution; see `kinked`.
 
     Raises:
         ValueError: if the estimator does not apply to the problem, naming it and the reason; at the first estimate of
@@ -46,8 +48,12 @@ def apply_estimator(
             demand_padding_unseen(problem, x, start.y)
         if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
             found = _encoded(estimator, problem, x, start)
-            return found if start.count else looked_at(problem, x, found, partial(why_not, estimator))
-        return _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
+            found = found if start.count else looked_at(problem, x, found, partial(why_not, estimator))
+        else:
+            found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
+        if start.count == 0 and all(report.status is not Status.not_repeatable for report in found.reports):
+            found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
+        return found
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
 

@@ -16,6 +16,7 @@ from bilevel.requirements.properties import STRICTEST, Property
 
 if TYPE_CHECKING:
     from bilevel._flat import FlatProblem
+    from bilevel._linear import AbstractLinearSolver
     from bilevel.bounds.beforehand import Beforehand
     from bilevel.bounds.bound import Bound
     from bilevel.certificates.certificate import Constants
@@ -137,6 +138,11 @@ class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a de
         not apply; and `check`, `compare` and "auto" read it.
         """
         return STRICTEST
+
+    @property
+    def solves_with(self) -> tuple[AbstractLinearSolver, ...]:
+        """The linear solvers that it uses beside those among its fields; their demands are part of its own."""
+        return ()
 
 
 class AbstractEstimator(AbstractRequiring):

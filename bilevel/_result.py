@@ -28,6 +28,10 @@ class Status(enum.Enum):
         "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
         " estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
     )
+    one_sided = (
+        "Phi has a kink at x: its slopes to the two sides differ, so that there is no derivative, and the estimate is a"
+        " mean of both or one of them. Move x a little, or pass `throw=False` to accept it."
+    )
     max_steps = (
         "The maximum number of steps was reached before the tolerance was met. Raise `max_steps`, loosen the"
         " tolerance, or start closer (`start=` carries y and v over from the previous call)."
@@ -45,6 +49,12 @@ class Status(enum.Enum):
     line_search_failed = (
         "The line search found no acceptable step. The objective may be non-smooth, noisy (dropout sampled anew"
         " at each call?) or its gradient wrong; `tol` may also be below what this dtype can reach."
+    )
+    kink = (
+        "g has a kink at the inner solution: its gradient or its Hessian jumps there, so that derivatives of g do not"
+        " tell how y* moves with x. Give a non-smooth term as `prox=` (`bilevel.prox.L1`), replace it by a smooth one,"
+        " or use 'finite-difference' or `ESJ`, which do not differentiate g; where Phi itself has a kink, move x a"
+        " little."
     )
     negative_curvature = (
         "A direction of negative or zero curvature was met: the inner Hessian is not positive definite here, so"

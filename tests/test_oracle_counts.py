@@ -182,7 +182,7 @@ def test_counts_of_batches_are_by_the_task(family: QuadraticFamily) -> None:
 
 
 def test_counts_are_what_is_evaluated() -> None:
-    """g is called once a gradient, f once a gradient of f: nothing is evaluated that is not counted."""
+    """g is called once a gradient, f once a gradient of f: nothing is evaluated that is not counted, in a run."""
     calls = {"f": 0, "g": 0}
 
     def counted(name: str, function: Any) -> Any:

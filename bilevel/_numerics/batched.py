@@ -102,12 +102,6 @@ def _primitives() -> tuple[Callable[..., Any], ...] | None:
     return tuple(getattr(functorch, name) for name in _PRIMITIVES)
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether a tensor is one problem of many side by side, as far as torch tells."""
-    functorch: Any = getattr(torch._C, "_functorch", None)
-    return hasattr(functorch, "is_batchedtensor") and bool(functorch.is_batchedtensor(tensor))
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`; inside a `batched` call with a weight for each problem, one batched product.
 

@@ -12,15 +12,17 @@ from torch import Tensor
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._hypergradient import own_start
 from bilevel._problem import BilevelProblem, check_signature
-from bilevel._result import BilevelError, Stats, Status, Tally
+from bilevel._result import Stats, Status, Tally
 from bilevel._tree import Tree, ravel
 from bilevel.certificates.applies import no_certificate_at
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
+from bilevel.diagnostics.applicability import why_not_applicable, why_not_here
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
-from bilevel.named.implicit import IMPLICIT
+from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
@@ -30,7 +32,7 @@ from bilevel.solvers.cg import accurate_cg
 def compare(
     problem: BilevelProblem,
     x: Tree,
-    y0: Tree,
+    y0: Tree = None,
     *,
     estimators: Sequence[str] | Mapping[str, AbstractEstimator] | None = None,
     budgets: Sequence[int] | None = None,
@@ -41,15 +43,17 @@ def compare(
     """Every estimator that applies at (x, y0): its error against a reference, its certificate, its cost.
 
     The reference is the implicit gradient at an inner solution as accurate as the dtype allows, by a dense
-    factorization for q <= 200 and tight conjugate gradients above, itself certified where constants are given.
+    factorization for q <= 200 and tight conjugate gradients above, itself certified where constants are given. It has
+    to agree with a difference of Phi along a random direction; where it does not (g has a kink at y*), the reference is
+    a central difference of Phi. Estimators that `check` finds not to apply are not run, for the reason that it gives.
 
-    Cost: each estimator three times (twice to time it, once to measure its memory), and one linear solve more for its
-    certificate where it has none of its own.
+    Cost: that of `check` and of the reference, some twenty inner solves; each estimator three times (twice to time it,
+    once to measure its memory), and one linear solve more for its certificate where it has none of its own.
 
     Args:
         problem: f and g.
         x: where.
-        y0: where the inner solvers start.
+        y0: where the inner solvers start. None where the problem has `init`: init(x).
         estimators: names, or a dict of estimators under labels of yours; by default every name but "implicit", which
             stands for one of the others.
         budgets: for names: oracle calls to spend, one row each, instead of the names' own tolerances.
@@ -64,7 +68,7 @@ def compare(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if structures do not match, or a name is unknown.
-        BilevelError: if not even the reference could be computed.
+        BilevelError: if not even the reference could be computed, or Phi has a kink at x.
 
     Example:
         >>> curvature = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -76,7 +80,7 @@ def compare(
     """
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
-    y_vector, y_structure = ravel(y0, "y0")
+    y_vector, y_structure = ravel(own_start("compare", problem, x, data) if y0 is None else y0, "y0")
     flat = FlatProblem(problem, x_structure, y_structure, data)
     comparer = _Comparer(flat, x_vector.detach().clone(), y_vector.detach().clone(), memory)
     if callable(constants):
@@ -86,14 +90,15 @@ def compare(
     rows = []
     if isinstance(estimators, Mapping):
         for label, estimator in estimators.items():
-            rows.append(comparer.row(label, None, lambda e=estimator: e))  # type: ignore[misc]
+            rows.append(comparer.row(label, None, lambda e=estimator: e, comparer.why_not(estimator)))  # type: ignore[misc]
         return comparer.comparison(rows)
     names = [name for name in named_estimators() if name != IMPLICIT] if estimators is None else list(estimators)
     demand_names(*names)
     for name in names:
+        why = comparer.why_not(implicit_name(flat) if name == IMPLICIT else name)
         for budget in (None,) if budgets is None else budgets:
             setting = Setting(flat, comparer.x, comparer.y0, budget)
-            rows.append(comparer.row(name, budget, lambda n=name, s=setting: build(n, s)))  # type: ignore[misc]
+            rows.append(comparer.row(name, budget, lambda n=name, s=setting: build(n, s), why))  # type: ignore[misc]
     return comparer.comparison(rows)
 
 
@@ -106,29 +111,37 @@ class _Comparer:
         self.constants: Constants | None = None
         self.h = x
         self.how, self.error = "", float("nan")
+        from bilevel.diagnostics.check import examined, subject_at
+
+        self.subject = subject_at(problem.with_tally(Tally()), x, y0)
+        self.findings = examined(self.subject)
+
+    def why_not(self, estimator: AbstractEstimator | str) -> str:
+        """Why `check` says that it does not apply."""
+        if isinstance(estimator, str):
+            return why_not_applicable(estimator, self.subject, self.findings)
+        return why_not_here(lambda: estimator, self.subject, self.findings)
 
     def make_reference(self) -> None:
         """The hypergradient that the others are measured against, and how well it is known."""
-        found, self.how = reference(Setting(self.problem.with_tally(Tally()), self.x, self.y0))
-        status = Status.worst(report.status for report in found.reports)
-        # At the rounding floor a reference is as good as one can be; anything else leaves nothing to compare with.
-        at_floor = status in (Status.successful, Status.stagnated, Status.line_search_failed)
-        if not at_floor or not bool(found.grad.isfinite().all()):
-            words = " ".join(str(report) for report in found.reports if not report.status.ok)
-            raise BilevelError(f"`compare` could not compute its reference, {self.how}. {words}", status, found)
+        made = reference(Setting(self.problem, self.x, self.y0))
+        found, self.how, self.error = made.estimate, made.how, made.off
         self.h = found.grad
         certifiable = not no_certificate_at(self.problem, self.x, found.y)
         if not certifiable:  # certificates and estimates of the error are of grad_y g = 0
             self.constants = None
         if self.constants is not None and found.v is not None:
             self.error = self._certificate(found)
-        elif found.v is not None and certifiable:
+        elif found.v is not None and certifiable and not made.wrong:
             from bilevel.certificates.error_estimate import second_level
 
             quiet = self.problem.with_tally(Tally())
-            self.error = second_level(quiet, self.x, found.y, found.v, found.grad)
+            finer = second_level(quiet, self.x, found.y, found.v, found.grad)
+            self.error = finer if finer == finer else self.error
 
-    def row(self, name: str, budget: int | None, build: Callable[[], AbstractEstimator]) -> Row:
+    def row(self, name: str, budget: int | None, build: Callable[[], AbstractEstimator], why: str) -> Row:
+        if why:
+            return Row(name, budget, reason=why)
         try:
             estimator = build()
             found, stats, seconds = self._timed(estimator)

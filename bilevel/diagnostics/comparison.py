@@ -62,7 +62,8 @@ class Comparison:
         rows: one for each estimator and budget.
         norm: |h| of the reference.
         reference: how the reference was computed.
-        reference_error: its own certified error where constants are known, else its two-level estimate.
+        reference_error: its own certified error where constants are known, else its two-level estimate, else how far
+            it is from differences of Phi, or those of two lengths from each other.
     """
 
     rows: tuple[Row, ...]

@@ -53,11 +53,17 @@ def _through_g(subject: Subject, found: Findings) -> bool:
     if not subject.stationary or not subject.has_g:  # nothing but the solution tells
         return subject.moves(lambda x: subject.solved(x, found.y if subject.stationary else subject.y0).value)
     if found.second_order:
-        operator, like = cross_operator(subject.problem, subject.x, found.y)
-        seen = float(torch.linalg.vector_norm(operator.mv(subject.direction(like)))) > 0
+        # At another x as well: a derivative that happens to be zero, of x^2 at 0, is one all the same.
+        seen = any(_crossed(subject, x, found.y) for x in (subject.x, subject.near(subject.x, 1e-2)))
     else:
         seen = subject.moves(lambda x: inner_objective(subject.problem, x).gradient(found.y))
     return seen or _beside_g(subject, found)
+
+
+def _crossed(subject: Subject, x: Tensor, y: Tensor) -> bool:
+    """Whether d2g/dxdy is not zero."""
+    operator, like = cross_operator(subject.problem, x, y)
+    return float(torch.linalg.vector_norm(operator.mv(subject.direction(like)))) > 0
 
 
 def _what(subject: Subject) -> str:

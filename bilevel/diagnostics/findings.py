@@ -20,12 +20,14 @@ class Findings:
         constrained: whether y is constrained.
         verdicts: in the order of the tests.
         wrong: "values" where f or g do not run or are not finite; or which derivatives are not those of the values:
-            "f in x", "f in y", "g in x", "g in y".
+            "f in x", "f in y", "g in x", "g in y", or "Phi" that of Phi by derivatives of the inner problem.
         deterministic: whether f and g give the same value twice.
         smooth: whether Taylor remainders vanish like t^2.
         second_order: whether torch has the second derivatives of g.
         solvable: whether the inner solver succeeds.
         definite: whether the inner Hessian at y is positive definite.
+        kinked: whether g has a kink at y, where its derivatives say nothing of how y moves.
+        no_condition: why there is no optimality condition to differentiate, where that is seen on the way only.
         dependence: how y depends on x, as in `Check`; empty while it is not known.
         detached: whether grad_y g changes with x, but autograd does not see it.
     """
@@ -39,6 +41,8 @@ class Findings:
     second_order: bool = True
     solvable: bool = True
     definite: bool = True
+    kinked: bool = False
+    no_condition: str = ""
     dependence: str = ""
     detached: bool = False
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from bilevel._calculus import Exact
 from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue
+from bilevel._result import Status
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
 from bilevel.inner_problems.kinds import inner_objective
+from bilevel.requirements.kinks import kinked
 
 _DENSE = 200  # up to so many inner variables the spectrum at the solution is computed, not estimated
 _ILL = 1e6  # a condition number above which some thousand steps of conjugate gradients are to be expected
@@ -60,6 +62,19 @@ def _other_kind_is_solved(subject: Subject, found: Findings) -> Findings:
         text = f"y is {'finite' if finite else 'not finite'} after {solved.steps} steps"
     found = replace(found, solvable=solvable, y=solved.value if finite else subject.y0)
     return found.saying("inner solution", solvable, text, solved.status.value)
+
+
+def g_is_smooth_there(subject: Subject, found: Findings) -> Findings:
+    """Whether g has no kink at the inner solution; kinks elsewhere are harmless."""
+    if not subject.has_g or not subject.stationary or not bool(found.y.isfinite().all()):
+        return found
+    at_kink = bool(kinked(subject.problem, subject.x, found.y).any())
+    return replace(found, kinked=at_kink).saying(
+        "smooth at y*",
+        not at_kink,
+        f"{'the gradient of g or its Hessian jumps' if at_kink else 'g has no kink'} at the inner solution",
+        Status.kink.value,
+    )
 
 
 def _not_tried(found: Findings) -> Findings:

@@ -13,11 +13,12 @@ from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._result import Solved, Status, report
+from bilevel._result import Report, Solved, Status, Tally, report
 from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
+from bilevel.hypergrad.one_sided import FARTHER, one_sided
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -35,6 +36,10 @@ class ESJ(AbstractEstimator):
     Directions u_j in R^p, with E[c u u'] = I: "gaussian" N(0, I), "rademacher" signs, "sphere" uniform on the unit
     sphere with the dimension factor c = p, "orthonormal" Q <= p rows of a random rotation with c = p (for Q = p the
     estimate is deterministic, and equals `ITD` where y_N is affine in x).
+
+    Where y_N has a kink at x the differences are those of one side. In the first estimate of a run the other side of
+    the first direction is looked at as well, an inner solve that is not counted, and two more where it gives reason to:
+    `Status.one_sided`.
 
     Cost: Q + 1 inner solves and one gradient of f; memory (Q + 1) q (in batches of `chunk`, less).
 
@@ -126,9 +131,31 @@ class ESJ(AbstractEstimator):
         slopes = (moved * fy).flatten(1).sum(1) / self.radius
         samples = c * slopes.unsqueeze(-1) * u  # (Q, p), each an unbiased estimate of J_N' grad_y f
         implicit = samples.mean(0)
-        return FlatEstimate(
-            fx + implicit, value, y, (report("inner solver", solved),), standard_error=self._error(samples, implicit)
-        )
+        reports: tuple[Report, ...] = (report("inner solver", solved),)
+        if start.count == 0:
+            reports += self._kink(problem, x, u[0], y, fy, start.y, float(slopes[0]))
+        return FlatEstimate(fx + implicit, value, y, reports, standard_error=self._error(samples, implicit))
+
+    def _kink(
+        self, problem: FlatProblem, x: Tensor, u: Tensor, y: Tensor, fy: Tensor, start: Tensor, right: float
+    ) -> tuple[Report, ...]:
+        """A report where <y_N, grad_y f> has other slopes to both sides of x along u."""
+        quiet = problem.with_tally(Tally())
+
+        def slope(length: float) -> float:
+            one = replace(self, radius=abs(length))
+            _, moved, _ = one._solve(quiet, x, u.unsqueeze(0) * math.copysign(1.0, length), start)
+            return float((moved[0] * fy).sum()) / length
+
+        left = slope(-self.radius)
+        rounding = 100 * torch.finfo(x.dtype).eps * float((y.abs() * fy.abs()).sum()) / self.radius
+
+        def farther() -> tuple[float, float]:
+            return slope(FARTHER * self.radius), slope(-FARTHER * self.radius)
+
+        if not one_sided(right, left, farther, rounding):
+            return ()
+        return (Report("slopes of y", Status.one_sided, abs(right - left), 0),)
 
     def _draw(self, x: Tensor, count: int) -> tuple[Tensor, float]:
         """Directions `(Q, p)` and the factor c; drawn on the CPU, so that every device sees the same ones."""

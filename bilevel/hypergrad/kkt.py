@@ -11,6 +11,7 @@ from bilevel._calculus import AbstractProducts, Exact
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
+from bilevel._linear import AbstractLinearSolver
 from bilevel._validate import demand_types
 from bilevel.hypergrad.aid import AID
 from bilevel.requirements.properties import Property
@@ -86,6 +87,10 @@ class KKT(AbstractEstimator):
     @property
     def requires(self) -> frozenset[Property]:
         return self.implicit.requires
+
+    @property
+    def solves_with(self) -> tuple[AbstractLinearSolver, ...]:
+        return (SaddleCholesky(),)
 
     @property
     def takes_encoding(self) -> bool:

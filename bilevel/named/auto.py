@@ -27,6 +27,10 @@ class Auto:
     its certificate where constants are given, else its distance to an accurate reference -- and the one that spent the
     fewest gradients and products is taken for the rest of the run. `Estimate.note` says which and why.
 
+    The reference has to agree with a difference of Phi along a random direction, so that estimators are not called
+    accurate for sharing what they do not see. Where it does not, as where g has a kink at y*, central differences of
+    Phi are taken.
+
     Cost: at most a few times the cost of the estimators' own convergence, once.
 
     Args:
@@ -35,7 +39,8 @@ class Auto:
         constants: what is known of f and g, or a function of x that tells; None: errors are measured, not certified.
 
     Raises:
-        ValueError: if both targets are 0 or one is negative.
+        ValueError: if both targets are 0 or one is negative; where it is used, if there is nothing to measure errors
+            against, as where Phi has a kink at x.
 
     Example:
         >>> import torch

@@ -11,14 +11,14 @@ from torch import Tensor
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._result import Tally
+from bilevel._result import BilevelError, Status, Tally
 from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.named.auto import Auto, Chosen
 from bilevel.named.implicit import IMPLICIT, implicit_name
-from bilevel.named.reference import reference
+from bilevel.named.reference import Reference, reference
 from bilevel.named.setting import BudgetError, Setting
 from bilevel.requirements.properties import Feature, Property
 from bilevel.solvers.cg import accurate_cg
@@ -26,8 +26,9 @@ from bilevel.solvers.cg import accurate_cg
 # Oracle calls, doubled until the target is met, so that all tries of a name cost at most twice the last one: from less
 # than anything useful takes to more than accurate defaults take on problems that are well posed.
 _BUDGETS = tuple(2**k for k in range(3, 14))
+_DIFFERENCES = "finite-difference"  # all the same what to take where derivatives of g are of no use
 _PASSED_OVER = {
-    "finite-difference": "an oracle for tests",
+    _DIFFERENCES: "an oracle for tests",
     "itd-checkpointed": "the number of itd for more calls",
     "aid-gmres": "the number of aid-minres for the same calls and more memory, as the inner Hessian is symmetric",
     "first-order": "an error that no budget makes smaller",
@@ -53,7 +54,11 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
     _demand_choice(wish, s)
     constants = wish.constants
     known = constants(s.problem.x.unravel(s.x)) if callable(constants) else constants
-    accurate, _ = reference(replace(s, problem=s.problem.with_tally(Tally())))
+    measured = _reference(s)
+    if measured.wrong:
+        why = f"taking {_DIFFERENCES}, as {measured.wrong}, which budgets of steps do not show"
+        return Chosen(build(_DIFFERENCES, s), why)
+    accurate = measured.estimate
     target = max(wish.target_error, wish.relative_error * float(torch.linalg.vector_norm(accurate.grad)))
     best: tuple[int, str, AbstractEstimator, float] | None = None
     tried = refused = 0
@@ -74,6 +79,8 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
             stats = quiet.tally.stats()
             cost = stats.gradients + stats.hvps + stats.cross_products
             error = _error(found, accurate, known, s.problem, s.x)
+            if not Status.worst(report.status for report in found.reports).ok:
+                error = float("inf")  # it would be refused wherever it is used
             if error <= target:
                 if best is None or cost < best[0]:
                     best = (cost, name, estimator, error)
@@ -89,6 +96,18 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
         f"chosen: {name}, whose {kind} error {error:.3g} met the target {target:.3g} for {cost} gradients and products,"
         f" the fewest of {tried} tries ({refused} estimators do not apply)",
     )
+
+
+def _reference(s: Setting) -> Reference:
+    """What errors are measured against.
+
+    Raises:
+        ValueError: if there is nothing to measure them against.
+    """
+    try:
+        return reference(s)
+    except BilevelError as error:
+        raise ValueError(f"`Auto` does not apply: {error}") from error
 
 
 def _demand_choice(wish: Auto, s: Setting) -> None:

@@ -45,6 +45,8 @@ def why_not(
     if missing:
         needed = min(missing, key=list(Property).index)
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
+    if Property.stationary in kind.offers and any(unmet(each.demands, kind.operator) for each in estimator.solves_with):
+        return refusal(estimator, kind.refusal)
     parts = [(name, getattr(estimator, name)) for name in _fields(type(estimator))]
     whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if _requires(part.__class__)]
     if indefinite or kind.features or not kind.operator.positive_definite:  # or any solver will do
