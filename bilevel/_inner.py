@@ -250,6 +250,13 @@ class AbstractUnrollable(AbstractInnerSolver):
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
 
+    def tuned_on_the_way(self, objective: Objective, y0: Tensor) -> AbstractUnrollable | None:
+        """The same, derived from the curvature all along the way from y0, for where the steps of `tuned` have failed.
+
+        None, as here: nothing was left open, or nothing on the way calls for other steps than those.
+        """
+        return None
+
     @abc.abstractmethod
     def begin(self, y0: Tensor) -> State:
         """The state before the first step; differentiable in y0."""

@@ -42,7 +42,7 @@ class Reverse(AbstractUnrolling):
     """
 
     def differentiate(self, walk: Walk) -> Unrolled:
-        if walk.checked:  # what reaches the start is to be measured
+        if walk.checked:  # what is lacking is to be measured
             with torch.no_grad():
                 start = walk.inner.begin(walk.start.detach())
             segment = walk.from_leaves(start, 0, walk.inner.max_steps)
