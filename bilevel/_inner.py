@@ -231,7 +231,7 @@ class AbstractUnrollable(AbstractInnerSolver):
 
     max_steps: int
     tol: float | None
-    min_steps: int  # taken though the tolerance is met, for the sake of the derivative
+    min_steps: int  # taken though the tolerance is met, for the derivative; where positive, more if it needs them
 
     @property
     def needs_gradient(self) -> bool:

@@ -37,13 +37,15 @@ class Iterate(AbstractUnrollable):
 
     Args:
         optimizer: what a step is. Step sizes left open (`GradientDescent()`) are derived, at the start of each
-            solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products.
+            solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products. Where they
+            fail, by divergence or by making no way towards the tolerance, the solve is repeated with step sizes from
+            the largest curvature on the way, which takes about as many gradients to find as the solve has steps.
         max_steps: how many steps.
         tol: stop when the gradient norm is at most this; None or 0: take all the steps.
         line_search: finds the step length at each step, for `GradientDescent` (whose step, if it has one, multiplies
             it). The steps then depend on y in a way that cannot be differentiated: `ITD` refuses it.
-        min_steps: take at least so many, for `ITD`, whose derivative needs them even where y starts at the solution;
-            a line search ignores it.
+        min_steps: take at least so many, for `ITD`, whose derivative needs them even where y starts at the solution,
+            and which, where this is at least 1, goes on until the derivative is right; a line search ignores it.
 
     Raises:
         ValueError: if `max_steps` or `tol` is negative, `min_steps` is not between 0 and `max_steps`, or there is a

@@ -32,10 +32,11 @@ class ProximalGradient(AbstractUnrollable):
     Imaging Sci. 2 (2009), section 1.
 
     Args:
-        step: t; None: 1 / L, from an upper estimate of the curvature at y0, by some 10 to 20 Hessian products.
+        step: t; None: 1 / L, from an upper estimate of the curvature at y0, by some 10 to 20 Hessian products; and
+            where that fails, from the largest curvature on the way, as `Iterate` finds it.
         max_steps: at most so many steps.
         tol: stop when the residual is at most this; None or 0: take all the steps.
-        min_steps: take at least so many, for `ITD`.
+        min_steps: take at least so many, for `ITD`, which goes on until its derivative is right if this is at least 1.
 
     Raises:
         ValueError: if a number is out of range.

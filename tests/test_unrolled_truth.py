@@ -288,7 +288,7 @@ def test_the_measure_takes_one_product_of_each_kind() -> None:
     for form in FORMS:
         found = hypergradient(problem, x, y0, estimator=ITD(Iterate(GradientDescent(0.5), most, tol=1e-8), form))
         n = found.stats.inner_steps
-        products = {Reverse(): (n, n + 1), Checkpointed(): (n, n + 1), Forward(): (p * (n + 1), p * (n + 1))}[form]  # type: ignore[index]
+        products = {Reverse(): (n, n + 1), Checkpointed(): (n, n + 1), Forward(): (p * (n + 1), p * (n + 1))}[form]
         again = 2 * n - math.ceil(n / (math.isqrt(most - 1) + 1)) if form == Checkpointed() else 0
         assert (found.stats.hvps, found.stats.cross_products) == products
         assert found.stats.gradients == n + 2 + again
@@ -303,7 +303,8 @@ def test_a_derivative_that_is_small_by_cancellation_is_not_refused(form: Abstrac
     c = J * 0.3 - (t - J * (t @ J) / (J @ J))  # y* - c is orthogonal to J at x = 0.3
 
     def g(x: Tensor, y: Tensor) -> Tensor:
-        return y @ A @ y / 2 - x * (b * y).sum() + 0.01 * (y - 0.3 * J).pow(4).sum()
+        value: Tensor = y @ A @ y / 2 - x * (b * y).sum() + 0.01 * (y - 0.3 * J).pow(4).sum()
+        return value
 
     problem = BilevelProblem(lambda x, y: (y - c).square().sum() / 2, g)
     found = hypergradient(
@@ -380,7 +381,8 @@ def test_an_open_step_suits_the_whole_way(kind: str) -> None:
     family, (x, y0) = FAMILIES[kind], GROWING[kind]
     y, h = family.solution(x), (family.solution(x) - 1) * family.moves(x)
     iterate = Iterate(GradientDescent(), max_steps=2000, tol=1e-9)
-    for estimator in (ITD(iterate), AID(iterate, CG(rtol=1e-10)), *NAMES):
+    estimators: list[Any] = [ITD(iterate), AID(iterate, CG(rtol=1e-10)), *NAMES]
+    for estimator in estimators:
         found = hypergradient(posed(family, 1.0), number(x), number(y0), estimator=estimator)
         assert float(found.grad) == pytest.approx(h, rel=1e-4)
     batch = Objective(lambda y: family.g(number(x), y).sum(-1))

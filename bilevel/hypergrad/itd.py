@@ -43,12 +43,20 @@ class ITD(AbstractEstimator):
     outer variables carried along. `Truncated(K)`, reverse mode through the last K steps only, gives another, biased
     number (K = 1 is the one-step or Jacobian-free gradient). Each has its cost in its own documentation.
 
-    Where the inner solver has a tolerance, its steps may be too few for the derivative although y is accurate: a
-    warm start at the solution would take none. What they lack is measured, and above 1 % reported as
-    `Status.truncated`; `Iterate(..., min_steps=)` prevents it.
+    Where the inner solver has a tolerance, and y a condition to solve, the derivative is to be that of y*(x). It may be
+    another although y is accurate: a warm start at the solution would take no step, and a step of 1 / L that leads
+    straight to y* has taken G and H where it began. Its distance from the implicit gradient at y_N is measured, and
+    above the relative error that the tolerance leaves in y (1e-4 to 1e-2; in float32 1e-2) reported as
+    `Status.truncated`. With a `min_steps` of at least 1, such as the names have, it is prevented instead: the steps
+    start again from y_N, twice as many, until the derivative is right or `max_steps` are taken. Nothing of it is asked
+    where there is no tolerance or an `init`: the steps are then what is to be differentiated.
+
+    Where a step length that was left open fails (it is 1 / L at the start), the steps are taken again with one that
+    suits the curvature all along the way.
 
     Cost for N steps: N + 1 gradients (the last for the residual that is reported; not with an `init` and no tolerance,
-    where the residual is that before the last step), one of f, and what the form takes.
+    where the residual is that before the last step), one of f, and what the form takes; with a tolerance one gradient,
+    one Hessian product and one cross product more, in forward mode p of each product.
 
     Error with gradient descent where f and g are quadratic, P = I - step H, d = y_N - y*, J = dy*/dx: exactly
     (d2f/dxdy) d + J'(d2f/dy2) d - J' P^N grad_y f(y_N); truncated to K: P^K in place of P^N in the last term, a

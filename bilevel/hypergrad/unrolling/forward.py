@@ -32,7 +32,8 @@ class Forward(AbstractUnrolling):
     symmetric; those of the rest of the step, arithmetic and perhaps a prox or an iteration of the user's, come from two
     reverse passes: J t is the derivative of w -> J'w along t. That asks that its first derivative is differentiable.
 
-    Cost for N steps: N + 1 gradients, p N Hessian products and p N cross products. Memory: that of one gradient's graph
+    Cost for N steps: N + 1 gradients, p N Hessian products and p N cross products; with a tolerance a gradient and p
+    products of each kind more, to measure what the derivative lacks. Memory: that of one gradient's graph
     and of p states, whatever N.
 
     Source: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
