@@ -336,7 +336,7 @@ def test_finite_differences_see_the_start_of_the_iteration() -> None:
 @settings(max_examples=10)
 @given(family=families(kappa=10.0), seed=st.integers(0, 9))
 def test_warm_started_itd_never_lacks_more_than_it_says(form: str, family: QuadraticFamily, seed: int) -> None:
-    """With a tolerance, what is lacking is at most that of y, between 1e-4 and 1e-2, or the status is `truncated`.
+    """With a tolerance, what is lacking is at most 10 times the error of y (1e-4 to 1e-2), or it is `truncated`.
 
     It is measured relative to grad_y f or |G|. With a least number of steps there are as many as it takes.
     """
@@ -359,7 +359,7 @@ def test_warm_started_itd_never_lacks_more_than_it_says(form: str, family: Quadr
         reach = max(float(x.abs().max()), 1.0)
         error = min(float(inner.tol * response / found.y.norm()), float(inner.tol / (gain * reach))) if taken else 0.0
         assert found.reports[1].residual == pytest.approx(left, rel=1e-5, abs=1e-9)
-        assert found.status is (Status.truncated if left > min(max(error, 1e-4), 1e-2) else Status.successful)
+        assert found.status is (Status.truncated if left > min(max(10 * error, 1e-4), 1e-2) else Status.successful)
         assert taken >= least
         assert found.status is Status.successful or not least
 

@@ -149,12 +149,12 @@ def estimators(draw: st.DrawFn) -> Any:
     if draw(st.booleans()):
         return draw(st.sampled_from(NAMES))
     inner = Iterate(
-        draw(st.sampled_from(OPTIMIZERS)), max_steps=600, tol=1e-9, min_steps=draw(st.sampled_from([0, 0, 1, 40]))
+        draw(st.sampled_from(OPTIMIZERS)), max_steps=300, tol=1e-9, min_steps=draw(st.sampled_from([0, 0, 1, 40]))
     )
     return ITD(inner, draw(st.sampled_from(FORMS)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.sampled_from(sorted(FAMILIES)), st.floats(-1, 1), st.floats(-5, 5), st.floats(-3, 3), estimators())
 @example("exponential", 0.15, 0.0, 1.0, "itd")
 @example("exponential", 0.15, 5.0, 1.0, ITD(Iterate(GradientDescent(), 1000, tol=1e-9)))
@@ -296,21 +296,18 @@ def test_the_measure_takes_one_product_of_each_kind() -> None:
 
 @every_form
 def test_a_derivative_that_is_small_by_cancellation_is_not_refused(form: AbstractUnrolling) -> None:
-    """At a minimizer of Phi: J' grad_y f vanishes, and grad_y f does not."""
+    """At a minimizer of Phi with y* = 0: J' grad_y f vanishes, neither grad_y f nor d2g/dxdy does, which changes."""
     A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3)
-    J = torch.linalg.solve(A, b)
-    t = torch.tensor([1.0, -2.0, 0.0])
-    c = J * 0.3 - (t - J * (t @ J) / (J @ J))  # y* - c is orthogonal to J at x = 0.3
+    J, t = torch.linalg.solve(A, b), torch.tensor([1.0, -2.0, 0.0])
+    c = t - J * (t @ J) / (J @ J)
 
     def g(x: Tensor, y: Tensor) -> Tensor:
-        value: Tensor = y @ A @ y / 2 - x * (b * y).sum() + 0.01 * (y - 0.3 * J).pow(4).sum()
+        value: Tensor = y @ A @ y / 2 - x * (b * y).sum() + x * y[0].square()
         return value
 
-    problem = BilevelProblem(lambda x, y: (y - c).square().sum() / 2, g)
-    found = hypergradient(
-        problem, number(0.3), torch.zeros(3), estimator=ITD(Iterate(GradientDescent(0.2), 1000, tol=1e-9), form)
-    )
-    assert abs(float(found.grad)) <= 1e-8
+    problem, y0 = BilevelProblem(lambda x, y: (y - c).square().sum() / 2, g), torch.ones(3)
+    found = hypergradient(problem, number(0.0), y0, estimator=ITD(Iterate(GradientDescent(0.2), 1000, tol=1e-9), form))
+    assert abs(float(found.grad)) <= 1e-6
 
 
 @every_form

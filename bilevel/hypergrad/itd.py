@@ -46,7 +46,7 @@ class ITD(AbstractEstimator):
     Where the inner solver has a tolerance, and y a condition to solve, the derivative is to be that of y*(x). It may be
     another although y is accurate: a warm start at the solution would take no step, and a step of 1 / L that leads
     straight to y* has taken G and H where it began. Its distance from the implicit gradient at y_N is measured, and
-    above the relative error that the tolerance leaves in y (1e-4 to 1e-2; in float32 1e-2) reported as
+    above 1e-4 (1e-2 in float32 or where the tolerance leaves as much of an error in y) reported as
     `Status.truncated`. With a `min_steps` of at least 1, such as the names have, it is prevented instead: the steps
     start again from y_N, twice as many, until the derivative is right or `max_steps` are taken. Nothing of it is asked
     where there is no tolerance or an `init`: the steps are then what is to be differentiated.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOOSE = 1e-2  # what may be lacking of a derivative however loose the tolerance of y is
 _TIGHT = 1e-4  # the same in float64, where y is as accurate
+_LAG = 10.0  # the derivative is behind y: what it lacks declines like N rho^N where y - y* does like rho^N
 
 
 def lacking(walk: Walk, y: Tensor, fx: Tensor, fy: Tensor, total: Tensor, v: Tensor) -> tuple[float, float] | None:
@@ -47,22 +48,23 @@ def lacking(walk: Walk, y: Tensor, fx: Tensor, fy: Tensor, total: Tensor, v: Ten
     except DoesNotApply:
         return None
     b = at.right_hand_side(fy)
-    size, short = norm(b), norm(at.operator.residual(b, v))
+    sizes, shorts = (torch.linalg.vector_norm(part, dim=-1) for part in (b, at.operator.residual(b, v)))
+    short = float(torch.where(sizes > 0, shorts / sizes, 0.0).max())  # with tasks, that of the worst
     cross = at.cross(v, fy)
     if cross is None:  # x does not reach y
         return 0.0, LOOSE
-    limit = allowed(walk, y, norm(v), size, ratio(norm(cross), norm(v)))
+    limit = allowed(walk, y, norm(v), norm(b), ratio(norm(cross), norm(v)))
     apart, scale = norm(total + cross), max(norm(total), norm(cross), norm(fx + total))
     if apart > limit * scale:
         larger = _without_cancellation(walk, y, at, v, limit)
         scale = larger if apart <= limit * larger else scale
-    return ratio(short, size) + ratio(apart, scale), limit
+    return short + ratio(apart, scale), limit
 
 
 def allowed(walk: Walk, y: Tensor, response: float, force: float, gain: float) -> float:
-    """What may be lacking: the relative error that the tolerance leaves in y, between 1e-4 and 1e-2; 1e-2 in float32.
+    """What may be lacking: 10 times the relative error that the tolerance leaves in y, between 1e-4 and 1e-2.
 
-    Relative to y or, where that is more, to what x, moved by its own size, makes of it.
+    In float32 it is 1e-2. Relative to y or, where that is more, to what x, moved by its own size, makes of it.
 
     Args:
         walk: whose tolerance it is.
@@ -75,7 +77,7 @@ def allowed(walk: Walk, y: Tensor, response: float, force: float, gain: float) -
         return LOOSE
     tol, reach = (walk.inner.tol or 0.0) * math.sqrt(walk.rows), max(float(walk.x.detach().abs().max()), 1.0)
     moved = ratio(response, force)
-    return min(max(min(ratio(tol * moved, norm(y)), ratio(tol, gain * reach)), _TIGHT), LOOSE)
+    return min(max(_LAG * min(ratio(tol * moved, norm(y)), ratio(tol, gain * reach)), _TIGHT), LOOSE)
 
 
 def nudged(y: Tensor, part: float) -> Tensor:
