@@ -342,9 +342,9 @@ def test_warm_started_itd_never_lacks_more_than_it_says(form: str, family: Quadr
     """
     x, mu = normal(family.s.numel(), seed=seed), float(torch.linalg.eigvalsh(family.A)[0])
     warm = family.solution(x) * (1 + 10.0 ** -(seed % 5))
-    problem, step = problem_of(family), 1 / largest(family)
+    problem, step, tol = problem_of(family), 1 / largest(family), 1e-4 * mu
     for least in (0, 150):
-        inner = Iterate(GradientDescent(step), max_steps=4000, tol=1e-4 * mu, min_steps=least)
+        inner = Iterate(GradientDescent(step), max_steps=4000, tol=tol, min_steps=least)
         found = hypergradient(problem, x, warm, estimator=ITD(inner, **FORMS[form]), throw=False)
         taken = found.reports[1].steps
         lacking = powers(family, step, taken)
@@ -357,7 +357,7 @@ def test_warm_started_itd_never_lacks_more_than_it_says(form: str, family: Quadr
             left = float((family.A @ lacking @ J).norm() / B.norm())
             response, gain = Z.norm() / B.norm(), B.norm()
         reach = max(float(x.abs().max()), 1.0)
-        error = min(float(inner.tol * response / found.y.norm()), float(inner.tol / (gain * reach))) if taken else 0.0
+        error = min(float(tol * response / found.y.norm()), float(tol / (gain * reach))) if taken else 0.0
         assert found.reports[1].residual == pytest.approx(left, rel=1e-5, abs=1e-9)
         assert found.status is (Status.truncated if left > min(max(10 * error, 1e-4), 1e-2) else Status.successful)
         assert taken >= least
