@@ -94,7 +94,7 @@ class Iterate(AbstractUnrollable):
         if tuned is self or not any(lost_its_way(status, norms) for status in found.statuses):
             return found
         safer = self.tuned_on_the_way(objective, y0)
-        if safer is None and (found.status is not Status.max_steps or found.steps == self.max_steps):
+        if safer is None and not is_time_to_give_up(norms):  # they were not given up: there is nothing to add
             return found
         again, _ = (tuned if safer is None else safer)._run(objective, y0)
         failed = [not status.ok for status in found.statuses]

@@ -409,3 +409,13 @@ def test_a_step_that_was_given_and_a_slow_descent_are_left_as_they_are() -> None
     before = slow.tally.gradients
     assert Iterate(GradientDescent(), 20, tol=1e-9).solve(slow, torch.zeros(2)).status is Status.max_steps
     assert slow.tally.gradients - before == 22  # the steps, the residual, and the graph for the curvature
+
+
+def test_an_open_step_that_is_not_to_blame_is_kept() -> None:
+    """Gradients of a g that is not convex may grow on the way to its minimum; where all is NaN nothing is repeated."""
+    ramp = Objective(lambda y: -(-(y - 6).square() / 8).exp().sum(-1))  # the curvature is largest at its minimum
+    solved = Iterate(GradientDescent(), max_steps=3000, tol=1e-9).solve(ramp, torch.zeros(1))
+    assert solved.status is Status.successful
+    assert float(solved.value) == pytest.approx(6.0, abs=1e-6)
+    nothing = Objective(lambda y: y.sum() * math.nan)
+    assert Iterate(GradientDescent(), max_steps=50, tol=1e-9).solve(nothing, torch.ones(2)).status is Status.nonfinite

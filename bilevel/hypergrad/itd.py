@@ -27,7 +27,7 @@ from bilevel.hypergrad.unrolling.truncated import Truncated
 from bilevel.hypergrad.unrolling.walk import Walk
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import Property
-from bilevel.solvers._on_the_way import lost_its_way
+from bilevel.solvers._on_the_way import is_time_to_give_up, lost_its_way
 
 
 @final
@@ -160,7 +160,7 @@ class ITD(AbstractEstimator):
         found = walked(inner, start.y, gives_up=inner is not self.inner)
         if inner is not self.inner and any(lost_its_way(status, found.norms) for status in found.verdict.statuses):
             safer = self.inner.tuned_on_the_way(fixed, y0)
-            if safer is not None or found.verdict.steps < inner.max_steps:
+            if safer is not None or is_time_to_give_up(found.norms):
                 inner = inner if safer is None else safer
                 found = walked(inner, start.y)
         while inner.min_steps and found.lacks and found.verdict.steps < inner.max_steps:
