@@ -146,23 +146,25 @@ class ITD(AbstractEstimator):
             at = Solved(y, (Status.successful,), torch.zeros(()), 0)
             return kind.linearize(problem, fixed_x, at, lambda: Exact().linearize(problem, fixed_x, y), None)
 
-        def walked(inner: AbstractUnrollable, y: Tensor, least: int | None = None, gives_up: bool = False) -> _Walked:
+        def begun() -> Tensor:
             with torch.enable_grad(), explained():
-                y0 = problem.start(leaf, y)
+                return problem.start(leaf, start.y)
+
+        def walked(inner: AbstractUnrollable, y0: Tensor, least: int | None = None, gives_up: bool = False) -> _Walked:
             to_converge = bool(inner.tol) and Property.stationary in kind.offers
             walk = Walk(problem, inner, objective, fixed, leaf, y0, to_converge, linearized, least, gives_up)
             unrolled = self.unrolling.differentiate(walk)
             verdict = solved(walk, unrolled.end)
             return _Walked(unrolled, verdict, walk.norms, carried(walk, unrolled, verdict.status.ok))
 
-        y0 = problem.start(fixed_x, start.y).detach()
-        inner = self.inner.tuned(fixed, y0)
-        found = walked(inner, start.y, gives_up=inner is not self.inner)
+        y0 = begun()
+        inner = self.inner.tuned(fixed, y0.detach())
+        found = walked(inner, y0, gives_up=inner is not self.inner)
         if inner is not self.inner and any(lost_its_way(status, found.norms) for status in found.verdict.statuses):
-            safer = self.inner.tuned_on_the_way(fixed, y0)
+            safer = self.inner.tuned_on_the_way(fixed, y0.detach())
             if safer is not None or is_time_to_give_up(found.norms):
                 inner = inner if safer is None else safer
-                found = walked(inner, start.y)
+                found = walked(inner, begun())
         while inner.min_steps and found.lacks and found.verdict.steps < inner.max_steps:
             least = min(2 * max(found.verdict.steps, 1), inner.max_steps)
             found = walked(inner, found.unrolled.end[0], least)
