@@ -231,7 +231,7 @@ class AbstractUnrollable(AbstractInnerSolver):
 
     max_steps: int
     tol: float | None
-    min_steps: int  # taken though the tolerance is met, for the sake of the derivative
+    min_steps: int  # taken though the tolerance is met, for the derivative; where positive, more if it needs them
 
     @property
     def needs_gradient(self) -> bool:
@@ -249,6 +249,13 @@ class AbstractUnrollable(AbstractInnerSolver):
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
+
+    def tuned_on_the_way(self, objective: Objective, y0: Tensor) -> AbstractUnrollable | None:
+        """The same, derived from the curvature all along the way from y0, for where the steps of `tuned` have failed.
+
+        None, as here: nothing was left open, or nothing on the way calls for other steps than those.
+        """
+        return None
 
     @abc.abstractmethod
     def begin(self, y0: Tensor) -> State:

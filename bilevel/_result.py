@@ -37,10 +37,10 @@ class Status(enum.Enum):
         " tolerance, or start closer (`start=` carries y and v over from the previous call)."
     )
     truncated = (
-        "The unrolled steps are too few for the derivative, although y met its tolerance: the start was close to the"
-        " solution, so that the iteration stopped early, or the inner Hessian is nearly singular. Pass `min_steps=` to"
-        " `Iterate`, or take fixed steps without `tol`, or start cold (`warm_start=False`); for `AID` a warm start is"
-        " harmless."
+        "The derivative of the unrolled steps is not that of y*(x) yet, although y met its tolerance: the start was"
+        " close to the solution, or a step led straight to it, so that the steps were few, or taken where derivatives"
+        " of g are others; or the inner Hessian is nearly singular. Pass `min_steps=` to `Iterate`, which then goes on"
+        " until it is, or start cold (`warm_start=False`); for `AID` none of this matters."
     )
     stagnated = (
         "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"

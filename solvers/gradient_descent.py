@@ -20,7 +20,8 @@ class GradientDescent(AbstractOptimizer):
     if 0 < step < 2 / L; diverges in general if step > 2 / L. No state.
 
     Args:
-        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve.
+        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
+            and, where that fails, on the whole way.
 
     Raises:
         ValueError: if the step is not positive.

@@ -27,7 +27,8 @@ class HeavyBall(AbstractOptimizer):
     Phys. 4 (1964).
 
     Args:
-        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve.
+        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
+            and, where that fails, on the whole way.
         momentum: how much of the last move is repeated, in [0, 1).
 
     Raises:

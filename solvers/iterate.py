@@ -14,6 +14,7 @@ from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import gradient_descent, stationary
 from bilevel.certificates.certificate import Constants
+from bilevel.solvers._on_the_way import curvature_on_the_way, is_time_to_give_up, lost_its_way
 from bilevel.solvers.armijo import Armijo, descend, rounding
 from bilevel.solvers.gradient_descent import GradientDescent
 
@@ -36,13 +37,15 @@ class Iterate(AbstractUnrollable):
 
     Args:
         optimizer: what a step is. Step sizes left open (`GradientDescent()`) are derived, at the start of each
-            solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products.
+            solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products. Where they
+            fail, by divergence or by making no way towards the tolerance, the solve is repeated with step sizes from
+            the largest curvature on the way, which takes about as many gradients to find as the solve has steps.
         max_steps: how many steps.
         tol: stop when the gradient norm is at most this; None or 0: take all the steps.
         line_search: finds the step length at each step, for `GradientDescent` (whose step, if it has one, multiplies
             it). The steps then depend on y in a way that cannot be differentiated: `ITD` refuses it.
-        min_steps: take at least so many, for `ITD`, whose derivative needs them even where y starts at the solution;
-            a line search ignores it.
+        min_steps: take at least so many, for `ITD`, whose derivative needs them even where y starts at the solution,
+            and which, where this is at least 1, goes on until the derivative is right; a line search ignores it.
 
     Raises:
         ValueError: if `max_steps` or `tol` is negative, `min_steps` is not between 0 and `max_steps`, or there is a
@@ -80,14 +83,34 @@ class Iterate(AbstractUnrollable):
         return bool(self.tol)
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        tol = self.tol or 0.0
         if self.line_search is not None:
             assert isinstance(self.optimizer, GradientDescent)
             step = self.optimizer.step_size
-            return descend(self.line_search, 1.0 if step is None else step, objective, y0, self.max_steps, tol)
+            return descend(
+                self.line_search, 1.0 if step is None else step, objective, y0, self.max_steps, self.tol or 0.0
+            )
+        tuned = self.tuned(objective, y0)
+        found, norms = tuned._run(objective, y0, gives_up=tuned is not self)
+        if tuned is self or not any(lost_its_way(status, norms) for status in found.statuses):
+            return found
+        safer = self.tuned_on_the_way(objective, y0)
+        if safer is None and not is_time_to_give_up(norms):  # they were not given up: there is nothing to add
+            return found
+        again, _ = (tuned if safer is None else safer)._run(objective, y0)
+        failed = [not status.ok for status in found.statuses]
+        if all(failed):
+            return again
+        held = torch.tensor(failed, device=y0.device).reshape(again.residual.shape)
+        y = torch.where(held.unsqueeze(-1), again.value, found.value)
+        ends = zip(failed, again.statuses, found.statuses, strict=True)
+        residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
+        return Solved(y, tuple(a if new else b for new, a, b in ends), residual, max(found.steps, again.steps))
+
+    def _run(self, objective: Objective, y0: Tensor, gives_up: bool = False) -> tuple[Solved, list[Tensor]]:
+        """The steps, and the norms of the gradients where they are compared with a tolerance."""
         # The steps are those of `advance`, not called through it nor through the walk of `ITD`: an optimizer of any
         # state, such as `TorchOptim`, can be run though it cannot be unrolled.
-        optimizer = self.tuned(objective, y0).optimizer
+        optimizer, tol, norms = self.optimizer, self.tol or 0.0, list[Tensor]()
         y = y0.detach().clone()
         state = optimizer.init(y)
         first: tuple[Tensor, Tensor] | None = None  # |grad g| and g at y0
@@ -101,14 +124,15 @@ class Iterate(AbstractUnrollable):
                 norm = torch.linalg.vector_norm(gradient, dim=-1)
                 first = (norm, value) if first is None else first
                 if tol:
+                    norms.append(norm)
                     moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
-                    if not moving.any():
+                    if not moving.any() or (gives_up and is_time_to_give_up(norms)):
                         break
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
         residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
-        return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps)
+        return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms
 
     def with_tolerance(self, tol: float) -> Iterate:
         return replace(self, tol=tol)
@@ -140,10 +164,17 @@ class Iterate(AbstractUnrollable):
     def tuned(self, objective: Objective, y0: Tensor) -> Iterate:
         if not self.optimizer.needs_curvature or self.line_search is not None:
             return self
-        largest = objective.largest_curvature(y0)
-        # Where g is flat or concave along every direction tried, any step does; 1 is neutral.
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-        return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if y0.dim() > 1 else largest))
+        return self._with_curvature(_at(objective, y0))
+
+    def tuned_on_the_way(self, objective: Objective, y0: Tensor) -> Iterate | None:
+        if not self.optimizer.needs_curvature or self.line_search is not None:
+            return None
+        start = _at(objective, y0)
+        largest = curvature_on_the_way(objective, y0, start, self.max_steps, self.tol or 0.0)
+        return self._with_curvature(largest) if bool((largest > start).any()) else None
+
+    def _with_curvature(self, largest: Tensor) -> Iterate:
+        return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if largest.dim() else largest))
 
     def begin(self, y0: Tensor) -> State:
         if self.line_search is not None:
@@ -166,6 +197,12 @@ class Iterate(AbstractUnrollable):
         keys = self.optimizer.init(y.detach()).keys() if entries else ()
         point, new = self.optimizer.step(gradient, y, dict(zip(keys, entries, strict=True)))
         return (point, *new.values())
+
+
+def _at(objective: Objective, y0: Tensor) -> Tensor:
+    """The largest curvature at y0; 1, which is neutral, where g is flat or concave along every direction tried."""
+    largest = objective.largest_curvature(y0)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def _statuses(

@@ -28,7 +28,8 @@ class Nesterov(AbstractOptimizer):
     modeling Nesterov's accelerated gradient method", J. Mach. Learn. Res. 17 (2016), equation (1).
 
     Args:
-        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve.
+        step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
+            and, where that fails, on the whole way.
         momentum: b_k in [0, 1) for all k; None is (k - 1) / (k + 2).
 
     Raises:

@@ -13,6 +13,7 @@ from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
+from bilevel.solvers._on_the_way import curvature_on_the_way, lost_its_way
 
 
 @final
@@ -31,10 +32,11 @@ class ProximalGradient(AbstractUnrollable):
     Imaging Sci. 2 (2009), section 1.
 
     Args:
-        step: t; None: 1 / L, from an upper estimate of the curvature at y0, by some 10 to 20 Hessian products.
+        step: t; None: 1 / L, from an upper estimate of the curvature at y0, by some 10 to 20 Hessian products; and
+            where that fails, from the largest curvature on the way, as `Iterate` finds it.
         max_steps: at most so many steps.
         tol: stop when the residual is at most this; None or 0: take all the steps.
-        min_steps: take at least so many, for `ITD`.
+        min_steps: take at least so many, for `ITD`, which goes on until its derivative is right if this is at least 1.
 
     Raises:
         ValueError: if a number is out of range.
@@ -83,7 +85,19 @@ class ProximalGradient(AbstractUnrollable):
     def tuned(self, objective: Objective, y0: Tensor) -> ProximalGradient:
         if self.step is not None:
             return self
-        largest = float(objective.largest_curvature(y0).max())  # one step for all rows
+        return self._with_curvature(objective.largest_curvature(y0))
+
+    def tuned_on_the_way(self, objective: Objective, y0: Tensor) -> ProximalGradient | None:
+        if self.step is not None:
+            return None
+        largest = objective.largest_curvature(y0)
+        largest = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest)).max()
+        start = largest.expand(y0.shape[:-1])
+        found = curvature_on_the_way(objective, y0, start, self.max_steps, self.tol or 0.0, step_for_prox=True)
+        return self._with_curvature(found) if bool((found > start).any()) else None
+
+    def _with_curvature(self, curvature: Tensor) -> ProximalGradient:
+        largest = float(curvature.max())  # one step for all rows
         return replace(self, step=1 / largest if largest > 0 and math.isfinite(largest) else 1.0)
 
     def begin(self, y0: Tensor) -> State:
@@ -96,17 +110,24 @@ class ProximalGradient(AbstractUnrollable):
         return (v if objective.prox is None else objective.prox(v, self.step),)
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        tuned, tol = self.tuned(objective, y0), self.tol or 0.0
-        assert tuned.step is not None
+        found, norms = self.tuned(objective, y0)._run(objective, y0)
+        safer = self.tuned_on_the_way(objective, y0) if lost_its_way(found.status, norms) else None
+        return found if safer is None else safer._run(objective, y0)[0]
+
+    def _run(self, objective: Objective, y0: Tensor) -> tuple[Solved, list[Tensor]]:
+        """The steps, and the residuals on the way."""
+        tol, norms = self.tol or 0.0, list[Tensor]()
+        assert self.step is not None
         y, steps = y0.detach().clone(), 0
         with torch.no_grad():
             while True:
                 gradient = objective.gradient(y)
-                (moved,) = tuned.advance(objective, gradient, (y,), steps)
-                residual = torch.linalg.vector_norm(moved - y, dim=-1) / tuned.step
+                (moved,) = self.advance(objective, gradient, (y,), steps)
+                residual = torch.linalg.vector_norm(moved - y, dim=-1) / self.step
+                norms.append(residual)
                 moving = ((residual > tol) | (steps < self.min_steps)) & residual.isfinite()
                 if steps == self.max_steps or not moving.any():
                     break
                 y, steps = torch.where(moving.unsqueeze(-1), moved, y), steps + 1
                 objective.tally.inner_steps += int(moving.sum())
-        return Solved(y, judged_rows(residual, tol or math.inf), residual, steps)
+        return Solved(y, judged_rows(residual, tol or math.inf), residual, steps), norms

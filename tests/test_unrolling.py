@@ -288,7 +288,9 @@ def test_a_proximal_iteration_stops_at_its_own_residual(form: AbstractUnrolling)
     assert torch.allclose(found.grad, limit, rtol=1e-7)
     if not isinstance(form, Truncated):
         assert found.left is not None
-        assert carried(walk, found.left).status is Status.successful
+        verdict_of_derivative = carried(walk, found)
+        assert verdict_of_derivative is not None
+        assert verdict_of_derivative.status is Status.successful
 
 
 @pytest.mark.parametrize("form", [Reverse(), Checkpointed(), Forward()], ids=str)
@@ -307,7 +309,9 @@ def test_a_proximal_iteration_that_stops_too_early_for_its_derivative_says_so(fo
         found = form.differentiate(walk)
         assert found.left is not None
         assert walk.steps == least
-        assert carried(walk, found.left).status is status
+        verdict = carried(walk, found)
+        assert verdict is not None
+        assert verdict.status is status
 
 
 def test_rows_of_a_proximal_iteration_stand_still_one_by_one() -> None:

@@ -8,24 +8,26 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._calculus import Exact, Linearization
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._numerics.second_derivatives import explained
-from bilevel._result import report
+from bilevel._result import Report, Solved, Status, report
 from bilevel._validate import demand_type, demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.unrolled import itd, one_step, truncated_itd
 from bilevel.hypergrad.unrolling.checkpointed import Checkpointed
 from bilevel.hypergrad.unrolling.ending import carried, solved
-from bilevel.hypergrad.unrolling.form import AbstractUnrolling
+from bilevel.hypergrad.unrolling.form import AbstractUnrolling, Unrolled
 from bilevel.hypergrad.unrolling.forward import Forward
 from bilevel.hypergrad.unrolling.reverse import Reverse
 from bilevel.hypergrad.unrolling.truncated import Truncated
 from bilevel.hypergrad.unrolling.walk import Walk
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import Property
+from bilevel.solvers._on_the_way import is_time_to_give_up, lost_its_way
 
 
 @final
@@ -41,12 +43,20 @@ class ITD(AbstractEstimator):
     outer variables carried along. `Truncated(K)`, reverse mode through the last K steps only, gives another, biased
     number (K = 1 is the one-step or Jacobian-free gradient). Each has its cost in its own documentation.
 
-    Where the inner solver has a tolerance, its steps may be too few for the derivative although y is accurate: a
-    warm start at the solution would take none. What they lack is measured, and above 1 % reported as
-    `Status.truncated`; `Iterate(..., min_steps=)` prevents it.
+    Where the inner solver has a tolerance, and y a condition to solve, the derivative is to be that of y*(x). It may be
+    another although y is accurate: a warm start at the solution would take no step, and a step of 1 / L that leads
+    straight to y* has taken G and H where it began. Its distance from the implicit gradient at y_N is measured, and
+    above 1e-4 (1e-2 in float32 or where the tolerance leaves as much of an error in y) reported as
+    `Status.truncated`. With a `min_steps` of at least 1, such as the names have, it is prevented instead: the steps
+    start again from y_N, twice as many, until the derivative is right or `max_steps` are taken. Nothing of it is asked
+    where there is no tolerance or an `init`: the steps are then what is to be differentiated.
+
+    Where a step length that was left open fails (it is 1 / L at the start), the steps are taken again with one that
+    suits the curvature all along the way.
 
     Cost for N steps: N + 1 gradients (the last for the residual that is reported; not with an `init` and no tolerance,
-    where the residual is that before the last step), one of f, and what the form takes.
+    where the residual is that before the last step), one of f, and what the form takes; with a tolerance one gradient,
+    one Hessian product and one cross product more, in forward mode p of each product.
 
     Error with gradient descent where f and g are quadratic, P = I - step H, d = y_N - y*, J = dy*/dx: exactly
     (d2f/dxdy) d + J'(d2f/dy2) d - J' P^N grad_y f(y_N); truncated to K: P^K in place of P^N in the last term, a
@@ -128,19 +138,55 @@ class ITD(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         assert isinstance(self.inner, AbstractUnrollable)
-        with torch.enable_grad(), explained():
-            leaf = x.detach().requires_grad_()
-            y0 = problem.start(leaf, start.y)
+        fixed_x, leaf = x.detach(), x.detach().requires_grad_()
         kind = inner_problem(problem.problem)
-        objective, fixed = kind.objective(problem, leaf, None), kind.objective(problem, x.detach(), None)
+        objective, fixed = kind.objective(problem, leaf, None), kind.objective(problem, fixed_x, None)
+
+        def linearized(y: Tensor) -> Linearization:
+            at = Solved(y, (Status.successful,), torch.zeros(()), 0)
+            return kind.linearize(problem, fixed_x, at, lambda: Exact().linearize(problem, fixed_x, y), None)
+
+        def begun() -> Tensor:
+            with torch.enable_grad(), explained():
+                return problem.start(leaf, start.y)
+
+        def walked(inner: AbstractUnrollable, y0: Tensor, least: int | None = None, gives_up: bool = False) -> _Walked:
+            to_converge = bool(inner.tol) and Property.stationary in kind.offers
+            walk = Walk(problem, inner, objective, fixed, leaf, y0, to_converge, linearized, least, gives_up)
+            unrolled = self.unrolling.differentiate(walk)
+            verdict = solved(walk, unrolled.end)
+            return _Walked(unrolled, verdict, walk.norms, carried(walk, unrolled, verdict.status.ok))
+
+        y0 = begun()
         inner = self.inner.tuned(fixed, y0.detach())
-        to_converge = bool(inner.tol) and Property.stationary in kind.offers
-        walk = Walk(problem, inner, objective, fixed, leaf, y0, to_converge)
-        unrolled = self.unrolling.differentiate(walk)
-        reports = [report("inner solver", solved(walk, unrolled.end))]
-        if unrolled.left is not None:
-            reports.append(carried(walk, unrolled.left))
-        return FlatEstimate(unrolled.grad, unrolled.value, unrolled.end[0], tuple(reports))
+        found = walked(inner, y0, gives_up=inner is not self.inner)
+        if inner is not self.inner and any(lost_its_way(status, found.norms) for status in found.verdict.statuses):
+            safer = self.inner.tuned_on_the_way(fixed, y0.detach())
+            if safer is not None or is_time_to_give_up(found.norms):
+                inner = inner if safer is None else safer
+                found = walked(inner, begun())
+        while inner.min_steps and found.lacks and found.verdict.steps < inner.max_steps:
+            least = min(2 * max(found.verdict.steps, 1), inner.max_steps)
+            found = walked(inner, found.unrolled.end[0], least)
+        reports = report("inner solver", found.verdict), found.derivative
+        unrolled, made = found.unrolled, tuple(each for each in reports if each is not None)
+        return FlatEstimate(unrolled.grad, unrolled.value, unrolled.end[0], made)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Walked:
+    """A walk along the steps: its derivative, the verdict on y_N, the residuals on its way, that on the derivative."""
+
+    unrolled: Unrolled
+    verdict: Solved
+    norms: list[Tensor]
+    derivative: Report | None
+
+    @property
+    def lacks(self) -> bool:
+        """Whether y is accurate, and its derivative is not."""
+        return self.derivative is not None and self.derivative.status is Status.truncated
 
 
 def _old_form(truncate: int | None, forward: bool, checkpoint: bool) -> AbstractUnrolling | None:

@@ -86,12 +86,16 @@ def itd(forward: bool = False, checkpoint: bool = False) -> Builder:
 
 
 def truncated(last: int) -> Builder:
-    """`ITD` through the last steps only, whose products are few beside the gradients of all."""
+    """`ITD` through the last steps only, whose products are few beside the gradients of all.
+
+    One step goes before them, so that none is taken at the start itself, which may be far from y* though its step leads
+    there.
+    """
 
     def build(s: Setting) -> AbstractEstimator:
         from bilevel.hypergrad.itd import ITD
 
-        return ITD(s.unrolled(per_step=1, min_steps=last), truncate=min(last, s.steps(1) or last))
+        return ITD(s.unrolled(per_step=1, min_steps=last + 1), truncate=min(last, s.steps(1) or last))
 
     return build
 

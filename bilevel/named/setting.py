@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -125,7 +126,10 @@ class Setting:
             # The number of steps is part of the problem, adaptation and not convergence: ten, as many as few-shot
             # learning takes at most.
             return Iterate(GradientDescent(), max_steps=10)
-        tol = self.inner_tol() * (1e2 if self.double else 10)  # as accurate as `derivative_steps` makes the derivative
+        # As accurate as `derivative_steps` makes the derivative. Where y0 is far, gradients there are no scale for y*.
+        tol = self.inner_tol()
+        near = max(self._gradients(self._solution, self.problem.with_tally(Tally()))[:2])
+        tol = min(tol, self._rounded(near)) * (1e2 if self.double else 10)
         return Iterate(GradientDescent(), max_steps=MOST_STEPS, tol=tol, min_steps=min_steps)
 
     def _stepwise(self, steps: int | None, min_steps: int) -> AbstractInnerSolver:
@@ -156,49 +160,63 @@ class Setting:
         if Feature.own_steps in self.features:  # no gradient is made zero, and there may be none
             return torch.finfo(self.y0.dtype).tiny
         quiet = self.problem.with_tally(Tally())
+        scale, response, root = self._gradients(self.problem.start(self.x, self.y0).detach(), quiet)
+        return self._rounded(response if scale <= root * response else scale)
+
+    def _gradients(self, y: Tensor, quiet: FlatProblem) -> tuple[float, float, float]:
+        """The size of gradients of g near y: there, or L |y|; what x makes of it, moved by its size; and a step."""
         objective = inner_objective(quiet, self.x)
-        y0 = self.problem.start(self.x, self.y0).detach()
-        gradient = objective.gradient(y0)
+        gradient = objective.gradient(y)
         scale = torch.linalg.vector_norm(gradient, dim=-1)
-        if bool((y0 != 0).any()):
-            scale = scale.maximum(objective.largest_curvature(y0).abs() * torch.linalg.vector_norm(y0, dim=-1))
-        root = torch.finfo(y0.dtype).eps ** 0.5
+        if bool((y != 0).any()):
+            scale = scale.maximum(objective.largest_curvature(y).abs() * torch.linalg.vector_norm(y, dim=-1))
+        root = torch.finfo(y.dtype).eps ** 0.5
         signs = torch.randint(0, 2, self.x.shape, generator=torch.Generator().manual_seed(0)).to(self.x) * 2 - 1
         reach = self.x.abs().max().clamp_min(1.0)
-        moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y0)
-        response = torch.linalg.vector_norm(moved - gradient, dim=-1).max() / root
-        largest = response if bool(scale.max() <= root * response) else scale.max()
+        moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y)
+        return float(scale.max()), float(torch.linalg.vector_norm(moved - gradient, dim=-1).max() / root), root
+
+    def _rounded(self, scale: float) -> float:
         # Rounding leaves a gradient of about eps of its scale (2e-16, 1e-7) times a factor that grows with q and the
         # cancellation in g: 1e-9 and 1e-4 are reached in practice, and leave room for the latter.
-        tol = (1e-9 if self.double else 1e-4) * float(largest)
+        tol = (1e-9 if self.double else 1e-4) * scale
         tiny = torch.finfo(self.y0.dtype).tiny
         return max(tol, tiny) if math.isfinite(tol) else tiny  # what is not finite is reported by the solver
 
     def derivative_steps(self) -> int:
         """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
 
-        That is the k with |(I - H / L)^k grad_y f| <= 1e-7 |grad_y f| (float32: 1e-3), found by taking them at y*(x);
-        both are well above rounding and below what such a derivative is asked for. 0 where steps are not chosen for
-        accuracy, with a budget or an `init`, and where they are not those of gradient descent on g.
+        That is the least k >= 1 with |(I - H / L)^k grad_y f| <= 1e-7 |grad_y f| (float32: 1e-3), found by taking them
+        at y*(x); both are well above rounding and below what such a derivative is asked for. From a start where H or
+        the cross derivative is another it takes more: `ITD` measures that, and goes on, as it does where there is a
+        non-smooth term, for which this is 1. 0 where steps are not chosen for accuracy: with a budget or an `init`, and
+        where they are those of the problem.
         """
         offers = inner_problem(self.problem.problem).offers
-        if not {Property.smooth, Property.steps} <= offers or self.features:
+        if Property.steps not in offers or self.budget is not None or self.problem.problem.init is not None:
             return 0
-        if self.budget is not None or self.problem.problem.init is not None:
-            return 0
+        if Property.smooth not in offers or self.features:
+            return int(Feature.prox in self.features)
         quiet = self.problem.with_tally(Tally())
         objective = inner_objective(quiet, self.x)
-        y0 = self.problem.start(self.x, self.y0).detach()
-        y = self.inner().solve(objective, y0).value
+        y = self._solution
         left = outer_gradients(quiet, self.x, y)[2]
         hessian = objective.hessian(y)[2]
         step = 1 / objective.largest_curvature(y).clamp_min(torch.finfo(y.dtype).tiny).unsqueeze(-1)
         target = (1e-7 if self.double else 1e-3) * torch.linalg.vector_norm(left)
-        for k in range(MOST_STEPS):
+        for k in range(1, MOST_STEPS):
+            left = left - step * hessian.mv(left)
             if not torch.linalg.vector_norm(left) > target:
                 return k
-            left = left - step * hessian.mv(left)
         return MOST_STEPS
+
+    @cached_property
+    def _solution(self) -> Tensor:
+        """y*(x) `(*tasks, q)`, as `inner` finds it; y0 where that is not finite."""
+        quiet = self.problem.with_tally(Tally())
+        y0 = self.problem.start(self.x, self.y0).detach()
+        y = replace(self, budget=None).inner().solve(inner_objective(quiet, self.x), y0).value
+        return torch.where(y.isfinite(), y, y0)
 
     def penalty_weight(self) -> float:
         """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y.

@@ -12,23 +12,25 @@ from bilevel._result import Report, Solved, Status, ended
 
 if TYPE_CHECKING:
     from bilevel._inner import State
+    from bilevel.hypergrad.unrolling.form import Unrolled
     from bilevel.hypergrad.unrolling.walk import Walk
-
-_LEFT = 1e-2  # the part of the derivative that an iteration with a tolerance may lack
 
 
 def solved(walk: Walk, end: State) -> Solved:
-    """The verdict on y_N: its own residual (one more gradient), and divergence if there was any.
+    """The verdict on y_N: its own residual, and divergence if there was any.
 
-    Where y is not to solve anything (without a tolerance, MAML's, whose start depends on x, and steps of the problem's
-    own), the residual before the last step, which is at hand, has to do. Own steps do not diverge: they are what was
-    asked for, as long as y is finite.
+    The residual takes one more gradient, unless the steps ended at their tolerance, where it is at hand. Where y is not
+    to solve anything (without a tolerance, MAML's, whose start depends on x, and steps of the problem's own), the
+    residual before the last step, which is at hand, has to do. Own steps do not diverge: they are what was asked for,
+    as long as y is finite.
     """
     y = end[0]
     walk.problem.tally.inner_steps += walk.steps * walk.rows
     if walk.last is not None and not walk.inner.tol and (walk.has_init or walk.is_own):
         vector, value = walk.last
         value = value + 0.0 * y.sum(-1)  # not finite where y is not
+    elif walk.last is not None and walk.met:
+        vector, value = walk.last
     else:
         vector, value = _residual(walk, end)
     residual = torch.linalg.vector_norm(vector, dim=-1)
@@ -51,15 +53,16 @@ def _residual(walk: Walk, end: State) -> tuple[Tensor, Tensor]:
         return walk.moved(end, walk.inner.advance(walk.fixed, gradient, end, walk.steps)), value
 
 
-def carried(walk: Walk, left: float) -> Report:
-    """Whether the steps were enough for the derivative; `left` is what they lack of it.
+def carried(walk: Walk, unrolled: Unrolled, accurate: bool = True) -> Report | None:
+    """Whether the steps were enough for the derivative; None: that was not asked.
 
-    In reverse mode |(dy_N/dy_0)' grad_y f| / |grad_y f|; in forward mode |H dy_N/dx + G'| / |G'|, or what the last step
-    still changed in dy_N/dx compared with the first.
+    Where y itself is not `accurate` it is its report that says so.
     """
+    left = unrolled.left
+    if left is None:
+        return None
     through_g = walk.needs_gradient and walk.objective.prox is None  # x reaches y by grad_y g alone
-    depends = (
-        left <= _LEFT or not through_g or inner_gradient_in_x(walk.problem, walk.x, walk.start.detach()) is not None
-    )
-    status = Status.truncated if left > _LEFT and depends else Status.successful
-    return Report("unrolled derivative", status, left, walk.steps)
+    known = left <= unrolled.allowed or walk.linearized is not None or not through_g
+    depends = known or inner_gradient_in_x(walk.problem, walk.x, walk.start.detach()) is not None
+    lacks = accurate and depends and not left <= unrolled.allowed
+    return Report("unrolled derivative", Status.truncated if lacks else Status.successful, left, walk.steps)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, final
 
 from torch import Tensor
 
+from bilevel.hypergrad.unrolling.lacking import LOOSE
+
 if TYPE_CHECKING:
     from bilevel._inner import State
     from bilevel.hypergrad.unrolling.walk import Walk
@@ -22,14 +24,16 @@ class Unrolled:
         grad: dF/dx `(p,)`.
         value: F `()`.
         end: the state after the last step, without a graph; its first entry is y_N `(*tasks, q)`.
-        left: the part of the derivative that the steps were too few for, where they are to converge; None: they are
-            not, or the form does not say.
+        left: the part of the derivative that is lacking, where the steps are to converge; None: they are not, or the
+            form does not say.
+        allowed: how much of it may be.
     """
 
     grad: Tensor
     value: Tensor
     end: State
     left: float | None = None
+    allowed: float = LOOSE
 
 
 class AbstractUnrolling(abc.ABC):

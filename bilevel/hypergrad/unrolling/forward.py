@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -12,10 +12,13 @@ from torch import Tensor
 from bilevel._calculus import outer_gradients
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling, Unrolled
+from bilevel.hypergrad.unrolling.lacking import LOOSE, allowed, norm, nudged, ratio
 
 if TYPE_CHECKING:
     from bilevel._inner import State
     from bilevel.hypergrad.unrolling.walk import Walk
+
+Along: TypeAlias = Callable[[Tensor | None, Tensor | None], Tensor]
 
 
 @final
@@ -29,7 +32,8 @@ class Forward(AbstractUnrolling):
     symmetric; those of the rest of the step, arithmetic and perhaps a prox or an iteration of the user's, come from two
     reverse passes: J t is the derivative of w -> J'w along t. That asks that its first derivative is differentiable.
 
-    Cost for N steps: N + 1 gradients, p N Hessian products and p N cross products. Memory: that of one gradient's graph
+    Cost for N steps: N + 1 gradients, p N Hessian products and p N cross products; with a tolerance a gradient and p
+    products of each kind more, to measure what the derivative lacks. Memory: that of one gradient's graph
     and of p states, whatever N.
 
     Source: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
@@ -44,49 +48,74 @@ class Forward(AbstractUnrolling):
     """
 
     def differentiate(self, walk: Walk) -> Unrolled:
-        end, tangents, left = _carry(walk)
+        units = torch.eye(walk.x.shape[-1], dtype=walk.x.dtype, device=walk.x.device)
+        end, moved = _carry(walk, units)
         value, fx, fy = outer_gradients(walk.problem, walk.x, end[0])
-        return Unrolled(fx + (tangents * fy).flatten(1).sum(1), value, end, left)
+        left, allowed = _lacking(walk, end, moved, units) if walk.checked else (None, LOOSE)
+        return Unrolled(fx + (moved[0] * fy).flatten(1).sum(1), value, end, left, allowed)
 
 
-def _carry(walk: Walk) -> tuple[State, Tensor, float | None]:
-    """The last state, J_N' `(p, *tasks, q)`, and what is left of the derivative where it is to converge."""
-    units = torch.eye(walk.x.shape[-1], dtype=walk.x.dtype, device=walk.x.device)
+def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
+    """The last state and its tangents, J_N' `(p, *tasks, q)` first."""
     tangents = torch.stack([_init_tangent(walk.start, walk.x, unit) for unit in units])
     state, moved = _push(lambda y: walk.inner.begin(y), (_leaf(walk.start),), (tangents,))
-    first: float | None = None  # the size of the first change
-    left = 0.0 if walk.checked else None
     while walk.steps < walk.inner.max_steps:
         value, gradient, along = _gradient(walk, state[0])
         moving: Tensor | None = None
         if walk.length is None:
             assert gradient is not None
             moving = walk.moving(gradient, value, walk.steps)
-            if walk.is_over(moving) and not walk.checked:
+            if walk.is_over(moving):
                 break
         # H Z + G', which vanishes where Z has converged; one row for each outer variable
         change = torch.stack([along(unit, z) for unit, z in zip(units, moved[0], strict=True)])
-        new, new_moved = state, moved
-        if not walk.is_over(moving):
-            new, new_moved = _step(walk, state, moved, gradient, change, units)
-            if walk.length is not None:
-                moving = walk.moving(walk.moved(state, new), value, walk.steps)
-                change = new_moved[0] - moved[0]
-        if walk.checked:
-            size = float(torch.linalg.vector_norm(change))
-            first = size if first is None else first
-            left = size / first if walk.is_over(moving) and first > 0 else 0.0
-        if walk.is_over(moving):
-            break
+        new, new_moved = _step(walk, state, moved, gradient, change, units)
+        if walk.length is not None:
+            moving = walk.moving(walk.moved(state, new), value, walk.steps)
+            if walk.is_over(moving):
+                break
         state, moved = walk.hold(moving, new, state), walk.hold(moving, new_moved, moved)
         walk.steps += 1
-    return state, moved[0], left
+    return state, moved
 
 
-def _gradient(walk: Walk, y: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor, Tensor], Tensor]]:
-    """G, grad_y g, both without a graph, and (u, z) -> G'u + H z, the gradient's tangent; zero, None and zeros."""
+def _lacking(walk: Walk, state: State, moved: State, units: Tensor) -> tuple[float, float]:
+    """What Z_N = dy_N/dx lacks at y_N, |H Z_N + G'| / |G'| there, and how much it may.
+
+    Where the residual is the length of a step, |Z_{N+1} - Z_N| and the step's own derivative in x take their places.
+    Where G vanishes, it is seen relative to what G becomes as y moves by the part of it that may be wrong.
+    """
+    y, still = state[0], tuple(torch.zeros_like(z) for z in moved)
+    _, gradient, along = _gradient(walk, y)
+    hz = torch.stack([along(None, z) for z in moved[0]])
+
+    def driven(along: Along, gradient: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        """G' at y, and the part of x in the next y where that is what counts."""
+        own = torch.stack([along(unit, None) for unit in units])
+        return own, own if walk.length is None else _step(walk, (y, *state[1:]), still, gradient, own, units)[1][0]
+
+    own, force = driven(along, gradient, y)
+    length = 1.0 if walk.length is None else float(walk.length)  # of a step: what a force is, times this
+    change = own + hz
+    if walk.length is not None:
+        change = _step(walk, state, moved, gradient, change, units)[1][0] - moved[0]
+    size = norm(force)
+    limit = allowed(walk, y, norm(moved[0]) * length, size, size / length)
+    if norm(change) > limit * size:
+        near = nudged(y, limit)
+        _, gradient, along = _gradient(walk, near)
+        larger = norm(driven(along, gradient, near)[1] - force) / limit
+        size = larger if norm(change) <= limit * larger else size
+    return ratio(norm(change), size), limit
+
+
+def _gradient(walk: Walk, y: Tensor) -> tuple[Tensor, Tensor | None, Along]:
+    """G, grad_y g, both without a graph, and (u, z) -> G'u + H z, the gradient's tangent; zero, None and zeros.
+
+    A u or a z that is None is zero, and its product is not formed.
+    """
     if not walk.needs_gradient:
-        return *walk.gradient(y, with_graph=False), lambda _, z: torch.zeros_like(z)
+        return *walk.gradient(y, with_graph=False), lambda *_: torch.zeros_like(y)
     tally = walk.problem.tally
     tally.gradients += walk.rows
     with torch.enable_grad():
@@ -100,12 +129,12 @@ def _gradient(walk: Walk, y: Tensor) -> tuple[Tensor, Tensor | None, Callable[[T
                 total, (walk.x, leaf), create_graph=True, allow_unused=True, materialize_grads=True
             )
 
-    def along(u: Tensor, z: Tensor) -> Tensor:
-        tally.hvps += walk.rows
-        tally.cross_products += walk.rows
-        pairs = [(part, w) for part, w in ((gx, u), (gy, z)) if part.requires_grad]
+    def along(u: Tensor | None, z: Tensor | None) -> Tensor:
+        tally.hvps += walk.rows if z is not None else 0
+        tally.cross_products += walk.rows if u is not None else 0
+        pairs = [(part, w) for part, w in ((gx, u), (gy, z)) if w is not None and part.requires_grad]
         if not pairs:
-            return torch.zeros_like(z)
+            return torch.zeros_like(y)
         outputs, weights = zip(*pairs, strict=True)
         with explained():  # one backward pass, as H is symmetric
             return torch.autograd.grad(

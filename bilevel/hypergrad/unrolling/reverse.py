@@ -25,8 +25,9 @@ class Reverse(AbstractUnrolling):
     The form to begin with: the fewest calls. Where the memory of N graphs is too much, `Checkpointed` gives the same
     number; where x has a few entries only, so does `Forward`.
 
-    Cost for N steps: N + 1 gradients, N - 1 Hessian products (N where the start depends on x, or there is a tolerance)
-    and N cross products. Memory: N times that of one gradient's graph.
+    Cost for N steps: N + 1 gradients, N - 1 Hessian products (N where the start depends on x) and N cross products;
+    with a tolerance a gradient and a product of each kind more, to measure what the derivative lacks. Memory: N times
+    that of one gradient's graph.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible learning", ICML
     2015; Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
@@ -42,7 +43,7 @@ class Reverse(AbstractUnrolling):
     """
 
     def differentiate(self, walk: Walk) -> Unrolled:
-        if walk.checked:  # what reaches the start is to be measured
+        if walk.checked:  # what is lacking is to be measured
             with torch.no_grad():
                 start = walk.inner.begin(walk.start.detach())
             segment = walk.from_leaves(start, 0, walk.inner.max_steps)

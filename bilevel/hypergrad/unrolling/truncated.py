@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 from bilevel._validate import demand_types
@@ -67,4 +67,4 @@ class Truncated(AbstractUnrolling):
             end, walk.steps = segment[1], walk.steps + segment[2]
             segments = [lambda: segment]
         # Whether the steps were enough is not asked of a number that leaves most of them out.
-        return replace(pulled_back(walk, end, segments, from_start=begun == 0), left=None)
+        return pulled_back(walk, end, segments, from_start=begun == 0, measured=False)

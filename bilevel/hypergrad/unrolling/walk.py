@@ -8,10 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import grad, total
+from bilevel._calculus import Linearization, grad, total
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable, Objective, State
 from bilevel._numerics.second_derivatives import refuse_dropped_terms
+from bilevel.solvers._on_the_way import is_time_to_give_up
 
 
 @final
@@ -26,14 +27,23 @@ class Walk:
         x: the outer variable `(p,)`, a leaf that requires grad.
         start: where the iteration starts `(*tasks, q)`, with its graph from x.
         to_converge: whether the steps have a tolerance, and tend to something that y solves.
+        linearized: y -> the condition that it solves, to first order there; None: it is not known.
+        least: how many steps are taken though the tolerance is met; None: as many as `inner` says.
+        gives_up: whether to stop where the steps have lost their way, since others can be taken instead.
 
     Attributes:
         steps: how many steps have been taken.
+        met: whether they ended since every row has met the tolerance, or is not finite.
+        probe: zero, and a leaf, which is added to the gradients of g that steps with a graph take: the derivative in it
+            is the sum of the derivatives in them. None: it is not asked for.
         first: before the first step: the residual as a vector `(*tasks, q)`, whose norm `tol` is compared with, and g.
         last: the same before the latest step.
+        lost: whether to give up now.
+        norms: the residuals of all steps `(*tasks,)` each, where they are compared with a tolerance.
         is_own: whether the steps are the inner problem itself, whatever its g is.
         has_init: whether the start depends on x.
         checked: whether the iteration is to converge, and its derivative with it.
+        is_smooth: whether x reaches y by grad_y g alone, and what y solves is known to first order.
         length: a where the residual is (y_k - y_{k+1}) / a, known after the step; None: it is grad_y g at y_k.
     """
 
@@ -46,6 +56,9 @@ class Walk:
         x: Tensor,
         start: Tensor,
         to_converge: bool,
+        linearized: Callable[[Tensor], Linearization] | None = None,
+        least: int | None = None,
+        gives_up: bool = False,
     ) -> None:
         self.problem, self.inner, self.objective, self.fixed = problem, inner, objective, fixed
         self.x, self.start = x, start
@@ -54,7 +67,12 @@ class Walk:
         self.checked = to_converge and not self.has_init
         self.is_own = objective.own is not None or not self.needs_gradient
         self.length = 1.0 if inner.residual_step is None and self.is_own else inner.residual_step
-        self.steps = 0
+        self.linearized = linearized if self.checked and self.needs_gradient else None
+        self.is_smooth = self.linearized is not None and objective.prox is None and not self.is_own
+        self.probe = None if self.linearized is None else torch.zeros_like(start.detach()).requires_grad_()
+        self.steps, self.met, self.least = 0, False, inner.min_steps if least is None else least
+        self.norms: list[Tensor] = []
+        self.gives_up, self.lost = gives_up, False
         self.first: tuple[Tensor, Tensor] | None = None
         self.last: tuple[Tensor, Tensor] | None = None
         self._is_differentiable = False  # known so far
@@ -89,7 +107,8 @@ class Walk:
             if not self._is_differentiable:
                 refuse_dropped_terms(value, at)
                 self._is_differentiable = True  # the steps that follow are the same function
-            return value.detach(), grad(total(value), at, create_graph=True, checked=True)
+            found = grad(total(value), at, create_graph=True, checked=True)
+            return value.detach(), found if self.probe is None else found + self.probe
 
     def moved(self, state: State, new: State) -> Tensor:
         """The residual (y_k - y_{k+1}) / a of a step, without a graph: `(*tasks, q)`."""
@@ -103,13 +122,18 @@ class Walk:
         if not self.inner.tol:
             return None
         norm = torch.linalg.vector_norm(residual, dim=-1)
-        moving: Tensor = (norm > self.inner.tol) | ((index < self.inner.min_steps) & norm.isfinite())
+        new = index >= self.steps
+        if new:
+            self.norms.append(norm)
+        self.lost = new and self.gives_up and is_time_to_give_up(self.norms)
+        moving: Tensor = (norm > self.inner.tol) | ((index < self.least) & norm.isfinite())
         return moving
 
-    @staticmethod
-    def is_over(moving: Tensor | None) -> bool:
-        """Whether no row moves any more."""
-        return moving is not None and not bool(moving.any())
+    def is_over(self, moving: Tensor | None) -> bool:
+        """Whether no row moves any more, or the steps are given up."""
+        over = moving is not None and not bool(moving.any())
+        self.met = self.met or over
+        return over or self.lost
 
     def hold(self, moving: Tensor | None, new: State, old: State) -> State:
         """The new states, or tangents, of the rows that move, and the old ones of the others."""
