@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.batched import batched
+from bilevel._numerics.misfits import called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
+from bilevel._validate import demand_batch
 
 
 @final
@@ -62,20 +64,20 @@ class FlatProblem:
 
     def f_each(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer objective of each problem in the batch, with the leading shape of y: no mean over tasks."""
-        f = self.problem.f
-        return self.map(lambda x, y, *data: _scalar("f", f(x, self.y.unravel(y), *data)), "f", x, y)
+        f, form = self.problem.f, "f(x, y, data)" if self.problem.encode is None else "f(z, y, data)"
+        return self.map(lambda x, y, *data: _scalar("f", called(form, f, x, self.y.unravel(y), *data)), "f", x, y)
 
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of each problem in the batch, with the leading shape of y."""
-        g = self.problem.g
-        return self.map(lambda x, y, *data: _scalar("g", g(x, self.y.unravel(y), *data)), "g", x, y)
+        g, form = self.problem.g, "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
+        return self.map(lambda x, y, *data: _scalar("g", called(form, g, x, self.y.unravel(y), *data)), "g", x, y)
 
     def start(self, x: Tensor, y0: Tensor) -> Tensor:
         """The start of the inner iteration: init(x) where the problem has it, else `y0`; one row for each task."""
         init = self.problem.init
         if init is None:
             return self.spread(y0)
-        return self.map(lambda x, *data: self.y.ravel(init(x, *data), "init(x)"), "g", x)
+        return self.map(lambda x, *data: self.y.ravel(called("init(x, data)", init, x, *data), "init(x)"), "g", x)
 
     def spread(self, y: Tensor) -> Tensor:
         """One task's vector `(q,)` for every task `(tasks, q)`; as it is where there are none or it has been."""
@@ -98,18 +100,19 @@ class FlatProblem:
         def one(*args: Tensor) -> Tensor:
             outer, rest = (shared, args) if shared is not None else (self.x.unravel(args[0]), args[1:])
             data = build(rest[count:])
-            return function(outer if encode is None else encode(outer, *data), *rest[:count], *data)
+            seen = outer if encode is None else called("encode(x, data)", encode, outer, *data)
+            return function(seen, *rest[:count], *data)
 
         inputs: tuple[Tensor, ...] = (*rows, *leaves)
-        called: Callable[..., Any] = one
+        run: Callable[..., Any] = one
         if shared is None:
             inputs = (x.reshape(*x.shape[:-1], self.tasks or 1, -1) if own else x, *inputs)
         if self.tasks is not None:
             in_x = () if shared is not None else (0 if own else None,)
-            called = batched(one, self.tasks, in_x + (0,) * (count + len(leaves)))
+            run = batched(one, self.tasks, in_x + (0,) * (count + len(leaves)))
         if several:
-            called = batched(called, x.shape[0], (0,) * (1 + count) + (None,) * len(leaves))
-        found: Tensor = called(*inputs)
+            run = batched(run, x.shape[0], (0,) * (1 + count) + (None,) * len(leaves))
+        found: Tensor = run(*inputs)
         return found
 
     def _unravelled(self, x: Tensor) -> Tree:
@@ -150,7 +153,7 @@ class FlatProblem:
         outer = self.x.unravel(x)
 
         def one(*tensors: Tensor) -> Tensor:
-            vector, structure = ravel(encode(outer, *build(tensors)), "encode(x)")
+            vector, structure = ravel(called("encode(x, data)", encode, outer, *build(tensors)), "encode(x)")
             found.append(structure)
             return vector
 
@@ -176,6 +179,9 @@ class FlatProblem:
 def _task_count(data: Any) -> int:
     both = (data.f, data.g) if isinstance(data, Split) else data
     leaves = [leaf for leaf in tree_leaves(both) if isinstance(leaf, Tensor)]
+    if not leaves:
+        for batch in both if isinstance(data, Split) else (data,):
+            demand_batch(batch)
     counts = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         raise ValueError(

@@ -11,6 +11,7 @@ from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Structure, Tree, ravel
+from bilevel._validate import demand_autograd
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import certify_flat
@@ -95,6 +96,7 @@ def certify(
             f"`certify` needs the constants {', '.join(NEEDED)}. Missing: {', '.join(missing)}."
             f" Give them, or use `estimate_constants(problem, x, estimate.y)`, or see `estimate.error_estimate`."
         )
+    demand_autograd("certify")
     check_signature(problem, data)
     kind = inner_problem(problem)
     if not {Property.stationary, Property.smooth} <= kind.offers:

@@ -8,7 +8,7 @@ from bilevel._estimate import AbstractEstimator
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
 from bilevel.named.registry import build
-from bilevel.requirements.properties import Property
+from bilevel.requirements.properties import START_ONLY, Property
 from bilevel.requirements.why_not import why_not
 
 # Enough for every name to take a step; estimators of a budget are built without the solves that accurate defaults take.
@@ -43,7 +43,7 @@ def _lacking(found: Findings) -> dict[Property, str]:
         reason = "the derivative of grad_y g in x is zero to autograd: x is detached in g"
         lacking |= {Property.second_derivatives: reason, Property.beyond_start: reason}
     elif found.dependence == "start":
-        lacking[Property.beyond_start] = "y depends on x only through its start"
+        lacking[Property.beyond_start] = START_ONLY
     return lacking
 
 

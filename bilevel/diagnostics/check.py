@@ -11,7 +11,8 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
-from bilevel._tree import Tree, ravel
+from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._validate import demand_autograd
 from bilevel.diagnostics.against_differences import hypergradient_agrees
 from bilevel.diagnostics.applicability import why_not_applicable
 from bilevel.diagnostics.dependence import y_depends_on_x
@@ -78,20 +79,22 @@ def check(
         >>> check(problem, torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)).ok
         True
     """
+    demand_autograd("check")
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y0, "y0")
+    demand_alike("check(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data, Tally())
     x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
     start, generator = flat.start(x_vector, y_vector).detach(), torch.Generator().manual_seed(seed)
     subject = Subject(flat, x_vector, y_vector, start, inner, generator)
-    found = _tested(subject)
+    found = tested(subject)
     names = {name: implicit_name(flat) if name == IMPLICIT else name for name in estimators()}
     applicable = {name: why_not_applicable(meant, subject, found) for name, meant in names.items()}
     return Check(found.verdicts, found.dependence, applicable)
 
 
-def _tested(subject: Subject) -> Findings:
+def tested(subject: Subject) -> Findings:
     """What the tests find, in the order in which they build on each other."""
     found = values_are_finite(subject, Findings(subject.y0, subject.constrained))
     if not found.wrong:

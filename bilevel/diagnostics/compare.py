@@ -14,13 +14,17 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError, Stats, Status, Tally
-from bilevel._tree import Tree, ravel
+from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._validate import demand_autograd
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
+from bilevel.diagnostics.applicability import why_not_applicable
+from bilevel.diagnostics.check import tested
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
+from bilevel.diagnostics.subject import Subject
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.named.implicit import IMPLICIT
+from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
@@ -44,8 +48,10 @@ def compare(
     The reference is the implicit gradient at an inner solution as accurate as the dtype allows, by a dense
     factorization for q <= 200 and tight conjugate gradients above, itself certified where constants are given.
 
-    Cost: each estimator three times (twice to time it, once to measure its memory), and one linear solve more for its
-    certificate where it has none of its own.
+    What applies is what `check` finds to apply.
+
+    Cost: that of `check`; each estimator three times (twice to time it, once to measure its memory), and one linear
+    solve more for its certificate where it has none of its own.
 
     Args:
         problem: f and g.
@@ -75,24 +81,33 @@ def compare(
         >>> [row.name for row in found.rows if row.relative < 1e-6]
         ['aid-cg']
     """
+    demand_autograd("compare")
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y0, "y0")
+    demand_alike("compare(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data)
     comparer = _Comparer(flat, x_vector.detach().clone(), y_vector.detach().clone(), memory)
     if callable(constants):
         constants = constants(x)
     comparer.constants = constants
     comparer.make_reference()
-    rows = []
+    rows: list[Row] = []
     if isinstance(estimators, Mapping):
         for label, estimator in estimators.items():
             rows.append(comparer.row(label, None, lambda e=estimator: e))  # type: ignore[misc]
         return comparer.comparison(rows)
     names = [name for name in named_estimators() if name != IMPLICIT] if estimators is None else list(estimators)
     demand_names(*names)
+    start = flat.start(comparer.x, comparer.y0).detach()
+    subject = Subject(flat.with_tally(Tally()), comparer.x, comparer.y0, start, None, torch.Generator().manual_seed(0))
+    found = tested(subject)
     for name in names:
+        why = why_not_applicable(implicit_name(flat) if name == IMPLICIT else name, subject, found)
         for budget in (None,) if budgets is None else budgets:
+            if why:
+                rows.append(Row(name, budget, reason=why))
+                continue
             setting = Setting(flat, comparer.x, comparer.y0, budget)
             rows.append(comparer.row(name, budget, lambda n=name, s=setting: build(n, s)))  # type: ignore[misc]
     return comparer.comparison(rows)
@@ -135,7 +150,7 @@ class _Comparer:
         try:
             estimator = build()
             found, stats, seconds = self._timed(estimator)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:  # it costs its own row, and no other
             return Row(name, budget, reason=str(error))
         held = None
         if self.memory:
