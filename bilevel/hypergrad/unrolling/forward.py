@@ -84,7 +84,7 @@ def _carry(walk: Walk) -> tuple[State, Tensor, float | None]:
 
 
 def _gradient(walk: Walk, y: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor, Tensor], Tensor]]:
-    """G, grad_y g, both without a graph, and (u, z) -> G'u + H z, the gradient's tangent; zero, None and zeros."""
+    """g, grad_y g, both without a graph, and (u, z) -> G'u + H z, the gradient's tangent; zero, None and zeros."""
     if not walk.needs_gradient:
         return *walk.gradient(y, with_graph=False), lambda _, z: torch.zeros_like(z)
     tally = walk.problem.tally
