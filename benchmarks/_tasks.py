@@ -81,7 +81,7 @@ class TaskLoad:
 
 
 def sinusoids(tasks: int, steps: int, weight: float = 0.0, shots: int = 10) -> TaskLoad:
-    """Y = A sin(x - phi), A in [0.1, 5], phi in [0, pi], x in [-5, 5]."""
+    """y = A sin(x - phi), A in [0.1, 5], phi in [0, pi], x in [-5, 5]."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     A, phi = torch.empty(tasks, 1, 1).uniform_(0.1, 5), torch.empty(tasks, 1, 1).uniform_(0, pi)

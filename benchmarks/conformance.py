@@ -22,6 +22,7 @@ import _harness
 import _threads  # noqa: F401
 import torch
 from _harness import PEERS, Call, Options, UnavailableError, write
+from _silent import CASES, Case, outcome
 from _workloads import Workload
 from torch import Tensor
 
@@ -282,6 +283,60 @@ def attempt(prop: Property, build: Build, taken: Steps, family: Family, toleranc
     return "right" if error <= (tolerance if family.dtype == torch.float64 else 1e-5) else f"**{error:.1e}**"
 
 
+# Silence
+
+
+def asked(case: Case) -> Callable[[Workload], Call]:
+    """This library, as a user asks it: what does not succeed raises, and phi is called as it is called in training."""
+    from bilevel import AID, ITD, BilevelProblem, hypergradient, hyperobjective
+    from bilevel.solvers import CG, ClosedForm, GradientDescent, Iterate, Neumann
+
+    def ask(workload: Workload) -> Call:
+        problem, inner = BilevelProblem(workload.f, workload.g), ClosedForm(lambda _: workload.ys)
+        if case.kind != "unrolled":
+            linear = CG(rtol=case.tolerance, max_steps=case.count)
+            series = Neumann(step=workload.step, terms=case.count + 1, rtol=case.tolerance)
+            estimator = AID(inner, linear if case.kind == "cg" else series)
+            return lambda: hypergradient(problem, workload.x, workload.ys, estimator=estimator).grad
+        if case.calls == 1:  # the name, whose steps end where they have converged
+            return lambda: hypergradient(problem, workload.x, workload.ys, estimator="itd").grad
+        phi = hyperobjective(
+            problem, workload.ys, estimator=ITD(Iterate(GradientDescent(workload.step), max_steps=case.count))
+        )
+
+        def call() -> Tensor:
+            x = workload.x.clone().requires_grad_()
+            return torch.autograd.grad(phi(x), x)[0]
+
+        return call
+
+    return ask
+
+
+def answer(case: Case, column: Column) -> str:
+    """What a library answers to a case, or why it is not asked."""
+    if column.build is None:
+        return f"- ({column.why.removeprefix('skipped: ')})"
+    if column.library in case.inapplicable:
+        return f"- ({case.inapplicable[column.library]})"
+    build, taken = column.build, Steps(case.count, case.tolerance)
+    try:
+        return outcome(case, asked(case) if column.library == "bilevel" else lambda workload: build(workload, taken))
+    except UnavailableError as reason:
+        return f"- ({str(reason).removeprefix('skipped: ')})"
+
+
+def silence(options: Options) -> str:
+    """The table of cases: a row a case, a column a library."""
+    heading = "| case | " + " | ".join(c.title for c in columns("cg", options)) + " |"
+    lines = ["### Wrong without a word", "", heading, "|---" * (heading.count("|") - 1) + "|"]
+    for case in CASES:
+        cells = [answer(case, column) for column in columns(case.kind, options)]
+        lines.append(f"| {case.name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 # The page
 
 
@@ -342,6 +397,7 @@ def main() -> int:
         table("cg", "Implicit gradient by conjugate gradients", options, given.tolerance),
         table("neumann", "Implicit gradient by Neumann series", options, given.tolerance),
         table("unrolled", "Reverse mode through gradient descent", options, given.tolerance),
+        silence(options),
     ]
     before, rest = given.page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]

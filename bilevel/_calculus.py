@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
 
 
 def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: bool = False) -> Tensor:
-    """D output / d leaf, zero where output does not depend on leaf; with a graph only where that is complete.
+    """d output / d leaf, zero where output does not depend on leaf; with a graph only where that is complete.
 
     `checked` says that the same function has been found to have a second derivative.
     """
@@ -189,7 +189,7 @@ class Linearization:
         self.operator = replace(declared, last_mv=last_mv)
 
     def right_hand_side(self, fy: Tensor) -> Tensor:
-        """B of the system (dF/dy)' v = b."""
+        """b of the system (dF/dy)' v = b."""
         return fy if self._right_hand_side is None else self._right_hand_side(fy)
 
     def cross(self, v: Tensor, fy: Tensor | None = None) -> Tensor | None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.batched import batched, looped, random_state, set_random_state
+from bilevel._numerics.misfits import called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
+from bilevel._validate import demand_batch
 
 
 @final
@@ -65,20 +67,20 @@ class FlatProblem:
 
     def f_each(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer objective of each problem in the batch, with the leading shape of y: no mean over tasks."""
-        f = self.problem.f
-        return self.map(lambda x, y, *data: _scalar("f", f(x, self.y.unravel(y), *data)), "f", x, y)
+        f, form = self.problem.f, "f(x, y, data)" if self.problem.encode is None else "f(z, y, data)"
+        return self.map(lambda x, y, *data: _scalar("f", called(form, f, x, self.y.unravel(y), *data)), "f", x, y)
 
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of each problem in the batch, with the leading shape of y."""
-        g = self.problem.g
-        return self.map(lambda x, y, *data: _scalar("g", g(x, self.y.unravel(y), *data)), "g", x, y)
+        g, form = self.problem.g, "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
+        return self.map(lambda x, y, *data: _scalar("g", called(form, g, x, self.y.unravel(y), *data)), "g", x, y)
 
     def start(self, x: Tensor, y0: Tensor) -> Tensor:
         """The start of the inner iteration: init(x) where the problem has it, else `y0`; one row for each task."""
         init = self.problem.init
         if init is None:
             return self.spread(y0)
-        return self.map(lambda x, *data: self.y.ravel(init(x, *data), "init(x)"), "g", x)
+        return self.map(lambda x, *data: self.y.ravel(called("init(x, data)", init, x, *data), "init(x)"), "g", x)
 
     def spread(self, y: Tensor) -> Tensor:
         """One task's vector `(q,)` for every task `(tasks, q)`; as it is where there are none or it has been."""
@@ -101,22 +103,23 @@ class FlatProblem:
         def one(*args: Tensor) -> Tensor:
             outer, rest = (shared, args) if shared is not None else (self.x.unravel(args[0]), args[1:])
             data = build(rest[count:])
-            return function(outer if encode is None else encode(outer, *data), *rest[:count], *data)
+            seen = outer if encode is None else called("encode(x, data)", encode, outer, *data)
+            return function(seen, *rest[:count], *data)
 
         inputs: tuple[Tensor, ...] = (*rows, *leaves)
-        called: Callable[..., Any] = one
+        run: Callable[..., Any] = one
         if shared is None:
             inputs = (x.reshape(*x.shape[:-1], self.tasks or 1, -1) if own else x, *inputs)
         dims: list[tuple[int | None, ...]] = []
         if self.tasks is not None:
             in_x = () if shared is not None else (0 if own else None,)
             dims.append(in_x + (0,) * (count + len(leaves)))
-            called = self._each(one, self.tasks, dims[-1])
+            run = self._each(one, self.tasks, dims[-1])
         if several:
             dims.append((0,) * (1 + count) + (None,) * len(leaves))
-            called = self._each(called, x.shape[0], dims[-1])
+            run = self._each(run, x.shape[0], dims[-1])
         try:
-            found: Tensor = called(*inputs)
+            found: Tensor = run(*inputs)
         except Exception as error:
             found = self._otherwise(error, one, dims, inputs)
         return found
@@ -187,7 +190,7 @@ class FlatProblem:
         outer = self.x.unravel(x)
 
         def one(*tensors: Tensor) -> Tensor:
-            vector, structure = ravel(encode(outer, *build(tensors)), "encode(x)")
+            vector, structure = ravel(called("encode(x, data)", encode, outer, *build(tensors)), "encode(x)")
             found.append(structure)
             return vector
 
@@ -245,6 +248,9 @@ def _first_line(error: Exception) -> str:
 def _task_count(data: Any) -> int:
     both = (data.f, data.g) if isinstance(data, Split) else data
     leaves = [leaf for leaf in tree_leaves(both) if isinstance(leaf, Tensor)]
+    if not leaves:
+        for batch in both if isinstance(data, Split) else (data,):
+            demand_batch(batch)
     counts = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
     if len(counts) != 1 or None in counts:
         raise ValueError(

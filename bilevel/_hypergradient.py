@@ -11,9 +11,11 @@ from torch import Tensor
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
 from bilevel._flat import FlatProblem, ravel_rows
+from bilevel._numerics.misfits import called
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
-from bilevel._tree import Structure, Tree, ravel, tree_map
+from bilevel._tree import Tree, demand_alike, ravel, tree_map
+from bilevel._validate import demand_autograd
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
@@ -30,7 +32,7 @@ def hypergradient(
     chunk_size: int | None = None,
     throw: bool = True,
 ) -> Estimate:
-    """H ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
+    """h ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
 
     Cost and error are the estimator's; every oracle call is counted in the result. Nothing is added into
     `.grad`, and no argument is modified.
@@ -62,11 +64,7 @@ def hypergradient(
         >>> hypergradient(problem, {"a": torch.tensor(1.0)}, torch.tensor(0.0)).grad
         {'a': tensor(-2.)}
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "`hypergradient` differentiates f and g, which `torch.inference_mode()` forbids. Call it outside, or under"
-            " `torch.no_grad()`, which does not matter to it."
-        )
+    demand_autograd("hypergradient")
     check_signature(problem, data)
     check_chunks("hypergradient", problem, chunk_size)
     x_vector, x_structure = ravel(x, "x")
@@ -107,20 +105,8 @@ def own_start(call: str, problem: BilevelProblem, x: Tree, data: Any) -> Tree:
         batch = tree_map(lambda leaf: leaf[0] if isinstance(leaf, Tensor) else leaf, batch)
     arguments = () if batch is None else (batch,)
     with torch.no_grad():
-        return problem.init(x if problem.encode is None else problem.encode(x, *arguments), *arguments)
-
-
-def demand_alike(call: str, x: Structure, y: Structure) -> None:
-    """Refuse x and y that cannot meet in one computation.
-
-    Raises:
-        ValueError: if their dtypes or devices differ.
-    """
-    if x.dtype != y.dtype or x.device != y.device:
-        raise ValueError(
-            f"`{call}` need one dtype and device. Got {x.dtype} on {x.device} and {y.dtype} on {y.device}."
-            f" Convert one of them with `.to(...)`."
-        )
+        z = x if problem.encode is None else called("encode(x, data)", problem.encode, x, *arguments)
+        return called("init(x, data)", problem.init, z, *arguments)
 
 
 def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatStart:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator, total
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
+from bilevel._numerics.misfits import called
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
@@ -311,7 +312,8 @@ def closed_form(problem: FlatProblem, x: Tensor) -> Callable[[Callable[..., Tree
 
     def apply(solution: Callable[..., Tree]) -> Tensor:
         def one(x: Tree, *data: object) -> Tensor:
-            return problem.y.ravel(solution(x, *data), "ClosedForm(solution=...)(x)")
+            found = called("solution(x, data)", solution, x, *data)
+            return problem.y.ravel(found, "ClosedForm(solution=...)(x)")
 
         if x.dim() == 1:
             return problem.map(one, "g", x)

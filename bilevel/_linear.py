@@ -191,7 +191,7 @@ class AbstractLinearSolver(abc.ABC):
 
     @property
     def own_damping(self) -> float:
-        """Rho, where the system that it solves is (A + rho I) v = b: a bias that no accuracy removes."""
+        """rho, where the system that it solves is (A + rho I) v = b: a bias that no accuracy removes."""
         return 0.0
 
     def relative_error(self, constants: Constants, damping: float) -> float:

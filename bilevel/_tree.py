@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -119,7 +119,7 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
     leaves: list[Any] = []
     spec = flatten(tree, leaves)
     for leaf in leaves:
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.layout == torch.strided):
+        if not (isinstance(leaf, Tensor) and leaf.dtype in _REAL and leaf.layout == torch.strided and _whole(leaf)):
             _refuse_leaf(tree, name)
     if not leaves:
         raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
@@ -136,17 +136,99 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
     return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in leaves]), structure
 
 
+def demand_alike(call: str, x: Structure, y: Structure) -> None:
+    """Refuse x and y that cannot meet in one computation, and those that hold no numbers.
+
+    Args:
+        call: which call, with the names that it gives them: `"minimize(x0, y0)"`.
+        x: the structure of x.
+        y: the structure of y.
+
+    Raises:
+        ValueError: if their dtypes or devices differ, or one of them has no entries.
+    """
+    if x.dtype != y.dtype or x.device != y.device:
+        raise ValueError(
+            f"`{call}` need one dtype and device. Got {x.dtype} on {x.device} and {y.dtype} on {y.device}."
+            f" Convert one of them with `.to(...)`."
+        )
+    if x.device.type == "meta":
+        raise ValueError(f"`{call}` must hold numbers. Got tensors on the device 'meta', which have none.")
+    function, _, names = call.removesuffix(")").partition("(")
+    for name, structure, without in zip(names.split(", "), (x, y), _WITHOUT, strict=True):
+        if not structure.size:
+            raise ValueError(
+                f"`{function}({name}=...)` must have at least one entry. Got {structure.describe()}. {without}"
+            )
+
+
+_WITHOUT = (
+    "Without x there is nothing to differentiate in: minimize g alone.",
+    "Without y there is no inner problem: differentiate f alone, by `torch.autograd.grad`.",
+)
+_REAL = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})  # those that torch computes in
+_DISPATCH = "__torch_dispatch__"  # which type checkers take for a method
+_PLAIN = getattr(Tensor, _DISPATCH)
+
+
+def _whole(leaf: Tensor) -> bool:
+    """Whether a tensor is one dense block of numbers; a subclass that replaces torch's operations need not be."""
+    return not leaf.is_nested and getattr(type(leaf), _DISPATCH) is _PLAIN
+
+
 def _refuse_leaf(tree: Tree, name: str) -> None:
     for where, leaf in places(tree, name):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name} must be a tensor or a nested dict, list or tuple of tensors."
-                f" Got {type(leaf).__name__} at {where}. Write `torch.tensor(...)`."
+                f" Got {type(leaf).__name__} at {where}. {_instead(leaf)}"
             )
-        if not leaf.dtype.is_floating_point:
+        if leaf.dtype not in _REAL:
             raise TypeError(
-                f"{name} must hold real floating-point tensors. Got {leaf.dtype} at {where}. Convert it with"
-                f" `.double()` if it is to be optimized; otherwise keep it in the closures of f and g."
+                f"{name} must hold real floating-point tensors. Got {leaf.dtype} at {where}. {_real(leaf.dtype)}"
+            )
+        if leaf.is_nested:
+            raise TypeError(
+                f"{name} must hold dense tensors. Got a nested one at {where}. Pass the list of its parts:"
+                f" `list(tensor.unbind())`."
             )
         if leaf.layout != torch.strided:
             raise TypeError(f"{name} must hold dense tensors. Got {leaf.layout} at {where}. Write `.to_dense()`.")
+        if not _whole(leaf):
+            raise TypeError(
+                f"{name} must hold plain tensors. Got a {type(leaf).__name__} at {where}, a subclass with operations of"
+                f" its own. Pass the plain tensor, and wrap it in f and g."
+            )
+
+
+def _instead(leaf: Any) -> str:
+    """What to write for what is no tensor."""
+    if leaf is None:
+        return "Leave it out of the structure, or pass a tensor."
+    if isinstance(leaf, torch.nn.ParameterDict):
+        return "Write `dict(parameters)`."
+    if isinstance(leaf, torch.nn.ParameterList):
+        return "Write `list(parameters)`."
+    if isinstance(leaf, torch.nn.Module):
+        return "Write `net = bilevel.functional(module)`, pass `net.params`, and call `net(params, ...)` in f and g."
+    if isinstance(leaf, torch.optim.Optimizer):
+        return "Pass the tensors that it moves."
+    if type(leaf).__module__ == "numpy":
+        return "Write `torch.as_tensor(...)`."
+    if isinstance(leaf, Iterator):
+        return "It can be read once only. Write `dict(module.named_parameters())`, or `list(...)`."
+    if isinstance(leaf, bool | int | float | complex):
+        return f"Write `torch.tensor({leaf!r}, dtype=torch.float64)`."
+    return "Write `torch.tensor(...)`."
+
+
+def _real(dtype: torch.dtype) -> str:
+    """What to do with a dtype that does not hold real numbers, or not well enough to compute with."""
+    if dtype.is_complex:
+        return "Pass `torch.view_as_real(z)`, and write `torch.view_as_complex(x)` in f and g."
+    if dtype.is_floating_point:
+        return "Torch has no arithmetic in it. Convert it with `.float()`, or with `.double()`."
+    closures = "otherwise keep it in the closures of f and g"
+    if dtype is torch.bool:
+        return f"Convert it with `.double()` if its entries are to become numbers between 0 and 1; {closures}."
+    return f"Convert it with `.double()` if it is to be optimized; {closures}."

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import difflib
 import functools
 import inspect
 import numbers
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, final
 
+import torch
 from torch import Tensor
+
+from bilevel._numerics.transforms import inside_transform
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LONG = 150  # characters of an argument in a message, beyond which it hides what the message says
+_NEAR = 0.65  # the part of letters in common from which on a name may have been meant
 _WORDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -85,18 +90,62 @@ def demand_type(call: str, name: str, value: Any, hint: Any, wanted: str | None 
 
 
 def demand_batch(data: Any) -> None:
-    """Refuse a loader where one batch is needed.
+    """Refuse a loader where one batch is needed, and a tuple, list or dict of loaders.
 
     Raises:
         TypeError: saying how to get one.
     """
-    names = {f"{base.__module__}.{base.__name__}" for base in type(data).__mro__}
-    loader = "torch.utils.data.dataloader.DataLoader" in names  # known by its name: nothing is imported for it
-    if loader or isinstance(data, collections.abc.Iterator):
+    if _is_loader(data):
         raise TypeError(
             f"`data=...` must be one batch here: f and g are called with it. Got a {type(data).__name__}. Pass"
             f" `next(iter(loader))`; a loader goes to `minimize(data=...)`."
         )
+    if isinstance(data, tuple | list | dict):
+        parts = list(data.values() if isinstance(data, dict) else data)
+        if parts and all(map(_is_loader, parts)):
+            raise TypeError(
+                f"`data=...` must be one batch: f and g are called with it. Got a {type(data).__name__} of"
+                f" {len(parts)} loaders ({', '.join(type(part).__name__ for part in parts)}). One loader for f and one"
+                f" for g are `minimize(data=Split(f=loader, g=loader))`; elsewhere pass a batch of each, such as"
+                f" `data=Split(f=next(iter(loader)), g=next(iter(loader)))`."
+            )
+
+
+def _is_loader(data: Any) -> bool:
+    names = {f"{base.__module__}.{base.__name__}" for base in type(data).__mro__}
+    loader = "torch.utils.data.dataloader.DataLoader" in names  # known by its name: nothing is imported for it
+    return loader or isinstance(data, collections.abc.Iterator)
+
+
+def demand_autograd(call: str) -> None:
+    """Refuse to differentiate where torch does not let anybody: in inference mode, and inside of a functorch transform.
+
+    Raises:
+        ValueError: naming the call and what to do.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"`{call}` differentiates f and g, which `torch.inference_mode()` forbids. Call it outside, or under"
+            f" `torch.no_grad()`, which does not matter to it."
+        )
+    if inside_transform():
+        raise ValueError(
+            f"`{call}` differentiates f and g itself, which `torch.func` transforms (grad, vjp, jvp, vmap, ...) around"
+            f" it forbid. Transform `hyperobjective(problem, y0)`, which they differentiate, or call `{call}` outside."
+        )
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """A sentence with the known name that a mistaken one comes nearest to, and a space; empty where none is near.
+
+    Example:
+        >>> nearest("lerning_rate", ["learning_rate", "steps"])
+        "Did you mean 'learning_rate'? "
+    """
+    text, names = str(name), list(known)
+    longer = [other for other in names if len(text) > 1 and other.startswith(text)]
+    found = longer or difflib.get_close_matches(text, names, n=1, cutoff=_NEAR)
+    return f"Did you mean {found[0]!r}? " if found else ""
 
 
 def changed(value: Any, changes: dict[str, Any]) -> Any:

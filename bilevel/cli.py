@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, final
 
 from bilevel import __version__
+from bilevel._validate import nearest
 
 SUCCESS, FAILED, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -27,13 +29,21 @@ exit codes:
 
 @final
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """Errors in one line, with the name that a mistaken one comes nearest to."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"bilevel: error: {message}. See `{self.prog} --help`.\n")
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        near = "" if choice is None else nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        self.exit(USAGE, f"bilevel: error: {message}. {near}See `{self.prog} --help`.\n")
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Refuse words of the command line that mean nothing here."""
+        near = nearest(words[0].partition("=")[0], re.findall(r"--[\w-]+", self.format_usage()))
+        text = f"bilevel: error: unrecognized arguments: {' '.join(words)}. {near}See `{self.prog} --help`.\n"
+        self.exit(USAGE, text)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """The parser of all commands; each sets `command` to the function that carries it out."""
     top = _Parser(
         prog="bilevel",
@@ -44,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"bilevel {__version__}", help="show the version and exit")
     commands = top.add_subparsers(metavar="COMMAND", title="commands")
-    _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ..."))
+    _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ...", allow_abbrev=False))
     for name, add, purpose in (
         ("check", _add_check, "is a problem well posed, and which estimators apply to it"),
         ("compare", _add_compare, "the estimators on a problem: error, certificate, cost and time of each"),
@@ -60,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
                 allow_abbrev=False,
             )
         )
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return top
 
 
@@ -227,7 +239,7 @@ def _run(options: argparse.Namespace) -> int:
     from bilevel.commands.plan import Request
     from bilevel.commands.run import run
 
-    wanted = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "set")}
+    wanted = {name: value for name, value in vars(options).items() if name not in ("command", "parser", "debug", "set")}
     request = Request(**wanted, arguments=tuple(options.set))
     if is_experiment(options.problem):
         run_experiment(request)
@@ -249,7 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     debug, problem = False, ""
     try:
-        options = parser().parse_args(arguments)
+        top = parser()
+        options, unknown = top.parse_known_args(arguments)
+        if unknown:
+            chosen: _Parser = getattr(options, "parser", top)
+            chosen.refuse(unknown)
         if not hasattr(options, "command"):
             raise ValueError("a command is needed: `bilevel list` or `bilevel run PROBLEM`. See `bilevel --help`.")
         debug, problem = options.debug, getattr(options, "problem", "")

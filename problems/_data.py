@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel._validate import nearest
+
 Arrays: TypeAlias = str | Path | Mapping[str, Any] | tuple[Any, Any]
 """A path of an .npz file, a mapping with its keys, or a pair (X, y); numpy arrays or tensors.
 
@@ -129,7 +131,9 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
         except ImportError as error:
             raise ImportError('reading .npz files needs numpy: `pip install "bilevel[sklearn]"`.') from error
         if not Path(data).is_file() or Path(data).suffix != ".npz":
-            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}.")
+            folder = Path(data).parent
+            near = nearest(Path(data).name, [file.name for file in folder.glob("*.npz")]) if folder.is_dir() else ""
+            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}. {near}".rstrip())
         with np.load(data, allow_pickle=False) as archive:
             data = {key: archive[key] for key in archive.files if _is_part(key)}
     if isinstance(data, tuple) and len(data) == 2:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
+from bilevel._numerics.half import widened
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
@@ -29,6 +30,8 @@ class Dense(AbstractLinearSolver):
     singular to rounding is reported by `Status.singular`, and answered by the least squares solution of least norm. One
     that is not symmetric though declared to be, and a residual above 1e-3 |b| although the matrix is regular, so that
     products are not those of the matrix, are reported by `Status.breakdown`.
+
+    In half precision the factorization is one in float32, of a matrix whose entries are as rounded as the products are.
 
     Cost: n products for the matrix, one for the true residual; n^2 memory, n^3 / 3 flops (LU: 2 n^3 / 3). For up to
     some thousand unknowns.
@@ -58,18 +61,19 @@ class Dense(AbstractLinearSolver):
             v = torch.zeros_like(b)
             residual = safe_row_norms(operator.residual(b, v))
             return Solved(v, (Status.successful,) * zero.numel(), residual, 0)
-        A = operator.dense(b)
+        A = widened(operator.dense(b))
         finite = A.isfinite().all(-1).all(-1) & norm_b.isfinite()
         # Factorizations of NaN raise or hang on some devices: such rows solve I v = NaN.
-        A = torch.where(finite[..., None, None], A, torch.eye(operator.size, dtype=b.dtype, device=b.device))
-        rhs = torch.where(finite.unsqueeze(-1), b, torch.full_like(b, math.nan))
+        A = torch.where(finite[..., None, None], A, torch.eye(operator.size, dtype=A.dtype, device=b.device))
+        rhs = torch.where(finite.unsqueeze(-1), widened(b), math.nan)
 
         symmetric = operator.symmetric or operator.positive_definite
-        skewed = _asymmetric(A) if symmetric else torch.zeros_like(zero)
-        v, indefinite, singular = _solve(A, rhs, skewed, operator.positive_definite)
-        v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
+        eps = torch.finfo(b.dtype).eps
+        skewed = _asymmetric(A, eps) if symmetric else torch.zeros_like(zero)
+        v, indefinite, singular = _solve(A, rhs, skewed, operator.positive_definite, eps)
+        v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v).to(b.dtype)
         residual = safe_row_norms(operator.residual(b, v))
-        unlike = residual > _FAR * norm_b
+        unlike = residual > max(_FAR, _level(eps, operator.size)) * norm_b
         statuses = first_statuses(
             (~residual.isfinite(), Status.nonfinite),
             (zero, Status.successful),
@@ -84,16 +88,21 @@ class Dense(AbstractLinearSolver):
         return 0.0
 
 
-def _asymmetric(A: Tensor) -> Tensor:
+def _level(eps: float, n: int) -> float:
+    """The rounding of a factorization of n rows, relative to the largest entry, for matrices with rounding eps."""
+    return max(10.0, math.sqrt(n)) * eps
+
+
+def _asymmetric(A: Tensor, eps: float) -> Tensor:
     """Whether A - A' is beyond rounding, and beyond the error of finite-difference products."""
     largest = A.abs().amax((-2, -1))
-    return (A - A.mT).abs().amax((-2, -1)) > 10 * math.sqrt(torch.finfo(A.dtype).eps) * largest
+    return (A - A.mT).abs().amax((-2, -1)) > 10 * math.sqrt(eps) * largest
 
 
-def _solve(A: Tensor, b: Tensor, skewed: Tensor, positive_definite: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(A: Tensor, b: Tensor, skewed: Tensor, positive_definite: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """A^-1 b, refined once; which rows have no Cholesky factorization though they should; which are singular."""
     n, column = A.shape[-1], b.unsqueeze(-1)
-    level = max(10.0, math.sqrt(n)) * torch.finfo(A.dtype).eps
+    level = _level(eps, n)
     eye = torch.eye(n, dtype=A.dtype, device=A.device)
     indefinite = torch.zeros_like(skewed)
     if positive_definite:

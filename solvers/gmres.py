@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties, unknown_error
+from bilevel._numerics.half import widened
 from bilevel._numerics.krylov import (
     BREAKDOWN,
     CONVERGED,
@@ -164,6 +165,7 @@ def _combine(basis: Tensor, columns: list[Tensor], entries: list[Tensor], r: Ten
         return torch.zeros_like(r)
     size = len(columns)
     R = torch.stack([torch.nn.functional.pad(column, (0, size - column.shape[-1])) for column in columns], dim=-1)
-    y = torch.linalg.solve_triangular(R, torch.stack(entries, dim=-1).unsqueeze(-1), upper=True)
+    rotated = widened(torch.stack(entries, dim=-1).unsqueeze(-1))
+    y = torch.linalg.solve_triangular(widened(R), rotated, upper=True).to(r.dtype)
     combined: Tensor = y.mT @ basis[..., :size, :]
     return combined.squeeze(-2)

@@ -19,6 +19,7 @@ from bilevel._linear import (
     OperatorProperties,
     demand,
 )
+from bilevel._numerics.half import widened
 from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
@@ -91,6 +92,7 @@ class Nystrom(AbstractLinearSolver):
         columns = torch.zeros(n, k, dtype=b.dtype, device=b.device)
         columns[drawn, torch.arange(k, device=b.device)] = 1.0
         C = _products(operator, columns, b)  # (*batch, n, k)
+        C = widened(C)
         M = C[..., drawn, :]
         M = 0.5 * (M + M.mT)
         eigenvalues, W = torch.linalg.eigh(M)
@@ -101,12 +103,12 @@ class Nystrom(AbstractLinearSolver):
         theta = sigma.square()  # A_k = U theta U'
 
         rho = self._damping(operator, b, U, theta, kept.sum(-1)).unsqueeze(-1)
-        column = b.unsqueeze(-1)
+        column = widened(b).unsqueeze(-1)
         inside = U.mT @ column
         # With all n columns nothing is outside, and rounding errors must not be divided by rho.
         outside = column - U @ inside if k < n else torch.zeros_like(column)
         v = ((U @ (inside / (theta + rho).unsqueeze(-1))) + outside / rho.unsqueeze(-1)).squeeze(-1)
-        v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v)
+        v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v).to(b.dtype)
         residual = safe_row_norms(operator.residual(b, v))
         indefinite = eigenvalues[..., 0] < -math.sqrt(torch.finfo(b.dtype).eps) * largest
         vanished = (largest == 0) & (self.damping is None)
@@ -131,17 +133,17 @@ class Nystrom(AbstractLinearSolver):
         return nystrom_error(constants, damping=self.damping)
 
     def _damping(self, operator: LinearOperator, like: Tensor, U: Tensor, theta: Tensor, rank: Tensor) -> Tensor:
-        """Rho of each row, from A_k = U theta U' with theta in descending order, `rank` of them positive."""
+        """rho of each row, from A_k = U theta U' with theta in descending order, `rank` of them positive."""
         if self.damping is not None:
             return torch.full_like(theta[..., 0], self.damping)
         smallest = theta.gather(-1, (rank - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        rho = math.sqrt(torch.finfo(theta.dtype).eps) * smallest
+        rho = math.sqrt(torch.finfo(like.dtype).eps) * smallest
         if theta.shape[-1] < operator.size:
             signs = torch.randint(0, 2, like.shape[-1:], generator=torch.Generator().manual_seed(self.seed + 1))
             z = (2 * signs - 1).to(like).expand_as(like).contiguous()
-            approximated: Tensor = U @ (theta.unsqueeze(-1) * (U.mT @ z.unsqueeze(-1)))
-            left_out = operator.mv(z) - approximated.squeeze(-1)
-            weighted = row_dots(left_out, left_out) / row_dots(z, left_out)
+            approximated: Tensor = U @ (theta.unsqueeze(-1) * (U.mT @ widened(z).unsqueeze(-1)))
+            left_out = widened(operator.mv(z)) - approximated.squeeze(-1)
+            weighted = row_dots(left_out, left_out) / row_dots(widened(z), left_out)
             rho = torch.where(weighted > rho, weighted, rho)
         return torch.where(rho > 0, rho, torch.ones_like(rho))
 
@@ -189,8 +191,8 @@ class NystromPreconditioner(AbstractPreconditioner):
         n, k, eps = operator.size, min(self.rank, operator.size), torch.finfo(like.dtype).eps
         generator = torch.Generator().manual_seed(self.seed)
         sketch = torch.randn(n, k, generator=generator, dtype=torch.float64).to(like)
-        sketch = torch.linalg.qr(sketch).Q
-        Y = _products(operator, sketch, like)
+        sketch = torch.linalg.qr(widened(sketch)).Q.to(like.dtype)
+        Y, sketch = widened(_products(operator, sketch, like)), widened(sketch)
         shift = eps * math.sqrt(n) * torch.linalg.matrix_norm(Y)[..., None, None]
         Y = Y + shift * sketch
         G = sketch.mT @ Y
@@ -203,8 +205,8 @@ class NystromPreconditioner(AbstractPreconditioner):
         gain = theta[..., -1:] / theta - 1
 
         def apply(r: Tensor) -> Tensor:
-            correction: Tensor = U @ (gain.unsqueeze(-1) * (U.mT @ r.unsqueeze(-1)))
-            return r + correction.squeeze(-1)
+            correction: Tensor = U @ (gain.unsqueeze(-1) * (U.mT @ widened(r).unsqueeze(-1)))
+            return r + correction.squeeze(-1).to(r.dtype)
 
         return apply
 

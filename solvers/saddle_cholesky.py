@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, SaddleBlocks
+from bilevel._numerics.half import widened
 from bilevel._numerics.saddle_point import SaddlePoint, alone
 from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
@@ -57,12 +58,12 @@ class SaddleCholesky(AbstractLinearSolver):
             none = b.new_zeros(*b.shape[:-1], 0, operator.size)
             blocks = SaddleBlocks(operator, none, torch.ones_like(b, dtype=torch.bool))
         q = blocks.M.size
-        M = blocks.M.dense(b[..., :q])
+        M = widened(blocks.M.dense(b[..., :q]))
         M = (M + M.mT) / 2
         scale = (torch.diagonal(M, dim1=-2, dim2=-1).abs() * blocks.free).amax(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        system = SaddlePoint.factor(M, blocks.A, scale)
-        u, s = system.solve(b[..., :q], b[..., q:])
+        system = SaddlePoint.factor(M, widened(blocks.A), scale, torch.finfo(b.dtype).eps)
+        u, s = (part.to(b.dtype) for part in system.solve(widened(b[..., :q]), widened(b[..., q:])))
         u = torch.where(alone(blocks.A, blocks.free).any(-2), b[..., :q] * 0, u)  # A u = 0: exactly 0 where it is alone
         v = torch.cat([u, s], dim=-1) if s.shape[-1] else u
         residual = torch.linalg.vector_norm(operator.residual(b, v)[..., :q], dim=-1)

@@ -721,10 +721,13 @@ def test_a_seed_without_effect_is_noted(capsys: pytest.CaptureFixture[str]) -> N
     ("words", "complaint"),
     [
         (["run", "quadratic", "--estimator", "aid"], "there is no estimator 'aid'"),
-        (["run", "quadratic", "--algorithm", "sobba"], "there is no algorithm 'sobba'. Names: descent, soba"),
+        (
+            ["run", "quadratic", "--algorithm", "sobba"],
+            "there is no algorithm 'sobba'. Did you mean 'soba'? Names: descent, soba",
+        ),
         (["run", "quadratic", "--algorithm", "soba", "--step", "1"], "leave out --step, which belongs to"),
         (["run", "maml-sinusoid", "--algorithm", "soba"], "does not apply to few-shot experiments"),
-        (["run", "quadratic", "--outer", "sgd"], "there is no outer method 'sgd'. Names: adam, "),
+        (["run", "quadratic", "--outer", "sgd"], "there is no outer method 'sgd'. Did you mean 'gd'? Names: adam, "),
         (["run", "quadratic", "--outer", "gd"], "`--outer gd` needs a step length"),
         (["run", "quadratic", "--outer", "scipy-minimize", "--step", "1"], "leave out `--step`"),
         (["run", "quadratic", "--step", "-1"], "argument --step: must be a positive number. Got '-1'"),
@@ -745,6 +748,67 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert main(words) == 2
     assert complaint in error_line(capsys)
     assert [path.name for path in Path().iterdir()] == ["a_file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["chek", "quadratic"], "check"),
+        (["--verison"], "--version"),
+        (["list", "--jsn"], "--json"),
+        (["run", "quadratic", "--estimater", "itd"], "--estimator"),
+        (["compare", "quadratic", "--buget=3"], "--budgets"),
+        (["check", "quadratic", "--sed", "3"], "--seed"),
+        (["data", "omniglott"], "omniglot"),
+        (["run", "quadratik"], "quadratic"),
+        (["check", "rige"], "ridge"),
+        (["run", "maml-sinusoids"], "maml-sinusoid"),
+        (["run", "quadratic", "--estimator", "aid-gc"], "aid-cg"),
+        (["compare", "quadratic", "--estimator", "itdd"], "itd"),
+        (["run", "quadratic", "--algorithm", "sobo"], "soba"),
+        (["run", "quadratic", "--outer", "adan"], "adam"),
+        (["run", "maml-sinusoid", "--outer", "adamm"], "adam"),
+        (["run", "maml-sinusoid", "--estimator", "aid-gc"], "aid-cg"),
+        (["run", "quadratic", "--set", "kapa=3"], "kappa"),
+        (["check", "quadratic", "--set", "sede=3"], "seed"),
+        (["run", "maml-sinusoid", "--set", "sots=3"], "shots"),
+        (["run", "own.py:made", "--set", "kind=smoth"], "smooth"),
+        (["run", "own.py:maed"], "made"),
+        (["run", "onw.py:made"], "own.py"),
+        (["run", "hyper-cleaning", "--set", "data=onw.npz"], "own.npz"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_a_mistaken_name_is_told_the_nearest_one(
+    words: list[str], near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.py").write_text(
+        'from typing import Literal\n\ndef made(kind: Literal["smooth", "rough"]):\n    """A problem."""\n'
+    )
+    Path("own.npz").touch()
+    assert main(words) == 2
+    assert f"Did you mean {near!r}?" in error_line(capsys)
+
+
+def test_a_name_that_is_near_to_nothing_is_told_none(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["run", "?"], ["run", "quadratic", "--set", "zzz=1"], ["walk"], ["list", "--zzz"]):
+        assert main(words) == 2
+        assert "Did you mean" not in error_line(capsys)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_misfit_in_f_or_g_is_an_error_of_the_computation(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        "import torch\nfrom bilevel import BilevelProblem\n\n"
+        "problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - torch.ones(3)).square().sum())\n"
+        "x0, y0 = torch.ones(2), torch.ones(2)\n"
+    )
+    Path("own.py").write_text(text)
+    assert run("own.py:problem") == 1
+    line = error_line(capsys)
+    assert "g of own.py:problem raised RuntimeError: `problem.g(x, y)` met shapes that do not fit" in line
+    assert "y: float" in line
+    assert "(at own.py:4)" in line
 
 
 @pytest.mark.usefixtures("here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bilevel import (
     BilevelError,
     BilevelProblem,
     Constants,
+    check,
     compare,
     estimators,
     hypergradient,
@@ -241,3 +243,50 @@ def test_a_non_smooth_problem_is_measured_against_its_own_implicit_gradient() ->
     assert "of the inner problem" in found.reference
     assert found.norm == pytest.approx(4.0, rel=1e-8)
     assert all((row.relative or 0.0) < 1e-6 for row in found.rows if row.applies)
+
+
+def f(x: Tensor, y: Tensor) -> Tensor:
+    return (y - 3).square().sum() / 2
+
+
+def g(x: Tensor, y: Tensor) -> Tensor:
+    return (y - x).square().sum() / 2
+
+
+KINDS = {
+    "smooth": BilevelProblem(f, g),
+    "composite": BilevelProblem(f, g, prox=lambda x: L1(0.1)),
+    "steps of its own": BilevelProblem(f, inner=Iteration(lambda x, y, k: y - (y - x) / 2, steps=3)),
+    "a start only": BilevelProblem(f, lambda x, y: y.square().sum() / 2, init=lambda x: x),
+    "x detached": BilevelProblem(f, lambda x, y: g(x.detach(), y)),
+    "y without x": BilevelProblem(lambda x, y: x.square().sum() + y.sum(), lambda x, y: (y - 1).square().sum()),
+}
+
+
+@pytest.mark.parametrize("problem", KINDS.values(), ids=KINDS.keys())
+def test_compare_and_check_agree_on_what_applies(problem: BilevelProblem) -> None:
+    x, y0 = torch.tensor([0.7, 0.4]), torch.zeros(2)
+    names = ["aid-cg", "aid-minres", "kkt", "first-order", "esj", "one-step", "penalty", "implicit"]
+    applies = {name for name, why in check(problem, x, y0).estimators.items() if not why}
+    rows = compare(problem, x, y0, estimators=names, memory=False).rows
+    assert {row.name for row in rows if row.error is not None} == applies & set(names)
+    assert all(row.reason for row in rows if row.error is None)
+
+
+def test_an_estimator_that_fails_costs_its_own_row_and_no_other() -> None:
+    class Doubled(torch.autograd.Function):  # without the rule that a batch of ESJ needs
+        @staticmethod
+        def forward(ctx: object, v: Tensor) -> Tensor:
+            return 2 * v
+
+        @staticmethod
+        def backward(ctx: object, *weights: Tensor) -> Tensor:
+            return 2 * weights[0]
+
+    doubled: Any = Doubled.apply
+    problem = BilevelProblem(f, lambda x, y: doubled(g(x, y)))
+    rows = compare(problem, torch.ones(2), torch.zeros(2), estimators=["esj", "aid-cg"], memory=False).rows
+    failed, found = rows
+    assert "setup_context" in failed.reason
+    assert failed.error is None
+    assert found.relative is not None and found.relative < 1e-6

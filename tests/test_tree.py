@@ -275,7 +275,6 @@ VARIABLES: dict[str, Any] = {
     "expanded": torch.tensor(3.0).expand(2, 2),
     "strided view": torch.arange(6.0)[::2],
     "empty leaf": {"a": torch.ones(2), "none": torch.ones(0, 3)},
-    "only empty": torch.ones(0),
     "parameter": nn.Parameter(torch.ones(2)),
     "requires grad": torch.full((2,), 2.0, requires_grad=True),
     "not a leaf": torch.full((2,), 2.0, requires_grad=True) * 2,

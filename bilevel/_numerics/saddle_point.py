@@ -40,13 +40,14 @@ class SaddlePoint:
     definite: Tensor
 
     @staticmethod
-    def factor(M: Tensor, A: Tensor, scale: Tensor | None = None) -> SaddlePoint:
+    def factor(M: Tensor, A: Tensor, scale: Tensor | None = None, eps: float | None = None) -> SaddlePoint:
         """The factors of M `(*batch, q, q)` and A `(*batch, m, q)`.
 
         Args:
             M: the matrix.
             A: the equalities.
             scale: the size of M that w A'A is given, `(*batch,)`; None: the largest diagonal entry.
+            eps: the relative rounding of the entries of M; None: that of their dtype.
         """
         size = row_maxima(torch.diagonal(M, dim1=-2, dim2=-1)) if scale is None else scale
         rows = row_maxima(A.square().sum(-1))
@@ -55,7 +56,7 @@ class SaddlePoint:
         L, info = torch.linalg.cholesky_ex(shifted)
         pivots = torch.diagonal(L, dim1=-2, dim2=-1).square()
         diagonal = torch.diagonal(shifted, dim1=-2, dim2=-1)
-        level = 10 * M.shape[-1] ** 0.5 * torch.finfo(M.dtype).eps
+        level = 10 * M.shape[-1] ** 0.5 * (torch.finfo(M.dtype).eps if eps is None else eps)
         definite = (info == 0) & (pivots > level * diagonal).all(-1)  # each pivot against its own entry: any scaling
         L = torch.where(definite[..., None, None], L, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device))
         return SaddlePoint(M, A, weight, L, pseudo_inverse(A @ torch.cholesky_solve(A.mT, L)), definite)

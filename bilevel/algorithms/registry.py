@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
+from bilevel._validate import nearest
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.schedule import Power
 from bilevel.algorithms.soba import SOBA
@@ -88,6 +88,12 @@ def register_algorithm(name: str, build: Build, description: str) -> None:
     _REGISTERED[name] = NamedAlgorithm(description, build)
 
 
+def unknown_algorithm(name: str) -> ValueError:
+    """That there is no such algorithm, and which name comes nearest."""
+    names = available()
+    return ValueError(f"there is no algorithm {name!r}. {nearest(name, names)}Names: {', '.join(names)}.")
+
+
 def resolve_algorithm(algorithm: AbstractAlgorithm[Any] | str, setting: Setting) -> AbstractAlgorithm[Any]:
     """An algorithm from a name or from itself.
 
@@ -104,9 +110,7 @@ def resolve_algorithm(algorithm: AbstractAlgorithm[Any] | str, setting: Setting)
             f" Names: {', '.join(available())}."
         )
     if algorithm not in _named():
-        near = difflib.get_close_matches(algorithm, available(), n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no algorithm {algorithm!r}. {hint}Names: {', '.join(available())}.")
+        raise unknown_algorithm(algorithm)
     try:
         found = _named()[algorithm].build(setting)
     except DoesNotApply as error:

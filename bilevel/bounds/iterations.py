@@ -9,7 +9,7 @@ from bilevel.certificates.certificate import Constants
 
 
 def contraction(constants: Constants, step: float, *, damping: float = 0.0) -> float:
-    """Rho = max(|1 - step mu|, |1 - step L|): the factor of a gradient step, and of I - step H.
+    """rho = max(|1 - step mu|, |1 - step L|): the factor of a gradient step, and of I - step H.
 
     It is 1 - step mu only for step <= 2 / (L + mu); at least 1, where nothing converges, for step >= 2 / L.
 
@@ -100,7 +100,7 @@ def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
 
 
 def neumann(constants: Constants, *, step: float, terms: int, damping: float = 0.0) -> float:
-    """Rho^terms: |v_k - v| <= rho^k |v| for v_k = step sum_{j < k} (I - step H)^j b, and the same for residuals.
+    """rho^terms: |v_k - v| <= rho^k |v| for v_k = step sum_{j < k} (I - step H)^j b, and the same for residuals.
 
     Attained where b is an eigenvector of an extreme eigenvalue. From another start, rho^k |v_0 - v|.
 

@@ -11,6 +11,7 @@ from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Structure, Tree, ravel
+from bilevel._validate import demand_autograd
 from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
@@ -98,6 +99,7 @@ def certify(
             f"`certify` needs the constants {', '.join(NEEDED)}. Missing: {', '.join(missing)}."
             f" Give them, or use `estimate_constants(problem, x, estimate.y)`, or see `estimate.error_estimate`."
         )
+    demand_autograd("certify")
     check_signature(problem, data)
     why = no_certificate(problem)
     if why:

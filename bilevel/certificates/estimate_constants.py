@@ -13,7 +13,8 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
 from bilevel._problem import BilevelProblem, check_signature
-from bilevel._tree import Tree, ravel
+from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._validate import demand_autograd
 from bilevel.certificates.certificate import Constants, NonfiniteError
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated
@@ -77,6 +78,7 @@ def estimate_constants(
         >>> round(found.mu, 3), round(found.L_fyy, 3), round(found.M_yy, 3)
         (1.0, 1.0, 0.0)
     """
+    demand_autograd("estimate_constants")
     check_signature(problem, data)
     if not (0 < failure < 1 / 3 and shift_steps >= 1 and samples >= 1):
         raise ValueError(
@@ -90,6 +92,7 @@ def estimate_constants(
         raise ValueError("`estimate_constants` needs one inner problem. Got tasks=True: give constants valid for each.")
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(y, "y")
+    demand_alike("estimate_constants(x, y)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data)
     try:
         return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure, shift_steps)

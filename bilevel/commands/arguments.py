@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bilevel._validate import nearest
+
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -75,14 +77,16 @@ def bind(problem: str, function: Callable[..., Any], texts: Mapping[str, str], g
             wanted |= own
     unknown = [name for name in texts if name not in wanted and not free]
     if unknown:
-        names = ", ".join(wanted) if wanted else "none"
-        raise ValueError(f"{problem} has no argument {unknown[0]!r}. Its arguments: {names}.")
+        names, near = ", ".join(wanted) if wanted else "none", nearest(unknown[0], wanted)
+        raise ValueError(f"{problem} has no argument {unknown[0]!r}. {near}Its arguments: {names}.")
     bound = dict(given)
     for name, text in texts.items():
         try:
             bound[name] = convert(text, wanted.get(name, Any))
         except ValueError as error:
-            raise ValueError(f"`--set {name}=...` of {problem} must be {error}. Got {text!r}.") from error
+            near = nearest(text, _words_of(wanted.get(name, Any)))
+            said = f"`--set {name}=...` of {problem} must be {error}. Got {text!r}. {near}"
+            raise ValueError(said.rstrip()) from error
     for group, fields in groups.items():
         changes = {name: bound.pop(name) for name in fields if name in bound}
         if changes:
@@ -92,6 +96,14 @@ def bind(problem: str, function: Callable[..., Any], texts: Mapping[str, str], g
     if missing:
         raise ValueError(f"{problem} needs {' and '.join(f'`--set {name}=...`' for name in missing)}.")
     return bound
+
+
+def _words_of(wanted: Any) -> list[str]:
+    """The words that an argument may be, where it is one of some."""
+    options = typing.get_args(wanted)
+    if typing.get_origin(wanted) is typing.Literal:
+        return list(map(str, options))
+    return [word for option in options for word in _words_of(option)]
 
 
 def _wanted(parameter: inspect.Parameter) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
+from bilevel._validate import nearest
 
 _SHORT = {"gd": "gradient-descent"}
 _ROLES: dict[str, type] = {
@@ -43,7 +44,8 @@ def outer_method(name: str) -> Callable[..., Any]:
     """
     methods = outer_methods()
     if _SHORT.get(name, name) not in methods:
-        raise ValueError(f"there is no outer method {name!r}. Names: {', '.join(methods)}.")
+        known = [*methods, *_SHORT]
+        raise ValueError(f"there is no outer method {name!r}. {nearest(name, known)}Names: {', '.join(methods)}.")
     return methods[_SHORT.get(name, name)]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel._validate import nearest
 from bilevel.commands.arguments import bind, takes
 
 if TYPE_CHECKING:
@@ -45,12 +46,9 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
 
     known = catalogue()
     if problem not in known:
-        import difflib
-
-        near = difflib.get_close_matches(problem, [*known, *experiments()], n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
+        near = nearest(problem, [*known, *experiments()])
         raise ValueError(
-            f"there is no problem {problem!r}. {hint}`bilevel list` shows the names; a problem of your own is"
+            f"there is no problem {problem!r}. {near}`bilevel list` shows the names; a problem of your own is"
             f" my_file.py:NAME."
         )
     return _instance(problem, known[problem].build, None, arguments, seed)
@@ -105,7 +103,8 @@ def _own(problem: str) -> tuple[ModuleType, Any] | None:
 def _module(path: Path) -> ModuleType:
     """The file's module: executed once in a process, and again only where it has changed."""
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}.")
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise ValueError(f"there is no file {str(path)!r}. {near}".rstrip())
     about = path.stat()
     key = str(path.resolve()), about.st_mtime_ns, about.st_size
     if key not in _LOADED:
@@ -147,7 +146,7 @@ def _member(module: ModuleType, path: str, name: str) -> Any:
             or (inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_"))
         ]
         found = f"It has: {', '.join(runnable)}." if runnable else "It defines no problem and no function."
-        raise ValueError(f"{path} has no {name!r}. {found}")
+        raise ValueError(f"{path} has no {name!r}. {nearest(name, runnable)}{found}")
     return getattr(module, name)
 
 

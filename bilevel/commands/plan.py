@@ -13,7 +13,8 @@ from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
 from bilevel._problem import check_signature
 from bilevel._tree import ravel
-from bilevel.algorithms.registry import DESCENT, available
+from bilevel._validate import nearest
+from bilevel.algorithms.registry import DESCENT, available, unknown_algorithm
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load
@@ -85,7 +86,7 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
     if unknown:
         raise ValueError(
             f"the settings of {request.problem} have an unknown entry {sorted(unknown)[0]!r}."
-            f" Known: {', '.join(sorted(_KNOWN))}."
+            f" {nearest(sorted(unknown)[0], sorted(_KNOWN))}Known: {', '.join(sorted(_KNOWN))}."
         )
     algorithm = _algorithm(request, known)
     if algorithm is not None:
@@ -127,7 +128,7 @@ def _algorithm(request: Request, known: Mapping[str, Any]) -> Any:
         algorithm = None if given else known.get("algorithm")
         return None if algorithm == DESCENT else algorithm
     if request.algorithm not in available():
-        raise ValueError(f"there is no algorithm {request.algorithm!r}. Names: {', '.join(available())}.")
+        raise unknown_algorithm(request.algorithm)
     if request.algorithm == DESCENT:
         return None
     if given:

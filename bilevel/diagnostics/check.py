@@ -13,7 +13,8 @@ from bilevel._hypergradient import own_start
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
-from bilevel._tree import Tree, ravel
+from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._validate import demand_autograd
 from bilevel.diagnostics.against_differences import hypergradient_agrees
 from bilevel.diagnostics.applicability import why_not_applicable
 from bilevel.diagnostics.dependence import y_depends_on_x
@@ -85,9 +86,11 @@ def check(
         >>> check(problem, torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)).ok
         True
     """
+    demand_autograd("check")
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(own_start("check", problem, x, data) if y0 is None else y0, "y0")
+    demand_alike("check(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data, Tally())
     subject = subject_at(flat, x_vector.detach().clone(), y_vector.detach().clone(), inner, seed)
     found = examined(subject)

@@ -15,7 +15,8 @@ from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Stats, Status, Tally
-from bilevel._tree import Tree, ravel
+from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._validate import demand_autograd
 from bilevel.certificates.applies import no_certificate_at
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
@@ -78,16 +79,18 @@ def compare(
         >>> [row.name for row in found.rows if row.relative < 1e-6]
         ['aid-cg']
     """
+    demand_autograd("compare")
     check_signature(problem, data)
     x_vector, x_structure = ravel(x, "x")
     y_vector, y_structure = ravel(own_start("compare", problem, x, data) if y0 is None else y0, "y0")
+    demand_alike("compare(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data)
     comparer = _Comparer(flat, x_vector.detach().clone(), y_vector.detach().clone(), memory)
     if callable(constants):
         constants = constants(x)
     comparer.constants = constants
     comparer.make_reference()
-    rows = []
+    rows: list[Row] = []
     if isinstance(estimators, Mapping):
         for label, estimator in estimators.items():
             rows.append(comparer.row(label, None, lambda e=estimator: e, comparer.why_not(estimator)))  # type: ignore[misc]
@@ -145,7 +148,7 @@ class _Comparer:
         try:
             estimator = build()
             found, stats, seconds = self._timed(estimator)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:  # it costs its own row, and no other
             return Row(name, budget, reason=str(error))
         held = None
         if self.memory:

@@ -111,7 +111,7 @@ def _extreme_eigenvalues(hessian: LinearOperator, y: Tensor) -> tuple[float, flo
     """The least and the largest, of all tasks."""
     if hessian.size <= _DENSE:
         matrix = hessian.dense(y)
-        eigenvalues = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+        eigenvalues = torch.linalg.eigvalsh((matrix + matrix.mT).double() / 2)
         return float(eigenvalues[..., 0].min()), float(eigenvalues[..., -1].max())
     most = float(largest_eigenvalue(hessian, y).max())
     top = max(most, 1e-30)

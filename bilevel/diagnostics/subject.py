@@ -86,11 +86,11 @@ class Subject:
         return self.solver().solve(inner_objective(self.problem, x), start)
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
-        """F, a number."""
+        """f, a number."""
         return self.problem.f(x, y)
 
     def g(self, x: Tensor, y: Tensor) -> Tensor:
-        """G, summed over tasks."""
+        """g, summed over tasks."""
         return self.problem.g(x, y).sum()
 
     def direction(self, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from bilevel._calculus import AbstractProducts, Linearization
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective, smooth_objective
 from bilevel._linear import POSITIVE_DEFINITE, LinearOperator, OperatorProperties
+from bilevel._numerics.misfits import called
 from bilevel._result import Solved
 from bilevel._tree import Tree
 from bilevel.inner_problems.activity import default_margin, kink_report
@@ -112,7 +113,7 @@ class Composite(AbstractInnerProblem):
         return smooth_objective(problem, x, products, prox=prox)
 
     def _term(self, x: Tree, *data: Any) -> AbstractProxTerm:
-        found = self.prox(x, *data)
+        found = called("prox(x, data)", self.prox, x, *data)
         if not isinstance(found, AbstractProxTerm):
             raise TypeError(
                 f"`prox(x)` must return a term with a proximal map, such as `bilevel.prox.L1(x.exp())`."

@@ -13,6 +13,7 @@ from bilevel._calculus import AbstractProducts, Linearization
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective, smooth_objective
 from bilevel._linear import SYMMETRIC, LinearOperator, OperatorProperties, SaddleBlocks
+from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved
 from bilevel._tree import Tree
@@ -93,7 +94,8 @@ class LinearlyConstrained(AbstractInnerProblem):
         """The constraints on y at x, one row for each problem of the batch; differentiable."""
 
         def flat(x: Tree, *data: Any) -> Any:
-            return self.constraints(x, *data).flat(problem.y).tensors()
+            polytope = called("constraints(x, data)", self.constraints, x, *data)
+            return polytope.flat(problem.y).tensors()
 
         return FlatPolytope(*problem.map(flat, "g", x))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._calculus import AbstractProducts
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective, OwnStep, smooth_objective
+from bilevel._numerics.misfits import called
 from bilevel._tree import Tree
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.requirements.properties import Feature, Property
@@ -105,10 +106,12 @@ class Iteration(AbstractInnerProblem):
         def own_step(y: Tensor, gradient: Tensor | None, number: int) -> Tensor:
             given = (y,) if gradient is None else (y, gradient)
             count = len(given)
+            form = "step(x, y, k, data)" if gradient is None else "step(x, y, gradient, k, data)"
 
             def one(x: Tree, *arguments: Any) -> Tensor:
                 vectors, data = arguments[:count], arguments[count:]
-                return structure.ravel(step(x, *map(structure.unravel, vectors), number, *data), "step(...)")
+                found = called(form, step, x, *map(structure.unravel, vectors), number, *data)
+                return structure.ravel(found, "step(...)")
 
             return problem.map(one, "g", x, *given)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -12,6 +11,7 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import BilevelError
+from bilevel._validate import nearest
 from bilevel.named.auto import Auto
 from bilevel.named.builders import (
     Builder,
@@ -128,10 +128,7 @@ def demand_names(*names: Any) -> None:
     known = list(_named())
     for name in names:
         if name not in known:
-            longer = [other for other in known if name and other.startswith(str(name))]
-            near = longer or difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"there is no estimator {name!r}. {hint}Names: {', '.join(known)}.")
+            raise ValueError(f"there is no estimator {name!r}. {nearest(name, known)}Names: {', '.join(known)}.")
 
 
 def build(name: str, s: Setting) -> AbstractEstimator:

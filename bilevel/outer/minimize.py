@@ -13,13 +13,13 @@ from torch import Tensor
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._hypergradient import demand_alike, own_start, structured
+from bilevel._hypergradient import own_start, structured
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, projection
-from bilevel._tree import Tree, ravel
-from bilevel._validate import demand_type
+from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._validate import demand_autograd, demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle
@@ -125,6 +125,7 @@ def minimize(
         >>> round(float(solution.x), 4)
         3.0
     """
+    demand_autograd("minimize")
     _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every)
     demand_type("minimize", "warm_start", warm_start, bool | None)
     if max_steps < 0 or checkpoint_every < 1:

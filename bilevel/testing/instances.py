@@ -98,12 +98,12 @@ def _constants(instance: Instance, flat: FlatProblem, x: Tensor, y: Tensor, samp
         share = float(torch.rand((), generator=generator, dtype=torch.float64))
         move *= reach * share / torch.linalg.vector_norm(move)
         there, distance = at(y + move), float(torch.linalg.vector_norm(move))
-        eigenvalues = torch.linalg.eigvalsh((there[0] + there[0].T) / 2)
+        eigenvalues = torch.linalg.eigvalsh((there[0] + there[0].T).double() / 2)
         seen = {
             "L": float(eigenvalues[-1]),
-            "C_G": float(torch.linalg.matrix_norm(there[1], 2)),
-            "M_yy": float(torch.linalg.matrix_norm(there[0] - here[0], 2)) / distance,
-            "M_xy": float(torch.linalg.matrix_norm(there[1] - here[1], 2)) / distance,
+            "C_G": float(torch.linalg.matrix_norm(there[1].double(), 2)),
+            "M_yy": float(torch.linalg.matrix_norm((there[0] - here[0]).double(), 2)) / distance,
+            "M_xy": float(torch.linalg.matrix_norm((there[1] - here[1]).double(), 2)) / distance,
             "L_fxy": float(torch.linalg.vector_norm(there[2] - here[2])) / distance,
             "L_fyy": float(torch.linalg.vector_norm(there[3] - here[3])) / distance,
         }

@@ -44,7 +44,7 @@ def same_on_leaves(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     cut_x: Callable[[Tensor], Tree] | None = None, cut_y: Callable[[Tensor], Tree] | None = None,
 ) -> None:  # fmt: skip
-    """H(cut x, cut y) = cut h(x, y): one leaf or several, of any shapes, are the same variables."""
+    """h(cut x, cut y) = cut h(x, y): one leaf or several, of any shapes, are the same variables."""
 
     def halves(vector: Tensor) -> Tree:
         half = (len(vector) + 1) // 2
@@ -65,7 +65,7 @@ def permuting_leaves(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     order: Sequence[int] | None = None, inner_order: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """H(P x, Q y) = P h(x, y) for permutations P and Q of the leaves."""
+    """h(P x, Q y) = P h(x, y) for permutations P and Q of the leaves."""
     order = list(reversed(range(len(x)))) if order is None else order
     inner_order = list(reversed(range(len(y0)))) if inner_order is None else inner_order
     back = sorted(range(len(x)), key=lambda i: order[i])
@@ -83,7 +83,7 @@ def scaling_g(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     c: float = 2.0, scaled: AbstractEstimator | None = None,
 ) -> None:  # fmt: skip
-    """H is the same for c g, c > 0; `scaled` is the estimator with steps and tolerances in the unit of c g."""
+    """h is the same for c g, c > 0; `scaled` is the estimator with steps and tolerances in the unit of c g."""
     other = BilevelProblem(problem.f, lambda x, y: c * problem.g(x, y))
     found = estimate(scaled or estimator, other, x, y0).grad
     close(f"scaling g by {c:g}", found, estimate(estimator, problem, x, y0).grad, tol)
@@ -92,7 +92,7 @@ def scaling_g(
 def term_in_x_of_g(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6
 ) -> None:
-    """H is the same for g(x, y) + k(x), here k = sum sin x + x^3: y*(x) does not move."""
+    """h is the same for g(x, y) + k(x), here k = sum sin x + x^3: y*(x) does not move."""
     other = BilevelProblem(problem.f, lambda x, y: problem.g(x, y) + (x.sin() + x**3).sum())
     found = estimate(estimator, other, x, y0).grad
     close("a term in x only of g", found, estimate(estimator, problem, x, y0).grad, tol)
@@ -101,7 +101,7 @@ def term_in_x_of_g(
 def term_in_x_of_f(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6
 ) -> None:
-    """H for f(x, y) + k(x) is h + grad k(x), here k = sum sin x + x^2: catches a dropped grad_x f."""
+    """h for f(x, y) + k(x) is h + grad k(x), here k = sum sin x + x^2: catches a dropped grad_x f."""
     other = BilevelProblem(lambda x, y: problem.f(x, y) + (x.sin() + x**2).sum(), problem.g)
     found = estimate(estimator, other, x, y0).grad
     expected = estimate(estimator, problem, x, y0).grad + x.cos() + 2 * x
@@ -111,7 +111,7 @@ def term_in_x_of_f(
 def orthogonal_change_of_y(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6, seed: int = 0
 ) -> None:
-    """H is the same for f(x, V z), g(x, V z) started at V'y0, V orthogonal."""
+    """h is the same for f(x, V z), g(x, V z) started at V'y0, V orthogonal."""
     draw = torch.randn(len(y0), len(y0), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     V = torch.linalg.qr(draw)[0].to(y0)
     other = BilevelProblem(lambda x, z: problem.f(x, V @ z), lambda x, z: problem.g(x, V @ z))
@@ -123,7 +123,7 @@ def linear_in_f(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     a: float = 2.0, b: float = -1.5,
 ) -> None:  # fmt: skip
-    """H for a f + b k is a h_f + b h_k, here k = sum (y + 0.3)^2 + y_0 sum x."""
+    """h for a f + b k is a h_f + b h_k, here k = sum (y + 0.3)^2 + y_0 sum x."""
 
     def other(x: Tensor, y: Tensor) -> Tensor:
         return (y + 0.3).pow(2).sum() + x.sum() * y[0]
@@ -139,7 +139,7 @@ def float32_near_float64(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-2,
     single: AbstractEstimator | None = None,
 ) -> None:  # fmt: skip
-    """H of float32 arguments is of float32, and near that of float64; `single` is the estimator for float32."""
+    """h of float32 arguments is of float32, and near that of float64; `single` is the estimator for float32."""
 
     def cast(function: Objective) -> Objective:
         return lambda x, y: function(x.double(), y.double()).float()
@@ -184,7 +184,7 @@ def same_seed_same_bits(estimator: AbstractEstimator, problem: BilevelProblem, x
 def warm_start_changes_nothing(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-5
 ) -> None:
-    """H from the solution at a nearby x is h from y0: for estimators that solve to a tolerance."""
+    """h from the solution at a nearby x is h from y0: for estimators that solve to a tolerance."""
     start = estimate(estimator, problem, x + 0.1, y0).start
     warm = hypergradient(problem, x, y0, estimator=estimator, start=start, throw=False).grad
     close("a warm start changes nothing", warm, estimate(estimator, problem, x, y0).grad, tol)
@@ -193,7 +193,7 @@ def warm_start_changes_nothing(
 def exact(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tree, y0: Tree, gradient: Tree, *, tol: float = 1e-5
 ) -> None:
-    """H = grad Phi(x), known in closed form."""
+    """h = grad Phi(x), known in closed form."""
     found = estimate(estimator, problem, x, y0)
     close("exactness", found.grad, gradient, tol, f" The status says {found.status!r}.")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from bilevel._numerics.half import widened
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
@@ -142,5 +143,5 @@ def ridge_head(
 
 def _solve(matrix: Tensor, shift: float | Tensor, right: Tensor) -> Tensor:
     shifted = matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    solution: Tensor = torch.linalg.solve(shifted, right)
+    solution: Tensor = torch.linalg.solve(widened(shifted), widened(right)).to(right.dtype)
     return solution

@@ -95,7 +95,7 @@ class Walk:
         return self.hold(moving, new, state)
 
     def gradient(self, y: Tensor, with_graph: bool) -> tuple[Tensor, Tensor | None]:
-        """G `(*tasks,)`, without a graph, and grad_y g `(*tasks, q)`; zero and None where the steps need neither."""
+        """g `(*tasks,)`, without a graph, and grad_y g `(*tasks, q)`; zero and None where the steps need neither."""
         if not self.needs_gradient:
             return y.new_zeros(y.shape[:-1]), None
         if not with_graph:
