@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
+from bilevel._numerics.rows import norms_beside, safe_row_norms
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
@@ -62,10 +64,7 @@ class Iterate(AbstractUnrollable):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.max_steps < 0:
-            raise ValueError(f"`Iterate(max_steps=...)` must be at least 0. Got {self.max_steps}.")
-        if self.tol is not None and self.tol < 0:
-            raise ValueError(f"`Iterate(tol=...)` must be at least 0, or None. Got {self.tol}.")
+        demand_ranges(self, {"tol": "Pass None to take all the steps."}, max_steps=AT_LEAST_0, tol=AT_LEAST_0)
         if not 0 <= self.min_steps <= self.max_steps:
             raise ValueError(
                 f"`Iterate(min_steps=...)` must be between 0 and max_steps={self.max_steps}. Got {self.min_steps}."
@@ -81,6 +80,7 @@ class Iterate(AbstractUnrollable):
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         tol = self.tol or 0.0
+        norms = norms_beside(y0.dtype, tol)
         if self.line_search is not None:
             assert isinstance(self.optimizer, GradientDescent)
             step = self.optimizer.step_size
@@ -98,7 +98,7 @@ class Iterate(AbstractUnrollable):
                 break
             value, gradient = objective.value_and_gradient(y)
             if tol or first is None:
-                norm = torch.linalg.vector_norm(gradient, dim=-1)
+                norm = norms(gradient)
                 first = (norm, value) if first is None else first
                 if tol:
                     moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
@@ -107,8 +107,12 @@ class Iterate(AbstractUnrollable):
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
-        residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
+        residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps)
+
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol or None
 
     def with_tolerance(self, tol: float) -> Iterate:
         return replace(self, tol=tol)
@@ -142,7 +146,7 @@ class Iterate(AbstractUnrollable):
             return self
         largest = objective.largest_curvature(y0)
         # Where g is flat or concave along every direction tried, any step does; 1 is neutral.
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+        largest = torch.where(largest > 0, largest, 1.0).clamp_min(torch.finfo(largest.dtype).tiny)
         return replace(self, optimizer=self.optimizer.tuned(largest.unsqueeze(-1) if y0.dim() > 1 else largest))
 
     def begin(self, y0: Tensor) -> State:

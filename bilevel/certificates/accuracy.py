@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -45,9 +46,9 @@ class Accuracy:
     relative: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.absolute >= 0 and self.relative >= 0 and self.absolute + self.relative > 0):
+        if not (self.absolute >= 0 and self.relative >= 0 and 0 < self.absolute + self.relative < math.inf):
             raise ValueError(
-                f"`Accuracy(absolute=..., relative=...)` must be at least 0, and one of them positive."
+                f"`Accuracy(absolute=..., relative=...)` must be at least 0 and finite, and one of them positive."
                 f" Got {self.absolute} and {self.relative}."
             )
 

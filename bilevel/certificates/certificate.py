@@ -40,7 +40,7 @@ class Constants:
             segment, by M_yy and M_xy.
 
     Raises:
-        ValueError: if mu is not positive or another constant is negative.
+        ValueError: if mu is not positive and finite, or another constant is negative.
 
     Example:
         >>> Constants(mu=0.1, L=1.0).kappa
@@ -62,8 +62,10 @@ class Constants:
     local: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.mu is not None and not self.mu > 0:
-            raise ValueError(f"`Constants(mu=...)` must be positive: g must be strongly convex in y. Got {self.mu}.")
+        if self.mu is not None and not 0 < self.mu < math.inf:
+            raise ValueError(
+                f"`Constants(mu=...)` must be positive and finite: g must be strongly convex in y. Got {self.mu}."
+            )
         for name in ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus"):
             constant = getattr(self, name)
             if constant is not None and not constant >= 0:

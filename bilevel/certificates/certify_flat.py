@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import least_eigenvalue
 from bilevel._result import Tally
 from bilevel._tree import tree_leaves, tree_map
@@ -108,7 +109,7 @@ def _certify(
         confidence=known.confidence,
         assumed=tuple(assumptions(constants, bound.known, bound.mu)) + notes,
         distance=bound.distance,
-        grad_norm=float(torch.linalg.vector_norm(z.double())),
+        grad_norm=float(safe_row_norms(z.double())),
         stats=problem.tally.stats(),
         refined=None if refined is None else problem.x.unravel(refined),
         refined_bound=refined_bound,
@@ -128,7 +129,7 @@ def beyond(reach: float, constants: Constants) -> str:
 
 def distance(a: Tensor, b: Tensor) -> float:
     """|a - b|, rounded up."""
-    return float(torch.linalg.vector_norm(a.double() - b.double())) * (1 + ROUNDING * torch.finfo(torch.float64).eps)
+    return float(safe_row_norms(a.double() - b.double())) * (1 + ROUNDING * torch.finfo(torch.float64).eps)
 
 
 def _refine(
@@ -140,7 +141,7 @@ def _refine(
     y = y - step
     at = Exact().linearize(problem, x, y)
     v = linear.solve(at.operator, outer_gradients(problem, x, y)[2], v).value
-    reach = float(torch.linalg.vector_norm(step.double(), dim=-1).max())
+    reach = float(safe_row_norms(step.double()).max())
     if not math.isfinite(reach):
         return torch.full_like(x, math.nan), math.inf
     local = moved(known, reach)

@@ -26,8 +26,8 @@ def completed(
     notes: tuple[Assumption, ...] = ()
     margin = 1 + 100 * torch.finfo(y.dtype).eps
     if constants.C_G is None:
-        squared, like = cross_operator(problem, x, y)
-        c_g = margin * math.sqrt(max(float(largest_eigenvalue(squared, like, failure=FAILURE)), 0.0))
+        squared, like, unit = cross_operator(problem, x, y)
+        c_g = margin * unit * math.sqrt(max(float(largest_eigenvalue(squared, like, failure=FAILURE)), 0.0))
         notes += (Assumption("C_G", c_g, f"|G| at y, by Lanczos' method with confidence {1 - FAILURE:g}"),)
         confidence = constants.confidence * (1 - FAILURE)
         constants = replace(constants, C_G=c_g, local=constants.local | {"C_G"}, confidence=confidence)

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.rows import row_norms
+from bilevel._numerics.rows import safe_row_norms
 from bilevel.certificates.certificate import Constants
 
 ROUNDING = 8.0  # how many units of rounding a sum of products is granted, times the size of its terms
@@ -68,9 +68,9 @@ def measured(
     rows = y.shape[:-1].numel()  # the mean over tasks put 1 / rows into fy and v
     gv = torch.zeros_like(fx) if gv is None else gv
     eps = ROUNDING * torch.finfo(y.dtype).eps
-    size, norm_v, norm_fy = (row_norms(t.double()) for t in (y, v, fy))
-    e, r = row_norms(gradient.double()), row_norms(residual.double())
-    norm_fx, norm_gv = float(row_norms(fx.double())), float(row_norms(gv.double()))
+    size, norm_v, norm_fy = (safe_row_norms(t.double()) for t in (y, v, fy))
+    e, r = safe_row_norms(gradient.double()), safe_row_norms(residual.double())
+    norm_fx, norm_gv = float(safe_row_norms(fx.double())), float(safe_row_norms(gv.double()))
     L = max(largest, known.L or 0.0)
     e = e + eps * (L * size + e)
     r = rows * (r + eps * (L * norm_v + norm_fy)) + eps * (known.L_fyy or 0.0) * size

@@ -53,7 +53,7 @@ def _through_g(subject: Subject, found: Findings) -> bool:
     if not subject.stationary or not subject.has_g:  # nothing but the solution tells
         return subject.moves(lambda x: subject.solved(x, found.y if subject.stationary else subject.y0).value)
     if found.second_order:
-        operator, like = cross_operator(subject.problem, subject.x, found.y)
+        operator, like, _ = cross_operator(subject.problem, subject.x, found.y)
         seen = float(torch.linalg.vector_norm(operator.mv(subject.direction(like)))) > 0
     else:
         seen = subject.moves(lambda x: inner_objective(subject.problem, x).gradient(found.y))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._result import Report, report
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
+from bilevel._result import Report, Status, report
 from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.differences import finite_difference
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
+
+_DIGIT = 0.1  # where rounding is more than that part of a difference, hardly a digit is left
 
 
 @final
@@ -36,7 +40,8 @@ class FiniteDifference(AbstractEstimator):
         step: t is `step` times max(1, |x_i|); None is the cube root of the dtype's rounding unit.
 
     Raises:
-        ValueError: if the step is not positive.
+        ValueError: if the step is not positive and finite. One so short that rounding takes all but a digit of the
+            differences is reported as `Status.imprecise`.
 
     Example:
         >>> from bilevel import BilevelProblem, FiniteDifference, hypergradient
@@ -52,8 +57,7 @@ class FiniteDifference(AbstractEstimator):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.step is not None and not self.step > 0:
-            raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
+        demand_ranges(self, step=POSITIVE)
 
     @property
     def forgets_start(self) -> bool:
@@ -82,8 +86,9 @@ class FiniteDifference(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         value, y, first = self._phi(problem, x, start.y)
-        reports = [first]
-        step = torch.finfo(x.dtype).eps ** (1 / 3) if self.step is None else self.step
+        moves = list[Report]()
+        eps = float(torch.finfo(x.dtype).eps)
+        step, distortion, noise = eps ** (1 / 3) if self.step is None else self.step, 0.0, 0.0
         h = torch.empty_like(x)
         for i in range(x.shape[-1]):
             t = step * max(1.0, abs(float(x[i])))
@@ -93,11 +98,16 @@ class FiniteDifference(AbstractEstimator):
                 moved[i] += sign * t
                 phi, _, ended = self._phi(problem, moved, start.y)  # the same iteration: the same start
                 ends.append((phi, moved[i]))
-                if not ended.status.ok:
-                    reports.append(ended)
+                moves.append(ended)
             (up, high), (down, low) = ends
             h[i] = (up - down) / (high - low)  # the distance as it was rounded
-        return FlatEstimate(h, value, y, tuple(reports))
+            distortion = max(distortion, abs(float(high - low) / (2 * t) - 1))
+            noise = math.hypot(noise, eps * abs(float(value)) / t)
+        # Near a stationary x the relative error grows at any step: only a step below a sensible one is blamed for it.
+        lost = step < eps**0.5 and not noise <= _DIGIT * float(torch.linalg.vector_norm(h))
+        status = Status.imprecise if lost or not distortion <= _DIGIT else Status.successful
+        reports = (first, _worst(moves), Report("step", status, max(distortion, noise), 0))
+        return FlatEstimate(h, value, y, reports)
 
     def _phi(self, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Report]:
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, y0).detach())
@@ -105,3 +115,9 @@ class FiniteDifference(AbstractEstimator):
         with torch.no_grad():
             value = problem.f(x, solved.value)
         return value, solved.value, report("inner solver", solved)
+
+
+def _worst(moves: list[Report]) -> Report:
+    """The verdict on all inner solves at moved x: that of the worst."""
+    status = Status.worst(each.status for each in moves)
+    return replace(next(each for each in moves if each.status is status), part="inner solver at x +- t")

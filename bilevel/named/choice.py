@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Tally
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
@@ -53,7 +53,7 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
     constants = wish.constants
     known = constants(s.problem.x.unravel(s.x)) if callable(constants) else constants
     accurate, _ = reference(replace(s, problem=s.problem.with_tally(Tally())))
-    target = max(wish.target_error, wish.relative_error * float(torch.linalg.vector_norm(accurate.grad)))
+    target = max(wish.target_error, wish.relative_error * float(safe_row_norms(accurate.grad)))
     best: tuple[int, str, AbstractEstimator, float] | None = None
     tried = refused = 0
     for name in _candidates(names, s):
@@ -129,6 +129,6 @@ def _error(
     if not bool(found.grad.isfinite().all()):
         return float("inf")
     if known is None:
-        return float(torch.linalg.vector_norm(found.grad - accurate.grad))
+        return float(safe_row_norms(found.grad - accurate.grad))
     quiet = problem.with_tally(Tally())
     return certify_flat(quiet, x, found.grad, found.y, found.v, known, accurate_cg(found.y)).bound

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._calculus import grad, total
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable, Objective, State
+from bilevel._numerics.rows import norms_beside
 from bilevel._numerics.second_derivatives import refuse_dropped_terms
 
 
@@ -102,7 +103,7 @@ class Walk:
             self.first = self.last if self.first is None else self.first
         if not self.inner.tol:
             return None
-        norm = torch.linalg.vector_norm(residual, dim=-1)
+        norm = norms_beside(residual.dtype, self.inner.tol)(residual)
         moving: Tensor = (norm > self.inner.tol) | ((index < self.inner.min_steps) & norm.isfinite())
         return moving
 
