@@ -128,6 +128,7 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         standard_error=sum_of([estimate.standard_error for estimate in found]),
         penalized=(torch.cat([y for y, _ in ends]), ends[0][1]) if ends else None,
         bound=sum_of([estimate.bound for estimate in found]),
+        bias=sum_of([estimate.bias for estimate in found]),
         note=found[0].note,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias, final
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
-from bilevel._result import Report, Tally
+from bilevel._result import Report, Status, Tally
+from bilevel._validate import demand_types
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
     from bilevel._flat import FlatProblem
+
+_LOST = 0.1  # of a product by differences: where rounding is more than that, hardly a digit is left
 
 
 def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: bool = False) -> Tensor:
@@ -68,6 +74,22 @@ def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | 
     return found
 
 
+def inner_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Values of g `(*tasks,)`, grad_x of their sum as in :func:`inner_gradient_in_x`, and grad_y: one backward pass.
+
+    Raises:
+        DoesNotApply: if g does not depend on x, and y depends on x through its start only.
+    """
+    problem.tally.gradients += y.shape[:-1].numel()
+    with torch.enable_grad(), explained():
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        values = problem.g(x, y)
+        gx, gy = torch.autograd.grad(total(values), (x, y), allow_unused=True) if values.requires_grad else (None, None)
+    if gx is None and problem.problem.init is not None:
+        raise DoesNotApply(START_ONLY)
+    return values.detach(), gx, torch.zeros_like(y) if gy is None else gy
+
+
 def demand_beyond_start(problem: FlatProblem, x: Tensor, y: Tensor) -> None:
     """Refuse a y that depends on x through its start only; one gradient with its graph, where there is an `init`.
 
@@ -103,10 +125,11 @@ def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperato
     return LinearOperator(mv, y.shape[-1], positive_definite=True)
 
 
-def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOperator, Tensor]:
-    """G'G or GG', whichever is smaller, with G = d2g/dxdy `(p, q)`, and a vector like those that it acts on.
+def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOperator, Tensor, float]:
+    """G'G / u^2 or GG' / u^2, whichever is smaller, with G = d2g/dxdy `(p, q)`, a vector like those it acts on, and u.
 
-    Its largest eigenvalue is |G|^2. Two products with second derivatives of g each time; tasks side by side are one G.
+    Its largest eigenvalue is |G|^2 / u^2; u is 1, or where squares would be lost about the size of G. Two products with
+    second derivatives of g each time, and one at first that is not counted; tasks side by side are one G.
     """
     problem.tally.gradients += y.shape[:-1].numel()
     with torch.enable_grad():
@@ -122,10 +145,21 @@ def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOp
             found = torch.autograd.grad(gradient, leaf, v, retain_graph=True, allow_unused=True, materialize_grads=True)
         return found[0]
 
+    counted = problem.tally.cross_products
+    size = float(pull(gy, x, torch.ones_like(y)).abs().max()) if x.numel() else 0.0
+    problem.tally.cross_products = counted
+    info = torch.finfo(x.dtype)
+    lost = 0 < size < info.tiny**0.25 or info.max**0.25 < size < math.inf
+    unit = math.ldexp(1.0, max(math.frexp(size)[1], math.frexp(info.tiny)[1])) if lost else 1.0
+
     if x.numel() <= y.numel():  # GG' u = G (G' u), with G' u the derivative in y of <grad_x g, u>
-        return LinearOperator(lambda u: pull(gy, x, pull(gx, y, u)), x.numel()), x.detach()
+        return LinearOperator(lambda u: pull(gy, x, pull(gx, y, u) / unit) / unit, x.numel()), x.detach(), unit
     flat = y.detach().reshape(-1)
-    return LinearOperator(lambda z: pull(gx, y, pull(gy, x, z.reshape(y.shape))).reshape(-1), flat.numel()), flat
+
+    def square(z: Tensor) -> Tensor:
+        return (pull(gx, y, pull(gy, x, z.reshape(y.shape)) / unit) / unit).reshape(-1)
+
+    return LinearOperator(square, flat.numel()), flat, unit
 
 
 Products: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -271,14 +305,25 @@ class FiniteDifferences(AbstractProducts):
     for networks with kinks (ReLU) it does not shrink with step: prefer exact products wherever they exist.
 
     Args:
-        step: the relative step; None is the cube root of the dtype's rounding unit.
+        step: the relative step; None is the cube root of the dtype's rounding unit. One below ten units is reported as
+            `Status.imprecise`.
+
+    Raises:
+        ValueError: if the step is not positive and finite.
     """
 
     step: float | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, step=POSITIVE)
+
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
-        step = torch.finfo(y.dtype).eps ** (1 / 3) if self.step is None else self.step
+        eps = float(torch.finfo(y.dtype).eps)
+        step = eps ** (1 / 3) if self.step is None else self.step
+        lost = eps / step  # the rounding of gradients over the step
+        reports = () if lost <= _LOST else (Report("finite-difference products", Status.imprecise, lost, 0),)
 
         def gradients(y: Tensor) -> tuple[Tensor, Tensor | None]:
             tally.gradients += rows
@@ -292,7 +337,8 @@ class FiniteDifferences(AbstractProducts):
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
             # One step for the whole batch: gx is a sum over its rows, so they must share it.
-            t = float(step * (1 + torch.linalg.vector_norm(y)) / torch.linalg.vector_norm(v).clamp_min(1e-30))
+            size = float(safe_row_norms(v.reshape(-1)))
+            t = step * (1 + float(safe_row_norms(y.reshape(-1)))) / (size if size > 0 else 1.0)
             (up, up_x), (down, down_x) = gradients(y + t * v), gradients(y - t * v)
             cross = None if up_x is None or down_x is None else (up_x - down_x) / (2 * t)
             tally.hvps += rows
@@ -304,4 +350,4 @@ class FiniteDifferences(AbstractProducts):
             return products(v)[0]
 
         start_in_x = problem.problem.init is not None
-        return Linearization(y.detach(), gradients(y)[0], mv, products, start_in_x=start_in_x)
+        return Linearization(y.detach(), gradients(y)[0], mv, products, reports=reports, start_in_x=start_in_x)

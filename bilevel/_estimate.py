@@ -52,6 +52,9 @@ class Estimate:
         reports: how each part ended (inner solver, linear solver), with its residual.
         stats: oracle counts.
         standard_error: for estimators that sample: an estimate of the root-mean-square distance |grad - E grad|.
+        bias: for estimators that take differences over a radius, a step or a weight: an estimate of the systematic part
+            of |grad - grad Phi|, from that and from rounding and tolerances over it; no bound. Some is measured at the
+            first estimate of a run only, at the cost of further inner solves; None: not measured.
         bound: a certified bound on the error, where the estimator was asked for an accuracy.
         note: why this estimator, where it was chosen for you.
         penalized: for the penalty estimator: y_w and the weight w.
@@ -68,6 +71,7 @@ class Estimate:
     reports: tuple[Report, ...]
     stats: Stats
     standard_error: float | None = None
+    bias: float | None = None
     bound: float | None = None
     note: str = ""
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
@@ -125,6 +129,7 @@ class FlatEstimate:
     penalized: tuple[Tensor, float] | None = None
     bound: float | None = None
     note: str = ""
+    bias: float | None = None
 
 
 class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)

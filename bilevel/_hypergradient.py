@@ -146,6 +146,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         reports=reports,
         stats=problem.tally.stats(),
         standard_error=found.standard_error,
+        bias=found.bias,
         bound=found.bound,
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),

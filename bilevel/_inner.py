@@ -14,6 +14,7 @@ from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_ope
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.misfits import called
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
@@ -90,6 +91,21 @@ class Objective:
         """Whether y is to minimize g alone: there are no constraints, no proximal map and no steps of its own."""
         return self.constraints is None and self.prox is None and self.own is None
 
+    def scaled(self, factor: float) -> Objective:
+        """Factor times this objective, for solvers whose squares would be lost at its own scale; it cannot be unrolled.
+
+        Args:
+            factor: a power of two, so that nothing is rounded.
+        """
+        oracle = self._oracle
+
+        def scaled(y: Tensor) -> tuple[Tensor, Tensor]:
+            assert oracle is not None
+            value, gradient = oracle(y)
+            return factor * value, factor * gradient
+
+        return Objective(lambda y: factor * self.function(y), self.tally, oracle=None if oracle is None else scaled)
+
     def value(self, y: Tensor) -> Tensor:
         """g(x, y): `(*batch,)`, without a graph."""
         self.tally.values += _rows(y)
@@ -142,7 +158,7 @@ class Objective:
             step = torch.finfo(y.dtype).eps ** (1 / 3) * (1 + torch.linalg.vector_norm(y, dim=-1, keepdim=True))
 
         def mv(v: Tensor) -> Tensor:
-            t = step / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+            t = step / safe_row_norms(v).clamp_min(torch.finfo(v.dtype).tiny).unsqueeze(-1)
             product: Tensor = (self.gradient(y + t * v) - self.gradient(y - t * v)) / (2 * t)
             return product
 
@@ -180,6 +196,14 @@ class AbstractInnerSolver(abc.ABC):
     @abc.abstractmethod
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         """Minimize the objective from y0: `(q,)`, or `(*batch, q)` for independent problems side by side."""
+
+    @property
+    def tolerance(self) -> float | None:
+        """What it brings `Solved.residual` to; None: it has no tolerance, or its steps are all that was asked for.
+
+        One that says nothing is taken to have none: what its residuals are multiplied by is then not held against it.
+        """
+        return None
 
     def with_tolerance(self, tol: float) -> AbstractInnerSolver | None:
         """This solver, stopping where `Solved.residual` is at most `tol`; None: it has no tolerance.

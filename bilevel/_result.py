@@ -42,6 +42,16 @@ class Status(enum.Enum):
         " of g are others; or the inner Hessian is nearly singular. Pass `min_steps=` to `Iterate`, which then goes on"
         " until it is, or start cold (`warm_start=False`); for `AID` none of this matters."
     )
+    biased = (
+        "The systematic error of the estimate, as far as it was measured (`Estimate.bias`), is above its accuracy: the"
+        " weight of a penalty is too low for the curvatures of f and g, or a radius or step is too long for that of"
+        " y*(x). Raise the weight, shorten the radius or step, or use an implicit estimator such as `aid-cg`."
+    )
+    imprecise = (
+        "Too few digits are left: differences are taken over so little (a short radius or step, a high weight) that"
+        " rounding, or the tolerance of the inner solver, is a large part of them. Lengthen the radius or step, lower"
+        " the weight, tighten the tolerance, or compute in float64."
+    )
     stagnated = (
         "No further progress was possible before the tolerance was met: the rounding floor of this dtype was"
         " reached. Loosen the tolerance or compute in float64."

@@ -10,6 +10,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._tree import Structure, Tree, ravel
 
 
@@ -42,9 +43,9 @@ class Box(AbstractSet):
     upper: float | Tensor | None = None
 
     def __post_init__(self) -> None:
-        lower = torch.as_tensor(-torch.inf if self.lower is None else self.lower)
-        upper = torch.as_tensor(torch.inf if self.upper is None else self.upper)
-        if not bool((lower <= upper).all()):
+        lower, upper = -torch.inf if self.lower is None else self.lower, torch.inf if self.upper is None else self.upper
+        ordered: bool | Tensor = lower <= upper
+        if not (bool(ordered.all()) if isinstance(ordered, Tensor) else ordered):
             raise ValueError("`Box(lower, upper)` must have lower <= upper everywhere, and no NaN.")
 
     def project(self, x: Tensor) -> Tensor:
@@ -59,7 +60,9 @@ class Box(AbstractSet):
         """
         found = []
         for name, bound, default in (("lower", self.lower, -torch.inf), ("upper", self.upper, torch.inf)):
-            tensor = torch.as_tensor(default if bound is None else bound).to(like).reshape(-1)
+            tensor = torch.as_tensor(default if bound is None else bound, dtype=like.dtype, device=like.device).reshape(
+                -1
+            )
             if tensor.numel() not in (1, like.numel()):
                 raise ValueError(
                     f"`Box({name}=...)` must be a number or hold {like.numel()} entries, as x does."
@@ -90,8 +93,7 @@ class Simplex(AbstractSet):
     total: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.total > 0:
-            raise ValueError(f"`Simplex(total=...)` must be positive. Got {self.total}.")
+        demand_ranges(self, total=POSITIVE)
 
     def project(self, x: Tensor) -> Tensor:
         x = x - x.max()  # changes nothing, and the total is not lost in the rounding of large entries
@@ -152,7 +154,7 @@ def _parts(constraint: Mapping[str, AbstractSet], x: Structure) -> list[tuple[Te
             f"`minimize(constraint=...)` must be a set such as `Box(0, 1)`, or a dict of sets for entries of x."
             f" Got {type(constraint).__name__}."
         )
-    places: Tree = x.unravel(torch.arange(x.size, dtype=torch.float64))
+    places: Tree = x.unravel(torch.arange(x.size, dtype=torch.float64, device="cpu"))
     found = []
     for key, part in constraint.items():
         if not isinstance(part, AbstractSet):

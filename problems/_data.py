@@ -124,7 +124,7 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
                 f" or pass your own with `data=`."
             ) from error
         X, y = getattr(datasets, f"load_{builtin}")(return_X_y=True)
-        return {"X": torch.as_tensor(X), "y": torch.as_tensor(y)}
+        return {"X": torch.from_numpy(X), "y": torch.from_numpy(y)}
     if isinstance(data, str | Path):
         try:
             import numpy as np
@@ -151,7 +151,7 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
 
 def _tensor(key: str, value: Any) -> Tensor:
     try:
-        tensor = torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # texts, rows of several lengths, ...
         kind = f"{type(value).__name__} of {value.dtype}" if hasattr(value, "dtype") else type(value).__name__
         raise TypeError(
@@ -215,7 +215,7 @@ def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> 
     wanted = [part for part in ("train", "val") if part not in given]
     if "test" in given and "val" in given:
         counts["train"] = min(counts["train"], n) if sizes[0] >= 1 else n
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
     parts, begin = dict(given), 0
     for part in wanted:
         chosen = order[begin : begin + counts[part]]

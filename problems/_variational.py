@@ -59,5 +59,7 @@ def normal_noise(shape: tuple[int, ...], seed: int, like: Tensor, *, antithetic:
     """
     generator = torch.Generator().manual_seed(seed)
     samples = shape[-2] // 2 if antithetic else shape[-2]
-    half = torch.randn((*shape[:-2], samples, shape[-1]), generator=generator, dtype=like.dtype).to(like.device)
+    half = torch.randn((*shape[:-2], samples, shape[-1]), generator=generator, dtype=like.dtype, device="cpu").to(
+        like.device
+    )
     return torch.cat([half, -half], dim=-2) if antithetic else half

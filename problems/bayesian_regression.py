@@ -104,7 +104,9 @@ class BayesianRegression:
     def negative_log_evidence(self, x: Gaussian, task: Mapping[str, Tensor]) -> Tensor:
         """-log N(b; X m, X D X' + s I)."""
         X, b = task["support_x"], task["support_y"]
-        covariance = (X * x["log_variance"].exp()) @ X.mT + self.variance * torch.eye(X.shape[-2], dtype=X.dtype)
+        covariance = (X * x["log_variance"].exp()) @ X.mT + self.variance * torch.eye(
+            X.shape[-2], dtype=X.dtype, device=X.device
+        )
         away = (b - X @ x["mean"]).unsqueeze(-1)
         square = (away * torch.linalg.solve(covariance, away)).sum((-1, -2))
         value: Tensor = (square + torch.linalg.slogdet(covariance)[1] + b.shape[-1] * math.log(2 * math.pi)) / 2
@@ -140,10 +142,12 @@ def bayesian_regression(
     if min(tasks, n, q) < 1:
         raise ValueError(f"`bayesian_regression(tasks=..., n=..., q=...)` must be at least 1. Got {tasks}, {n}, {q}.")
     family = BayesianRegression(variance, kl_weight)
-    like = torch.zeros((), dtype=torch.float64)
+    like = torch.zeros((), dtype=torch.float64, device="cpu")
     draw = normal_noise((tasks, 2 * n, q + 1), seed, like, antithetic=False)
     inputs, noise = draw[..., :-1], draw[..., -1] * variance**0.5
-    truth = 1 + normal_noise((tasks, q), seed + 1, like, antithetic=False) * torch.linspace(0.1, 1, q, dtype=like.dtype)
+    truth = 1 + normal_noise((tasks, q), seed + 1, like, antithetic=False) * torch.linspace(
+        0.1, 1, q, dtype=like.dtype, device="cpu"
+    )
     targets = (inputs * truth.unsqueeze(1)).sum(-1) + noise
     data = {
         "support_x": inputs[:, :n],
@@ -153,8 +157,11 @@ def bayesian_regression(
     }
     return Instance(
         problem=BilevelProblem(lambda x, y: family.f(x, y, data).mean(), lambda x, y: family.g(x, y, data).sum()),
-        x0={"mean": torch.zeros(q, dtype=like.dtype), "log_variance": torch.zeros(q, dtype=like.dtype)},
-        y0={key: torch.zeros((tasks, q), dtype=like.dtype) for key in ("mean", "log_variance")},
+        x0={
+            "mean": torch.zeros(q, dtype=like.dtype, device="cpu"),
+            "log_variance": torch.zeros(q, dtype=like.dtype, device="cpu"),
+        },
+        y0={key: torch.zeros((tasks, q), dtype=like.dtype, device="cpu") for key in ("mean", "log_variance")},
         description="several Bayesian regressions with a learned prior, in closed form",
         solution=lambda x: family.solution(x, data),
         gradient=lambda x: family.gradient(x, data),

@@ -139,7 +139,7 @@ def hyper_cleaning(
 
     return Instance(
         problem=BilevelProblem(family.f, family.g),
-        x0=torch.zeros(len(labels), dtype=parts.X_train.dtype),
+        x0=torch.zeros(len(labels), dtype=parts.X_train.dtype, device=parts.X_train.device),
         y0=y0,
         description=f"{'digits' if data is None else 'your data'} with {corrupted:.0%} wrong labels, {model}",
         constants=None if hidden else family.constants,
@@ -188,9 +188,9 @@ def hyper_cleaning_synthetic(
         )
     generator = torch.Generator().manual_seed(seed)
     n = n_train + 2 * n_val
-    y = torch.arange(n) % classes
-    centers = 3 / d**0.5 * torch.randn(classes, d, generator=generator)
-    X = centers[y] + torch.randn(n, d, generator=generator)
+    y = torch.arange(n, device="cpu") % classes
+    centers = 3 / d**0.5 * torch.randn(classes, d, generator=generator, device="cpu")
+    X = centers[y] + torch.randn(n, d, generator=generator, device="cpu")
     return hyper_cleaning(
         corrupted=corrupted,
         n_train=n_train,
@@ -206,9 +206,9 @@ def hyper_cleaning_synthetic(
 def corrupt(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Replace a share of the labels by another class, drawn uniformly; the new labels, and which are wrong."""
     n = len(labels)
-    wrong = torch.zeros(n, dtype=torch.bool)
-    wrong[torch.randperm(n, generator=generator)[: round(share * n)]] = True
-    shift = torch.randint(1, classes, (n,), generator=generator)
+    wrong = torch.zeros(n, dtype=torch.bool, device="cpu")
+    wrong[torch.randperm(n, generator=generator, device="cpu")[: round(share * n)]] = True
+    shift = torch.randint(1, classes, (n,), generator=generator, device="cpu")
     return torch.where(wrong, (labels + shift) % classes, labels), wrong
 
 
@@ -227,7 +227,9 @@ def _initial(family: HyperCleaning, hidden: int, generator: torch.Generator) -> 
         return family.X.new_zeros((C, d))
 
     def normal(rows: int, columns: int) -> Tensor:
-        weights = torch.randn(rows, columns, generator=generator, dtype=torch.float64) / math.sqrt(columns)
+        weights = torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu") / math.sqrt(
+            columns
+        )
         return weights.to(family.X)
 
     return {"hidden": normal(hidden, d), "weight": normal(C, hidden), "bias": family.X.new_zeros(C)}

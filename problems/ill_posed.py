@@ -34,8 +34,8 @@ def rank_deficient(*, consistent: bool = False) -> Instance:
 
     return Instance(
         problem=BilevelProblem(f, lambda x, y: (y.sum() - x).square() / 2),
-        x0=torch.zeros((), dtype=torch.float64),
-        y0=torch.zeros(2, dtype=torch.float64),
+        x0=torch.zeros((), dtype=torch.float64, device="cpu"),
+        y0=torch.zeros(2, dtype=torch.float64, device="cpu"),
         description="singular inner Hessian" + ("" if consistent else ", no hypergradient"),
         solution=lambda x: torch.stack([x / 2, x / 2]),
         gradient=(lambda x: x - 1) if consistent else None,
@@ -64,8 +64,8 @@ def double_well(*, tilt: float = 0.0, start: float = 0.0) -> Instance:
         problem=BilevelProblem(
             lambda _, y: (y - 1).square() / 2, lambda x, y: (y.square() - 1).square() / 4 - (x + tilt) * y
         ),
-        x0=torch.zeros((), dtype=torch.float64),
-        y0=torch.tensor(start, dtype=torch.float64),
+        x0=torch.zeros((), dtype=torch.float64, device="cpu"),
+        y0=torch.tensor(start, dtype=torch.float64, device="cpu"),
         description="double well: a nonconvex inner problem",
         settings={"estimator": "aid-cg", "outer_step": 0.05, "max_steps": 50},
     )

@@ -213,10 +213,10 @@ def _random(potential: AbstractPotential, q: int, seed: int) -> InverseLink:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     left, right = (torch.linalg.qr(normal(q, q))[0] for _ in range(2))
-    B = left @ torch.diag(torch.linspace(0.5, 1.5, q, dtype=torch.float64)) @ right.T
+    B = left @ torch.diag(torch.linspace(0.5, 1.5, q, dtype=torch.float64, device="cpu")) @ right.T
     return InverseLink(potential, B, 0.5 * normal(q), 0.7 * normal(q))
 
 
@@ -268,6 +268,6 @@ def atanh(*, target: float = 0.8) -> Instance:
         >>> round(float(atanh(target=0.5).minimizer), 6)
         0.462117
     """
-    one = torch.ones((1, 1), dtype=torch.float64)
-    family = InverseLink(LogCosh(), one, torch.zeros(1, dtype=torch.float64), one[0] * target)
+    one = torch.ones((1, 1), dtype=torch.float64, device="cpu")
+    family = InverseLink(LogCosh(), one, torch.zeros(1, dtype=torch.float64, device="cpu"), one[0] * target)
     return family.instance("inner curvature 1 - x^2, y* = atanh x", x0=torch.full_like(family.c, -0.3))

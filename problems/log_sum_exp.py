@@ -87,11 +87,11 @@ def log_sum_exp(*, q: int = 5, seed: int = 0) -> Instance:
     """
     if q < 1:
         raise ValueError(f"`log_sum_exp(q=...)` must be at least 1. Got {q}.")
-    t = 0.5 * torch.randn(q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    t = 0.5 * torch.randn(q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     family = LogSumExp(t)
     return Instance(
         problem=BilevelProblem(family.f, family.g),
-        x0=torch.softmax(torch.linspace(-0.5, 0.5, q, dtype=torch.float64), 0),
+        x0=torch.softmax(torch.linspace(-0.5, 0.5, q, dtype=torch.float64, device="cpu"), 0),
         y0=torch.zeros_like(t),
         description="log-sum-exp inner problem: coupled, not quadratic",
         solution=family.solution,

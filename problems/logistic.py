@@ -155,10 +155,14 @@ def logistic(
         )
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float64 if double else torch.float32
-    X = torch.randn(n + n // 4, d, generator=generator, dtype=dtype)
-    truth = torch.randn(classes, d, generator=generator, dtype=dtype) * (torch.arange(d) < (d + 1) // 2)
+    X = torch.randn(n + n // 4, d, generator=generator, dtype=dtype, device="cpu")
+    truth = torch.randn(classes, d, generator=generator, dtype=dtype, device="cpu") * (
+        torch.arange(d, device="cpu") < (d + 1) // 2
+    )
     noise = -torch.log(
-        -torch.log(torch.rand(len(X), classes, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
+        -torch.log(
+            torch.rand(len(X), classes, generator=generator, dtype=torch.float64, device="cpu").clamp(1e-12, 1 - 1e-12)
+        )
     )
     labels = (linear(X, truth) / d**0.5 * 2 + noise).argmax(1)  # Gumbel noise: a draw from the softmax
     family = Logistic(X[:n], labels[:n], X[n:], labels[n:], outputs(classes), 1e-2 if smoothed_l1 else None)
@@ -241,7 +245,7 @@ def _baselines(family: Logistic, parts: Dataset) -> dict[str, float]:
     plain = Logistic(family.X, family.labels, family.X_val, family.labels_val, family.outputs)
     y, path = plain.zero(), []
     for exponent in range(0, -11, -1):
-        x = torch.tensor(float(exponent), dtype=family.X.dtype)
+        x = torch.tensor(float(exponent), dtype=family.X.dtype, device=family.X.device)
         y = fit(functools.partial(plain.g, x), y, tol=1e-6)
         path.append(y)
     best = min(path, key=lambda y: float(plain.f(plain.start(False), y)))

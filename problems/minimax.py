@@ -29,7 +29,9 @@ def minimax(*, p: int = 3, q: int = 4, kappa: float = 10.0, seed: int = 0) -> In
         >>> bool(instance.problem.f(x, y) == -instance.problem.g(x, y))
         True
     """
-    eigenvalues = torch.logspace(0.0, 1.0, q, base=kappa, dtype=torch.float64).tolist() if q > 1 else [kappa]
+    eigenvalues = (
+        torch.logspace(0.0, 1.0, q, base=kappa, dtype=torch.float64, device="cpu").tolist() if q > 1 else [kappa]
+    )
     draw = random_quadratic(p, q, eigenvalues=eigenvalues, seed=seed)
     family = QuadraticFamily(
         A=draw.A, B=draw.B, c=draw.A @ draw.t, C=-draw.A, t=draw.t, E=draw.B.T.contiguous(), R=draw.R, s=draw.s

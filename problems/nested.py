@@ -30,7 +30,7 @@ def nested(*, kappa: float = 10.0, cross: float = 0.0, seed: int = 0) -> Instanc
     """
 
     def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64)
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     outer, inner = (
         _flat({"shift": zeros(3), "scale": {"log": zeros(), "rows": [zeros(1, 2), zeros(2)]}}),
@@ -39,7 +39,7 @@ def nested(*, kappa: float = 10.0, cross: float = 0.0, seed: int = 0) -> Instanc
     family = random_quadratic(
         outer.size,
         inner.size,
-        eigenvalues=torch.logspace(0.0, 1.0, inner.size, base=kappa, dtype=torch.float64).tolist(),
+        eigenvalues=torch.logspace(0.0, 1.0, inner.size, base=kappa, dtype=torch.float64, device="cpu").tolist(),
         cross=cross,
         seed=seed,
     )

@@ -111,19 +111,19 @@ def proximal_tasks(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    truth = normal(q) + torch.linspace(0.1, 1.0, q, dtype=torch.float64) * normal(tasks, q)
+    truth = normal(q) + torch.linspace(0.1, 1.0, q, dtype=torch.float64, device="cpu") * normal(tasks, q)
     X, U = normal(tasks, n, q), normal(tasks, n, q)
     b, c = ((Z * truth.unsqueeze(1)).sum(-1) + noise * normal(tasks, n) for Z in (X, U))
     family = ProximalTasks(X, b, U, c)
     return Instance(
         problem=BilevelProblem(family.f, family.g),
         x0={
-            "mean": torch.zeros(q, dtype=torch.float64),
-            "log_precision": torch.zeros(q if per_weight else (), dtype=torch.float64),
+            "mean": torch.zeros(q, dtype=torch.float64, device="cpu"),
+            "log_precision": torch.zeros(q if per_weight else (), dtype=torch.float64, device="cpu"),
         },
-        y0=torch.zeros((tasks, q), dtype=torch.float64),
+        y0=torch.zeros((tasks, q), dtype=torch.float64, device="cpu"),
         description="several regressions with a learned prior mean and log-precision, in closed form",
         solution=family.solution,
         gradient=family.gradient,

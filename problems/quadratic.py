@@ -157,24 +157,24 @@ def random_quadratic(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def symmetric(values: Tensor) -> Tensor:
         basis: Tensor = torch.linalg.qr(normal(len(values), len(values)))[0]
         matrix = (basis * values) @ basis.T
         return (matrix + matrix.T) / 2
 
-    A = symmetric(torch.tensor(eigenvalues, dtype=torch.float64))
+    A = symmetric(torch.tensor(eigenvalues, dtype=torch.float64, device="cpu"))
     B = normal(q, p) / p**0.5
     E = normal(p, q)
     return QuadraticFamily(
         A=A,
         B=B,
         c=normal(q),
-        C=symmetric(torch.linspace(0.5, 2.0, q, dtype=torch.float64)),
+        C=symmetric(torch.linspace(0.5, 2.0, q, dtype=torch.float64, device="cpu")),
         t=normal(q),
         E=cross * E / torch.linalg.matrix_norm(E, 2),
-        R=symmetric(torch.linspace(0.1, 1.0, p, dtype=torch.float64)),
+        R=symmetric(torch.linspace(0.1, 1.0, p, dtype=torch.float64, device="cpu")),
         s=normal(p),
     )
 
@@ -210,7 +210,11 @@ def quadratic(
     """
     if not (kappa >= 1 and mu > 0):
         raise ValueError(f"`quadratic(kappa=..., mu=...)` needs kappa >= 1 and mu > 0. Got {kappa} and {mu}.")
-    exponents = torch.linspace(0.0, 1.0, q, dtype=torch.float64) if q > 1 else torch.ones(1, dtype=torch.float64)
+    exponents = (
+        torch.linspace(0.0, 1.0, q, dtype=torch.float64, device="cpu")
+        if q > 1
+        else torch.ones(1, dtype=torch.float64, device="cpu")
+    )
     eigenvalues = (mu * kappa**exponents).tolist()
     family = random_quadratic(p, q, eigenvalues=eigenvalues, cross=cross, seed=seed)
     return family.to(torch.float64 if double else torch.float32).instance()

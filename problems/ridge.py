@@ -121,13 +121,13 @@ def ridge(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
     dtype = torch.float64 if double else torch.float32
-    truth = normal(q) * (torch.arange(q) < (q + 1) // 2)
+    truth = normal(q) * (torch.arange(q, device="cpu") < (q + 1) // 2)
     X, U = normal(n, q), normal(n, q)
     family = Ridge(X, X @ truth + noise * normal(n), U, U @ truth + noise * normal(n))
-    x0 = torch.full((q,) if per_feature else (), -2.0, dtype=dtype)
+    x0 = torch.full((q,) if per_feature else (), -2.0, dtype=dtype, device="cpu")
     return family.instance(x0, f"ridge regression, {'a penalty for each feature' if per_feature else 'one penalty'}")
 
 
@@ -153,10 +153,10 @@ def ridge_orthonormal(*, q: int = 6, n: int = 20, seed: int = 0) -> Instance:
     if not 1 <= q <= n:
         raise ValueError(f"`ridge_orthonormal(q=..., n=...)` needs 1 <= q <= n. Got {q} and {n}.")
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(n, q, generator=generator, dtype=torch.float64))[0]
+    basis = torch.linalg.qr(torch.randn(n, q, generator=generator, dtype=torch.float64, device="cpu"))[0]
     X = n**0.5 * basis
-    z = 1 + torch.rand(q, generator=generator, dtype=torch.float64)
-    s = 0.2 + 0.6 * torch.rand(q, generator=generator, dtype=torch.float64)
+    z = 1 + torch.rand(q, generator=generator, dtype=torch.float64, device="cpu")
+    s = 0.2 + 0.6 * torch.rand(q, generator=generator, dtype=torch.float64, device="cpu")
     instance = Ridge(X, X @ z, X, X @ (s * z)).instance(torch.zeros_like(z), "orthonormal ridge, x* known")
     return replace(instance, minimizer=(1 / s - 1).log())
 
@@ -179,7 +179,9 @@ def ridge_diabetes(*, per_feature: bool = False, data: Arrays | None = None, see
     shape = (parts.X_train.shape[1],) if per_feature else ()
     kind = "a log-penalty for each feature" if per_feature else "one log-penalty"
     name = "diabetes" if data is None else "your data"
-    instance = family.instance(torch.full(shape, -2.0, dtype=torch.float64), f"ridge regression on {name}, {kind}")
+    instance = family.instance(
+        torch.full(shape, -2.0, dtype=torch.float64, device="cpu"), f"ridge regression on {name}, {kind}"
+    )
     metrics = functools.partial(_metrics, family, parts, functools.cache(lambda: _baselines(family, parts)))
 
     def plot(figure: Any, x: Tensor, y: Tensor) -> None:
@@ -203,7 +205,7 @@ def ridge_per_feature_diabetes(*, data: Arrays | None = None, seed: int = 0) -> 
 
 def _baselines(family: Ridge, parts: Dataset) -> dict[str, float]:
     free = torch.linalg.lstsq(family.X, family.b.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    grid = torch.linspace(-10, 4, 57, dtype=family.X.dtype)
+    grid = torch.linspace(-10, 4, 57, dtype=family.X.dtype, device=family.X.device)
     best = min(grid, key=lambda x: float(family.f(x, family.solution(x))))
     found = {}
     for name, y in (("unregularized", free), ("grid_search", family.solution(best))):

@@ -103,12 +103,12 @@ def weighted_logit(*, n: int = 8, share: float = 0.7, seed: int = 0) -> Instance
     if n < 2 or not 0 < share < 1:
         raise ValueError(f"`weighted_logit(n=..., share=...)` needs n >= 2 and 0 < share < 1. Got {n} and {share}.")
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.where(torch.randperm(n, generator=generator) < (n + 2) // 3, 1.0, -1.0).double()
+    labels = torch.where(torch.randperm(n, generator=generator, device="cpu") < (n + 2) // 3, 1.0, -1.0).double()
     family = WeightedLogit(labels, share)
     return Instance(
         problem=BilevelProblem(family.f, family.g),
-        x0=torch.zeros(n, dtype=torch.float64),
-        y0=torch.zeros((), dtype=torch.float64),
+        x0=torch.zeros(n, dtype=torch.float64, device="cpu"),
+        y0=torch.zeros((), dtype=torch.float64, device="cpu"),
         description="one logit with a weight for each sample, in closed form",
         solution=family.solution,
         gradient=family.gradient,

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.ranges import AT_LEAST_0, demand_range, demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
 
@@ -38,7 +39,8 @@ class Adam(AbstractOptimizer):
         eps_root: added under the root.
 
     Raises:
-        ValueError: if the step is not positive, a decay is outside [0, 1) or an epsilon is negative.
+        ValueError: if the step is not positive and finite, or a tensor of integers or with NaN, a decay is outside
+            [0, 1), or an epsilon is negative.
 
     Example:
         >>> adam = Adam(0.1)
@@ -62,16 +64,14 @@ class Adam(AbstractOptimizer):
         eps_root: float = 1e-24,
     ) -> None:
         demand_type("Adam", "step", step, float | Tensor)
-        if not isinstance(step, Tensor) and not step > 0:
-            raise ValueError(f"`Adam(step=...)` must be positive. Got {step}.")
+        demand_step("Adam", step)
         for name, value in (("beta1", beta1), ("beta2", beta2), ("eps", eps), ("eps_root", eps_root)):
             demand_type("Adam", name, value, float)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= value < 1:
                 raise ValueError(f"`Adam({name}=...)` must be in [0, 1). Got {value}.")
         for name, value in (("eps", eps), ("eps_root", eps_root)):
-            if not value >= 0:
-                raise ValueError(f"`Adam({name}=...)` must be at least 0. Got {value}.")
+            demand_range("Adam", name, value, AT_LEAST_0)
         for name, field in (
             ("step_size", step), ("beta1", beta1), ("beta2", beta2), ("eps", eps), ("eps_root", eps_root)
         ):  # fmt: skip

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from bilevel._inner import Objective
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
@@ -63,8 +65,7 @@ class Armijo:
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if not self.initial > 0:
-            raise ValueError(f"`Armijo(initial=...)` must be positive. Got {self.initial}.")
+        demand_ranges(self, initial=POSITIVE)
         if not 0 < self.shrink < 1:
             raise ValueError(f"`Armijo(shrink=...)` must be in (0, 1). Got {self.shrink}.")
         if not 0 < self.slope < 0.5:
@@ -110,12 +111,44 @@ def rounding(value: Tensor) -> Tensor:
     return NOISE * torch.finfo(value.dtype).eps * value.abs()
 
 
+def rescaled(
+    solve: Callable[[Objective, float], Solved], objective: Objective, gradient: Tensor, tol: float
+) -> Solved | None:
+    """What a line search solver finds for a multiple of g whose gradient is of norm about 1; None: g will do itself.
+
+    Products of two gradients, and of three in an interpolation, would under- or overflow. The multiple is a power of
+    two, so that nothing is rounded; the residual is that of g.
+
+    Args:
+        solve: (objective, tolerance) -> solution.
+        objective: g.
+        gradient: that of g at the start `(*batch, q)`.
+        tol: the tolerance for g.
+    """
+    largest = float(gradient.abs().amax()) if gradient.numel() else 1.0
+    info = torch.finfo(gradient.dtype)
+    if not 0 < largest < math.inf or info.tiny**0.25 < largest < info.max**0.25:
+        return None
+    exponent = -math.frexp(largest)[1]
+    # What is brought up from below is no larger than this, and its inverse must be a number as well.
+    exponent = max(min(exponent, -math.frexp(info.tiny)[1]), math.frexp(info.tiny)[1])
+    factor = math.ldexp(1.0, exponent)
+    solved = solve(objective.scaled(factor), factor * tol)
+    return replace(solved, residual=solved.residual / factor)
+
+
 def descend(
     search: Armijo, scale: float | Tensor, objective: Objective, y0: Tensor, max_steps: int, tol: float
 ) -> Solved:
     """Gradient descent y <- y - t scale grad g(y), t by Armijo's rule, a t for each row."""
     y = y0.detach().clone()
     value, gradient = objective.value_and_gradient(y)
+
+    def solve(multiple: Objective, tol: float) -> Solved:
+        return descend(search, scale, multiple, y, max_steps, tol)
+
+    if (again := rescaled(solve, objective, gradient, tol)) is not None:
+        return again
     lead = value.shape
     t = torch.full(lead, search.initial, dtype=y.dtype, device=y.device)
     progress = Idleness(value)

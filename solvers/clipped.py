@@ -8,8 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.ranges import Range, demand_ranges
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_types
+
+_ANY = Range(open=True, infinite=True)  # infinity clips nothing
 
 
 @final
@@ -51,9 +54,7 @@ class Clipped(AbstractOptimizer):
             )
         if self.max_norm is None and self.max_value is None:
             raise ValueError("`Clipped` needs `max_norm=` or `max_value=`.")
-        for name, bound in (("max_norm", self.max_norm), ("max_value", self.max_value)):
-            if bound is not None and not bound > 0:
-                raise ValueError(f"`Clipped({name}=...)` must be positive. Got {bound}.")
+        demand_ranges(self, max_norm=_ANY, max_value=_ANY)
 
     def init(self, point: Tensor) -> OptimizerState:
         return self.optimizer.init(point)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import violation
+from bilevel._numerics.ranges import BELOW_1, demand_ranges
 from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
@@ -42,8 +43,7 @@ class Cvxpy(AbstractInnerSolver):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if not self.tol >= 0:
-            raise ValueError(f"`Cvxpy(tol=...)` must be at least 0. Got {self.tol}.")
+        demand_ranges(self, tol=BELOW_1)
 
     @property
     def heeds(self) -> frozenset[Feature]:
@@ -91,8 +91,14 @@ class Cvxpy(AbstractInnerSolver):
             return *none, Status.infeasible
         if y.value is None:
             return *none, Status.not_positive_definite  # unbounded below
-        dual = torch.as_tensor(equalities[0].dual_value).to(like) if equalities else none[1]
-        return torch.as_tensor(y.value).to(like).reshape(like.shape), dual.reshape(program.b[row].shape), None
+        dual = (
+            torch.as_tensor(equalities[0].dual_value, dtype=like.dtype, device=like.device) if equalities else none[1]
+        )
+        return (
+            torch.as_tensor(y.value, dtype=like.dtype, device=like.device).reshape(like.shape),
+            dual.reshape(program.b[row].shape),
+            None,
+        )
 
 
 def _cvxpy() -> Any:

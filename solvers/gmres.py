@@ -18,8 +18,10 @@ from bilevel._numerics.krylov import (
     OUT_OF_STEPS,
     RESTART,
     check_tolerances,
+    relative,
     solve_by_runs,
 )
+from bilevel._numerics.ranges import AT_LEAST_1, demand_ranges
 from bilevel._numerics.rows import divided_rows, safe_row_norms
 from bilevel._result import Solved
 from bilevel._validate import demand_types
@@ -64,8 +66,7 @@ class GMRES(AbstractLinearSolver):
     def __post_init__(self) -> None:
         demand_types(self)
         check_tolerances("GMRES", self.rtol, 0.0, self.max_steps)
-        if self.restart is not None and self.restart < 1:
-            raise ValueError(f"`GMRES(restart=...)` must be at least 1. Got {self.restart}. Pass None for no restarts.")
+        demand_ranges(self, {"restart": "Pass None for no restarts."}, restart=AT_LEAST_1)
 
     @property
     def demands(self) -> OperatorProperties:
@@ -84,7 +85,7 @@ class GMRES(AbstractLinearSolver):
         return solve_by_runs(partial(_run, cycle=cycle), operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> GMRES:
-        return replace(self, rtol=tol / size if size > 0 else 0.0)
+        return replace(self, rtol=relative(tol, size))
 
     def relative_error(self, constants: Constants, damping: float) -> float:
         if self.max_steps is not None:

@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from bilevel._numerics.ranges import demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
 
@@ -24,7 +25,7 @@ class GradientDescent(AbstractOptimizer):
             and, where that fails, on the whole way.
 
     Raises:
-        ValueError: if the step is not positive.
+        ValueError: if the step is not positive and finite, or a tensor of integers or with NaN.
 
     Example:
         >>> import torch
@@ -37,8 +38,8 @@ class GradientDescent(AbstractOptimizer):
 
     def __init__(self, step: float | Tensor | None = None) -> None:
         demand_type("GradientDescent", "step", step, float | Tensor | None)
-        if step is not None and not isinstance(step, Tensor) and not step > 0:
-            raise ValueError(f"`GradientDescent(step=...)` must be positive. Got {step}.")
+        if step is not None:
+            demand_step("GradientDescent", step)
         object.__setattr__(self, "step_size", step)
 
     def __repr__(self) -> str:

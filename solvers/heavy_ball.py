@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.ranges import demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
 
@@ -32,7 +33,8 @@ class HeavyBall(AbstractOptimizer):
         momentum: how much of the last move is repeated, in [0, 1).
 
     Raises:
-        ValueError: if the step is not positive or the momentum is outside [0, 1).
+        ValueError: if the step is not positive and finite, or a tensor of integers or with NaN, or the momentum is
+            outside [0, 1).
 
     Example:
         >>> ball, y = HeavyBall(0.5, momentum=0.5), torch.tensor([1.0])
@@ -47,8 +49,8 @@ class HeavyBall(AbstractOptimizer):
     def __init__(self, step: float | Tensor | None = None, momentum: float = 0.9) -> None:
         demand_type("HeavyBall", "step", step, float | Tensor | None)
         demand_type("HeavyBall", "momentum", momentum, float)
-        if step is not None and not isinstance(step, Tensor) and not step > 0:
-            raise ValueError(f"`HeavyBall(step=...)` must be positive. Got {step}.")
+        if step is not None:
+            demand_step("HeavyBall", step)
         if not 0 <= momentum < 1:
             raise ValueError(f"`HeavyBall(momentum=...)` must be in [0, 1). Got {momentum}.")
         object.__setattr__(self, "step_size", step)

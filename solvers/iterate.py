@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
+from bilevel._numerics.rows import norms_beside, safe_row_norms
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
@@ -65,10 +67,7 @@ class Iterate(AbstractUnrollable):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.max_steps < 0:
-            raise ValueError(f"`Iterate(max_steps=...)` must be at least 0. Got {self.max_steps}.")
-        if self.tol is not None and self.tol < 0:
-            raise ValueError(f"`Iterate(tol=...)` must be at least 0, or None. Got {self.tol}.")
+        demand_ranges(self, {"tol": "Pass None to take all the steps."}, max_steps=AT_LEAST_0, tol=AT_LEAST_0)
         if not 0 <= self.min_steps <= self.max_steps:
             raise ValueError(
                 f"`Iterate(min_steps=...)` must be between 0 and max_steps={self.max_steps}. Got {self.min_steps}."
@@ -103,7 +102,7 @@ class Iterate(AbstractUnrollable):
         held = torch.tensor(failed, device=y0.device).reshape(again.residual.shape)
         y = torch.where(held.unsqueeze(-1), again.value, found.value)
         ends = zip(failed, again.statuses, found.statuses, strict=True)
-        residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
+        residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, tuple(a if new else b for new, a, b in ends), residual, max(found.steps, again.steps))
 
     def _run(self, objective: Objective, y0: Tensor, gives_up: bool = False) -> tuple[Solved, list[Tensor]]:
@@ -111,6 +110,7 @@ class Iterate(AbstractUnrollable):
         # The steps are those of `advance`, not called through it nor through the walk of `ITD`: an optimizer of any
         # state, such as `TorchOptim`, can be run though it cannot be unrolled.
         optimizer, tol, norms = self.optimizer, self.tol or 0.0, list[Tensor]()
+        size = norms_beside(y0.dtype, tol)
         y = y0.detach().clone()
         state = optimizer.init(y)
         first: tuple[Tensor, Tensor] | None = None  # |grad g| and g at y0
@@ -121,7 +121,7 @@ class Iterate(AbstractUnrollable):
                 break
             value, gradient = objective.value_and_gradient(y)
             if tol or first is None:
-                norm = torch.linalg.vector_norm(gradient, dim=-1)
+                norm = size(gradient)
                 first = (norm, value) if first is None else first
                 if tol:
                     norms.append(norm)
@@ -131,8 +131,12 @@ class Iterate(AbstractUnrollable):
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
-        residual = torch.linalg.vector_norm(objective.last_gradient(y), dim=-1)
+        residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms
+
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol or None
 
     def with_tolerance(self, tol: float) -> Iterate:
         return replace(self, tol=tol)
@@ -202,7 +206,7 @@ class Iterate(AbstractUnrollable):
 def _at(objective: Objective, y0: Tensor) -> Tensor:
     """The largest curvature at y0; 1, which is neutral, where g is flat or concave along every direction tried."""
     largest = objective.largest_curvature(y0)
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(largest > 0, largest, 1.0).clamp_min(torch.finfo(largest.dtype).tiny)
 
 
 def _statuses(

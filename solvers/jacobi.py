@@ -76,7 +76,7 @@ class Jacobi(AbstractPreconditioner):
         generator = torch.Generator().manual_seed(self.seed)
         mean = squares = torch.zeros_like(like)
         for k in range(self.samples):
-            signs = torch.randint(0, 2, like.shape[-1:], generator=generator).mul(2).sub(1).to(like)
+            signs = torch.randint(0, 2, like.shape[-1:], generator=generator, device="cpu").mul(2).sub(1).to(like)
             z = signs.expand_as(like).contiguous()
             sample = z * operator.mv(z)
             deviation = sample - mean

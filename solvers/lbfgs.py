@@ -10,13 +10,14 @@ from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._numerics.quasi_newton import Pairs
+from bilevel._numerics.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel._numerics.rows import chosen_rows, row_dots
 from bilevel._numerics.wolfe import Search, strong_wolfe
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
-from bilevel.solvers.armijo import NOISE, end, final_statuses
+from bilevel.solvers.armijo import NOISE, end, final_statuses, rescaled
 
 
 @final
@@ -58,9 +59,7 @@ class LBFGS(AbstractInnerSolver):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        for name, least in (("tol", 0), ("max_steps", 0), ("memory", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"`LBFGS({name}=...)` must be at least {least}. Got {getattr(self, name)}.")
+        demand_ranges(self, tol=AT_LEAST_0, max_steps=AT_LEAST_0, memory=AT_LEAST_1)
 
     @property
     def forgets_start(self) -> bool:
@@ -75,6 +74,9 @@ class LBFGS(AbstractInnerSolver):
             return values.reshape(-1), gradients.reshape(y.shape)
 
         values, g = evaluate(y)
+        again = rescaled(lambda multiple, tol: replace(self, tol=tol).solve(multiple, y0), objective, g, self.tol)
+        if again is not None:
+            return again
         memory = Pairs(self.memory, y)
         rows = [_Row(value, norm, eps) for value, norm in _numbers(values, torch.linalg.vector_norm(g, dim=-1))]
         for row in rows:
@@ -100,6 +102,10 @@ class LBFGS(AbstractInnerSolver):
         norms = torch.linalg.vector_norm(g, dim=-1).reshape(lead)
         statuses = final_statuses([row.status for row in rows], self.tol)
         return Solved(y.reshape(y0.shape), statuses, norms, max((row.steps for row in rows), default=0))
+
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol or None
 
     def with_tolerance(self, tol: float) -> LBFGS:
         return replace(self, tol=tol)

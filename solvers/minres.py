@@ -15,6 +15,7 @@ from bilevel._numerics.krylov import (
     NONFINITE,
     OUT_OF_STEPS,
     check_tolerances,
+    relative,
     solve_by_runs,
 )
 from bilevel._numerics.rows import divided_rows, row_dots, safe_row_norms
@@ -77,7 +78,7 @@ class MINRES(AbstractLinearSolver):
         return solve_by_runs(_run, operator, b, guess, rtol=self.rtol, max_steps=self.max_steps)
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> MINRES:
-        return replace(self, rtol=tol / size if size > 0 else 0.0)
+        return replace(self, rtol=relative(tol, size))
 
     def relative_error(self, constants: Constants, damping: float) -> float:
         if self.max_steps is not None:
@@ -109,7 +110,7 @@ def _run(
         alpha = row_dots(q, Aq)
         next_q = Aq - alpha.unsqueeze(-1) * q - beta.unsqueeze(-1) * q_old
         next_beta = safe_row_norms(next_q)
-        norm_A = torch.maximum(norm_A, (alpha.square() + beta.square() + next_beta.square()).sqrt())
+        norm_A = torch.maximum(norm_A, torch.hypot(torch.hypot(alpha, beta), next_beta))
         # An exhausted Krylov space leaves rounding errors: the residual is then exactly what the rotation leaves.
         next_beta = torch.where(next_beta <= rounding * norm_A, zero, next_beta)
 

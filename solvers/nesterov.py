@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.ranges import demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
 
@@ -33,7 +34,8 @@ class Nesterov(AbstractOptimizer):
         momentum: b_k in [0, 1) for all k; None is (k - 1) / (k + 2).
 
     Raises:
-        ValueError: if the step is not positive or the momentum is outside [0, 1).
+        ValueError: if the step is not positive and finite, or a tensor of integers or with NaN, or the momentum is
+            outside [0, 1).
 
     Example:
         >>> nesterov, z = Nesterov(0.5, momentum=0.5), torch.tensor([1.0])
@@ -47,8 +49,8 @@ class Nesterov(AbstractOptimizer):
     def __init__(self, step: float | Tensor | None = None, momentum: float | None = None) -> None:
         demand_type("Nesterov", "step", step, float | Tensor | None)
         demand_type("Nesterov", "momentum", momentum, float | None)
-        if step is not None and not isinstance(step, Tensor) and not step > 0:
-            raise ValueError(f"`Nesterov(step=...)` must be positive. Got {step}.")
+        if step is not None:
+            demand_step("Nesterov", step)
         if momentum is not None and not 0 <= momentum < 1:
             raise ValueError(f"`Nesterov(momentum=...)` must be in [0, 1), or None. Got {momentum}.")
         object.__setattr__(self, "step_size", step)

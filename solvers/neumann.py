@@ -19,6 +19,8 @@ from bilevel._linear import (
     demand,
     unknown_error,
 )
+from bilevel._numerics.krylov import relative
+from bilevel._numerics.ranges import AT_LEAST_1, BELOW_1, POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.side_by_side import systems_of
 from bilevel._numerics.spectrum import largest_eigenvalue
@@ -69,14 +71,8 @@ class Neumann(AbstractLinearSolver):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.step is not None and not 0 < self.step < math.inf:
-            raise ValueError(
-                f"`Neumann(step=...)` must be positive and finite. Got {self.step}. Pass None to have it estimated."
-            )
-        if self.terms < 1:
-            raise ValueError(f"`Neumann(terms=...)` must be at least 1. Got {self.terms}.")
-        if not self.rtol >= 0:
-            raise ValueError(f"`Neumann(rtol=...)` must be at least 0. Got {self.rtol}. Pass 0 to take all the terms.")
+        hints = {"step": "Pass None to have it estimated.", "rtol": "Pass 0 to take all the terms."}
+        demand_ranges(self, hints, step=POSITIVE, terms=AT_LEAST_1, rtol=BELOW_1)
 
     @property
     def demands(self) -> OperatorProperties:
@@ -121,7 +117,7 @@ class Neumann(AbstractLinearSolver):
         return Solved(v, tuple(statuses), residual, steps)
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> Neumann:
-        return replace(self, rtol=tol / size if size > 0 else 0.0)
+        return replace(self, rtol=relative(tol, size))
 
     def relative_error(self, constants: Constants, damping: float) -> float:
         if self.step is None:

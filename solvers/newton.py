@@ -10,12 +10,13 @@ from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._linear import AbstractLinearSolver, LinearOperator
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
-from bilevel.solvers.armijo import Along, Armijo, Idleness, ends, final_statuses, stops
+from bilevel.solvers.armijo import Along, Armijo, Idleness, ends, final_statuses, rescaled, stops
 from bilevel.solvers.cg import solve_rows
 
 
@@ -59,9 +60,7 @@ class Newton(AbstractInnerSolver):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        for name in ("tol", "max_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`Newton({name}=...)` must be at least 0. Got {getattr(self, name)}.")
+        demand_ranges(self, tol=AT_LEAST_0, max_steps=AT_LEAST_0)
 
     @property
     def forgets_start(self) -> bool:
@@ -74,6 +73,12 @@ class Newton(AbstractInnerSolver):
         progress: Idleness | None = None
         while True:
             value, gradient, hessian = objective.hessian(y)
+            if progress is None:
+                again = rescaled(
+                    lambda multiple, tol: replace(self, tol=tol).solve(multiple, y0), objective, gradient, self.tol
+                )
+                if again is not None:
+                    return again
             norm = torch.linalg.vector_norm(gradient, dim=-1)
             progress = Idleness(value) if progress is None else progress
             progress.see(value, norm)
@@ -96,6 +101,10 @@ class Newton(AbstractInnerSolver):
             if not found.any():
                 break
         return Solved(y, final_statuses(status, self.tol), norm, steps)
+
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol or None
 
     def with_tolerance(self, tol: float) -> Newton:
         return replace(self, tol=tol)

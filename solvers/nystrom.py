@@ -20,6 +20,7 @@ from bilevel._linear import (
     demand,
 )
 from bilevel._numerics.half import widened
+from bilevel._numerics.ranges import AT_LEAST_0, POSITIVE, demand_ranges
 from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
@@ -65,10 +66,7 @@ class Nystrom(AbstractLinearSolver):
     def __post_init__(self) -> None:
         demand_types(self)
         _check_rank("Nystrom", self.rank)
-        if self.damping is not None and not 0 < self.damping < math.inf:
-            raise ValueError(
-                f"`Nystrom(damping=...)` must be positive and finite. Got {self.damping}. Pass None to derive it."
-            )
+        demand_ranges(self, {"damping": "Pass None to derive it."}, damping=POSITIVE)
 
     @property
     def demands(self) -> OperatorProperties:
@@ -88,7 +86,9 @@ class Nystrom(AbstractLinearSolver):
             residual = safe_row_norms(operator.residual(b, v))
             return Solved(v, (Status.successful,) * zero.numel(), residual, 0)
         n, k = operator.size, min(self.rank, operator.size)
-        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:k].to(b.device)
+        drawn = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu")[:k].to(
+            b.device
+        )
         columns = torch.zeros(n, k, dtype=b.dtype, device=b.device)
         columns[drawn, torch.arange(k, device=b.device)] = 1.0
         C = _products(operator, columns, b)  # (*batch, n, k)
@@ -139,11 +139,14 @@ class Nystrom(AbstractLinearSolver):
         smallest = theta.gather(-1, (rank - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
         rho = math.sqrt(torch.finfo(like.dtype).eps) * smallest
         if theta.shape[-1] < operator.size:
-            signs = torch.randint(0, 2, like.shape[-1:], generator=torch.Generator().manual_seed(self.seed + 1))
+            signs = torch.randint(
+                0, 2, like.shape[-1:], generator=torch.Generator().manual_seed(self.seed + 1), device="cpu"
+            )
             z = (2 * signs - 1).to(like).expand_as(like).contiguous()
             approximated: Tensor = U @ (theta.unsqueeze(-1) * (U.mT @ widened(z).unsqueeze(-1)))
             left_out = widened(operator.mv(z)) - approximated.squeeze(-1)
-            weighted = row_dots(left_out, left_out) / row_dots(widened(z), left_out)
+            size = safe_row_norms(left_out)
+            weighted = size * (size / row_dots(widened(z), left_out))
             rho = torch.where(weighted > rho, weighted, rho)
         return torch.where(rho > 0, rho, torch.ones_like(rho))
 
@@ -184,16 +187,15 @@ class NystromPreconditioner(AbstractPreconditioner):
     def __post_init__(self) -> None:
         demand_types(self)
         _check_rank("NystromPreconditioner", self.rank)
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"`NystromPreconditioner(damping=...)` must be at least 0 and finite. Got {self.damping}.")
+        demand_ranges(self, damping=AT_LEAST_0)
 
     def build(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
         n, k, eps = operator.size, min(self.rank, operator.size), torch.finfo(like.dtype).eps
         generator = torch.Generator().manual_seed(self.seed)
-        sketch = torch.randn(n, k, generator=generator, dtype=torch.float64).to(like)
+        sketch = torch.randn(n, k, generator=generator, dtype=torch.float64, device="cpu").to(like)
         sketch = torch.linalg.qr(widened(sketch)).Q.to(like.dtype)
         Y, sketch = widened(_products(operator, sketch, like)), widened(sketch)
-        shift = eps * math.sqrt(n) * torch.linalg.matrix_norm(Y)[..., None, None]
+        shift = eps * math.sqrt(n) * safe_row_norms(Y.flatten(-2))[..., None, None]
         Y = Y + shift * sketch
         G = sketch.mT @ Y
         eigenvalues, W = torch.linalg.eigh(0.5 * (G + G.mT))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, OwnStep, State
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
@@ -46,8 +48,7 @@ class OwnSteps(AbstractUnrollable):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.steps is not None and self.steps < 0:
-            raise ValueError(f"`OwnSteps(steps=...)` must be at least 0, or None. Got {self.steps}.")
+        demand_ranges(self, steps=AT_LEAST_0)
 
     @property
     def heeds(self) -> frozenset[Feature]:
@@ -81,7 +82,7 @@ class OwnSteps(AbstractUnrollable):
                 gradient = objective.gradient(y) if tuned.needs_gradient else None
                 y, before = tuned.advance(objective, gradient, (y,), k)[0].detach(), y
         objective.tally.inner_steps += tuned.max_steps * y.shape[:-1].numel()
-        moved = torch.linalg.vector_norm(y - before, dim=-1)
+        moved = safe_row_norms(y - before)
         residual = torch.where(y.isfinite().all(-1), moved, math.nan)
         return Solved(y, judged_rows(residual, math.inf), residual, tuned.max_steps)
 

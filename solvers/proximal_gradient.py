@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State
+from bilevel._numerics.ranges import AT_LEAST_0, POSITIVE, demand_ranges
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types
 from bilevel.requirements.properties import Feature
@@ -55,14 +57,11 @@ class ProximalGradient(AbstractUnrollable):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.step is not None and not 0 < self.step < math.inf:
-            raise ValueError(f"`ProximalGradient(step=...)` must be positive and finite, or None. Got {self.step}.")
+        demand_ranges(self, {"tol": "Pass None to take all the steps."}, step=POSITIVE, tol=AT_LEAST_0)
         if self.max_steps < 0 or not 0 <= self.min_steps <= self.max_steps:
             raise ValueError(
                 f"`ProximalGradient` needs 0 <= min_steps <= max_steps. Got {self.min_steps} and {self.max_steps}."
             )
-        if self.tol is not None and not self.tol >= 0:
-            raise ValueError(f"`ProximalGradient(tol=...)` must be at least 0, or None. Got {self.tol}.")
 
     @property
     def heeds(self) -> frozenset[Feature]:
@@ -123,7 +122,7 @@ class ProximalGradient(AbstractUnrollable):
             while True:
                 gradient = objective.gradient(y)
                 (moved,) = self.advance(objective, gradient, (y,), steps)
-                residual = torch.linalg.vector_norm(moved - y, dim=-1) / self.step
+                residual = safe_row_norms(moved - y) / self.step
                 norms.append(residual)
                 moving = ((residual > tol) | (steps < self.min_steps)) & residual.isfinite()
                 if steps == self.max_steps or not moving.any():

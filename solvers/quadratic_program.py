@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import solve_program, violation
+from bilevel._numerics.ranges import AT_LEAST_0, AT_LEAST_1, BELOW_1, demand_ranges
 from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
@@ -72,12 +73,8 @@ class QuadraticProgram(AbstractInnerSolver):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        for name in ("tol", "max_steps"):
-            number = getattr(self, name)
-            if number is not None and not number >= 0:
-                raise ValueError(f"`QuadraticProgram({name}=...)` must be at least 0. Got {number}.")
-        if not self.max_models >= 1:
-            raise ValueError(f"`QuadraticProgram(max_models=...)` must be at least 1. Got {self.max_models}.")
+        # The violation that it is compared with is relative.
+        demand_ranges(self, tol=BELOW_1, max_steps=AT_LEAST_0, max_models=AT_LEAST_1)
 
     @property
     def heeds(self) -> frozenset[Feature]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, SaddleBlocks
 from bilevel._numerics.half import widened
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.saddle_point import SaddlePoint, alone
 from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
@@ -66,7 +67,7 @@ class SaddleCholesky(AbstractLinearSolver):
         u, s = (part.to(b.dtype) for part in system.solve(widened(b[..., :q]), widened(b[..., q:])))
         u = torch.where(alone(blocks.A, blocks.free).any(-2), b[..., :q] * 0, u)  # A u = 0: exactly 0 where it is alone
         v = torch.cat([u, s], dim=-1) if s.shape[-1] else u
-        residual = torch.linalg.vector_norm(operator.residual(b, v)[..., :q], dim=-1)
+        residual = safe_row_norms(operator.residual(b, v)[..., :q])
         return Solved(v, first_statuses((~system.definite, Status.not_positive_definite)), residual, 1)
 
     def relative_error(self, constants: Constants, damping: float) -> float:

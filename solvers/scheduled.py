@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._validate import demand_types
 
 
 @final
@@ -105,6 +106,7 @@ class Cosine:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.steps < 1 or self.warmup < 0:
             raise ValueError(f"`Cosine` needs steps >= 1 and warmup >= 0. Got {self.steps} and {self.warmup}.")
         if not 0 <= self.floor <= 1:
@@ -141,7 +143,7 @@ class StepDecay:
 
     def __post_init__(self) -> None:
         each = (self.milestones,) if isinstance(self.milestones, int) else self.milestones
-        if not all(milestone >= 1 for milestone in each) or not self.factor >= 0:
+        if not all(milestone >= 1 for milestone in each) or not 0 <= self.factor < math.inf:
             raise ValueError(
                 f"`StepDecay` needs milestones >= 1 and a factor >= 0. Got {self.milestones} and {self.factor}."
             )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, Status, judged_rows
 from bilevel._validate import demand_types
 from bilevel.bounds.iterations import stationary
@@ -67,12 +69,12 @@ class Scipy(AbstractInnerSolver):
         demand_method("Scipy", self.method)
         if self.bounds is not None and self.method not in BOUNDED:
             raise ValueError(f"`Scipy(bounds=...)` needs one of {', '.join(BOUNDED)}. Got method={self.method!r}.")
-        for name in ("tol", "max_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`Scipy({name}=...)` must be at least 0. Got {getattr(self, name)}.")
+        demand_ranges(self, tol=AT_LEAST_0, max_steps=AT_LEAST_0)
         if self.bounds is not None and None not in self.bounds:
-            lower, upper = (torch.as_tensor(bound) for bound in self.bounds)
-            if bool((lower > upper).any()):
+            lower, upper = self.bounds
+            assert lower is not None and upper is not None
+            crossed: bool | Tensor = lower > upper
+            if bool(crossed.any()) if isinstance(crossed, Tensor) else crossed:
                 raise ValueError("`Scipy(bounds=(lower, upper))` must have lower <= upper everywhere.")
 
     @property
@@ -85,14 +87,18 @@ class Scipy(AbstractInnerSolver):
         if self.max_steps > 0:
             y, steps, spent = self._minimize(objective, y, lower, upper)
         gradient = objective.last_gradient(y)
-        residual = torch.linalg.vector_norm(y - (y - gradient).clamp(lower, upper), dim=-1)
+        residual = safe_row_norms(y - (y - gradient).clamp(lower, upper))
         if self.bounds is None:
-            residual = torch.linalg.vector_norm(gradient, dim=-1)
+            residual = safe_row_norms(gradient)
         objective.tally.inner_steps += steps * residual.numel()
         late = Status.stagnated if not spent else Status.max_steps
         statuses = judged_rows(residual, self.tol or math.inf, late)  # 0: as many steps as there may be
         held = ((y <= lower) & (gradient > 0)) | ((y >= upper) & (gradient < 0))
         return Solved(y, statuses, residual, steps, at_bounds=int(held.sum()))
+
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol or None
 
     def with_tolerance(self, tol: float) -> Scipy:
         return replace(self, tol=tol)
@@ -131,7 +137,7 @@ class Scipy(AbstractInnerSolver):
     def _limits(self, y: Tensor) -> tuple[Tensor, Tensor]:
         limits = []
         for bound, default in zip(self.bounds or (None, None), (-torch.inf, torch.inf), strict=True):
-            limit = torch.as_tensor(default if bound is None else bound).to(y)
+            limit = torch.as_tensor(default if bound is None else bound, dtype=y.dtype, device=y.device)
             if limit.dim() and limit.shape != y.shape[-1:]:
                 raise ValueError(
                     f"`Scipy(bounds=...)` must be numbers or flat tensors of {y.shape[-1]} entries, as y has."

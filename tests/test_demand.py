@@ -149,7 +149,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
     """And a tensor is a step, but not a count."""
     solver = LBFGS(tol=float(np.float64(1e-8)), max_steps=LOOSE(np.int64(5)))
     assert Iterate(GradientDescent(torch.tensor(0.1)), LOOSE(np.int64(3)), tol=LOOSE(np.float32(0.5))).max_steps == 3
-    assert CG(rtol=1).rtol == 1
+    assert CG(atol=1).atol == 1
     assert Penalty(solver, weight=10).weight == 10
     with pytest.raises(TypeError, match=r"max_steps=...\)` must be an integer. Got Tensor"):
         Iterate(GradientDescent(0.1), LOOSE(torch.tensor(3)))

@@ -98,7 +98,7 @@ def _primitives() -> tuple[Callable[..., Any], ...] | None:
     functorch = getattr(torch._C, "_functorch", None)
     if not all(hasattr(functorch, name) for name in _PRIMITIVES):
         return None
-    torch.vmap(torch.sin)(torch.ones(1))  # loads the rules that some operations need
+    torch.vmap(torch.sin)(torch.ones(1, device="cpu"))  # loads the rules that some operations need
     return tuple(getattr(functorch, name) for name in _PRIMITIVES)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._linear import LinearOperator
 from bilevel._numerics.krylov import BREAKDOWN, CONVERGED, CURVATURE, NONFINITE, OUT_OF_STEPS
+from bilevel._numerics.rows import row_moduli
 from bilevel._numerics.side_by_side import systems_of
 
 Precondition: TypeAlias = Callable[[Tensor], Tensor] | None
@@ -52,6 +53,8 @@ def conjugate_gradients(
     at, eps, given = systems_of(r), torch.finfo(r.dtype).eps, r
     target, largest = at.numbers(stop), at.numbers(largest_seen)
     d = best = torch.zeros_like(r)
+    if precondition is not None:
+        precondition = _of_order_one(precondition, r)
     z = r if precondition is None else precondition(r)
     p, rr, steps = z.clone(), at.dot(r, r), 0
     rz, pp = (rr, rr) if precondition is None else (at.dot(r, z), at.dot(p, p))
@@ -93,3 +96,14 @@ def conjugate_gradients(
         ends = at.either(test, why, ends)
     ends = at.either((rr < math.inf) & (abs(rz) < math.inf), ends, NONFINITE)
     return d, at.listed(ends), steps, torch.zeros_like(stop) + largest
+
+
+def _of_order_one(precondition: Callable[[Tensor], Tensor], r: Tensor) -> Callable[[Tensor], Tensor]:
+    """A multiple of M^-1, to which the iteration is blind, that leaves r of order 1, so that no square is lost."""
+    size = row_moduli(precondition(r))
+    info = torch.finfo(r.dtype)
+    lost = ((size < info.tiny**0.25) | (size > info.max**0.25)) & (size > 0) & size.isfinite()
+    if not bool(lost.any()):
+        return precondition
+    factor = torch.where(lost, 1 / torch.where(lost, size, 1.0).clamp(info.tiny, 1 / info.tiny), 1.0)
+    return lambda r: factor * precondition(r)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
+from bilevel._numerics.ranges import AT_LEAST_0, BELOW_1, demand_range
 from bilevel._numerics.rows import row_norm_numbers, row_norms
 from bilevel._result import Solved, Status
 
@@ -36,15 +37,18 @@ def check_tolerances(solver: str, rtol: float, atol: float, max_steps: int | Non
     Raises:
         ValueError: naming the solver's argument.
     """
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not value >= 0:
-            raise ValueError(
-                f"`{solver}({name}=...)` must be at least 0. Got {value}. Pass 0 to take `max_steps` steps."
-            )
-    if max_steps is not None and max_steps < 0:
-        raise ValueError(
-            f"`{solver}(max_steps=...)` must be at least 0. Got {max_steps}. Pass None for ten times the unknowns."
-        )
+    all_steps, default = "Pass 0 to take `max_steps` steps.", "Pass None for ten times the unknowns."
+    demand_range(solver, "rtol", rtol, BELOW_1, all_steps)
+    demand_range(solver, "atol", atol, AT_LEAST_0, all_steps)
+    demand_range(solver, "max_steps", max_steps, AT_LEAST_0, default)
+
+
+def relative(tol: float, size: float) -> float:
+    """The relative tolerance that an absolute one is for a right-hand side of norm `size`; at most 1/2.
+
+    Zero meets an absolute tolerance of that norm or more; a solver that knows relative ones only goes on to one digit.
+    """
+    return min(tol / size, 0.5) if size > 0 else 0.0
 
 
 def solve_by_runs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -95,7 +96,19 @@ class Recycled(AbstractPreconditioner):
         def mv(v: Tensor) -> Tensor:
             w = operator.mv(v)
             s = v.reshape(-1, v.shape[-1]).clone()  # solvers write over their directions
-            self.pairs.push(s, w.reshape(s.shape), row_dots(s, w.reshape(s.shape)).tolist())
+            s, image = self._of_order_one(s, w.reshape(s.shape))
+            self.pairs.push(s, image, row_dots(s, image).tolist())
             return w
 
         return LinearOperator(mv, operator.size, operator.positive_definite, operator.symmetric, operator.last_mv)
+
+    @staticmethod
+    def _of_order_one(s: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """A multiple of the pair, which says the same, whose squares are not lost."""
+        sizes = float(s.abs().amax()), float(w.abs().amax())
+        low, high = torch.finfo(s.dtype).tiny ** 0.25, torch.finfo(s.dtype).max ** 0.25
+        if all(low < size < high for size in sizes) or not all(0 < size < math.inf for size in sizes):
+            return s, w
+        exponent = -(math.frexp(sizes[0])[1] + math.frexp(sizes[1])[1]) // 2
+        factor = math.ldexp(1.0, exponent)
+        return factor * s, factor * w

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -45,6 +45,19 @@ def row_norm_numbers(a: Tensor) -> list[float]:
     norms: list[float] = [found.item()] if a.dim() == 1 else found.reshape(-1).tolist()
     low, high = _safe_range(a.dtype)
     return norms if all(low < norm < high for norm in norms) else safe_row_norms(a).reshape(-1).tolist()
+
+
+def norms_beside(dtype: torch.dtype, *sizes: float) -> Callable[[Tensor], Tensor]:
+    """What to take norms by that are compared with these: :func:`row_norms`, or the safe one where squares may be lost.
+
+    Squares that under- or overflow change no norm that is near a size whose own square does neither.
+
+    Args:
+        dtype: of the rows.
+        sizes: such as a tolerance; 0 is none.
+    """
+    low, high = _safe_range(dtype)
+    return row_norms if all(low < size < high for size in sizes if size) and any(sizes) else safe_row_norms
 
 
 @cache

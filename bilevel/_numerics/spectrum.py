@@ -47,12 +47,12 @@ def largest_eigenvalue(
     wanted = 0.5 * (1 + math.log(1.648 * math.sqrt(n) / failure) / math.sqrt(overshoot))
     steps = min(n, math.ceil(wanted))
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    start = torch.randn(n, generator=generator, dtype=torch.float64)
+    start = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
     # The same start for all rows: what is found for a system does not depend on its neighbours.
     basis = [(start / torch.linalg.vector_norm(start)).to(like).expand_as(like).contiguous()]
-    tridiagonal = torch.zeros(*like.shape[:-1], steps, steps, dtype=torch.float64)
+    tridiagonal = torch.zeros(*like.shape[:-1], steps, steps, dtype=torch.float64, device="cpu")
     first, alive = (
-        torch.zeros(like.shape[:-1]).to(like),
+        like.new_zeros(like.shape[:-1]),
         torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device),
     )
     for k in range(steps):
@@ -67,7 +67,7 @@ def largest_eigenvalue(
                 w = w - row_dots(w, q).unsqueeze(-1) * q
         beta = safe_row_norms(w)
         # An exhausted Krylov space leaves w at rounding level: the row is decoupled by a zero, not divided by.
-        alive = alive & (beta > 10 * eps * torch.linalg.matrix_norm(tridiagonal).to(beta))
+        alive = alive & (beta > 10 * eps * tridiagonal.abs().amax((-2, -1)).to(beta))
         beta = torch.where(alive, beta, torch.zeros_like(beta))
         tridiagonal[..., k, k + 1] = tridiagonal[..., k + 1, k] = beta.double().cpu()
         column = beta.clamp_min(tiny).unsqueeze(-1)

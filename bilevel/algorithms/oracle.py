@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, final
 from torch import Tensor
 
 from bilevel._flat import FlatProblem
-from bilevel._numerics.rows import row_norms
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
 
 Role: TypeAlias = Literal["f", "g"]
@@ -144,8 +144,8 @@ class Oracle:
     def residual(self, x: Tensor, direction: Tensor) -> Tensor:
         """|d|, or with a constraint on x |x - P(x - d)|: zero at a stationary point, for d = grad Phi."""
         if self.projection is None:
-            return row_norms(direction)
-        return row_norms(x - self.projection(x - direction))
+            return safe_row_norms(direction)
+        return safe_row_norms(x - self.projection(x - direction))
 
     def _with(self, data: Any) -> FlatProblem:
         return FlatProblem(self.like.problem, self.like.x, self.like.y, data, self.like.tally, given=self.like.given)

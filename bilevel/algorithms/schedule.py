@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -31,7 +32,7 @@ class Power:
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if not (self.exponent >= 0 and self.after > 0):
+        if not (0 <= self.exponent < math.inf and self.after > 0):
             raise ValueError(
                 "`Power(exponent=..., after=...)` must be at least 0, and positive."
                 f" Got {self.exponent} and {self.after}."

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._estimate import FlatEstimate
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Report, Status
 from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
@@ -77,10 +79,7 @@ class SOBA(AbstractAlgorithm[SOBAState]):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        for name in ("inner_step", "outer_step", "linear_step"):
-            step = getattr(self, name)
-            if step is not None and not step > 0:
-                raise ValueError(f"`SOBA({name}=...)` must be positive. Got {step}.")
+        demand_ranges(self, inner_step=POSITIVE, outer_step=POSITIVE, linear_step=POSITIVE)
 
     @property
     def requires(self) -> frozenset[Property]:
@@ -124,6 +123,6 @@ class SOBA(AbstractAlgorithm[SOBAState]):
 
 def _report(part: str, direction: Tensor) -> Report:
     """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
-    residual = float(torch.linalg.vector_norm(direction))
+    residual = float(safe_row_norms(direction))
     finite = residual == residual and residual != float("inf")
     return Report(part, Status.successful if finite else Status.nonfinite, residual, 0)

@@ -167,7 +167,7 @@ def _refine(
     y = y - step
     at = Exact().linearize(problem, x, y)
     v = linear.solve(at.operator, outer_gradients(problem, x, y)[2], v).value
-    reach = float(torch.linalg.vector_norm(step.double(), dim=-1).max())
+    reach = float(safe_row_norms(step.double()).max())
     if not math.isfinite(reach):
         return torch.full_like(x, math.nan), math.inf
     local = moved(known, reach)

@@ -37,8 +37,8 @@ def with_cross(
     """The constants with C_G; some 14 products with G and as many with G', where it was not given."""
     if constants.C_G is not None:
         return constants, ()
-    squared, like = cross_operator(problem, x, y)
-    c_g = math.sqrt(max(_bound(largest_eigenvalue(squared, like, failure=FAILURE)), 0.0)) * _margin(y)
+    squared, like, unit = cross_operator(problem, x, y)
+    c_g = unit * math.sqrt(max(_bound(largest_eigenvalue(squared, like, failure=FAILURE)), 0.0)) * _margin(y)
     note = Assumption("C_G", c_g, f"|G| at y, by Lanczos' method with confidence {1 - FAILURE:g}")
     local, confidence = _measured(constants, "C_G")
     return replace(constants, C_G=c_g, local=local, confidence=confidence), (note,)

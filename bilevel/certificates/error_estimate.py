@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import safe_row_norms
 from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.double_precision import in_double
 from bilevel.requirements.properties import DoesNotApply
@@ -50,4 +51,4 @@ def _second_level(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor | None, 
     if not (step.status.ok and system.status.ok):
         return math.nan
     better = fx if cross is None else fx - cross
-    return float(torch.linalg.vector_norm(z.double() - better.double()))
+    return float(safe_row_norms(z.double() - better.double()))

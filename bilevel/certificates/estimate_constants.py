@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._calculus import Exact, cross_operator, grad
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Tree, demand_alike, ravel
@@ -120,9 +121,16 @@ def estimated(
         NonfiniteError: if a product is not finite.
     """
     hessian = Exact().linearize(flat, at_x, at_y).operator
-    L = max(_finite(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed)), 0.0)
-    cross, like = cross_operator(flat, at_x, at_y)
-    C_G = _root(largest_eigenvalue(cross, like, failure=failure, seed=seed))
+    L = _finite(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed))
+    info = torch.finfo(at_y.dtype)
+    if L != 0 and not info.tiny**0.5 / info.eps < abs(L) < info.max**0.5:
+        raise ValueError(
+            f"constants can be estimated where the squares of curvatures are numbers of {at_y.dtype}. Got a curvature"
+            f" of g of {L:.1e}. Give the constants, or multiply f and g by a number that makes it about 1."
+        )
+    L = max(L, 0.0)
+    cross, like, unit = cross_operator(flat, at_x, at_y)
+    C_G = unit * _root(largest_eigenvalue(cross, like, failure=failure, seed=seed))
     local, bounds = {"L", "C_G"}, 2
     if mu is None:
         local.add("mu")
@@ -132,7 +140,7 @@ def estimated(
             mu, bounds = _shifted(hessian, at_y, L, failure, seed, shift_steps), 3
         mu = mu if mu > 0 else None
     fyy, fxy = _outer_operators(flat, at_x, at_y)
-    distance = 0.01 * (1 + float(torch.linalg.vector_norm(at_y))) if radius is None else radius
+    distance = 0.01 * (1 + float(safe_row_norms(at_y))) if radius is None else radius
     M_yy, M_xy = _sampled(flat, at_x, at_y, distance, samples, seed)
     return Constants(
         mu=mu,
@@ -207,8 +215,8 @@ def _sampled(
     here = Exact().linearize(problem, x, y)
     most_h = most_g = 0.0
     for _ in range(samples):
-        d = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-        d = distance * d / torch.linalg.vector_norm(d)
+        d = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y)
+        d = distance * d / safe_row_norms(d)
         there = Exact().linearize(problem, x, y + d)
 
         def change(v: Tensor, there: Any = there) -> tuple[Tensor, Tensor]:
@@ -222,8 +230,8 @@ def _sampled(
 
         most_h = max(most_h, _root(largest_eigenvalue(LinearOperator(squared, y.numel()), y)))
         for _ in range(samples):  # |G(y + d) - G(y)| from below, by products with random vectors and with d
-            v = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+            v = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y)
             for w in (v, d):
-                moved = float(torch.linalg.vector_norm(change(w)[1]) / torch.linalg.vector_norm(w))
+                moved = float(safe_row_norms(change(w)[1]) / safe_row_norms(w))
                 most_g = max(most_g, _finite(moved))
     return _SAFETY * most_h / distance, _SAFETY * most_g / distance

@@ -45,10 +45,10 @@ def measure(
 
 def _single_inside(problem: FlatProblem, x: Tensor, y: Tensor) -> bool:
     """Whether f or g computes in float32: its values fit into it at a point at which those of float64 do not."""
-    x, y = (t + 1e-3 * torch.sin(1.0 + torch.arange(t.numel()).to(t)).reshape(t.shape) for t in (x, y))
+    x, y = (t + 1e-3 * torch.sin(1.0 + torch.arange(t.numel(), device="cpu").to(t)).reshape(t.shape) for t in (x, y))
     at = Exact().linearize(problem, x, y)
     value, fx, fy = outer_gradients(problem, x, y)
-    products = at.products(torch.cos(1.0 + torch.arange(y.numel()).to(y)).reshape(y.shape))
+    products = at.products(torch.cos(1.0 + torch.arange(y.numel(), device="cpu").to(y)).reshape(y.shape))
     return _single(at.gradient, products[0]) or _single(value, fx, fy)
 
 

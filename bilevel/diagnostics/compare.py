@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Stats, Status, Tally
 from bilevel._tree import Tree, demand_alike, ravel
@@ -72,6 +72,7 @@ def compare(
         BilevelError: if not even the reference could be computed, or Phi has a kink at x.
 
     Example:
+        >>> import torch
         >>> curvature = torch.tensor([1.0, 2.0], dtype=torch.float64)
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: curvature @ (y - x).square())
         >>> x = torch.ones(2, dtype=torch.float64)
@@ -154,8 +155,8 @@ class _Comparer:
         if self.memory:
             run = self._run(estimator)
             held = peak_memory(lambda: run(self.problem.with_tally(Tally())), self.x.device)[1]
-        off = float(torch.linalg.vector_norm(found.grad - self.h))
-        norm, size = float(torch.linalg.vector_norm(self.h)), float(torch.linalg.vector_norm(found.grad))
+        off = float(safe_row_norms(found.grad - self.h))
+        norm, size = float(safe_row_norms(self.h)), float(safe_row_norms(found.grad))
         status = Status.worst(report.status for report in found.reports)
         return Row(
             name=name,
@@ -173,7 +174,7 @@ class _Comparer:
         )
 
     def comparison(self, rows: list[Row]) -> Comparison:
-        return Comparison(tuple(rows), float(torch.linalg.vector_norm(self.h)), self.how, self.error)
+        return Comparison(tuple(rows), float(safe_row_norms(self.h)), self.how, self.error)
 
     def _run(self, estimator: AbstractEstimator) -> Callable[[FlatProblem], FlatEstimate]:
         return lambda problem: apply_estimator(estimator, problem, self.x, FlatStart(self.y0))

@@ -62,7 +62,7 @@ def _through_g(subject: Subject, found: Findings) -> bool:
 
 def _crossed(subject: Subject, x: Tensor, y: Tensor) -> bool:
     """Whether d2g/dxdy is not zero."""
-    operator, like = cross_operator(subject.problem, x, y)
+    operator, like, _ = cross_operator(subject.problem, x, y)
     return float(torch.linalg.vector_norm(operator.mv(subject.direction(like)))) > 0
 
 

@@ -95,7 +95,7 @@ class Subject:
 
     def direction(self, like: Tensor) -> Tensor:
         """A random vector of length 1."""
-        d = torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        d = torch.randn(like.shape, generator=self.generator, dtype=torch.float64, device="cpu").to(like)
         unit: Tensor = d / torch.linalg.vector_norm(d)
         return unit
 

@@ -121,7 +121,7 @@ def calibration(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -
         accuracy=float(right.mean()),
         ece=float((gaps * counts[counts > 0]).sum() / len(targets)),
         mce=float(gaps.max()),
-        edges=torch.linspace(0, 1, bins + 1, dtype=torch.float64),
+        edges=torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu"),
         counts=counts,
         accuracies=accuracies,
         confidences=confidences,

@@ -13,6 +13,7 @@ from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._result import report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
@@ -88,10 +89,7 @@ class AID(AbstractImplicit):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if not self.damping >= 0:
-            raise ValueError(f"`AID(damping=...)` must be at least 0. Got {self.damping}.")
-        if self.margin is not None and not self.margin >= 0:
-            raise ValueError(f"`AID(margin=...)` must be at least 0, or None. Got {self.margin}.")
+        demand_ranges(self, damping=AT_LEAST_0, margin=AT_LEAST_0)
         _ = self._certified  # which refuses what it cannot do
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from bilevel._calculus import Exact, demand_beyond_start
@@ -82,6 +81,7 @@ class Certified(AbstractEstimator):
             exact; from `estimate`, where the estimator does not apply, and if a constant that is needed is unknown.
 
     Example:
+        >>> import torch
         >>> from bilevel import AID, BilevelProblem, Constants, hypergradient
         >>> from bilevel.solvers import CG, LBFGS
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
@@ -157,7 +157,7 @@ class Certified(AbstractEstimator):
         solved: Solved | None = None
         system: Solved | None = None
         while True:
-            here = moved(known, float(torch.linalg.vector_norm(point.y - anchor, dim=-1).max()))
+            here = moved(known, float(safe_row_norms(point.y - anchor).max()))
             if here.mu is None or (here.C_G or 0.0) > _STALE * (known.C_G or 0.0):  # measured too far from here
                 known, anchor = accuracy.known(problem, x, point.y), point.y
                 here = known
@@ -178,7 +178,7 @@ class Certified(AbstractEstimator):
             attempt += 1
             guessed = warm or system is not None  # how large v and h are
             if guessed and not stuck and (now.terms.inner > now.target / 2 or not now.valid):
-                before = float(torch.linalg.vector_norm(point.at.gradient, dim=-1).max())
+                before = float(safe_row_norms(point.at.gradient).max())
                 tol = min(
                     inner_tolerance(_INNER * now.target, now.found, here),
                     _PROGRESS * before,
@@ -196,7 +196,7 @@ class Certified(AbstractEstimator):
             else:
                 if point.r.shape != point.fy.shape:  # its norm is known, but not itself
                     point = solves.measured_anew(point)
-                size = float(torch.linalg.vector_norm(point.r, dim=-1).max())
+                size = float(safe_row_norms(point.r).max())
                 floor = now.terms.inner + now.found.rounding
                 left = _SLACK * now.target - now.terms.inner - now.found.rounding
                 last = guessed and (stuck or left <= 0)  # the target is out of reach: no better than makes sense
@@ -232,7 +232,7 @@ def _judge(point: ImplicitPoint, here: Constants, accuracy: Accuracy) -> _Verdic
     hv = point.fy - point.r if here.L is not None and point.r.shape == point.fy.shape else None
     found = measured(point.y, point.v, point.at.gradient, point.r, point.fx, point.fy, point.fx - point.h, here, hv)
     terms = bounded(found, here)
-    target = accuracy.target(torch.linalg.vector_norm(point.h))
+    target = accuracy.target(safe_row_norms(point.h))
     return _Verdict(found, terms, terms.total + found.rounding, target, terms.distance <= here.radius)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._result import Report, Status, Tally, report
 from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
@@ -19,6 +21,8 @@ from bilevel.bounds.differences import finite_difference
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
+
+_DIGIT = 0.1  # where rounding is more than that part of a difference, hardly a digit is left
 
 
 @final
@@ -41,7 +45,8 @@ class FiniteDifference(AbstractEstimator):
         step: t is `step` times max(1, |x_i|); None is the cube root of the dtype's rounding unit.
 
     Raises:
-        ValueError: if the step is not positive.
+        ValueError: if the step is not positive and finite. One so short that rounding takes all but a digit of the
+            differences is reported as `Status.imprecise`.
 
     Example:
         >>> from bilevel import BilevelProblem, FiniteDifference, hypergradient
@@ -57,8 +62,7 @@ class FiniteDifference(AbstractEstimator):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.step is not None and not self.step > 0:
-            raise ValueError(f"`FiniteDifference(step=...)` must be positive, or None. Got {self.step}.")
+        demand_ranges(self, step=POSITIVE)
 
     @property
     def forgets_start(self) -> bool:
@@ -87,8 +91,9 @@ class FiniteDifference(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         value, y, first = self._phi(problem, x, start.y)
-        reports = [first]
-        step = torch.finfo(x.dtype).eps ** (1 / 3) if self.step is None else self.step
+        moves = list[Report]()
+        eps = float(torch.finfo(x.dtype).eps)
+        step, distortion, noise = eps ** (1 / 3) if self.step is None else self.step, 0.0, 0.0
         h, kinks = torch.empty_like(x), list[float]()
         for i in range(x.shape[-1]):
             t = step * max(1.0, abs(float(x[i])))
@@ -98,15 +103,20 @@ class FiniteDifference(AbstractEstimator):
                 moved[i] += sign * t
                 phi, _, ended = self._phi(problem, moved, start.y)  # the same iteration: the same start
                 ends.append((phi, moved[i]))
-                if not ended.status.ok:
-                    reports.append(ended)
+                moves.append(ended)
             (up, high), (down, low) = ends
             if start.count == 0:
                 kinks += self._kink(problem, x, i, start.y, (float(down), float(value), float(up)), t)
             h[i] = (up - down) / (high - low)  # the distance as it was rounded
+            distortion = max(distortion, abs(float(high - low) / (2 * t) - 1))
+            noise = math.hypot(noise, eps * abs(float(value)) / t)
+        # Near a stationary x the relative error grows at any step: only a step below a sensible one is blamed for it.
+        lost = step < eps**0.5 and not noise <= _DIGIT * float(torch.linalg.vector_norm(h))
+        status = Status.imprecise if lost or not distortion <= _DIGIT else Status.successful
+        reports: tuple[Report, ...] = (first, _worst(moves), Report("step", status, max(distortion, noise), 0))
         if kinks:
-            reports.append(Report("slopes of Phi", Status.one_sided, max(kinks), 0))
-        return FlatEstimate(h, value, y, tuple(reports))
+            reports += (Report("slopes of Phi", Status.one_sided, max(kinks), 0),)
+        return FlatEstimate(h, value, y, reports)
 
     def _kink(
         self, problem: FlatProblem, x: Tensor, i: int, y0: Tensor, values: tuple[float, float, float], t: float
@@ -131,3 +141,9 @@ class FiniteDifference(AbstractEstimator):
         with torch.no_grad():
             value = problem.f(x, solved.value)
         return value, solved.value, report("inner solver", solved)
+
+
+def _worst(moves: list[Report]) -> Report:
+    """The verdict on all inner solves at moved x: that of the worst."""
+    status = Status.worst(each.status for each in moves)
+    return replace(next(each for each in moves if each.status is status), part="inner solver at x +- t")

@@ -12,6 +12,7 @@ from bilevel._calculus import Linearization, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.quasi_newton import Recycled
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, Status
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit import solution
@@ -98,12 +99,12 @@ class Solves:
 
         A step that gains nothing is taken back.
         """
-        norms, steps, gained = torch.linalg.vector_norm(at.gradient, dim=-1), 0, True
+        norms, steps, gained = safe_row_norms(at.gradient), 0, True
         while gained and float(norms.max()) > tol:
             before, steps = float(norms.max()), steps + 1
             step = self.linear(at, at.gradient, max(_HALF * tol, _FORCING * before), before, trusting=True)
             there = self.estimator.products.linearize(self.problem, self.x, at.y - step.value)
-            left = torch.linalg.vector_norm(there.gradient, dim=-1)
+            left = safe_row_norms(there.gradient)
             gained = float(left.max()) < _GAIN * before
             if float(left.max()) < before:
                 at, norms = there, left

@@ -12,6 +12,7 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._validate import demand_types
 from bilevel.hypergrad.aid import AID
 from bilevel.requirements.properties import Property
@@ -72,8 +73,7 @@ class KKT(AbstractEstimator):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.weak is not None and not self.weak >= 0:
-            raise ValueError(f"`KKT(weak=...)` must be at least 0. Got {self.weak}.")
+        demand_ranges(self, weak=AT_LEAST_0)
 
     @property
     def implicit(self) -> AID:

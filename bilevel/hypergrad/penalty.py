@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import inner_gradient_in_x, outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._result import Report, report
+from bilevel._numerics.ranges import POSITIVE, demand_ranges
+from bilevel._result import Report, Status, report
 from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.value_function import penalty
+from bilevel.hypergrad.penalty_error import PenaltyError, Point, error_of
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
+
+_DIGIT = 0.1  # of h: where rounding and tolerances are more than that, hardly a digit is left
 
 
 @final
@@ -37,15 +41,24 @@ class Penalty(AbstractEstimator):
     distance, and rounding w times that of grad_x g, so that the best weight is finite; raising it further only adds
     noise. Needs w mu > the most negative curvature of f in y.
 
+    The bias is estimated from the gradients at hand: h_w is the implicit gradient with a = w [grad_y g(y*) -
+    grad_y g(y_w)] in the place of b = grad_y f(y*), and a - b is the residual of a linear system. At the first estimate
+    of a run what becomes of it is measured, by one inner solve more. `Status.imprecise` says that rounding, or the
+    tolerance of the inner solver, times w is more than a tenth of h (more than `accuracy`, where there is one), and
+    `Status.negative_curvature` that y is no minimum of g: g falls from y to y_w.
+
     Source: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023.
 
     Args:
         inner: solves both inner problems.
         weight: w.
         extrapolate: Richardson extrapolation in 1 / w.
+        accuracy: the error, relative to the larger of |grad_x f| and |h - grad_x f|, above which an estimate does not
+            succeed; None: the weight is what was asked for, and its bias is reported in `Estimate.bias`.
 
     Raises:
-        ValueError: if the weight is not positive; from `estimate`, if y depends on x only through its start.
+        ValueError: if the weight or the accuracy is not positive and finite; from `estimate`, if y depends on x only
+            through its start.
 
     Example:
         >>> from bilevel import BilevelProblem, Penalty, hypergradient
@@ -60,11 +73,11 @@ class Penalty(AbstractEstimator):
     inner: AbstractInnerSolver
     weight: float = 1e3
     extrapolate: bool = False
+    accuracy: float | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if not self.weight > 0:
-            raise ValueError(f"`Penalty(weight=...)` must be positive. Got {self.weight}.")
+        demand_ranges(self, weight=POSITIVE, accuracy=POSITIVE)
 
     @property
     def forgets_start(self) -> bool:
@@ -111,20 +124,32 @@ class Penalty(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
-        y = solved.value
-        gx = inner_gradient_in_x(problem, x, y)
-        value, _, _ = outer_gradients(problem, x, y)
+        y = Point.at(problem, x, solved.value)
         reports = [report("inner solver", solved)]
-        h, y_w = self._at(problem, x, y, gx, self.weight, reports)
-        penalized = None if self.extrapolate else (y_w, self.weight)
+        points: list[tuple[float, Point]] = []
+        for w in (self.weight, 2 * self.weight)[: 1 + self.extrapolate]:
+            before = points[-1][1] if points else y
+            points.append((w, self._penalized(problem, x, before.y, w, reports)))
+        h = self._estimate(y, *points[0])
         if self.extrapolate:
-            h = 2 * self._at(problem, x, y_w, gx, 2 * self.weight, reports)[0] - h
-        return FlatEstimate(h, value, y, tuple(reports), penalized=penalized)
+            h = 2 * self._estimate(y, *points[1]) - h
+        penalized = None if self.extrapolate else (points[0][1].y, self.weight)
+        error = PenaltyError()
+        if y.gx is not None and bool(h.isfinite().all()):  # else y does not move with x, or other reports say why
+            error = error_of(problem, x, y, points, h, self.inner if start.count == 0 else None)
+        reports.append(self._verdict(error))
+        bias = error.bias + error.noise + error.inexact
+        return FlatEstimate(h, y.f, y.y, tuple(reports), penalized=penalized, bias=bias)
 
-    def _at(
-        self, problem: FlatProblem, x: Tensor, y: Tensor, gx: Tensor | None, w: float, reports: list[Report]
-    ) -> tuple[Tensor, Tensor]:
-        """h_w and y_w, solved from y; grad_x g(x, y*) is `gx`."""
+    @staticmethod
+    def _estimate(y: Point, w: float, y_w: Point) -> Tensor:
+        """h_w, from the gradients at y and at y_w."""
+        if y.gx is None or y_w.gx is None:
+            return y_w.fx
+        return y_w.fx + w / y.y.shape[:-1].numel() * (y_w.gx - y.gx)
+
+    def _penalized(self, problem: FlatProblem, x: Tensor, y: Tensor, w: float, reports: list[Report]) -> Point:
+        """Y_w, solved from y."""
         rows = y.shape[:-1].numel()
 
         def penalized(y: Tensor) -> Tensor:
@@ -135,9 +160,17 @@ class Penalty(AbstractEstimator):
 
         solved = self.inner.solve(Objective(penalized, problem.tally), y)
         reports.append(report(f"penalized inner solver (weight {w:g})", solved))
-        y_w = solved.value
-        _, fx, _ = outer_gradients(problem, x, y_w)
-        at_w = inner_gradient_in_x(problem, x, y_w)
-        if at_w is None or gx is None:
-            return fx, y_w
-        return fx + w / rows * (at_w - gx), y_w
+        return Point.at(problem, x, solved.value)
+
+    def _verdict(self, error: PenaltyError) -> Report:
+        """What the error means: as a part of the larger of the two parts of h."""
+        noise = error.noise + (0.0 if self.inner.tolerance is None else error.inexact)
+        share = 1 / error.size if error.size > 0 else math.inf if noise == math.inf else 0.0
+        status = Status.successful
+        if error.descends:
+            status = Status.negative_curvature
+        elif noise * share > (_DIGIT if self.accuracy is None else self.accuracy) and not error.settled:
+            status = Status.imprecise
+        elif self.accuracy is not None and error.bias * share > self.accuracy and not error.settled:
+            status = Status.biased
+        return Report("penalty", status, (error.bias + noise) * share, 0)

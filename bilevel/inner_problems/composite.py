@@ -129,7 +129,7 @@ class Composite(AbstractInnerProblem):
             found = self._term(x, *data).prox(structure.unravel(v), step.squeeze(-1))
             return structure.ravel(found, "prox(x).prox(v, step)")
 
-        steps = torch.as_tensor(step).to(v).expand(*v.shape[:-1], 1)
+        steps = torch.as_tensor(step, dtype=v.dtype, device=v.device).expand(*v.shape[:-1], 1)
         return problem.map(one, "g", x, v, steps)
 
     def _margin(self, problem: FlatProblem, x: Tensor, v: Tensor, step: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class Composite(AbstractInnerProblem):
 
         def one(x: Tree, *data: Any) -> Tensor:
             found.append(self._term(x, *data))
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
 
         problem.map(one, "g", x)
         if not found[-1].separable:

@@ -54,12 +54,12 @@ class Polytope:
         for name, bound, none in (("lower", self.lower, -torch.inf), ("upper", self.upper, torch.inf)):
             scalar = bound is None or isinstance(bound, float | int) or (isinstance(bound, Tensor) and not bound.dim())
             if scalar and y.shapes != (torch.Size([]),):
-                limits.append(torch.as_tensor(none if bound is None else bound).to(like).expand(y.size))
+                limits.append(_like(none if bound is None else bound, like).expand(y.size))
             elif scalar:
-                limits.append(torch.as_tensor(none if bound is None else bound).to(like).reshape(1))
+                limits.append(_like(none if bound is None else bound, like).reshape(1))
             else:
                 limits.append(y.ravel(bound, f"Polytope({name}=...)"))
-        return FlatPolytope(A, torch.as_tensor(self.b).to(like).expand(len(A)), *limits)
+        return FlatPolytope(A, _like(self.b, like).expand(len(A)), *limits)
 
 
 @final
@@ -80,3 +80,8 @@ class FlatPolytope:
     def fixed(self) -> Tensor:
         """Which entries have one value only: `(*batch, q)`."""
         return self.lower >= self.upper
+
+
+def _like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or tensor in the dtype and on the device of another, whatever torch's own default is."""
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)

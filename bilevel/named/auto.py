@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
@@ -56,9 +57,10 @@ class Auto:
     constants: Constants | Callable[[Tree], Constants] | None = None
 
     def __post_init__(self) -> None:
-        if not (self.relative_error >= 0 and self.target_error >= 0 and self.relative_error + self.target_error > 0):
+        total = self.relative_error + self.target_error
+        if not (self.relative_error >= 0 and self.target_error >= 0 and 0 < total < math.inf):
             raise ValueError(
-                f"`Auto(relative_error=..., target_error=...)` must be at least 0, and one of them positive."
+                f"`Auto(relative_error=..., target_error=...)` must be at least 0 and finite, and one of them positive."
                 f" Got {self.relative_error} and {self.target_error}."
             )
 

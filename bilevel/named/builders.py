@@ -15,6 +15,7 @@ from bilevel._linear import AbstractLinearSolver
 if TYPE_CHECKING:
     from bilevel.named.setting import Setting
 
+PENALTY_ACCURACY = 0.01, 0.05  # in float64 and in others: what a named penalty promises, or says that it misses
 _DIRECTIONS = 20  # of `ESJ`, as many as it takes by default; where x has fewer entries all, which leaves no variance
 
 
@@ -115,8 +116,7 @@ def esj(s: Setting) -> AbstractEstimator:
     # Differences of unfinished solves are those of the iteration: of gradient descent's, which is smooth in x.
     smooth = s.budget is not None and not s.features
     inner = s.unrolled(directions + 1) if smooth else _as_posed(s, directions + 1)
-    # The rounding and the tolerance of y come over the radius, its square over one: the balance of the two.
-    return ESJ(inner, directions=directions, radius=1e-4 if s.double else 1e-2, distribution="orthonormal")
+    return ESJ(inner, directions=directions, distribution="orthonormal")
 
 
 def kkt(s: Setting) -> AbstractEstimator:
@@ -127,10 +127,15 @@ def kkt(s: Setting) -> AbstractEstimator:
 
 
 def penalty(s: Setting) -> AbstractEstimator:
-    """`Penalty`: three inner problems: that of g, and those of two weights."""
+    """`Penalty`: three inner problems: that of g, and those of two weights, at a weight whose error was measured."""
     from bilevel.hypergrad.penalty import Penalty
 
-    return Penalty(s.inner(per_step=3), weight=s.penalty_weight(), extrapolate=True)
+    inner, accuracy = s.inner(per_step=3), PENALTY_ACCURACY[0 if s.double else 1]
+
+    def at(weight: float) -> Penalty:
+        return Penalty(inner, weight, extrapolate=True, accuracy=accuracy)
+
+    return at(s.measured_weight(at, s.penalty_weight()))
 
 
 def finite_difference(s: Setting) -> AbstractEstimator:
@@ -140,7 +145,7 @@ def finite_difference(s: Setting) -> AbstractEstimator:
     inner = _as_posed(s, per_step=2 * s.x.shape[-1] + 1)
     # The tolerance of y comes over the step, so that accurate solves want one above that for rounding alone; those of
     # a budget take the same steps at both ends, and None is the step for rounding.
-    step = None if s.budget is not None else 1e-4 if s.double else 2e-2
+    step = None if s.budget is not None else s.rounding**0.25
     return FiniteDifference(inner, step=step)
 
 

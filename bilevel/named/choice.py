@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import BilevelError, Status, Tally
 from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.certificate import Constants
@@ -59,7 +59,7 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
         why = f"taking {_DIFFERENCES}, as {measured.wrong}, which budgets of steps do not show"
         return Chosen(build(_DIFFERENCES, s), why)
     accurate = measured.estimate
-    target = max(wish.target_error, wish.relative_error * float(torch.linalg.vector_norm(accurate.grad)))
+    target = max(wish.target_error, wish.relative_error * float(safe_row_norms(accurate.grad)))
     best: tuple[int, str, AbstractEstimator, float] | None = None
     tried = refused = 0
     for name in _candidates(names, s):
@@ -149,6 +149,6 @@ def _error(
     if not bool(found.grad.isfinite().all()):
         return float("inf")
     if known is None:
-        return float(torch.linalg.vector_norm(found.grad - accurate.grad))
+        return float(safe_row_norms(found.grad - accurate.grad))
     quiet = problem.with_tally(Tally())
     return certify_flat(quiet, x, found.grad, found.y, found.v, known, accurate_cg(found.y)).bound

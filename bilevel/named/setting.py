@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
@@ -11,16 +12,22 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import outer_gradients
+from bilevel._estimate import AbstractEstimator, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
-from bilevel._result import Tally
+from bilevel._numerics.rows import safe_row_norms
+from bilevel._result import Status, Tally
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
-from bilevel.requirements.properties import Feature, Property
+from bilevel.requirements.properties import DoesNotApply, Feature, Property
 
 # Of an unrolled iteration: at condition numbers beyond about 300 it ends before 1e-7, which is reported, and a name
 # does not take minutes.
 MOST_STEPS = 5000
+
+# How a part of an estimate may end whose error is then compared with those at other weights.
+_TOLD = frozenset({Status.successful, Status.biased, Status.imprecise, Status.stagnated})
+_RUNG, _RUNGS = 16.0, 5  # of the weights that are tried: by which factor, and how many beside the first
 
 
 @final
@@ -68,6 +75,11 @@ class Setting:
     def double(self) -> bool:
         """Whether the computation is in float64."""
         return self.y0.dtype == torch.float64
+
+    @property
+    def rounding(self) -> float:
+        """The rounding unit of the computation."""
+        return float(torch.finfo(self.y0.dtype).eps)
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -167,21 +179,22 @@ class Setting:
         """The size of gradients of g near y: there, or L |y|; what x makes of it, moved by its size; and a step."""
         objective = inner_objective(quiet, self.x)
         gradient = objective.gradient(y)
-        scale = torch.linalg.vector_norm(gradient, dim=-1)
+        scale = safe_row_norms(gradient)
         if bool((y != 0).any()):
-            scale = scale.maximum(objective.largest_curvature(y).abs() * torch.linalg.vector_norm(y, dim=-1))
+            scale = scale.maximum(objective.largest_curvature(y).abs() * safe_row_norms(y))
         root = torch.finfo(y.dtype).eps ** 0.5
-        signs = torch.randint(0, 2, self.x.shape, generator=torch.Generator().manual_seed(0)).to(self.x) * 2 - 1
+        signs = torch.randint(0, 2, self.x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        signs = signs.to(self.x) * 2 - 1
         reach = self.x.abs().max().clamp_min(1.0)
         moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y)
-        return float(scale.max()), float(torch.linalg.vector_norm(moved - gradient, dim=-1).max() / root), root
+        return float(scale.max()), float(safe_row_norms(moved - gradient).max() / root), root
 
     def _rounded(self, scale: float) -> float:
         # Rounding leaves a gradient of about eps of its scale (2e-16, 1e-7) times a factor that grows with q and the
         # cancellation in g: 1e-9 and 1e-4 are reached in practice, and leave room for the latter.
         tol = (1e-9 if self.double else 1e-4) * scale
-        tiny = torch.finfo(self.y0.dtype).tiny
-        return max(tol, tiny) if math.isfinite(tol) else tiny  # what is not finite is reported by the solver
+        least = math.ulp(0.0)  # 0 would be no tolerance at all
+        return max(tol, least) if math.isfinite(tol) else least  # what is not finite is reported by the solver
 
     def derivative_steps(self) -> int:
         """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
@@ -203,6 +216,7 @@ class Setting:
         left = outer_gradients(quiet, self.x, y)[2]
         hessian = objective.hessian(y)[2]
         step = 1 / objective.largest_curvature(y).clamp_min(torch.finfo(y.dtype).tiny).unsqueeze(-1)
+        left = left / safe_row_norms(left).max().clamp_min(torch.finfo(left.dtype).tiny)  # squares are not lost
         target = (1e-7 if self.double else 1e-3) * torch.linalg.vector_norm(left)
         for k in range(1, MOST_STEPS):
             left = left - step * hessian.mv(left)
@@ -222,7 +236,8 @@ class Setting:
         """A weight that makes g dominate f: a multiple of the ratio of their largest curvatures in y.
 
         With extrapolation the bias falls like 1 / weight^2, while the tolerance of y is multiplied by the weight: at
-        1e4 that is 1e-8 and 1e-5 in float64, at 1e2 in float32 1e-4 and 1e-2.
+        1e4 that is 1e-8 and 1e-5 in float64, at 1e2 in float32 1e-4 and 1e-2. It is where `measured_weight` begins:
+        the bias is that of the least curvatures which grad_y f has a part in, and these are not known here.
         1 where there is no g to be weighed, or y is not its minimizer: the estimator is then refused by name.
         """
         if not {Property.minimum, Property.smooth} <= inner_problem(self.problem.problem).offers:
@@ -234,6 +249,52 @@ class Setting:
         ratio = top_f / top_g if top_f > 0 and top_g > 0 else 1.0
         if top_f == 0:  # f is linear in y: the shift of y is |grad f| / (weight mu), compared with |y| or 1
             _, _, fy = outer_gradients(quiet, self.x, y0)
-            ratio = float(torch.linalg.vector_norm(fy)) / (top_g or 1.0)
+            ratio = float(safe_row_norms(fy).max()) / (top_g or 1.0)
         ratio = ratio if math.isfinite(ratio) else 1.0
         return (1e4 if self.double else 1e2) * max(ratio, torch.finfo(self.y0.dtype).tiny)
+
+    def measured_weight(self, estimator: Callable[[float], AbstractEstimator], first: float) -> float:
+        """The weight, of `first` and its multiples, at which an estimate here says that its error is least.
+
+        They grow sixteenfold until the error is a thousandth (float32: a hundredth) of the hypergradient or grows with
+        them, and shrink alike where that is so from the start. `first` with a budget, and where no estimate says.
+
+        Cost: one estimate where `first` will do, which is the rule up to condition numbers of some hundred.
+        """
+        offers = inner_problem(self.problem.problem).offers
+        if self.budget is not None or not {Property.minimum, Property.smooth} <= offers:
+            return first
+        quiet = self.problem.with_tally(Tally())
+        y = self.problem.start(self.x, self.y0).detach()
+        errors: dict[float, float] = {}
+
+        def error(w: float) -> float:
+            nonlocal y
+            try:
+                found = estimator(w).estimate(quiet, self.x, FlatStart(y))
+            except DoesNotApply:  # which is said where it is applied
+                return math.inf
+            size = float(safe_row_norms(found.grad.reshape(-1)))
+            solved = all(report.status in _TOLD for report in found.reports)  # else no weight helps
+            known = solved and found.bias is not None and found.bias < math.inf and 0 < size < math.inf
+            if known and bool(found.y.isfinite().all()):
+                y = found.y
+            errors[w] = math.inf if not known or found.bias is None else found.bias / size
+            return errors[w]
+
+        target, w = 1e-3 if self.double else 1e-2, first
+        if not (math.isfinite(first) and error(first) < math.inf):
+            return first
+        for factor in (_RUNG, 1 / _RUNG):
+            w, before = first, errors[first]
+            for _ in range(_RUNGS):
+                if before <= target:
+                    break
+                w = factor * w
+                now = error(w) if 0 < w < math.inf else math.inf
+                if not now < before:
+                    break
+                before = now
+            if w != factor * first or errors.get(w, math.inf) < errors[first]:
+                break  # it got better that way
+        return min(errors, key=lambda weight: errors[weight])

@@ -82,7 +82,7 @@ def least(parts: Tree) -> Tensor:
 
 def relative_gap(size: Tensor, threshold: Tensor | float) -> Tensor:
     """|size - threshold| over the larger of the two, entry by entry; zero where both are, NaN for a threshold below."""
-    other = torch.as_tensor(threshold).to(size)
+    other = torch.as_tensor(threshold, dtype=size.dtype, device=size.device)
     largest = torch.maximum(size, other.expand_as(size))
     gap = (size - other).abs() / torch.where(largest > 0, largest, torch.ones_like(largest))
     return torch.where(other < 0, torch.nan, gap)  # such a weight is of no convex term: the estimate must not succeed

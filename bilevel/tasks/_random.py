@@ -40,12 +40,12 @@ def _scrambled(word: int) -> int:
 
 def uniform(low: float, high: float, *shape: int, generator: torch.Generator) -> Tensor:
     """Independent draws from U[low, high), in float64: a result that is rounded later depends on its dtype no more."""
-    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def normal(*shape: int, generator: torch.Generator) -> Tensor:
     """Independent draws from N(0, 1), in float64."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def subsets(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -59,8 +59,8 @@ def subsets(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
         generator: of the draws.
     """
     rows = len(sizes)
-    last = sizes.unsqueeze(1) - count + torch.arange(count)
-    draws = torch.rand(rows, count, generator=generator, dtype=torch.float64)
+    last = sizes.unsqueeze(1) - count + torch.arange(count, device="cpu")
+    draws = torch.rand(rows, count, generator=generator, dtype=torch.float64, device="cpu")
     chosen = (draws * (last + 1)).long()  # below last + 1 also after rounding
     for k in range(1, count):
         taken = (chosen[:, :k] == chosen[:, k : k + 1]).any(1)
@@ -70,4 +70,4 @@ def subsets(sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def orders(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """In each row a random order of 0, ..., count - 1."""
-    return torch.rand(rows, count, generator=generator, dtype=torch.float64).argsort(1)
+    return torch.rand(rows, count, generator=generator, dtype=torch.float64, device="cpu").argsort(1)

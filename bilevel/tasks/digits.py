@@ -29,7 +29,7 @@ def digits() -> Splits:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError('the digits come with scikit-learn: `pip install "bilevel[sklearn]"`.') from error
-    pixels, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    pixels, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
     images = pixels.to(torch.uint8).reshape(-1, 8, 8)
     classes = ImageClasses(tuple(images[labels == k] for k in range(10)), tuple(map(str, range(10))), scale=1 / 16)
     return Splits(*(classes.subset(part) for part in (range(4), range(4, 7), range(7, 10))))

@@ -76,7 +76,7 @@ class Episodes(AbstractTasks):
     def sample(self, count: int, seed: int) -> Batch:
         positive("Episodes.sample", "count", count)
         draws, turns = generator(seed), 4 if self.rotations else 1
-        kinds = subsets(torch.full((count,), len(self.classes) * turns), self.way, draws).flatten()
+        kinds = subsets(torch.full((count,), len(self.classes) * turns, device="cpu"), self.way, draws).flatten()
         classes = kinds // turns
         members = subsets(self.classes.counts[classes], self.shots + self.queries, draws)
         labels, items = [], []  # of the support sets of all tasks, then of the query sets
@@ -84,7 +84,9 @@ class Episodes(AbstractTasks):
             order = orders(count, self.way * each, draws)
             labels.append(order // each)
             items.append(order % each + first)
-        rows = torch.cat([(torch.arange(count).unsqueeze(1) * self.way + label).flatten() for label in labels])
+        rows = torch.cat(
+            [(torch.arange(count, device="cpu").unsqueeze(1) * self.way + label).flatten() for label in labels]
+        )
         member = members[rows, torch.cat([item.flatten() for item in items])]
         images = self._images(classes[rows], member, (kinds % turns)[rows])
         end = count * self.way * self.shots

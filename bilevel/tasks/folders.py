@@ -105,7 +105,7 @@ def split(images: AbstractImages, validation: int, test: int, seed: int) -> Spli
             f"`split(validation=..., test=...)` must leave one of {len(images)} classes for training, and be at least 1"
             f" each. Got {validation} and {test}."
         )
-    order = torch.randperm(len(images), generator=generator(seed)).tolist()
+    order = torch.randperm(len(images), generator=generator(seed), device="cpu").tolist()
     ends = (0, test, test + validation, len(order))
     first, second, third = (images.subset(sorted(order[i:j])) for i, j in pairwise(ends))
     return Splits(third, second, first)

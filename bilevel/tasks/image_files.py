@@ -56,7 +56,7 @@ class ImageFiles(AbstractImages):
                 f"every class needs an image, and {empty[0]!r} has none." if empty else "there is no class."
             )
         size = _size(self.size)
-        counts = torch.tensor([len(files) for files in self.files])
+        counts = torch.tensor([len(files) for files in self.files], device="cpu")
         kept = int(counts.sum()) if self.cache else 0
         shape = (3 if self.color else 1, *size)
         put(self, "size", size)
@@ -65,8 +65,10 @@ class ImageFiles(AbstractImages):
         put(self, "scale", 1 / 255)
         put(self, "_first", counts.cumsum(0) - counts)
         put(self, "_flat", tuple(file for files in self.files for file in files))
-        put(self, "_decoded", torch.empty(kept, *shape, dtype=torch.uint8))  # pages come into being when written
-        put(self, "_known", torch.zeros(kept, dtype=torch.bool))
+        put(
+            self, "_decoded", torch.empty(kept, *shape, dtype=torch.uint8, device="cpu")
+        )  # pages come into being when written
+        put(self, "_known", torch.zeros(kept, dtype=torch.bool, device="cpu"))
 
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         numbers = self._first[classes] + members

@@ -73,7 +73,7 @@ class Subset(AbstractImages):
         put(self, "counts", self.images.counts[list(classes)])
         put(self, "shape", self.images.shape)
         put(self, "scale", self.images.scale)
-        put(self, "_of", torch.tensor(classes))
+        put(self, "_of", torch.tensor(classes, device="cpu"))
 
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         of: Tensor = self.__dict__["_of"]
@@ -120,7 +120,7 @@ class ImageClasses(AbstractImages):
             )
         names = tuple(map(str, self.names or range(len(classes))))
         distinct("ImageClasses", names, len(classes))
-        counts = torch.tensor([len(one) for one in classes])
+        counts = torch.tensor([len(one) for one in classes], device="cpu")
         if int(counts.min()) < 1:
             raise ValueError(f"every class needs an image, and {names[int(counts.argmin())]!r} has none. Leave it out.")
         flat = self.images.flatten(0, 1) if isinstance(self.images, Tensor) else torch.cat(classes)

@@ -66,14 +66,14 @@ class LinearTasks(AbstractTasks):
         for name in ("features", "shots", "queries"):
             positive("LinearTasks", name, getattr(self, name))
         for name in ("mean", "variance"):
-            given = torch.as_tensor(getattr(self, name), dtype=torch.float64).detach().cpu()
+            given = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach()
             if given.shape not in ((), (self.features,)) or not bool(given.isfinite().all()):
                 raise ValueError(
                     f"`LinearTasks({name}=...)` must be a finite number, or {self.features} of them (`features`)."
                     f" Got {getattr(self, name)}."
                 )
             put(self, name, given.expand(self.features).clone())
-        if not bool((torch.as_tensor(self.variance) >= 0).all()):
+        if not bool((torch.as_tensor(self.variance, device="cpu") >= 0).all()):
             raise ValueError(f"`LinearTasks(variance=...)` must be at least 0. Got {self.variance}.")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"`LinearTasks(noise=...)` must be at least 0. Got {self.noise}.")
@@ -88,7 +88,7 @@ class LinearTasks(AbstractTasks):
     def sample(self, count: int, seed: int) -> Batch:
         positive("LinearTasks.sample", "count", count)
         draws = generator(seed)
-        mean, variance = torch.as_tensor(self.mean), torch.as_tensor(self.variance)
+        mean, variance = (torch.as_tensor(given, device="cpu") for given in (self.mean, self.variance))
         weights = mean + variance.sqrt() * normal(count, self.features, generator=draws)
         support, query = self._design(count, draws), normal(count, self.queries, self.features, generator=draws)
         targets = [
@@ -108,8 +108,8 @@ class LinearTasks(AbstractTasks):
     def _design(self, count: int, draws: torch.Generator) -> Tensor:
         if not self.orthogonal and self.condition is None:
             return normal(count, self.shots, self.features, generator=draws)
-        exponents = torch.linspace(-1.0, 0.0, self.features, dtype=torch.float64)
-        eigenvalues = self.shots * torch.as_tensor(self.condition or 1.0, dtype=torch.float64) ** exponents
+        exponents = torch.linspace(-1.0, 0.0, self.features, dtype=torch.float64, device="cpu")
+        eigenvalues = self.shots * (self.condition or 1.0) ** exponents
         X = _orthonormal(count, self.shots, self.features, draws) * eigenvalues.sqrt()
         return X if self.orthogonal else X @ _orthonormal(count, self.features, self.features, draws).mT
 
@@ -120,7 +120,7 @@ class LinearTasks(AbstractTasks):
             ValueError: if there is no noise or no variance: the posterior is degenerate.
         """
         X, y = batch["support_x"], batch["support_y"]
-        mean, variance = torch.as_tensor(self.mean).to(X), torch.as_tensor(self.variance).to(X)
+        mean, variance = (torch.as_tensor(given, device="cpu").to(X) for given in (self.mean, self.variance))
         if not self.noise or not bool((variance > 0).all()):
             raise ValueError("`LinearTasks.posterior` needs noise > 0 and variance > 0.")
         covariance = (X.mT @ X / self.noise**2 + variance.reciprocal().diag()).inverse()

@@ -36,9 +36,9 @@ def omniglot(path: str | Path) -> Splits:
     if not {"bits", "images"} & arrays.keys():
         raise ValueError(f"{str(path)!r} has neither bits nor images of Omniglot. Make one by `bilevel data omniglot`.")
     if "bits" in arrays:
-        images, scale = _unpacked(torch.as_tensor(arrays["bits"])), 1.0
+        images, scale = _unpacked(torch.from_numpy(arrays["bits"])), 1.0
     else:
-        images, scale = torch.as_tensor(arrays["images"]), 1 / 255
+        images, scale = torch.from_numpy(arrays["images"]), 1 / 255
     names = tuple(map(str, arrays.get("class_names", class_names())))
     part = [int(k) for k in arrays["split_vinyals"]] if "split_vinyals" in arrays else split_of(names)
     if images.ndim != 4 or not len(images) == len(names) == len(part):
@@ -75,6 +75,6 @@ def _unpacked(bits: Tensor) -> Tensor:
         raise ValueError(
             f"bits must hold {_SIZE} by {_SIZE} pixels in {_SIZE**2 // 8} bytes. Got {bits.shape[-1]} bytes."
         )
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device="cpu")
     pixels = (bits.unsqueeze(-1) >> shifts) & 1
     return pixels.reshape(*bits.shape[:-1], _SIZE, _SIZE)

@@ -52,7 +52,7 @@ def convert_omniglot(folder: str | Path, target: str | Path) -> Path:
 
 
 def _drawings(folder: Path, names: tuple[str, ...]) -> Tensor:
-    images = torch.zeros(len(names), _DRAWINGS, _SIZE, _SIZE, dtype=torch.uint8)
+    images = torch.zeros(len(names), _DRAWINGS, _SIZE, _SIZE, dtype=torch.uint8, device="cpu")
     with ExitStack() as open_archives:
         found: dict[str, list[tuple[str, Path | zipfile.Path]]] = {}
         for archive in ARCHIVES:

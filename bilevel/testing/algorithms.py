@@ -213,8 +213,8 @@ def _batched() -> Instance:
 
 
 def _batches() -> Split:
-    loader = [torch.tensor(0.1 * k, dtype=torch.float64) for k in (1, -2, 3, -1, 2)]
-    return Split(f=loader, g=lambda index: torch.tensor(0.1 * (index * 7 % 5 - 2), dtype=torch.float64))
+    loader = [torch.tensor(0.1 * k, dtype=torch.float64, device="cpu") for k in (1, -2, 3, -1, 2)]
+    return Split(f=loader, g=lambda index: torch.tensor(0.1 * (index * 7 % 5 - 2), dtype=torch.float64, device="cpu"))
 
 
 def _equal(name: str, found: Solution, expected: Solution) -> None:

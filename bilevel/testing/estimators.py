@@ -57,7 +57,7 @@ def estimator_checks(
             f" a subclass of `AbstractEstimator`."
         )
     known = quadratic(p=3, q=4, kappa=5.0, mu=0.2, cross=0.5)
-    x = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64)
+    x = torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64, device="cpu")
     at = (estimator, known.problem, x, known.y0 + 0.2)
     found: list[tuple[str, Callable[[], None]]] = [
         ("inputs_untouched", partial(properties.inputs_untouched, *at)),

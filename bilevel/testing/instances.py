@@ -85,7 +85,7 @@ def _constants(instance: Instance, flat: FlatProblem, x: Tensor, y: Tensor, samp
 
     def at(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         linearization = Exact().linearize(flat, x, y)
-        products = [linearization.products(e) for e in torch.eye(len(y)).to(y)]
+        products = [linearization.products(e) for e in torch.eye(len(y), device="cpu").to(y)]
         hessian = torch.stack([hv for hv, _ in products])
         coupling = torch.stack([torch.zeros_like(x) if gv is None else gv for _, gv in products])
         _, fx, fy = outer_gradients(flat, x, y)
@@ -94,8 +94,8 @@ def _constants(instance: Instance, flat: FlatProblem, x: Tensor, y: Tensor, samp
     here = at(y)
     slack = 1 + (1e-6 if y.dtype == torch.float64 else 1e-3)
     for _ in range(samples):
-        move = torch.randn(len(y), generator=generator, dtype=torch.float64).to(y)
-        share = float(torch.rand((), generator=generator, dtype=torch.float64))
+        move = torch.randn(len(y), generator=generator, dtype=torch.float64, device="cpu").to(y)
+        share = float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
         move *= reach * share / torch.linalg.vector_norm(move)
         there, distance = at(y + move), float(torch.linalg.vector_norm(move))
         eigenvalues = torch.linalg.eigvalsh((there[0] + there[0].T).double() / 2)

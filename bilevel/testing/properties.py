@@ -112,7 +112,9 @@ def orthogonal_change_of_y(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6, seed: int = 0
 ) -> None:
     """h is the same for f(x, V z), g(x, V z) started at V'y0, V orthogonal."""
-    draw = torch.randn(len(y0), len(y0), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draw = torch.randn(
+        len(y0), len(y0), generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
     V = torch.linalg.qr(draw)[0].to(y0)
     other = BilevelProblem(lambda x, z: problem.f(x, V @ z), lambda x, z: problem.g(x, V @ z))
     found = estimate(estimator, other, x, V.T @ y0).grad

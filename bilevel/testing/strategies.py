@@ -46,12 +46,14 @@ def _composite(function: Callable[Concatenate[DrawFn, P], T]) -> Callable[P, Sea
 
 def gaussian(*shape: int, seed: int) -> Tensor:
     """Standard normal entries in float64; the same for the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
     """An orthogonal matrix `(n, n)`; the identity for seed 0, so that failures shrink to diagonal matrices."""
-    return torch.eye(n, dtype=torch.float64) if seed == 0 else torch.linalg.qr(gaussian(n, n, seed=seed)).Q
+    return (
+        torch.eye(n, dtype=torch.float64, device="cpu") if seed == 0 else torch.linalg.qr(gaussian(n, n, seed=seed)).Q
+    )
 
 
 def spd(eigenvalues: Tensor, seed: int) -> Tensor:
@@ -66,7 +68,7 @@ def spectra(draw: DrawFn, min_size: int = 1, max_size: int = 8, max_condition: f
     """Positive numbers in [1, max_condition], spread evenly in logarithm: `(n,)`."""
     st = _hypothesis()
     exponents = draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=min_size, max_size=max_size))
-    return max_condition ** torch.tensor(exponents, dtype=torch.float64)
+    return max_condition ** torch.tensor(exponents, dtype=torch.float64, device="cpu")
 
 
 @_composite
@@ -98,7 +100,7 @@ def logistics(draw: DrawFn) -> tuple[Logistic, Tensor, Tensor]:
     n, q, seed = draw(st.integers(2, 8)), draw(st.integers(1, 4)), draw(st.integers(0, 1000))
     Z, U = gaussian(n, q, seed=seed), gaussian(n, q, seed=seed + 2)
     data = Logistic(Z, gaussian(n, seed=seed + 1).sign(), U, gaussian(n, seed=seed + 3).sign())
-    return data, 0.5 * gaussian(q + n, seed=seed + 4), torch.zeros(q, dtype=torch.float64)
+    return data, 0.5 * gaussian(q + n, seed=seed + 4), torch.zeros(q, dtype=torch.float64, device="cpu")
 
 
 @_composite

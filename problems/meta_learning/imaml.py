@@ -148,7 +148,10 @@ def _strength(net: Functional, given: Strength) -> float | dict[str, Tensor]:
             f"`imaml(regularization=...)` must be a number, or name every parameter of the module."
             f" Got {sorted(given)} for {sorted(net.params)}."
         )
-    found = {name: torch.as_tensor(given[name]).detach().to(own) for name, own in net.params.items()}
+    found = {
+        name: torch.as_tensor(given[name], dtype=own.dtype, device=own.device).detach()
+        for name, own in net.params.items()
+    }
     for name, value in found.items():
         try:
             value.expand_as(net.params[name])

@@ -106,7 +106,7 @@ def maml(
 
     x0: Tree = dict(net.params)
     if learn_steps:
-        log_step = torch.tensor(step, dtype=torch.float64).log()
+        log_step = torch.tensor(step, dtype=torch.float64, device="cpu").log()
         x0 = {
             "params": x0,
             "log_steps": {name: torch.full_like(p, float(log_step)) for name, p in net.params.items()},

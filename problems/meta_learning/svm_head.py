@@ -99,7 +99,9 @@ def svm_head(
     net = as_functional(body)
     like = any_parameter(net)
     x0: Tree = {"body": dict(net.params)} | ({"scale": like.new_tensor(scale)} if learn_scale else {})
-    rows = torch.kron(torch.eye(support), torch.ones(1, classes)).to(like)  # each sample's entries sum to zero
+    rows = torch.kron(torch.eye(support, device="cpu"), torch.ones(1, classes, device="cpu")).to(
+        like
+    )  # each sample's entries sum to zero
     # Torch spreads its smoothing over all classes, the true one included.
     loss = partial(cross_entropy, label_smoothing=label_smoothing * classes / (classes - 1))
 

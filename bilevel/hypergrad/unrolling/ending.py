@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import inner_gradient_in_x
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Report, Solved, Status, ended
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def solved(walk: Walk, end: State) -> Solved:
         vector, value = walk.last
     else:
         vector, value = _residual(walk, end)
-    residual = torch.linalg.vector_norm(vector, dim=-1)
+    residual = safe_row_norms(vector)
     columns, (first_vector, first_value) = [residual, value], (None if walk.is_own else walk.first) or (vector, value)
     if first_vector is not vector:
-        columns += [torch.linalg.vector_norm(first_vector, dim=-1), first_value]
+        columns += [safe_row_norms(first_vector), first_value]
     table = torch.stack(columns).reshape(len(columns), -1).tolist()
     r, g, r0, g0 = table if len(table) == 4 else table * 2
     statuses = tuple(ended(*row, walk.inner.tol or 0.0) for row in zip(r, g, r0, g0, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._calculus import Linearization, grad, total
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable, Objective, State
+from bilevel._numerics.rows import norms_beside
 from bilevel._numerics.second_derivatives import refuse_dropped_terms
 from bilevel.solvers._on_the_way import is_time_to_give_up
 
@@ -121,7 +122,7 @@ class Walk:
             self.first = self.last if self.first is None else self.first
         if not self.inner.tol:
             return None
-        norm = torch.linalg.vector_norm(residual, dim=-1)
+        norm = norms_beside(residual.dtype, self.inner.tol)(residual)
         new = index >= self.steps
         if new:
             self.norms.append(norm)

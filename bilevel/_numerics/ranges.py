@@ -1,0 +1,102 @@
+"""The ranges of numbers: declared once for a field, and refused in the same words everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from bilevel._validate import demand_type
+
+
+@final
+@dataclass(frozen=True)
+class Range:
+    """The numbers t with least <= t < below, or least < t < below; NaN is in none, and infinity only where it is said.
+
+    Attributes:
+        least: the lower end.
+        below: the upper end, which is not in it.
+        open: whether the lower end is not in it either.
+        infinite: whether infinity is in it as well.
+
+    Example:
+        >>> Range(below=1.0).refuses(1.0), Range(open=True).refuses(float("nan")), Range().refuses(0)
+        ('below 1', 'positive and finite', '')
+    """
+
+    least: float = 0.0
+    below: float = math.inf
+    open: bool = False
+    infinite: bool = False
+
+    def refuses(self, number: float) -> str:
+        """What the number would have to be, in words; empty if it is."""
+        if self.infinite and number == math.inf:
+            return ""
+        if self.open and not self.least < number < self.below:
+            end = " and finite" if self.below == math.inf and not self.infinite else ""
+            upper = "" if self.below == math.inf else f" and below {self.below:g}"
+            return ("positive" if self.least == 0 else f"above {self.least:g}") + end + upper
+        if not number >= self.least:
+            return f"at least {self.least:g}"
+        if not number < self.below:
+            return "finite" if self.below == math.inf else f"below {self.below:g}"
+        return ""
+
+
+AT_LEAST_0, AT_LEAST_1, POSITIVE = Range(), Range(least=1.0), Range(open=True)
+BELOW_1 = Range(below=1.0)  # a relative tolerance of 1 is met by zero
+
+
+def demand_range(call: str, name: str, value: float | None, allowed: Range, hint: str = "") -> None:
+    """Refuse a number out of range; None is for the type of the argument to allow.
+
+    Raises:
+        ValueError: naming the argument, what is required and what arrived.
+
+    Example:
+        >>> demand_range("CG", "rtol", float("inf"), BELOW_1)
+        Traceback (most recent call last):
+        ValueError: `CG(rtol=...)` must be below 1. Got inf.
+    """
+    why = "" if value is None else allowed.refuses(value)
+    if why:
+        raise ValueError(f"`{call}({name}=...)` must be {why}. Got {value}.{hint and ' '}{hint}")
+
+
+def demand_ranges(owner: Any, hints: Mapping[str, str] | None = None, **allowed: Range) -> None:
+    """Refuse a dataclass with a field out of its range; for its `__post_init__`, after :func:`demand_types`.
+
+    Raises:
+        ValueError: naming the argument, what is required and what arrived.
+    """
+    for name, range_ in allowed.items():
+        demand_range(type(owner).__name__, name, getattr(owner, name), range_, (hints or {}).get(name, ""))
+
+
+def demand_step(call: str, step: float | Tensor | None) -> None:
+    """Refuse a step length that is no number, is not positive and finite, or a tensor whose entries are not numbers.
+
+    A tensor has a step for each entry. Those that are learned may be zero or negative on the way: what they lead to is
+    seen where they lead.
+
+    Raises:
+        TypeError: if it is neither a number nor a tensor.
+        ValueError: if it is out of range, or a tensor of integers.
+    """
+    demand_type(call, "step", step, float | Tensor | None)
+    if not isinstance(step, Tensor):
+        demand_range(call, "step", step, POSITIVE)
+        return
+    if not step.is_floating_point():
+        raise ValueError(f"`{call}(step=...)` must be a tensor of floating point numbers. Got one of {step.dtype}.")
+    try:
+        finite = bool(step.detach().isfinite().all())
+    except RuntimeError:  # one that stands for many, or for none yet: inside `torch.vmap`, or on the meta device
+        return
+    if not finite:
+        raise ValueError(f"`{call}(step=...)` must be finite. Got a tensor with NaN or Inf.")

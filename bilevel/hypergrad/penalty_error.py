@@ -1,0 +1,180 @@
+"""What the points of a penalty estimate tell of its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import inner_gradients, outer_gradients
+from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver, Objective
+from bilevel._numerics.rows import row_dots, safe_row_norms
+from bilevel._result import Tally
+
+_NOISE = 100.0  # rounding units of g: what differences of its values are not believed below
+_SIDE = 1e-2  # of |a| |d|: a slope against the displacement that is more than noise
+_LEAST = 1e-6  # of |b|: what a residual is taken for at least, so that the probe moves y by more than rounding
+_SETTLED = 1e-4  # of v: near a stationary x the implicit gradient cancels, though v is as accurate as ever
+_FEW = 4.0  # rounding units of a gradient
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Point:
+    """F and g at a point y `(*tasks, q)`, with their gradients; in x they are summed over tasks."""
+
+    y: Tensor
+    g: Tensor
+    gx: Tensor | None
+    gy: Tensor
+    f: Tensor
+    fx: Tensor
+    fy: Tensor
+
+    @staticmethod
+    def at(problem: FlatProblem, x: Tensor, y: Tensor) -> Point:
+        """One gradient of f and one of g."""
+        f, fx, fy = outer_gradients(problem, x, y)
+        return Point(y, *inner_gradients(problem, x, y), f, fx, fy)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Differences of g's gradients between y and y_w, times w: a system H v = a solved, and J'a with J = dy*/dx.
+
+    Attributes:
+        a: w [grad_y g(y) - grad_y g(y_w)] `(*tasks, q)`: H v, to first order; grad_y f(y_w) where y_w is exact.
+        v: w (y - y_w).
+        image: w [grad_x g(y_w) - grad_x g(y)] / tasks `(p,)`: -G v = J'a, to first order.
+    """
+
+    a: Tensor
+    v: Tensor
+    image: Tensor
+
+    @staticmethod
+    def between(y: Point, y_w: Point, w: float) -> Difference:
+        """From the gradients at hand."""
+        assert y.gx is not None and y_w.gx is not None
+        rows = y.y.shape[:-1].numel()
+        return Difference(w * (y.gy - y_w.gy), w * (y.y - y_w.y), w / rows * (y_w.gx - y.gx))
+
+    def less(self, other: Difference) -> Difference:
+        """The difference of two."""
+        return Difference(self.a - other.a, self.v - other.v, self.image - other.image)
+
+    def times(self, factor: float) -> Difference:
+        """A multiple."""
+        return Difference(factor * self.a, factor * self.v, factor * self.image)
+
+
+@final
+@dataclass(frozen=True)
+class PenaltyError:
+    """How wrong a penalty estimate is, as far as its points tell.
+
+    Attributes:
+        bias: of the weight: an estimate of |h_w - h|.
+        noise: of rounding, times the weight.
+        inexact: of the residuals of the inner solutions, times the weight.
+        size: what they are compared with: the largest of |h|, |grad_x f| and |h - grad_x f|.
+        settled: whether v is accurate, so that errors above `size` mean that the two parts cancel.
+        descends: whether g falls from y to some y_w, or bends down in between: y is no minimum of it.
+    """
+
+    bias: float = 0.0
+    noise: float = 0.0
+    inexact: float = 0.0
+    size: float = 0.0
+    settled: bool = True
+    descends: bool = False
+
+
+def descends(y: Point, y_w: Point) -> bool:
+    """Whether g lies below its tangent at y somewhere, beyond rounding: convex functions do not, nor strict minima."""
+    d = y_w.y - y.y
+    noise = _NOISE * torch.finfo(d.dtype).eps * (y.g.abs() + y_w.g.abs())
+    below = y_w.g - y.g - row_dots(y.gy, d) < -noise
+    change = y_w.gy - y.gy
+    concave = row_dots(change, d) < -_SIDE * safe_row_norms(change) * safe_row_norms(d)
+    rounded = safe_row_norms(change) <= _NOISE * torch.finfo(d.dtype).eps * safe_row_norms(y.gy + y_w.gy)
+    return bool((below | concave & ~rounded & (y_w.g + noise < y.g + y_w.g.abs() * _SIDE)).any())
+
+
+def _size(t: Tensor) -> float:
+    return float(safe_row_norms(t.reshape(-1)))
+
+
+def _over(a: float, b: float) -> float:
+    return a / b if b > 0 else 0.0
+
+
+def error_of(
+    problem: FlatProblem,
+    x: Tensor,
+    y: Point,
+    points: Sequence[tuple[float, Point]],
+    h: Tensor,
+    probe: AbstractInnerSolver | None,
+) -> PenaltyError:
+    """The error of h_w, or of 2 h_2w - h_w, from what is at hand, and with `probe` from one more inner solve.
+
+    The estimate has the implicit gradient's form with a in the place of b = grad_y f(y). Its error is therefore that of
+    a residual r = a - b, J'r, beside that of grad_x f at y_w. How much J' makes of r is estimated by what it makes of a
+    and of the difference of two a; or it is measured, by the minimizer of g + <r, y> / w, which has no f to be biased
+    by. That one starts a little off y, and does not come back where y is no minimum. What is left out is what third
+    derivatives of g do at this w: with two weights, |h_2w - h_w|^2 / |h|.
+
+    Args:
+        problem: where nothing is counted.
+        x: the outer variable.
+        y: the inner solution.
+        points: (w, y_w), for one weight or for w and 2w.
+        h: the estimate.
+        probe: minimizes g + <r, y> / w.
+    """
+    rows, eps = y.y.shape[:-1].numel(), torch.finfo(x.dtype).eps
+    found = [Difference.between(y, y_w, w) for w, y_w in points]
+    b, top = rows * y.fy, points[-1][0]
+    if len(found) == 1:
+        whole, moved, right = found[0], points[0][1].fx - y.fx, rows * points[0][1].fy
+        apart, factor = None, 1.0
+    else:
+        whole = found[1].times(2.0).less(found[0])
+        moved = 2 * points[1][1].fx - points[0][1].fx - y.fx
+        right = rows * (2 * points[1][1].fy - points[0][1].fy)
+        apart, factor = found[1].less(found[0]), 2.5
+    r, inexact = whole.a - b, whole.a - right
+    pairs = [whole] if apart is None else [whole, apart]
+    gain = max(_over(_size(pair.image), _size(pair.a)) for pair in pairs)
+    stretch = max(_over(_size(pair.v), _size(pair.a)) for pair in pairs)
+    lost, norm_b = _size(r), _size(b)
+    bias, off = _size(moved) + gain * _size(right - b), stretch * lost
+    down = any(descends(y, y_w) for _, y_w in points)
+    if probe is not None and norm_b > 0 and math.isfinite(lost) and not down:
+        w = top * max(lost / norm_b, _LEAST)
+        signs = torch.randint(0, 2, y.y.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        reach = safe_row_norms(points[-1][1].y - y.y).unsqueeze(-1) / math.sqrt(y.y.shape[-1])
+        start = y.y + reach * (2 * signs - 1).to(y.y)
+        quiet = problem.with_tally(Tally())
+        solved = probe.solve(Objective(lambda z: quiet.g(x, z) + row_dots(r, z) / w, quiet.tally), start)
+        at = Point.at(quiet, x, solved.value)
+        refined, down = Difference.between(y, at, w), descends(y, at)
+        bias, off = _size(moved + refined.image), max(off, _size(refined.v))
+        gain = max(gain, _over(_size(refined.image), _size(refined.a)))
+    implicit = _size(whole.image)
+    size = max(_size(h), _size(y.fx), implicit)
+    if apart is not None:
+        bias += _over(_size(apart.image), implicit) * _size(apart.image)
+    assert y.gx is not None
+    digits = max(_over(_size(y.y), _size(y_w.y - y.y)) for _, y_w in points)
+    noise = eps * (factor * _FEW * top * _size(y.gx) / rows + digits * implicit)
+    moved_not = norm_b > 0 and _size(whole.a) == 0  # the tolerance is met at y for every weight as high as this
+    missed = math.inf if moved_not else max(gain * _size(inexact), _over(_size(inexact), norm_b) * size)
+    return PenaltyError(bias, noise, missed, size, off < _SETTLED * _size(whole.v), down)

@@ -1,0 +1,85 @@
+"""The radius of differences of inner solutions: what fits a dtype, and what it costs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bilevel._numerics.rows import positive_or_one, safe_row_norms
+from bilevel._result import Report, Status
+
+_DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
+_PART = 0.1  # of |dy| |grad_y f|: what counts as the size of an estimate whose parts cancel, as they do at an optimum
+
+
+def fitting(x: Tensor) -> float:
+    """eps^(1/3) max(1, the root mean square of x): rounding of y and usual tolerances over it, its truncation in it."""
+    size = float(safe_row_norms(x)) / math.sqrt(max(x.shape[-1], 1))
+    return math.cbrt(torch.finfo(x.dtype).eps) * (max(1.0, size) if math.isfinite(size) else 1.0)
+
+
+def distortion(x: Tensor, u: Tensor, radius: float) -> float:
+    """The largest relative error of a displacement r u once it has been added to x; infinite where it is lost."""
+    wanted = radius * u
+    sizes = safe_row_norms(wanted)
+    off = safe_row_norms((x + wanted) - x - wanted) / positive_or_one(sizes)
+    return float(torch.where((sizes > 0) | (safe_row_norms(u) == 0), off, math.inf).max())
+
+
+def spread(moved: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+    """What the implicit part of an estimate is where nothing cancels: (c / sqrt(Q)) |u| |dy| |grad_y f| / r."""
+    length = float(safe_row_norms(moved.flatten(1)).max())
+    return _share(u, c) * length * float(safe_row_norms(fy.reshape(-1))) / radius
+
+
+def rounding(y: Tensor, moved: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+    """What rounding of y alone makes of the estimate; 0 where y is seen not to move at all."""
+    if not bool((moved != 0).any()):
+        return 0.0
+    return _share(u, c) * 2 * torch.finfo(y.dtype).eps * float(safe_row_norms((y * fy).reshape(-1))) / radius
+
+
+def bent(moved: Tensor, back: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+    """Half the second differences along u over r, in the estimate: its truncation, and rounding and tolerances in it.
+
+    Args:
+        moved: y(x + r u) - y(x) `(Q, *tasks, q)`, of all directions.
+        back: y(x - r u) - y(x), of the first few of them, which tell of all.
+        fy: grad_y f.
+        u: the directions.
+        c: their factor.
+        radius: r.
+    """
+    halves = ((moved[: len(back)] + back) * fy).flatten(1).sum(1) / (2 * radius)
+    return _share(u, c) * float(safe_row_norms(halves)) / math.sqrt(len(back))
+
+
+def verdict(noise: float, measured: float | None, size: float, distorted: float, short: bool, given: bool) -> Report:
+    """Whether a digit is left of an estimate, as a report of the part "radius".
+
+    Args:
+        noise: of rounding alone.
+        measured: by second differences, where it was.
+        size: of the estimate.
+        distorted: the relative error of displacements.
+        short: whether the radius is below what fits the dtype.
+        given: whether the radius was asked for: its truncation is then reported, and no failure.
+    """
+    error, status = max(noise, measured or 0.0), Status.successful
+    if noise > _DIGIT * size or distorted > _DIGIT or (short and error > _DIGIT * size):
+        status = Status.imprecise
+    elif not given and error > _DIGIT * size:
+        status = Status.biased
+    return Report("radius", status, max(error / size if size > 0 else 0.0, distorted), 0)
+
+
+def size_of(parts: tuple[Tensor, ...], uncancelled: float) -> float:
+    """What errors of an estimate are compared with: the largest of its parts."""
+    return max(*(float(safe_row_norms(part)) for part in parts), _PART * uncancelled)
+
+
+def _share(u: Tensor, c: float) -> float:
+    """What errors of one size in the slopes along u, each with a sign of its own, are in the estimate."""
+    return c / math.sqrt(len(u)) * float(safe_row_norms(u).mean())

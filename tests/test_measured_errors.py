@@ -1,0 +1,191 @@
+"""What estimators that take differences say of their own error: true where it is small, a status where it is not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from bilevel_strategies import normal
+from torch import Tensor
+
+from bilevel import ESJ, BilevelProblem, Estimate, Penalty, Start, Status, hypergradient, minimize
+from bilevel.solvers import LBFGS, GradientDescent, Iterate, Newton
+
+Y0 = torch.zeros(3)
+X = torch.tensor([0.7, -0.4])
+
+
+def ill_conditioned(kappa: float, q: int, in_range: bool) -> tuple[BilevelProblem, Tensor]:
+    """Curvatures of g from 1 / kappa to 1 and of f 1; `in_range`: x moves y through directions that g sees."""
+    basis = torch.linalg.qr(normal(q, q, seed=1)).Q
+    A = basis @ torch.diag(torch.logspace(-math.log10(kappa), 0, q)) @ basis.T
+    B, target = normal(2, q, seed=2), normal(q, seed=3)
+    B = B @ A if in_range else B
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return (y - target).square().sum() / 2 + x.square().sum() / 2
+
+    exact = X + B @ torch.linalg.solve(A, torch.linalg.solve(A, X @ B) - target)
+    return BilevelProblem(f, lambda x, y: y @ A @ y / 2 - (x @ B) @ y), exact
+
+
+def off(found: Estimate, exact: Tensor) -> float:
+    return float((found.grad - exact).norm())
+
+
+@pytest.mark.parametrize("in_range", [True, False])
+@pytest.mark.parametrize("kappa", [1e1, 1e3, 1e4, 1e5])
+def test_the_weight_by_name_follows_the_curvatures_that_matter(kappa: float, in_range: bool) -> None:
+    problem, exact = ill_conditioned(kappa, 3, in_range)
+    found = hypergradient(problem, X, Y0, estimator="penalty", throw=False)
+    assert off(found, exact) <= 0.01 * float(exact.norm())
+    assert found.status in (Status.successful, Status.stagnated)  # of y, whose tolerance is at the rounding of g
+    assert found.bias is not None and off(found, exact) <= found.bias <= 0.1 * float(exact.norm())
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kappa", [1e4, 1e5, 1e6])
+def test_a_weight_too_low_for_the_least_curvature_is_biased(kappa: float, first: bool) -> None:
+    problem, exact = ill_conditioned(kappa, 3, True)
+    penalty = Penalty(LBFGS(1e-9), weight=1e4, extrapolate=True, accuracy=0.01)
+    found = hypergradient(problem, X, Y0, estimator=penalty, start=Start(Y0, count=0 if first else 1), throw=False)
+    assert off(found, exact) > 0.01 * float(exact.norm())
+    assert found.reports[-1].status is Status.biased
+    assert found.bias is not None
+    assert found.bias >= (0.8 if first else 0.2) * off(found, exact)
+
+
+def test_what_cannot_be_met_by_any_weight_is_a_status() -> None:
+    problem, _ = ill_conditioned(1e8, 3, True)
+    assert not hypergradient(problem, X, Y0, estimator="penalty", throw=False).status.ok
+
+
+@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("w", [10.0, 100.0, 1e4])
+def test_a_weight_that_was_asked_for_is_used_and_its_bias_reported(w: float, extrapolate: bool) -> None:
+    problem, exact = ill_conditioned(10.0, 3, False)
+    found = hypergradient(problem, X, Y0, estimator=Penalty(LBFGS(1e-11), w, extrapolate))
+    assert found.bias is not None
+    assert 0.9 * off(found, exact) <= found.bias <= 20 * off(found, exact) + 1e-4
+
+
+def test_the_probe_is_not_counted_and_later_estimates_do_without() -> None:
+    problem, _ = ill_conditioned(10.0, 3, False)
+    calls = [0]
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        calls[0] += 1
+        return problem.g(x, y)
+
+    penalty, counted = Penalty(Iterate(GradientDescent(0.5), 5), 10.0), BilevelProblem(problem.f, g)
+    first = hypergradient(counted, X, Y0, estimator=penalty)
+    calls[0] = 0
+    later = hypergradient(counted, X, Y0, estimator=penalty, start=Start(Y0, count=1))
+    assert first.stats == later.stats and calls[0] == later.stats.gradients
+    assert torch.equal(first.grad, later.grad)
+
+
+def quartic(sign: float) -> BilevelProblem:
+    """At y = x a minimum of g along y_0; along y_1 one, or a maximum between two of them."""
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        a, b = y[0] - x[0], y[1] - x[0]
+        return a * a / 2 + sign * b * b / 2 + b**4 / 8
+
+    return BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, g)
+
+
+@pytest.mark.parametrize("solver", [LBFGS(1e-9), Newton(1e-9)])
+def test_at_a_saddle_or_a_maximum_of_g_a_penalty_does_not_succeed(solver: Any) -> None:
+    x = torch.ones(1)
+    maximum = BilevelProblem(
+        lambda x, y: (y - 3).square().sum() / 2,
+        lambda x, y: -(y - x).square().sum() / 2 + (y - x).pow(4).sum() / 1e4,
+    )
+    blind = BilevelProblem(lambda x, y: (y[0] - 3) ** 2 / 2, quartic(-1.0).g)  # f does not pull y_1 away
+    for problem, y0 in ((maximum, x), (quartic(-1.0), torch.ones(2)), (blind, torch.ones(2))):
+        for extrapolate in (False, True):
+            penalty = Penalty(solver, 1e3, extrapolate)
+            found = hypergradient(problem, x, y0.clone(), estimator=penalty, throw=False)
+            assert found.status is Status.negative_curvature
+    assert not hypergradient(maximum, x, x.clone(), estimator="penalty", throw=False).status.ok
+
+
+def test_at_a_minimum_of_a_g_that_is_not_convex_it_does() -> None:
+    x = torch.ones(1)
+    well = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: ((y - x).square() - 1).square().sum())
+    found = hypergradient(well, x, 2.1 * torch.ones(1), estimator="penalty")  # y* = x + 1
+    torch.testing.assert_close(found.grad, torch.tensor([-1.0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["penalty", "esj"])
+def test_a_run_that_ends_at_a_stationary_x_is_not_refused_there(name: str) -> None:
+    problem = BilevelProblem(lambda x, y: (y[0] - 3) ** 2 / 2 + y[1] / 2, lambda x, y: (y - x).square().sum() / 2)
+    bound = BilevelProblem(lambda x, y: problem.f(x, y) + x[1] ** 2 / 2, problem.g)
+    found = minimize(bound, torch.zeros(2), torch.zeros(2), estimator=name, outer=GradientDescent(0.5), max_steps=40)
+    torch.testing.assert_close(found.x, torch.tensor([3.0, -0.5]), rtol=1e-4, atol=0)
+    again = hypergradient(bound, found.x, torch.zeros(2), estimator=name)
+    assert float(again.grad.norm()) <= 1e-3
+
+
+A, B = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([[1.0, 0.2, 0.5], [0.3, -1.0, 0.5]])
+DESCENT = Iterate(GradientDescent(0.09), 150)
+
+
+def curved(dtype: torch.dtype) -> BilevelProblem:
+    a, b = A.to(dtype), B.to(dtype)
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return (a * x[0].exp() * y * y).sum() / 2 - (x.sin() @ b) @ y + 0.05 * (y**4).sum()
+
+    return BilevelProblem(lambda x, y: (y - 1).square().sum() / 2 + x.square().sum() / 10, g)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Tensor:
+    found: Tensor = hypergradient(curved(torch.float64), X, Y0, estimator="aid-dense").grad
+    return found
+
+
+@pytest.mark.parametrize("radius", [1e-1, 1e-3, 1e-5, None])
+def test_the_bias_of_a_radius_is_reported(radius: float | None, exact: Tensor) -> None:
+    found = hypergradient(curved(torch.float64), X, Y0, estimator=ESJ(DESCENT, 2, radius=radius))
+    assert found.standard_error == 0 and found.bias is not None
+    assert 0.5 * off(found, exact) <= found.bias <= 3 * off(found, exact)
+
+
+def test_a_radius_that_is_all_rounding_is_reported_with_an_error_of_its_size(exact: Tensor) -> None:
+    for radius in (1e-11, 1e-13):
+        found = hypergradient(curved(torch.float64), X, Y0, estimator=ESJ(DESCENT, 2, radius=radius), throw=False)
+        assert found.bias is not None and off(found, exact) <= found.bias
+    short = ESJ(DESCENT, 2, radius=1e-16)
+    for count in (0, 1):
+        found = hypergradient(curved(torch.float64), X, Y0, estimator=short, start=Start(Y0, count=count), throw=False)
+        assert found.status is Status.imprecise
+
+
+def test_the_other_side_is_looked_at_once_and_not_counted() -> None:
+    esj = ESJ(DESCENT, 2)
+    first = hypergradient(curved(torch.float64), X, Y0, estimator=esj)
+    later = hypergradient(curved(torch.float64), X, Y0, estimator=esj, start=Start(Y0, count=1))
+    assert first.stats == later.stats and later.bias is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-4), (torch.float32, 0.05), (torch.float16, 0.15), (torch.bfloat16, 0.4)]
+)
+def test_the_radius_fits_the_dtype(dtype: torch.dtype, error: float) -> None:
+    """Of a y*(x) that bends little, so that what is left is rounding; a radius of 1e-3 is lost in bfloat16."""
+    a, b = A.to(dtype), B.to(dtype)
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum() / 2, lambda x, y: (a * y * y).sum() / 2 - (x.sin() @ b) @ y
+    )
+    descent, x, y0 = Iterate(GradientDescent(0.2), 60), X.to(dtype), Y0.to(dtype)
+    exact = (B @ ((X.sin() @ B / A - 1) / A)) * X.cos()
+    found = hypergradient(problem, x, y0, estimator=ESJ(descent, 2), throw=False)
+    assert float((found.grad.double() - exact).norm() / exact.norm()) <= error
+    if dtype is torch.bfloat16:
+        lost = hypergradient(problem, x, y0, estimator=ESJ(descent, 2, radius=1e-3), throw=False)
+        assert not lost.status.ok
