@@ -165,6 +165,16 @@ class AbstractEstimator(AbstractRequiring):
         """
         return False
 
+    @property
+    def accurate(self) -> bool:
+        """Whether h is the gradient of the value that comes with it, up to the tolerances of its solvers.
+
+        True of one that is neither biased by construction (truncated, damped, of low rank, of first order, penalized),
+        nor random, nor of a fixed number of steps. Where the data do not change either, `minimize` takes `QuasiNewton` by
+        default, and else `Adam`. One that says nothing is taken to be inaccurate.
+        """
+        return False
+
     def with_seed(self, seed: int) -> AbstractEstimator | None:
         """This estimator, drawing its random numbers from another seed; None: it draws none.
 

@@ -118,6 +118,13 @@ class AID(AbstractImplicit):
         )
         return needed - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else needed
 
+    @property
+    def accurate(self) -> bool:
+        if self._certified is not None:
+            return self._certified.accurate
+        exact = not isinstance(self.products, FiniteDifferences)
+        return self.forgets_start and exact and not self.damping and not self.linear.is_approximate
+
     def certified(
         self,
         target_error: float | None,

@@ -78,6 +78,14 @@ class Chosen(AbstractEstimator):
     def takes_encoding(self) -> bool:
         return self.estimator.takes_encoding
 
+    @property
+    def forgets_start(self) -> bool:
+        return self.estimator.forgets_start
+
+    @property
+    def accurate(self) -> bool:
+        return self.estimator.accurate
+
     def with_seed(self, seed: int) -> Chosen | None:
         seeded = self.estimator.with_seed(seed)
         return None if seeded is None else replace(self, estimator=seeded)

@@ -14,15 +14,15 @@ from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import demand_alike, own_start, structured
-from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
-from bilevel._sets import Constraint, bounds, projection
+from bilevel._sets import Constraint, bounds, region
 from bilevel._tree import Tree, ravel
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
-from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.oracle import Oracle, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.certificates.accuracy import adaptive
 from bilevel.certificates.certificate import Constants
@@ -31,7 +31,7 @@ from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
 from bilevel.outer.batches import first_batch, sources
-from bilevel.outer.checkpoint import Checkpoint, fingerprint
+from bilevel.outer.checkpoint import Checkpoint, begun_with, fingerprint
 from bilevel.outer.drivers import drive
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.solution import Solution
@@ -45,7 +45,7 @@ def minimize(
     *,
     algorithm: AbstractAlgorithm[Any] | str | None = None,
     estimator: AbstractEstimator | Auto | str | None = None,
-    outer: AbstractOptimizer | AbstractOuterDriver | None = None,
+    outer: AbstractOptimizer | AbstractMinimizer | AbstractOuterDriver | None = None,
     max_steps: int = 100,
     tol: float | None = None,
     data: Any = None,
@@ -158,9 +158,9 @@ def minimize(
     flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
     settings: dict[str, object] = {"constraint": constraint, "x": x_structure.describe(), "y": y_structure.describe()}
 
-    def run() -> Run:
+    def run(compares: bool) -> Run:
         kept = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every, fingerprint(settings))
-        return Run(Rules(max_steps, tol, throw, callback, kept, resume), structured)
+        return Run(Rules(max_steps, tol, throw, callback, kept, resume), structured, compares)
 
     chosen: AbstractAlgorithm[Any]
     if algorithm is None or algorithm == DESCENT:
@@ -168,20 +168,23 @@ def minimize(
         estimates = resolve(named, flat, x, y)
         if accuracy not in (None, "fixed"):
             estimates = adaptive(estimates, accuracy, constants, tol)
-        steps = default_outer() if outer is None else outer
+        steps: Any = outer
+        if steps is None:
+            steps = default_outer(estimates, is_fixed(batches))
+            steps = _as_begun(steps, checkpoint) if resume and checkpoint is not None else steps
         settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
         warm = starts_warm(warm_start, estimates, problem)
         if isinstance(steps, AbstractOuterDriver):
             _refuse_data(steps, data)
             estimate = partial(_estimate, estimates, chunk_size)
             limits = bounds(constraint, x_structure, x)
-            return drive(run(), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
+            return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
         chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
     else:
         chosen = resolve_algorithm(algorithm, Setting(flat.with_tally(Tally()), x, y))
         settings = {"algorithm": chosen, **settings}
-    oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, projection(constraint, x_structure))
-    return iterate(run(), chosen, oracle, x, y)
+    oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
+    return iterate(run(oracle.is_fixed and chosen.values_are_phi), chosen, oracle, x, y)
 
 
 def _demand_arguments(max_steps: Any, tol: Any, callback: Any, checkpoint: Any, checkpoint_every: Any) -> None:
@@ -210,7 +213,16 @@ def _refuse_data(driver: AbstractOuterDriver, data: Any) -> None:
         )
 
 
-def _optimizer(outer: Any) -> AbstractOptimizer:
+def _as_begun(chosen: Any, checkpoint: str | os.PathLike[str]) -> Any:
+    """The default outer method that a run was begun with: of files of earlier versions always `Adam`."""
+    from bilevel.solvers.adam import Adam
+
+    return Adam(0.05) if begun_with(checkpoint, "outer", fingerprint({"outer": Adam(0.05)})["outer"]) else chosen
+
+
+def _optimizer(outer: Any) -> AbstractOptimizer | AbstractMinimizer:
+    if isinstance(outer, AbstractMinimizer):
+        return outer
     if not isinstance(outer, AbstractOptimizer):
         raise TypeError(
             f"`minimize(outer=...)` must be an optimizer such as `Adam(0.05)`. Got {type(outer).__name__}."

@@ -1,0 +1,235 @@
+"""The outer method of deterministic problems: limited-memory BFGS on a convex set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._numerics.compact_bfgs import CompactBFGS
+from bilevel._numerics.quasi_newton import Pairs
+from bilevel._numerics.wolfe import strong_wolfe
+from bilevel._optimizer import AbstractMinimizer, Move, OptimizerState, Told
+from bilevel._result import Status
+from bilevel._sets import AbstractSet
+from bilevel._validate import demand_types
+
+# Differences of Phi below this share of it are not believed, and slopes decide: y is as good as its tolerance, 1e-9.
+_NOISE = {torch.float64: 1e-10}
+_COARSE_NOISE = 1e-5
+_RTOL = {torch.float64: 1e-5}
+_COARSE_RTOL = 1e-3
+_MOST_FAILURES = 10  # in one search: at 0.2 a time, the step is then 1e-7 of what it was
+_PATIENCE = 10  # accepted points in a row without the least progress of value or gradient
+_DESCENT = 1e-10  # the least cosine between a direction and the projected gradient's
+
+
+@final
+@dataclass(frozen=True)
+class QuasiNewton(AbstractMinimizer):
+    """x <- x + t d, d = -B^-1 h on the face of the constraint that x is on, t by strong Wolfe; B is an L-BFGS matrix.
+
+    TODO
+    """
+
+    memory: int = 20
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        if self.memory < 1:
+            raise ValueError(f"`QuasiNewton(memory=...)` must be at least 1. Got {self.memory}.")
+        if self.rtol is not None and not 0 <= self.rtol < 1:
+            raise ValueError(f"`QuasiNewton(rtol=...)` must be in [0, 1), or None. Got {self.rtol}.")
+
+    def init(self, point: Tensor) -> OptimizerState:
+        none = point.new_zeros(0, point.numel())
+        return _State(point, torch.zeros_like(point), none, none, torch.zeros_like(point)).as_dict()
+
+    def tell(self, told: Told, point: Tensor, state: OptimizerState, region: AbstractSet | None) -> Move:
+        at = _State(**state)
+        finite = math.isfinite(told.value) and bool(told.grad.isfinite().all())
+        # A point is as good as the one before it if neither, or both, come from an estimate that succeeded.
+        usable = finite and (told.failed is None or not at.good)
+        if not at.begun:
+            at = at.accepting(told, point)
+            if not finite:
+                return self._move(at, point, False, told.failed or Status.nonfinite)
+            return self._search(at, region)
+        slope = float(told.grad @ at.direction)
+        outcome = at.search(told.value if usable else math.inf, slope if usable else math.nan, _noise(at))
+        rejected = not usable or told.value > at.value + _noise(at)
+        if not usable:
+            at = at.but(failures=at.failures + 1, failed=(told.failed or Status.nonfinite).name)
+        if isinstance(outcome, float) and at.failures < _MOST_FAILURES:
+            trials = [*at.trials, [at.t, told.value if usable else math.inf, slope if usable else math.nan]]
+            at = at.but(t=outcome, trials=trials)
+            return self._move(at, _moved(at, region), rejected, None)
+        if outcome is Status.successful:
+            at = at.paired(told.grad, point, self.memory).accepting(told, point)
+            if at.idle >= _PATIENCE:
+                return self._move(at, point, False, Status.stagnated)
+            return self._search(at, region)
+        if at.failures:
+            ended = Status[at.failed]
+        elif 0.5 * abs(at.slope) * at.first <= _noise(at):
+            ended = Status.stagnated
+        else:
+            ended = Status.line_search_failed
+        if at.plain or ended is Status.stagnated:
+            return self._move(at, at.x, True, ended)
+        move = self._search(at.but(steps=at.steps[:0], changes=at.changes[:0]), region)  # again, along -h
+        return Move(move.point, move.state, at.x, True, move.ended, move.tol)
+
+    def _search(self, at: _State, region: AbstractSet | None) -> Move:
+        """Begin a line search from where it stands."""
+        found = _direction(at, region)
+        if found is None:
+            return self._move(at, at.x, False, Status.stagnated)
+        d, slope, plain, most = found
+        # Without curvature the first step is of length 1, whatever the scale of Phi.
+        first = min(1 / float(torch.linalg.vector_norm(d)), most) if plain and region is None else 1.0
+        at = at.but(
+            direction=d, slope=slope, first=first, t=first, most=most, plain=plain, trials=[], failures=0, failed=""
+        )
+        return self._move(at, _moved(at, region), False, None)
+
+    def _move(self, at: _State, point: Tensor, rejected: bool, ended: Status | None) -> Move:
+        rtol = (_RTOL.get(at.x.dtype, _COARSE_RTOL)) if self.rtol is None else self.rtol
+        tol = rtol * min(at.scale, max(1.0, abs(at.value))) if rtol else None
+        return Move(point, at.as_dict(), at.x, rejected, ended, tol)
+
+
+def _noise(at: _State) -> float:
+    return _NOISE.get(at.x.dtype, _COARSE_NOISE) * abs(at.value)
+
+
+def _moved(at: _State, region: AbstractSet | None) -> Tensor:
+    """The trial point, in the set to the last bit."""
+    point = torch.add(at.x, at.direction, alpha=at.t)
+    return point if region is None else region.project(point)
+
+
+def _direction(at: _State, region: AbstractSet | None) -> tuple[Tensor, float, bool, float] | None:
+    """A direction of descent, the slope along it, whether it is the gradient's own, and how far it may be gone.
+
+    None: there is none, to rounding.
+    """
+    if region is None:
+        if at.steps.shape[0]:
+            d = -_pairs(at).product(at.grad.unsqueeze(0)).squeeze(0)
+            slope = float(d @ at.grad)
+            if slope < -_DESCENT * float(torch.linalg.vector_norm(d) * torch.linalg.vector_norm(at.grad)):
+                return d, slope, False, math.inf
+        d = -at.grad
+        slope = float(d @ at.grad)
+        return (d, slope, True, math.inf) if slope < 0 else None
+    norm = float(torch.linalg.vector_norm(at.grad))
+    if not norm > 0:
+        return None
+    B = CompactBFGS(at.steps, at.changes, sigma=norm)  # without pairs, a step of length 1
+    toward = at.x - at.grad / B.sigma
+    nearest = region.project(toward) - at.x
+    plain = float(nearest @ at.grad)
+    if at.steps.shape[0]:
+        d = _along_face(B, at, region, toward, nearest)
+        if d is not None:
+            slope = float(d @ at.grad)
+            if slope < min(0.0, 1e-4 * plain):
+                return d, slope, False, 1.0
+    return (nearest, plain, not at.steps.shape[0], 1.0) if plain < 0 else None
+
+
+def _along_face(B: CompactBFGS, at: _State, region: AbstractSet, toward: Tensor, nearest: Tensor) -> Tensor | None:
+    """The step to the minimizer of the quadratic model on the face, by way of the bounds that -h runs into."""
+    along = region.face(toward)
+    if along is None:
+        return None
+    off = nearest - along(nearest)
+    try:
+        d = off - B.solve(along(at.grad + B.product(off)), along)
+    except torch.linalg.LinAlgError:
+        return None
+    return region.project(at.x + d) - at.x if bool(d.isfinite().all()) else None
+
+
+def _pairs(at: _State) -> Pairs:
+    pairs = Pairs(at.steps.shape[0], at.grad.unsqueeze(0))
+    for s, w in zip(at.steps, at.changes, strict=True):
+        pairs.push(s.unsqueeze(0), w.unsqueeze(0), [float(s @ w)])
+    return pairs
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Where it stands, what it remembers of curvature, and the line search that is going on."""
+
+    x: Tensor
+    grad: Tensor
+    steps: Tensor
+    changes: Tensor
+    direction: Tensor
+    value: float = 0.0
+    begun: bool = False
+    good: bool = True
+    scale: float = 0.0
+    least_value: float = math.inf
+    least_norm: float = math.inf
+    idle: int = 0
+    slope: float = 0.0
+    first: float = 0.0
+    t: float = 0.0
+    most: float = math.inf
+    plain: bool = True
+    failures: int = 0
+    failed: str = ""
+    trials: list[list[float]] = field(default_factory=list)
+
+    def as_dict(self) -> OptimizerState:
+        return dict(vars(self))
+
+    def but(self, **changes: Any) -> _State:
+        return _State(**{**vars(self), **changes})
+
+    def accepting(self, told: Told, point: Tensor) -> _State:
+        """Standing at another point."""
+        eps = torch.finfo(point.dtype).eps
+        better = told.stationarity < self.least_norm or told.value < self.least_value - eps * abs(self.least_value)
+        return self.but(
+            x=point,
+            grad=told.grad,
+            value=told.value,
+            begun=True,
+            good=told.failed is None,
+            scale=self.scale if self.begun else told.stationarity,
+            idle=0 if better or not self.begun else self.idle + 1,
+            least_value=min(self.least_value, told.value),
+            least_norm=min(self.least_norm, told.stationarity),
+        )
+
+    def paired(self, grad: Tensor, point: Tensor, memory: int) -> _State:
+        """With the step from where it stands to a point remembered, if the curvature along it is positive."""
+        s, w = point - self.x, grad - self.grad
+        least = torch.finfo(s.dtype).eps * float(torch.linalg.vector_norm(s) * torch.linalg.vector_norm(w))
+        if not float(s @ w) > max(least, torch.finfo(s.dtype).tiny):
+            return self
+        return self.but(
+            steps=torch.cat([self.steps, s.unsqueeze(0)])[-memory:],
+            changes=torch.cat([self.changes, w.unsqueeze(0)])[-memory:],
+        )
+
+    def search(self, phi: float, slope: float, noise: float) -> float | Status:
+        """What the line search says to the latest trial: the next one, or how it has ended."""
+        search = strong_wolfe(self.value, self.slope, self.first, noise, self.most)
+        next(search)
+        try:
+            for _, earlier, at in self.trials:
+                search.send((earlier, at))
+            return search.send((phi, slope))
+        except StopIteration as stop:
+            ended: Status = stop.value
+            return ended
