@@ -119,6 +119,7 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         penalized=(torch.cat([y for y, _ in ends]), ends[0][1]) if ends else None,
         bound=sum_of([estimate.bound for estimate in found]),
         note=found[0].note,
+        value_error=sum_of([estimate.value_error for estimate in found]),
     )
 
 

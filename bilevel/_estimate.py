@@ -113,7 +113,11 @@ class FlatStart:
 @final
 @dataclass(frozen=True, eq=False)
 class FlatEstimate:
-    """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`."""
+    """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`.
+
+    `value_error` is how far the value may be from Phi(x) to first order, which is |v'grad_y g|, where that is known: what
+    a line search must not take for a change of Phi.
+    """
 
     grad: Tensor
     value: Tensor
@@ -124,6 +128,7 @@ class FlatEstimate:
     penalized: tuple[Tensor, float] | None = None
     bound: float | None = None
     note: str = ""
+    value_error: float | None = None
 
 
 class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)

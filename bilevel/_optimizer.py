@@ -57,12 +57,14 @@ class Told:
         grad: its gradient `(p,)`.
         failed: why the evaluation did not succeed; None: it did.
         stationarity: |h|, or with a constraint |x - P(x - h)|.
+        value_error: how far the value may be from Phi, beyond rounding; None: that is not known.
     """
 
     value: float
     grad: Tensor
     failed: Status | None
     stationarity: float
+    value_error: float | None = None
 
 
 @final

@@ -9,21 +9,25 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.compact_bfgs import CompactBFGS
-from bilevel._numerics.quasi_newton import Pairs
-from bilevel._numerics.wolfe import strong_wolfe
+from bilevel._numerics.compact_bfgs import CompactBFGS, inverse_product
+from bilevel._numerics.wolfe import DECREASE, strong_wolfe
 from bilevel._optimizer import AbstractMinimizer, Move, OptimizerState, Told
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
 from bilevel._validate import demand_types
 
-# Differences of Phi below this share of it are not believed, and slopes decide: y is as good as its tolerance, 1e-9.
-_NOISE = {torch.float64: 1e-10}
-_COARSE_NOISE = 1e-5
+# Differences of Phi that are less than the error of its values are not believed, and slopes decide. Where the estimate
+# does not tell that error it is taken for this share of Phi, which is what the tolerances of names leave.
+_NOISE = {torch.float64: 1e-8}
+_COARSE_NOISE = 1e-4
 _RTOL = {torch.float64: 1e-5}
 _COARSE_RTOL = 1e-3
 _MOST_FAILURES = 10  # in one search: at 0.2 a time, the step is then 1e-7 of what it was
+_MOST_TRIALS = 20  # in one search: each is an estimate
+_MOST_EDGES = 5  # searches in a row that came to where estimates fail: Phi falls towards there, and no further is known
 _PATIENCE = 10  # accepted points in a row without the least progress of value or gradient
+_GROWTH = 10.0  # of the step along a projected gradient while Phi falls ever more steeply
+_MOST_FACES = 10  # that are tried for a direction
 _DESCENT = 1e-10  # the least cosine between a direction and the projected gradient's
 
 
@@ -35,13 +39,13 @@ class QuasiNewton(AbstractMinimizer):
     TODO
     """
 
-    memory: int = 20
+    memory: int | None = None
     rtol: float | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.memory < 1:
-            raise ValueError(f"`QuasiNewton(memory=...)` must be at least 1. Got {self.memory}.")
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"`QuasiNewton(memory=...)` must be at least 1, or None. Got {self.memory}.")
         if self.rtol is not None and not 0 <= self.rtol < 1:
             raise ValueError(f"`QuasiNewton(rtol=...)` must be in [0, 1), or None. Got {self.rtol}.")
 
@@ -61,20 +65,24 @@ class QuasiNewton(AbstractMinimizer):
             return self._search(at, region)
         slope = float(told.grad @ at.direction)
         outcome = at.search(told.value if usable else math.inf, slope if usable else math.nan, _noise(at))
+        if at.failures and usable and told.value <= at.value + DECREASE * at.t * at.slope:
+            outcome = Status.successful  # next to where estimates fail, a decrease is enough: the rest is beyond
         rejected = not usable or told.value > at.value + _noise(at)
         if not usable:
             at = at.but(failures=at.failures + 1, failed=(told.failed or Status.nonfinite).name)
-        if isinstance(outcome, float) and at.failures < _MOST_FAILURES:
+        if isinstance(outcome, float) and at.failures < _MOST_FAILURES and len(at.trials) < _MOST_TRIALS:
             trials = [*at.trials, [at.t, told.value if usable else math.inf, slope if usable else math.nan]]
             at = at.but(t=outcome, trials=trials)
             return self._move(at, _moved(at, region), rejected, None)
         if outcome is Status.successful:
-            at = at.paired(told.grad, point, self.memory).accepting(told, point)
+            at = at.at_edge(point).paired(told.grad, point, self._pairs(point.numel())).accepting(told, point)
             if at.idle >= _PATIENCE:
                 return self._move(at, point, False, Status.stagnated)
+            if at.edges >= _MOST_EDGES:
+                return self._move(at, point, False, Status.line_search_failed)
             return self._search(at, region)
-        if at.failures:
-            ended = Status[at.failed]
+        if isinstance(outcome, float):
+            ended = Status.nonfinite if at.failed == Status.nonfinite.name else Status.line_search_failed
         elif 0.5 * abs(at.slope) * at.first <= _noise(at):
             ended = Status.stagnated
         else:
@@ -84,6 +92,10 @@ class QuasiNewton(AbstractMinimizer):
         move = self._search(at.but(steps=at.steps[:0], changes=at.changes[:0]), region)  # again, along -h
         return Move(move.point, move.state, at.x, True, move.ended, move.tol)
 
+    def _pairs(self, p: int) -> int:
+        """How many are kept: an evaluation costs more than they do, up to where they fill the memory."""
+        return max(10, min(50, 1_000_000 // max(p, 1))) if self.memory is None else self.memory
+
     def _search(self, at: _State, region: AbstractSet | None) -> Move:
         """Begin a line search from where it stands."""
         found = _direction(at, region)
@@ -91,7 +103,8 @@ class QuasiNewton(AbstractMinimizer):
             return self._move(at, at.x, False, Status.stagnated)
         d, slope, plain, most = found
         # Without curvature the first step is of length 1, whatever the scale of Phi.
-        first = min(1 / float(torch.linalg.vector_norm(d)), most) if plain and region is None else 1.0
+        length = float(torch.linalg.vector_norm(d))
+        first = min(1 / length if plain and region is None else 1.0, at.reach / length)
         at = at.but(
             direction=d, slope=slope, first=first, t=first, most=most, plain=plain, trials=[], failures=0, failed=""
         )
@@ -104,7 +117,14 @@ class QuasiNewton(AbstractMinimizer):
 
 
 def _noise(at: _State) -> float:
-    return _NOISE.get(at.x.dtype, _COARSE_NOISE) * abs(at.value)
+    """The error of a difference of two values: each has its own, and that of the next may be larger than the last."""
+    return 4 * at.error + 100 * torch.finfo(at.x.dtype).eps * abs(at.value)
+
+
+def _error(told: Told, point: Tensor) -> float:
+    if told.value_error is not None and math.isfinite(told.value_error):
+        return told.value_error
+    return _NOISE.get(point.dtype, _COARSE_NOISE) * abs(told.value)
 
 
 def _moved(at: _State, region: AbstractSet | None) -> Tensor:
@@ -120,22 +140,22 @@ def _direction(at: _State, region: AbstractSet | None) -> tuple[Tensor, float, b
     """
     if region is None:
         if at.steps.shape[0]:
-            d = -_pairs(at).product(at.grad.unsqueeze(0)).squeeze(0)
+            d = -inverse_product(at.steps, at.changes, at.grad)
             slope = float(d @ at.grad)
             if slope < -_DESCENT * float(torch.linalg.vector_norm(d) * torch.linalg.vector_norm(at.grad)):
                 return d, slope, False, math.inf
         d = -at.grad
         slope = float(d @ at.grad)
         return (d, slope, True, math.inf) if slope < 0 else None
-    norm = float(torch.linalg.vector_norm(at.grad))
-    if not norm > 0:
+    left = float(torch.linalg.vector_norm(at.x - region.project(at.x - at.grad)))
+    if not left > 0:
         return None
-    B = CompactBFGS(at.steps, at.changes, sigma=norm)  # without pairs, a step of length 1
+    B = CompactBFGS(at.steps, at.changes, sigma=left / at.length)
     toward = at.x - at.grad / B.sigma
     nearest = region.project(toward) - at.x
     plain = float(nearest @ at.grad)
     if at.steps.shape[0]:
-        d = _along_face(B, at, region, toward, nearest)
+        d = _along_face(B, at, region, toward)
         if d is not None:
             slope = float(d @ at.grad)
             if slope < min(0.0, 1e-4 * plain):
@@ -143,24 +163,28 @@ def _direction(at: _State, region: AbstractSet | None) -> tuple[Tensor, float, b
     return (nearest, plain, not at.steps.shape[0], 1.0) if plain < 0 else None
 
 
-def _along_face(B: CompactBFGS, at: _State, region: AbstractSet, toward: Tensor, nearest: Tensor) -> Tensor | None:
-    """The step to the minimizer of the quadratic model on the face, by way of the bounds that -h runs into."""
-    along = region.face(toward)
-    if along is None:
-        return None
-    off = nearest - along(nearest)
-    try:
-        d = off - B.solve(along(at.grad + B.product(off)), along)
-    except torch.linalg.LinAlgError:
-        return None
-    return region.project(at.x + d) - at.x if bool(d.isfinite().all()) else None
+def _along_face(B: CompactBFGS, at: _State, region: AbstractSet, toward: Tensor) -> Tensor | None:
+    """The step to the minimizer of the quadratic model on a face: that of a projected gradient step, and its faces.
 
-
-def _pairs(at: _State) -> Pairs:
-    pairs = Pairs(at.steps.shape[0], at.grad.unsqueeze(0))
-    for s, w in zip(at.steps, at.changes, strict=True):
-        pairs.push(s.unsqueeze(0), w.unsqueeze(0), [float(s @ w)])
-    return pairs
+    A minimizer that is outside of the set leads to the face that is nearest, where the model is minimized again.
+    """
+    for _ in range(_MOST_FACES):
+        along = region.face(toward)
+        if along is None:
+            return None
+        nearest = region.project(toward) - at.x
+        off = nearest - along(nearest)
+        try:
+            d = off - B.solve(along(at.grad + B.product(off)), along)
+        except torch.linalg.LinAlgError:
+            return None
+        if not bool(d.isfinite().all()):
+            return None
+        toward = at.x + d
+        inside = region.project(toward)
+        if torch.allclose(inside, toward, rtol=0, atol=1e-3 * float(torch.linalg.vector_norm(d))):
+            break
+    return inside - at.x
 
 
 @final
@@ -176,6 +200,7 @@ class _State:
     value: float = 0.0
     begun: bool = False
     good: bool = True
+    error: float = 0.0
     scale: float = 0.0
     least_value: float = math.inf
     least_norm: float = math.inf
@@ -186,6 +211,9 @@ class _State:
     most: float = math.inf
     plain: bool = True
     failures: int = 0
+    length: float = 1.0
+    edges: int = 0
+    reach: float = math.inf
     failed: str = ""
     trials: list[list[float]] = field(default_factory=list)
 
@@ -205,18 +233,25 @@ class _State:
             value=told.value,
             begun=True,
             good=told.failed is None,
+            error=max(_error(told, point), self.error / 2),
             scale=self.scale if self.begun else told.stationarity,
             idle=0 if better or not self.begun else self.idle + 1,
             least_value=min(self.least_value, told.value),
             least_norm=min(self.least_norm, told.stationarity),
         )
 
+    def at_edge(self, point: Tensor) -> _State:
+        """Knowing whether estimates failed on the way to a point: the next step is then not much longer."""
+        if not self.failures:
+            return self.but(edges=0, reach=math.inf)
+        return self.but(edges=self.edges + 1, reach=2 * float(torch.linalg.vector_norm(point - self.x)))
+
     def paired(self, grad: Tensor, point: Tensor, memory: int) -> _State:
         """With the step from where it stands to a point remembered, if the curvature along it is positive."""
         s, w = point - self.x, grad - self.grad
         least = torch.finfo(s.dtype).eps * float(torch.linalg.vector_norm(s) * torch.linalg.vector_norm(w))
         if not float(s @ w) > max(least, torch.finfo(s.dtype).tiny):
-            return self
+            return self.but(length=_GROWTH * self.length if self.t >= self.most else self.length)
         return self.but(
             steps=torch.cat([self.steps, s.unsqueeze(0)])[-memory:],
             changes=torch.cat([self.changes, w.unsqueeze(0)])[-memory:],

@@ -1,4 +1,4 @@
-"""The BFGS matrix of a few pairs in compact form: its products, and its inverse on a face."""
+"""The BFGS matrix of a few pairs, in compact form: its products, its inverse, and its inverse on a face."""
 
 from __future__ import annotations
 
@@ -64,3 +64,22 @@ class CompactBFGS:
         narrow = along(self.wide)
         small = self.middle - narrow @ narrow.mT / self.sigma
         return (r + narrow.mT @ torch.linalg.solve(small, narrow @ r) / self.sigma) / self.sigma
+
+
+def inverse_product(steps: Tensor, changes: Tensor, r: Tensor) -> Tensor:
+    """B^-1 r of the same matrix by two loops over its pairs: positive definite to the last bit, without a system.
+
+    Args:
+        steps: S `(k, p)`, k at least 1.
+        changes: Y `(k, p)`.
+        r: `(p,)`.
+    """
+    q, alphas, pairs = r.clone(), [], list(zip(steps, changes, (steps * changes).sum(-1).tolist(), strict=True))
+    for s, w, curvature in reversed(pairs):
+        alphas.append(float(s @ q) / curvature)
+        q.add_(w, alpha=-alphas[-1])
+    _, newest, curvature = pairs[-1]
+    q.mul_(curvature / float(newest @ newest))
+    for (s, w, curvature), alpha in zip(pairs, reversed(alphas), strict=True):
+        q.add_(s, alpha=alpha - float(w @ q) / curvature)
+    return q

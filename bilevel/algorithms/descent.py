@@ -98,7 +98,8 @@ class Descent(AbstractAlgorithm[DescentState]):
         found = apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size)
         if isinstance(self.outer, AbstractOptimizer):
             return Evaluated(found)
-        told = Told(float(found.value), found.grad, _failure(found), float(self._distance(oracle, state, found)))
+        distance = float(self._distance(oracle, state, found))
+        told = Told(float(found.value), found.grad, _failure(found), distance, found.value_error)
         move = self.outer.tell(told, state.x, state.memory, oracle.region)
         back = None if not move.rejected else DescentState(move.stands, state.y, state.v, state.memory)
         return Evaluated(found, move, back, move.ended, move.tol)

@@ -13,6 +13,7 @@ from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.rows import row_norms
 from bilevel._result import report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
@@ -165,4 +166,7 @@ class AID(AbstractImplicit):
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
         reports = (ended, *at.reports, report("linear solver", system))
-        return FlatEstimate(h, value, y, reports, v if v.shape == y.shape else None)
+        if v.shape != y.shape:
+            return FlatEstimate(h, value, y, reports)
+        error = float((row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
+        return FlatEstimate(h, value, y, reports, v, value_error=error)
