@@ -168,7 +168,7 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
         def callback(progress: Progress) -> None:
             if not folder.result.exists() or progress.record.step == 0:
                 write_result(folder, head | {"status": "running"})
-            if progress.record.status == Status.successful.name or progress.record.step > 0:
+            if progress.record.status.ok or progress.record.step > 0:
                 forget(folder)
             lines.append(_line(progress))
             append_history(folder, lines[-1])

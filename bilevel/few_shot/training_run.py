@@ -175,7 +175,7 @@ class TrainingRun:
             message=solution.estimate.message if self._ended == "failed" else "",
             validations=kept.until(),
             history=solution.history,
-            failed=dict(Counter(record.status for record in solution.history if record.status != "successful")),
+            failed=dict(Counter(record.status.name for record in solution.history if not record.status.ok)),
             stats=solution.stats,
             seconds=self._clock.seconds(),
             last=solution.x,

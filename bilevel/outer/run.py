@@ -102,9 +102,9 @@ class Run:
         Raises:
             BilevelError: if something failed, or a tolerance that was asked for is missed, and that is to be raised.
         """
-        met = [record.status for record in self.history if not record.rejected]
-        status = Status.worst([ended, *met])
-        short = ended in SHORT and self.rules.tol is None
+        met = Status.worst(record.status for record in self.history if not record.rejected)
+        status = Status.worst([ended, met])
+        short = ended in SHORT and self.rules.tol is None and met.ok
         message = ""
         if not ended.ok:
             message = estimate.message or f"minimize: {ended.value}"
@@ -120,10 +120,11 @@ class Run:
             stats=sum((record.stats for record in self.history), Stats()),
             history=tuple(self.history),
             estimate=estimate,
+            failed=not (status.ok or short),
             converged=ended is Status.successful and estimate.status.ok,
             best=self.best.told(problem.x, problem.y),
         )
-        if self.rules.throw and not status.ok and not (short and status is ended):
+        if self.rules.throw and solution.failed:
             step = self.history[-1].step
             raise BilevelError(f"`minimize` did not succeed; it stopped at step {step}. {message}", status, solution)
         return solution

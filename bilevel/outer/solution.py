@@ -90,6 +90,8 @@ class Solution:
         stats: the oracle calls of the whole run.
         history: one record a step; the last is of x itself.
         estimate: the hypergradient at x, or the direction that the algorithm has for it.
+        failed: whether something did not succeed that was asked for: an estimate, or the tolerance that was given. The
+            outer method's own tolerance was not, and to miss it, or to go no further short of it, is no failure.
         converged: whether the tolerance was met at x: the one that was given, or the outer method's own. With
             accuracy="adaptive" that is certified.
         best: the best iterate.
@@ -103,5 +105,6 @@ class Solution:
     stats: Stats
     history: tuple[Record, ...] = field(repr=False)
     estimate: Estimate = field(repr=False)
+    failed: bool
     converged: bool
     best: Best
