@@ -115,8 +115,8 @@ class FlatStart:
 class FlatEstimate:
     """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`.
 
-    `value_error` is how far the value may be from Phi(x) to first order, which is |v'grad_y g|, where that is known: what
-    a line search must not take for a change of Phi.
+    `value_error` is how far the value may be from Phi(x) to first order, which is |v'grad_y g|, where that is known:
+    what a line search must not take for a change of Phi.
     """
 
     grad: Tensor
@@ -175,8 +175,8 @@ class AbstractEstimator(AbstractRequiring):
         """Whether h is the gradient of the value that comes with it, up to the tolerances of its solvers.
 
         True of one that is neither biased by construction (truncated, damped, of low rank, of first order, penalized),
-        nor random, nor of a fixed number of steps. Where the data do not change either, `minimize` takes `QuasiNewton` by
-        default, and else `Adam`. One that says nothing is taken to be inaccurate.
+        nor random, nor of a fixed number of steps. Where the data do not change either, `minimize` takes `QuasiNewton`
+        by default, and else `Adam`. One that says nothing is taken to be inaccurate.
         """
         return False
 

@@ -185,9 +185,7 @@ def bounds(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, 
     lower, upper = torch.full_like(like, -torch.inf), torch.full_like(like, torch.inf)
     for where, part in pieces:
         if not isinstance(part, Box):
-            raise ValueError(
-                f"this outer method handles bounds only. Got {type(part).__name__}. Use an optimizer such as `Adam`."
-            )
+            raise ValueError(f"this outer method handles bounds only. Got {type(part).__name__}. Use `QuasiNewton`.")
         lower[where], upper[where] = part.bounds(like[where])
     return lower, upper
 

@@ -34,9 +34,48 @@ _DESCENT = 1e-10  # the least cosine between a direction and the projected gradi
 @final
 @dataclass(frozen=True)
 class QuasiNewton(AbstractMinimizer):
-    """x <- x + t d, d = -B^-1 h on the face of the constraint that x is on, t by strong Wolfe; B is an L-BFGS matrix.
+    """x <- x + t d, d = -B^-1 h, t by a strong Wolfe line search: L-BFGS, along the faces of a constraint on x.
 
-    TODO
+    B is the BFGS matrix of the last `memory` steps and changes of h; those without positive curvature are not
+    remembered, and where d is no direction of descent, or its search fails, it begins again along -h. With a
+    constraint, d leads to the minimizer of the model h'd + d'B d / 2 on a face of the set: first the one that a
+    projected gradient step leads to, then those that the minimizers run into; t <= 1, so that every point is in the
+    set. `Box`, `Simplex` and dicts of them have such faces; a set that has none (`AbstractSet.face`) is walked along
+    projected gradients.
+
+    An accurate h of one function Phi is what it needs. Values differ by the error of y too: differences below what the
+    estimate says of that are not believed, and slopes decide. An estimate that fails at a trial point is no decrease:
+    the search goes back, and after five searches in a row that were cut off so, it ends.
+
+    Cost: each evaluation is one estimate and one step of `minimize`; 1.0 to 1.5 an iteration as a rule, and one more at
+    the end where the steps run out within a search. Memory 2 memory p, which checkpoints hold too.
+
+    Converges: linearly near a strict minimum of a smooth Phi, in practice much faster; to a stationary point of one
+    that is bounded below. Without `minimize(tol=...)` it ends where |h|, or |x - P(x - h)|, is at most
+
+        rtol min(|h(x0)|, max(1, |Phi(x)|)),
+
+    a share of the gradient at the start, but not of one that a bad start has made large. Missing it is no error:
+    `Solution.converged` is false then.
+
+    Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Program. 45 (1989);
+    Byrd, Lu, Nocedal, Zhu, "A limited memory algorithm for bound constrained optimization", SIAM J. Sci. Comput. 16
+    (1995), the direct primal method; Hager, Zhang, SIAM J. Optim. 16 (2005), for the noise of values.
+
+    Args:
+        memory: how many steps are remembered; None: 50, fewer where x has more than 20 000 entries, at least 10.
+        rtol: of its own tolerance; None: 1e-5, in float32 1e-3; 0: it has none, and takes all the steps.
+
+    Raises:
+        ValueError: if `memory` is less than 1, or `rtol` not in [0, 1).
+
+    Example:
+        >>> from bilevel import BilevelProblem, minimize
+        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> x0 = torch.tensor(0.0, dtype=torch.float64)
+        >>> solution = minimize(problem, x0, x0, outer=QuasiNewton())
+        >>> round(float(solution.x), 6), solution.converged, len(solution.history)
+        (3.0, True, 3)
     """
 
     memory: int | None = None
@@ -155,11 +194,11 @@ def _direction(at: _State, region: AbstractSet | None) -> tuple[Tensor, float, b
     nearest = region.project(toward) - at.x
     plain = float(nearest @ at.grad)
     if at.steps.shape[0]:
-        d = _along_face(B, at, region, toward)
-        if d is not None:
-            slope = float(d @ at.grad)
+        bent = _along_face(B, at, region, toward)
+        if bent is not None:
+            slope = float(bent @ at.grad)
             if slope < min(0.0, 1e-4 * plain):
-                return d, slope, False, 1.0
+                return bent, slope, False, 1.0
     return (nearest, plain, not at.steps.shape[0], 1.0) if plain < 0 else None
 
 
@@ -174,10 +213,7 @@ def _along_face(B: CompactBFGS, at: _State, region: AbstractSet, toward: Tensor)
             return None
         nearest = region.project(toward) - at.x
         off = nearest - along(nearest)
-        try:
-            d = off - B.solve(along(at.grad + B.product(off)), along)
-        except torch.linalg.LinAlgError:
-            return None
+        d = off - B.solve(along(at.grad + B.product(off)), along)
         if not bool(d.isfinite().all()):
             return None
         toward = at.x + d

@@ -51,19 +51,20 @@ class CompactBFGS:
         """B v `(p,)`."""
         if not self.wide.shape[0]:
             return self.sigma * v
-        return self.sigma * v - self.wide.mT @ torch.linalg.solve(self.middle, self.wide @ v)
+        found: Tensor = self.sigma * v - self.wide.mT @ torch.linalg.solve_ex(self.middle, self.wide @ v)[0]
+        return found
 
     def solve(self, r: Tensor, along: Callable[[Tensor], Tensor]) -> Tensor:
-        """d with T B T d = r in the range of an orthogonal projection T, which r is in: `(p,)`.
+        """The d with T B T d = r in the range of an orthogonal projection T, which r is in: `(p,)`.
 
-        Raises:
-            torch.linalg.LinAlgError: if the system of the pairs is singular.
+        Not finite where the system of the pairs is singular.
         """
         if not self.wide.shape[0]:
             return r / self.sigma
         narrow = along(self.wide)
         small = self.middle - narrow @ narrow.mT / self.sigma
-        return (r + narrow.mT @ torch.linalg.solve(small, narrow @ r) / self.sigma) / self.sigma
+        found: Tensor = (r + narrow.mT @ torch.linalg.solve_ex(small, narrow @ r)[0] / self.sigma) / self.sigma
+        return found
 
 
 def inverse_product(steps: Tensor, changes: Tensor, r: Tensor) -> Tensor:

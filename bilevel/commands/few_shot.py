@@ -12,7 +12,7 @@ from typing import Any, final
 
 from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._result import BilevelError, Stats, Status
+from bilevel._result import BilevelError, Stats
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.contents import append_history, read_checkpoint, read_result, write_history, write_result
 from bilevel.commands.folder import Folder

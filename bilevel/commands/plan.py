@@ -111,7 +111,10 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
         "step": step,
         "steps": options["max_steps"],
         "tol": options["tol"],
-        "chosen": {"estimator": estimator if isinstance(estimator, str) else repr(estimator), "outer": "the default" if outer is None else repr(outer)},
+        "chosen": {
+            "estimator": estimator if isinstance(estimator, str) else repr(estimator),
+            "outer": "the default" if outer is None else repr(outer),
+        },
     }
     return Plan(instance, options, settings, notes)
 

@@ -184,9 +184,7 @@ def _ended(solution: Solution, folder: Folder, records: list[Record]) -> RunOutc
         write_history(folder, solution.history)
     message = f"the run did not succeed. {solution.message}" if solution.failed else solution.message
     point, status = (solution.x, solution.y), solution.status.name
-    return RunOutcome(
-        status, solution.failed, message, solution.history[-1].step, point, solution.history, solution
-    )
+    return RunOutcome(status, solution.failed, message, solution.history[-1].step, point, solution.history, solution)
 
 
 def _stopped(instance: Instance, folder: Folder, records: list[Record], status: str, message: str) -> RunOutcome:

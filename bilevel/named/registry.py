@@ -195,8 +195,9 @@ def resolve(
 def default_outer(estimator: AbstractEstimator, is_fixed: bool) -> AbstractOptimizer | AbstractMinimizer:
     """The outer method of `minimize` where none is given.
 
-    `QuasiNewton()` where the estimates are accurate and the data are the same at every step, so that Phi is one function
-    and h its gradient; `Adam(0.05)` for others, whose bias or noise a line search would take for a wrong gradient.
+    `QuasiNewton()` where the estimates are accurate and the data are the same at every step, so that Phi is one
+    function and h its gradient; `Adam(0.05)` for others, whose bias or noise a line search would take for a wrong
+    gradient.
 
     Args:
         estimator: what estimates h; see `AbstractEstimator.accurate`.

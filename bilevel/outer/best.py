@@ -53,10 +53,12 @@ class Keeper:
     def see(self, candidate: Candidate) -> None:
         """Take it if it is better than the one before."""
         best = self.best
-        if best is None or (candidate.counts and (not best.counts or not self.compares)):
+        if best is None:
             self.best = candidate
-        elif candidate.counts and candidate.record.value <= best.record.value:
-            self.best = candidate
+        elif candidate.counts:
+            first_or_latest = not best.counts or not self.compares
+            if first_or_latest or candidate.record.value <= best.record.value:
+                self.best = candidate
 
     def told(self, x: Structure, y: Structure) -> Best:
         """In the user's structures."""

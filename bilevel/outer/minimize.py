@@ -60,13 +60,14 @@ def minimize(
     constants: Constants | Callable[[Tree], Constants] | None = None,
     throw: bool = True,
 ) -> Solution:
-    """min_x Phi(x) = f(x, y*(x)): by x <- P(outer.step(x, h)), h a hypergradient estimate, or by another algorithm.
+    """min_x Phi(x) = f(x, y*(x)): by steps along hypergradient estimates h, or by another algorithm.
 
     Without `algorithm=` that is `Descent`, which `estimator`, `outer`, `warm_start`, `chunk_size`, `accuracy` and
     `constants` describe; beside another algorithm, which has settings of its own, these six are refused.
 
-    Cost: `max_steps` + 1 evaluations (for `Descent` estimates), the last at the point returned; every oracle call is
-    counted. No argument is modified. From the same arguments, and across `resume`, the same bits follow.
+    Cost: at most `max_steps` + 1 evaluations (for `Descent` estimates), the last at the point returned, and one more
+    where a line search has to go back to it; every oracle call is counted. No argument is modified. From the same
+    arguments, and across `resume`, the same bits follow.
 
     Args:
         problem: f and g.
@@ -75,10 +76,13 @@ def minimize(
         algorithm: a whole algorithm such as `SOBA(0.1, 0.01)`, or a name with steps that are derived from the problem;
             see `bilevel.algorithms.available()`. None: `Descent`.
         estimator: an estimator or a name ("implicit" if None); see `bilevel.estimators()`.
-        outer: an optimizer (`Adam(0.05)` if None), or a driver such as `ScipyMinimize()`, which runs its own loop.
-        max_steps: how many outer steps.
+        outer: an optimizer; a minimizer, which has a line search; or a driver such as `ScipyMinimize()`, which runs its
+            own loop. None: `QuasiNewton()` where the estimates are accurate (`AbstractEstimator.accurate`: the default,
+            the aid family, kkt, itd with a tolerance) and the data the same at every step, else `Adam(0.05)`.
+        max_steps: how many outer steps; of `QuasiNewton` evaluations.
         tol: stop when |h| (with a constraint |x - P(x - h)|), or the algorithm's own measure of stationarity, is at
-            most this; None: take all the steps.
+            most this; missing it is a failure. None: the outer method's own, which may be missed (`QuasiNewton` has
+            one, optimizers have none and take all the steps).
         data: for problems with a third argument: one batch (a tensor, dict or tuple) for every step; a loader (any
             other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose entries are
             batches, one a step); a callable step -> batch; or a `Split` of two of these. An algorithm that draws n
@@ -101,10 +105,11 @@ def minimize(
             is |h_estimated| plus its error bound. "fixed", or None: the estimator's own tolerances.
         constants: what is known of f and g, or a function of x that tells, for adaptive accuracy; None: estimated.
         throw: raise at the first estimate that does not succeed, and if `tol` is given and missed. Otherwise the run
-            goes on as long as it stays finite, and `Solution.status` is the worst that was met.
+            goes on as long as it stays finite, and `Solution.status` is the worst that was met. Trial points that a
+            line search went back from do not count.
 
     Returns:
-        The solution.
+        The solution: where it ended, whether it has `converged`, and the `best` iterate.
 
     Raises:
         TypeError: if an argument is of the wrong type.

@@ -84,8 +84,9 @@ class Solution:
         y: the inner solution there, or the inner iterate: the structure of y0 (stacked in task mode).
         value: Phi(x).
         status: why the run stopped, or the worst status of an estimate on the way: `successful` if the tolerance was
-            met, `steps_used_up` if the steps ended first and no tolerance was given, `max_steps` if one was; `stagnated`
-            or `line_search_failed` if the outer method could go no further, `stopped` if the callback ended it.
+            met, `steps_used_up` if the steps ended first and no tolerance was given, `max_steps` if one was;
+            `stagnated` or `line_search_failed` if the outer method could go no further, `stopped` if the callback ended
+            it.
         message: what to do about it; empty on success.
         stats: the oracle calls of the whole run.
         history: one record a step; the last is of x itself.
