@@ -11,7 +11,7 @@ import torch
 from cases import bits, distance
 from torch import Tensor
 
-from bilevel import AID, BilevelError, BilevelProblem, Box, Record, Simplex, Solution, Split, Status, minimize
+from bilevel import AID, BilevelError, BilevelProblem, Box, Estimate, Record, Simplex, Solution, Split, Status, minimize
 from bilevel.algorithms import SOBA, Descent
 from bilevel.outer.checkpoint import begun_with, fingerprint
 from bilevel.solvers import CG, LBFGS, Adam, GradientDescent, Iterate, QuasiNewton, ScipyMinimize
@@ -143,12 +143,13 @@ def test_adaptive_accuracy_converges_where_it_is_certified() -> None:
 
 def test_the_best_iterate_has_the_lowest_value_of_all() -> None:
     pytest.importorskip("scipy")
-    for name in ("adam", "gradient descent", "quasi-newton", "scipy"):
+    for outer in (Adam(0.05), GradientDescent(0.22), QuasiNewton(), ScipyMinimize()):
         xs: list[Tensor] = []
-        arguments = {**OUTERS[name], **({"outer": GradientDescent(0.22)} if name == "gradient descent" else {})}
-        found = minimize(
-            PROBLEM, ZERO, ZERO, **arguments, max_steps=15, callback=lambda _, estimate: xs.append(estimate.x)
-        )
+
+        def keep(record: Record, estimate: Estimate, into: list[Tensor] = xs) -> None:
+            into.append(estimate.x)
+
+        found = minimize(PROBLEM, ZERO, ZERO, estimator=AID_CG, outer=outer, max_steps=15, callback=keep)
         values = [record.value for record in found.history]
         assert found.best.value == min(values)
         assert torch.equal(found.best.x, xs[found.best.step])

@@ -172,8 +172,8 @@ def test_where_phi_falls_ever_more_steeply_the_steps_grow_to_the_bound() -> None
 def test_a_dict_of_sets_holds_for_its_entries() -> None:
     target = {"a": torch.tensor([3.0, -3.0]), "b": torch.tensor([0.2, 0.9, 0.1]), "c": torch.tensor(5.0)}
     problem = BilevelProblem(
-        lambda x, y: sum((y[k] - target[k]).square().sum() for k in target),  # type: ignore[arg-type,return-value]
-        lambda x, y: sum((y[k] - x[k]).square().sum() for k in target),  # type: ignore[arg-type,return-value]
+        lambda x, y: sum((y[k] - target[k]).square().sum() for k in target),
+        lambda x, y: sum((y[k] - x[k]).square().sum() for k in target),
     )
     start = {k: torch.zeros_like(v) for k, v in target.items()}
     found = minimize(problem, start, start, constraint={"a": Box(-1.0, 2.0), "b": Simplex()})

@@ -67,10 +67,6 @@ class Chosen(AbstractEstimator):
     why: str
 
     @property
-    def forgets_start(self) -> bool:
-        return self.estimator.forgets_start
-
-    @property
     def requires(self) -> frozenset[Property]:
         return self.estimator.requires
 
