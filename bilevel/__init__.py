@@ -58,4 +58,4 @@ from bilevel.modules.functional import Functional as Functional, functional as f
 from bilevel.named.auto import Auto as Auto
 from bilevel.named.registry import estimators as estimators, register_estimator as register_estimator
 from bilevel.outer.minimize import minimize as minimize
-from bilevel.outer.solution import Record as Record, Solution as Solution
+from bilevel.outer.solution import Best as Best, Record as Record, Solution as Solution

@@ -130,6 +130,7 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         bound=sum_of([estimate.bound for estimate in found]),
         bias=sum_of([estimate.bias for estimate in found]),
         note=found[0].note,
+        value_error=sum_of([estimate.value_error for estimate in found]),
     )
 
 

@@ -118,7 +118,11 @@ class FlatStart:
 @final
 @dataclass(frozen=True, eq=False)
 class FlatEstimate:
-    """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`."""
+    """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`.
+
+    `value_error` is how far the value may be from Phi(x) to first order, which is |v'grad_y g|, where that is known:
+    what a line search must not take for a change of Phi.
+    """
 
     grad: Tensor
     value: Tensor
@@ -130,6 +134,7 @@ class FlatEstimate:
     bound: float | None = None
     note: str = ""
     bias: float | None = None
+    value_error: float | None = None
 
 
 class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)
@@ -173,6 +178,16 @@ class AbstractEstimator(AbstractRequiring):
         A run of estimates then starts each where the one before ended, which saves work and changes nothing. Where the
         start is part of the answer (a fixed number of steps), it begins each at y0. One that says nothing is taken to
         remember its start.
+        """
+        return False
+
+    @property
+    def accurate(self) -> bool:
+        """Whether h is the gradient of the value that comes with it, up to the tolerances of its solvers.
+
+        True of one that is neither biased by construction (truncated, damped, of low rank, of first order, penalized),
+        nor random, nor of a fixed number of steps. Where the data do not change either, `minimize` takes `QuasiNewton`
+        by default, and else `Adam`. One that says nothing is taken to be inaccurate.
         """
         return False
 

@@ -190,6 +190,11 @@ class AbstractLinearSolver(abc.ABC):
         return None
 
     @property
+    def is_approximate(self) -> bool:
+        """Whether what it solves is another system, by construction: of low rank, or damped. No, unless it says so."""
+        return self.own_damping > 0
+
+    @property
     def own_damping(self) -> float:
         """rho, where the system that it solves is (A + rho I) v = b: a bias that no accuracy removes."""
         return 0.0

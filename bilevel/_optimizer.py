@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
 from bilevel._result import Status
+from bilevel._sets import AbstractSet
 
 OptimizerState: TypeAlias = dict[str, Any]  # tensors and numbers: what torch.save(weights_only=True) reads back
 
@@ -45,6 +47,72 @@ class AbstractOptimizer(abc.ABC):
         return None
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What an evaluation at a point has found.
+
+    Attributes:
+        value: Phi there.
+        grad: its gradient `(p,)`.
+        failed: why the evaluation did not succeed; None: it did.
+        stationarity: |h|, or with a constraint |x - P(x - h)|.
+        value_error: how far the value may be from Phi, beyond rounding; None: that is not known.
+    """
+
+    value: float
+    grad: Tensor
+    failed: Status | None
+    stationarity: float
+    value_error: float | None = None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Move:
+    """What a minimizer makes of an evaluation.
+
+    Attributes:
+        point: where Phi is to be evaluated next `(p,)`.
+        state: what it remembers.
+        stands: the point that it has accepted `(p,)`, from which it searches.
+        rejected: whether what it was told of is worse than that: it goes back.
+        ended: why it goes no further; None: it does.
+        tol: at which stationarity it has arrived by its own measure; None: it has none.
+    """
+
+    point: Tensor
+    state: OptimizerState
+    stands: Tensor
+    rejected: bool
+    ended: Status | None
+    tol: float | None
+
+
+class AbstractMinimizer(abc.ABC):
+    """An outer method that is told values as well as gradients, one evaluation at a time: one with a line search.
+
+    A map (evaluation, state) -> (where to evaluate next, state) that modifies none of its arguments and keeps nothing:
+    a run can be stopped after any evaluation, and goes on from its state. Phi must be one function, and the estimates
+    accurate: for others there are optimizers.
+    """
+
+    @abc.abstractmethod
+    def init(self, point: Tensor) -> OptimizerState:
+        """The state before the first evaluation, which is at `point`; it has all entries that a later one has."""
+
+    @abc.abstractmethod
+    def tell(self, told: Told, point: Tensor, state: OptimizerState, region: AbstractSet | None) -> Move:
+        """Take note of an evaluation.
+
+        Args:
+            told: what was found.
+            point: where `(p,)`.
+            state: what was remembered before.
+            region: the convex set that x is in; None: all of R^p.
+        """
+
+
 class AbstractOuterDriver(abc.ABC):
     """An outer method that runs its own loop (a library's minimizer), for deterministic problems."""
 
@@ -68,5 +136,6 @@ class AbstractOuterDriver(abc.ABC):
             tol: stop when the (projected) gradient is at most this; None: the method's own default.
 
         Returns:
-            The last point and why the method stopped.
+            The last point and why the method stopped: `successful` if the tolerance, or its own, is met there,
+            `steps_used_up` if the steps were, and there is no tolerance.
         """

@@ -23,6 +23,11 @@ class Status(enum.Enum):
     """
 
     successful = "The tolerance was met, or all the steps that were asked for were taken."
+    steps_used_up = (
+        "The outer steps were used up. No tolerance was asked for, or the outer method's own was not met: this need not"
+        " be the optimum. Raise `max_steps`, or pass `tol=`; `converged` is true where it is met."
+    )
+    stopped = "The callback ended the run."
     interrupted = "The run was interrupted; what was computed so far is kept. Resume it from its checkpoint."
     weakly_active = (
         "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
@@ -108,8 +113,8 @@ class Status(enum.Enum):
 
     @property
     def ok(self) -> bool:
-        """Whether this is :attr:`successful`."""
-        return self is Status.successful
+        """Whether nothing failed: :attr:`successful`, or an outer run that ended as it was asked to."""
+        return self in _OK
 
     @property
     def lost(self) -> bool:
@@ -129,6 +134,9 @@ class Status(enum.Enum):
         """The last of the given statuses in the order of this enumeration; successful if there is none."""
         order = list(Status)
         return max(statuses, key=order.index, default=Status.successful)
+
+
+_OK = (Status.successful, Status.steps_used_up, Status.stopped)
 
 
 def judged(residual: float, tol: float, otherwise: Status = Status.max_steps) -> Status:

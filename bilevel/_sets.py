@@ -21,6 +21,20 @@ class AbstractSet(abc.ABC):
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the set to x `(n,)`."""
 
+    def face(self, toward: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The orthogonal projection onto the directions along the face that the projection of a point lies within.
+
+        That is the derivative of `project` there, where it has one. Methods that use curvature along faces ask for it
+        (`QuasiNewton`); where it is None, as of a set that says nothing, they go along projected gradients.
+
+        Args:
+            toward: the point `(n,)`, outside of the set or not.
+
+        Returns:
+            The map of directions `(..., n)`, or None.
+        """
+        return None
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -51,6 +65,11 @@ class Box(AbstractSet):
     def project(self, x: Tensor) -> Tensor:
         lower, upper = self.bounds(x)
         return x.clamp(lower, upper)
+
+    def face(self, toward: Tensor) -> Callable[[Tensor], Tensor]:
+        lower, upper = self.bounds(toward)
+        inside = (toward > lower) & (toward < upper)
+        return lambda d: torch.where(inside, d, torch.zeros_like(d))
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of the shape of `like`, infinite where there are none.
@@ -103,30 +122,57 @@ class Simplex(AbstractSet):
         k = int((ordered * counts > excess).sum())  # how many entries stay positive
         return (x - excess[k - 1] / k).clamp_min(0)
 
+    def face(self, toward: Tensor) -> Callable[[Tensor], Tensor]:
+        inside = self.project(toward) > 0
+
+        def along(d: Tensor) -> Tensor:
+            kept = torch.where(inside, d, torch.zeros_like(d))
+            return torch.where(inside, kept - kept.sum(-1, keepdim=True) / inside.sum(), kept)
+
+        return along
+
 
 Constraint: TypeAlias = AbstractSet | Mapping[str, AbstractSet] | None
 
 
-def projection(constraint: Constraint, x: Structure) -> Callable[[Tensor], Tensor] | None:
-    """The projection of the vector of x onto a set for all of it, or onto sets for entries of its top-level dict.
+@final
+@dataclass(frozen=True, eq=False)
+class _Product(AbstractSet):
+    """A set for each of some entries of x; the others are free."""
+
+    parts: tuple[tuple[Tensor, AbstractSet], ...]
+
+    def project(self, x: Tensor) -> Tensor:
+        projected = x.clone()
+        for where, part in self.parts:
+            projected[where] = part.project(x[where])
+        return projected
+
+    def face(self, toward: Tensor) -> Callable[[Tensor], Tensor] | None:
+        faces = [(where, part.face(toward[where])) for where, part in self.parts]
+        if any(face is None for _, face in faces):
+            return None
+
+        def along(d: Tensor) -> Tensor:
+            kept = d.clone()
+            for where, face in faces:
+                if face is not None:
+                    kept[..., where] = face(d[..., where])
+            return kept
+
+        return along
+
+
+def region(constraint: Constraint, x: Structure) -> AbstractSet | None:
+    """The set for the vector of x, from a set for all of it or from sets for entries of its top-level dict.
 
     Raises:
         TypeError: if `constraint` is neither.
         ValueError: if it names an entry that x does not have.
     """
-    if constraint is None:
-        return None
-    if isinstance(constraint, AbstractSet):
-        return constraint.project
-    parts = _parts(constraint, x)
-
-    def project(vector: Tensor) -> Tensor:
-        projected = vector.clone()
-        for where, part in parts:
-            projected[where] = part.project(vector[where])
-        return projected
-
-    return project
+    if constraint is None or isinstance(constraint, AbstractSet):
+        return constraint
+    return _Product(tuple(_parts(constraint, x)))
 
 
 def bounds(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -141,9 +187,7 @@ def bounds(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, 
     lower, upper = torch.full_like(like, -torch.inf), torch.full_like(like, torch.inf)
     for where, part in pieces:
         if not isinstance(part, Box):
-            raise ValueError(
-                f"this outer method handles bounds only. Got {type(part).__name__}. Use an optimizer such as `Adam`."
-            )
+            raise ValueError(f"this outer method handles bounds only. Got {type(part).__name__}. Use `QuasiNewton`.")
         lower[where], upper[where] = part.bounds(like[where])
     return lower, upper
 

@@ -163,7 +163,11 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a whole algorithm with its own steps (see `bilevel list`), in the place of --estimator and --outer",
     )
-    add("--outer", metavar="NAME", help="the outer method (see `bilevel list`); default: the problem's, or adam")
+    add(
+        "--outer",
+        metavar="NAME",
+        help="the outer method (see `bilevel list`); default: the problem's, else quasi-newton or adam",
+    )
     add("--step", type=_number(float, "a positive number", lambda step: step > 0), help="its step length")
     add("--steps", type=_number(int, "an integer >= 0", lambda steps: steps >= 0), help="how many outer steps")
     add("--tol", type=_number(float, "a number >= 0", lambda tol: tol >= 0), help="stop when |h| is at most this")

@@ -24,7 +24,13 @@ from bilevel._linear import (
     LinearOperator as LinearOperator,
     OperatorProperties as OperatorProperties,
 )
-from bilevel._optimizer import AbstractOptimizer as AbstractOptimizer, OptimizerState as OptimizerState
+from bilevel._optimizer import (
+    AbstractMinimizer as AbstractMinimizer,
+    AbstractOptimizer as AbstractOptimizer,
+    Move as Move,
+    OptimizerState as OptimizerState,
+    Told as Told,
+)
 from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally, report as report
 from bilevel.algorithms.algorithm import AbstractAlgorithm as AbstractAlgorithm, Evaluated as Evaluated
 from bilevel.algorithms.oracle import AbstractData as AbstractData, Draws as Draws, Oracle as Oracle

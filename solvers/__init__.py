@@ -21,6 +21,7 @@ from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as
 from bilevel.solvers.own_steps import OwnSteps as OwnSteps
 from bilevel.solvers.proximal_gradient import ProximalGradient as ProximalGradient
 from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
+from bilevel.solvers.quasi_newton import QuasiNewton as QuasiNewton
 from bilevel.solvers.saddle_cholesky import SaddleCholesky as SaddleCholesky
 from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
 from bilevel.solvers.scipy_inner import Scipy as Scipy

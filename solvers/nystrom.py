@@ -121,6 +121,10 @@ class Nystrom(AbstractLinearSolver):
         return Solved(v, statuses, residual, 1)
 
     @property
+    def is_approximate(self) -> bool:
+        return True
+
+    @property
     def own_damping(self) -> float:
         return self.damping or 0.0
 

@@ -74,7 +74,7 @@ class ScipyMinimize(AbstractOuterDriver):
                 f"`ScipyMinimize(method={self.method!r})` takes no bounds. Use one of {', '.join(BOUNDED)}."
             )
         if max_steps == 0:
-            return x0.detach().clone(), Status.successful if tol is None else Status.max_steps
+            return x0.detach().clone(), Status.steps_used_up if tol is None else Status.max_steps
         seen: list[tuple[Tensor, float, Tensor]] = []
 
         def function(flat: np.ndarray[Any, Any]) -> tuple[float, np.ndarray[Any, Any]]:
@@ -120,7 +120,7 @@ def _status(found: Any, value: float, norm: float, tol: float | None, spent: boo
     if tol is not None and norm <= tol:
         return Status.successful
     if spent:
-        return Status.max_steps if tol is not None else Status.successful
+        return Status.max_steps if tol is not None else Status.steps_used_up
     if found.success:  # by a test of its own, on the change of value or of x
         return Status.successful if tol is None else Status.stagnated
     return Status.line_search_failed

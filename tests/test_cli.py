@@ -126,7 +126,8 @@ def test_a_run_is_minimize_with_the_settings_of_the_problem() -> None:
     assert torch.equal(solution()["y"], direct.y)
     assert without_seconds(history()) == without_seconds([record.as_dict() for record in direct.history])
     found = result()
-    assert found["status"] == "successful"
+    assert (found["status"], found["converged"]) == ("steps_used_up", False)
+    assert found["best"]["value"] == direct.best.value
     assert found["final"] == {"step": 7, "value": direct.value, "grad_norm": direct.history[-1].grad_norm}
     assert found["initial"]["value"] == direct.history[0].value
     assert found["stats"] == direct.stats.as_dict()
@@ -854,7 +855,7 @@ def test_an_exception_on_the_way_is_exit_code_1_and_the_run_can_be_resumed(capsy
             return (y - target).square().sum()
         breaks = BilevelProblem(f, problem.g)
     """)
-    assert run(f"{file}:breaks", "--steps", "12") == 1
+    assert run(f"{file}:breaks", "--outer", "adam", "--steps", "12") == 1
     line = error_line(capsys)
     step = int(re.findall(r"stopped after step (\d+): f of mine.py:breaks raised RuntimeError: no memory", line)[0])
     assert 0 < step < 12
@@ -862,10 +863,10 @@ def test_an_exception_on_the_way_is_exit_code_1_and_the_run_can_be_resumed(capsy
     assert [record["step"] for record in history()] == list(range(step + 1))
     assert result()["steps"] == step + 1
     Path("mended").touch()
-    assert run(f"{file}:breaks", "--steps", str(step + 1), out="so_far") == 0
+    assert run(f"{file}:breaks", "--outer", "adam", "--steps", str(step + 1), out="so_far") == 0
     assert torch.equal(solution()["x"], solution("so_far")["x"])
     assert run(f"{file}:breaks", "--resume") == 0
-    assert run(f"{file}:breaks", "--steps", "12", out="whole") == 0
+    assert run(f"{file}:breaks", "--outer", "adam", "--steps", "12", out="whole") == 0
     assert torch.equal(solution()["x"], solution("whole")["x"])
 
 
@@ -1005,7 +1006,7 @@ def test_in_a_terminal_the_same_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["run", "quadratic", "--steps", "2", "--out", "out"]) == 0
     captured = capsys.readouterr()
     assert "2/2" in captured.err
-    assert "successful" in captured.out
+    assert "steps_used_up" in captured.out
     assert f"{result()['final']['value']:.6g}" in captured.out
 
 
@@ -1038,7 +1039,7 @@ slow = BilevelProblem(f, problem.g)
 
 @pytest.mark.usefixtures("here")
 def test_interrupting_leaves_everything_to_continue_bit_for_bit() -> None:
-    words = ["run", f"{user_file(SLOW)}:slow", "--steps", "100000", "--out", "out"]
+    words = ["run", f"{user_file(SLOW)}:slow", "--outer", "adam", "--steps", "100000", "--out", "out"]
     program = (  # a job in the background may have been started with interrupts ignored
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
         " import torch; torch.set_default_dtype(torch.float64); torch.set_num_threads(1);"
@@ -1064,8 +1065,8 @@ def test_interrupting_leaves_everything_to_continue_bit_for_bit() -> None:
     assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == steps
     total = str(steps + 3)
     assert run("mine.py:slow", "--steps", total, "--resume") == 0
-    assert result()["status"] == "successful"
-    assert run("mine.py:slow", "--steps", total, out="whole") == 0
+    assert result()["status"] == "steps_used_up"
+    assert run("mine.py:slow", "--outer", "adam", "--steps", total, out="whole") == 0
     assert torch.equal(solution()["x"], solution("whole")["x"])
     assert without_seconds(history()) == without_seconds(history("whole"))
 

@@ -372,7 +372,7 @@ def test_no_step_is_taken_along_what_is_not_finite_and_the_run_goes_on_with_the_
     )
     assert (trained.ended, trained.skipped, trained.failed) == ("max_steps", 3, {"nonfinite": 3})
     assert float(trained.x) == 9 - 3
-    assert [p.record.status == "nonfinite" for p in told] == [k in {2, 3, 6} for k in range(10)]
+    assert [p.record.status is Status.nonfinite for p in told] == [k in {2, 3, 6} for k in range(10)]
     assert [p.score is None for p in told] == [k in {2, 3, 6} for k in range(10)]
 
 

@@ -387,7 +387,7 @@ def test_scipy_says_how_it_ended() -> None:
     assert status is Status.successful
     assert float(torch.linalg.vector_norm(rosenbrock(x)[1])) <= 1e-6
     assert drive(rosenbrock, max_steps=3)[1] is Status.max_steps
-    assert drive(rosenbrock, max_steps=3, tol=None)[1] is Status.successful
+    assert drive(rosenbrock, max_steps=3, tol=None)[1] is Status.steps_used_up
     assert drive(rosenbrock, max_steps=0)[1] is Status.max_steps
     assert drive(lambda x: (float("nan"), x * float("nan")))[1] is Status.nonfinite
     wrong = drive(lambda x: (rosenbrock(x)[0], -rosenbrock(x)[1]))
@@ -400,7 +400,7 @@ def test_scipy_says_how_it_ended() -> None:
 def test_a_step_budget_of_scipy_that_is_used_up_is_told_from_a_failure(method: str) -> None:
     x0 = torch.tensor([-1.2, 1.0], dtype=torch.float64)
     for max_steps in (1, 2, 5):
-        for tol, status in ((None, Status.successful), (1e-9, Status.max_steps)):
+        for tol, status in ((None, Status.steps_used_up), (1e-9, Status.max_steps)):
             found = ScipyMinimize(method).drive(rosenbrock, x0, bounds=None, max_steps=max_steps, tol=tol)
             assert found[1] is status
 

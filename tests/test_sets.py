@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 
 from bilevel import Box, Simplex, ravel
-from bilevel._sets import bounds, projection
+from bilevel._sets import AbstractSet, bounds, region
 
 numbers = st.floats(-100, 100, allow_subnormal=False)
 vectors = st.lists(numbers, min_size=1, max_size=8).map(lambda entries: torch.tensor(entries))
@@ -107,10 +107,10 @@ TREE: dict[str, Any] = {
 
 def test_sets_for_entries_of_a_dict_leave_the_others() -> None:
     vector, structure = ravel(TREE)
-    project = projection({"w": Simplex(), "v": Box(-1.0, 1.0)}, structure)
-    assert project is not None
+    product = region({"w": Simplex(), "v": Box(-1.0, 1.0)}, structure)
+    assert product is not None
     before = vector.clone()
-    found = structure.unravel(project(vector))
+    found = structure.unravel(product.project(vector))
     assert torch.equal(vector, before)
     assert found["free"] == TREE["free"]
     assert found["v"][0].tolist() == [1.0, -1.0]
@@ -137,12 +137,44 @@ def test_bounds_of_boxes_for_entries() -> None:
 def test_constraints_that_do_not_fit_are_refused() -> None:
     vector, structure = ravel(TREE)
     with pytest.raises(ValueError, match="names 'u', which x does not have"):
-        projection({"u": Box()}, structure)
+        region({"u": Box()}, structure)
     with pytest.raises(ValueError, match=r"handles bounds only\. Got Simplex"):
         bounds({"w": Simplex()}, structure, vector)
     with pytest.raises(TypeError, match=r"must be a set such as `Box\(0, 1\)`"):
-        projection([Box()], structure)  # type: ignore[arg-type]
+        region([Box()], structure)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a set"):
-        projection({"w": 3.0}, structure)  # type: ignore[dict-item]
+        region({"w": 3.0}, structure)  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="which x does not have"):
-        projection({"w": Box()}, ravel(torch.zeros(3))[1])
+        region({"w": Box()}, ravel(torch.zeros(3))[1])
+
+
+@pytest.mark.parametrize(
+    ("which", "at"),
+    [
+        (Box(-1.0, torch.tensor([0.5, 2.0, 1.0, 3.0])), [0.7, 0.2, -3.0, 1.0]),
+        (Simplex(2.0), [1.5, 0.9, -0.4, 0.3]),
+    ],
+)
+def test_a_face_is_the_derivative_of_the_projection(which: Box | Simplex, at: list[float]) -> None:
+    toward = torch.tensor(at)
+    along = which.face(toward)
+    for d in torch.eye(4):
+        difference = (which.project(toward + 1e-6 * d) - which.project(toward - 1e-6 * d)) / 2e-6
+        torch.testing.assert_close(along(d), difference, rtol=0, atol=1e-9)
+    assert torch.equal(along(torch.eye(4)), torch.stack([along(d) for d in torch.eye(4)]))
+
+
+def test_a_product_has_the_faces_of_its_sets_and_none_where_one_has_none() -> None:
+    class Ball(AbstractSet):
+        def project(self, x: Tensor) -> Tensor:
+            return x / max(1.0, float(x.norm()))
+
+    vector, structure = ravel(TREE)
+    product = region({"w": Simplex(), "v": Box(-1.0, 1.0)}, structure)
+    assert product is not None
+    along = product.face(vector)
+    assert along is not None
+    found = structure.unravel(along(torch.ones_like(vector)))
+    assert (float(found["free"]), found["v"][0].tolist(), found["w"].tolist()) == (1.0, [0, 0], [[0, 0], [0, 0]])
+    half = region({"w": Ball(), "v": Box(-1.0, 1.0)}, structure)
+    assert half is not None and half.face(vector) is None

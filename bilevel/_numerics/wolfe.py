@@ -25,7 +25,7 @@ class _End(NamedTuple):
     slope: float
 
 
-def strong_wolfe(phi0: float, slope0: float, t: float, noise: float) -> Search:
+def strong_wolfe(phi0: float, slope0: float, t: float, noise: float, most: float = math.inf) -> Search:
     """Find t > 0 with phi(t) <= phi(0) + c1 t phi'(0) and |phi'(t)| <= c2 |phi'(0)|, c1 = 1e-4, c2 = 0.9.
 
     A coroutine: it yields the t to try and is sent (phi(t), phi'(t)). An interval whose best end satisfies the
@@ -41,6 +41,7 @@ def strong_wolfe(phi0: float, slope0: float, t: float, noise: float) -> Search:
         slope0: phi'(0), negative.
         t: the first step to try.
         noise: the rounding error of phi.
+        most: the longest step that is allowed; there the first condition alone is enough while phi still falls.
 
     Returns:
         successful: the last t tried is acceptable (it may satisfy the first condition only, where no point was
@@ -60,8 +61,10 @@ def strong_wolfe(phi0: float, slope0: float, t: float, noise: float) -> Search:
             if slope * (1.0 if hi is None else hi.t - lo.t) >= 0:
                 hi = lo
             lo = end
+        if hi is None and t >= most:
+            return Status.successful
         if hi is None:
-            t = _GROWTH * t
+            t = min(_GROWTH * t, most)
         elif abs(hi.t - lo.t) <= 1e-12 * max(hi.t, lo.t):
             break  # a kink, or rounding
         elif -t * slope0 <= noise and count >= _EVALUATIONS_IN_NOISE:

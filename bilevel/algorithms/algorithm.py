@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, final
 from torch import Tensor
 
 from bilevel._estimate import AbstractRequiring, FlatEstimate
+from bilevel._result import Status
 from bilevel.algorithms.oracle import Draws, Oracle
 
 S = TypeVar("S")
@@ -23,10 +24,17 @@ class Evaluated:
         estimate: at the current x: the direction that x moves along as `grad`, the value of f as `value`, the inner
             iterate `y` (and `v`), and how each part ended. A part that is not finite has the status `nonfinite`.
         kept: whatever the step needs besides; it does not outlive the step, and is not saved.
+        back: where a line search goes back to from this x, as a state; None: x is as good as those before. A run does
+            not end at a point that is gone back from, neither for a tolerance nor for an estimate that failed there.
+        ended: why the algorithm goes no further of itself; None: it does.
+        tol: at which stationarity it has arrived where no tolerance is asked for; None: it has none of its own.
     """
 
     estimate: FlatEstimate
     kept: Any = None
+    back: Any = None
+    ended: Status | None = None
+    tol: float | None = None
 
 
 class AbstractAlgorithm(AbstractRequiring, Generic[S]):
@@ -56,6 +64,15 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
     def draws(self) -> Draws:
         """How many batches of f and of g it draws at a step."""
         return Draws()
+
+    @property
+    def values_are_phi(self) -> bool:
+        """Whether the values of its evaluations are those of Phi at x, and not of f at an inner iterate on the way.
+
+        Where the data are fixed too, the best iterate is that of the lowest value; for one that says nothing it is the
+        last.
+        """
+        return False
 
     @abc.abstractmethod
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> S:

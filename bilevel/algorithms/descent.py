@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
-from bilevel._estimate import AbstractEstimator, FlatStart
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, Move, OptimizerState, Told
+from bilevel._result import Status
 from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
@@ -23,7 +25,7 @@ class DescentState:
     """Everything that the rest of a descent depends on.
 
     Attributes:
-        x: the outer iterate `(p,)`.
+        x: the outer iterate `(p,)`; of a minimizer the point where Phi is evaluated next.
         y: where the next inner solve starts.
         v: where the next linear solve starts, or None.
         memory: the outer optimizer's state.
@@ -40,13 +42,16 @@ class DescentState:
 class Descent(AbstractAlgorithm[DescentState]):
     """x <- P(step(x, h)): any hypergradient estimate h, any optimizer, and a projection where x is constrained.
 
+    With a minimizer (`QuasiNewton`) x <- x + t d, where t is found by a line search on estimates of Phi and h. Each of
+    its evaluations is a step. An estimate that fails at a trial point is no decrease: the search goes back.
+
     What `minimize` runs where it is given `estimator=` and `outer=`, or neither.
 
     Cost: one estimate a step. A step draws one batch of f and one of g.
 
     Args:
         estimator: estimates h, solving the inner problem at each step.
-        outer: the outer optimizer.
+        outer: the outer optimizer, or minimizer.
         warm_start: start each estimate from the inner and linear solutions of the one before; None: where the estimate
             forgets its start, see `minimize`.
         chunk_size: in task mode, how many tasks to treat at a time.
@@ -67,13 +72,13 @@ class Descent(AbstractAlgorithm[DescentState]):
     """
 
     estimator: AbstractEstimator
-    outer: AbstractOptimizer
+    outer: AbstractOptimizer | AbstractMinimizer
     warm_start: bool | None = None
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         demand_types(self, {"estimator": "an estimator such as `AID(LBFGS(), CG())`"})
-        if self.outer.needs_curvature:
+        if isinstance(self.outer, AbstractOptimizer) and self.outer.needs_curvature:
             raise ValueError(f"`Descent(outer={type(self.outer).__name__}())` needs a step size: pass `step=...`.")
 
     @property
@@ -84,21 +89,49 @@ class Descent(AbstractAlgorithm[DescentState]):
         x = oracle.project(x)
         return DescentState(x, y, None, self.outer.init(x))
 
+    @property
+    def values_are_phi(self) -> bool:
+        return True
+
     def evaluate(self, oracle: Oracle, state: DescentState) -> Evaluated:
         start = FlatStart(state.y, state.v, oracle.step)
-        return Evaluated(apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size))
+        found = apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size)
+        if isinstance(self.outer, AbstractOptimizer):
+            return Evaluated(found)
+        distance = float(self._distance(oracle, state, found))
+        told = Told(float(found.value), found.grad, _failure(found), distance, found.value_error)
+        move = self.outer.tell(told, state.x, state.memory, oracle.region)
+        back = None if not move.rejected else DescentState(move.stands, state.y, state.v, state.memory)
+        return Evaluated(found, move, back, move.ended, move.tol)
 
     def step(self, oracle: Oracle, state: DescentState, found: Evaluated) -> DescentState:
         h = found.estimate
-        x, memory = self.outer.step(h.grad, state.x, state.memory)
+        move: Move | None = found.kept
         warm = starts_warm(self.warm_start, self.estimator, oracle.like.problem)
         y, v = (h.y, h.v) if warm else (state.y, state.v)
+        if move is not None:
+            if _failure(h) is not None:  # nothing to start from
+                y, v = state.y, state.v
+            return DescentState(move.point.detach(), y, v, move.state)
+        assert isinstance(self.outer, AbstractOptimizer)
+        x, memory = self.outer.step(h.grad, state.x, state.memory)
         return DescentState(oracle.project(x).detach(), y, v, memory)
 
     def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluated) -> Tensor:
-        # A projection moves no further than its argument: the certified error adds to either measure.
-        error = 0.0 if found.estimate.bound is None else found.estimate.bound
-        return oracle.residual(state.x, found.estimate.grad) + error
+        return self._distance(oracle, state, found.estimate)
 
     def point(self, state: DescentState) -> tuple[Tensor, Tensor]:
         return state.x, state.y
+
+    def _distance(self, oracle: Oracle, state: DescentState, found: FlatEstimate) -> Tensor:
+        # A projection moves no further than its argument: the certified error adds to either measure.
+        error = 0.0 if found.bound is None else found.bound
+        return oracle.residual(state.x, found.grad) + error
+
+
+def _failure(found: FlatEstimate) -> Status | None:
+    """Why an estimate is not to be used; None: it is. On a kink of y*(x) its value is right, and h is of one side."""
+    if not (math.isfinite(float(found.value)) and bool(found.grad.isfinite().all())):
+        return Status.nonfinite
+    status = Status.worst(report.status for report in found.reports)
+    return None if status.ok or status is Status.weakly_active else status

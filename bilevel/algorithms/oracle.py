@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
+from bilevel._sets import AbstractSet
 
 Role: TypeAlias = Literal["f", "g"]
 
@@ -30,6 +30,16 @@ class AbstractData(abc.ABC):
         Raises:
             ValueError: if only batches are known.
         """
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every batch is the same, so that values at different steps are of one function. No, unless said."""
+        return False
+
+
+def is_fixed(data: AbstractData | Split) -> bool:
+    """Whether each of its sources gives the same batch at every step."""
+    return data.f.is_fixed and data.g.is_fixed if isinstance(data, Split) else data.is_fixed
 
 
 @final
@@ -59,7 +69,7 @@ class Oracle:
         like: the problem with its structures; its tally counts the calls of every problem handed out here.
         data: where batches come from, for both levels or for each.
         draws: how many a step takes.
-        projection: the projection of x onto its constraint, or None.
+        region: the constraint on x, or None.
         step: which step.
 
     Example:
@@ -82,16 +92,16 @@ class Oracle:
         like: FlatProblem,
         data: AbstractData | Split,
         draws: Draws = Draws(),
-        projection: Callable[[Tensor], Tensor] | None = None,
+        region: AbstractSet | None = None,
         step: int = 0,
     ) -> None:
-        self.like, self.data, self.draws, self.projection, self.step = like, data, draws, projection, step
+        self.like, self.data, self.draws, self.region, self.step = like, data, draws, region, step
         self._drawn: dict[tuple[str, int], Any] = {}
         self._problems: dict[tuple[int, int], FlatProblem] = {}
 
     def at(self, step: int) -> Oracle:
         """The oracle of another step."""
-        return Oracle(self.like, self.data, self.draws, self.projection, step)
+        return Oracle(self.like, self.data, self.draws, self.region, step)
 
     def draw(self, role: Role, number: int = 0) -> Any:
         """Batch `number` of this step, for f or for g.
@@ -139,13 +149,18 @@ class Oracle:
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the constraint on x; x itself where there is none."""
-        return x if self.projection is None else self.projection(x)
+        return x if self.region is None else self.region.project(x)
 
     def residual(self, x: Tensor, direction: Tensor) -> Tensor:
         """|d|, or with a constraint on x |x - P(x - d)|: zero at a stationary point, for d = grad Phi."""
-        if self.projection is None:
+        if self.region is None:
             return safe_row_norms(direction)
-        return safe_row_norms(x - self.projection(x - direction))
+        return safe_row_norms(x - self.region.project(x - direction))
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the data are the same at every step: Phi is then one function."""
+        return is_fixed(self.data)
 
     def _with(self, data: Any) -> FlatProblem:
         return FlatProblem(self.like.problem, self.like.x, self.like.y, data, self.like.tally, given=self.like.given)

@@ -168,7 +168,7 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
         def callback(progress: Progress) -> None:
             if not folder.result.exists() or progress.record.step == 0:
                 write_result(folder, head | {"status": "running"})
-            if progress.record.status == Status.successful.name or progress.record.step > 0:
+            if progress.record.status.ok or progress.record.step > 0:
                 forget(folder)
             lines.append(_line(progress))
             append_history(folder, lines[-1])
@@ -210,7 +210,7 @@ def _finish(
     last = trained.history[-1]
     message = f"training failed at step {last.step}. {trained.message}" if failed else ""
     ending = _Ending(
-        last.status if failed else "successful", message, seconds + time.perf_counter() - began, trained, test
+        last.status.name if failed else "successful", message, seconds + time.perf_counter() - began, trained, test
     )
     content = _write(folder, head, lines, ending)
     if not request.quiet:

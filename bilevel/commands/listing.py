@@ -11,7 +11,7 @@ from typing import Any
 
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
-from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel._validate import nearest
 
 _SHORT = {"gd": "gradient-descent"}
@@ -24,11 +24,11 @@ _ROLES: dict[str, type] = {
 
 
 def outer_methods() -> dict[str, Callable[..., Any]]:
-    """The optimizers and drivers that a name and a step length are enough to build, by name."""
+    """The optimizers, minimizers and drivers that a name and a step length are enough to build, by name."""
     import bilevel.solvers
 
     found: dict[str, Callable[..., Any]] = {}
-    for role in (AbstractOptimizer, AbstractOuterDriver):
+    for role in (AbstractOptimizer, AbstractMinimizer, AbstractOuterDriver):
         for cls in _classes(bilevel.solvers, role):
             needed = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
             if needed in ([], ["step"]):

@@ -15,7 +15,7 @@ from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
 from bilevel.commands.progress import note, number, table
 from bilevel.commands.result import describe, versions
-from bilevel.outer.solution import Record
+from bilevel.outer.solution import Best, Record, Solution
 
 
 @final
@@ -25,17 +25,21 @@ class RunOutcome:
 
     Attributes:
         status: the name of a `Status`, "interrupted", or "failed" for an exception of f or g.
+        failed: whether that is a failure.
         message: what to do about it.
         steps: how many outer steps led to x; one more than the last record's where the run was stopped after a step.
         point: x and y; None where no checkpoint could be written.
         history: the records.
+        solution: what `minimize` returned; None where it did not.
     """
 
     status: str
+    failed: bool
     message: str
     steps: int
     point: tuple[Tree, Tree] | None
     history: tuple[Record, ...]
+    solution: Solution | None = None
 
 
 def head(request: Request, made: Plan) -> dict[str, Any]:
@@ -55,10 +59,12 @@ def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, sec
     stats = sum((record.stats for record in history), Stats())
     content = head(request, made) | {
         "status": outcome.status,
+        "converged": outcome.solution is not None and outcome.solution.converged,
         "message": outcome.message,
         "steps": outcome.steps,
         "initial": _values(history[0]) if history else None,
         "final": _values(history[-1]) if history else None,
+        "best": None if outcome.solution is None else _values(outcome.solution.best),
         "x": None if outcome.point is None else describe(outcome.point[0]),
         "metrics": {},
         "stats": stats.as_dict(),
@@ -82,7 +88,7 @@ def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, sec
         _show(made, folder, content)
 
 
-def _values(record: Record) -> dict[str, Any]:
+def _values(record: Record | Best) -> dict[str, Any]:
     return {"step": record.step, "value": record.value, "grad_norm": record.grad_norm}
 
 
@@ -99,7 +105,7 @@ def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
     settings, counts = made.settings, content["stats"]
     files = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     rows = [
-        ("status", content["status"]),
+        ("status", content["status"] + ("" if content["converged"] else ", not converged")),
         ("Phi", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),
         ("|h|", f"{number(content['initial']['grad_norm'])} -> {number(content['final']['grad_norm'])}"),
         *((name.replace("_", " "), number(value)) for name, value in content["metrics"].items()),

@@ -18,7 +18,7 @@ from bilevel.algorithms.registry import DESCENT, available, unknown_algorithm
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load
-from bilevel.named.registry import default_outer, demand_names, resolve
+from bilevel.named.registry import demand_names, resolve
 from bilevel.outer.batches import first_batch
 
 _KNOWN = {"algorithm", "estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
@@ -100,7 +100,7 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
         if chosen is None and not seeded:
             notes.append(f"--seed has no effect: neither {request.problem} nor the estimator draws random numbers.")
         estimator = estimator if chosen is None else chosen
-    outer, name, step = _outer(request, known)
+    outer, name, step = _outer(request, instance)
     options = {"estimator": estimator, "outer": outer, **_common(request, known, "warm_start")}
     settings = {
         "problem": request.problem,
@@ -112,7 +112,10 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
         "step": step,
         "steps": options["max_steps"],
         "tol": options["tol"],
-        "chosen": {"estimator": estimator if isinstance(estimator, str) else repr(estimator), "outer": repr(outer)},
+        "chosen": {
+            "estimator": estimator if isinstance(estimator, str) else repr(estimator),
+            "outer": "the default" if outer is None else repr(outer),
+        },
     }
     return Plan(instance, options, settings, notes)
 
@@ -215,14 +218,22 @@ def _seeded(estimator: AbstractEstimator | str, instance: Instance, seed: int) -
     return estimator.with_seed(seed)
 
 
-def _outer(request: Request, known: Mapping[str, Any]) -> tuple[Any, str | None, float | None]:
-    """The outer method, its name and its step length, which belongs to the problem's own method unless it is given."""
-    own = known.get("outer", "adam")
-    if request.outer is None and not isinstance(own, str):
+def _outer(request: Request, instance: Instance) -> tuple[Any, str | None, float | None]:
+    """The outer method, its name and its step length, which belongs to the problem's own method unless it is given.
+
+    None, None, None where nothing is said: `minimize` then takes the default that fits the estimator and the data. A
+    step length alone is that of `Adam`.
+    """
+    known = instance.settings
+    own = known.get("outer", "adam" if "outer_step" in known else None)
+    if request.outer is None and not (own is None or isinstance(own, str)):
         if request.step is None:
             return own, None, None
         raise ValueError(f"the outer method of {request.problem} is {own!r}: `--step` needs `--outer NAME`.")
     name = own if request.outer is None else request.outer
+    if name is None and request.step is None:
+        return None, None, None
+    name = "adam" if name is None else name
     build, step = outer_method(name), request.step
     if step is None and isinstance(own, str) and build is outer_method(own):
         step = known.get("outer_step")
@@ -230,9 +241,8 @@ def _outer(request: Request, known: Mapping[str, Any]) -> tuple[Any, str | None,
         if request.step is not None:
             raise ValueError(f"`--outer {name}` chooses its own steps: leave out `--step`.")
         return build(), name, None
-    default = default_outer()
-    if step is None and build is type(default):
-        return default, name, None
+    if step is None and name == "adam":
+        return build(step=0.05), name, None
     if step is None:
         raise ValueError(f"`--outer {name}` needs a step length: add `--step`.")
     return build(step=step), name, step

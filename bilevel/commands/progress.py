@@ -79,7 +79,7 @@ class _Training:
             found = progress.validation
             self.validation = f"  validation {found.metric} {found.score:.4g}"
         score = "" if self.score is None else f"  adapted {self.score:.4g}"
-        failed = "" if record.status == "successful" else f"  {record.status}"
+        failed = "" if record.status.ok else f"  {record.status.name}"
         return f"loss {record.value:.4g}{score}{self.validation}  {self.pace:.3f} s/step{failed}"
 
 
@@ -125,7 +125,7 @@ def _bar(max_steps: int, state: State) -> Iterator[Show]:
 
 
 def _state(record: Record) -> str:
-    failed = "" if record.status == "successful" else f"  {record.status}"
+    failed = "" if record.status.ok else f"  {record.status.name}"
     return f"Phi {number(record.value)}  |h| {record.grad_norm:.2e}{failed}"
 
 

@@ -63,16 +63,20 @@ def run(request: Request) -> None:
         raise
     if bring_back(folder):  # the first evaluation did not succeed
         raise _failure(outcome, f"{outcome.message} {_kept(folder)}") from cause
+    _name_outer(made, folder)
     seconds = earlier + time.perf_counter() - began
     write(request, made, folder, outcome, seconds)
-    if outcome.status != "successful":
+    if outcome.failed:
         raise _failure(outcome, outcome.message) from cause
 
 
 def _complete(before: Mapping[str, Any], made: Plan, folder: Folder) -> bool:
-    """Whether the run that is to be resumed has succeeded, and all the steps that are asked for have been taken."""
-    if before.get("status") != Status.successful.name or made.options["tol"] != before["settings"].get("tol"):
+    """Whether the run that is to be resumed has converged, or succeeded and taken all the steps that are asked for."""
+    ended = (Status.successful.name, Status.steps_used_up.name)
+    if before.get("status") not in ended or made.options["tol"] != before["settings"].get("tol"):
         return False
+    if before.get("converged"):
+        return True
     if isinstance(made.options.get("outer"), AbstractOuterDriver):  # its file counts evaluations
         return bool(made.options["max_steps"] == before["settings"]["steps"])
     return bool(read_checkpoint(folder)["step"] >= made.options["max_steps"])
@@ -126,7 +130,7 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
             if first:
                 write_result(folder, head(request, made) | {"status": "running"})
                 first = False
-            if record.status == Status.successful.name or record.step > 0:
+            if record.status.ok or record.step > 0:
                 forget(folder)
             if record.step < len(records):  # a resumed outer method has asked for another point than before
                 del records[record.step :]
@@ -169,22 +173,27 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
     return _ended(solution, folder, records), began, None
 
 
+def _name_outer(made: Plan, folder: Folder) -> None:
+    """Which outer method the default was, as the checkpoint tells."""
+    if made.options.get("outer") is None and "outer" in made.settings["chosen"] and folder.checkpoint.exists():
+        made.settings["chosen"]["outer"] = read_checkpoint(folder)["settings"]["outer"]
+
+
 def _ended(solution: Solution, folder: Folder, records: list[Record]) -> RunOutcome:
     if len(solution.history) != len(records):  # a resumed outer method needed fewer evaluations than before
         write_history(folder, solution.history)
-    message = "" if solution.status.ok else f"the run did not succeed. {solution.message}"
-    return RunOutcome(
-        solution.status.name, message, solution.history[-1].step, (solution.x, solution.y), solution.history
-    )
+    message = f"the run did not succeed. {solution.message}" if solution.failed else solution.message
+    point, status = (solution.x, solution.y), solution.status.name
+    return RunOutcome(status, solution.failed, message, solution.history[-1].step, point, solution.history, solution)
 
 
 def _stopped(instance: Instance, folder: Folder, records: list[Record], status: str, message: str) -> RunOutcome:
     """What the checkpoint, which `minimize` wrote on its way out, says."""
     if not folder.checkpoint.exists():
-        return RunOutcome(status, message, records[-1].step, None, tuple(records))
+        return RunOutcome(status, True, message, records[-1].step, None, tuple(records))
     saved = read_checkpoint(folder)
     x, y = (
         structure.unravel(vector.to(structure.device))
         for structure, vector in ((ravel(instance.x0)[1], saved["x"]), (ravel(instance.y0)[1], saved["y"]))
     )
-    return RunOutcome(status, message, saved["step"], (x, y), tuple(records))
+    return RunOutcome(status, True, message, saved["step"], (x, y), tuple(records))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any, final
 
-from bilevel._result import Status
 from bilevel.few_shot.validate import Validation
 from bilevel.outer.solution import Record
 
@@ -34,7 +33,7 @@ class Board:
             "outer/loss": record.value,
             "outer/gradient_norm": record.grad_norm,
             "outer/seconds": record.seconds,
-            "outer/skipped": float(Status[record.status].lost),
+            "outer/skipped": float(record.status.lost),
             "batch/score": score,
         }
         if validation is not None:

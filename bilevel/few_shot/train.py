@@ -10,7 +10,7 @@ import torch
 
 from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._result import BilevelError, Status
+from bilevel._result import BilevelError
 from bilevel._validate import grouped
 from bilevel.few_shot.adapt import demand_tasks
 from bilevel.few_shot.evaluate import evaluate
@@ -140,7 +140,7 @@ def train(
 def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelError:
     status = solution.estimate.status
     why = "an estimate did not succeed, and `throw` was asked for."
-    lost = next((k for k, r in enumerate(reversed(trained.history)) if not Status[r.status].lost), len(trained.history))
+    lost = next((k for k, r in enumerate(reversed(trained.history)) if not r.status.lost), len(trained.history))
     if not loop.throw:
         why = (
             f"the last {lost} estimates were not finite, or diverged; no step was taken along them."

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, final
 
 from torch import nn
 
-from bilevel._result import Stats, Status
+from bilevel._result import Stats
 from bilevel._tree import Tree
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.validate import Validation
@@ -74,7 +74,7 @@ class Trained:
     @property
     def skipped(self) -> int:
         """Along how many estimates no step was taken, as they were not finite or their inner solver diverged."""
-        return sum(Status[record.status].lost for record in self.history)
+        return sum(record.status.lost for record in self.history)
 
     @property
     def best(self) -> Validation | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from bilevel._estimate import Estimate
-from bilevel._result import Stats, Status
+from bilevel._result import Stats
 from bilevel._tree import Tree
 from bilevel.few_shot.adapt import Adapted, check_padding, noise_seed, predict, ready
 from bilevel.few_shot.board import Board
@@ -186,7 +186,7 @@ class TrainingRun:
             message=solution.estimate.message if self._ended == "failed" else "",
             validations=kept.until(),
             history=solution.history,
-            failed=dict(Counter(record.status for record in solution.history if record.status != "successful")),
+            failed=dict(Counter(record.status.name for record in solution.history if not record.status.ok)),
             stats=solution.stats,
             seconds=self._clock.seconds(),
             last=solution.x,
@@ -197,8 +197,8 @@ class TrainingRun:
         if self._ended == "max_steps" and history[-1].step < self._last_step:
             return True
         if self._loop.throw:
-            return history[-1].status != Status.successful.name
-        return all(Status[record.status].lost for record in history[-min(_AT_THE_END, self._loop.skip + 1) :])
+            return not history[-1].status.ok
+        return all(record.status.lost for record in history[-min(_AT_THE_END, self._loop.skip + 1) :])
 
     def _tell(self, record: Record, score: float | None, validation: Validation | None) -> bool:
         best = self._validator.kept.best(record.step)

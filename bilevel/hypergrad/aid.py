@@ -14,6 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import report
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
@@ -116,6 +117,13 @@ class AID(AbstractImplicit):
         )
         return needed - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else needed
 
+    @property
+    def accurate(self) -> bool:
+        if self._certified is not None:
+            return self._certified.accurate
+        exact = not isinstance(self.products, FiniteDifferences)
+        return self.forgets_start and exact and not self.damping and not self.linear.is_approximate
+
     def certified(
         self,
         target_error: float | None,
@@ -156,4 +164,7 @@ class AID(AbstractImplicit):
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
         reports = (ended, *at.reports, report("linear solver", system))
-        return FlatEstimate(h, value, y, reports, v if v.shape == y.shape else None)
+        if v.shape != y.shape:
+            return FlatEstimate(h, value, y, reports)
+        error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
+        return FlatEstimate(h, value, y, reports, v, value_error=error)

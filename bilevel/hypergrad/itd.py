@@ -126,6 +126,10 @@ class ITD(AbstractEstimator):
     def takes_encoding(self) -> bool:
         return True
 
+    @property
+    def accurate(self) -> bool:
+        return self.forgets_start and not isinstance(self.unrolling, Truncated)
+
     def error_bound(self, about: Beforehand) -> Bound:
         step, steps = self.inner.as_gradient_descent("bounds.itd")
         known, d, b = about.constants, about.distance, about.outer_gradient_norm

@@ -96,5 +96,9 @@ class KKT(AbstractEstimator):
     def takes_encoding(self) -> bool:
         return True
 
+    @property
+    def accurate(self) -> bool:
+        return self.implicit.accurate
+
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         return self.implicit.estimate(problem, x, start)

@@ -74,16 +74,20 @@ class Chosen(AbstractEstimator):
     why: str
 
     @property
-    def forgets_start(self) -> bool:
-        return self.estimator.forgets_start
-
-    @property
     def requires(self) -> frozenset[Property]:
         return self.estimator.requires
 
     @property
     def takes_encoding(self) -> bool:
         return self.estimator.takes_encoding
+
+    @property
+    def forgets_start(self) -> bool:
+        return self.estimator.forgets_start
+
+    @property
+    def accurate(self) -> bool:
+        return self.estimator.accurate
 
     def with_seed(self, seed: int) -> Chosen | None:
         seeded = self.estimator.with_seed(seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
-from bilevel._optimizer import AbstractOptimizer
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer
 from bilevel._result import BilevelError
 from bilevel._validate import nearest
 from bilevel.named.auto import Auto
@@ -189,8 +189,18 @@ def resolve(
     return build(estimator, s)
 
 
-def default_outer() -> AbstractOptimizer:
-    """The outer optimizer of `minimize` where none is given."""
-    from bilevel.solvers.adam import Adam
+def default_outer(estimator: AbstractEstimator, is_fixed: bool) -> AbstractOptimizer | AbstractMinimizer:
+    """The outer method of `minimize` where none is given.
 
-    return Adam(0.05)
+    `QuasiNewton()` where the estimates are accurate and the data are the same at every step, so that Phi is one
+    function and h its gradient; `Adam(0.05)` for others, whose bias or noise a line search would take for a wrong
+    gradient.
+
+    Args:
+        estimator: what estimates h; see `AbstractEstimator.accurate`.
+        is_fixed: whether the data are the same at every step.
+    """
+    from bilevel.solvers.adam import Adam
+    from bilevel.solvers.quasi_newton import QuasiNewton
+
+    return QuasiNewton() if estimator.accurate and is_fixed else Adam(0.05)

@@ -78,6 +78,10 @@ class _OneBatch(AbstractData):
     def whole(self) -> Any:
         return self.samples
 
+    @property
+    def is_fixed(self) -> bool:
+        return True
+
 
 @final
 class _Numbered(AbstractData):

@@ -138,6 +138,21 @@ class Checkpoint:
         )
 
 
+def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:
+    """Whether a checkpoint tells that this was a setting of its run; one without settings tells what was the default.
+
+    False where there is none that can be read, which :meth:`Checkpoint.load` reports.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    if not isinstance(content, dict):
+        return False
+    saved = content.get("settings", {}).get(name, setting)
+    return bool(saved == setting or (content.get("format") == 1 and saved.split("(")[0] == setting.split("(")[0]))
+
+
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a file of format 1, as it would be written now."""
     state = {name: content[name] for name in ("x", "y", "v", "memory")}

@@ -14,6 +14,7 @@ from bilevel._estimate import Estimate, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Report, Status, Tally
+from bilevel.outer.best import Candidate
 from bilevel.outer.checkpoint import Checkpoint
 from bilevel.outer.run import Run
 from bilevel.outer.solution import Record, Solution
@@ -50,7 +51,7 @@ def drive(
         ValueError: if a checkpoint is of another run.
         BilevelError: if the run does not succeed, and that is to be raised.
     """
-    answers = _Answers(run, estimator, problem, start, warm_start)
+    answers = _Answers(run, estimator, problem, start, warm_start, bounds)
     rules = run.rules
     if rules.resume:
         assert rules.checkpoint is not None
@@ -71,7 +72,7 @@ def drive(
     answers.save()
     last = answers.latest
     assert last is not None
-    return run.finish(problem.x.unravel(last.x.clone()), answers.structured(last), ended)
+    return run.finish(problem, last.x, answers.structured(last), ended)
 
 
 @final
@@ -96,10 +97,16 @@ class _Answers:
     """Phi and its gradient where a driver asks for them: from the record as far as that goes, estimated after."""
 
     def __init__(
-        self, run: Run, estimator: Estimator, problem: FlatProblem, start: tuple[Tensor, Tensor], warm_start: bool
+        self,
+        run: Run,
+        estimator: Estimator,
+        problem: FlatProblem,
+        start: tuple[Tensor, Tensor],
+        warm_start: bool,
+        bounds: tuple[Tensor, Tensor] | None,
     ) -> None:
         self.run, self.estimator, self.problem, self.start = run, estimator, problem, start
-        self.warm_start = warm_start
+        self.warm_start, self.bounds = warm_start, bounds
         self.latest: _Answer | None = None
         self.given: list[_Answer] = []  # all of them, where there is a file to keep them in
         self.known: list[_Answer] = []  # from the file
@@ -111,7 +118,7 @@ class _Answers:
         if known is not None and torch.equal(known.x, x):
             self.run.history.append(known.record)
             self._keep(known)
-            status = Status[known.record.status]
+            status = known.record.status
             if status is Status.nonfinite or (self.run.rules.throw and not status.ok):
                 raise _Stop(status)
             return float(known.found.value), known.found.grad
@@ -123,13 +130,16 @@ class _Answers:
         problem = self.problem.with_tally(Tally())
         found = self.estimator(problem, x, begin)
         estimate = self.run.structured(problem, x, found, index)
-        norm = float(torch.linalg.vector_norm(found.grad))
+        left = found.grad if self.bounds is None else x - (x - found.grad).clamp(*self.bounds)
+        norm = float(torch.linalg.vector_norm(left))
         self.run.record(index, estimate, norm, time.perf_counter() - before)
         answer = _Answer(x.clone(), found, self.run.history[-1])
-        ended = self.run.ended(estimate, norm, last_step=False, converged_by="driver")
+        stops = self.run.stops(estimate)
         self._keep(answer)
-        if ended is not None:
-            raise _Stop(ended)
+        if self.run.failed(estimate):
+            raise _Stop(estimate.status)
+        if stops:
+            raise _Stop(Status.stopped)
         checkpoint = self.run.rules.checkpoint
         if checkpoint is not None and (index + 1) % checkpoint.every == 0:
             self.save()
@@ -167,6 +177,8 @@ class _Answers:
 
     def _keep(self, answer: _Answer) -> None:
         self.latest = answer
+        inside = self.bounds is None or torch.equal(answer.x, answer.x.clamp(*self.bounds))
+        self.run.best.see(Candidate(answer.x, answer.found.y, answer.record, answer.record.status.ok and inside))
         if self.run.rules.checkpoint is not None:
             self.given.append(answer)
 

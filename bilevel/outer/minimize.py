@@ -14,15 +14,15 @@ from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
-from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
-from bilevel._sets import Constraint, bounds, projection
+from bilevel._sets import Constraint, bounds, region
 from bilevel._tree import Tree, demand_alike, ravel
 from bilevel._validate import demand_autograd, demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
-from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.oracle import Oracle, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.certificates.accuracy import adaptive
 from bilevel.certificates.certificate import Constants
@@ -31,7 +31,7 @@ from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
 from bilevel.outer.batches import first_batch, sources
-from bilevel.outer.checkpoint import Checkpoint, fingerprint
+from bilevel.outer.checkpoint import Checkpoint, begun_with, fingerprint
 from bilevel.outer.drivers import drive
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.solution import Solution
@@ -45,7 +45,7 @@ def minimize(
     *,
     algorithm: AbstractAlgorithm[Any] | str | None = None,
     estimator: AbstractEstimator | Auto | str | None = None,
-    outer: AbstractOptimizer | AbstractOuterDriver | None = None,
+    outer: AbstractOptimizer | AbstractMinimizer | AbstractOuterDriver | None = None,
     max_steps: int = 100,
     tol: float | None = None,
     data: Any = None,
@@ -61,13 +61,14 @@ def minimize(
     throw: bool = True,
     skip: int = 0,
 ) -> Solution:
-    """min_x Phi(x) = f(x, y*(x)): by x <- P(outer.step(x, h)), h a hypergradient estimate, or by another algorithm.
+    """min_x Phi(x) = f(x, y*(x)): by steps along hypergradient estimates h, or by another algorithm.
 
     Without `algorithm=` that is `Descent`, which `estimator`, `outer`, `warm_start`, `chunk_size`, `accuracy` and
     `constants` describe; beside another algorithm, which has settings of its own, these six are refused.
 
-    Cost: `max_steps` + 1 evaluations (for `Descent` estimates), the last at the point returned; every oracle call is
-    counted. No argument is modified. From the same arguments, and across `resume`, the same bits follow.
+    Cost: at most `max_steps` + 1 evaluations (for `Descent` estimates), the last at the point returned, and one more
+    where a line search has to go back to it; every oracle call is counted. No argument is modified. From the same
+    arguments, and across `resume`, the same bits follow.
 
     Args:
         problem: f and g.
@@ -76,10 +77,13 @@ def minimize(
         algorithm: a whole algorithm such as `SOBA(0.1, 0.01)`, or a name with steps that are derived from the problem;
             see `bilevel.algorithms.available()`. None: `Descent`.
         estimator: an estimator or a name ("implicit" if None); see `bilevel.estimators()`.
-        outer: an optimizer (`Adam(0.05)` if None), or a driver such as `ScipyMinimize()`, which runs its own loop.
-        max_steps: how many outer steps.
+        outer: an optimizer; a minimizer, which has a line search; or a driver such as `ScipyMinimize()`, which runs its
+            own loop. None: `QuasiNewton()` where the estimates are accurate (`AbstractEstimator.accurate`: the default,
+            the aid family, kkt, itd with a tolerance) and the data the same at every step, else `Adam(0.05)`.
+        max_steps: how many outer steps; of `QuasiNewton` evaluations.
         tol: stop when |h| (with a constraint |x - P(x - h)|), or the algorithm's own measure of stationarity, is at
-            most this; None: take all the steps.
+            most this; missing it is a failure. None: the outer method's own, which may be missed (`QuasiNewton` has
+            one, optimizers have none and take all the steps).
         data: for problems with a third argument: one batch (a tensor, dict or tuple) for every step; a loader (any
             other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose entries are
             batches, one a step); a callable step -> batch; or a `Split` of two of these. An algorithm that draws n
@@ -102,13 +106,14 @@ def minimize(
             is |h_estimated| plus its error bound. "fixed", or None: the estimator's own tolerances.
         constants: what is known of f and g, or a function of x that tells, for adaptive accuracy; None: estimated.
         throw: raise at the first estimate that does not succeed, and if `tol` is given and missed. Otherwise the run
-            goes on as long as it stays finite, and `Solution.status` is the worst that was met.
+            goes on as long as it stays finite, and `Solution.status` is the worst that was met. Trial points that a
+            line search went back from do not count.
         skip: with `throw=False` and data that change from step to step: take no step along an estimate that is not
             finite, or whose solver diverged, and go on with the next batch; the run ends where more than so many follow
             each other. 0: none is passed over, and the first that is not finite ends the run.
 
     Returns:
-        The solution.
+        The solution: where it ended, whether it has `converged`, and the `best` iterate.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -164,9 +169,9 @@ def minimize(
     flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
     settings: dict[str, object] = {"constraint": constraint, "x": x_structure.describe(), "y": y_structure.describe()}
 
-    def run() -> Run:
+    def run(compares: bool) -> Run:
         kept = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every, fingerprint(settings))
-        return Run(Rules(max_steps, tol, throw, callback, kept, resume, skip), structured)
+        return Run(Rules(max_steps, tol, throw, callback, kept, resume, skip), structured, compares)
 
     chosen: AbstractAlgorithm[Any]
     if algorithm is None or algorithm == DESCENT:
@@ -174,20 +179,23 @@ def minimize(
         estimates = resolve(named, flat, x, y)
         if accuracy not in (None, "fixed"):
             estimates = adaptive(estimates, accuracy, constants, tol)
-        steps = default_outer() if outer is None else outer
+        steps: Any = outer
+        if steps is None:
+            steps = default_outer(estimates, is_fixed(batches))
+            steps = _as_begun(steps, checkpoint) if resume and checkpoint is not None else steps
         settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
         warm = starts_warm(warm_start, estimates, problem)
         if isinstance(steps, AbstractOuterDriver):
             _refuse_data(steps, data)
             estimate = partial(_estimate, estimates, chunk_size)
             limits = bounds(constraint, x_structure, x)
-            return drive(run(), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
+            return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
         chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
     else:
         chosen = resolve_algorithm(algorithm, Setting(flat.with_tally(Tally()), x, y))
         settings = {"algorithm": chosen, **settings}
-    oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, projection(constraint, x_structure))
-    return iterate(run(), chosen, oracle, x, y)
+    oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
+    return iterate(run(oracle.is_fixed and chosen.values_are_phi), chosen, oracle, x, y)
 
 
 def _demand_arguments(max_steps: Any, tol: Any, callback: Any, checkpoint: Any, checkpoint_every: Any) -> None:
@@ -227,7 +235,16 @@ def _refuse_data(driver: AbstractOuterDriver, data: Any) -> None:
         )
 
 
-def _optimizer(outer: Any) -> AbstractOptimizer:
+def _as_begun(chosen: Any, checkpoint: str | os.PathLike[str]) -> Any:
+    """The default outer method that a run was begun with: of files of earlier versions always `Adam`."""
+    from bilevel.solvers.adam import Adam
+
+    return Adam(0.05) if begun_with(checkpoint, "outer", fingerprint({"outer": Adam(0.05)})["outer"]) else chosen
+
+
+def _optimizer(outer: Any) -> AbstractOptimizer | AbstractMinimizer:
+    if isinstance(outer, AbstractMinimizer):
+        return outer
     if not isinstance(outer, AbstractOptimizer):
         raise TypeError(
             f"`minimize(outer=...)` must be an optimizer such as `Adam(0.05)`. Got {type(outer).__name__}."

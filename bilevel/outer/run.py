@@ -14,8 +14,9 @@ from bilevel._calculus import demand_beyond_start
 from bilevel._estimate import Estimate, FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._result import BilevelError, Stats, Status, Tally
-from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
+from bilevel.outer.best import Candidate, Keeper
 from bilevel.outer.checkpoint import Checkpoint
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.solution import Record, Solution
@@ -53,6 +54,10 @@ class Rules:
     skip: int = 0
 
 
+# How a run ends short of its tolerance. Where that is the outer method's own, nobody was promised it: no error.
+SHORT = frozenset({Status.steps_used_up, Status.max_steps, Status.stagnated, Status.line_search_failed})
+
+
 @final
 class Run:
     """What every run has, whoever owns the iteration: its records, and what they mean for its end.
@@ -60,22 +65,25 @@ class Run:
     Args:
         rules: when it ends, who is told.
         structured: how estimates get their structures.
+        compares: whether values of different steps are of one function.
     """
 
-    def __init__(self, rules: Rules, structured: Structured) -> None:
+    def __init__(self, rules: Rules, structured: Structured, compares: bool) -> None:
         self.rules, self.structured = rules, structured
         self.history: list[Record] = []
+        self.best = Keeper(compares)
 
-    def record(self, step: int, estimate: Estimate, norm: float, seconds: float) -> None:
+    def record(self, step: int, estimate: Estimate, norm: float, seconds: float, rejected: bool = False) -> Record:
         """Keep the record of a step."""
-        record = Record(step, estimate.value, norm, estimate.status.name, estimate.stats, seconds)
+        record = Record(step, estimate.value, norm, estimate.status, estimate.stats, seconds, rejected)
         del self.history[step:]
         self.history.append(record)
+        return record
 
     def lost(self) -> int:
         """How many estimates in a row, up to the latest, are no basis for a step."""
         found = 0
-        while found < len(self.history) and Status[self.history[-1 - found].status].lost:
+        while found < len(self.history) and self.history[-1 - found].status.lost:
             found += 1
         return found
 
@@ -83,39 +91,43 @@ class Run:
         """Whether no step is taken along the latest estimate, and the run goes on with the next batch."""
         return 0 < self.lost() <= self.rules.skip
 
-    def ended(self, estimate: Estimate, norm: float, last_step: bool, converged_by: str = "tol") -> Status | None:
-        """Why the run ends with the latest record, or None; the callback is told of it."""
-        tol, callback = self.rules.tol, self.rules.callback
-        stop = callback is not None and bool(callback(self.history[-1], estimate))
-        if self.passes_over():
-            return estimate.status if last_step else Status.successful if stop else None
-        refused = estimate.status.lost if self.rules.skip else estimate.status is Status.nonfinite
-        if refused or (self.rules.throw and not estimate.status.ok):
-            return estimate.status
-        if tol is not None and converged_by == "tol" and norm <= tol:
-            return Status.successful
-        if stop:
-            return Status.successful
-        if last_step:
-            return Status.successful if tol is None else Status.max_steps
-        return None
+    def stops(self, estimate: Estimate) -> bool:
+        """Whether the callback, which is told of the latest record, ends the run."""
+        callback = self.rules.callback
+        return callback is not None and bool(callback(self.history[-1], estimate))
 
-    def finish(self, x: Any, estimate: Estimate, ended: Status) -> Solution:
-        """The solution, at x in the user's structure.
+    def failed(self, estimate: Estimate) -> bool:
+        """Whether the run ends because of an estimate that did not succeed."""
+        refused = estimate.status.lost if self.rules.skip else estimate.status is Status.nonfinite
+        return refused or (self.rules.throw and not estimate.status.ok)
+
+    def met(self, norm: float, own: float | None) -> bool:
+        """Whether a measure of stationarity meets the tolerance: that which was asked for, else the method's own."""
+        tol = own if self.rules.tol is None else self.rules.tol
+        return tol is not None and norm <= tol
+
+    @property
+    def used_up(self) -> Status:
+        """How a run ends whose steps do."""
+        return Status.steps_used_up if self.rules.tol is None else Status.max_steps
+
+    def finish(self, problem: FlatProblem, x: Tensor, estimate: Estimate, ended: Status) -> Solution:
+        """The solution, at x `(p,)`.
 
         Raises:
-            BilevelError: if it is no success, and that is to be raised.
+            BilevelError: if something failed, or a tolerance that was asked for is missed, and that is to be raised.
         """
-        met = [Status[record.status] for record in self.history]
-        status = Status.worst([ended, *met])
+        met = Status.worst(record.status for record in self.history if not record.rejected)
+        status = Status.worst([ended, met])
+        short = ended in SHORT and self.rules.tol is None and met.ok
         message = ""
         if not ended.ok:
             message = estimate.message or f"minimize: {ended.value}"
         elif not status.ok:
-            failed = next(record.step for record in self.history if record.status == status.name)
+            failed = next(record.step for record in self.history if record.status is status and not record.rejected)
             message = f"the estimate at step {failed}: {status.value}"
         solution = Solution(
-            x=x,
+            x=problem.x.unravel(x.clone()),
             y=estimate.y,
             value=estimate.value,
             status=status,
@@ -123,8 +135,11 @@ class Run:
             stats=sum((record.stats for record in self.history), Stats()),
             history=tuple(self.history),
             estimate=estimate,
+            failed=not (status.ok or short),
+            converged=ended is Status.successful and estimate.status.ok,
+            best=self.best.told(problem.x, problem.y),
         )
-        if self.rules.throw and not status.ok:
+        if self.rules.throw and solution.failed:
             step = self.history[-1].step
             raise BilevelError(f"`minimize` did not succeed; it stopped at step {step}. {message}", status, solution)
         return solution
@@ -133,11 +148,12 @@ class Run:
 @final
 @dataclass(frozen=True, eq=False)
 class _Reached:
-    """Where a run is: at `state`, with the oracle calls that led there since the latest record."""
+    """Where a run is: at `state`, with the oracle calls that led there since the latest record, and the best before."""
 
     step: int
     state: Any
     calls: Stats
+    best: Candidate | None = None
 
 
 def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
@@ -182,29 +198,23 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
     try:
         seconds = 0.0
         while True:
-            state, before = reached.state, time.perf_counter()
-            found = algorithm.evaluate(oracle, state)
-            if reached.step == 0 and algorithm.requires:  # else it asks an estimator, which looks itself
-                at = algorithm.point(state)[0]
-                found = replace(
-                    found, estimate=looked_at(oracle.first(), at, found.estimate, partial(why_not, algorithm))
-                )
-            norm = float(algorithm.stationarity(oracle, state, found))
-            at = algorithm.point(state)[0]
-            estimate = run.structured(oracle.first(), at, found.estimate, reached.step)
-            run.record(reached.step, estimate, norm, seconds + time.perf_counter() - before)
-            tally.clear()
-            ended = run.ended(estimate, norm, reached.step >= rules.max_steps)
+            at = _look(run, algorithm, oracle, reached, seconds)
+            ended = _ended(run, at, reached.step >= rules.max_steps)
             if ended is not None:
                 break
             before = time.perf_counter()
+            state = reached.state
             if not run.passes_over():
-                state = algorithm.step(oracle, state, found)
+                state = algorithm.step(oracle, state, at.found)
             seconds = time.perf_counter() - before
-            reached = _Reached(reached.step + 1, state, tally.stats())
+            reached = _Reached(reached.step + 1, state, tally.stats(), run.best.best)
             oracle = oracle.at(reached.step)
             if rules.checkpoint is not None and reached.step % rules.checkpoint.every == 0:
                 _save(run, rules.checkpoint, algorithm, reached, initial)
+        if at.found.back is not None:  # what is returned is not a trial point that was no good
+            back = _Reached(reached.step + 1, at.found.back, Stats())
+            at = _look(run, algorithm, oracle.at(back.step), back, 0.0)
+            ended = _returned(run, at, ended)
     except BaseException as error:
         if rules.checkpoint is not None:
             try:  # of the last whole step; its record, if it has one, is written again on resuming
@@ -214,14 +224,63 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
         raise
     if rules.checkpoint is not None:
         _save(run, rules.checkpoint, algorithm, reached, initial)
-    return run.finish(oracle.like.x.unravel(at.clone()), estimate, ended)
+    return run.finish(oracle.like, at.x, at.estimate, ended)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _At:
+    """What is known at a point: `(p,)`, what the algorithm found there, and that as an estimate with its measure."""
+
+    x: Tensor
+    found: Evaluated
+    estimate: Estimate
+    norm: float
+
+
+def _look(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: _Reached, seconds: float) -> _At:
+    """Evaluate at a state, and record it."""
+    before = time.perf_counter()
+    found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
+    if reached.step == 0 and algorithm.requires:  # else it asks an estimator, which looks itself
+        found = replace(found, estimate=looked_at(oracle.first(), x, found.estimate, partial(why_not, algorithm)))
+    norm = float(algorithm.stationarity(oracle, reached.state, found))
+    estimate = run.structured(oracle.first(), x, found.estimate, reached.step)
+    took = seconds + time.perf_counter() - before
+    record = run.record(reached.step, estimate, norm, took, found.back is not None)
+    run.best.see(Candidate(x, found.estimate.y, record, estimate.status.ok))
+    oracle.like.tally.clear()
+    return _At(x, found, estimate, norm)
+
+
+def _ended(run: Run, at: _At, last_step: bool) -> Status | None:
+    """Why the run ends here, or None; the callback is told of the record."""
+    stops, goes_back = run.stops(at.estimate), at.found.back is not None
+    if run.passes_over():
+        return at.estimate.status if last_step else Status.stopped if stops else None
+    if run.failed(at.estimate) and not goes_back:
+        return at.estimate.status
+    if run.met(at.norm, at.found.tol) and not goes_back:
+        return Status.successful
+    if stops:
+        return Status.stopped
+    return at.found.ended or (run.used_up if last_step else None)
+
+
+def _returned(run: Run, at: _At, ended: Status) -> Status:
+    """How the run has ended, at the point that was gone back to."""
+    run.stops(at.estimate)
+    if run.failed(at.estimate):
+        return at.estimate.status
+    return Status.successful if run.met(at.norm, at.found.tol) else ended
 
 
 def _save(run: Run, checkpoint: Checkpoint, algorithm: AbstractAlgorithm[Any], reached: _Reached, initial: Any) -> None:
     records = [record.as_dict() for record in run.history[: reached.step]]
     state = encoded(reached.state, initial)
     calls = reached.calls.as_dict()
-    checkpoint.save(reached.step, algorithm.point(reached.state), records, state=state, calls=calls)
+    best = None if reached.best is None else reached.best.as_dict()
+    checkpoint.save(reached.step, algorithm.point(reached.state), records, state=state, calls=calls, best=best)
 
 
 def _resumed(run: Run, checkpoint: Checkpoint, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
@@ -235,4 +294,6 @@ def _resumed(run: Run, checkpoint: Checkpoint, initial: Any, point: tuple[Tensor
         raise checkpoint.foreign(error) from error
     checkpoint.demand(content)
     run.history = [Record.from_dict(record) for record in content["history"]]
-    return _Reached(content["step"], state, Stats(**content["calls"]))
+    if content.get("best") is not None:  # files of earlier versions do not tell
+        run.best.best = Candidate.from_dict(content["best"])
+    return _Reached(content["step"], state, Stats(**content["calls"]), run.best.best)

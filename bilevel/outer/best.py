@@ -1,0 +1,69 @@
+"""The best iterate of a run, kept as it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from bilevel._tree import Structure
+from bilevel.outer.solution import Best, Record
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An iterate that may be the best.
+
+    Attributes:
+        x: `(p,)`.
+        y: `(*tasks, q)`.
+        record: its record.
+        counts: whether its estimate succeeded, in the constraint.
+    """
+
+    x: Tensor
+    y: Tensor
+    record: Record
+    counts: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"x": self.x, "y": self.y, "record": self.record.as_dict(), "counts": self.counts}
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Candidate:
+        """The inverse of :meth:`as_dict`."""
+        return Candidate(content["x"], content["y"], Record.from_dict(content["record"]), content["counts"])
+
+
+@final
+class Keeper:
+    """The best so far; see `Best` for what that means.
+
+    Args:
+        compares: whether values of different steps are of one function.
+    """
+
+    def __init__(self, compares: bool) -> None:
+        self.compares = compares
+        self.best: Candidate | None = None
+
+    def see(self, candidate: Candidate) -> None:
+        """Take it if it is better than the one before."""
+        best = self.best
+        if best is None:
+            self.best = candidate
+        elif candidate.counts:
+            first_or_latest = not best.counts or not self.compares
+            if first_or_latest or candidate.record.value <= best.record.value:
+                self.best = candidate
+
+    def told(self, x: Structure, y: Structure) -> Best:
+        """In the user's structures."""
+        assert self.best is not None
+        at, record = self.best, self.best.record
+        return Best(
+            record.step, x.unravel(at.x.clone()), y.unravel(at.y.clone()), record.value, record.grad_norm, self.compares
+        )
