@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._numerics.rows import matrix_times, row_maxima, row_norms
+from bilevel._numerics.rows import matrix_times, row_maxima, safe_row_norms
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._tree import Tree
 from bilevel._validate import demand_types
@@ -31,7 +31,7 @@ class ClosedForm(AbstractInnerSolver):
     is `not_a_solution`. An iteration, whose y solves nothing, is not looked at.
 
     Cost: one call of `solution`, one gradient of g there, whose norm is the reported residual, and, unless that is
-    zero, one nearby.
+    zero, one nearby; two where y seems to be no solution, since on a kink of g a gradient is no residual.
 
     Args:
         solution: `solution(x) -> y`, or `solution(x, data)` where g takes data, in the user's structures. It is
@@ -89,23 +89,27 @@ def _missed(objective: Objective, y: Tensor, gradient: Tensor) -> Tensor:
     signs[1::2] = -1
     nearby = y + reach * y.shape[-1] ** -0.5 * signs
     change = objective.gradient(nearby) - gradient
-    allowed = row_norms(change)
+    allowed = safe_row_norms(change)
     if objective.prox is not None:
         step = reach / allowed.unsqueeze(-1).clamp_min(torch.finfo(y.dtype).tiny)  # about 1 / L
         with torch.no_grad():
             moved = y - objective.prox(y - step * gradient, step)
-        return row_norms(moved) > reach.squeeze(-1)
+        return safe_row_norms(moved) > reach.squeeze(-1)
     if objective.constraints is None:
-        return row_norms(gradient) > allowed
+        missed = safe_row_norms(gradient) > allowed
+        if not bool(missed.any()):
+            return missed
+        # On a kink of g a gradient is no residual: there it jumps to one of the sides.
+        other = safe_row_norms(objective.gradient(2 * y - nearby) - gradient)
+        return missed & (safe_row_norms(gradient) > other)
     A, b, lower, upper = objective.constraints.tensors()
     found = Activity.of(objective.constraints, y, gradient, change, None)
     pull = gradient + matrix_times(A.mT, found.multipliers)
-    pull = torch.where(
-        found.free, pull, torch.where(found.upper, pull, -pull).clamp_min(0.0)
-    )  # held entries push outwards
+    outwards = torch.where(found.upper, pull, -pull).clamp_min(0.0)  # as held entries are to push
+    pull = torch.where(found.free, pull, outwards)
     pull = torch.where(objective.constraints.fixed, 0.0, pull)
     outside = torch.maximum(lower - y, y - upper)
     off = matrix_times(A, y) - b
     most = _FAR * (b.abs() + matrix_times(A.abs(), y.abs()))
     broken = (row_maxima(outside) > reach.squeeze(-1)) | (off.abs() > most).any(-1)
-    return broken | (row_norms(pull) > allowed)
+    return broken | (safe_row_norms(pull) > allowed)

@@ -74,9 +74,9 @@ def test_aid_with_other_linear_solvers(linear: Any, products: int, steps: int | 
     assert steps is None or stats.linear_steps == steps
 
 
-def test_aid_with_a_closed_form_takes_one_gradient() -> None:
+def test_aid_with_a_closed_form_takes_one_gradient_and_one_to_judge_it_by() -> None:
     stats = spent(AID(ClosedForm(FAMILY.solution), CG(rtol=0.0, max_steps=5)))
-    assert stats == Stats(gradients=1, hvps=6, cross_products=1, outer_gradients=1, linear_steps=5)
+    assert stats == Stats(gradients=2, hvps=6, cross_products=1, outer_gradients=1, linear_steps=5)
 
 
 def test_finite_difference_products_are_two_gradients_each() -> None:

@@ -165,6 +165,15 @@ def _projected(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([half, -half, torch.zeros_like(half)])
 
 
+def test_a_closed_form_on_a_kink_is_a_solution() -> None:
+    x = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    kinked = BilevelProblem(
+        lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (2 * torch.relu(y - x) - y + (y - x).square()).sum()
+    )  # y* = x, where the gradient is -1 by autograd
+    found = hypergradient(kinked, x, x, estimator=FiniteDifference(ClosedForm(lambda x: x), step=1e-5))
+    torch.testing.assert_close(found.grad, x - 3)
+
+
 def test_a_formula_of_steps_is_taken_at_its_word() -> None:
     left = 0.8**5
     iterative = BilevelProblem(PROBLEM.f, PROBLEM.g, iterative=True)

@@ -217,7 +217,7 @@ class _Look:
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         own = inner_objective(self.problem, x).own
         assert own is not None
-        return own.step(y, self._gradient(x, y).detach() if own.needs_gradient else None, 0)
+        return own.step(y, self._gradient(x, y) if own.needs_gradient else None, 0)
 
     def _prox(self, x: Tensor, y: Tensor) -> Tensor:
         prox = inner_objective(self.problem, x).prox
