@@ -166,6 +166,13 @@ def test_a_radius_that_is_all_rounding_is_reported_with_an_error_of_its_size(exa
         assert found.status is Status.imprecise
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_radius_that_x_does_not_see_is_imprecise_though_nothing_moves(dtype: torch.dtype) -> None:
+    short = ESJ(DESCENT, 2, radius=1e-12)  # in float16 it is zero
+    found = hypergradient(curved(dtype), X.to(dtype), Y0.to(dtype), estimator=short, throw=False)
+    assert found.status is Status.imprecise
+
+
 def test_the_other_side_is_looked_at_once_and_not_counted() -> None:
     esj = ESJ(DESCENT, 2)
     first = hypergradient(curved(torch.float64), X, Y0, estimator=esj)

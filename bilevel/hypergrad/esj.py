@@ -114,9 +114,9 @@ class ESJ(AbstractEstimator):
             raise ValueError(
                 "`error_bound(ESJ(...))` needs outer_size and smoothness. Pass smoothness=0 where y_N is affine in x."
             )
+        step, steps = self.inner.as_gradient_descent("bounds.esj")
         if self.radius is None:
             raise ValueError("`error_bound(ESJ(radius=None))` derives its radius at run time. Pass `radius=`.")
-        step, steps = self.inner.as_gradient_descent("bounds.esj")
         return esj(
             about.constants,
             step=step,

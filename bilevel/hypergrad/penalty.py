@@ -165,7 +165,7 @@ class Penalty(AbstractEstimator):
     def _verdict(self, error: PenaltyError) -> Report:
         """What the error means: as a part of the larger of the two parts of h."""
         noise = error.noise + (0.0 if self.inner.tolerance is None else error.inexact)
-        share = 1 / error.size if error.size > 0 else math.inf if noise == math.inf else 0.0
+        share = 1 / error.size if error.size > 0 else math.inf if error.inexact > 0 else 0.0
         status = Status.successful
         if error.descends:
             status = Status.negative_curvature

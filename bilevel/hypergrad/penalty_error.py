@@ -19,6 +19,7 @@ from bilevel._result import Tally
 _NOISE = 100.0  # rounding units of g: what differences of its values are not believed below
 _SIDE = 1e-2  # of |a| |d|: a slope against the displacement that is more than noise
 _LEAST = 1e-6  # of |b|: what a residual is taken for at least, so that the probe moves y by more than rounding
+_ABOVE = 1e3  # times its tolerance: the gradient that a probe is to follow
 _SETTLED = 1e-4  # of v: near a stationary x the implicit gradient cancels, though v is as accurate as ever
 _FEW = 4.0  # rounding units of a gradient
 
@@ -159,6 +160,8 @@ def error_of(
     down = any(descends(y, y_w) for _, y_w in points)
     if probe is not None and norm_b > 0 and math.isfinite(lost) and not down:
         w = top * max(lost / norm_b, _LEAST)
+        if probe.tolerance is not None:  # it must move y by more than what is not looked at
+            w = min(w, max(lost, _LEAST * norm_b) / (_ABOVE * probe.tolerance))
         signs = torch.randint(0, 2, y.y.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         reach = safe_row_norms(points[-1][1].y - y.y).unsqueeze(-1) / math.sqrt(y.y.shape[-1])
         start = y.y + reach * (2 * signs - 1).to(y.y)
@@ -175,6 +178,5 @@ def error_of(
     assert y.gx is not None
     digits = max(_over(_size(y.y), _size(y_w.y - y.y)) for _, y_w in points)
     noise = eps * (factor * _FEW * top * _size(y.gx) / rows + digits * implicit)
-    moved_not = norm_b > 0 and _size(whole.a) == 0  # the tolerance is met at y for every weight as high as this
-    missed = math.inf if moved_not else max(gain * _size(inexact), _over(_size(inexact), norm_b) * size)
+    missed = gain * _size(inexact)
     return PenaltyError(bias, noise, missed, size, off < _SETTLED * _size(whole.v), down)
