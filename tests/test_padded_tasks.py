@@ -13,9 +13,10 @@ from cases import distance
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from bilevel import BilevelProblem, Estimate, Split, check, hypergradient
+from bilevel import ITD, BilevelProblem, Estimate, Split, check, hypergradient
 from bilevel.few_shot import Learner, adapt, evaluate, predict, train
 from bilevel.few_shot.training_run import TrainingBatches
+from bilevel.inner_problems.iteration import Iteration
 from bilevel.modules.functional import functional
 from bilevel.problems import (
     GaussianPrior,
@@ -33,6 +34,7 @@ from bilevel.problems import (
     ridge_head,
     shared_embedding,
 )
+from bilevel.solvers.own_steps import OwnSteps
 from bilevel.tasks import AbstractTasks, batches, pad
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -206,6 +208,34 @@ def test_a_problem_of_ones_own_may_weigh_by_masks_as_it_likes_and_not_see_the_pa
         found = check(own(blind, tasks), x, y0, data=PADDED)
         assert not found.ok and "what is in the padding" in str(found)
     assert check(own(lambda e, m: (e * m).sum() / m.sum(), tasks), x, y0, data=PADDED).ok
+
+
+def test_dual_variables_of_padded_examples_are_no_leak() -> None:
+    """Kernel ridge, y one number an example; those of padding stay zero, wherever their inputs are."""
+
+    def kernel(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        return (-(a.unsqueeze(-2) - b).square().sum(-1) * x.exp()).exp()
+
+    def inner(x: Tensor, y: Tensor, task: Any) -> Any:
+        m, K = task["support_mask"], kernel(task["support_x"], task["support_x"], x)
+        K = m.unsqueeze(1) * K * m
+        return (y @ K @ y + y @ y) / 2 - (m * task["support_y"] * y).sum()
+
+    def outer(x: Tensor, y: Tensor, task: Any) -> Any:
+        errors = kernel(task["query_x"], task["support_x"], x) @ y - task["query_y"]
+        return (task["query_mask"] * errors.square()).sum()
+
+    x, y0 = torch.tensor(0.1, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
+    assert hypergradient(BilevelProblem(outer, inner, tasks=True), x, y0, data=PADDED).status.ok
+
+
+def test_iterations_without_an_objective_may_be_padded() -> None:
+    def step(x: Tensor, y: Tensor, k: int, task: Any) -> Any:
+        return y + 0.1 * (x - y) * task["support_mask"].mean()
+
+    problem = BilevelProblem(own(lambda e, m: (e * m).sum()).f, inner=Iteration(step, steps=3), tasks=True)
+    x, y0 = normal(2, seed=1), torch.zeros(2, dtype=torch.float64)
+    assert hypergradient(problem, x, y0, estimator=ITD(OwnSteps()), data=PADDED).status.ok
 
 
 def test_padding_by_copies_of_the_examples_hides_nothing() -> None:

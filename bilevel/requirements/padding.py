@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
 
+from bilevel._calculus import grad
 from bilevel._flat import FlatProblem
 from bilevel._numerics.batched import random_state, set_random_state
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
+from bilevel.inner_problems.constrained import LinearlyConstrained
+from bilevel.inner_problems.kinds import inner_problem
 
 _SIDES = ("support", "query")
 
@@ -23,10 +28,11 @@ def demand_padding_unseen(problem: FlatProblem, x: Tensor, y: Tensor, functions:
     """Refuse f and g that depend on what pads a task, or whose loss of a padded task is not that of its examples.
 
     Where a batch of tasks has masks with zeros (`support_mask`, `query_mask`, as `bilevel.tasks.pad` makes them), the
-    values and gradients of f and g at the most padded task must not change when other numbers are put into the padding:
-    they do where batch normalization, or anything else that mixes the examples of a task, sees it. And side by side the
-    loss of a masked task is made of losses of single samples; at one task without padding that must be what it is when
-    the task is evaluated by itself: it is not where a loss given as a function weighs classes, or is no mean.
+    values of f and g at the most padded task, and their gradients in x, must not change when other numbers are put into
+    the padding, where y starts and after a step along grad_y g: they do where batch normalization, or anything else
+    that mixes the examples of a task, sees it. And side by side the loss of a masked task is made of losses of single
+    samples; at one task without padding that must be what it is when the task is evaluated by itself: it is not where a
+    loss given as a function weighs classes, or is no mean.
 
     Cost: some ten evaluations of f and g on one task, with gradients, not counted; for the first estimate of a run.
     Nothing where there is no padding.
@@ -45,25 +51,26 @@ def demand_padding_unseen(problem: FlatProblem, x: Tensor, y: Tensor, functions:
         return
     state = random_state(x)
 
-    def derivatives(one: FlatProblem, at: Tensor) -> dict[str, Tensor]:
+    def measured(one: FlatProblem, start: Tensor, like: _Measured | None = None) -> _Measured:
         set_random_state(state)  # whatever f and g draw is the same each time
-        return _derivatives(one, functions, x, at)
+        return _measured(one, functions, x, start, None if like is None else like.length)
 
     try:
         for task in worst:
-            one, at = _task(problem, functions, x, y, task)
-            others = derivatives(_changed(one, _with_others), at)
-            if not all(bool(found.isfinite().all()) for found in others.values()):  # numbers outside of a domain
-                others = derivatives(_changed(one, _with_copies), at)
-            for name, change in _changes(derivatives(one, at), others):
+            one, start = _task(problem, y, task)
+            seen = measured(one, start)
+            others = measured(_changed(one, _with_others), start, seen)
+            if not others.is_finite:  # numbers outside of a domain
+                others = measured(_changed(one, _with_copies), start, seen)
+            for name, change in _changes(seen, others):
                 raise ValueError(_leak(name, change, problem.problem.tasks))
         for task in _tasks_by_examples(problem.data, most=True) if problem.problem.tasks is True else []:
-            one, at = _task(problem, functions, x, y, task)
+            one, start = _task(problem, y, task)
             whole = _changed(one, _without_padding)
-            together = derivatives(whole, at)
             try:
-                alone = derivatives(_by_itself(whole), at)
-            except Exception:  # it can be evaluated side by side only
+                together = measured(whole, start)
+                alone = measured(_by_itself(whole), start, together)
+            except Exception:  # it can be evaluated side by side only, or in this size
                 return
             for name, change in _changes(alone, together):
                 raise ValueError(_uneven(name, change))
@@ -127,42 +134,72 @@ def _mask(batch: Any, side: str) -> Tensor | None:
     return mask if fits else None
 
 
-def _task(
-    problem: FlatProblem, functions: Sequence[Level], x: Tensor, y: Tensor, task: int
-) -> tuple[FlatProblem, Tensor]:
-    """The problem of one task, uncounted, and a point of y near its start that is special in nothing."""
-    one = problem.part(slice(task, task + 1)).with_tally(Tally())
-    with torch.no_grad():
-        start = one.start(x, y if y.dim() == 1 else y[task])
-    wave = torch.arange(1, start.shape[-1] + 1, dtype=start.dtype, device=start.device).cos()
-    moved = start + 0.1 * (1 + start.abs()) * wave
-    with torch.no_grad():
-        values = [one.f(x, moved) if name == "f" else one.g(x, moved) for name in functions]
-    return one, moved if all(bool(value.isfinite().all()) for value in values) else start
+def _task(problem: FlatProblem, y: Tensor, task: int) -> tuple[FlatProblem, Tensor]:
+    """The problem of one task, uncounted, and where its y starts if it has no `init`."""
+    return problem.part(slice(task, task + 1)).with_tally(Tally()), y if y.dim() == 1 else y[task]
 
 
-def _derivatives(one: FlatProblem, functions: Sequence[Level], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """F and g of one task, each with its gradients, as vectors."""
-    found: dict[str, Tensor] = {}
-    for name in functions:
-        function = one.f if name == "f" else one.g
+@final
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Values of functions and their gradients in x, each as one vector, and the length of the step in y on the way."""
+
+    values: Mapping[str, Tensor]
+    length: float
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(value.isfinite().all()) for value in self.values.values())
+
+
+def _measured(
+    one: FlatProblem, functions: Sequence[Level], x: Tensor, y: Tensor, length: float | None = None
+) -> _Measured:
+    """The functions where y starts and after a step along grad_y g, within its bounds; of that length, if it is given.
+
+    A solver goes this way: what it never sees, such as the entries of y that belong to padding, may depend on padding.
+    """
+    with torch.no_grad():
+        start = one.start(x, y)
+    points, has_g = [start], inner_problem(one.problem).g is not None
+    if has_g:
         with torch.enable_grad():
-            xs, ys = x.detach().requires_grad_(), y.detach().requires_grad_()
-            value = function(xs, ys).sum()
-            parts = [value.detach().reshape(1)]
-            if value.requires_grad:
-                grads = torch.autograd.grad(value, (xs, ys), allow_unused=True)
-                parts += [part.reshape(-1) for part in grads if part is not None]
+            leaf = start.detach().requires_grad_()
+            gradient = grad(one.g(x.detach(), leaf).sum(), leaf)
+        if length is None:
+            norm = float(torch.linalg.vector_norm(gradient))
+            length = 0.3 * (1 + float(torch.linalg.vector_norm(start))) / norm if 0 < norm < math.inf else 0.0
+        points.append(_within_bounds(one, x, start - length * gradient))
+    found: dict[str, Tensor] = {}
+    for name in (name for name in functions if has_g or name == "f"):
+        parts = []
+        for point in points:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                value = (one.f if name == "f" else one.g)(leaf, point).sum()
+                parts += [value.detach().reshape(1)]
+                if value.requires_grad:
+                    parts += [grad(value, leaf)]
         found[name] = torch.cat(parts)
-    return found
+    return _Measured(found, 0.0 if length is None else length)
 
 
-def _changes(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[tuple[str, float]]:
+def _within_bounds(one: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
+    kind = inner_problem(one.problem)
+    if not isinstance(kind, LinearlyConstrained):
+        return y
+    with torch.no_grad():
+        polytope = kind.polytope(one, x)
+    return torch.minimum(torch.maximum(y, polytope.lower), polytope.upper)
+
+
+def _changes(wanted: _Measured, found: _Measured) -> list[tuple[str, float]]:
     """The functions that differ by more than rounding, and how much."""
     changes = []
-    for name, vector in wanted.items():
-        size = torch.linalg.vector_norm(torch.stack((vector, found[name])), dim=1).max()
-        change = float(torch.linalg.vector_norm(vector - found[name]) / size.clamp_min(torch.finfo(size.dtype).tiny))
+    for name, vector in wanted.values.items():
+        size = torch.linalg.vector_norm(torch.stack((vector, found.values[name])), dim=1).max()
+        off = torch.linalg.vector_norm(vector - found.values[name])
+        change = float(off / size.clamp_min(torch.finfo(size.dtype).tiny))
         if change > torch.finfo(vector.dtype).eps ** 0.5:
             changes.append((name, change))
     return changes
