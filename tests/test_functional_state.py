@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import sys
@@ -218,6 +219,11 @@ class Distilled(Base):
         return self.fc(x) - told  # type: ignore[no-any-return]
 
 
+class Typed(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).type_as(self.ws[0]).view_as(self.ws[1])  # type: ignore[no-any-return]
+
+
 class Listed(nn.Module):
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -241,6 +247,7 @@ HARMLESS: dict[str, Callable[[], nn.Module]] = {
     "a detached parameter": reading(lambda m: m.ws[0].detach(), ws=[weight()]),
     "the data of a parameter": reading(lambda m: m.ws[0].data, ws=[weight()]),
     "the shape of a parameter": reading(lambda m: float(m.ws[0].numel()), ws=[weight()]),  # type: ignore[arg-type, return-value]
+    "the type and the shape of parameters": lambda: Typed(ws=[weight(), nn.Parameter(torch.zeros(6, 4))]),
     "a constant tensor": reading(lambda m: m.w, w=torch.ones(4).double()),
     "a leaf made in the forward": Energy,
     "a buffer that requires a gradient": lambda: _with_buffer(),
@@ -257,10 +264,18 @@ def _with_buffer() -> nn.Module:
 def test_what_keeps_its_value_rightly_passes_and_equals_the_module(build: Callable[[], nn.Module]) -> None:
     module = seeded(build)
     net = functional(module)
-    torch.testing.assert_close(net(net.params, X), module(X), rtol=1e-14, atol=1e-14)
     expected = torch.autograd.grad(module(X).square().sum(), list(module.parameters()))
     for found, known in zip(gradient_of(net, net.params, X).values(), expected, strict=True):
         torch.testing.assert_close(found, known)
+    torch.testing.assert_close(net(net.params, X), module(X), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", HARMLESS.keys() - {"a leaf made in the forward"})  # which vmap does not allow
+def test_it_passes_under_vmap_too(name: str) -> None:
+    module = seeded(HARMLESS[name])
+    net = functional(module)
+    found = torch.vmap(lambda x: net(net.params, x), randomness="same")(torch.stack([X, X + 1]))
+    torch.testing.assert_close(found, torch.stack([module(X), module(X + 1)]))
 
 
 def test_inputs_that_require_a_gradient_are_no_parameters_of_the_module() -> None:
@@ -576,19 +591,23 @@ def test_threads_share_one_function(extra: Any) -> None:
     assert not wrong
 
 
-def test_threads_that_meet_inside_of_a_call_have_their_own_parameters() -> None:
-    barrier = threading.Barrier(2, timeout=20)
+@pytest.mark.parametrize("between", [nn.Tanh(), nn.Dropout(0.5)], ids=["that meet", "of which one waits"])
+def test_threads_inside_of_a_call_have_their_own_parameters_and_random_numbers(between: nn.Module) -> None:
+    barrier = threading.Barrier(2)
 
     class Meets(Tensor):
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if threading.current_thread() is not threading.main_thread():
-                barrier.wait()  # the other thread has put its parameters into their places too
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    barrier.wait(
+                        20 if isinstance(between, nn.Tanh) else 0.2
+                    )  # for the other thread, inside of a call too
             with torch._C.DisableTorchFunctionSubclass():
                 found = func(*args, **(kwargs or {}))
                 return found.as_subclass(Meets) if type(found) is Tensor else found
 
-    net = functional(seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))))
+    net = functional(seeded(lambda: nn.Sequential(nn.Linear(4, 4), between, nn.Linear(4, 2))))
     several = [{name: p * (k + 1) for name, p in net.params.items()} for k in range(2)]
     expected = [net(params, X) for params in several]
     meeting = X.as_subclass(Meets)
