@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, final
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
 from bilevel._numerics.compact_bfgs import CompactBFGS, inverse_product
-from bilevel._numerics.wolfe import DECREASE, strong_wolfe
+from bilevel._numerics.search_state import SearchState
+from bilevel._numerics.wolfe import DECREASE
 from bilevel._optimizer import AbstractMinimizer, Move, OptimizerState, Told
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
 from bilevel._validate import demand_types
 
-# Differences of Phi that are less than the error of its values are not believed, and slopes decide. Where the estimate
-# does not tell that error it is taken for this share of Phi, which is what the tolerances of names leave.
-_NOISE = {torch.float64: 1e-8}
-_COARSE_NOISE = 1e-4
 _RTOL = {torch.float64: 1e-5}
 _COARSE_RTOL = 1e-3
 _MOST_FAILURES = 10  # in one search: at 0.2 a time, the step is then 1e-7 of what it was
 _MOST_TRIALS = 20  # in one search: each is an estimate
 _MOST_EDGES = 5  # searches in a row that came to where estimates fail: Phi falls towards there, and no further is known
 _PATIENCE = 10  # accepted points in a row without the least progress of value or gradient
-_GROWTH = 10.0  # of the step along a projected gradient while Phi falls ever more steeply
 _MOST_FACES = 10  # that are tried for a direction
 _DESCENT = 1e-10  # the least cosine between a direction and the projected gradient's
 
@@ -90,10 +86,10 @@ class QuasiNewton(AbstractMinimizer):
 
     def init(self, point: Tensor) -> OptimizerState:
         none = point.new_zeros(0, point.numel())
-        return _State(point, torch.zeros_like(point), none, none, torch.zeros_like(point)).as_dict()
+        return SearchState(point, torch.zeros_like(point), none, none, torch.zeros_like(point)).as_dict()
 
     def tell(self, told: Told, point: Tensor, state: OptimizerState, region: AbstractSet | None) -> Move:
-        at = _State(**state)
+        at = SearchState(**state)
         finite = math.isfinite(told.value) and bool(told.grad.isfinite().all())
         # A point is as good as the one before it if neither, or both, come from an estimate that succeeded.
         usable = finite and (told.failed is None or not at.good)
@@ -103,10 +99,10 @@ class QuasiNewton(AbstractMinimizer):
                 return self._move(at, point, False, told.failed or Status.nonfinite)
             return self._search(at, region)
         slope = float(told.grad @ at.direction)
-        outcome = at.search(told.value if usable else math.inf, slope if usable else math.nan, _noise(at))
+        outcome = at.search(told.value if usable else math.inf, slope if usable else math.nan)
         if at.failures and usable and told.value <= at.value + DECREASE * at.t * at.slope:
             outcome = Status.successful  # next to where estimates fail, a decrease is enough: the rest is beyond
-        rejected = not usable or told.value > at.value + _noise(at)
+        rejected = not usable or told.value > at.value + at.noise
         if not usable:
             at = at.but(failures=at.failures + 1, failed=(told.failed or Status.nonfinite).name)
         if isinstance(outcome, float) and at.failures < _MOST_FAILURES and len(at.trials) < _MOST_TRIALS:
@@ -122,7 +118,7 @@ class QuasiNewton(AbstractMinimizer):
             return self._search(at, region)
         if isinstance(outcome, float):
             ended = Status.nonfinite if at.failed == Status.nonfinite.name else Status.line_search_failed
-        elif 0.5 * abs(at.slope) * at.first <= _noise(at):
+        elif 0.5 * abs(at.slope) * at.first <= at.noise:
             ended = Status.stagnated
         else:
             ended = Status.line_search_failed
@@ -135,7 +131,7 @@ class QuasiNewton(AbstractMinimizer):
         """How many are kept: an evaluation costs more than they do, up to where they fill the memory."""
         return max(10, min(50, 1_000_000 // max(p, 1))) if self.memory is None else self.memory
 
-    def _search(self, at: _State, region: AbstractSet | None) -> Move:
+    def _search(self, at: SearchState, region: AbstractSet | None) -> Move:
         """Begin a line search from where it stands."""
         found = _direction(at, region)
         if found is None:
@@ -149,30 +145,19 @@ class QuasiNewton(AbstractMinimizer):
         )
         return self._move(at, _moved(at, region), False, None)
 
-    def _move(self, at: _State, point: Tensor, rejected: bool, ended: Status | None) -> Move:
+    def _move(self, at: SearchState, point: Tensor, rejected: bool, ended: Status | None) -> Move:
         rtol = (_RTOL.get(at.x.dtype, _COARSE_RTOL)) if self.rtol is None else self.rtol
         tol = rtol * min(at.scale, max(1.0, abs(at.value))) if rtol else None
         return Move(point, at.as_dict(), at.x, rejected, ended, tol)
 
 
-def _noise(at: _State) -> float:
-    """The error of a difference of two values: each has its own, and that of the next may be larger than the last."""
-    return 4 * at.error + 100 * torch.finfo(at.x.dtype).eps * abs(at.value)
-
-
-def _error(told: Told, point: Tensor) -> float:
-    if told.value_error is not None and math.isfinite(told.value_error):
-        return told.value_error
-    return _NOISE.get(point.dtype, _COARSE_NOISE) * abs(told.value)
-
-
-def _moved(at: _State, region: AbstractSet | None) -> Tensor:
+def _moved(at: SearchState, region: AbstractSet | None) -> Tensor:
     """The trial point, in the set to the last bit."""
     point = torch.add(at.x, at.direction, alpha=at.t)
     return point if region is None else region.project(point)
 
 
-def _direction(at: _State, region: AbstractSet | None) -> tuple[Tensor, float, bool, float] | None:
+def _direction(at: SearchState, region: AbstractSet | None) -> tuple[Tensor, float, bool, float] | None:
     """A direction of descent, the slope along it, whether it is the gradient's own, and how far it may be gone.
 
     None: there is none, to rounding.
@@ -202,11 +187,12 @@ def _direction(at: _State, region: AbstractSet | None) -> tuple[Tensor, float, b
     return (nearest, plain, not at.steps.shape[0], 1.0) if plain < 0 else None
 
 
-def _along_face(B: CompactBFGS, at: _State, region: AbstractSet, toward: Tensor) -> Tensor | None:
+def _along_face(B: CompactBFGS, at: SearchState, region: AbstractSet, toward: Tensor) -> Tensor | None:
     """The step to the minimizer of the quadratic model on a face: that of a projected gradient step, and its faces.
 
     A minimizer that is outside of the set leads to the face that is nearest, where the model is minimized again.
     """
+    inside = at.x
     for _ in range(_MOST_FACES):
         along = region.face(toward)
         if along is None:
@@ -221,86 +207,3 @@ def _along_face(B: CompactBFGS, at: _State, region: AbstractSet, toward: Tensor)
         if torch.allclose(inside, toward, rtol=0, atol=1e-3 * float(torch.linalg.vector_norm(d))):
             break
     return inside - at.x
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _State:
-    """Where it stands, what it remembers of curvature, and the line search that is going on."""
-
-    x: Tensor
-    grad: Tensor
-    steps: Tensor
-    changes: Tensor
-    direction: Tensor
-    value: float = 0.0
-    begun: bool = False
-    good: bool = True
-    error: float = 0.0
-    scale: float = 0.0
-    least_value: float = math.inf
-    least_norm: float = math.inf
-    idle: int = 0
-    slope: float = 0.0
-    first: float = 0.0
-    t: float = 0.0
-    most: float = math.inf
-    plain: bool = True
-    failures: int = 0
-    length: float = 1.0
-    edges: int = 0
-    reach: float = math.inf
-    failed: str = ""
-    trials: list[list[float]] = field(default_factory=list)
-
-    def as_dict(self) -> OptimizerState:
-        return dict(vars(self))
-
-    def but(self, **changes: Any) -> _State:
-        return _State(**{**vars(self), **changes})
-
-    def accepting(self, told: Told, point: Tensor) -> _State:
-        """Standing at another point."""
-        eps = torch.finfo(point.dtype).eps
-        better = told.stationarity < self.least_norm or told.value < self.least_value - eps * abs(self.least_value)
-        return self.but(
-            x=point,
-            grad=told.grad,
-            value=told.value,
-            begun=True,
-            good=told.failed is None,
-            error=max(_error(told, point), self.error / 2),
-            scale=self.scale if self.begun else told.stationarity,
-            idle=0 if better or not self.begun else self.idle + 1,
-            least_value=min(self.least_value, told.value),
-            least_norm=min(self.least_norm, told.stationarity),
-        )
-
-    def at_edge(self, point: Tensor) -> _State:
-        """Knowing whether estimates failed on the way to a point: the next step is then not much longer."""
-        if not self.failures:
-            return self.but(edges=0, reach=math.inf)
-        return self.but(edges=self.edges + 1, reach=2 * float(torch.linalg.vector_norm(point - self.x)))
-
-    def paired(self, grad: Tensor, point: Tensor, memory: int) -> _State:
-        """With the step from where it stands to a point remembered, if the curvature along it is positive."""
-        s, w = point - self.x, grad - self.grad
-        least = torch.finfo(s.dtype).eps * float(torch.linalg.vector_norm(s) * torch.linalg.vector_norm(w))
-        if not float(s @ w) > max(least, torch.finfo(s.dtype).tiny):
-            return self.but(length=_GROWTH * self.length if self.t >= self.most else self.length)
-        return self.but(
-            steps=torch.cat([self.steps, s.unsqueeze(0)])[-memory:],
-            changes=torch.cat([self.changes, w.unsqueeze(0)])[-memory:],
-        )
-
-    def search(self, phi: float, slope: float, noise: float) -> float | Status:
-        """What the line search says to the latest trial: the next one, or how it has ended."""
-        search = strong_wolfe(self.value, self.slope, self.first, noise, self.most)
-        next(search)
-        try:
-            for _, earlier, at in self.trials:
-                search.send((earlier, at))
-            return search.send((phi, slope))
-        except StopIteration as stop:
-            ended: Status = stop.value
-            return ended

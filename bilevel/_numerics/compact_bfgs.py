@@ -28,9 +28,9 @@ class CompactBFGS:
         sigma: of the matrix without pairs.
 
     Example:
-        >>> B = CompactBFGS(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]]), sigma=1.0)
+        >>> B = CompactBFGS(torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0, 0.0]]), sigma=1.0)
         >>> B.product(torch.tensor([1.0, 0.0]))
-        tensor([3., 0.])
+        tensor([4., 0.])
     """
 
     def __init__(self, steps: Tensor, changes: Tensor, sigma: float) -> None:
