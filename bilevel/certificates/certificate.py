@@ -16,6 +16,7 @@ _SLACK = 1e-9  # mu = L of a multiple of the identity, each computed in its own 
 LOCAL = frozenset({"mu", "L", "C_G"})  # those that certificates can extend from the point where they were measured
 
 
+@final
 class NonfiniteError(ArithmeticError):
     """NaN or Inf was met: there is nothing to bound."""
 
