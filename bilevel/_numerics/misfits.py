@@ -68,6 +68,7 @@ def described(tree: Any) -> str:
     return text if len(text) <= _LONG else f"{type(tree).__name__} of {len(tree_leaves(tree))} leaves"
 
 
+@final
 class _Bare(str):
     """A text that shows itself without quotation marks."""
 

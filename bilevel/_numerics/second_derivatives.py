@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bilevel._numerics.graphs import ancestors
+from bilevel._numerics.graphs import ancestors, end_of
 
 _REMEDIES = {
     "scaled_dot_product": "wrap the call in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
@@ -96,7 +96,7 @@ def refuse_dropped_terms(value: Tensor, leaf: Tensor | None = None) -> None:
     Raises:
         NotImplementedError: if the graph holds such a node.
     """
-    end = None if leaf is None else torch.autograd.graph.get_gradient_edge(leaf).node
+    end = None if leaf is None else end_of(leaf)
     for node in ancestors(value.grad_fn, end):
         operation = _differentiable_once_only(node)
         if operation and (end is None or any(ancestor is end for ancestor in ancestors(node, end))):

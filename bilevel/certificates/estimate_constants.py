@@ -12,9 +12,9 @@ from bilevel._calculus import Exact, cross_operator, grad
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Tree, demand_alike, ravel
-from bilevel._validate import demand_autograd
 from bilevel.certificates.certificate import Constants
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated

@@ -12,14 +12,13 @@ from torch import Tensor
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError, Stats, Status, Tally
 from bilevel._tree import Tree, demand_alike, ravel
-from bilevel._validate import demand_autograd
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.diagnostics.applicability import why_not_applicable
-from bilevel.diagnostics.check import tested
 from bilevel.diagnostics.comparison import Comparison, Row
 from bilevel.diagnostics.memory import peak_memory
 from bilevel.diagnostics.subject import Subject
@@ -99,6 +98,8 @@ def compare(
         return comparer.comparison(rows)
     names = [name for name in named_estimators() if name != IMPLICIT] if estimators is None else list(estimators)
     demand_names(*names)
+    from bilevel.diagnostics.check import tested
+
     start = flat.start(comparer.x, comparer.y0).detach()
     subject = Subject(flat.with_tally(Tally()), comparer.x, comparer.y0, start, None, torch.Generator().manual_seed(0))
     found = tested(subject)
