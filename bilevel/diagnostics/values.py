@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from bilevel._numerics.misfits import origin
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
 
@@ -20,7 +21,7 @@ def values_are_finite(subject: Subject, found: Findings) -> Findings:
         try:
             values.append((name, function(subject.x, subject.y0)))
         except Exception as error:  # whatever the user's functions raise is the verdict
-            text = f"{name} raised {type(error).__name__}: {error}"
+            text = f"{name} raised {type(origin(error)).__name__}: {error}"
             return wrong.saying("values", False, text, f"make {name} run at (x, y0)")
     names, dtype = " and ".join(name for name, _ in values), subject.x.dtype
     finite = all(bool(value.isfinite()) for _, value in values)
