@@ -12,10 +12,10 @@ from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._numerics.misfits import called
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
 from bilevel._tree import Tree, demand_alike, ravel, tree_map
-from bilevel._validate import demand_autograd
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve

@@ -13,11 +13,11 @@ from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
-from bilevel._numerics.transforms import inside_transform, is_transformed, plain
+from bilevel._numerics.transforms import demand_autograd, inside_transform, is_transformed, plain
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError
 from bilevel._tree import Tree, demand_alike, ravel, tree_parts
-from bilevel._validate import demand_autograd, demand_type
+from bilevel._validate import demand_type
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
 from bilevel.requirements.properties import DoesNotApply

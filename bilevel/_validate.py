@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, final
 
-import torch
 from torch import Tensor
-
-from bilevel._numerics.transforms import inside_transform
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,24 +112,6 @@ def _is_loader(data: Any) -> bool:
     names = {f"{base.__module__}.{base.__name__}" for base in type(data).__mro__}
     loader = "torch.utils.data.dataloader.DataLoader" in names  # known by its name: nothing is imported for it
     return loader or isinstance(data, collections.abc.Iterator)
-
-
-def demand_autograd(call: str) -> None:
-    """Refuse to differentiate where torch does not let anybody: in inference mode, and inside of a functorch transform.
-
-    Raises:
-        ValueError: naming the call and what to do.
-    """
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"`{call}` differentiates f and g, which `torch.inference_mode()` forbids. Call it outside, or under"
-            f" `torch.no_grad()`, which does not matter to it."
-        )
-    if inside_transform():
-        raise ValueError(
-            f"`{call}` differentiates f and g itself, which `torch.func` transforms (grad, vjp, jvp, vmap, ...) around"
-            f" it forbid. Transform `hyperobjective(problem, y0)`, which they differentiate, or call `{call}` outside."
-        )
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

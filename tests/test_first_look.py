@@ -26,6 +26,7 @@ from bilevel import (
     minimize,
     prox,
 )
+from bilevel._numerics.graphs import leads_to
 from bilevel.algorithms import SOBA
 from bilevel.hypergrad import FiniteDifference, FirstOrder
 from bilevel.inner_problems import Iteration
@@ -365,3 +366,10 @@ def test_tasks_are_looked_at_side_by_side() -> None:
     right = BilevelProblem(lambda x, y, t: f(x, y), lambda x, y, t: g(x + t, y), tasks=True)
     found = hypergradient(right, X, Y0, estimator=AID(LBFGS(), Dense()), data=data)
     torch.testing.assert_close(found.grad, X + 1.5 - 3)
+
+
+def test_a_leaf_of_a_subclass_is_seen_in_a_graph() -> None:
+    marked: Any = type("Marked", (torch.Tensor,), {})
+    x: Tensor = torch.ones(2).as_subclass(marked).clone().requires_grad_()
+    y: Tensor = torch.ones(2).as_subclass(marked).clone().requires_grad_()
+    assert leads_to((x * y.detach()).sum(), x, y) == [True, False]

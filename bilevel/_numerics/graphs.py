@@ -35,6 +35,12 @@ def leads_to(value: Tensor, *leaves: Tensor) -> list[bool]:
         >>> leads_to((0 * x * y.detach()).sum(), x, y)
         [True, False]
     """
-    ends = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves]
+    ends = [end_of(leaf) for leaf in leaves]
     met = set(ancestors(value.grad_fn))
     return [end in met for end in ends]
+
+
+def end_of(leaf: Tensor) -> Any:
+    """The node at which graphs end in a tensor. Of a leaf of a subclass torch names a view of it, which ends there."""
+    node = torch.autograd.graph.get_gradient_edge(leaf).node
+    return [*ancestors(node)][-1] if leaf.is_leaf else node

@@ -62,12 +62,18 @@ def called(form: str, function: Callable[..., R], /, *arguments: Any) -> R:
         raise Misfit(f"{call} {failed}: {_line(error)}. Got {given}. {remedy}{hint}") from error
 
 
+def origin(error: BaseException) -> BaseException:
+    """What torch raised in a user's function, where the error says of it what did not fit; else the error itself."""
+    return error.__cause__ if isinstance(error, Misfit) and error.__cause__ is not None else error
+
+
 def described(tree: Any) -> str:
     """Dtypes and shapes in the nesting of the tree, such as `{'w': float64 (3, 2)}`."""
     text = str(tree_map(lambda leaf: _Bare(_leaf(leaf)), tree))
     return text if len(text) <= _LONG else f"{type(tree).__name__} of {len(tree_leaves(tree))} leaves"
 
 
+@final
 class _Bare(str):
     """A text that shows itself without quotation marks."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bilevel._numerics.graphs import ancestors
+from bilevel._numerics.graphs import ancestors, end_of
 
 _REMEDIES = {
     "scaled_dot_product": "wrap the call in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
@@ -186,7 +186,7 @@ def refuse_dropped_terms(value: Tensor, leaf: Tensor | None = None) -> None:
     Raises:
         NotImplementedError: if the graph holds such a node.
     """
-    end = None if leaf is None else torch.autograd.graph.get_gradient_edge(leaf).node
+    end = None if leaf is None else end_of(leaf)
     for node in ancestors(value.grad_fn, end):
         function = getattr(node, "_forward_cls", None)  # of custom functions only
         if function is None:

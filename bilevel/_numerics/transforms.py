@@ -1,4 +1,4 @@
-"""Whether a transform of `torch.func` is at work, and on what."""
+"""Whether torch lets one differentiate: not in inference mode, nor inside of the transforms of `torch.func`."""
 
 from __future__ import annotations
 
@@ -29,3 +29,21 @@ def is_transformed(value: Tensor) -> bool:
     """Whether a transform differentiates, or goes over, something in a value that was made of `plain` arguments."""
     dual: Any = torch.autograd.forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]
     return value.requires_grad or dual.tangent is not None or torch.func.debug_unwrap(value).shape != value.shape
+
+
+def demand_autograd(call: str) -> None:
+    """Refuse to differentiate where torch does not let anybody: in inference mode, and inside of a functorch transform.
+
+    Raises:
+        ValueError: naming the call and what to do.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"`{call}` differentiates f and g, which `torch.inference_mode()` forbids. Call it outside, or under"
+            f" `torch.no_grad()`, which does not matter to it."
+        )
+    if inside_transform():
+        raise ValueError(
+            f"`{call}` differentiates f and g itself, which `torch.func` transforms (grad, vjp, jvp, vmap, ...) around"
+            f" it forbid. Transform `hyperobjective(problem, y0)`, which they differentiate, or call `{call}` outside."
+        )

@@ -9,9 +9,9 @@ from torch import Tensor
 from bilevel._estimate import Estimate
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Structure, Tree, ravel
-from bilevel._validate import demand_autograd
 from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants

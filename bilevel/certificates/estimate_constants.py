@@ -13,9 +13,9 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Tree, demand_alike, ravel
-from bilevel._validate import demand_autograd
 from bilevel.certificates.certificate import Constants, NonfiniteError
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bilevel._numerics.misfits import Misfit
+from bilevel._numerics.misfits import origin
 from bilevel._problem import BilevelProblem
 
 _TORCH = Path(torch.__file__).parent
@@ -15,24 +15,19 @@ _TORCH = Path(torch.__file__).parent
 
 def told(error: BaseException, problem: str) -> str:
     """An error in a sentence, which names f or g where it was raised there."""
-    name, kind = raised_by(error), type(_origin(error)).__name__
+    name, kind = raised_by(error), type(origin(error)).__name__
     text = f"{kind}: {error}" if str(error) else kind
-    return text if name is None else f"{name} of {problem} raised {text} (at {_where(_origin(error))})"
+    return text if name is None else f"{name} of {problem} raised {text} (at {_where(origin(error))})"
 
 
 def raised_by(error: BaseException) -> str | None:
     """Which objective of a problem raised the error, itself or by what it calls: "f", "g" or None."""
-    for frame, _ in traceback.walk_tb(_origin(error).__traceback__):
+    for frame, _ in traceback.walk_tb(origin(error).__traceback__):
         code = frame.f_code
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if code.co_name in ("f", "g") and isinstance(first, BilevelProblem):
             return code.co_name
     return None
-
-
-def _origin(error: BaseException) -> BaseException:
-    """What torch raised in f or g, where the error says of it what did not fit."""
-    return error.__cause__ if isinstance(error, Misfit) and error.__cause__ is not None else error
 
 
 def _where(error: BaseException) -> str:

@@ -11,10 +11,10 @@ from torch import Tensor
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start
 from bilevel._inner import AbstractInnerSolver
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._tree import Tree, demand_alike, ravel
-from bilevel._validate import demand_autograd
 from bilevel.diagnostics.against_differences import hypergradient_agrees
 from bilevel.diagnostics.applicability import why_not_applicable
 from bilevel.diagnostics.dependence import y_depends_on_x

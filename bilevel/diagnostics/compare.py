@@ -13,10 +13,10 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start
 from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Stats, Status, Tally
 from bilevel._tree import Tree, demand_alike, ravel
-from bilevel._validate import demand_autograd
 from bilevel.certificates.applies import no_certificate_at
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact
 from bilevel._linear import LinearOperator
+from bilevel._numerics.misfits import origin
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Status
 from bilevel.diagnostics.findings import Findings
@@ -49,7 +50,7 @@ def _other_kind_is_solved(subject: Subject, found: Findings) -> Findings:
     except NotImplementedError:
         return _not_tried(found)
     except Exception as error:  # whatever the user's functions raise is the verdict
-        text = f"the inner problem raised {type(error).__name__}: {error}"
+        text = f"the inner problem raised {type(origin(error)).__name__}: {error}"
         return replace(found, wrong=found.wrong | {"values"}).saying(
             "inner solution", False, text, "make it run at (x, y0)"
         )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from bilevel._numerics.misfits import origin
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
 from bilevel.requirements.padding import demand_padding_unseen
@@ -21,7 +22,7 @@ def values_are_finite(subject: Subject, found: Findings) -> Findings:
         try:
             values.append((name, function(subject.x, subject.y0)))
         except Exception as error:  # whatever the user's functions raise is the verdict
-            text = f"{name} raised {type(error).__name__}: {error}"
+            text = f"{name} raised {type(origin(error)).__name__}: {error}"
             return wrong.saying("values", False, text, f"make {name} run at (x, y0)")
     try:
         demand_padding_unseen(subject.problem, subject.x, subject.y0)

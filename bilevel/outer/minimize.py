@@ -14,12 +14,13 @@ from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
+from bilevel._numerics.transforms import demand_autograd
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, region
 from bilevel._tree import Tree, demand_alike, ravel
-from bilevel._validate import demand_autograd, demand_type
+from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle, is_fixed
