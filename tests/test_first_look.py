@@ -369,11 +369,7 @@ def test_tasks_are_looked_at_side_by_side() -> None:
 
 
 def test_a_leaf_of_a_subclass_is_seen_in_a_graph() -> None:
-<<<<<<< HEAD
     marked: Any = type("Marked", (torch.Tensor,), {})
-=======
-    marked = type("Marked", (torch.Tensor,), {})
->>>>>>> msgs
     x: Tensor = torch.ones(2).as_subclass(marked).clone().requires_grad_()
     y: Tensor = torch.ones(2).as_subclass(marked).clone().requires_grad_()
     assert leads_to((x * y.detach()).sum(), x, y) == [True, False]
