@@ -15,7 +15,7 @@ from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
 from bilevel._numerics.transforms import demand_autograd, inside_transform, is_transformed, plain
 from bilevel._problem import BilevelProblem, Split, check_signature
-from bilevel._result import BilevelError
+from bilevel._result import BilevelError, Report, Status
 from bilevel._tree import Tree, demand_alike, ravel, tree_parts
 from bilevel._validate import demand_type
 from bilevel.named.auto import Auto
@@ -46,6 +46,7 @@ class HyperObjective:
         self._warm_start, self._chunk_size, self._throw = warm_start, chunk_size, throw
         self._chosen: AbstractEstimator | None = None
         self._start: FlatStart | None = None
+        self._standing: tuple[Report, ...] = ()
 
     def __call__(self, x: Tree, data: Any = None) -> Tensor:
         """Phi(x) `()`, differentiable in the leaves of x that require grad.
@@ -86,6 +87,10 @@ class HyperObjective:
             self._chosen = resolve(self._estimator, problem, x, y0)
         start = self._start if self._start is not None else FlatStart(y0)
         found = apply_estimator(self._chosen, problem, x, start, self._chunk_size)
+        if start.count:  # f and g are looked at once: what was found of them then holds
+            found = replace(found, reports=self._standing + found.reports)
+        else:
+            self._standing = tuple(each for each in found.reports if each.status is Status.not_repeatable)
         self.last = structured(problem, x, found, start.count)
         if self._throw and not self.last.status.ok:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)

@@ -75,6 +75,10 @@ class ProximalGradient(AbstractUnrollable):
     def forgets_start(self) -> bool:
         return bool(self.tol)
 
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol or None
+
     def with_tolerance(self, tol: float) -> ProximalGradient:
         return replace(self, tol=tol)
 

@@ -112,6 +112,10 @@ class QuadraticProgram(AbstractInnerSolver):
         multipliers = found.multipliers.reshape(*y0.shape[:-1], -1).to(y0)
         return Solved(y, statuses, error.reshape(y0.shape[:-1]).to(y0), steps, held, multipliers)
 
+    @property
+    def tolerance(self) -> float | None:
+        return self.tol
+
     def with_tolerance(self, tol: float) -> QuadraticProgram:
         return replace(self, tol=tol)
 

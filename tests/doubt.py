@@ -31,6 +31,7 @@ class Case:
         mu: x -> the least curvature of g at y*, L: x -> the largest.
         steps: the truth is that of so many steps of descent with step 0.3, for whoever takes these.
         zero: x occurs nowhere: a zero is no answer.
+        stationary: the truth of the stationary point that y is, for whoever does not mind what kind of point it is.
     """
 
     family: str
@@ -43,6 +44,7 @@ class Case:
     L: float = 1.0
     steps: int | None = None
     zero: bool = False
+    stationary: Callable[[Tensor], Tensor] | None = None
 
     def __repr__(self) -> str:
         return f"{self.family}(x={self.x.tolist()}, y0={self.y0.tolist()}, {self.x.dtype})"
@@ -245,7 +247,7 @@ def without_minimum(draw: st.DrawFn) -> Case:
     signs = torch.tensor(draw(st.sampled_from([[-1.0, -1.0], [1.0, -1.0]])), dtype=D)
     problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (signs * (y - x).square()).sum() / 2)
     y0 = draw(st.sampled_from([x.clone(), x + 0.5]))
-    return Case("without a minimum", problem, x, y0, None)
+    return Case("without a minimum", problem, x, y0, None, lambda x: 12.0, stationary=lambda x: x - 3)
 
 
 @st.composite

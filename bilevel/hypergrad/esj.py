@@ -21,7 +21,7 @@ from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
-from bilevel.hypergrad.radius import bent, distortion, fitting, rounding, size_of, spread, verdict
+from bilevel.hypergrad.radius import bent, distortion, fitting, rounding, size_of, spread, unresolved, verdict
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -154,7 +154,10 @@ class ESJ(AbstractEstimator):
                 [moved[0], back[0]],
             )
         size, short = size_of((h, fx, implicit), spread(moved, fy, u, c, radius)), radius < fitting(x)
-        told = verdict(noise, measured, size, distortion(x, u, radius), short, self.radius is not None)
+        some = x + radius * u[:_MIRRORED]
+        distorted = unresolved(problem, x, some, y, float(solved.residual.max()), self.inner)
+        distorted = max(distorted, distortion(x, u, radius))
+        told = verdict(noise, measured, size, distorted, short, self.radius is not None)
         reports = (report("inner solver", solved), told, *kinks)
         return FlatEstimate(
             h,

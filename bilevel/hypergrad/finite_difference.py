@@ -19,10 +19,9 @@ from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.differences import finite_difference
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
+from bilevel.hypergrad.radius import DIGIT, unresolved
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
-
-_DIGIT = 0.1  # where rounding is more than that part of a difference, hardly a digit is left
 
 
 @final
@@ -111,8 +110,11 @@ class FiniteDifference(AbstractEstimator):
             distortion = max(distortion, abs(float(high - low) / (2 * t) - 1))
             noise = math.hypot(noise, eps * abs(float(value)) / t)
         # Near a stationary x the relative error grows at any step: only a step below a sensible one is blamed for it.
-        lost = step < eps**0.5 and not noise <= _DIGIT * float(torch.linalg.vector_norm(h))
-        status = Status.imprecise if lost or not distortion <= _DIGIT else Status.successful
+        left = max(report.residual for report in (first, *moves))
+        far = x + torch.diag(step * x.abs().clamp_min(1.0))
+        distortion = max(distortion, unresolved(problem, x, far, y, left, self.inner))
+        lost = step < eps**0.5 and not noise <= DIGIT * float(torch.linalg.vector_norm(h))
+        status = Status.imprecise if lost or not distortion <= DIGIT else Status.successful
         reports: tuple[Report, ...] = (first, _worst(moves), Report("step", status, max(distortion, noise), 0))
         if kinks:
             reports += (Report("slopes of Phi", Status.one_sided, max(kinks), 0),)

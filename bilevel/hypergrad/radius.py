@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import positive_or_one, safe_row_norms
 from bilevel._result import Report, Status
+from bilevel.inner_problems.kinds import inner_objective
 
-_DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
+DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
 _PART = 0.1  # of |dy| |grad_y f|: what counts as the size of an estimate whose parts cancel, as they do at an optimum
 
 
@@ -56,6 +59,30 @@ def bent(moved: Tensor, back: Tensor, fy: Tensor, u: Tensor, c: float, radius: f
     return _share(u, c) * float(safe_row_norms(halves)) / math.sqrt(len(back))
 
 
+def unresolved(problem: FlatProblem, x: Tensor, points: Tensor, y: Tensor, residual: float, inner: Any) -> float:
+    """What the inner solver leaves of |grad_y g|, over what moving x makes of it: y follows x only where that is small.
+
+    A solver whose tolerance is larger than the response stops where it begins, and y does not move at all. 0 where it
+    has no tolerance, or y is not to make grad_y g zero. One gradient at x and one at each of the points.
+
+    Args:
+        problem: the problem in vectors.
+        x: the centre `(p,)`.
+        points: some of those at which y was solved for `(k, p)`.
+        y: the solution at x `(*tasks, q)`.
+        residual: the largest that was left at any of them.
+        inner: the inner solver.
+    """
+    if inner.tolerance is None or not residual > 0:
+        return 0.0
+    objective = inner_objective(problem, torch.cat([x.unsqueeze(0), points]))
+    if not (objective.is_plain and objective.solves):
+        return 0.0
+    gradients = objective.gradient(y.expand(len(points) + 1, *y.shape))
+    response = float(safe_row_norms((gradients[1:] - gradients[0]).flatten(1)).max())
+    return residual / response if response > 0 else 0.0
+
+
 def verdict(noise: float, measured: float | None, size: float, distorted: float, short: bool, given: bool) -> Report:
     """Whether a digit is left of an estimate, as a report of the part "radius".
 
@@ -63,14 +90,14 @@ def verdict(noise: float, measured: float | None, size: float, distorted: float,
         noise: of rounding alone.
         measured: by second differences, where it was.
         size: of the estimate.
-        distorted: the relative error of displacements.
+        distorted: the relative error of displacements, or of how y follows them.
         short: whether the radius is below what fits the dtype.
         given: whether the radius was asked for: its truncation is then reported, and no failure.
     """
     error, status = max(noise, measured or 0.0), Status.successful
-    if noise > _DIGIT * size or distorted > _DIGIT or (short and error > _DIGIT * size):
+    if noise > DIGIT * size or distorted > DIGIT or (short and error > DIGIT * size):
         status = Status.imprecise
-    elif not given and error > _DIGIT * size:
+    elif not given and error > DIGIT * size:
         status = Status.biased
     return Report("radius", status, max(error / size if size > 0 else 0.0, distorted), 0)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._calculus import Exact, Linearization
+from bilevel._numerics.rows import safe_row_norms
 from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def lacking(walk: Walk, y: Tensor, fx: Tensor, fy: Tensor, total: Tensor, v: Ten
     except DoesNotApply:
         return None
     b = at.right_hand_side(fy)
-    sizes, shorts = (torch.linalg.vector_norm(part, dim=-1) for part in (b, at.operator.residual(b, v)))
+    sizes, shorts = (safe_row_norms(part) for part in (b, at.operator.residual(b, v)))
     short = float(torch.where(sizes > 0, shorts / sizes, 0.0).max())  # with tasks, that of the worst
     cross = at.cross(v, fy)
     if cross is None:  # x does not reach y
@@ -101,7 +102,7 @@ def _signs(like: Tensor) -> Tensor:
 
 def norm(vector: Tensor) -> float:
     """The 2-norm of all entries."""
-    return float(torch.linalg.vector_norm(vector))
+    return float(safe_row_norms(vector.reshape(-1)))
 
 
 def ratio(part: float, whole: float) -> float:
