@@ -10,6 +10,7 @@ from typing import Any, final
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bilevel import (
     AID,
@@ -144,6 +145,38 @@ def test_there_is_no_estimate_of_the_error_by_a_newton_step_either(name: str) ->
     if name == "kind":
         return
     assert math.isnan(hypergradient(OUTSIDE[name], X, Y + 0.1, estimator=estimator, throw=False).error_estimate)
+
+
+@final
+class Square(torch.autograd.Function):
+    """Y^2 summed, with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y.square().sum()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return 2 * grad * y
+
+
+def test_without_second_derivatives_the_first_order_certificate_sees_the_start_too_and_models_rounding() -> None:
+    square: Any = Square.apply
+    start_only = BilevelProblem(f, lambda x, y: square(y), init=lambda x: x)
+    with pytest.raises(ValueError, match=r"`certify` does not apply: .*start"):
+        certify(start_only, X, made(start_only), KNOWN, first_order=True)
+    problem = BilevelProblem(f, lambda x, y: square(y) - 2 * x @ y)
+    penalty = hypergradient(problem, X, Y, estimator=Penalty(LBFGS(), weight=50.0))
+    whole = certify(problem, X, penalty, KNOWN, first_order=True)
+    assert whole.proven
+    modelled = certify(problem, X, penalty, replace(KNOWN, L=None), first_order=True)
+    assert not modelled.proven
+    assert "L is not known, and g has no second derivatives" in modelled.reason
+    for found in (whole, modelled):
+        assert float((penalty.grad - 2 * (X - 3)).norm()) <= found.bound < math.inf
 
 
 INSIDE: dict[str, BilevelProblem] = {
