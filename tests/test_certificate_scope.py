@@ -157,10 +157,11 @@ class Square(torch.autograd.Function):
         return y.square().sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
-        return 2 * grad * y
+        found: Tensor = 2 * grads[0] * y
+        return found
 
 
 def test_without_second_derivatives_the_first_order_certificate_sees_the_start_too_and_models_rounding() -> None:
