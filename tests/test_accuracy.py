@@ -307,10 +307,11 @@ def test_a_mean_over_tasks_takes_no_more_solves_than_one_of_them() -> None:
     for tasks in (1, 30):
         data = {name: torch.stack([getattr(family, name)] * tasks) for name in names}
         problem = BilevelProblem(lambda x, y, d: kind(**d).f(x, y), lambda x, y, d: kind(**d).g(x, y), tasks=True)
-        aid = Certified(AID(Newton(), CG()), target_error=1e-7, constants=family.constants())
+        exact = ClosedForm(lambda x, d: family.solution(x))
+        aid = Certified(AID(exact, CG()), target_error=1e-3, constants=family.constants())
         found = hypergradient(problem, normal(3, seed=7), torch.zeros(40), data=data, estimator=aid)
         attempts.append(next(report.steps for report in found.reports if report.part == "certified accuracy"))
-        assert float((found.grad - family.gradient(normal(3, seed=7))).norm()) <= 1e-7
+        assert float((found.grad - family.gradient(normal(3, seed=7))).norm()) <= 1e-3
     assert attempts[1] == attempts[0]
 
 
