@@ -223,3 +223,10 @@ def test_derivatives_in_x_are_those_through_an_encoding() -> None:
     right = hypergradient(problem, X, Y, estimator=replace(certified, constants=replace(KNOWN, C_G=20.0)))
     assert right.bound is not None and right.bound <= 1e-6
     assert right.note == ""
+
+
+def test_a_comparison_says_that_certified_errors_above_one_say_little() -> None:
+    """A mu that is a million times too small makes them so."""
+    for mu, little in ((2.0, False), (2e-6, True)):
+        found = compare(INSIDE["inner"], X, Y, constants=replace(KNOWN, mu=mu), estimators=["aid-cg"], memory=False)
+        assert ("are valid and say little" in str(found)) is little
