@@ -301,16 +301,17 @@ def test_constants_of_tasks_must_be_given() -> None:
 
 def test_a_mean_over_tasks_takes_no_more_solves_than_one_of_them() -> None:
     """Each system is solved to its share of the target at once: the mean put 1 / tasks into its right-hand side."""
-    family = random_quadratic(3, 8, eigenvalues=torch.logspace(0, 3, 8).tolist(), cross=0.5, seed=1)
+    family = random_quadratic(3, 40, eigenvalues=torch.logspace(0, 3, 40).tolist(), cross=0.5, seed=1)
     names, kind = ("A", "B", "c", "C", "t", "E", "R", "s"), type(family)
     attempts = []
     for tasks in (1, 30):
         data = {name: torch.stack([getattr(family, name)] * tasks) for name in names}
         problem = BilevelProblem(lambda x, y, d: kind(**d).f(x, y), lambda x, y, d: kind(**d).g(x, y), tasks=True)
-        aid = Certified(AID(Newton(), CG()), target_error=1e-7, constants=family.constants())
-        found = hypergradient(problem, normal(3, seed=7), torch.zeros(8), data=data, estimator=aid)
+        exact = ClosedForm(lambda x, d: family.solution(x))
+        aid = Certified(AID(exact, CG()), target_error=1e-3, constants=family.constants())
+        found = hypergradient(problem, normal(3, seed=7), torch.zeros(40), data=data, estimator=aid)
         attempts.append(next(report.steps for report in found.reports if report.part == "certified accuracy"))
-        assert float((found.grad - family.gradient(normal(3, seed=7))).norm()) <= 1e-7
+        assert float((found.grad - family.gradient(normal(3, seed=7))).norm()) <= 1e-3
     assert attempts[1] == attempts[0]
 
 
@@ -326,7 +327,7 @@ def test_what_was_measured_at_the_start_is_extended_by_how_far_y_has_moved() -> 
     given = Certified(AID(Newton(), CG()), target_error=1e-6, constants=replace(known, C_G=3.1))
     without = hypergradient(problem, x, torch.zeros(1), estimator=given, start=first.start)
     measured = again.stats.cross_products - without.stats.cross_products
-    assert 0 < measured <= 4  # one product with G and G' suffices for one variable
+    assert measured == 2  # one product with G and one with G' suffice for one variable
 
 
 def test_where_the_largest_curvature_is_not_given_it_is_measured_only_where_rounding_would_matter() -> None:

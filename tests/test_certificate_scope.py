@@ -10,6 +10,7 @@ from typing import Any, final
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bilevel import (
     AID,
@@ -146,6 +147,39 @@ def test_there_is_no_estimate_of_the_error_by_a_newton_step_either(name: str) ->
     assert math.isnan(hypergradient(OUTSIDE[name], X, Y + 0.1, estimator=estimator, throw=False).error_estimate)
 
 
+@final
+class Square(torch.autograd.Function):
+    """Y^2 summed, with a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (y,) = ctx.saved_tensors
+        found: Tensor = 2 * grads[0] * y
+        return found
+
+
+def test_without_second_derivatives_the_first_order_certificate_sees_the_start_too_and_models_rounding() -> None:
+    square: Any = Square.apply
+    start_only = BilevelProblem(f, lambda x, y: square(y), init=lambda x: x)
+    with pytest.raises(ValueError, match=r"`certify` does not apply: .*start"):
+        certify(start_only, X, made(start_only), KNOWN, first_order=True)
+    problem = BilevelProblem(f, lambda x, y: square(y) - 2 * x @ y)
+    penalty = hypergradient(problem, X, Y, estimator=Penalty(LBFGS(), weight=50.0))
+    whole = certify(problem, X, penalty, KNOWN, first_order=True)
+    assert whole.proven
+    modelled = certify(problem, X, penalty, replace(KNOWN, L=None), first_order=True)
+    assert not modelled.proven
+    assert "L is not known, and g has no second derivatives" in modelled.reason
+    for found in (whole, modelled):
+        assert float((penalty.grad - 2 * (X - 3)).norm()) <= found.bound < math.inf
+
+
 INSIDE: dict[str, BilevelProblem] = {
     "init beside": BilevelProblem(f, g, init=lambda x: 2 * x),
     "no x at all": BilevelProblem(lambda x, y: f(x, y) + x.sum(), lambda x, y: y.square().sum()),
@@ -189,3 +223,11 @@ def test_derivatives_in_x_are_those_through_an_encoding() -> None:
     right = hypergradient(problem, X, Y, estimator=replace(certified, constants=replace(KNOWN, C_G=20.0)))
     assert right.bound is not None and right.bound <= 1e-6
     assert right.note == ""
+
+
+def test_a_comparison_says_that_certified_errors_above_one_say_little() -> None:
+    """A mu that is a million times too small makes them so."""
+    rough = {"rough": AID(Iterate(GradientDescent(0.1), max_steps=5), CG())}
+    for mu, little in ((2.0, False), (2e-6, True)):
+        found = compare(INSIDE["inner"], X, Y, constants=replace(KNOWN, mu=mu), estimators=rough, memory=False)
+        assert ("are valid and say little" in str(found)) is little

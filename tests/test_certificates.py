@@ -33,7 +33,7 @@ from bilevel import (
 )
 from bilevel._numerics.spectrum import least_eigenvalue
 from bilevel.certificates.assumptions import contradiction, moved
-from bilevel.certificates.certify_flat import certify_flat, theorem
+from bilevel.certificates.certify_flat import certify_flat, distance as rounded_up, theorem
 from bilevel.certificates.completed import completed
 from bilevel.certificates.measured import Measured, measured
 from bilevel.certificates.residuals import measure
@@ -596,6 +596,51 @@ def test_the_first_order_bound_is_attained_and_needs_no_weight_that_dominates(
     assert found.proven
     assert error <= found.bound <= error * (1 + 1e-9) + 1e-12
     assert found.distance == pytest.approx(t)
+
+
+def test_the_rounding_of_a_first_order_certificate_is_that_of_its_gradients() -> None:
+    """8 units times |H| |y| + |e_g|, w (|H| |y_w| + |grad_y g|) + |grad_y f| + L_fyy |y_w|, and those of z alike."""
+    problem = BilevelProblem(
+        insists(lambda x, y: (5 * y + x * y + x).sum()), insists(lambda x, y: (3 * y.square() / 2 - 2 * x * y).sum())
+    )
+    x, y, y_w = (torch.tensor([number], dtype=torch.float32) for number in (3.0, 2.0, -4.0))
+    w, z = 16.0, 1.0 - 4.0 + 16.0 * 12.0
+    nothing = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+    still = hypergradient(problem, x, y, estimator=nothing, throw=False)
+    estimate = replace(still, grad=torch.tensor([z], dtype=torch.float32), y=y, v=None, penalized=(y_w, w))
+    L, L_fyy, L_fxy, M_xy, C_G = 7.0, 0.5, 1.0, 0.25, 2.0
+    found = certify(problem, x, estimate, Constants(3.0, L, L_fyy, L_fxy, 0.0, M_xy, C_G), first_order=True)
+    unit = 8 * torch.finfo(torch.float32).eps
+    e_g, gy_w, fy, k = 0.0, 3 * 4.0 + 2 * 3.0, 5.0 + 3.0, C_G / 3.0
+    e_g, e_w = e_g + unit * (L * 2.0 + e_g), w * gy_w - fy + unit * (w * (L * 4.0 + gy_w) + fy + L_fyy * 4.0)
+    d = 6.0 + e_g / 3.0
+    assert found.terms["inner"] == pytest.approx(k * e_w + w * C_G * e_g / 3.0, rel=1e-12)
+    assert found.terms["penalty"] == pytest.approx((L_fxy + k * L_fyy) * d + w / 2 * M_xy * d**2, rel=1e-12)
+    gx = 2 * 4.0
+    assert found.terms["rounding"] == pytest.approx(
+        unit * (abs(1.0 - 4.0) + L_fxy * 4.0 + w * (gx + C_G * (2.0 + 4.0))), rel=1e-12
+    )
+    assert found.terms["estimate"] == 0.0
+    assert found.bound == pytest.approx(sum(found.terms.values()), rel=1e-12)
+
+
+def test_of_tasks_the_farthest_says_how_far_what_was_measured_is_extended() -> None:
+    """By M_xy |y - y*| = 1.5 of the second task, at y = 2.5 with y* = 1."""
+    problem = BilevelProblem(lambda x, y, d: y.sum(), lambda x, y, d: (y.square() / 2 - d * x * y).sum(), tasks=True)
+    data, y = torch.ones(2, 1), torch.tensor([[1.0], [2.5]])
+    nothing = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+    still = hypergradient(problem, torch.ones(1), torch.zeros(1), data=data, estimator=nothing, throw=False)
+    estimate = replace(still, y=y, v=None, penalized=(y, 10.0))
+    known = Constants(1.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+    found = certify(problem, torch.ones(1), estimate, known, data=data, first_order=True)
+    (measured_C_G,) = (each.value for each in found.assumed if each.name == "C_G")
+    C_G, e_w, d_g = measured_C_G + 1.5, torch.tensor([1.0, 1 + 10 * 1.5]), torch.tensor([0.0, 1.5])
+    assert found.terms["inner"] == pytest.approx(float((C_G * e_w + 10 * C_G * d_g).mean()), rel=1e-9)
+
+
+def test_distances_are_rounded_up() -> None:
+    assert rounded_up(torch.ones(1), torch.zeros(1)) > 1.0
+    assert rounded_up(torch.full((2,), 1e-200), torch.zeros(2)) >= math.sqrt(2) * 1e-200  # whose square underflows
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Scaled:
             source="structural",
         )
 
-    def exactly(self, x: Tensor, near: Tensor) -> tuple[list[mpf], list[mpf], list[mpf]]:
+    def exactly(self, x: Tensor, near: Tensor) -> tuple[list[Any], list[Any], list[Any]]:
         """(y*, v at y* and h) by Newton's method from a point in float64, to 40 digits."""
         q, p = self.A.shape[0], self.B.shape[0]
         A, B = matrix(self.A), matrix(self.B)
@@ -85,9 +85,9 @@ class Scaled:
         u = [value / mpf(self.sx) for value in vector(x)]
         w = [value / mpf(self.sy) for value in vector(near)]
         c, s, k, e = (mpf(number) for number in (self.c, self.s, self.k, self.e))
+        H = mpmath.matrix(q, q)
         for _ in range(4 if self.s else 2):
             tanh = [mpmath.tanh(value) for value in w]
-            H = mpmath.matrix(q, q)
             rhs = mpmath.matrix(q, 1)
             for i in range(q):
                 rhs[i] = sum(A[i][j] * w[j] for j in range(q)) + c * u[0] * w[i] + s * tanh[i] - a[i]
@@ -111,17 +111,17 @@ class Scaled:
         return [value * mpf(self.sy) for value in w], [ratio * value for value in v], h
 
 
-def vector(tensor: Tensor) -> list[mpf]:
+def vector(tensor: Tensor) -> list[Any]:
     """The entries of a tensor, exactly."""
     return [mpf(value) for value in tensor.double().tolist()]
 
 
-def matrix(tensor: Tensor) -> list[list[mpf]]:
+def matrix(tensor: Tensor) -> list[list[Any]]:
     """The rows of a matrix, exactly."""
     return [vector(row) for row in tensor]
 
 
-def cases(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Scaled, Tensor, Estimate, list[mpf]]]:
+def cases(seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Scaled, Tensor, Estimate, list[Any]]]:
     """A problem of any condition and scale, and estimates at it: exact and sloppy, of every size of error."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -17,6 +17,7 @@ from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import certify_flat
 from bilevel.certificates.penalty import certify_penalty
+from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -113,7 +114,10 @@ def certify(
         raise ValueError(f"`certify` does not apply: {why}")
     v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
     if first_order:
-        return _first_order(flat, x_vector.detach(), z.detach(), y, estimate, constants)
+        try:
+            return _first_order(flat, x_vector.detach(), z.detach(), y, estimate, constants)
+        except DoesNotApply as error:
+            raise ValueError(f"`certify` does not apply: {error.reason}") from error
     solver = accurate_cg(y) if linear is None else linear
     return certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
 

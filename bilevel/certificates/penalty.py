@@ -54,14 +54,12 @@ def certify_penalty(
 def _certify(
     problem: FlatProblem, x: Tensor, z: Tensor, y: Tensor, y_w: Tensor, w: float, constants: Constants
 ) -> Certificate:
+    known, notes = with_cross(problem, x, y, constants)
     reason = ""
     try:
-        known, notes = with_cross(problem, x, y, constants)
         known, more = with_curvature(problem, x, y, known)
         notes += more
     except NotImplementedError:
-        if constants.C_G is None:
-            raise
         reason = "L is not known, and g has no second derivatives that would bound it: what rounding adds is modelled"
     assert known.mu is not None and known.C_G is not None
     assert known.L_fxy is not None and known.L_fyy is not None and known.M_xy is not None and known.M_yy is not None

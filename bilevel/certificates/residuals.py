@@ -9,7 +9,6 @@ from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.measured import Measured, measured
-from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 
 class SinglePrecisionError(RuntimeError):
@@ -31,15 +30,12 @@ def measure(
 
     Raises:
         SinglePrecisionError: if they are, and computed in float32 inside.
-        DoesNotApply: if y depends on x through its start only, which no Newton step sees.
     """
     at = Exact().linearize(problem, x, y)
     value, fx, fy = outer_gradients(problem, x, y)
     hv, gv = at.products(v)
     if suspicious and (_single(at.gradient, hv) or _single(value, fx, fy)) and _single_inside(problem, x, y):
         raise SinglePrecisionError
-    if gv is None and problem.problem.init is not None:
-        raise DoesNotApply(START_ONLY)
     return measured(y, v, at.gradient, fy - hv, fx, fy, gv, known, hv)
 
 

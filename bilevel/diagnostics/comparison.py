@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
@@ -93,6 +94,8 @@ class Comparison:
         ]
         known = f"known to within {self.reference_error:.2g}" if self.reference_error >= 0 else "of unknown accuracy"
         lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, {known}")
+        if any(row.certificate is not None and self.norm < row.certificate < math.inf for row in self.rows):
+            lines.append("certified errors above 1 are valid and say little: the remark of `certify(...)` says why")
         for row in self.rows:
             if not row.applies:
                 lines.append(f"not {row.name}: {row.reason}")
