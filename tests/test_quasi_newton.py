@@ -333,3 +333,21 @@ def test_wrong_settings_are_refused() -> None:
         QuasiNewton(memory=0)
     with pytest.raises(ValueError, match=r"`QuasiNewton\(rtol=...\)` must be in \[0, 1\)"):
         QuasiNewton(rtol=1.0)
+
+
+def test_a_flat_trial_point_that_is_worse_is_no_convergence() -> None:
+    """Phi is a narrow well around 0.2; a step of length 1 from 0.1 leads out of it, to where h is 1e-15."""
+    well = BilevelProblem(lambda x, y: -(-50 * (y - 0.2).square().sum()).exp(), lambda x, y: (y - x).square().sum() / 2)
+    found = minimize(well, torch.full((1,), 0.1), torch.zeros(1), estimator=AID_CG)
+    assert found.history[1].rejected and found.history[1].grad_norm < 1e-12
+    assert found.converged
+    assert float(found.x) == pytest.approx(0.2, abs=1e-5)
+
+
+def test_at_the_edge_of_where_estimates_succeed_it_ends_soon_and_is_not_converged() -> None:
+    """Phi = -x falls all the way to 1, beyond which it is NaN."""
+    edge = BilevelProblem(lambda x, y: -y.sum() + 0 * (0.99 - x).sqrt().sum(), lambda x, y: (y - x).square().sum() / 2)
+    found = minimize(edge, torch.zeros(1), torch.zeros(1), estimator=AID_CG)
+    assert (found.status, found.converged, found.failed) == (Status.line_search_failed, False, False)
+    assert 0.9 < float(found.x) < 0.99
+    assert len(found.history) < 40

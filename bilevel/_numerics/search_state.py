@@ -52,7 +52,7 @@ class SearchState:
 
     @property
     def noise(self) -> float:
-        """The error of a difference of two values: each has its own, and the next may have a larger one."""
+        """The error of a difference of two values: each has its own, and that of the next may be larger."""
         return 4 * self.error + 100 * torch.finfo(self.x.dtype).eps * abs(self.value)
 
     def as_dict(self) -> OptimizerState:
