@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from doubt import CASES, Case
-from hypothesis import HealthCheck, Phase, event, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, assume, event, given, settings, strategies as st
 
 from bilevel import (
     AID,
@@ -51,6 +51,7 @@ from bilevel.solvers import (
 
 COUNT = int(os.environ.get("DOUBT_CASES", "250"))
 BIASED = {"itd-truncated", "one-step", "first-order", "aid-nystrom"}  # by construction, and named so
+SLOW = {"itd", "itd-forward", "itd-checkpointed", "auto"}  # tens of thousands of steps where conditions are bad
 EXACT_NAMES = [*sorted(set(estimators()) - BIASED), "auto"]
 # What a success states: 1 % for what is unrolled, sampled, penalized or differenced, and a tenth of it for the implicit
 # ones, beside what their own tolerances allow.
@@ -172,7 +173,7 @@ def doubted(case: Case, estimator: Any, entry: Callable[[Case, Any], tuple[torch
     off = float((found.grad.double() - truth(at)).norm())
     size = case.size(at)
     allowed = stated(case, estimator, found, at if x.dtype == torch.float64 else x)
-    extra = 5 * (found.standard_error or 0.0)
+    extra = 5 * (found.standard_error or 0.0) + 5 * (found.bias or 0.0)
     assert off <= allowed * size + extra, (
         f"{off / size:.3g} of its terms off, {allowed:.3g} allowed: {case}, {estimator}, {entry.__name__}: {found}"
     )
@@ -195,6 +196,7 @@ def _takes(estimator: Any, steps: int) -> bool:
 )  # fmt: skip
 @given(CASES, ESTIMATORS, ENTRIES)
 def test_whatever_is_successful_is_right(case: Case, estimator: Any, entry: Any) -> None:
+    assume(not (case.L > 1e3 * case.mu and isinstance(estimator, str) and estimator in SLOW))
     torch.manual_seed(0)
     outcome = doubted(case, estimator, entry)
     event(outcome)
