@@ -595,6 +595,42 @@ def test_what_is_not_finite_or_negative_is_refused_by_every_bound_and_named(name
                     function(known, **{**arguments, argument: wrong})
 
 
+SF, SG, SX, SY = 2.0**3, 2.0**-4, 2.0**6, 2.0**-9  # units of f, g, x and y
+UNITS = {
+    **{"mu": SG / SY**2, "L": SG / SY**2, "L_fyy": SF / SY**2, "L_f_minus": SF / SY**2, "L_fxy": SF / SX / SY},
+    **{
+        "M_yy": SG / SY**3,
+        "M_xy": SG / SX / SY**2,
+        "C_G": SG / SX / SY,
+        "damping": SG / SY**2,
+        "remainder": SG / SY**2,
+    },
+    **{"distance": SY, "penalized_distance": SY, "outer_gradient_norm": SF / SY, "weight": SF / SG, "radius": SX},
+    **{"smoothness": SF / SX**2, "third_derivative": SF / SX**3, "value_error": SF},
+}
+RESULTS = {"contraction": 1.0, "cg": 1.0, "neumann": 1.0, "gradient_descent": SY}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bounds_keep_the_units_of_what_they_bound(name: str) -> None:
+    """With f, g, x and y in other units each term of a bound is that of df / dx: powers of 2, to the last digit."""
+    function, arguments = FUNCTIONS[name]
+    drift = 0.0 if "quadratic" in name else 0.3
+    known = Constants(0.7, 1.5, 0.4, 0.3, drift, drift, 1.7, L_f_minus=0.2)
+    names = ("mu", "L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")
+    scaled = replace(known, **{key: UNITS[key] * getattr(known, key) for key in names})
+    own = {"step": SX if "difference" in name else SY**2 / SG}
+    moved = {key: value * own.get(key, UNITS.get(key, 1.0)) for key, value in arguments.items()}
+    if name == "error_bound":
+        return  # whose solver has a tolerance in units of its own
+    before, after = function(known, **arguments), function(scaled, **moved)
+    if isinstance(before, Bound):
+        assert all(term > 0 for term in before.terms.values() if term)
+        assert {key: SX / SF * term for key, term in after.terms.items()} == pytest.approx(before.terms, rel=1e-12)
+    else:
+        assert after == pytest.approx(RESULTS[name] * before, rel=1e-12)
+
+
 @given(st.sampled_from(sorted(FUNCTIONS)), st.data())
 @settings(max_examples=150)
 def test_what_overflows_is_infinite_and_no_exception(name: str, data: st.DataObject) -> None:
