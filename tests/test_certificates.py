@@ -488,7 +488,9 @@ def test_of_several_tasks_the_worst_counts_for_the_distance_and_the_mean_for_the
     assert local.inner == pytest.approx(float(((1 - least) * torch.tensor([1.0, 2.0]) / least).mean()))
     assert local.linear == pytest.approx(0.15 / float(least[1]))
     for curvatures in (torch.tensor([1.0, -0.1]), torch.tensor([1.0, 0.5])):  # no minimum; no stationary point nearby
-        assert theorem_b(found, curvatures, known).total == math.inf
+        failed = theorem_b(found, curvatures, known)
+        assert failed.total == failed.distance == math.inf
+        assert failed.mu == float(curvatures[1])
     assert theorem_a(found, 0.5, 2 * e, replace(known, mu=0.5)).distance == pytest.approx(0.8)
 
 
@@ -642,7 +644,7 @@ def test_of_tasks_the_farthest_says_how_far_what_was_measured_is_extended() -> N
 
 SF, SG, SX, SY = 2.0**3, 2.0**-4, 2.0**6, 2.0**-9  # units of f, g, x and y
 CURVED = Curved(normal(2, 3, seed=1), normal(3, seed=2), normal(3, seed=3), m=0.7, c=0.5, s=1.3, k=0.8, w=0.6)
-TERMS_OF = {
+TERMS_OF: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
     "A": ({}, frozenset[str]()),
     "local mu": ({}, frozenset({"mu"})),
     "B": ({"mu": None}, frozenset[str]()),
@@ -696,6 +698,7 @@ def test_certificates_keep_the_units_of_what_they_bound(name: str, dtype: torch.
     assert {key: SX / SF * term for key, term in after.terms.items()} == pytest.approx(before.terms, rel=1e-6)
     assert after.distance / SY == pytest.approx(before.distance, rel=1e-6)
     if before.refined is not None:
+        assert after.refined is not None
         assert torch.allclose(SX / SF * after.refined, before.refined, rtol=1e-5)
         assert SX / SF * (after.refined_bound or 0.0) == pytest.approx(before.refined_bound, rel=1e-6)
 
