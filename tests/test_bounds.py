@@ -604,7 +604,7 @@ def test_what_is_left_out_is_nothing() -> None:
     assert bounds.contraction(known, 0.3) == bounds.contraction(known, 0.3, damping=0.0)
     sampled = {**RUN, "outer_size": 4, "directions": 2}
     assert bounds.esj(known, **sampled) == bounds.esj(known, **sampled, radius=0.0, smoothness=0.0)
-    weighted = {"weight": 9.0, "outer_gradient_norm": 2.0}
+    weighted: dict[str, Any] = {"weight": 9.0, "outer_gradient_norm": 2.0}
     assert bounds.penalty(known, **weighted) == bounds.penalty(
         known, **weighted, extrapolate=False, quadratic=False, distance=0.0, penalized_distance=0.0
     )
