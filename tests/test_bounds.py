@@ -595,6 +595,75 @@ def test_what_is_not_finite_or_negative_is_refused_by_every_bound_and_named(name
                     function(known, **{**arguments, argument: wrong})
 
 
+def test_what_is_left_out_is_nothing() -> None:
+    """No damping, no error of the linear system or of a value, no radius, no inexact solution."""
+    known, run = replace(PLAIN, L_fyy=1.0), {"distance": 0.5, "outer_gradient_norm": 2.0}
+    assert bounds.aid(known, **run) == bounds.aid(known, **run, linear_error=0.0, damping=0.0)
+    assert bounds.cg(known, steps=2) == bounds.cg(known, steps=2, damping=0.0)
+    assert bounds.neumann(known, step=0.3, terms=2) == bounds.neumann(known, step=0.3, terms=2, damping=0.0)
+    assert bounds.contraction(known, 0.3) == bounds.contraction(known, 0.3, damping=0.0)
+    sampled = {**RUN, "outer_size": 4, "directions": 2}
+    assert bounds.esj(known, **sampled) == bounds.esj(known, **sampled, radius=0.0, smoothness=0.0)
+    weighted: dict[str, Any] = {"weight": 9.0, "outer_gradient_norm": 2.0}
+    assert bounds.penalty(known, **weighted) == bounds.penalty(
+        known, **weighted, extrapolate=False, quadratic=False, distance=0.0, penalized_distance=0.0
+    )
+    moved: dict[str, Any] = {**run, "step": 0.1, "outer_size": 3, "third_derivative": 1.0}
+    assert bounds.finite_difference(known, **moved) == bounds.finite_difference(
+        known, **moved, value_error=0.0, reach=1.0
+    )
+
+
+def test_damping_is_added_to_both_ends_of_the_spectrum() -> None:
+    known = Constants(mu=1.0, L=3.0)
+    assert bounds.contraction(known, 0.25, damping=1.0) == 0.5  # |1 - (1 + 1) / 4|
+    assert bounds.contraction(known, 0.5, damping=2.0) == 1.5  # |1 - (3 + 2) / 2|
+    assert bounds.neumann(known, step=0.25, terms=2, damping=1.0) == 0.25
+    assert bounds.cg(known, steps=1, damping=1.0) == bounds.cg(Constants(mu=2.0, L=4.0), steps=1)
+
+
+def test_iterates_that_start_at_the_solution_stay_there_whatever_the_step() -> None:
+    known = replace(PLAIN, radius=0.5)
+    assert bounds.gradient_descent(known, step=9.0, steps=3, distance=0.0) == 0.0
+    assert bounds.itd(known, step=9.0, steps=3, distance=0.0, outer_gradient_norm=0.0).total == 0.0
+
+
+SF, SG, SX, SY = 2.0**3, 2.0**-4, 2.0**6, 2.0**-9  # units of f, g, x and y
+UNITS = {
+    **{"mu": SG / SY**2, "L": SG / SY**2, "L_fyy": SF / SY**2, "L_f_minus": SF / SY**2, "L_fxy": SF / SX / SY},
+    **{
+        "M_yy": SG / SY**3,
+        "M_xy": SG / SX / SY**2,
+        "C_G": SG / SX / SY,
+        "damping": SG / SY**2,
+        "remainder": SG / SY**2,
+    },
+    **{"distance": SY, "penalized_distance": SY, "outer_gradient_norm": SF / SY, "weight": SF / SG, "radius": SX},
+    **{"smoothness": SF / SX**2, "third_derivative": SF / SX**3, "value_error": SF},
+}
+RESULTS = {"contraction": 1.0, "cg": 1.0, "neumann": 1.0, "gradient_descent": SY}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bounds_keep_the_units_of_what_they_bound(name: str) -> None:
+    """With f, g, x and y in other units each term of a bound is that of df / dx: powers of 2, to the last digit."""
+    function, arguments = FUNCTIONS[name]
+    drift = 0.0 if "quadratic" in name else 0.3
+    known = Constants(0.7, 1.5, 0.4, 0.3, drift, drift, 1.7, L_f_minus=0.2)
+    names = ("mu", "L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")
+    scaled = replace(known, **{key: UNITS[key] * getattr(known, key) for key in names})
+    own = {"step": SX if "difference" in name else SY**2 / SG}
+    moved = {key: value * own.get(key, UNITS.get(key, 1.0)) for key, value in arguments.items()}
+    if name == "error_bound":
+        return  # whose solver has a tolerance in units of its own
+    before, after = function(known, **arguments), function(scaled, **moved)
+    if isinstance(before, Bound):
+        assert all(term > 0 for term in before.terms.values() if term)
+        assert {key: SX / SF * term for key, term in after.terms.items()} == pytest.approx(before.terms, rel=1e-12)
+    else:
+        assert after == pytest.approx(RESULTS[name] * before, rel=1e-12)
+
+
 @given(st.sampled_from(sorted(FUNCTIONS)), st.data())
 @settings(max_examples=150)
 def test_what_overflows_is_infinite_and_no_exception(name: str, data: st.DataObject) -> None:

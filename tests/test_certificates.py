@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from certificate_cases import Drawn, drawn, hypergradient_at, normal, pairs, stationary
+from certificate_cases import Curved, Drawn, drawn, hypergradient_at, normal, pairs, stationary, to
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from bilevel import (
     LinearOperator,
     Penalty,
     Solved,
+    Stats,
+    Status,
     certify,
     hypergradient,
 )
@@ -486,7 +488,9 @@ def test_of_several_tasks_the_worst_counts_for_the_distance_and_the_mean_for_the
     assert local.inner == pytest.approx(float(((1 - least) * torch.tensor([1.0, 2.0]) / least).mean()))
     assert local.linear == pytest.approx(0.15 / float(least[1]))
     for curvatures in (torch.tensor([1.0, -0.1]), torch.tensor([1.0, 0.5])):  # no minimum; no stationary point nearby
-        assert theorem_b(found, curvatures, known).total == math.inf
+        failed = theorem_b(found, curvatures, known)
+        assert failed.total == failed.distance == math.inf
+        assert failed.mu == float(curvatures[1])
     assert theorem_a(found, 0.5, 2 * e, replace(known, mu=0.5)).distance == pytest.approx(0.8)
 
 
@@ -636,6 +640,67 @@ def test_of_tasks_the_farthest_says_how_far_what_was_measured_is_extended() -> N
     (measured_C_G,) = (each.value for each in found.assumed if each.name == "C_G")
     C_G, e_w, d_g = measured_C_G + 1.5, torch.tensor([1.0, 1 + 10 * 1.5]), torch.tensor([0.0, 1.5])
     assert found.terms["inner"] == pytest.approx(float((C_G * e_w + 10 * C_G * d_g).mean()), rel=1e-9)
+
+
+SF, SG, SX, SY = 2.0**3, 2.0**-4, 2.0**6, 2.0**-9  # units of f, g, x and y
+CURVED = Curved(normal(2, 3, seed=1), normal(3, seed=2), normal(3, seed=3), m=0.7, c=0.5, s=1.3, k=0.8, w=0.6)
+TERMS_OF: dict[str, tuple[dict[str, Any], frozenset[str]]] = {
+    "A": ({}, frozenset[str]()),
+    "local mu": ({}, frozenset({"mu"})),
+    "B": ({"mu": None}, frozenset[str]()),
+    "measured": ({"C_G": None, "L": None}, frozenset[str]()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": True}, {"first_order": True}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", TERMS_OF)
+def test_certificates_keep_the_units_of_what_they_bound(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """With f, g, x and y in other units each part of a bound is that of df / dx, its rounding too: powers of 2."""
+    changes, local = TERMS_OF[name]
+    if "first_order" in options and name in ("B", "local mu"):
+        return
+    found = []
+    for sf, sg, sx, sy in ((1.0, 1.0, 1.0, 1.0), (SF, SG, SX, SY)):
+        data, how = to(CURVED, dtype), insists if dtype == torch.float32 else (lambda function: function)
+        problem = BilevelProblem(
+            how(lambda x, y: sf * data.f(x / sx, y / sy)),  # noqa: B023
+            how(lambda x, y: sg * data.g(x / sx, y / sy)),  # noqa: B023
+        )
+        x = torch.tensor([0.5, -1.0], dtype=dtype)
+        k = CURVED.constants(x)
+        f_yy, f_xy, g_yy, g_xy = sf / sy**2, sf / sx / sy, sg / sy**2, sg / sx / sy
+        assert k.mu and k.L and k.L_fyy and k.L_fxy and k.M_yy and k.M_xy
+        known = Constants(
+            *(
+                g_yy * k.mu,
+                g_yy * k.L,
+                f_yy * k.L_fyy,
+                f_xy * k.L_fxy,
+                g_yy / sy * k.M_yy,
+                g_xy / sy * k.M_xy,
+                g_xy * 9.0,
+            ),
+            local=local,
+        )
+        y, v, z = (torch.tensor(numbers, dtype=dtype) for numbers in ([0.1, -0.2, 0.3], [1.0, 2.0, -0.5], [3.0, 4.0]))
+        if name in ("local mu", "B"):  # near y*, where the local theorem applies
+            near = hypergradient(BilevelProblem(CURVED.f, CURVED.g), x.double(), torch.zeros(3), estimator="aid-cg")
+            y = (near.y + 0.001).to(dtype)
+        estimate = Estimate(
+            *(sf / sx * z, 0.0, sy * y, sf / sg * sy * v, Status.successful, (), Stats()),
+            penalized=(sy * (y + 0.1), sf / sg * 9.0),
+        )
+        found.append(certify(problem, sx * x, estimate, replace(known, **changes), **options))
+    before, after = found
+    assert math.isfinite(before.bound)
+    assert SX / SF * after.bound == pytest.approx(before.bound, rel=1e-6)
+    assert {key: SX / SF * term for key, term in after.terms.items()} == pytest.approx(before.terms, rel=1e-6)
+    assert after.distance / SY == pytest.approx(before.distance, rel=1e-6)
+    if before.refined is not None:
+        assert after.refined is not None
+        assert torch.allclose(SX / SF * after.refined, before.refined, rtol=1e-5)
+        assert SX / SF * (after.refined_bound or 0.0) == pytest.approx(before.refined_bound, rel=1e-6)
 
 
 def test_distances_are_rounded_up() -> None:

@@ -83,7 +83,7 @@ def _certify(
 
     eps = ROUNDING * torch.finfo(y.dtype).eps
     apart = safe_row_norms(y_w.double() - y.double())
-    L, L_w = known.L or known.mu, moved(known, float(apart.max())).L or known.mu  # at y, and at y_w
+    L, L_w = (known.mu if L is None else L for L in (known.L, moved(known, float(apart.max())).L))  # at y, and at y_w
     size, size_w = safe_row_norms(y.double()), safe_row_norms(y_w.double())
     f_y = rows * safe_row_norms(fy.double()) + known.L_fyy * size_w
     e_g, e_w = safe_row_norms(gy.double()), safe_row_norms(rows * fy.double() + w * gy_w.double())
@@ -91,7 +91,8 @@ def _certify(
     d_g = e_g / known.mu
     d = apart + d_g
     farthest = float(d.max())
-    C_G = moved(known, float(d_g.max())).C_G or 0.0  # at y* too, and between
+    C_G = moved(known, float(d_g.max())).C_G  # at y* too, and between
+    assert C_G is not None
     k = C_G / known.mu
     quadratic = 0.5 * w * (known.M_xy + k * known.M_yy) * d.square()
     bias = float(((known.L_fxy + k * known.L_fyy) * d + quadratic).mean())
