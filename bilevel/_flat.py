@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.batched import batched, looped, random_state, set_random_state
-from bilevel._numerics.misfits import called
+from bilevel._numerics.misfits import Misfit, called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
@@ -132,7 +132,7 @@ class FlatProblem:
         The first problem of the batch, evaluated by itself, tells whether `torch.vmap` is the reason: its errors are
         `RuntimeError`s.
         """
-        is_vmaps = bool(dims) and self._each is batched and isinstance(error, RuntimeError)
+        is_vmaps = bool(dims) and self._each is batched and isinstance(error, RuntimeError | Misfit)
         if not is_vmaps or not takes_one(one, dims, inputs):
             self._refuse_stacked(error)
             raise error

@@ -133,7 +133,6 @@ def test_a_comparison_has_no_certificates_of_it(name: str) -> None:
         pytest.skip("has no estimator that would be a reference")
     found = compare(OUTSIDE[name], X, Y, constants=KNOWN, memory=False, estimators=["itd", "one-step", "esj"])
     assert [row.certificate for row in found.rows] == [None] * 3
-    assert not found.reference_error >= 0
 
 
 @CASES

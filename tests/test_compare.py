@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import final
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from bilevel import (
     AID,
     ITD,
+    AbstractEstimator,
     Auto,
     BilevelError,
     BilevelProblem,
@@ -23,6 +25,8 @@ from bilevel import (
     hypergradient,
     minimize,
 )
+from bilevel._estimate import FlatEstimate, FlatStart
+from bilevel._flat import FlatProblem
 from bilevel.diagnostics.memory import peak_memory
 from bilevel.inner_problems import Iteration
 from bilevel.problems.quadratic import quadratic
@@ -274,19 +278,14 @@ def test_compare_and_check_agree_on_what_applies(problem: BilevelProblem) -> Non
 
 
 def test_an_estimator_that_fails_costs_its_own_row_and_no_other() -> None:
-    class Doubled(torch.autograd.Function):  # without the rule that a batch of ESJ needs
-        @staticmethod
-        def forward(ctx: object, v: Tensor) -> Tensor:
-            return 2 * v
+    @final
+    @dataclass(frozen=True)
+    class Failing(AbstractEstimator):
+        def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+            raise RuntimeError("of its own")
 
-        @staticmethod
-        def backward(ctx: object, *weights: Tensor) -> Tensor:
-            return 2 * weights[0]
-
-    doubled: Any = Doubled.apply
-    problem = BilevelProblem(f, lambda x, y: doubled(g(x, y)))
-    rows = compare(problem, torch.ones(2), torch.zeros(2), estimators=["esj", "aid-cg"], memory=False).rows
-    failed, found = rows
-    assert "setup_context" in failed.reason
+    mixed: dict[str, AbstractEstimator] = {"failing": Failing(), "aid": AID(LBFGS(1e-10), CG(1e-10))}
+    failed, found = compare(BilevelProblem(f, g), torch.ones(2), torch.zeros(2), estimators=mixed, memory=False).rows
+    assert "of its own" in failed.reason
     assert failed.error is None
     assert found.relative is not None and found.relative < 1e-6

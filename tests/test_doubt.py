@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def certified(inner: Any, linear: Any, error: float) -> Certified:
 
 
 def sampled(inner: Any, radius: float) -> ESJ:
-    return ESJ(inner, directions=1, radius=radius)
+    return ESJ(inner, directions=40, radius=radius, distribution="gaussian")  # enough for a standard error
 
 
 RADII, STEPS = st.sampled_from([1e-16, 1e-9, 1e-4, 1e-2, 1.0]), st.sampled_from([None, 1e-16, 1e-9, 1e-4, 1e-2])
@@ -130,7 +131,7 @@ def by_second_call(case: Case, estimator: Any) -> tuple[torch.Tensor, Estimate]:
 def by_minimize(case: Case, estimator: Any) -> tuple[torch.Tensor, Estimate]:
     outer = GradientDescent(1e-2 / max(case.size(case.x.double()), 1e-300))
     found = minimize(case.problem, case.x, case.y0, estimator=estimator, outer=outer, max_steps=2, throw=False)
-    return found.x, found.estimate
+    return found.x, replace(found.estimate, status=found.status)  # of the whole run
 
 
 ENTRIES: st.SearchStrategy[Callable[[Case, Any], tuple[torch.Tensor, Estimate]]] = st.sampled_from(
@@ -196,7 +197,7 @@ def _takes(estimator: Any, steps: int) -> bool:
 )  # fmt: skip
 @given(CASES, ESTIMATORS, ENTRIES)
 def test_whatever_is_successful_is_right(case: Case, estimator: Any, entry: Any) -> None:
-    assume(not (case.L > 1e3 * case.mu and isinstance(estimator, str) and estimator in SLOW))
+    assume(not (1e3 * case.mu < case.L and isinstance(estimator, str) and estimator in SLOW))
     torch.manual_seed(0)
     outcome = doubted(case, estimator, entry)
     event(outcome)

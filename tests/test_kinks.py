@@ -186,7 +186,7 @@ def test_a_kink_of_the_hessian_on_which_y_lies_is_found_only_where_it_matters() 
     assert not at_kink(hinge, vector(0.9999), vector(0.9999))
     for estimator in (FiniteDifference(LBFGS(1e-10), step=1e-4), ESJ(LBFGS(1e-10), directions=1)):
         found = hypergradient(BilevelProblem(f, hinge), vector(1.0), vector(0.0), estimator=estimator, throw=False)
-        assert found.status is Status.one_sided
+        assert Status.one_sided in {report.status for report in found.reports}
         near = hypergradient(BilevelProblem(f, hinge), vector(1.01), vector(0.0), estimator=estimator)
         assert float(near.grad) == pytest.approx((1.005 - 3) / 2, rel=1e-3)
 

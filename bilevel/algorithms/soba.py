@@ -123,6 +123,6 @@ class SOBA(AbstractAlgorithm[SOBAState]):
 
 def _report(part: str, direction: Tensor) -> Report:
     """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
-    residual = float(safe_row_norms(direction))
+    residual = float(safe_row_norms(direction.reshape(-1)))
     finite = residual == residual and residual != float("inf")
     return Report(part, Status.successful if finite else Status.nonfinite, residual, 0)

@@ -250,7 +250,7 @@ def _without_padding(name: str, entry: Tensor, kept: Tensor) -> Tensor:  # noqa:
 def _by_itself(one: FlatProblem) -> FlatProblem:
     """The same task, not side by side with others."""
     given = one.problem
-    problem = BilevelProblem(given.f, given.g, encode=given.encode, tasks="loop")
+    problem = BilevelProblem(given.f, given.g, init=given.init, encode=given.encode, tasks="loop")
     return FlatProblem(problem, one.x, one.y, one.data, one.tally)
 
 
