@@ -604,6 +604,7 @@ def test_what_is_left_out_is_nothing() -> None:
     assert bounds.contraction(known, 0.3) == bounds.contraction(known, 0.3, damping=0.0)
     sampled = {**RUN, "outer_size": 4, "directions": 2}
     assert bounds.esj(known, **sampled) == bounds.esj(known, **sampled, radius=0.0, smoothness=0.0)
+    assert bounds.esj(known, **sampled, smoothness=1.0) == bounds.esj(known, **sampled, radius=0.0, smoothness=1.0)
     weighted: dict[str, Any] = {"weight": 9.0, "outer_gradient_norm": 2.0}
     assert bounds.penalty(known, **weighted) == bounds.penalty(
         known, **weighted, extrapolate=False, quadratic=False, distance=0.0, penalized_distance=0.0
@@ -625,7 +626,37 @@ def test_damping_is_added_to_both_ends_of_the_spectrum() -> None:
 def test_iterates_that_start_at_the_solution_stay_there_whatever_the_step() -> None:
     known = replace(PLAIN, radius=0.5)
     assert bounds.gradient_descent(known, step=9.0, steps=3, distance=0.0) == 0.0
-    assert bounds.itd(known, step=9.0, steps=3, distance=0.0, outer_gradient_norm=0.0).total == 0.0
+    assert bounds.itd(known, step=0.5, steps=3, distance=0.0, outer_gradient_norm=1.0).inner == 0.0
+    curved = replace(PLAIN, M_yy=1.0, M_xy=1.0, L_fyy=1.0, L_fxy=1.0)
+    assert bounds.itd(curved, step=0.5, steps=3, distance=0.0, outer_gradient_norm=1.0).inner == 0.0
+    still = bounds.itd(curved, step=1.0, steps=0, distance=1.0, outer_gradient_norm=1.0)
+    assert (still.inner, still.linear) == (2.0, 2.0)  # (L_fxy + J L_fyy) d and J |b| with |b| = 1 + L_fyy d
+    assert bounds.neumann(PLAIN, step=0.5, terms=0) == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_bound_of_conjugate_gradients_is_that_of_chebyshev_polynomials(steps: int) -> None:
+    """1 / T_k((kappa + 1) / (kappa - 1))."""
+    t = 5 / 3  # for kappa = 4
+    polynomial = {1: t, 2: 2 * t**2 - 1, 3: 4 * t**3 - 3 * t}[steps]
+    assert bounds.cg(Constants(mu=1.0, L=4.0), steps=steps) == pytest.approx(1 / polynomial, rel=1e-12)
+
+
+def test_inexact_solutions_of_an_extrapolated_penalty_add_up() -> None:
+    """2 (L_fxy + 2 w C_G) and L_fxy + w C_G times those of 2w and of w, and (2 * 2w - w) C_G times that of y."""
+    known = replace(PLAIN, L_fxy=3.0, C_G=2.0)
+    found = bounds.penalty(
+        known, weight=5.0, outer_gradient_norm=1.0, extrapolate=True, distance=0.25, penalized_distance=0.5
+    )
+    assert found.inner == pytest.approx(2 * (3 + 20) * 0.5 + (3 + 10) * 0.5 + 3 * 5 * 2 * 0.25)
+
+
+def test_what_a_bound_of_sampling_rests_on_is_said() -> None:
+    run = {**RUN, "outer_size": 4, "directions": 2}
+    notes = bounds.esj(PLAIN, **run).assumptions
+    assert any("start does not depend on x" in note for note in notes)
+    assert notes[-1] == "y_N is affine in x"
+    assert bounds.esj(PLAIN, **run, smoothness=0.5).assumptions[-1] == "x -> J_N(x)' grad_y f is 0.5-Lipschitz"
 
 
 SF, SG, SX, SY = 2.0**3, 2.0**-4, 2.0**6, 2.0**-9  # units of f, g, x and y

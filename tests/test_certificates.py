@@ -34,6 +34,7 @@ from bilevel import (
     hypergradient,
 )
 from bilevel._numerics.spectrum import least_eigenvalue
+from bilevel.certificates.accuracy import inner_tolerance, linear_tolerance
 from bilevel.certificates.assumptions import contradiction, moved
 from bilevel.certificates.certify_flat import certify_flat, distance as rounded_up, theorem
 from bilevel.certificates.completed import completed
@@ -640,6 +641,45 @@ def test_of_tasks_the_farthest_says_how_far_what_was_measured_is_extended() -> N
     (measured_C_G,) = (each.value for each in found.assumed if each.name == "C_G")
     C_G, e_w, d_g = measured_C_G + 1.5, torch.tensor([1.0, 1 + 10 * 1.5]), torch.tensor([0.0, 1.5])
     assert found.terms["inner"] == pytest.approx(float((C_G * e_w + 10 * C_G * d_g).mean()), rel=1e-9)
+    assert found.distance == pytest.approx(1.5)
+    assert found.proven
+    guessed = replace(known, heuristic=frozenset({"M_xy"}))
+    assert not certify(problem, torch.ones(1), estimate, guessed, data=data, first_order=True).proven
+
+
+def test_no_coupling_is_refuted_by_rounding() -> None:
+    """G v of an implicit gradient is known up to the rounding of grad_x f."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    known = Constants(None, 1.0, 0.0, 0.0, 0.0, 0.0, 1 - 1e-7)
+    for fx, refuted in ((1.0, True), (1e10, False)):
+        assert bool(contradiction(measured(zero, one, zero, zero, fx * one, one, one, known), known)) is refuted
+
+
+@given(st.lists(st.floats(0.1, 2), min_size=8, max_size=8))
+@settings(max_examples=10)
+def test_tolerances_are_those_at_which_the_theorem_gives_their_part(numbers: list[float]) -> None:
+    mu, L_fyy, L_fxy, M_yy, M_xy, C_G, v, part = numbers
+    known = Constants(mu, None, L_fyy, L_fxy, M_yy, M_xy, C_G)
+    found = Measured(torch.zeros(2), torch.zeros(2), torch.tensor([v / 3, v]), torch.zeros(1), 0.0)
+    e, r = inner_tolerance(part, found, known), linear_tolerance(part, known)
+    worst = replace(found, v=torch.tensor([v, v]))
+    assert theorem_a(worst, mu, torch.full((2,), e / mu), known).inner == pytest.approx(part)
+    assert theorem_a(replace(found, r=torch.tensor([r, r])), mu, torch.zeros(2), known).linear == pytest.approx(part)
+
+
+def test_none_of_many_tasks_may_have_a_larger_curvature_than_was_measured() -> None:
+    """They share the start of Lanczos' method: each fails with a smaller probability, for more products."""
+    curvatures, products = torch.linspace(1, 9, 60), []
+    problem = BilevelProblem(
+        lambda x, y, d: y.sum(), lambda x, y, d: (curvatures * (y - x).square()).sum() / 2 + d * 0, tasks=True
+    )
+    known = Constants(1.0, None, 0.0, 0.0, 0.0, 0.0, 9.0)
+    for tasks in (1, 100):
+        data, y = torch.ones(tasks), torch.ones(tasks, 60)
+        nothing = AID(Iterate(GradientDescent(0.1), max_steps=0), Dense())
+        still = hypergradient(problem, torch.ones(1), torch.ones(60), data=data, estimator=nothing, throw=False)
+        products.append(certify(problem, torch.ones(1), replace(still, y=y), known, data=data).stats.hvps / tasks)
+    assert products[1] >= products[0] + 5
 
 
 SF, SG, SX, SY = 2.0**3, 2.0**-4, 2.0**6, 2.0**-9  # units of f, g, x and y
@@ -764,6 +804,8 @@ def test_a_bound_that_says_little_says_so_and_what_helps() -> None:
     assert found.as_dict()["remark"] == found.remark
     refined = certify(problem, x, estimate, known, refine=True)
     assert "refine=True" not in refined.remark
+    penalized = replace(estimate, penalized=(y, 1.0))
+    assert "L / mu = 1.0e+12 times" in certify(problem, x, penalized, replace(known, L=1e12), first_order=True).remark
     assert certify(INSTANCE.problem, X, estimated(steps=200, linear=20), KNOWN).remark == ""
 
 

@@ -38,6 +38,17 @@ def test_on_quadratics_every_constant_is_the_exact_one() -> None:
     assert found.local == {"mu", "L", "C_G"}
 
 
+def test_lipschitz_constants_are_twice_the_largest_change_that_was_seen() -> None:
+    """Of H = 3 + y and G = -2 - 5 y, which change alike everywhere."""
+    problem = BilevelProblem(
+        lambda x, y: y.sum(),
+        lambda x, y: (3 * y.square() / 2 + y.pow(3) / 6 - 2 * x * y - 5 * x * y.square() / 2).sum(),
+    )
+    found = estimate_constants(problem, torch.zeros(1), torch.zeros(1))
+    assert found.M_yy == pytest.approx(2.0)
+    assert found.M_xy == pytest.approx(10.0)
+
+
 def test_a_mu_that_is_given_is_kept() -> None:
     found = estimate_constants(diagonal(torch.tensor([2.0, 3.0])), torch.zeros(2), torch.zeros(2), mu=1.5)
     assert found.mu == 1.5

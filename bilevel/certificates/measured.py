@@ -25,8 +25,8 @@ class Measured:
         v: |v|.
         h: the implicit gradient grad_x f - G v at this point `(p,)`.
         rounding: a bound on the rounding of h itself.
-        curvatures: the least and the largest <v, H v> / |v|^2 over the tasks, where H v is known and v is not zero; the
-            least rounded up and the largest down, so that no mu is refuted by rounding.
+        curvature: the least <v, H v> / |v|^2 over the tasks, rounded up, where H v is known and v is not zero; what mu
+            cannot be more than.
         coupling: |G v| / |v|, rounded down, where v is not zero; what C_G cannot be less than.
     """
 
@@ -35,7 +35,7 @@ class Measured:
     v: Tensor
     h: Tensor
     rounding: float
-    curvatures: tuple[float, float] | None = None
+    curvature: float | None = None
     coupling: float | None = None
 
 
@@ -73,15 +73,14 @@ def measured(
     size, norm_v, norm_fy = (safe_row_norms(t.double()) for t in (y, v, fy))
     e, r = safe_row_norms(gradient.double()), safe_row_norms(residual.double())
     norm_fx, norm_gv = float(safe_row_norms(fx.double())), float(safe_row_norms(gv.double()))
-    L, curvatures, coupling = known.L or 0.0, None, None
+    L, curvature, coupling = known.L or 0.0, None, None
     if bool((norm_v > torch.finfo(v.dtype).tiny / eps).all()):
         coupling = max(norm_gv - eps * norm_fx, 0.0) / float(norm_v.sum())
         if hv is not None:
             unit, product = (t.double() / norm_v.unsqueeze(-1) for t in (v, hv))
-            along = row_dots(unit, product)
             L = max(L, float(safe_row_norms(product).max()))
-            curvatures = (float(along.min()) + eps * L, float(along.max()) - eps * L)
+            curvature = float(row_dots(unit, product).min()) + eps * L
     e = e + eps * (L * size + e)
     r = rows * (r + eps * (L * norm_v + norm_fy)) + eps * (known.L_fyy or 0.0) * size
     terms = norm_fx + (known.L_fxy or 0.0) * float(size.mean()) + max(norm_gv, (known.C_G or 0.0) * float(norm_v.sum()))
-    return Measured(e, r, rows * norm_v, fx - gv, eps * terms, curvatures, coupling)
+    return Measured(e, r, rows * norm_v, fx - gv, eps * terms, curvature, coupling)

@@ -91,4 +91,4 @@ def bounded(found: Measured, known: Constants) -> Terms:
 def confronted(found: Measured, terms: Terms) -> Terms:
     """The terms, infinite where the products that were taken anyway refute a constant."""
     refuted = contradiction(found, terms.known)
-    return replace(terms, inner=math.inf, distance=math.inf, unique=0.0, reason=refuted) if refuted else terms
+    return replace(terms, inner=math.inf, distance=math.inf, reason=refuted) if refuted else terms
