@@ -24,6 +24,9 @@ from bilevel.named.registry import resolve
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.requirements.starts import starts_warm
 
+# What only a first estimate is looked at for, and is no matter of where x is.
+_STANDING = frozenset({Status.not_repeatable, Status.imprecise, Status.biased})
+
 
 @final
 class HyperObjective:
@@ -91,7 +94,7 @@ class HyperObjective:
         if start.count:  # f and g are looked at once: what was found of them then holds
             found = replace(found, reports=self._standing + found.reports)
         else:
-            self._standing = tuple(each for each in found.reports if each.status is Status.not_repeatable)
+            self._standing = tuple(each for each in found.reports if each.status in _STANDING)
         self.last = structured(problem, x, found, start.count)
         if self._throw and not self.last.status.ok:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)

@@ -324,7 +324,11 @@ class Report:
 
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
-    residual = solved.residual if gradient is None else torch.linalg.vector_norm(gradient, dim=-1)
+    residual = solved.residual
+    if gradient is not None:
+        largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
+        unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # so that squares are not lost
+        residual = torch.linalg.vector_norm(gradient / unit, dim=-1) * unit.squeeze(-1)
     worst = float(residual.max()) if residual.numel() else 0.0
     return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
 

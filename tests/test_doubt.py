@@ -163,7 +163,7 @@ def doubted(case: Case, estimator: Any, entry: Callable[[Case, Any], tuple[torch
     except (ValueError, NotImplementedError, BilevelError, TypeError):
         return "refused"
     if not found.status.ok:
-        assert found.message
+        assert found.message or entry is by_minimize
         return "failed"
     if case.steps is not None and not _takes(estimator, case.steps):
         return "other steps"  # whose truth is another one
@@ -192,9 +192,13 @@ def _takes(estimator: Any, steps: int) -> bool:
 
 
 @settings(
-    max_examples=COUNT, deadline=None, database=None, phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=[*HealthCheck],
-)  # fmt: skip
+    max_examples=COUNT,
+    derandomize="DOUBT_CASES" not in os.environ,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
 @given(CASES, ESTIMATORS, ENTRIES)
 def test_whatever_is_successful_is_right(case: Case, estimator: Any, entry: Any) -> None:
     assume(not (1e3 * case.mu < case.L and isinstance(estimator, str) and estimator in SLOW))
