@@ -38,14 +38,10 @@ def test_this_library_has_every_property(report: Any, kind: str) -> None:
             assert report.cell(prop, column, kind, 1e-8) == "right", prop.name
 
 
-# cases that nothing is said of yet
-PENDING = frozenset({"unrolling: one step of 1/L meets the solution", "y* on a kink of g", "a relative tolerance of 2"})
-
-
 def test_this_library_is_right_or_says_something_in_every_case(report: Any) -> None:
     column = report.Column("bilevel", report.ours("cg"))
-    found = {case.name: report.answer(case, column) for case in report.CASES if case.name not in PENDING}
-    assert len(found) == len(report.CASES) - len(PENDING)
+    found = {case.name: report.answer(case, column) for case in report.CASES}
+    assert len(found) == len(report.CASES)
     assert {name: said for name, said in found.items() if not said.startswith(("right", "said: "))} == {}
 
 
@@ -144,6 +140,6 @@ def test_the_page_is_whole_and_made_by_this_script(report: Any) -> None:
     ]
     ours = {row.removeprefix("| ").split(" | ")[0]: row.split(" | ")[1] for row in rows}
     cases = [case.name for case in report.CASES]
-    assert all(ours[name].startswith(("right", "said: ")) for name in cases if name not in PENDING)
+    assert all(ours[name].startswith(("right", "said: ")) for name in cases)
     assert all(found == "right" for name, found in ours.items() if name not in cases)
     assert all(text.count(f"| {name} |") == 1 for name in cases)
