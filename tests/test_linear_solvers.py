@@ -1017,3 +1017,18 @@ def test_minres_breaks_down_where_the_residual_is_of_least_norm_and_not_where_a_
     assert float(solved.residual) == pytest.approx(1.0)
     assert float(solved.value.norm()) < 10  # before it grows along the null space
     assert solved.steps <= 3
+
+
+@pytest.mark.parametrize("solver", [CG(), MINRES(), GMRES()])
+def test_a_tolerance_is_taken_relative_to_the_right_hand_side(solver: AbstractLinearSolver) -> None:
+    other = solver.with_tolerance(1e-3, 10.0)
+    assert other is not None
+    solved = other.solve(operator(torch.diag(torch.linspace(1, 9, 40)), positive_definite=True), torch.full((40,), 1.6))
+    assert 1e-6 < float(solved.residual) <= 1.6 * 40**0.5 * 1e-4
+
+
+def test_gmres_may_start_anew_after_every_step() -> None:
+    solved = GMRES(rtol=1e-9, restart=1, max_steps=500).solve(
+        operator(torch.diag(torch.tensor([1.0, 2.0]))), torch.ones(2)
+    )
+    assert solved.status is Status.successful
