@@ -89,7 +89,7 @@ def test_steps_of_an_iteration_start_cold() -> None:
 
 
 @pytest.mark.parametrize(
-    "estimator", ["aid-cg", "aid-neumann", "aid-dense", "itd", "penalty", "esj", AID(LBFGS(tol=1e-8), CG())]
+    "estimator", ["aid-cg", "aid-neumann", "aid-dense", "itd", "penalty", AID(LBFGS(tol=1e-8), CG())]
 )
 def test_estimates_that_forget_their_start_start_warm(estimator: Any) -> None:
     problem = BilevelProblem(PROBLEM.f, lambda x, y: PROBLEM.g(x, y) + (y - x).pow(4).sum())

@@ -14,7 +14,6 @@ from bilevel._result import Report, Status
 from bilevel.inner_problems.kinds import inner_objective
 
 DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
-_AMPLIFIED = 5.0  # a residual counts for more in y where H is small: by the condition number at most
 _PART = 0.1  # of |dy| |grad_y f|: what counts as the size of an estimate whose parts cancel, as they do at an optimum
 
 
@@ -61,7 +60,7 @@ def bent(moved: Tensor, back: Tensor, fy: Tensor, u: Tensor, c: float, radius: f
 
 
 def unresolved(problem: FlatProblem, x: Tensor, points: Tensor, y: Tensor, residual: float, inner: Any) -> float:
-    """How wrong y follows x: what the solver leaves of |grad_y g|, over what moving x makes of it, five times.
+    """What the inner solver leaves of |grad_y g|, over what moving x makes of it: y follows x only where that is small.
 
     A solver whose tolerance is larger than the response stops where it begins, and y does not move at all. 0 where it
     has no tolerance, or y is not to make grad_y g zero. One gradient at x and one at each of the points.
@@ -81,7 +80,7 @@ def unresolved(problem: FlatProblem, x: Tensor, points: Tensor, y: Tensor, resid
         return 0.0
     gradients = objective.gradient(y.expand(len(points) + 1, *y.shape))
     response = float(safe_row_norms((gradients[1:] - gradients[0]).flatten(1)).max())
-    return _AMPLIFIED * residual / response if response > 0 else 0.0
+    return residual / response if response > 0 else 0.0
 
 
 def verdict(noise: float, measured: float | None, size: float, distorted: float, short: bool, given: bool) -> Report:
