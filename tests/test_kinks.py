@@ -308,3 +308,14 @@ def test_a_lasso_with_its_term_in_prox_is_sound_and_with_an_absolute_value_in_g_
     assert "prox=" in inside.estimators["aid-cg"] and "prox=" in inside.estimators["finite-difference"]
     light = torch.tensor(-9.0, dtype=torch.float64)  # all entries of y* are off zero
     assert check(BilevelProblem(f, lambda x, y: least_squares(x, y) + x.exp() * y.abs().sum()), light, y0).ok
+
+
+@pytest.mark.parametrize("name", ["itd", "itd-checkpointed", "itd-forward"])
+def test_a_start_on_the_kink_is_no_tolerance(name: str) -> None:
+    """The gradient jumps as x moves off y0 = x: that is not how large it is."""
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return ((y - x).relu() + (x - y).relu() + (y - 3 * x).square() / 2).sum()
+
+    x = vector(-0.219)
+    assert not hypergradient(BilevelProblem(f, g), x, x, estimator=name, throw=False).status.ok

@@ -35,6 +35,10 @@ class BudgetError(ValueError):
     """A budget in which an estimator cannot take one step."""
 
 
+_LONGER = 1e-2  # of the size of x: a move over which a smooth gradient still changes about as it does nearby
+_JUMPS = 100.0  # times that: not smooth
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Setting:
@@ -186,8 +190,14 @@ class Setting:
         signs = torch.randint(0, 2, self.x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         signs = signs.to(self.x) * 2 - 1
         reach = self.x.abs().max().clamp_min(1.0)
-        moved = inner_objective(quiet, self.x + root * reach * signs).gradient(y)
-        return float(scale.max()), float(safe_row_norms(moved - gradient).max() / root), root
+
+        def response(move: float) -> float:
+            moved = inner_objective(quiet, self.x + move * reach * signs).gradient(y)
+            return float(safe_row_norms(moved - gradient).max() / move)
+
+        near, far = response(root), response(_LONGER)
+        # A jump over a tiny move is no response: y starts on a kink of g.
+        return float(scale.max()), far if near > _JUMPS * far else near, root
 
     def _rounded(self, scale: float) -> float:
         # Rounding leaves a gradient of about eps of its scale (2e-16, 1e-7) times a factor that grows with q and the
