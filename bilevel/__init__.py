@@ -25,6 +25,7 @@ from bilevel._result import (
 )
 from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
+from bilevel.algorithms.finite_sum import FiniteSum as FiniteSum
 from bilevel.algorithms.registry import register_algorithm as register_algorithm
 from bilevel.certificates.certificate import (
     Assumption as Assumption,

@@ -85,6 +85,7 @@ def inner_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor,
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
         values = problem.g(x, y)
         gx, gy = torch.autograd.grad(total(values), (x, y), allow_unused=True) if values.requires_grad else (None, None)
+    problem.tally.beside += 0 if gx is None else y.shape[:-1].numel()
     if gx is None and problem.problem.init is not None:
         raise DoesNotApply(START_ONLY)
     return values.detach(), gx, torch.zeros_like(y) if gy is None else gy
@@ -336,14 +337,19 @@ class FiniteDifferences(AbstractProducts):
             return torch.zeros_like(y) if gy is None else gy, gx
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
-            # One step for the whole batch: gx is a sum over its rows, so they must share it.
-            size = float(safe_row_norms(v.reshape(-1)))
-            t = step * (1 + float(safe_row_norms(y.reshape(-1)))) / (size if size > 0 else 1.0)
-            (up, up_x), (down, down_x) = gradients(y + t * v), gradients(y - t * v)
-            cross = None if up_x is None or down_x is None else (up_x - down_x) / (2 * t)
+            # One step for all tasks: gx is a sum over them, so that they must share it. Several x have one each.
+            lead = x.dim() - 1
+            sizes, lengths = safe_row_norms(v.flatten(lead)), safe_row_norms(y.flatten(lead))
+            t = step * (1 + lengths) / torch.where(sizes > 0, sizes, 1.0)
+            t_y, t_x = (
+                t.reshape(*t.shape, *(1 for _ in y.shape[lead:])),
+                t.reshape(*t.shape, *(1 for _ in x.shape[lead:])),
+            )
+            (up, up_x), (down, down_x) = gradients(y + t_y * v), gradients(y - t_y * v)
+            cross = None if up_x is None or down_x is None else (up_x - down_x) / (2 * t_x)
             tally.hvps += rows
             tally.cross_products += rows
-            return (up - down) / (2 * t), cross
+            return (up - down) / (2 * t_y), cross
 
         def mv(v: Tensor) -> Tensor:
             tally.cross_products -= rows  # formed on the way, not asked for

@@ -218,6 +218,9 @@ class Stats:
         values: evaluations of f or g without a derivative (line searches).
         inner_steps: iterations of the inner solver.
         linear_steps: iterations of the linear solver.
+        sample_calls: calls for single samples: of a gradient of g in y or in x, a product with either second
+            derivative, or both gradients of f together, each times the samples of its batch. 0 where batches are not
+            those of a `FiniteSum`.
 
     Example:
         >>> (Stats(gradients=2) + Stats(gradients=3, hvps=1)).gradients
@@ -231,6 +234,7 @@ class Stats:
     values: int = 0
     inner_steps: int = 0
     linear_steps: int = 0
+    sample_calls: int = 0
 
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
@@ -243,20 +247,48 @@ class Stats:
         return {f.name: getattr(self, f.name) for f in fields(Stats)}
 
 
-_COUNTS = tuple(field.name for field in fields(Stats))  # once: looking them up takes as long as a small gradient
+# What is counted one by one; once, as looking names up takes as long as a small gradient.
+_COUNTS = tuple(field.name for field in fields(Stats) if field.name != "sample_calls")
 
 
 @final
 class Tally:
-    """A running count of oracle calls; :meth:`stats` reads it."""
+    """A running count of oracle calls; :meth:`stats` reads it.
 
-    def __init__(self) -> None:
-        self.clear()
+    Args:
+        f_samples: how many samples a batch of f has; 0: they are not counted.
+        g_samples: the same of g.
+        whole: the tally that this one is a part of; None: of none.
+    """
+
+    def __init__(self, f_samples: int = 0, g_samples: int = 0, whole: Tally | None = None) -> None:
+        self.f_samples, self.g_samples, self.whole = f_samples, g_samples, whole
+        self.parts: list[Tally] = []
+        self._zero()
+
+    def _zero(self) -> None:
+        self.gradients = self.hvps = self.cross_products = self.outer_gradients = 0
+        self.values = self.inner_steps = self.linear_steps = 0
+        self.sample_calls = 0  # of parts that have been settled
+        self.beside = 0  # gradients of g in x, where they are taken together with those in y
+
+    def part(self, f_samples: int, g_samples: int) -> Tally:
+        """A tally of calls for batches of these sizes, which count here as well."""
+        found = Tally(f_samples, g_samples, self)
+        self.parts.append(found)
+        return found
+
+    def settle(self) -> None:
+        """Take over what the parts have counted: they are not used any more."""
+        for part in self.parts:
+            self.add(part._own())
+        self.parts = []
 
     def clear(self) -> None:
         """Begin again at zero."""
-        self.gradients = self.hvps = self.cross_products = self.outer_gradients = 0
-        self.values = self.inner_steps = self.linear_steps = 0
+        self._zero()
+        for part in self.parts:
+            part._zero()
 
     def add(self, stats: Stats) -> None:
         """Count these calls too."""
@@ -264,8 +296,15 @@ class Tally:
             setattr(self, name, getattr(self, name) + count)
 
     def stats(self) -> Stats:
-        """What has been counted so far."""
-        return Stats(*(getattr(self, name) for name in _COUNTS))
+        """What has been counted so far, by the whole that this is a part of."""
+        if self.whole is not None:
+            return self.whole.stats()
+        return sum((part._own() for part in self.parts), self._own())
+
+    def _own(self) -> Stats:
+        of_g = self.gradients + self.beside + self.hvps + self.cross_products
+        calls = self.sample_calls + self.g_samples * of_g + self.f_samples * self.outer_gradients
+        return Stats(*(getattr(self, name) for name in _COUNTS), sample_calls=calls)
 
 
 @final

@@ -233,6 +233,8 @@ def _annotated(kind: Any) -> tuple[tuple[str, Any], ...]:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, as far as that can be told without looking into containers."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return True
     if hint is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
     if hint is int:

@@ -16,6 +16,31 @@ from bilevel._sets import AbstractSet
 Role: TypeAlias = Literal["f", "g"]
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A batch, and which of the blocks it is that all samples are divided into.
+
+    Attributes:
+        data: what an objective is called with.
+        number: which block it is, 0, ..., count - 1; None: batches have no identity.
+        count: N, how many blocks there are.
+        samples: how many samples it has; 0: that is not known.
+        weight: its share w of all samples.
+    """
+
+    data: Any
+    number: int | None = None
+    count: int = 1
+    samples: int = 0
+    weight: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """w N: what makes its mean, drawn from N blocks alike, an unbiased estimate of the mean over all samples."""
+        return self.weight * self.count
+
+
 class AbstractData(abc.ABC):
     """Numbered batches, and all samples together where these are known: what f, or g, or both are called with."""
 
@@ -30,6 +55,19 @@ class AbstractData(abc.ABC):
         Raises:
             ValueError: if only batches are known.
         """
+
+    def block(self, index: int, first: int) -> Block:
+        """Batch number `index`, with its identity where it has one."""
+        return Block(self.batch(index, first))
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are in all; 0: that is not known."""
+        return 0
+
+    def independent(self, stream: int) -> AbstractData:
+        """The same samples in an order of their own, where there is one to choose."""
+        return self
 
     @property
     def is_fixed(self) -> bool:
@@ -96,15 +134,24 @@ class Oracle:
         step: int = 0,
     ) -> None:
         self.like, self.data, self.draws, self.region, self.step = like, data, draws, region, step
-        self._drawn: dict[tuple[str, int], Any] = {}
+        self._drawn: dict[tuple[str, int], Block] = {}
         self._problems: dict[tuple[int, int], FlatProblem] = {}
 
     def at(self, step: int) -> Oracle:
-        """The oracle of another step."""
+        """The oracle of another step; what this one has handed out is not used any more."""
+        self.like.tally.settle()
         return Oracle(self.like, self.data, self.draws, self.region, step)
 
     def draw(self, role: Role, number: int = 0) -> Any:
         """Batch `number` of this step, for f or for g.
+
+        Raises:
+            ValueError: if the algorithm has not declared so many.
+        """
+        return self.block(role, number).data
+
+    def block(self, role: Role, number: int = 0) -> Block:
+        """The same with its identity, where the data have blocks.
 
         Raises:
             ValueError: if the algorithm has not declared so many.
@@ -122,15 +169,25 @@ class Oracle:
                     f" declares to draw at a step. Raise `draws`."
                 )
             first = self.step * most
-            self._drawn[key, number] = source.batch(first + number, first)
+            self._drawn[key, number] = source.block(first + number, first)
         return self._drawn[key, number]
+
+    @property
+    def epoch(self) -> int:
+        """About how many steps, of one batch of f and one of g each, see all samples once; 1 where that is not known."""
+        sources = (self.data.f, self.data.g) if isinstance(self.data, Split) else (self.data, self.data)
+        batches = [source.block(0, 0).samples for source in sources]
+        if not all(batches):
+            return 1
+        return -(-sum(source.samples for source in sources) // sum(batches))
 
     def problem(self, f: int = 0, g: int = 0) -> FlatProblem:
         """The problem with batch number `f` for f and batch number `g` for g."""
         if (f, g) not in self._problems:
-            of_f, of_g = self.draw("f", f), self.draw("g", g)
+            of_f, of_g = self.block("f", f), self.block("g", g)
             alike = of_f is of_g and not isinstance(self.data, Split)
-            self._problems[f, g] = self._with(of_f if alike else Split(f=of_f, g=of_g))
+            data = of_f.data if alike else Split(f=of_f.data, g=of_g.data)
+            self._problems[f, g] = self._with(data, of_f.samples, of_g.samples)
         return self._problems[f, g]
 
     def first(self) -> FlatProblem:
@@ -144,8 +201,9 @@ class Oracle:
             ValueError: if only batches of them are known.
         """
         if isinstance(self.data, Split):
-            return self._with(Split(f=self.data.f.whole(), g=self.data.g.whole()))
-        return self._with(self.data.whole())
+            of_f, of_g = self.data.f, self.data.g
+            return self._with(Split(f=of_f.whole(), g=of_g.whole()), of_f.samples, of_g.samples)
+        return self._with(self.data.whole(), self.data.samples, self.data.samples)
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the constraint on x; x itself where there is none."""
@@ -162,5 +220,8 @@ class Oracle:
         """Whether the data are the same at every step: Phi is then one function."""
         return is_fixed(self.data)
 
-    def _with(self, data: Any) -> FlatProblem:
-        return FlatProblem(self.like.problem, self.like.x, self.like.y, data, self.like.tally, given=self.like.given)
+    def _with(self, data: Any, f_samples: int, g_samples: int) -> FlatProblem:
+        like, tally = self.like, self.like.tally
+        if f_samples or g_samples:
+            tally = tally.part(f_samples, g_samples)
+        return FlatProblem(like.problem, like.x, like.y, data, tally, given=like.given)

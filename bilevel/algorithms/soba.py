@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import final
 
-import torch
-from torch import Tensor
-
-from bilevel._calculus import Exact, outer_gradients
-from bilevel._estimate import FlatEstimate
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
-from bilevel._numerics.rows import safe_row_norms
-from bilevel._result import Report, Status
+from bilevel._calculus import AbstractProducts, Exact
 from bilevel._validate import demand_types
-from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.oracle import Oracle
-from bilevel.requirements.properties import START_ONLY, DoesNotApply, Property
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class SOBAState:
-    """The three iterates: x `(p,)`, y and v `(*tasks, q)`."""
-
-    x: Tensor
-    y: Tensor
-    v: Tensor
+from bilevel.algorithms.direction import Coupled
+from bilevel.algorithms.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
 
 
 @final
 @dataclass(frozen=True)
-class SOBA(AbstractAlgorithm[SOBAState]):
+class SOBA(AbstractPreset):
     """SOBA: y <- y - rho d_y, v <- v - rho' d_v, x <- P(x - gamma d_x), all three at once.
 
         d_y = grad_y g,   d_v = H v - grad_y f,   d_x = grad_x f - G v,   all at the same (x, y, v)
@@ -57,6 +39,8 @@ class SOBA(AbstractAlgorithm[SOBAState]):
         outer_step: gamma, of x.
         linear_step: rho', of v; None: that of y.
         schedule: step -> factor of all three, such as `Power()`; None: constant steps.
+        outer_schedule: the same of gamma alone, where it is another one.
+        products: with second derivatives; `FiniteDifferences()` where operations have no double backward.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -72,57 +56,24 @@ class SOBA(AbstractAlgorithm[SOBAState]):
         (3.0, 301)
     """
 
-    inner_step: float
-    outer_step: float
+    inner_step: Step
+    outer_step: Step
     linear_step: float | None = None
-    schedule: Callable[[int], float] | None = None
+    schedule: Schedule | None = None
+    outer_schedule: Schedule | None = None
+    products: AbstractProducts = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, inner_step=POSITIVE, outer_step=POSITIVE, linear_step=POSITIVE)
+        demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
 
-    @property
-    def requires(self) -> frozenset[Property]:
-        return frozenset({Property.stationary, Property.smooth, Property.second_derivatives, Property.beyond_start})
-
-    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> SOBAState:
-        x = oracle.project(x)
-        y = oracle.problem().start(x, y).detach()
-        return SOBAState(x, y, torch.zeros_like(y))
-
-    def evaluate(self, oracle: Oracle, state: SOBAState) -> Evaluated:
-        problem = oracle.problem()
-        at = Exact().linearize(problem, state.x, state.y)
-        hv, gv = at.products(state.v)
-        if gv is None and problem.problem.init is not None:
-            raise DoesNotApply(START_ONLY)
-        value, fx, fy = outer_gradients(problem, state.x, state.y)
-        d_y, d_v = at.gradient, hv - fy
-        d_x = fx if gv is None else fx - gv
-        reports = (_report("inner iterate", d_y), _report("linear iterate", d_v))
-        return Evaluated(FlatEstimate(d_x, value, state.y, reports, state.v), (d_y, d_v))
-
-    def step(self, oracle: Oracle, state: SOBAState, found: Evaluated) -> SOBAState:
-        d_y, d_v = found.kept
-        factor = 1.0 if self.schedule is None else self.schedule(oracle.step)
-        linear_step = self.inner_step if self.linear_step is None else self.linear_step
-        return SOBAState(
-            x=oracle.project(state.x - factor * self.outer_step * found.estimate.grad),
-            y=state.y - factor * self.inner_step * d_y,
-            v=state.v - factor * linear_step * d_v,
+    @cached_property
+    def loop(self) -> SingleLoop:
+        return SingleLoop(
+            self.inner_step,
+            self.outer_step,
+            self.linear_step,
+            Coupled(self.products),
+            schedule=self.schedule,
+            outer_schedule=self.outer_schedule,
         )
-
-    def stationarity(self, oracle: Oracle, state: SOBAState, found: Evaluated) -> Tensor:
-        outer = oracle.residual(state.x, found.estimate.grad)
-        norm: Tensor = torch.linalg.vector_norm(torch.cat([outer.reshape(1), *(d.reshape(-1) for d in found.kept)]))
-        return norm
-
-    def point(self, state: SOBAState) -> tuple[Tensor, Tensor]:
-        return state.x, state.y
-
-
-def _report(part: str, direction: Tensor) -> Report:
-    """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
-    residual = float(safe_row_norms(direction.reshape(-1)))
-    finite = residual == residual and residual != float("inf")
-    return Report(part, Status.successful if finite else Status.nonfinite, residual, 0)

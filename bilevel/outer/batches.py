@@ -8,7 +8,8 @@ from typing import Any, final
 from torch import Tensor
 
 from bilevel._problem import Split
-from bilevel.algorithms.oracle import AbstractData
+from bilevel.algorithms.finite_sum import FiniteSum
+from bilevel.algorithms.oracle import AbstractData, Block
 
 
 def sources(data: Any) -> AbstractData | Split:
@@ -22,7 +23,13 @@ def sources(data: Any) -> AbstractData | Split:
             arrays or numbers, which torch functions do not take.
     """
     if isinstance(data, Split):
-        return Split(sources(data.f), sources(data.g))
+        return Split(_source(data.f).independent(0), _source(data.g).independent(1))
+    if isinstance(data, FiniteSum):  # f and g see the same samples, each in an order of its own
+        return Split(data.independent(0), data.independent(1))
+    return _source(data)
+
+
+def _source(data: Any) -> AbstractData:
     if isinstance(data, AbstractData):
         return data
     if data is None or isinstance(data, Tensor | Mapping | tuple):
@@ -69,14 +76,17 @@ def _refuse_array(batch: Any, name: str, hint: str) -> None:
 class _OneBatch(AbstractData):
     """The same batch at every number: all samples there are."""
 
-    def __init__(self, samples: Any) -> None:
-        self.samples = samples
+    def __init__(self, all_samples: Any) -> None:
+        self.all_samples = all_samples
 
     def batch(self, index: int, first: int) -> Any:
-        return self.samples
+        return self.all_samples
 
     def whole(self) -> Any:
-        return self.samples
+        return self.all_samples
+
+    def block(self, index: int, first: int) -> Block:
+        return Block(self.all_samples, number=0)
 
     @property
     def is_fixed(self) -> bool:

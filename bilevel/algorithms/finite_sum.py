@@ -1,0 +1,132 @@
+"""Finite sums: samples in blocks of a fixed identity, visited in an order that is a function of the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal, TypeAlias, final, get_args
+
+import torch
+from torch import Tensor
+
+from bilevel._numerics.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
+from bilevel._tree import tree_leaves, tree_map
+from bilevel._validate import demand_types
+from bilevel.algorithms.oracle import AbstractData, Block
+
+Order: TypeAlias = Literal["shuffle", "iid", "full"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FiniteSum(AbstractData):
+    """n samples, so that an objective is a mean over them: f = (1/n) sum_i f_i, in blocks of `batch_size`.
+
+    The blocks are consecutive samples, N = ceil(n / batch_size) of them, the last one possibly smaller. Batch number
+    t = 0, 1, ... is one of them, and which one is a function of t and the seed alone: a run that is resumed at any step
+    sees what an uninterrupted one does, and nothing of a sampler has to be saved. An algorithm may ask for a block by
+    its number (tables), for all samples, and for the same block at another point.
+
+    A function that is called with a block returns the *mean* over it. Where an unbiased estimate of the whole is asked
+    for, that is multiplied by w_k N, w_k the block's share of the samples: 1 but for a ragged last block, and right for
+    that one.
+
+    Orders: "shuffle" visits every block once an epoch, in a new random order each time (random reshuffling), which
+    beats independent draws by orders of magnitude near a solution; "iid" draws blocks independently, as most theorems
+    assume; "full" is all samples at every step. Sort samples by nothing that matters: blocks are as they come.
+
+    Args:
+        tensors: a structure of tensors that share a leading axis of samples; objectives are called with the same
+            structure, of a block of them.
+        batch_size: how many samples a block has.
+        order: "shuffle", "iid" or "full".
+        seed: of the order. f and g of a `Split` are drawn independently of each other, whatever their seeds.
+        stream: which of several independent orders of one seed; a `Split` numbers f and g.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if the tensors do not share a leading axis, there is no sample, `batch_size` is below 1 or there is
+            no such order.
+
+    Example:
+        >>> data = FiniteSum((torch.arange(5.0), torch.arange(5) > 2), batch_size=2)
+        >>> data.blocks, [block.weight for block in map(data.block_number, range(3))]
+        (3, [0.4, 0.4, 0.2])
+        >>> sorted(data.block(t, 0).number for t in range(3))
+        [0, 1, 2]
+        >>> data.whole()[0].sum()
+        tensor(10.)
+    """
+
+    tensors: Any
+    batch_size: int
+    order: Order = "shuffle"
+    seed: int = 0
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, batch_size=AT_LEAST_1, stream=AT_LEAST_0)
+        if self.order not in get_args(Order):
+            raise ValueError(f"`FiniteSum(order=...)` must be one of {', '.join(get_args(Order))}. Got {self.order!r}.")
+        leaves = tree_leaves(self.tensors)
+        sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
+        if len(sizes) != 1 or None in sizes or 0 in sizes:
+            raise ValueError(
+                "`FiniteSum(tensors=...)` must be tensors that share a leading axis of at least one sample. Got leading"
+                f" sizes {', '.join(sorted(map(str, sizes))) or 'of nothing'}."
+            )
+
+    @cached_property
+    def samples(self) -> int:
+        return int(tree_leaves(self.tensors)[0].shape[0])
+
+    @property
+    def blocks(self) -> int:
+        """N."""
+        return -(-self.samples // self.batch_size)
+
+    def block_number(self, k: int) -> Block:
+        """Block k as itself."""
+        start = k * self.batch_size
+        stop = min(start + self.batch_size, self.samples)
+        return Block(
+            tree_map(lambda leaf: leaf[start:stop], self.tensors),
+            k,
+            self.blocks,
+            stop - start,
+            (stop - start) / self.samples,
+        )
+
+    def block(self, index: int, first: int) -> Block:
+        if self.order == "full" or self.blocks == 1:
+            return Block(self.tensors, 0, 1, self.samples, 1.0)
+        epoch, position = divmod(index, self.blocks)
+        visits = _visits(self.blocks, self.order == "iid", self.seed, self.stream, epoch)
+        return self.block_number(visits[position])
+
+    def batch(self, index: int, first: int) -> Any:
+        return self.block(index, first).data
+
+    def whole(self) -> Any:
+        return self.tensors
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.order == "full" or self.blocks == 1
+
+    def independent(self, stream: int) -> FiniteSum:
+        """The same samples in another order."""
+        return replace(self, stream=stream)
+
+
+@lru_cache(maxsize=64)
+def _visits(blocks: int, independently: bool, seed: int, stream: int, epoch: int) -> tuple[int, ...]:
+    """Which blocks an epoch visits, in order: a function of its arguments, on every machine."""
+    generator = torch.Generator("cpu")
+    generator.manual_seed((seed * 1_000_003 + stream) * 1_000_003 + epoch)
+    if independently:
+        drawn = torch.randint(blocks, (blocks,), generator=generator, device="cpu")
+    else:
+        drawn = torch.randperm(blocks, generator=generator, device="cpu")
+    return tuple(drawn.tolist())

@@ -1,0 +1,215 @@
+"""Variance reduction: what directions from batches are combined with, so that a step follows less noise."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bilevel._numerics.ranges import AT_LEAST_1, demand_ranges
+from bilevel._validate import demand_types
+from bilevel.algorithms.direction import AbstractDirection, Joint
+from bilevel.algorithms.oracle import Oracle
+
+
+class Reduced(NamedTuple):
+    """What a step follows.
+
+    Attributes:
+        joint: the direction.
+        value: f on its batch.
+        memory: what the next step needs, of the structure that `init` gives.
+    """
+
+    joint: Joint
+    value: Tensor
+    memory: Any
+
+
+class AbstractReduction(abc.ABC):
+    """A map (direction, point, memory) -> (direction, memory) that modifies none of its arguments."""
+
+    @abc.abstractmethod
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
+        """The memory before the first step."""
+
+    @abc.abstractmethod
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Any) -> Reduced:
+        """The direction of this step at a point."""
+
+
+@final
+@dataclass(frozen=True)
+class Plain(AbstractReduction):
+    """None: the direction of the batches."""
+
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
+        return None
+
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Any) -> Reduced:
+        joint, value = direction.on_batches(oracle, at)
+        return Reduced(joint, value, None)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Averaged:
+    """The moving average of D_x; None before the first."""
+
+    x: Tensor | None = None
+
+
+@final
+@dataclass(frozen=True)
+class MovingAverage(AbstractReduction):
+    """h <- (1 - theta_t) h + theta_t D_x in the place of D_x; it begins with the first D_x. theta = 1 is none.
+
+    Args:
+        theta: step -> theta_t in (0, 1].
+    """
+
+    theta: Callable[[int], float]
+
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Averaged:
+        return Averaged()
+
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Averaged) -> Reduced:
+        joint, value = direction.on_batches(oracle, at)
+        h = joint.x if memory.x is None else torch.lerp(memory.x, joint.x, self.theta(oracle.step))
+        return Reduced(joint._replace(x=h), value, Averaged(h))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Past:
+    """Where a step was taken, and along what; None before the first."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    v: Tensor | None = None
+    d_x: Tensor | None = None
+    d_y: Tensor | None = None
+    d_v: Tensor | None = None
+
+    @staticmethod
+    def of(at: Joint, d: Joint) -> Past:
+        """That of one step."""
+        return Past(*at, *d)
+
+    def point(self) -> Joint:
+        """Where."""
+        assert self.x is not None and self.y is not None
+        return Joint(self.x, self.y, self.v)
+
+    def direction(self) -> Joint:
+        """Along what."""
+        assert self.d_x is not None and self.d_y is not None
+        return Joint(self.d_x, self.d_y, self.d_v)
+
+
+def _recursive(
+    oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past, forgets: float = 0.0
+) -> tuple[Joint, Tensor]:
+    """D(z) + (1 - e) (d - D(z_old)), the same batches at both points."""
+    new, value = direction.on_batches(oracle, at)
+    old, _ = direction.on_batches(oracle, memory.point())
+    return new.plus(memory.direction().plus(old, -1.0), 1.0 - forgets), value
+
+
+@final
+@dataclass(frozen=True)
+class Sarah(AbstractReduction):
+    """d = D on all the data every `period` steps, else d <- d + D(z; i, j) - D(z_old; i, j).
+
+    Source: Dagreou, Moreau, Vaiter, Ablin, "A lower bound and a near-optimal algorithm for bilevel empirical risk
+    minimization", AISTATS 2024.
+
+    Args:
+        period: how many steps from one full evaluation to the next; None: as many as see all samples once.
+    """
+
+    period: int | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, period=AT_LEAST_1)
+
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
+        return Past()
+
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past) -> Reduced:
+        if memory.x is None or oracle.step % (self.period or oracle.epoch) == 0:
+            joint, value = direction.on_everything(oracle, at)
+        else:
+            joint, value = _recursive(oracle, direction, at, memory)
+        return Reduced(joint, value, Past.of(at, joint))
+
+
+@final
+@dataclass(frozen=True)
+class Page(AbstractReduction):
+    """d = D on all the data with a probability, else d <- d + D(z; i, j) - D(z_old; i, j).
+
+    Source: Chu, Xu, Yao, Zhang, "SPABA: a single-loop and probabilistic stochastic bilevel algorithm achieving optimal
+    sample complexity", ICML 2024, after PAGE (Li et al., ICML 2021).
+
+    Args:
+        probability: of a full evaluation, in (0, 1]; None: one over the steps that see all samples once.
+        seed: of the coin, a function of it and the number of the step.
+    """
+
+    probability: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        if self.probability is not None and not 0 < self.probability <= 1:
+            raise ValueError(f"`Page(probability=...)` must be in (0, 1]. Got {self.probability}.")
+
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
+        return Past()
+
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past) -> Reduced:
+        coin = torch.rand((), generator=generator(self.seed, oracle.step), device="cpu", dtype=torch.float64)
+        if memory.x is None or float(coin) < (self.probability or 1 / oracle.epoch):
+            joint, value = direction.on_everything(oracle, at)
+        else:
+            joint, value = _recursive(oracle, direction, at, memory)
+        return Reduced(joint, value, Past.of(at, joint))
+
+
+@final
+@dataclass(frozen=True)
+class Storm(AbstractReduction):
+    """d <- D(z; i, j) + (1 - e_t) (d - D(z_old; i, j)), which begins with D at the first point.
+
+    Its error is (1 - e_t) times that of the step before, plus noise that vanishes as steps do.
+
+    Source: Cutkosky, Orabona, "Momentum-based variance reduction in non-convex SGD", NeurIPS 2019.
+
+    Args:
+        forgets: step -> e_t; 1 is no memory.
+    """
+
+    forgets: Callable[[int], float]
+
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
+        return Past()
+
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past) -> Reduced:
+        if memory.x is None:
+            joint, value = direction.on_batches(oracle, at)
+        else:
+            joint, value = _recursive(oracle, direction, at, memory, min(1.0, self.forgets(oracle.step)))
+        return Reduced(joint, value, Past.of(at, joint))
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """Random numbers of one step, on the CPU, so that every device sees the same: a function of seed and step."""
+    found = torch.Generator("cpu")
+    found.manual_seed(seed * 1_000_003 + step)
+    return found

@@ -1,0 +1,111 @@
+"""SAGA: the latest terms of every block in tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.algorithms.direction import AbstractDirection, Coupled, Joint, Pieces
+from bilevel.algorithms.oracle import Block, Oracle
+from bilevel.algorithms.reduction import AbstractReduction, Reduced
+from bilevel.requirements.properties import DoesNotApply
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The terms of one function, g or f: those of every block, their mean, and a row that is to be written yet.
+
+    Attributes:
+        rows: `(N, *several, width)`; modified in place, by `write`.
+        mean: A = sum_k w_k rows_k.
+        number: of the row to write; -1: none.
+        row: it.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    number: int
+    row: Tensor
+
+    @staticmethod
+    def zeros(blocks: int, like: Tensor) -> Table:
+        """All terms zero."""
+        zero = torch.zeros_like(like)
+        return Table(like.new_zeros(blocks, *like.shape), zero, -1, zero)
+
+    def write(self) -> None:
+        """Put the row where it belongs; writing it again changes nothing, as a step that is taken again does."""
+        if self.number >= 0:
+            self.rows[self.number] = self.row
+
+    def see(self, new: Tensor, block: Block) -> tuple[Tensor, Table]:
+        """A + (w N) (new - rows_k), unbiased whatever the rows are, and the table with the new row."""
+        self.write()
+        assert block.number is not None
+        change = new - self.rows[block.number]
+        reduced = self.mean + block.scale * change
+        return reduced, Table(self.rows, self.mean + block.weight * change, block.number, new)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The table of g, of (grad_y g, H v, G v), and that of f, of (grad_y f, grad_x f)."""
+
+    g: Table
+    f: Table
+
+
+@final
+@dataclass(frozen=True)
+class Saga(AbstractReduction):
+    """Each term t of (D_y, D_v, D_x) at block k: D = A + (w_k N) (t - T_k), A <- A + w_k (t - T_k), T_k <- t.
+
+    The weights of blocks make it unbiased for a ragged last block too. Its noise vanishes where the iterates come to
+    rest, so that constant steps converge. Tables begin at zero.
+
+    Memory: N_g (2q + p) + N_f (q + p) numbers.
+
+    Source: Defazio, Bach, Lacoste-Julien, NeurIPS 2014; for bilevel problems Dagreou et al., NeurIPS 2022, (11a-c).
+
+    Raises:
+        DoesNotApply: if batches have no identity, or the direction is not `Coupled`.
+    """
+
+    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Tables:
+        of_g, of_f = oracle.block("g"), oracle.block("f")
+        if of_g.number is None or of_f.number is None or not isinstance(direction, Coupled):
+            raise DoesNotApply(
+                "it keeps a table of what every block of the data said, and the data have batches of no identity. Pass"
+                " `data=FiniteSum(tensors, batch_size)`, or a `Split` of two, or use an algorithm without tables such"
+                " as 'soba' or 'ma-soba'."
+            )
+        assert at.v is not None
+        g, f = _apart(Pieces(at.y, at.v, at.x, at.y, at.x))
+        return Tables(Table.zeros(of_g.count, g), Table.zeros(of_f.count, f))
+
+    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Tables) -> Reduced:
+        assert isinstance(direction, Coupled)
+        pieces, value = direction.pieces(oracle.problem(), at)
+        of_g, of_f = _apart(pieces)
+        g, table_g = memory.g.see(of_g, oracle.block("g"))
+        f, table_f = memory.f.see(of_f, oracle.block("f"))
+        return Reduced(_together(g, f, pieces).joint(), value, Tables(table_g, table_f))
+
+
+def _apart(pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """The terms of g in one vector, and those of f in another; for several x side by side, in one each."""
+    lead = pieces.fx.dim() - 1
+    g, f = ([piece.flatten(lead) for piece in parts] for parts in (pieces[:3], pieces[3:]))
+    return torch.cat(g, -1), torch.cat(f, -1)
+
+
+def _together(g: Tensor, f: Tensor, like: Pieces) -> Pieces:
+    lead = like.fx.dim() - 1
+    sizes = [piece.flatten(lead).shape[-1] for piece in like]
+    parts = (*torch.split(g, sizes[:3], -1), *torch.split(f, sizes[3:], -1))
+    return Pieces(*(part.reshape(piece.shape) for part, piece in zip(parts, like, strict=True)))
