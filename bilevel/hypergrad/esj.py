@@ -67,7 +67,7 @@ class ESJ(AbstractEstimator):
     the first estimate of a run by up to 4 inner solves on the other side of x, which `stats` does not count: half the
     second difference over r, which sees the truncation as well as rounding and tolerances. A radius so short that
     these are more than a tenth of the estimate is reported as `Status.imprecise`; so is an inner solver whose
-    solutions, at a hundredth of its tolerance, make another estimate (solves from where it stopped, not counted).
+    solutions would make another estimate if they went on (up to 50 steps more, not counted).
 
     Source: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, PZOBO.
 

@@ -35,7 +35,7 @@ class FiniteDifference(AbstractEstimator):
     Where the slopes to both sides differ, and keep differing at another distance, Phi has a kink, of which central
     differences make a mean: `Status.one_sided`. That is looked at in the first estimate of a run, and costs two inner
     solves more for each coordinate that gives reason to, which are not counted; so is, along up to 8 coordinates,
-    whether y moves otherwise at a hundredth of the inner solver's tolerance: `Status.imprecise`.
+    whether they are others where the solves go on for up to 50 steps: `Status.imprecise`.
 
     Cost: 2p + 1 inner solves, 2p + 1 values of f. No derivative of f or g beyond what the inner solver takes.
 
@@ -145,7 +145,7 @@ class FiniteDifference(AbstractEstimator):
     def _unresolved(
         self, problem: FlatProblem, x: Tensor, moved: list[tuple[Tensor, Tensor, Tensor]], moves: list[Report]
     ) -> float:
-        """By what part the first differences change as the tolerance of y becomes a hundredth of what it is.
+        """By what part the first differences change as the solves of y go on.
 
         Relative to the largest of them, or of what they are by the movement of y alone, as both parts may cancel.
         """

@@ -14,7 +14,7 @@ from bilevel._result import Report, Status
 from bilevel.inner_problems.kinds import inner_objective
 
 DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
-_FINER, _STEPS = 1e-2, 50  # of a tolerance, and so many steps to it: enough for what would change a digit to show
+_STEPS = 50  # towards the rounding floor: what would change a digit shows earlier
 _PART = 0.1  # of |dy| |grad_y f|: what counts as the size of an estimate whose parts cancel, as they do at an optimum
 
 
@@ -67,7 +67,7 @@ def changed(moved: Tensor, finer: Tensor, fy: Tensor, u: Tensor, c: float, radiu
 
 
 def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: AbstractInnerSolver) -> Tensor | None:
-    """Where y goes on to from several x, `(k, *tasks, q)`, if a hundredth of the tolerance is asked for.
+    """Where y goes on to from several x, `(k, *tasks, q)`, if no tolerance ends the solves.
 
     A solver whose tolerance is large beside what moving x makes of grad_y g stops where it begins, in some directions
     or in all, and the differences of such y say nothing: how they change here tells. None: there is nothing to change,
@@ -83,7 +83,7 @@ def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: 
     if inner.tolerance is None or not residual > 0:
         return None
     objective = inner_objective(problem, x)
-    finer = inner.with_tolerance(_FINER * inner.tolerance)
+    finer = inner.with_tolerance(math.ulp(0.0))  # 0 would be no tolerance at all
     if not (objective.is_plain and objective.solves) or finer is None:
         return None
     found: Tensor = (finer.with_steps(_STEPS) or finer).solve(objective, y).value
