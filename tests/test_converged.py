@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bilevel import AID, BilevelError, BilevelProblem, Box, Estimate, Record, Simplex, Solution, Split, Status, minimize
 from bilevel.algorithms import SOBA, Descent
-from bilevel.outer.checkpoint import begun_with, fingerprint
+from bilevel.outer.checkpoint import begun_with
+from bilevel.outer.fingerprint import fingerprint
 from bilevel.solvers import CG, LBFGS, Adam, GradientDescent, Iterate, QuasiNewton, ScipyMinimize
 
 AID_CG = AID(LBFGS(1e-10), CG(1e-10))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from bilevel._estimate import Estimate
@@ -191,6 +191,11 @@ class TrainingRun:
             seconds=self._clock.seconds(),
             last=solution.x,
         )
+
+    def interrupted(self, solution: Solution) -> Trained:
+        """What there is where an exception ended it."""
+        self._ended = "interrupted"
+        return replace(self.trained(solution), message=solution.message)
 
     def _failed(self, history: Sequence[Record]) -> bool:
         """Whether the run was ended by what did not succeed, or ends where it no longer does."""
