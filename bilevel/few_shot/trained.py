@@ -48,8 +48,8 @@ class Trained:
         x: what was learned: the x of the best validation; the last x if there was none.
         step: of that x.
         ended: why training stopped: "max_steps", "patience", "seconds", "callback", or "failed": too many estimates in
-            a row were lost, or the last three, or one did not succeed and `OuterLoop.throw` was asked for. "interrupted"
-            of the `partial` of an exception.
+            a row were lost, or the last three, or one did not succeed and `OuterLoop.throw` was asked for; of the
+            `partial` of another exception "interrupted".
         message: what to do about it, if it failed; what happened, if it was interrupted.
         validations: the validation scores, in order.
         history: one record an outer step.

@@ -116,6 +116,25 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     return content
 
 
+def demand_same(path: str | os.PathLike[str], problem: Any, data: Any = None) -> None:
+    """Refuse to go on from the checkpoint of another problem, or one with other data, before anything is done.
+
+    `minimize(resume=True)` does the same, and compares settings too.
+
+    Args:
+        path: the checkpoint.
+        problem: the problem that would go on.
+        data: what `minimize(data=...)` would be given.
+
+    Raises:
+        ValueError: naming what is otherwise; also if the checkpoint cannot be read.
+    """
+    content = _content(path, "cpu")
+    if content is None:
+        raise ValueError(unreadable(path))
+    Checkpoint(path, Fingerprint({}, {"problem": problem, "data": data})).demand(content)
+
+
 def loaders_of(path: str | os.PathLike[str]) -> list[Any] | None:
     """Where the loaders of a run were, which have to be told before they are begun; None where that is not known."""
     return (_content(path, "cpu") or {}).get("loaders")

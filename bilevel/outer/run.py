@@ -144,7 +144,7 @@ class Run:
     def not_saved(self, failure: NotSavedError, solution: Solution | None = None) -> BilevelError:
         """What to say where a checkpoint cannot be written: nothing else went wrong."""
         step = self.history[-1].step if self.history else 0
-        message = f"`minimize` stopped at step {step}: {failure}. The checkpoint before it is whole, if there was one."
+        message = f"`minimize` stopped after step {step}: {failure}. What was computed is its `partial`."
         partial = self.so_far(message) if solution is None else solution
         return BilevelError(message, Status.interrupted, partial)
 
