@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_the_checkpoint_of_another_run_is_refused_by_what_is_otherwise_and_taken
         if named is not None:
             with pytest.raises(ValueError, match=named):
                 goes_on(data=other, resume=True)
-    with pytest.raises(ValueError, match="problem.f has other code"):
+    with pytest.raises(ValueError, match=r"problem\.f has other code"):
         minimize(
             BilevelProblem(lambda x, y, b: (y + b).square().sum(), lambda x, y, b: (y - x).square().sum()),
             ZERO, ZERO, **arguments, data=data, resume=True,
@@ -296,7 +297,7 @@ def test_a_save_writes_the_state_and_the_new_records_however_many_there_were(tmp
     minimize(SQUARE, ZERO, ZERO, **OPTIONS, max_steps=700, checkpoint=file, checkpoint_every=50, callback=look)
     states, lines = zip(*sizes, strict=True)
     assert max(states) - min(states) < 200  # a digit more here and there
-    steps = [after - before for before, after in zip(lines, lines[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(lines)]
     assert max(steps) < 1.2 * min(steps)
     content = torch.load(file, weights_only=True)
     assert "history" not in content and content["journal"]["entries"] == 700
@@ -343,7 +344,7 @@ def test_a_checkpoint_without_its_records_says_so(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="which holds the records of the checkpoint beside it, cannot be read"):
             again()
     journal.unlink()
-    with pytest.raises(ValueError, match="No such file.*Put it back"):
+    with pytest.raises(ValueError, match=r"No such file.*Put it back"):
         again()
     minimize(SQUARE, ZERO, ZERO, **OPTIONS, max_steps=2, checkpoint=file)  # a new run needs nothing of it
     assert os.listdir(tmp_path) == ["state.pt"]
@@ -515,7 +516,8 @@ def test_an_exception_leaves_as_it_is_with_the_solution_so_far(
 ) -> None:
     thrown = error("mine")
     after = {"f": 6, "g": 15 if way != "soba" else 9, "callback": 2}[where]
-    for options in ({}, {"checkpoint": tmp_path / "state.pt"}):
+    ways: list[dict[str, Any]] = [{}, {"checkpoint": tmp_path / "state.pt"}]
+    for options in ways:
         with pytest.raises(error) as raised:
             minimize(x0=ZERO, y0=ZERO, **WAYS[way], **raising(where, after, thrown), **options)
         assert raised.value is thrown
@@ -648,7 +650,7 @@ def test_a_full_disk_under_torch_save_is_an_os_error(tmp_path: Path) -> None:
 
             def flush(self) -> None: ...
 
-        torch.save({"a": torch.zeros(1000)}, Full())
+        torch.save({"a": torch.zeros(1000)}, cast(Any, Full()))
 
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "a", full)

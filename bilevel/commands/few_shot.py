@@ -197,9 +197,10 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
             if not lines:
                 raise
             message = f"stopped after step {lines[-1]['step']}: {told(error, request.problem)}"
-            lost = isinstance(error, BilevelError) and error.status is not Status.interrupted
-            status = error.status.name if isinstance(error, BilevelError) and lost else "failed"
-            message = message if lost or not isinstance(error, BilevelError) else f"{message} {left(folder)}"
+            unwritten = isinstance(error, BilevelError) and error.status is Status.interrupted
+            status = error.status.name if isinstance(error, BilevelError) and not unwritten else "failed"
+            if unwritten or isinstance(error, OSError):  # as on a full disk
+                message = f"{message}. {left(folder)}"
             _write(folder, head, lines, _Ending(status, message, earlier + time.perf_counter() - began))
             raise Failure(message) from error
     _finish(plan, folder, head, lines, trained, earlier + time.perf_counter() - began)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import __version__
 from bilevel._tree import Tree, tree_leaves
-from bilevel.outer.fingerprint import without_addresses
+from bilevel.outer.words import without_addresses
 
 _SMALL = 200  # entries of x that are written out
 

@@ -178,6 +178,8 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
                     folder.clear()
                 raise
             message = f"stopped after step {records[-1].step}: {told(error, request.problem)}"
+            if isinstance(error, OSError):  # as on a full disk, where nothing more may be written
+                message = f"{message}. {left(folder)}"
             return _stopped(instance, folder, records, "failed", message, partial_of(error)), began, error
     return _ended(solution, folder, records), began, None
 

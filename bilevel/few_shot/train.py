@@ -187,7 +187,7 @@ def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelEr
 def _validator(learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int) -> Validator:
     """Also without validations there may be those of an earlier part of the run."""
     path: Path | None = None if kept_in is None else kept_in.path / "best.pt"
-    kept = Validations.begin(path, learner.x0, resume=kept_in is not None and kept_in.resume)
+    kept = Validations.begin(path, learner.x0, resume=kept_in is not None and bool(kept_in.resume))
     if given is None:
         return Validator(kept)
     own = learner if given.learner is None else given.learner

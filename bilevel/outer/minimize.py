@@ -34,11 +34,12 @@ from bilevel.named.setting import Setting
 from bilevel.outer.batches import expect, first_batch, sources
 from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of
 from bilevel.outer.drivers import drive
-from bilevel.outer.fingerprint import Fingerprint, fingerprint
+from bilevel.outer.fingerprint import Fingerprint
 from bilevel.outer.partial import tells_partial
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
+from bilevel.outer.words import in_words
 from bilevel.requirements.starts import starts_warm
 
 
@@ -268,7 +269,7 @@ def _as_begun(chosen: Any, checkpoint: str | os.PathLike[str]) -> Any:
     """The default outer method that a run was begun with: of files of earlier versions always `Adam`."""
     from bilevel.solvers.adam import Adam
 
-    return Adam(0.05) if begun_with(checkpoint, "outer", fingerprint({"outer": Adam(0.05)})["outer"]) else chosen
+    return Adam(0.05) if begun_with(checkpoint, "outer", in_words({"outer": Adam(0.05)})["outer"]) else chosen
 
 
 def _optimizer(outer: Any) -> AbstractOptimizer | AbstractMinimizer:

@@ -17,7 +17,7 @@ _LIBRARY = tuple(
     for package in (Path(__file__).resolve().parent.parent,)
     for folder in (package, package / "solvers", package / "problems")  # links, in a checkout
 )
-_FOREIGN = tuple(os.path.realpath(Path(module.__file__).parent) for module in (torch, os))
+_FOREIGN = tuple(os.path.realpath(Path(str(module.__file__)).parent) for module in (torch, os))
 
 
 def origin_of_function(function: FunctionType) -> Origin:

@@ -27,7 +27,7 @@ def drawn_so_far() -> dict[str, Any]:
     """
     version, numbers, gauss = random.getstate()
     found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": (version, numbers, gauss)}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy.random" in sys.modules:
         kind, key, position, has_gauss, cached = sys.modules["numpy.random"].get_state()
