@@ -1113,7 +1113,7 @@ def test_after_a_second_interrupt_the_steps_of_the_result_are_those_of_the_histo
 ) -> None:
     from bilevel.outer import saves
 
-    original, file = saves.write_atomically, user_file(FAILS.format(at=40, what="raise KeyboardInterrupt"))
+    original, file = write_atomically, user_file(FAILS.format(at=40, what="raise KeyboardInterrupt"))
     saved: list[int] = []
 
     def write(path: Any, action: Any) -> None:

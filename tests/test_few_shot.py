@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, BilevelError, BilevelProblem, Status, functional, hypergradient, minimize
+from bilevel._files import write_atomically
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import (
     Evaluating,
@@ -241,10 +242,10 @@ def test_an_exception_leaves_training_with_what_was_trained(
 def test_a_file_that_cannot_be_written_leaves_what_was_trained(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bilevel.few_shot import train as train_module, validate
+    from bilevel.few_shot import validate
     from bilevel.outer import saves
 
-    original = saves.write_atomically
+    original = write_atomically
 
     def full(path: Any, write: Any) -> None:
         if Path(path).name == file:
@@ -253,7 +254,6 @@ def test_a_file_that_cannot_be_written_leaves_what_was_trained(
 
     for module in (saves, validate, sys.modules[train.__module__]):
         monkeypatch.setattr(module, "write_atomically", full)
-    assert train_module is not None
     with pytest.raises(BilevelError, match=r"could not be written: .*No space left") as raised:
         train(
             regression(), Sinusoid(), max_steps=6, batch=2, out=Saving(tmp_path, every=2),

@@ -549,7 +549,7 @@ def test_an_exception_before_the_first_estimate_leaves_none() -> None:
         (raising("f", 1, KeyboardInterrupt()), KeyboardInterrupt),
     ):
         with pytest.raises(error) as raised:
-            minimize(**{"problem": SQUARE, "x0": ZERO, "y0": ZERO, **arguments})  # type: ignore[arg-type]
+            minimize(**{"problem": SQUARE, "x0": ZERO, "y0": ZERO, **arguments})
         assert raised.value.partial is None  # type: ignore[attr-defined]
     with pytest.raises(StubbornError):
         minimize(SQUARE, ZERO, ZERO, **OPTIONS, callback=stop_at(2, StubbornError()))

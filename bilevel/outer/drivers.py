@@ -119,7 +119,7 @@ class _Answers:
         self.given: list[_Answer] = []  # all of them, where there is a file to keep them in
         self.known: list[_Answer] = []  # from the file
         self.begun: Randomness | None = None if run.rules.saves is None else drawn_so_far()  # random numbers
-        self.drawn = self.begun
+        self.drawn: Randomness | None = self.begun
         self.go_on: Randomness | None = None  # where they were after all that is known
 
     def at(self, x: Tensor) -> tuple[float, Tensor]:
