@@ -1091,7 +1091,8 @@ FAILS = """
 def test_a_full_disk_is_exit_code_1_and_says_what_was_kept(capsys: pytest.CaptureFixture[str]) -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    file = user_file(FAILS.format(at=30, what="resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize('out/history.jsonl') + 500, -1))"))
+    limit = "(os.path.getsize('out/history.jsonl') + 500, -1)"
+    file = user_file(FAILS.format(at=30, what=f"resource.setrlimit(resource.RLIMIT_FSIZE, {limit})"))
     try:
         assert run(f"{file}:breaks", "--outer", "adam", "--steps", "60") == 1
     finally:

@@ -324,7 +324,7 @@ def test_half_a_line_and_records_after_the_checkpoint_are_dropped_on_resuming(
     journal, state = journal_of(file), file.read_bytes()
     kept = journal.read_text().splitlines()
     assert n > 20 and len(kept) - 1 == n - 10
-    for rest in (kept[-1][:20], f"{kept[-1]}\n{kept[-1]}\n{kept[-1][:-3]}", "\0\0\0"):
+    for rest in (kept[-1][:20], f"{kept[-1]}\n{kept[-1]}\n{kept[-1][:-3]}", f"{kept[-1]}\n" * 40):
         journal.write_text("\n".join([*kept, rest]))
         file.write_bytes(state)
         again = minimize(problem, start, start, **arguments, checkpoint=file, resume=True)
@@ -350,20 +350,27 @@ def test_a_checkpoint_without_its_records_says_so(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state.pt"]
 
 
-def test_a_new_run_leaves_the_checkpoint_of_the_old_one_whole_until_its_own_is(
+def test_a_new_run_that_is_killed_at_any_write_leaves_a_whole_checkpoint_of_the_old_one_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, original = tmp_path / "state.pt", os.replace
-    minimize(SQUARE, ZERO, ZERO, **OPTIONS, max_steps=300, checkpoint=file)
+    file, original, left = tmp_path / "state.pt", os.replace, [0]
 
     def crash(source: Any, target: Any) -> None:
-        raise KeyboardInterrupt
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        original(source, target)
 
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        minimize(SQUARE, ZERO, ZERO, **OPTIONS, max_steps=300, checkpoint=file, checkpoint_every=150)
-    monkeypatch.setattr(os, "replace", original)
-    assert len(read_checkpoint(file)["history"]) == 300
+    again = partial(minimize, SQUARE, ZERO, ZERO, **OPTIONS, checkpoint=file, checkpoint_every=105)
+    for writes, most in ((0, 110), (1, 105), (2, 105), (3, 210)):
+        left[0] = 99
+        monkeypatch.setattr(os, "replace", crash)
+        again(max_steps=110)
+        left[0] = writes
+        with pytest.raises(KeyboardInterrupt):
+            again(max_steps=250)
+        monkeypatch.setattr(os, "replace", original)
+        assert len(read_checkpoint(file)["history"]) == read_checkpoint(file)["step"] == most
 
 
 def test_a_tensor_in_a_line_is_read_back_bit_for_bit(tmp_path: Path) -> None:

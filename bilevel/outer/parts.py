@@ -102,8 +102,9 @@ class Parts:
             self.texts[name] = value.__name__
         else:
             self._instance(name, value, depth)
-        if not isinstance(value, type) and "__wrapped__" in getattr(value, "__dict__", {}):
-            self.visit(f"{name}.wrapped", value.__wrapped__, depth)
+        wrapped = None if isinstance(value, type) else getattr(value, "__dict__", {}).get("__wrapped__")
+        if wrapped is not None:  # by a decorator
+            self.visit(f"{name}.wrapped", wrapped, depth)
 
     def _items(self, name: str, value: dict[Any, Any], depth: int) -> None:
         self.texts[name] = f"dict of {len(value)}"
