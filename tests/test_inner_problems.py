@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -645,3 +646,22 @@ def test_a_closed_form_heeds_whatever_there_is() -> None:
     expected = hypergradient(COMPOSITE, X, Y0, estimator=AID(PROXIMAL, CG()))
     torch.testing.assert_close(found.grad, expected.grad)
     assert Feature.prox in ClosedForm(lambda x: x).heeds
+
+
+@pytest.mark.parametrize("form", [Reverse(), Checkpointed(), Forward()], ids=lambda form: type(form).__name__)
+@pytest.mark.parametrize("start", [0.0, 5.0])
+def test_one_step_to_a_solution_under_a_term_that_is_not_separable_is_not_its_derivative(
+    start: float, form: AbstractUnrolling
+) -> None:
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum(),
+        lambda x, y: x.exp() * y.square().sum() / 2 - x * y.sum(),
+        prox=lambda x: Entangled(0.1 * x),
+    )
+    x, y0 = torch.tensor(0.3, dtype=DOUBLE), torch.full((1,), start, dtype=DOUBLE)
+    once = ITD(ProximalGradient(tol=1e-9), form)  # the step is 1 / curvature: it lands on y*, from wherever it began
+    assert hypergradient(problem, x, y0, estimator=once, throw=False).status is Status.truncated
+    further = ITD(ProximalGradient(tol=1e-9, min_steps=1), form)  # until the derivative is right, too
+    y = 0.9 * 0.3 * math.exp(-0.3)  # x (1 - 0.1) e^-x
+    expected = 2 * (y - 1) * (0.9 * math.exp(-0.3) - y)
+    assert float(hypergradient(problem, x, y0, estimator=further).grad) == pytest.approx(expected, rel=1e-9)

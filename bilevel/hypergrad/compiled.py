@@ -15,7 +15,7 @@ from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._result import Report, Status, first_statuses
 from bilevel._validate import demand_types
 from bilevel.hypergrad.compiled_programs import Programs
-from bilevel.hypergrad.unrolling.segments import count_products
+from bilevel.hypergrad.unrolling.at_rest import count_products
 from bilevel.hypergrad.unrolling.walk import Walk
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property

@@ -20,6 +20,7 @@ from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
+from bilevel.hypergrad.held import held
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
 from bilevel.hypergrad.radius import bent, distortion, fitting, rounding, size_of, spread, unresolved, verdict
 from bilevel.inner_problems.kinds import inner_objective
@@ -219,7 +220,8 @@ class ESJ(AbstractEstimator):
             points = x + radius * torch.cat([torch.zeros_like(u[:1]), block])  # the unperturbed one comes first
             has_init = problem.problem.init is not None
             starts = problem.start(points, y0).detach() if has_init else y0.expand(len(points), *y0.shape).clone()
-            solved = self.inner.solve(inner_objective(problem, points), starts)
+            objective = inner_objective(problem, points)
+            solved = held(objective, self.inner.solve(objective, starts), self.inner.tolerance)
             y = solved.value[0] if y is None else y
             differences.append(solved.value[1:] - solved.value[:1])
             statuses += solved.statuses

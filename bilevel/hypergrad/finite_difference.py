@@ -18,6 +18,7 @@ from bilevel._validate import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.differences import finite_difference
+from bilevel.hypergrad.held import held
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
 from bilevel.hypergrad.radius import DIGIT, unresolved
 from bilevel.inner_problems.kinds import inner_objective
@@ -138,7 +139,8 @@ class FiniteDifference(AbstractEstimator):
         return [abs(right - left)] if one_sided(right, left, farther, rounding) else []
 
     def _phi(self, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Report]:
-        solved = self.inner.solve(inner_objective(problem, x), problem.start(x, y0).detach())
+        objective = inner_objective(problem, x)
+        solved = held(objective, self.inner.solve(objective, problem.start(x, y0).detach()), self.inner.tolerance)
         problem.tally.values += solved.value.shape[:-1].numel()
         with torch.no_grad():
             value = problem.f(x, solved.value)

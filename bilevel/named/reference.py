@@ -66,7 +66,10 @@ def reference(s: Setting) -> Reference:
         found, how = _implicit(s)
     except (ValueError, NotImplementedError):
         return _differences(s, "", unrolled=Property.steps in kind.offers)
-    status = Status.worst(report.status for report in found.reports)
+    statuses = [report.status for report in found.reports]
+    if Status.kink in statuses:  # whatever else failed there: what differentiates nothing can answer all the same
+        return _or_differences(s, found, how, Status.kink, "g has a kink at y*")
+    status = Status.worst(statuses)
     if not bool(found.grad.isfinite().all()) or not bool(found.y.isfinite().all()):
         raise _none(found, how, status, "")
     e = _direction(s.x)
@@ -79,10 +82,14 @@ def reference(s: Setting) -> Reference:
     size = max(abs(slope), abs(along.central[0]), float(torch.linalg.vector_norm(found.grad)) / scale)
     if status in _FLOOR and off <= (0.01 if s.double else 0.05) * size + floor:
         return Reference(found, how, off * scale)
-    if status not in _FLOOR and status is not Status.kink and status is not Status.weakly_active:
+    if status not in _FLOOR and status is not Status.weakly_active:
         raise _none(found, how, status, "")
     why = f"{how} is {slope:.5g} along a line where differences are {along.central[-1]:.5g}"
-    why = "g has a kink at y*" if status is Status.kink else why
+    return _or_differences(s, found, how, status, why)
+
+
+def _or_differences(s: Setting, found: FlatEstimate, how: str, status: Status, why: str) -> Reference:
+    """Differences of Phi in the place of an implicit gradient that is wrong; of few enough outer variables."""
     if s.x.numel() > _COORDINATES:
         raise _none(found, how, Status.worst((status, Status.kink)), why)
     return _differences(s, why, unrolled=False)

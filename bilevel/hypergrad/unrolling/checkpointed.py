@@ -52,7 +52,7 @@ class Checkpointed(AbstractUnrolling):
                 between[at] = state
                 while at < k:
                     following = walk.step(state, at, with_graph=False)
-                    assert following is not None  # as it was on the way there
+                    assert following is not None  # a step that is taken again
                     at, state = at + 1, following
                     between[at] = state
             return walk.from_leaves(between.pop(k), k, 1)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.second_derivatives import explained
+from bilevel.hypergrad.unrolling.at_rest import count_products
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling, Unrolled
-from bilevel.hypergrad.unrolling.segments import count_products, pulled_back
+from bilevel.hypergrad.unrolling.segments import pulled_back
 
 if TYPE_CHECKING:
     from bilevel._flat import FlatProblem

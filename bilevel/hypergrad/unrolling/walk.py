@@ -44,7 +44,6 @@ class Walk:
         is_own: whether the steps are the inner problem itself, whatever its g is.
         has_init: whether the start depends on x.
         checked: whether the iteration is to converge, and its derivative with it.
-        is_smooth: whether x reaches y by grad_y g alone, and what y solves is known to first order.
         length: a where the residual is (y_k - y_{k+1}) / a, known after the step; None: it is grad_y g at y_k.
     """
 
@@ -69,7 +68,6 @@ class Walk:
         self.is_own = objective.own is not None or not self.needs_gradient
         self.length = 1.0 if inner.residual_step is None and self.is_own else inner.residual_step
         self.linearized = linearized if self.checked and self.needs_gradient else None
-        self.is_smooth = self.linearized is not None and objective.prox is None and not self.is_own
         self.probe = None if self.linearized is None else torch.zeros_like(start.detach()).requires_grad_()
         self.steps, self.met, self.least = 0, False, inner.min_steps if least is None else least
         self.norms: list[Tensor] = []
@@ -79,19 +77,22 @@ class Walk:
         self._is_differentiable = False  # known so far
 
     def step(self, state: State, index: int, with_graph: bool) -> State | None:
-        """T(x, state), step number `index`; None if every row has met the tolerance. Rows that have stand still."""
+        """T(x, state), step number `index`; None if every row has met the tolerance. Rows that have stand still.
+
+        A step that is taken again is taken, whatever a g that is random says the second time.
+        """
         value, gradient = self.gradient(state[0], with_graph)
         moving: Tensor | None = None
         if self.length is None:
             assert gradient is not None
             moving = self.moving(gradient.detach(), value, index)
-            if self.is_over(moving):
+            if index >= self.steps and self.is_over(moving):
                 return None
         with torch.set_grad_enabled(with_graph):
             new = self.inner.advance(self.objective if with_graph else self.fixed, gradient, state, index)
         if self.length is not None:
             moving = self.moving(self.moved(state, new), value, index)
-            if self.is_over(moving):
+            if index >= self.steps and self.is_over(moving):
                 return None
         return self.hold(moving, new, state)
 
