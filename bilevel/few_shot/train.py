@@ -141,6 +141,7 @@ def train(
             raise
         if solution.status is Status.interrupted:  # a checkpoint could not be written
             raise BilevelError(str(error), error.status, run.interrupted(solution)) from error.__cause__
+    assert solution is not None
     trained = run.trained(solution)
     if kept_in is not None:
         _write_module(kept_in.path / "model.pt", trained)

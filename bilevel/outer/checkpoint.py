@@ -70,11 +70,15 @@ class Checkpoint:
         """
         if self.forced:
             return
-        saved = content.get("settings", {})
-        saved = {name: text for name, text in saved.items() if not names or name in names}
-        if content.get("format") == 1:
-            saved = {name: text for name, text in saved.items() if not _alike(text, self.made_of.parts.get(name, text))}
-        changed = differences(saved, self.made_of.parts, content.get("changing", ()))
+        told: Mapping[str, str] = content.get("settings", {})
+        now = self.made_of.parts
+        old = content.get("format") == 1
+        saved = {
+            name: text
+            for name, text in told.items()
+            if (not names or name in names) and not (old and _alike(text, now.get(name, text)))
+        }
+        changed = differences(saved, now, content.get("changing", ()))
         if changed:
             more = f"; and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
             raise ValueError(
