@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -44,7 +45,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     try:
         with temporary.open("xb") as file:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)  # held for as long as this process lives
+                with contextlib.suppress(OSError):  # a file system that has no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # held for as long as this process lives
             try:
                 write(file)
             except RuntimeError as error:
@@ -67,9 +69,8 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
     except OSError:  # where folders cannot be opened, as on Windows, the system does this itself
         return
     try:
-        os.fsync(handle)
-    except OSError:  # not every file system has it for folders, and the file is there
-        pass
+        with contextlib.suppress(OSError):  # not every file system has it for folders, and the file is there
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -29,6 +29,8 @@ _AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
 class TrainingBatches:
     """step -> its batch, as the learner sees it; the latest is kept for its score."""
 
+    TOLD_BY = ("learner", "sample", "seed")
+
     learner: Learner
     sample: Callable[[int], Any]
     seed: int

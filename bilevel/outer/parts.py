@@ -190,7 +190,10 @@ class Parts:
             in_words = self.in_words and is_dataclass(value)
             if not in_words or origin_of_class(kind) == "user":
                 self.visit(f"{name}.class", kind, depth)
+            told_by = getattr(kind, "TOLD_BY", None)  # of a class of ours that remembers what does not matter
             for attribute, own in _attributes(value):
+                if told_by is not None and attribute.lstrip("_") not in told_by:
+                    continue
                 if not (in_words and isinstance(own, _PLAIN)):
                     self.visit(f"{name}.{attribute.lstrip('_')}", own, depth)
 
