@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody can tell there whether a writer is alive, and nothing is removed
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Replace a file by what `write` writes; a crash leaves the previous file or the new one, never half of one.
 
+    The bytes are on the disk before the file has its name, and the name is on the disk before this returns. The name
+    that they have until then is of this call alone; what a call that was killed has left is removed by the next one.
+
     Args:
         path: the file; its folder is made if need be.
         write: called with the open file.
+
+    Raises:
+        OSError: if the disk is full or the like, also where `write` reports that as something else, as `torch.save`
+            does.
 
     Example:
         >>> import tempfile
@@ -24,13 +39,64 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")  # in the same folder: a rename within one disk
+    _remove_abandoned(target)
+    # in the same folder: a rename within one disk
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        with temporary.open("wb") as file:
-            write(file)
+        with temporary.open("xb") as file:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # a file system that has no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # held for as long as this process lives
+            try:
+                write(file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # the archive of `torch.save`, closed over a full disk
+                    raise error.__context__ from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Have the names in a folder on the disk: a file that was renamed or made there has its name after a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # where folders cannot be opened, as on Windows, the system does this itself
+        return
+    try:
+        with contextlib.suppress(OSError):  # not every file system has it for folders, and the file is there
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what calls for this file left that were killed: their process is gone, and so is its lock."""
+    if fcntl is None:
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)(-[0-9a-f]+)?\.part")
+    for name in os.listdir(target.parent):
+        found = pattern.fullmatch(name)
+        if found is not None and not _alive(int(found[1])):
+            path = target.parent / name
+            try:
+                with path.open("rb") as file:  # a process of another container has another number, and the lock
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            except OSError:
+                continue
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's
+        return True
+    return True

@@ -1075,6 +1075,97 @@ def history_lines() -> list[str]:
     return Path("out/history.jsonl").read_text().splitlines()
 
 
+FAILS = """
+        import builtins, os, signal, resource
+        calls = []
+        def f(x, y):
+            calls.append(1)
+            if len(calls) == {at}:
+                {what}
+            return (y - target).square().sum()
+        breaks = BilevelProblem(f, problem.g)
+"""
+
+
+@pytest.mark.usefixtures("here")
+def test_a_full_disk_is_exit_code_1_and_says_what_was_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = "(os.path.getsize('out/history.jsonl') + 500, -1)"
+    file = user_file(FAILS.format(at=30, what=f"resource.setrlimit(resource.RLIMIT_FSIZE, {limit})"))
+    try:
+        assert run(f"{file}:breaks", "--outer", "adam", "--steps", "60") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    line = error_line(capsys)
+    kept = int(re.findall(r"Kept: the checkpoint of step (\d+) in 'out', from which `--resume` continues", line)[0])
+    assert "File too large" in line
+    assert 10 <= kept <= 40
+    assert all(line.endswith("}") for line in history_lines())
+    assert run(f"{file}:breaks", "--resume") == 0
+    assert run(f"{file}:breaks", "--outer", "adam", "--steps", "60", out="whole") == 0
+    assert torch.equal(solution()["x"], solution("whole")["x"])
+    assert without_seconds(history()) == without_seconds(history("whole"))
+
+
+@pytest.mark.usefixtures("here")
+def test_after_a_second_interrupt_the_steps_of_the_result_are_those_of_the_history(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bilevel.outer import saves
+
+    original, file = write_atomically, user_file(FAILS.format(at=40, what="raise KeyboardInterrupt"))
+    saved: list[int] = []
+
+    def write(path: Any, action: Any) -> None:
+        saved.append(len(history_lines()))
+        if len(saved) > 3:
+            raise KeyboardInterrupt
+        original(path, action)
+
+    monkeypatch.setattr(saves, "write_atomically", write)
+    assert run(f"{file}:breaks", "--outer", "adam", "--steps", "60") == 130
+    monkeypatch.setattr(saves, "write_atomically", original)
+    found, records = result(), history()
+    assert found["steps"] == records[-1]["step"] == found["final"]["step"] == len(records) - 1 > 30
+    assert torch.load("out/checkpoint.pt", weights_only=True)["step"] == 30
+    assert run(f"{file}:breaks", "--outer", "adam", "--steps", str(found["steps"]), out="shorter") == 0
+    assert torch.equal(solution()["x"], solution("shorter")["x"])
+    assert run(f"{file}:breaks", "--resume") == 0
+    assert [record["step"] for record in history()] == list(range(61))
+
+
+@pytest.mark.usefixtures("here")
+def test_another_problem_of_the_same_name_is_refused_also_where_nothing_is_left_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = Path(user_file("other = BilevelProblem(lambda x, y: (y - 7).square().sum(), problem.g)"))
+    assert run(f"{file}:other", "--steps", "3", "--outer", "adam") == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    Path("b").mkdir()
+    Path("b/mine.py").write_text(file.read_text().replace("(y - 7)", "(y - 8)"))
+    for steps in ("3", "9"):
+        assert run("b/mine.py:other", "--resume", "--steps", steps) == 2
+        assert "problem.f has other code" in error_line(capsys)
+        assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    Path("b/mine.py").write_text(f"# moved\n{file.read_text()}")
+    assert run("b/mine.py:other", "--resume", "--steps", "4") == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_result_json_holds_no_memory_address() -> None:
+    file = user_file("""
+        from bilevel import AID, Instance
+        from bilevel.solvers import CG, ClosedForm
+        aid = AID(ClosedForm(lambda x: x), CG())
+        same = BilevelProblem(problem.f, lambda x, y: (y - x).square().sum())
+        mine = Instance(same, x0, x0, settings={"estimator": aid})
+    """)
+    assert run(f"{file}:mine", "--steps", "2") == 0
+    text = Path("out/result.json").read_text()
+    assert "<function <lambda>>" in text and "0x" not in text
+
+
 @pytest.mark.usefixtures("here")
 def test_an_interrupted_driver_can_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scipy")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bilevel import AID, BilevelError, BilevelProblem, Box, Estimate, Record, Simplex, Solution, Split, Status, minimize
 from bilevel.algorithms import SOBA, Descent
-from bilevel.outer.checkpoint import begun_with, fingerprint
+from bilevel.outer.checkpoint import begun_with
+from bilevel.outer.words import in_words
 from bilevel.solvers import CG, LBFGS, Adam, GradientDescent, Iterate, QuasiNewton, ScipyMinimize
 
 AID_CG = AID(LBFGS(1e-10), CG(1e-10))
@@ -234,7 +235,7 @@ def test_files_of_runs_by_the_default_of_earlier_versions_are_resumed(version: i
     assert bits(again.x) == bits(whole.x)
     assert again.status is Status.steps_used_up
     assert again.best.value == again.value
-    assert begun_with(file, "outer", fingerprint({"outer": Adam(0.05)})["outer"])
+    assert begun_with(file, "outer", in_words({"outer": Adam(0.05)})["outer"])
     with pytest.raises(FileNotFoundError):
         minimize(PROBLEM, ZERO, ZERO, checkpoint=tmp_path / "none.pt", resume=True)
 

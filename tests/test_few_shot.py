@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from bilevel import AID, BilevelError, BilevelProblem, Status, functional, hypergradient, minimize
+from bilevel._files import write_atomically
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import (
     Evaluating,
@@ -203,6 +204,82 @@ def test_an_interrupted_run_resumes_bit_for_bit(at: int, tmp_path: Path) -> None
     assert scores[0] == scores[1]
     assert [step for step, *_ in scores[0]] == [0, 3, 6, 9, 11]
     assert same(read_best(tmp_path / "parts" / "best.pt")["x"], whole.x)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a folder"])
+def test_an_exception_leaves_training_with_what_was_trained(
+    error: type[BaseException], kept: bool, tmp_path: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.record.step == 7:
+            raise error("mine")
+
+    def run(max_steps: int, callback: Any = None, out: Any = None) -> Any:
+        validation = Validating(Blobs(), every=3, episodes=5)
+        learner = made_once
+        return train(
+            learner, Blobs(), max_steps=max_steps, batch=3, validation=validation, callback=callback, out=out
+        )  # fmt: skip
+
+    made_once = classification()
+    with pytest.raises(error, match="mine") as raised:
+        run(11, stop, tmp_path if kept else None)
+    partial = raised.value.partial  # type: ignore[attr-defined]
+    assert isinstance(partial, Trained) and partial.ended == "interrupted" and "mine" in partial.message
+    shorter = run(7)
+    assert same(partial.last, shorter.last)
+    assert [record.value for record in partial.history] == [record.value for record in shorter.history]
+    assert [validation.step for validation in partial.validations] == [0, 3, 6]
+    assert partial.step in (0, 3, 6)
+    partial.module()
+    with pytest.raises(ValueError, match="max_steps") as refused:
+        run(-1)
+    assert refused.value.partial is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "best.pt", "model.pt"])
+def test_a_file_that_cannot_be_written_leaves_what_was_trained(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bilevel.few_shot import validate
+    from bilevel.outer import saves
+
+    original = write_atomically
+
+    def full(path: Any, write: Any) -> None:
+        if Path(path).name == file:
+            raise OSError(28, "No space left on device")
+        original(path, write)
+
+    for module in (saves, validate, sys.modules[train.__module__]):
+        monkeypatch.setattr(module, "write_atomically", full)
+    with pytest.raises(BilevelError, match=r"could not be written: .*No space left") as raised:
+        train(
+            regression(), Sinusoid(), max_steps=6, batch=2, out=Saving(tmp_path, every=2),
+            validation=Validating(Sinusoid(), every=3, episodes=4),
+        )  # fmt: skip
+    partial = raised.value.partial
+    if file == "best.pt":  # at the first step, whose estimate is whole
+        assert isinstance(partial, Trained) and len(partial.history) == 1
+    else:
+        assert isinstance(partial, Trained) and len(partial.history) == (7 if file == "model.pt" else 2)
+    assert not (tmp_path / file).exists()
+
+
+def test_training_on_other_tasks_or_by_another_learner_is_another_run(tmp_path: Path) -> None:
+    def run(tasks: AbstractTasks, batch: int = 3, resume: Any = True) -> Any:
+        return train(classification(), tasks, max_steps=4, batch=batch, out=Saving(tmp_path, resume=resume))
+
+    run(Blobs(), resume=False)
+    with pytest.raises(ValueError, match=r"spread was 0.3 and is 0.5"):
+        run(Blobs(0.5))
+    with pytest.raises(ValueError, match=r"size was 3 and is 4"):
+        run(Blobs(), batch=4)
+    run(Blobs())  # of a module that begins with other parameters
+    assert run(Blobs(0.5), resume="force").history[-1].step == 4
+    with pytest.raises(ValueError, match='must be True, False or "force"'):
+        Saving(tmp_path, resume="no")  # type: ignore[arg-type]
 
 
 def getting_worse(x: Tensor, y: Tensor, task: Any) -> Tensor:

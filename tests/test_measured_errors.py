@@ -196,3 +196,23 @@ def test_the_radius_fits_the_dtype(dtype: torch.dtype, error: float) -> None:
     if dtype is torch.bfloat16:
         lost = hypergradient(problem, x, y0, estimator=ESJ(descent, 2, radius=1e-3), throw=False)
         assert not lost.status.ok
+
+
+@pytest.mark.parametrize(("start", "arrives"), [((1.7, 0.0), False), ((0.0, 0.0), True)])
+@pytest.mark.parametrize("name", ["finite-difference", "esj"])
+def test_differences_of_solves_that_stop_where_they_begin_are_imprecise(
+    name: str, start: tuple[float, float], arrives: bool
+) -> None:
+    """Of y* = (x, x) the first entry is at its solution already, and its curvature is below the tolerance's share."""
+    h, at, single = torch.tensor([1.0, 1000.0], dtype=torch.float32), 1.7, torch.float32
+    problem = BilevelProblem(
+        lambda x, y: 1e5 * ((y - 1).square().sum() / 2 + x[0] * y[0]),
+        lambda x, y: 1e5 * (h * (y - x).square()).sum() / 2,
+    )
+    x, y0 = torch.tensor([at], dtype=single), torch.tensor(start, dtype=single)
+    found = hypergradient(problem, x, y0, estimator=name, throw=False)
+    right = 1e5 * (2 * (at - 1) + 2 * at)
+    if arrives:
+        assert found.status.ok and float(found.grad) == pytest.approx(right, rel=1e-3)
+    else:
+        assert found.status is Status.imprecise

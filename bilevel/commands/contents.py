@@ -13,7 +13,7 @@ from bilevel._files import write_atomically
 from bilevel._tree import Tree
 from bilevel.commands.folder import Folder
 from bilevel.commands.result import plain
-from bilevel.outer.checkpoint import unreadable
+from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content
 from bilevel.outer.solution import Record
 
 
@@ -42,13 +42,7 @@ def read_checkpoint(folder: Folder) -> dict[str, Any]:
     Raises:
         ValueError: if it cannot be read.
     """
-    try:
-        content = torch.load(folder.checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(unreadable(folder.checkpoint)) from error
-    if not isinstance(content, dict) or not {"x", "y", "history"} <= content.keys():
-        raise ValueError(f"{str(folder.checkpoint)!r} is not a checkpoint of this version of bilevel.")
-    return content
+    return checkpoint_content(folder.checkpoint)
 
 
 def write_result(folder: Folder, content: Mapping[str, Any]) -> None:
@@ -64,10 +58,21 @@ def write_history(folder: Folder, records: Iterable[Record | Mapping[str, Any]])
 
 
 def append_history(folder: Folder, record: Record | Mapping[str, Any]) -> None:
-    """Add a line to history.jsonl by one write at its end."""
+    """Add a line to history.jsonl at its end, whole or not at all.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
     handle = os.open(folder.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(handle, _line(record).encode())
+        line, end = _line(record).encode(), os.fstat(handle).st_size
+        try:
+            written = os.write(handle, line)
+            if written < len(line):  # the disk is full in the middle of it
+                os.write(handle, line[written:])
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
     finally:
         os.close(handle)
 

@@ -24,7 +24,7 @@ from bilevel.commands.progress import note, number, table, training_progress
 from bilevel.commands.raised import told
 from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.commands.result import versions
-from bilevel.commands.run import Failure, folder_of
+from bilevel.commands.run import Failure, folder_of, left
 from bilevel.few_shot.calibration import calibration_of
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.experiment import Experiment
@@ -63,6 +63,11 @@ def run_experiment(request: Request) -> None:
     }
     try:
         _run(plan, folder, head, lines)
+    except OSError as error:
+        if not lines:
+            raise
+        text = f"stopped after step {lines[-1]['step']}: a file could not be written: {error}. {left(folder)}"
+        raise Failure(text) from error
     except BaseException as error:
         if not lines and not request.resume:  # nothing was computed
             folder.clear()
@@ -170,8 +175,9 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
                 write_result(folder, head | {"status": "running"})
             if progress.record.status.ok or progress.record.step > 0:
                 forget(folder)
-            lines.append(_line(progress))
-            append_history(folder, lines[-1])
+            line = _line(progress)
+            append_history(folder, line)
+            lines.append(line)
             show(progress)
 
         try:
@@ -184,13 +190,17 @@ def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str
             _write(folder, head, lines, _Ending("interrupted", message, earlier + time.perf_counter() - began))
             raise KeyboardInterrupt(message) from error
         except Exception as error:
-            if isinstance(error, BilevelError) and isinstance(error.partial, Trained):
-                _finish(plan, folder, head, lines, error.partial, earlier + time.perf_counter() - began)
+            partial = error.partial if isinstance(error, BilevelError) else None
+            if isinstance(partial, Trained) and partial.ended != "interrupted":
+                _finish(plan, folder, head, lines, partial, earlier + time.perf_counter() - began)
                 return
             if not lines:
                 raise
             message = f"stopped after step {lines[-1]['step']}: {told(error, request.problem)}"
-            status = error.status.name if isinstance(error, BilevelError) else "failed"
+            unwritten = isinstance(error, BilevelError) and error.status is Status.interrupted
+            status = error.status.name if isinstance(error, BilevelError) and not unwritten else "failed"
+            if unwritten or isinstance(error, OSError):  # as on a full disk
+                message = f"{message}. {left(folder)}"
             _write(folder, head, lines, _Ending(status, message, earlier + time.perf_counter() - began))
             raise Failure(message) from error
     _finish(plan, folder, head, lines, trained, earlier + time.perf_counter() - began)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from bilevel.outer.journal import journal_of
+
 
 @final
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Folder:
         return self.path / "checkpoint.pt"
 
     @property
+    def records(self) -> Path:
+        """Of a long run: the records that are no longer in the checkpoint itself."""
+        return journal_of(self.checkpoint)
+
+    @property
     def solution(self) -> Path:
         """The tensors x and y, for `torch.load`."""
         return self.path / "solution.pt"
@@ -61,7 +68,8 @@ class Folder:
     @property
     def files(self) -> tuple[Path, ...]:
         """All of them."""
-        return self.result, self.history, self.plot, self.checkpoint, self.solution, self.best, self.model
+        own = self.result, self.history, self.plot, self.checkpoint, self.records
+        return *own, self.solution, self.best, self.model
 
     def clear(self) -> None:
         """Remove the files of an earlier run, and nothing else."""

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from bilevel import __version__
 from bilevel._tree import Tree, tree_leaves
+from bilevel.outer.words import without_addresses
 
 _SMALL = 200  # entries of x that are written out
 
 
 def plain(value: Any) -> Any:
     """Data that JSON can hold; NaN and infinities, which it cannot, as the texts "NaN", "Infinity", "-Infinity".
+
+    Texts are without the addresses of objects, which are others in every process.
 
     Example:
         >>> plain({"a": (1, float("nan")), "b": torch.ones(2)})
@@ -31,7 +34,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return without_addresses(str(value))
 
 
 def describe(tree: Tree) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
 from bilevel.commands.raised import told
 from bilevel.commands.replaced import bring_back, forget, set_aside
+from bilevel.outer.checkpoint import demand_same
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Record, Solution
 
@@ -43,6 +44,8 @@ def run(request: Request) -> None:
     folder = folder_of(request)
     before = read_result(folder) if request.resume else None
     made = plan(request, None if before is None else before["settings"])
+    if before is not None:
+        demand_same(folder.checkpoint, made.instance.problem, made.options.get("data"))
     if before is not None and _complete(before, made, folder):
         if not request.quiet:
             note(f"nothing to do: the run in {str(folder.path)!r} has taken its steps. Raise `--steps` to continue it.")
@@ -65,7 +68,10 @@ def run(request: Request) -> None:
         raise _failure(outcome, f"{outcome.message} {_kept(folder)}") from cause
     _name_outer(made, folder)
     seconds = earlier + time.perf_counter() - began
-    write(request, made, folder, outcome, seconds)
+    try:
+        write(request, made, folder, outcome, seconds)
+    except OSError as error:
+        raise Failure(f"{outcome.message} Its files could not be written: {error}. {left(folder)}".strip()) from error
     if outcome.failed:
         raise _failure(outcome, outcome.message) from cause
 
@@ -135,8 +141,8 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
             if record.step < len(records):  # a resumed outer method has asked for another point than before
                 del records[record.step :]
                 write_history(folder, records)
-            records.append(record)
             append_history(folder, record)
+            records.append(record)
             show(record)
 
         try:
@@ -153,6 +159,9 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
         except BilevelError as error:
             if not isinstance(error.partial, Solution):
                 raise
+            if error.partial.status is Status.interrupted:  # a full disk, or an error of f
+                message = f"{told(error, request.problem)} {left(folder)}"
+                return _stopped(instance, folder, records, "failed", message, error.partial), began, error
             return _ended(error.partial, folder, records), began, error
         except KeyboardInterrupt as error:
             if folder.replaced.is_dir() or not (records or folder.checkpoint.exists()):
@@ -162,14 +171,16 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
             again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
             kept = f"Continue with: {again}" if folder.checkpoint.exists() else "No checkpoint could be written."
             message = f"interrupted after step {step}. {kept}"
-            return _stopped(instance, folder, records, "interrupted", message), began, error
+            return _stopped(instance, folder, records, "interrupted", message, partial_of(error)), began, error
         except Exception as error:
             if first:  # nothing was computed
                 if not request.resume:
                     folder.clear()
                 raise
             message = f"stopped after step {records[-1].step}: {told(error, request.problem)}"
-            return _stopped(instance, folder, records, "failed", message), began, error
+            if isinstance(error, OSError):  # as on a full disk, where nothing more may be written
+                message = f"{message}. {left(folder)}"
+            return _stopped(instance, folder, records, "failed", message, partial_of(error)), began, error
     return _ended(solution, folder, records), began, None
 
 
@@ -187,13 +198,35 @@ def _ended(solution: Solution, folder: Folder, records: list[Record]) -> RunOutc
     return RunOutcome(status, solution.failed, message, solution.history[-1].step, point, solution.history, solution)
 
 
-def _stopped(instance: Instance, folder: Folder, records: list[Record], status: str, message: str) -> RunOutcome:
-    """What the checkpoint, which `minimize` wrote on its way out, says."""
-    if not folder.checkpoint.exists():
-        return RunOutcome(status, True, message, records[-1].step, None, tuple(records))
-    saved = read_checkpoint(folder)
-    x, y = (
-        structure.unravel(vector.to(structure.device))
-        for structure, vector in ((ravel(instance.x0)[1], saved["x"]), (ravel(instance.y0)[1], saved["y"]))
-    )
-    return RunOutcome(status, True, message, saved["step"], (x, y), tuple(records))
+def _stopped(
+    instance: Instance, folder: Folder, records: list[Record], status: str, message: str, partial: Solution | None
+) -> RunOutcome:
+    """What the checkpoint, which `minimize` wrote on its way out, says; where it could not, what it left."""
+    saved = read_checkpoint(folder) if folder.checkpoint.exists() else None
+    if saved is not None and (saved["step"] >= len(records) - 1 or partial is None):
+        del records[saved["step"] + 1 :]
+        x, y = (
+            structure.unravel(vector.to(structure.device))
+            for structure, vector in ((ravel(instance.x0)[1], saved["x"]), (ravel(instance.y0)[1], saved["y"]))
+        )
+        return RunOutcome(status, True, message, saved["step"], (x, y), tuple(records))
+    if partial is None:
+        return RunOutcome(status, True, message, records[-1].step if records else 0, None, tuple(records))
+    del records[len(partial.history) :]
+    point = partial.x, partial.y
+    return RunOutcome(status, True, message, partial.history[-1].step, point, tuple(records))
+
+
+def partial_of(error: BaseException) -> Solution | None:
+    """What `minimize` left with the exception."""
+    partial = getattr(error, "partial", None)
+    return partial if isinstance(partial, Solution) else None
+
+
+def left(folder: Folder) -> str:
+    """What is kept where a run could not be written to its end."""
+    try:
+        step = read_checkpoint(folder)["step"]
+    except ValueError:
+        return "No checkpoint was written."
+    return f"Kept: the checkpoint of step {step} in {str(folder.path)!r}, from which `--resume` continues."

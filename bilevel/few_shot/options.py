@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from bilevel._estimate import AbstractEstimator
 from bilevel._optimizer import AbstractOptimizer
@@ -107,7 +107,13 @@ class Saving:
     Attributes:
         folder: for `checkpoint.pt`, `best.pt` and, at the end, `model.pt` (the state dict of the module).
         every: steps between checkpoints; one is also written at the end, and when training is interrupted.
-        resume: continue from the checkpoint in the folder, to the same bits as without the interruption.
+        resume: continue from the checkpoint in the folder, to the same bits as without the interruption; "force": also
+            where it is of a run with other data, another learner or the like, which is refused otherwise.
+        seconds: time between checkpoints, at most, a step more or less; None: it does not matter.
+
+    Raises:
+        ValueError: if a number is out of range.
+        TypeError: if the folder is no path.
 
     Example:
         >>> Saving("runs/sinusoids", resume=True).every
@@ -116,11 +122,18 @@ class Saving:
 
     folder: str | os.PathLike[str]
     every: int = 250
-    resume: bool = False
+    resume: bool | Literal["force"] = False
+    seconds: float | None = 30.0
 
     def __post_init__(self) -> None:
         demand_type("Saving", "folder", self.folder, str | os.PathLike, "a path")
         demand_count("Saving", "every", self.every, 1)
+        demand_type("Saving", "seconds", self.seconds, float | None)
+        demand_type("Saving", "resume", self.resume, bool | str, 'True, False or "force"')
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"`Saving(seconds=...)` must be positive, or None. Got {self.seconds}.")
+        if isinstance(self.resume, str) and self.resume != "force":
+            raise ValueError(f'`Saving(resume=...)` must be True, False or "force". Got {self.resume!r}.')
 
     @property
     def path(self) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
-from bilevel._result import BilevelError
+from bilevel._result import BilevelError, Status
 from bilevel._validate import grouped
 from bilevel.few_shot.adapt import demand_tasks
 from bilevel.few_shot.evaluate import evaluate
@@ -30,13 +30,16 @@ from bilevel.few_shot.options import (
 from bilevel.few_shot.trained import Callback as Callback, Progress as Progress, Trained as Trained
 from bilevel.few_shot.training_run import Clock, Reporter, TrainingBatches, TrainingRun, Validator
 from bilevel.few_shot.validate import Validations
+from bilevel.outer.checkpoint import read_checkpoint
 from bilevel.outer.minimize import minimize
+from bilevel.outer.partial import attach, tells_partial
 from bilevel.outer.solution import Solution
 from bilevel.tasks.source import AbstractTasks, batches
 
 _VALIDATION = 2**34  # validation tasks are drawn from another stream of seeds than training tasks
 
 
+@tells_partial
 @grouped(**FORMERLY)
 def train(
     learner: Learner,
@@ -76,7 +79,9 @@ def train(
         TypeError: if `learner` is none, or a source of tasks has no `sample`.
         ImportError: if TensorBoard is asked for and missing.
         BilevelError: if more than `outer.skip` estimates in a row, or the last three, were not finite or diverged, or
-            `outer.throw` and one did not succeed; its `partial` is what was `Trained` until then.
+            `outer.throw` and one did not succeed; or a file could not be written.
+        BaseException: whatever the learner, the tasks or the callback raise, and Ctrl-C, as they are. Every exception
+            that leaves here has an attribute `partial`: what was `Trained` until then, None if nothing was.
 
     Example:
         >>> from bilevel import ITD, BilevelProblem
@@ -105,36 +110,65 @@ def train(
     validator = _validator(learner, chosen_by, kept_in, seed)
     reporter = Reporter(reporting(callback))
     run = TrainingRun(data, max_steps, clock, validator, reporter, loop)
+    solution: Solution | None = None
     try:
-        solution = minimize(
-            learner.problem,
-            learner.x0,
-            learner.y0,
-            estimator=learner.estimator if loop.estimator is None else loop.estimator,
-            outer=loop.optimizer,
-            max_steps=max_steps,
-            data=data,
-            constraint=loop.constraint,
-            callback=run.after_step,
-            checkpoint=None if kept_in is None else kept_in.checkpoint,
-            checkpoint_every=Saving.every if kept_in is None else kept_in.every,
-            resume=kept_in is not None and kept_in.resume,
-            warm_start=False,
-            chunk_size=loop.chunk_size,
-            throw=loop.throw,
-            skip=0 if loop.throw else loop.skip,
-        )
-    except BilevelError as error:  # `throw`
-        solution = error.partial
-    finally:
-        reporter.close()
+        try:
+            solution = minimize(
+                learner.problem,
+                learner.x0,
+                learner.y0,
+                estimator=learner.estimator if loop.estimator is None else loop.estimator,
+                outer=loop.optimizer,
+                max_steps=max_steps,
+                data=data,
+                constraint=loop.constraint,
+                callback=run.after_step,
+                checkpoint=None if kept_in is None else kept_in.checkpoint,
+                checkpoint_every=Saving.every if kept_in is None else kept_in.every,
+                checkpoint_seconds=Saving.seconds if kept_in is None else kept_in.seconds,
+                resume=False if kept_in is None else kept_in.resume,
+                warm_start=False,
+                chunk_size=loop.chunk_size,
+                throw=loop.throw,
+                skip=0 if loop.throw else loop.skip,
+            )
+        finally:
+            reporter.close()
+    except BaseException as error:
+        solution = _left_by(error) if solution is None else solution
+        if not (isinstance(error, BilevelError) and solution is not None and solution.status is error.status):
+            attach(error, None if solution is None else run.interrupted(solution))
+            raise
+        if solution.status is Status.interrupted:  # a checkpoint could not be written
+            raise BilevelError(str(error), error.status, run.interrupted(solution)) from error.__cause__
+    assert solution is not None
     trained = run.trained(solution)
     if kept_in is not None:
-        state = trained.module().state_dict()
-        write_atomically(kept_in.path / "model.pt", lambda file: torch.save(state, file))
+        _write_module(kept_in.path / "model.pt", trained)
     if trained.ended == "failed":
         raise _failure(trained, solution, loop)
     return trained
+
+
+def _left_by(error: BaseException) -> Solution | None:
+    """What `minimize` left with an exception, or with the one that another one came after."""
+    for each in (error, error.__context__):
+        partial = getattr(each, "partial", None)
+        if isinstance(partial, Solution):
+            return partial
+    return None
+
+
+def _write_module(path: Path, trained: Trained) -> None:
+    try:
+        state = trained.module().state_dict()
+        write_atomically(path, lambda file: torch.save(state, file))
+    except OSError as error:
+        text = f"`train` ended, and {str(path)!r} could not be written: {error}"
+        raise BilevelError(text, Status.interrupted, trained) from error
+    except BaseException as error:
+        attach(error, trained)
+        raise
 
 
 def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelError:
@@ -154,7 +188,7 @@ def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelEr
 def _validator(learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int) -> Validator:
     """Also without validations there may be those of an earlier part of the run."""
     path: Path | None = None if kept_in is None else kept_in.path / "best.pt"
-    kept = Validations.begin(path, learner.x0, resume=kept_in is not None and kept_in.resume)
+    kept = Validations.begin(path, learner.x0, resume=kept_in is not None and bool(kept_in.resume))
     if given is None:
         return Validator(kept)
     own = learner if given.learner is None else given.learner
@@ -167,7 +201,6 @@ def _earlier_seconds(kept_in: Saving | None) -> float:
     if kept_in is None or not kept_in.resume or not kept_in.checkpoint.exists():
         return 0.0  # `minimize` says so where there should be one
     try:
-        content = torch.load(kept_in.checkpoint, map_location="cpu", weights_only=True)
-        return float(sum(record["seconds"] for record in content["history"]))
-    except Exception:
+        return float(sum(record["seconds"] for record in read_checkpoint(kept_in.checkpoint)["history"]))
+    except ValueError:
         return 0.0  # as above

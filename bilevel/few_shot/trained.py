@@ -14,7 +14,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.validate import Validation
 from bilevel.outer.solution import Record
 
-Ended: TypeAlias = Literal["max_steps", "patience", "seconds", "callback", "failed"]
+Ended: TypeAlias = Literal["max_steps", "patience", "seconds", "callback", "failed", "interrupted"]
 
 
 @final
@@ -48,8 +48,9 @@ class Trained:
         x: what was learned: the x of the best validation; the last x if there was none.
         step: of that x.
         ended: why training stopped: "max_steps", "patience", "seconds", "callback", or "failed": too many estimates in
-            a row were lost, or the last three, or one did not succeed and `OuterLoop.throw` was asked for.
-        message: what to do about it, if it failed.
+            a row were lost, or the last three, or one did not succeed and `OuterLoop.throw` was asked for; of the
+            `partial` of another exception "interrupted".
+        message: what to do about it, if it failed; what happened, if it was interrupted.
         validations: the validation scores, in order.
         history: one record an outer step.
         failed: how many steps' estimates did not succeed, by the name of the status. Those that `skipped` counts were

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from bilevel._estimate import Estimate
@@ -28,6 +28,8 @@ _AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
 @dataclass(frozen=True, eq=False)
 class TrainingBatches:
     """step -> its batch, as the learner sees it; the latest is kept for its score."""
+
+    TOLD_BY = ("learner", "sample", "seed")
 
     learner: Learner
     sample: Callable[[int], Any]
@@ -191,6 +193,11 @@ class TrainingRun:
             seconds=self._clock.seconds(),
             last=solution.x,
         )
+
+    def interrupted(self, solution: Solution) -> Trained:
+        """What there is where an exception ended it."""
+        self._ended = "interrupted"
+        return replace(self.trained(solution), message=solution.message)
 
     def _failed(self, history: Sequence[Record]) -> bool:
         """Whether the run was ended by what did not succeed, or ends where it no longer does."""

@@ -14,6 +14,7 @@ import torch
 from bilevel._files import write_atomically
 from bilevel._tree import Tree, ravel
 from bilevel.few_shot.evaluate import Evaluation
+from bilevel.outer.saves import NotSavedError
 
 _FORMAT = 1
 
@@ -140,7 +141,10 @@ class Validations:
             "step": None if best is None else best.step,
             "validations": [entry.as_dict() for entry in self.until()],
         }
-        write_atomically(self.path, lambda file: torch.save(content, file))
+        try:
+            write_atomically(self.path, lambda file: torch.save(content, file))
+        except OSError as error:
+            raise NotSavedError(f"{str(self.path)!r} could not be written: {error}") from error
 
 
 def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -22,7 +22,17 @@ from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
 from bilevel.hypergrad.held import held
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
-from bilevel.hypergrad.radius import bent, distortion, fitting, rounding, size_of, spread, unresolved, verdict
+from bilevel.hypergrad.radius import (
+    bent,
+    changed,
+    distortion,
+    fitting,
+    refined,
+    rounding,
+    size_of,
+    spread,
+    verdict,
+)
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
@@ -56,7 +66,8 @@ class ESJ(AbstractEstimator):
     `Estimate.standard_error` reports the deviation, estimated from the sample. `Estimate.bias` is the rest, measured at
     the first estimate of a run by up to 4 inner solves on the other side of x, which `stats` does not count: half the
     second difference over r, which sees the truncation as well as rounding and tolerances. A radius so short that
-    these are more than a tenth of the estimate is reported as `Status.imprecise`.
+    these are more than a tenth of the estimate is reported as `Status.imprecise`; so is an inner solver whose
+    solutions would make another estimate if they went on (up to 50 steps more, not counted).
 
     Source: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, PZOBO.
 
@@ -143,11 +154,15 @@ class ESJ(AbstractEstimator):
         implicit = samples.mean(0)
         h = fx + implicit
         noise, measured = rounding(y, moved, fy, u, c, radius), None
-        kinks: tuple[Report, ...] = ()
+        kinks, unfinished = tuple[Report, ...](), 0.0
         if start.count == 0:  # further on it would cost inner solves at each step
             quiet = problem.with_tally(Tally())
             _, back, _ = self._solve(quiet, x, -u[:_MIRRORED], start.y, radius)
             measured = bent(moved, back, fy, u, c, radius)
+            some, left = moved[:_MIRRORED], float(solved.residual.max())
+            points = torch.cat([x.unsqueeze(0), x + radius * u[:_MIRRORED]])
+            found = refined(quiet, points, torch.cat([y.unsqueeze(0), y + some]), left, self.inner)
+            unfinished = 0.0 if found is None else changed(some, found[1:] - found[0], fy, u, c, radius)
             kinks = self._kink(
                 lambda u, r: self._solve(quiet, x, u.unsqueeze(0), start.y, r)[1][0],
                 u[0],
@@ -157,9 +172,7 @@ class ESJ(AbstractEstimator):
                 [moved[0], back[0]],
             )
         size, short = size_of((h, fx, implicit), spread(moved, fy, u, c, radius)), radius < fitting(x)
-        some = x + radius * u[:_MIRRORED]
-        distorted = unresolved(problem, x, some, y, float(solved.residual.max()), self.inner)
-        distorted = max(distorted, distortion(x, u, radius))
+        distorted = max(unfinished / size if size > 0 else 0.0, distortion(x, u, radius))
         told = verdict(noise, measured, size, distorted, short, self.radius is not None)
         reports = (report("inner solver", solved), told, *kinks)
         return FlatEstimate(

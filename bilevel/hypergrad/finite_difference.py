@@ -20,9 +20,11 @@ from bilevel.bounds.bound import Bound
 from bilevel.bounds.differences import finite_difference
 from bilevel.hypergrad.held import held
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
-from bilevel.hypergrad.radius import DIGIT, unresolved
+from bilevel.hypergrad.radius import DIGIT, refined
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
+
+_REFINED = 8  # of the coordinates: whether y follows x there is looked at in the first estimate of a run
 
 
 @final
@@ -32,7 +34,8 @@ class FiniteDifference(AbstractEstimator):
 
     Where the slopes to both sides differ, and keep differing at another distance, Phi has a kink, of which central
     differences make a mean: `Status.one_sided`. That is looked at in the first estimate of a run, and costs two inner
-    solves more for each coordinate that gives reason to, which are not counted.
+    solves more for each coordinate that gives reason to, which are not counted; so is, along up to 8 coordinates,
+    whether they are others where the solves go on for up to 50 steps: `Status.imprecise`.
 
     Cost: 2p + 1 inner solves, 2p + 1 values of f. No derivative of f or g beyond what the inner solver takes.
 
@@ -91,7 +94,7 @@ class FiniteDifference(AbstractEstimator):
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         value, y, first = self._phi(problem, x, start.y)
-        moves = list[Report]()
+        moves, moved = list[Report](), list[tuple[Tensor, Tensor, Tensor]]()
         eps = float(torch.finfo(x.dtype).eps)
         step, distortion, noise = eps ** (1 / 3) if self.step is None else self.step, 0.0, 0.0
         h, kinks = torch.empty_like(x), list[float]()
@@ -99,11 +102,13 @@ class FiniteDifference(AbstractEstimator):
             t = step * max(1.0, abs(float(x[i])))
             ends = []
             for sign in (1.0, -1.0):
-                moved = x.clone()
-                moved[i] += sign * t
-                phi, _, ended = self._phi(problem, moved, start.y)  # the same iteration: the same start
-                ends.append((phi, moved[i]))
+                at = x.clone()
+                at[i] += sign * t
+                phi, there, ended = self._phi(problem, at, start.y)  # the same iteration: the same start
+                ends.append((phi, at[i]))
                 moves.append(ended)
+                if len(moved) < 2 * _REFINED:
+                    moved.append((at, there, phi))
             (up, high), (down, low) = ends
             if start.count == 0:
                 kinks += self._kink(problem, x, i, start.y, (float(down), float(value), float(up)), t)
@@ -111,9 +116,8 @@ class FiniteDifference(AbstractEstimator):
             distortion = max(distortion, abs(float(high - low) / (2 * t) - 1))
             noise = math.hypot(noise, eps * abs(float(value)) / t)
         # Near a stationary x the relative error grows at any step: only a step below a sensible one is blamed for it.
-        left = max(report.residual for report in (first, *moves))
-        far = x + torch.diag(step * x.abs().clamp_min(1.0))
-        distortion = max(distortion, unresolved(problem, x, far, y, left, self.inner))
+        if start.count == 0:
+            distortion = max(distortion, self._unresolved(problem, x, moved, moves))
         lost = step < eps**0.5 and not noise <= DIGIT * float(torch.linalg.vector_norm(h))
         status = Status.imprecise if lost or not distortion <= DIGIT else Status.successful
         reports: tuple[Report, ...] = (first, _worst(moves), Report("step", status, max(distortion, noise), 0))
@@ -137,6 +141,25 @@ class FiniteDifference(AbstractEstimator):
         right, left = (up - here) / t, (here - down) / t
         rounding = 100 * torch.finfo(x.dtype).eps * max(map(abs, values)) / t
         return [abs(right - left)] if one_sided(right, left, farther, rounding) else []
+
+    def _unresolved(
+        self, problem: FlatProblem, x: Tensor, moved: list[tuple[Tensor, Tensor, Tensor]], moves: list[Report]
+    ) -> float:
+        """By what part the first differences change as the solves of y go on.
+
+        Relative to the largest of them, or of what they are by the movement of y alone, as both parts may cancel.
+        """
+        quiet = problem.with_tally(Tally())
+        points, solutions = torch.stack([x for x, _, _ in moved]), torch.stack([y for _, y, _ in moved])
+        found = refined(quiet, points, solutions, max(each.residual for each in moves), self.inner)
+        if found is None:
+            return 0.0
+        with torch.no_grad():
+            new, alone = (quiet.f(at, found) for at in (points, x.expand_as(points)))
+        old = torch.stack([phi for _, _, phi in moved])
+        before, after, implicit = (each[::2] - each[1::2] for each in (old, new, alone))
+        size = float(torch.cat([after, implicit]).abs().max())
+        return float((after - before).abs().max()) / size if size > 0 else 0.0
 
     def _phi(self, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Report]:
         objective = inner_objective(problem, x)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel._flat import FlatProblem
+from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.rows import positive_or_one, safe_row_norms
 from bilevel._result import Report, Status
 from bilevel.inner_problems.kinds import inner_objective
 
 DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
+_STEPS = 50  # towards the rounding floor: what would change a digit shows earlier
 _PART = 0.1  # of |dy| |grad_y f|: what counts as the size of an estimate whose parts cancel, as they do at an optimum
 
 
@@ -59,28 +60,34 @@ def bent(moved: Tensor, back: Tensor, fy: Tensor, u: Tensor, c: float, radius: f
     return _share(u, c) * float(safe_row_norms(halves)) / math.sqrt(len(back))
 
 
-def unresolved(problem: FlatProblem, x: Tensor, points: Tensor, y: Tensor, residual: float, inner: Any) -> float:
-    """What the inner solver leaves of |grad_y g|, over what moving x makes of it: y follows x only where that is small.
+def changed(moved: Tensor, finer: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+    """What another y(x + r u) - y(x) makes of an estimate, `(k, *tasks, q)` along the first few directions."""
+    slopes = ((finer - moved) * fy).flatten(1).sum(1) / radius
+    return _share(u, c) * float(safe_row_norms(slopes)) / math.sqrt(len(moved))
 
-    A solver whose tolerance is larger than the response stops where it begins, and y does not move at all. 0 where it
-    has no tolerance, or y is not to make grad_y g zero. One gradient at x and one at each of the points.
+
+def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: AbstractInnerSolver) -> Tensor | None:
+    """Where y goes on to from several x, `(k, *tasks, q)`, if no tolerance ends the solves.
+
+    A solver whose tolerance is large beside what moving x makes of grad_y g stops where it begins, in some directions
+    or in all, and the differences of such y say nothing: how they change here tells. None: there is nothing to change,
+    as the solver has no tolerance or y is not to make grad_y g zero.
 
     Args:
         problem: the problem in vectors.
-        x: the centre `(p,)`.
-        points: some of those at which y was solved for `(k, p)`.
-        y: the solution at x `(*tasks, q)`.
+        x: the points `(k, p)`.
+        y: the solutions there.
         residual: the largest that was left at any of them.
         inner: the inner solver.
     """
     if inner.tolerance is None or not residual > 0:
-        return 0.0
-    objective = inner_objective(problem, torch.cat([x.unsqueeze(0), points]))
-    if not (objective.is_plain and objective.solves):
-        return 0.0
-    gradients = objective.gradient(y.expand(len(points) + 1, *y.shape))
-    response = float(safe_row_norms((gradients[1:] - gradients[0]).flatten(1)).max())
-    return residual / response if response > 0 else 0.0
+        return None
+    objective = inner_objective(problem, x)
+    finer = inner.with_tolerance(math.ulp(0.0))  # 0 would be no tolerance at all
+    if not (objective.is_plain and objective.solves) or finer is None:
+        return None
+    found: Tensor = (finer.with_steps(_STEPS) or finer).solve(objective, y).value
+    return found
 
 
 def verdict(noise: float, measured: float | None, size: float, distorted: float, short: bool, given: bool) -> Report:

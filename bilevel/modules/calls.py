@@ -34,6 +34,8 @@ class Calls:
     copies are kept for the next ones. A copy costs what the structure of the module does: its tensors are shared.
     """
 
+    TOLD_BY = ("original", "batch_norm", "dropout", "seed")  # what a run is told by; the copies come and go
+
     def __init__(
         self,
         original: nn.Module,

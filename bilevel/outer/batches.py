@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bilevel._problem import Split
 from bilevel.algorithms.finite_sum import FiniteSum
-from bilevel.algorithms.oracle import AbstractData, Block
+from bilevel.algorithms.oracle import AbstractData, Block, Draws
+from bilevel.outer.randomness import drawn_so_far, go_on_from
 
 
 def sources(data: Any) -> AbstractData | Split:
@@ -112,8 +113,10 @@ class _Loader(AbstractData):
     """An iterable of batches: run forward as far as is asked for, the latest batches kept."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader, self.batches, self.reached = loader, _cycle(loader), -1
+        self.loader, self.batches, self.reached = loader, self._cycle(), -1
         self.latest: dict[int, Any] = {}
+        self.begun: dict[str, Any] | None = None  # the number that the iteration under way began with, and at what draw
+        self.known: Mapping[str, Any] | None = None  # the same, of the run that is resumed
 
     def batch(self, index: int, first: int) -> Any:
         for passed in [number for number in self.latest if number < first]:
@@ -128,6 +131,54 @@ class _Loader(AbstractData):
     def whole(self) -> Any:
         raise _only_batches("a loader", self.loader)
 
+    def run_forward(self, first: int) -> None:
+        """To before batch number `first`."""
+        while self.reached < first - 1:
+            next(self.batches)
+            self.reached += 1
+
+    def _cycle(self) -> Iterator[Any]:
+        while True:
+            empty, first = True, self.reached + 1
+            if self.known is not None and self.known["first"] == first:
+                go_on_from(self.known["drawn"])
+            if not isinstance(self.loader, list):
+                self.begun = {"first": first, "drawn": drawn_so_far()}
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError(
+                    "`minimize(data=...)` yields no batch: the loader is empty, or cannot be started again."
+                )
+
+
+def positions(data: AbstractData | Split) -> list[Any]:
+    """With which batch, and where of the global random numbers, loaders began what they are in the middle of."""
+    return [source.begun if isinstance(source, _Loader) else None for source in _sides(data)]
+
+
+def expect(data: AbstractData | Split, known: list[Any] | None) -> None:
+    """Have loaders begin as `positions` told of another run: those that shuffle by the global random numbers.
+
+    One that shuffles by a generator of its own has its order anyhow.
+    """
+    for source, begun in zip(_sides(data), known or (), strict=False):
+        if isinstance(source, _Loader):
+            source.known = begun
+
+
+def run_forward(data: AbstractData | Split, draws: Draws, step: int) -> None:
+    """Bring loaders to where they are before a step."""
+    counts = (draws.f, draws.g) if isinstance(data, Split) else (max(draws.f, draws.g),)
+    for source, count in zip(_sides(data), counts, strict=True):
+        if isinstance(source, _Loader):
+            source.run_forward(step * count)
+
+
+def _sides(data: AbstractData | Split) -> tuple[AbstractData, ...]:
+    return (data.f, data.g) if isinstance(data, Split) else (data,)
+
 
 def _only_batches(kind: str, data: Any) -> ValueError:
     return ValueError(
@@ -135,13 +186,3 @@ def _only_batches(kind: str, data: Any) -> ValueError:
         f" ({type(data).__name__}). Pass all samples as one batch (a tensor, dict or tuple), or choose an algorithm"
         f" that needs batches only."
     )
-
-
-def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("`minimize(data=...)` yields no batch: the loader is empty, or cannot be started again.")

@@ -3,85 +3,40 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._files import write_atomically
+from bilevel.outer.fingerprint import Fingerprint, differences
+from bilevel.outer.journal import Journal, journal_of
 
-_FORMAT = 2  # 1 held the state of a descent, entry by entry, and nothing else
-
-
-def fingerprint(settings: Mapping[str, object]) -> dict[str, str]:
-    """Settings in words, for comparison with those of another process: without the addresses of functions.
-
-    Fields that are as they are by default are left out, so that a field more in a later version changes nothing.
-
-    Example:
-        >>> from bilevel import Constants
-        >>> fingerprint({"constants": Constants(mu=1.0), "estimator": "aid-cg"})
-        {'constants': 'Constants(mu=1.0)', 'estimator': 'aid-cg'}
-    """
-    texts = {name: setting if isinstance(setting, str) else _described(setting) for name, setting in settings.items()}
-    return {name: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for name, text in texts.items()}
-
-
-def _described(value: object) -> str:
-    if not is_dataclass(value) or isinstance(value, type):
-        return repr(value)
-    given = [(f, getattr(value, f.name)) for f in fields(value) if f.repr]
-    told = [f"{f.name}={_described(v)}" for f, v in given if f.default is MISSING or repr(v) != repr(f.default)]
-    return f"{type(value).__name__}({', '.join(told)})"
-
-
-def _alike(saved: str, now: str) -> bool:
-    """Whether a setting of a file of format 1, with all its fields of then, may be this one: it has the same name."""
-    names = [text.split("(")[0] for text in (saved, now)]
-    return names[0] == names[1] or (now == "implicit" and saved in ("aid-cg", "kkt"))  # what the default stood for
+# 1 held the state of a descent, entry by entry, and nothing else; 2 holds all records, and 3 tells how many of them are
+# in the file beside it
+FORMATS = (1, 2, 3)
+_TOLD = 6  # differences of two runs
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """The file of a run.
 
     Attributes:
         path: where it is.
-        every: how many steps lie between two writes.
-        settings: what the run was begun with, from :func:`fingerprint`.
+        made_of: what the run is told by.
+        forced: whether a run goes on from the file of one that is told to be another.
     """
 
     path: str | os.PathLike[str]
-    every: int
-    settings: Mapping[str, str]
-
-    def save(self, step: int, point: tuple[Tensor, Tensor], history: list[dict[str, Any]], **state: Any) -> None:
-        """Write a state and the history so far; a crash leaves the previous file or the new one, never half of one.
-
-        Args:
-            step: how many steps were taken.
-            point: x and y, for whoever looks at the file.
-            history: the records of these steps.
-            state: everything that the rest of the run depends on, as plain data.
-        """
-        content = {
-            "format": _FORMAT,
-            "settings": dict(self.settings),
-            "step": step,
-            "x": point[0],
-            "y": point[1],
-            "history": history,
-            **state,
-        }
-        write_atomically(self.path, lambda file: torch.save(content, file))
+    made_of: Fingerprint
+    forced: bool = False
 
     def load(self, x: Tensor, y: Tensor) -> dict[str, Any]:
-        """Read back what :meth:`save` wrote, for a run that begins at x and y.
+        """Read what was saved, for a run that begins at x and y: the state and, as `history`, all records.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -92,12 +47,7 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"there is no checkpoint at {str(self.path)!r} to resume from. Run without `resume` first."
             )
-        try:
-            content = torch.load(self.path, map_location=x.device, weights_only=True)
-        except Exception as error:
-            raise ValueError(unreadable(self.path)) from error
-        if not isinstance(content, dict) or content.get("format") not in (1, _FORMAT):
-            raise ValueError(f"{str(self.path)!r} is not a checkpoint of this version of bilevel.")
+        content = read_checkpoint(self.path, x.device)
         for name, saved, wanted in (("x", content["x"], x), ("y", content["y"], y)):
             # What y has before its last axis are tasks, for each of which the run begins at the same y.
             if saved.shape[-1:] != wanted.shape[-1:] or saved.dtype != wanted.dtype:
@@ -109,26 +59,32 @@ class Checkpoint:
         return _upgraded(content) if content["format"] == 1 else content
 
     def demand(self, content: Mapping[str, Any], *names: str) -> None:
-        """Refuse the checkpoint of a run with other settings; those that the file does not tell are taken on trust.
+        """Refuse the checkpoint of another run; what the file does not tell is taken on trust.
 
         Args:
             content: what was read.
-            names: of the settings; none: all of them.
+            names: of the parts that are compared; none: all of them.
 
         Raises:
             ValueError: naming what has changed.
         """
-        saved = content.get("settings", {})
-        same = _alike if content.get("format") == 1 else str.__eq__
-        changed = [
-            f"{name} was {saved[name]} and is {now}"
-            for name, now in self.settings.items()
-            if (not names or name in names) and not same(saved.get(name, now), now)
-        ]
+        if self.forced:
+            return
+        told: Mapping[str, str] = content.get("settings", {})
+        now = self.made_of.parts
+        old = content.get("format") == 1
+        saved = {
+            name: text
+            for name, text in told.items()
+            if (not names or name in names) and not (old and _alike(text, now.get(name, text)))
+        }
+        changed = differences(saved, now, content.get("changing", ()))
         if changed:
+            more = f"; and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
             raise ValueError(
-                f"the checkpoint {str(self.path)!r} is of a run with other settings: {'; '.join(changed)}. Resume it as"
-                f" it was begun, or begin another run, with another file, from its x and y."
+                f"the checkpoint {str(self.path)!r} is of a run with other settings:"
+                f" {'; '.join(changed[:_TOLD])}{more}. Resume it as it was begun, or begin another run, with another"
+                f' file, from its x and y; to go on all the same, say `resume="force"`.'
             )
 
     def foreign(self, what: object) -> ValueError:
@@ -138,19 +94,81 @@ class Checkpoint:
         )
 
 
+def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a checkpoint holds: x, y, `history` and the rest, also where its records are in the file beside it.
+
+    Raises:
+        ValueError: if it is none that this version reads.
+    """
+    content = _content(path, device)
+    if content is None:
+        raise ValueError(unreadable(path))
+    if content.get("format") not in FORMATS or not {"x", "y", "step"} <= content.keys():
+        raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
+    if "journal" in content:
+        journal = Journal(journal_of(path), content["journal"]["run"])
+        entries = journal.read(content["journal"]["entries"])
+        content["journal"] = journal  # where the next ones are added
+        content["history"] = [entry["record"] for entry in entries]
+        if entries and "evaluation" in entries[0]:
+            content["evaluations"] = [
+                {name: v.to(device) if isinstance(v, Tensor) else v for name, v in entry["evaluation"].items()}
+                for entry in entries
+            ]
+    if "history" not in content:
+        raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
+    return content
+
+
+def demand_same(path: str | os.PathLike[str], problem: Any, data: Any = None) -> None:
+    """Refuse to go on from the checkpoint of another problem, or one with other data, before anything is done.
+
+    `minimize(resume=True)` does the same, and compares settings too.
+
+    Args:
+        path: the checkpoint.
+        problem: the problem that would go on.
+        data: what `minimize(data=...)` would be given.
+
+    Raises:
+        ValueError: naming what is otherwise; also if the checkpoint cannot be read.
+    """
+    content = _content(path, "cpu")
+    if content is None:
+        raise ValueError(unreadable(path))
+    Checkpoint(path, Fingerprint({}, {"problem": problem, "data": data})).demand(content)
+
+
+def loaders_of(path: str | os.PathLike[str]) -> list[Any] | None:
+    """Where the loaders of a run were, which have to be told before they are begun; None where that is not known."""
+    return (_content(path, "cpu") or {}).get("loaders")
+
+
 def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:
     """Whether a checkpoint tells that this was a setting of its run; one without settings tells what was the default.
 
     False where there is none that can be read, which :meth:`Checkpoint.load` reports.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        return False
-    if not isinstance(content, dict):
+    content = _content(path, "cpu")
+    if content is None:
         return False
     saved = content.get("settings", {}).get(name, setting)
     return bool(saved == setting or (content.get("format") == 1 and saved.split("(")[0] == setting.split("(")[0]))
+
+
+def _content(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Any] | None:
+    """The file without its journal; None where it is no checkpoint that can be read."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        return None
+    return content if isinstance(content, dict) else {}
+
+
+def _alike(saved: str, now: str) -> bool:
+    """Whether a setting of a file of format 1, with all its fields of then, may be this one: it has the same name."""
+    names = [text.split("(")[0] for text in (saved, now)]
+    return names[0] == names[1] or (now == "implicit" and saved in ("aid-cg", "kkt"))  # what the default stood for
 
 
 def _upgraded(content: dict[str, Any]) -> dict[str, Any]:

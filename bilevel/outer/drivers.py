@@ -15,8 +15,10 @@ from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Report, Status, Tally
 from bilevel.outer.best import Candidate
-from bilevel.outer.checkpoint import Checkpoint
+from bilevel.outer.partial import attach
+from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.run import Run
+from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 
 Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
@@ -54,8 +56,8 @@ def drive(
     answers = _Answers(run, estimator, problem, start, warm_start, bounds)
     rules = run.rules
     if rules.resume:
-        assert rules.checkpoint is not None
-        answers.resume(rules.checkpoint)
+        assert rules.saves is not None
+        answers.resume(rules.saves)
     try:
         try:
             x, ended = driver.drive(answers.at, start[0], bounds=bounds, max_steps=rules.max_steps, tol=rules.tol)
@@ -63,16 +65,22 @@ def drive(
                 answers.at(x)
         except _Stop as stop:
             ended = stop.status
+    except NotSavedError as failure:
+        raise run.not_saved(failure) from failure.__cause__
     except BaseException as error:
-        try:
-            answers.save()
-        except OSError as failure:  # must not hide what went wrong first
-            error.add_note(f"The checkpoint could not be written either: {failure}")
+        run.leave(error, answers.save_all)
         raise
-    answers.save()
     last = answers.latest
     assert last is not None
-    return run.finish(problem, last.x, answers.structured(last), ended)
+    solution = run.solution(problem, last.x, answers.structured(last), ended)
+    try:
+        answers.save(last=True)
+    except NotSavedError as failure:
+        raise run.not_saved(failure, solution) from failure.__cause__
+    except BaseException as error:
+        attach(error, solution)
+        raise
+    return run.finish(solution)
 
 
 @final
@@ -110,6 +118,9 @@ class _Answers:
         self.latest: _Answer | None = None
         self.given: list[_Answer] = []  # all of them, where there is a file to keep them in
         self.known: list[_Answer] = []  # from the file
+        self.begun: Randomness | None = None if run.rules.saves is None else drawn_so_far()  # random numbers
+        self.drawn: Randomness | None = self.begun
+        self.go_on: Randomness | None = None  # where they were after all that is known
 
     def at(self, x: Tensor) -> tuple[float, Tensor]:
         """Phi(x) and its gradient, as drivers take them."""
@@ -118,11 +129,14 @@ class _Answers:
         if known is not None and torch.equal(known.x, x):
             self.run.history.append(known.record)
             self._keep(known)
+            self.run.reached(index, self.problem, known.x, self.structured(known))
             status = known.record.status
             if status is Status.nonfinite or (self.run.rules.throw and not status.ok):
                 raise _Stop(status)
             return float(known.found.value), known.found.grad
-        self.known = []  # another run from here on
+        if self.go_on is not None and index == len(self.known):
+            go_on_from(self.go_on)
+        self.known, self.go_on = [], None  # another run from here on
         before = time.perf_counter()
         begin = FlatStart(self.start[1], count=index)
         if self.latest is not None and self.warm_start:
@@ -136,13 +150,13 @@ class _Answers:
         answer = _Answer(x.clone(), found, self.run.history[-1])
         stops = self.run.stops(estimate)
         self._keep(answer)
+        self.run.reached(index, problem, answer.x, estimate)
         if self.run.failed(estimate):
             raise _Stop(estimate.status)
         if stops:
             raise _Stop(Status.stopped)
-        checkpoint = self.run.rules.checkpoint
-        if checkpoint is not None and (index + 1) % checkpoint.every == 0:
-            self.save()
+        if self.run.rules.saves is not None and self.run.rules.saves.due(index + 1):
+            self.save(last=False)
         return float(found.value), found.grad
 
     def structured(self, answer: _Answer) -> Estimate:
@@ -151,36 +165,55 @@ class _Answers:
         tally.add(answer.record.stats)
         return self.run.structured(self.problem.with_tally(tally), answer.x, answer.found, answer.record.step)
 
-    def save(self) -> None:
+    def save(self, *, last: bool) -> None:
         """Write all answers that the callback has been told of."""
-        checkpoint = self.run.rules.checkpoint
-        if checkpoint is None:
+        saves = self.run.rules.saves
+        if saves is None:
             return
         point = (self.given[-1].x, self.given[-1].found.y) if self.given else self.start
-        records = [answer.record.as_dict() for answer in self.given]
-        checkpoint.save(len(records), point, records, evaluations=[_plain(answer) for answer in self.given])
+        saves.save(
+            len(self.given),
+            point,
+            [answer.record for answer in self.given],
+            last=last,
+            evaluations=lambda i: _plain(self.given[i]),
+            random=self.drawn,
+            begun=self.begun,
+        )
 
-    def resume(self, checkpoint: Checkpoint) -> None:
+    def save_all(self) -> None:
+        """Write what there is; while the file is replayed, it holds more than that."""
+        if len(self.given) >= len(self.known):
+            self.save(last=True)
+
+    def resume(self, saves: Saves) -> None:
         """Take the answers of a file for known.
 
         Raises:
             ValueError: if it is that of another run.
         """
+        checkpoint = saves.checkpoint
         content = checkpoint.load(*self.start)
         if "evaluations" not in content:
             raise checkpoint.foreign("it holds a state, and this method runs its own loop")
         checkpoint.demand(content)
+        saves.go_on_from(content)
         self.known = [
             _answer(plain, Record.from_dict(record))
             for plain, record in zip(content["evaluations"], content["history"], strict=True)
         ]
+        if "random" in content:
+            self.begun, self.go_on = content["begun"], content["random"]
+            self.drawn = self.begun
+            go_on_from(content["begun"])
 
     def _keep(self, answer: _Answer) -> None:
         self.latest = answer
         inside = self.bounds is None or torch.equal(answer.x, answer.x.clamp(*self.bounds))
         self.run.best.see(Candidate(answer.x, answer.found.y, answer.record, answer.record.status.ok and inside))
-        if self.run.rules.checkpoint is not None:
+        if self.run.rules.saves is not None:
             self.given.append(answer)
+            self.drawn = drawn_so_far() if self.go_on is None else self.go_on
 
 
 def _plain(answer: _Answer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOut
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, region
-from bilevel._tree import Tree, demand_alike, ravel
+from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
@@ -31,14 +31,19 @@ from bilevel.named.auto import Auto
 from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
-from bilevel.outer.batches import first_batch, sources
-from bilevel.outer.checkpoint import Checkpoint, begun_with, fingerprint
+from bilevel.outer.batches import expect, first_batch, sources
+from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of
 from bilevel.outer.drivers import drive
+from bilevel.outer.fingerprint import Fingerprint
+from bilevel.outer.partial import tells_partial
 from bilevel.outer.run import Callback, Rules, Run, iterate
+from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
+from bilevel.outer.words import in_words
 from bilevel.requirements.starts import starts_warm
 
 
+@tells_partial
 def minimize(
     problem: BilevelProblem,
     x0: Tree,
@@ -54,7 +59,8 @@ def minimize(
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
-    resume: bool = False,
+    checkpoint_seconds: float | None = 30.0,
+    resume: bool | Literal["force"] = False,
     warm_start: bool | None = None,
     chunk_size: int | None = None,
     accuracy: Literal["fixed", "adaptive"] | None = None,
@@ -93,10 +99,16 @@ def minimize(
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
             when the run is interrupted or fails. It holds the state of the algorithm; of a driver, which keeps its
-            state to itself, all evaluations, that are replayed to it.
-        checkpoint_every: how often.
-        resume: continue from `checkpoint`, with the algorithm (estimator, outer method), the constraint and the
-            structures that the run was begun with. Loaders are run forward to where they were; callables are exact.
+            state to itself, all evaluations, that are replayed to it. The records of a long run are in a second file
+            beside it, `checkpoint` + ".history", to whose end the new ones are added.
+        checkpoint_every: how many steps lie between two writes.
+        checkpoint_seconds: how much time, at most: it is written after the step in which that is over; None: it does
+            not matter.
+        resume: continue from `checkpoint`, with the problem, the data, the algorithm (estimator, outer method), the
+            constraint and the structures that the run was begun with: as far as can be known, a file of another run is
+            refused, and what is otherwise is named; "force": go on all the same. Loaders are run forward to where they
+            were; callables are exact. The global random numbers (of torch, Python and numpy) are put back where they
+            were, so that random functions go on as well; without `resume` they are never touched.
         warm_start: start each inner and linear solve where the previous ended. None: where the estimate forgets its
             start (its solvers have tolerances), so that this saves work and changes nothing; elsewhere, after so many
             steps without a tolerance, the start is a part of Phi, and each solve begins at y0. True with such steps is
@@ -120,7 +132,9 @@ def minimize(
         TypeError: if an argument is of the wrong type.
         ValueError: if structures do not match, an estimator or algorithm does not apply, a number is out of range, or
             arguments exclude each other.
-        BilevelError: if `throw` and the run did not succeed; its `partial` is the solution so far.
+        BilevelError: if `throw` and the run did not succeed, or a checkpoint could not be written (a full disk).
+        BaseException: whatever f, g or the callback raise, and Ctrl-C, as they are. Every exception that leaves here
+            has an attribute `partial`: the solution so far, None if there was none.
 
     Example:
         >>> import torch
@@ -132,7 +146,7 @@ def minimize(
         3.0
     """
     demand_autograd("minimize")
-    _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every)
+    _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every, checkpoint_seconds, resume)
     demand_type("minimize", "warm_start", warm_start, bool | None)
     if max_steps < 0 or checkpoint_every < 1:
         raise ValueError(
@@ -158,6 +172,8 @@ def minimize(
     if algorithm is not None and algorithm != DESCENT:
         _refuse_beside(algorithm, [name for name, value in of_descent.items() if value is not None])
     batches = sources(data)
+    if resume and checkpoint is not None:
+        expect(batches, loaders_of(checkpoint))
     x, x_structure = ravel(x0, "x0")
     first = first_batch(batches)
     check_signature(problem, first)
@@ -171,8 +187,13 @@ def minimize(
     settings: dict[str, object] = {"constraint": constraint, "x": x_structure.describe(), "y": y_structure.describe()}
 
     def run(compares: bool) -> Run:
-        kept = None if checkpoint is None else Checkpoint(checkpoint, checkpoint_every, fingerprint(settings))
-        return Run(Rules(max_steps, tol, throw, callback, kept, resume, skip), structured, compares)
+        saves = None
+        if checkpoint is not None:
+            made_of = settings | {"problem": problem, "data": data, "constants": constants}
+            starts = [*tree_leaves(x0), *tree_leaves(y0)]
+            kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
+            saves = Saves(kept, checkpoint_every, checkpoint_seconds)
+        return Run(Rules(max_steps, tol, throw, callback, saves, bool(resume), skip), structured, compares)
 
     chosen: AbstractAlgorithm[Any]
     if algorithm is None or algorithm == DESCENT:
@@ -199,12 +220,20 @@ def minimize(
     return iterate(run(oracle.is_fixed and chosen.values_are_phi), chosen, oracle, x, y)
 
 
-def _demand_arguments(max_steps: Any, tol: Any, callback: Any, checkpoint: Any, checkpoint_every: Any) -> None:
+def _demand_arguments(
+    max_steps: Any, tol: Any, callback: Any, checkpoint: Any, checkpoint_every: Any, seconds: Any, resume: Any
+) -> None:
     demand_type("minimize", "max_steps", max_steps, int)
     demand_type("minimize", "checkpoint_every", checkpoint_every, int)
     demand_type("minimize", "tol", tol, float | None)
     demand_type("minimize", "callback", callback, Callable[..., Any] | None)
     demand_type("minimize", "checkpoint", checkpoint, str | os.PathLike | None, "a path or None")
+    demand_type("minimize", "checkpoint_seconds", seconds, float | None)
+    demand_type("minimize", "resume", resume, bool | str, 'True, False or "force"')
+    if isinstance(resume, str) and resume != "force":
+        raise ValueError(f'`minimize(resume=...)` must be True, False or "force". Got {resume!r}.')
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"`minimize(checkpoint_seconds=...)` must be positive, or None. Got {seconds}.")
 
 
 def _demand_skip(skip: Any, throw: bool, data: Any, outer: Any) -> None:
@@ -240,7 +269,7 @@ def _as_begun(chosen: Any, checkpoint: str | os.PathLike[str]) -> Any:
     """The default outer method that a run was begun with: of files of earlier versions always `Adam`."""
     from bilevel.solvers.adam import Adam
 
-    return Adam(0.05) if begun_with(checkpoint, "outer", fingerprint({"outer": Adam(0.05)})["outer"]) else chosen
+    return Adam(0.05) if begun_with(checkpoint, "outer", in_words({"outer": Adam(0.05)})["outer"]) else chosen
 
 
 def _optimizer(outer: Any) -> AbstractOptimizer | AbstractMinimizer:

@@ -16,9 +16,12 @@ from bilevel._flat import FlatProblem
 from bilevel._result import BilevelError, Stats, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
+from bilevel.outer.batches import positions, run_forward
 from bilevel.outer.best import Candidate, Keeper
-from bilevel.outer.checkpoint import Checkpoint
 from bilevel.outer.encoding import decoded, encoded
+from bilevel.outer.partial import attach
+from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
+from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.padding import demand_padding_unseen
@@ -40,7 +43,7 @@ class Rules:
         tol: at which measure of stationarity it ends; None: at none.
         throw: whether it ends, with an error, where something does not succeed.
         callback: what is called with each record; a true value ends the run.
-        checkpoint: the file that the state is written to, or None.
+        saves: the checkpoints that are written, or None.
         resume: whether the run begins with what is in the file.
         skip: how many estimates in a row that are lost (see `Status.lost`) are passed over, x staying where it is.
     """
@@ -49,7 +52,7 @@ class Rules:
     tol: float | None
     throw: bool
     callback: Callback | None
-    checkpoint: Checkpoint | None
+    saves: Saves | None
     resume: bool
     skip: int = 0
 
@@ -72,6 +75,7 @@ class Run:
         self.rules, self.structured = rules, structured
         self.history: list[Record] = []
         self.best = Keeper(compares)
+        self._latest: tuple[int, FlatProblem, Tensor, Estimate] | None = None
 
     def record(self, step: int, estimate: Estimate, norm: float, seconds: float, rejected: bool = False) -> Record:
         """Keep the record of a step."""
@@ -111,49 +115,95 @@ class Run:
         """How a run ends whose steps do."""
         return Status.steps_used_up if self.rules.tol is None else Status.max_steps
 
-    def finish(self, problem: FlatProblem, x: Tensor, estimate: Estimate, ended: Status) -> Solution:
-        """The solution, at x `(p,)`.
+    def reached(self, step: int, problem: FlatProblem, x: Tensor, estimate: Estimate) -> None:
+        """Take note of what would be left if the run ended here."""
+        self._latest = step, problem, x, estimate
+
+    def so_far(self, why: str = "") -> Solution | None:
+        """What an exception leaves: a solution at the latest point whose estimate is whole; None before the first."""
+        if self._latest is None or self.best.best is None:
+            return None
+        step, problem, x, estimate = self._latest
+        return self._solution(problem, x, estimate, Status.interrupted, why, self.history[: step + 1])
+
+    def leave(self, error: BaseException, save: Callable[[], None]) -> None:
+        """Nothing is lost by an exception: what was computed goes along with it, and into the checkpoint.
+
+        Raises:
+            BaseException: another one that arrives meanwhile, such as a second Ctrl-C; with the same.
+        """
+        try:
+            attach(error, self.so_far(f"{type(error).__name__}: {error}"))
+            save()
+        except Exception as failure:  # must not hide what went wrong first
+            error.add_note(f"The checkpoint could not be written either: {failure}")
+        except BaseException as second:
+            attach(second, self.so_far(f"{type(error).__name__}: {error}"))
+            raise
+
+    def not_saved(self, failure: NotSavedError, solution: Solution | None = None) -> BilevelError:
+        """What to say where a checkpoint cannot be written: nothing else went wrong."""
+        step = self.history[-1].step if self.history else 0
+        message = f"`minimize` stopped after step {step}: {failure}. What was computed is its `partial`."
+        partial = self.so_far(message) if solution is None else solution
+        return BilevelError(message, Status.interrupted, partial)
+
+    def finish(self, solution: Solution) -> Solution:
+        """The solution.
 
         Raises:
             BilevelError: if something failed, or a tolerance that was asked for is missed, and that is to be raised.
         """
-        met = Status.worst(record.status for record in self.history if not record.rejected)
-        status = Status.worst([ended, met])
+        if self.rules.throw and solution.failed:
+            step = self.history[-1].step
+            text = f"`minimize` did not succeed; it stopped at step {step}. {solution.message}"
+            raise BilevelError(text, solution.status, solution)
+        return solution
+
+    def solution(self, problem: FlatProblem, x: Tensor, estimate: Estimate, ended: Status) -> Solution:
+        """Where the run ended, at x `(p,)`."""
+        message = "" if ended.ok else estimate.message or f"minimize: {ended.value}"
+        return self._solution(problem, x, estimate, ended, message, self.history)
+
+    def _solution(
+        self, problem: FlatProblem, x: Tensor, estimate: Estimate, ended: Status, message: str, history: list[Record]
+    ) -> Solution:
+        met = Status.worst(record.status for record in history if not record.rejected)
+        stopped = ended is Status.interrupted
+        status = ended if stopped else Status.worst([ended, met])
         short = ended in SHORT and self.rules.tol is None and met.ok
-        message = ""
-        if not ended.ok:
-            message = estimate.message or f"minimize: {ended.value}"
-        elif not status.ok:
-            failed = next(record.step for record in self.history if record.status is status and not record.rejected)
+        if ended.ok and not status.ok:
+            failed = next(record.step for record in history if record.status is status and not record.rejected)
             message = f"the estimate at step {failed}: {status.value}"
-        solution = Solution(
+        return Solution(
             x=problem.x.unravel(x.clone()),
             y=estimate.y,
             value=estimate.value,
             status=status,
             message=message,
-            stats=sum((record.stats for record in self.history), Stats()),
-            history=tuple(self.history),
+            stats=sum((record.stats for record in history), Stats()),
+            history=tuple(history),
             estimate=estimate,
             failed=not (status.ok or short),
             converged=ended is Status.successful and estimate.status.ok,
             best=self.best.told(problem.x, problem.y),
         )
-        if self.rules.throw and solution.failed:
-            step = self.history[-1].step
-            raise BilevelError(f"`minimize` did not succeed; it stopped at step {step}. {message}", status, solution)
-        return solution
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class _Reached:
-    """Where a run is: at `state`, with the oracle calls that led there since the latest record, and the best before."""
+    """Where a run is: at `state`, with the oracle calls that led there since the latest record, and the best before.
+
+    And with the random numbers that were drawn on the way, as far as there is a file to keep them in.
+    """
 
     step: int
     state: Any
     calls: Stats
     best: Candidate | None = None
+    drawn: Randomness | None = None
+    loaders: Any = None
 
 
 def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
@@ -182,19 +232,20 @@ def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tens
             demand_beyond_start(problem, x, problem.start(x, y).detach())
         return _iterate(run, algorithm, oracle, x, y)
     except DoesNotApply as error:  # seen on the way only
-        raise ValueError(refusal(algorithm, error.reason)) from error
+        raise attach(ValueError(refusal(algorithm, error.reason)), getattr(error, "partial", None)) from error
 
 
 def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
     rules, tally = run.rules, oracle.like.tally
     initial = algorithm.init(oracle, x, y)
-    reached = _Reached(0, initial, tally.stats())
+    reached = _Reached(0, initial, tally.stats(), None, *_drawn(rules, oracle))
     if rules.resume:
-        assert rules.checkpoint is not None
-        reached = _resumed(run, rules.checkpoint, initial, algorithm.point(initial))
+        assert rules.saves is not None
+        reached = _resumed(run, rules.saves, initial, algorithm.point(initial))
         oracle = oracle.at(reached.step)
         tally.clear()
         tally.add(reached.calls)
+        go_on(oracle, reached)
     try:
         seconds = 0.0
         while True:
@@ -207,24 +258,40 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
             if not run.passes_over():
                 state = algorithm.step(oracle, state, at.found)
             seconds = time.perf_counter() - before
-            reached = _Reached(reached.step + 1, state, tally.stats(), run.best.best)
+            reached = _Reached(reached.step + 1, state, tally.stats(), run.best.best, *_drawn(rules, oracle))
             oracle = oracle.at(reached.step)
-            if rules.checkpoint is not None and reached.step % rules.checkpoint.every == 0:
-                _save(run, rules.checkpoint, algorithm, reached, initial)
+            if rules.saves is not None and rules.saves.due(reached.step):
+                _save(run, algorithm, reached, initial)
         if at.found.back is not None:  # what is returned is not a trial point that was no good
             back = _Reached(reached.step + 1, at.found.back, Stats())
             at = _look(run, algorithm, oracle.at(back.step), back, 0.0)
             ended = _returned(run, at, ended)
-    except BaseException as error:
-        if rules.checkpoint is not None:
-            try:  # of the last whole step; its record, if it has one, is written again on resuming
-                _save(run, rules.checkpoint, algorithm, reached, initial)
-            except OSError as failure:  # must not hide what went wrong first
-                error.add_note(f"The checkpoint could not be written either: {failure}")
+    except NotSavedError as failure:
+        raise run.not_saved(failure) from failure.__cause__
+    except BaseException as error:  # the last whole step is kept; its record, if it has one, is written on resuming
+        run.leave(error, partial(_save, run, algorithm, reached, initial, last=True))
         raise
-    if rules.checkpoint is not None:
-        _save(run, rules.checkpoint, algorithm, reached, initial)
-    return run.finish(oracle.like, at.x, at.estimate, ended)
+    solution = run.solution(oracle.like, at.x, at.estimate, ended)
+    try:
+        _save(run, algorithm, reached, initial, last=True)
+    except NotSavedError as failure:
+        raise run.not_saved(failure, solution) from failure.__cause__
+    except BaseException as error:
+        attach(error, solution)
+        raise
+    return run.finish(solution)
+
+
+def _drawn(rules: Rules, oracle: Oracle) -> tuple[Randomness | None, Any]:
+    """Where the global random numbers are, and the loaders in their data, if that is kept."""
+    return (None, None) if rules.saves is None else (drawn_so_far(), positions(oracle.data))
+
+
+def go_on(oracle: Oracle, reached: _Reached) -> None:
+    """Bring loaders and the global random numbers to where they were."""
+    if reached.drawn is not None:
+        run_forward(oracle.data, oracle.draws, reached.step)
+        go_on_from(reached.drawn)
 
 
 @final
@@ -249,6 +316,7 @@ def _look(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: 
     took = seconds + time.perf_counter() - before
     record = run.record(reached.step, estimate, norm, took, found.back is not None)
     run.best.see(Candidate(x, found.estimate.y, record, estimate.status.ok))
+    run.reached(len(run.history) - 1, oracle.like, x, estimate)
     oracle.like.tally.clear()
     return _At(x, found, estimate, norm)
 
@@ -275,16 +343,25 @@ def _returned(run: Run, at: _At, ended: Status) -> Status:
     return Status.successful if run.met(at.norm, at.found.tol) else ended
 
 
-def _save(run: Run, checkpoint: Checkpoint, algorithm: AbstractAlgorithm[Any], reached: _Reached, initial: Any) -> None:
-    records = [record.as_dict() for record in run.history[: reached.step]]
-    state = encoded(reached.state, initial)
-    calls = reached.calls.as_dict()
-    best = None if reached.best is None else reached.best.as_dict()
-    checkpoint.save(reached.step, algorithm.point(reached.state), records, state=state, calls=calls, best=best)
+def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initial: Any, *, last: bool = False) -> None:
+    if run.rules.saves is None:
+        return
+    run.rules.saves.save(
+        reached.step,
+        algorithm.point(reached.state),
+        run.history,
+        last=last,
+        state=encoded(reached.state, initial),
+        calls=reached.calls.as_dict(),
+        best=None if reached.best is None else reached.best.as_dict(),
+        random=reached.drawn,
+        loaders=reached.loaders,
+    )
 
 
-def _resumed(run: Run, checkpoint: Checkpoint, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
+def _resumed(run: Run, saves: Saves, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
     """Where the checkpoint is; its records become those of the run."""
+    checkpoint = saves.checkpoint
     content = checkpoint.load(*point)
     if "state" not in content:
         raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
@@ -293,7 +370,9 @@ def _resumed(run: Run, checkpoint: Checkpoint, initial: Any, point: tuple[Tensor
     except ValueError as error:
         raise checkpoint.foreign(error) from error
     checkpoint.demand(content)
+    saves.go_on_from(content)
     run.history = [Record.from_dict(record) for record in content["history"]]
     if content.get("best") is not None:  # files of earlier versions do not tell
         run.best.best = Candidate.from_dict(content["best"])
-    return _Reached(content["step"], state, Stats(**content["calls"]), run.best.best)
+    calls, drawn = Stats(**content["calls"]), content.get("random")
+    return _Reached(content["step"], state, calls, run.best.best, drawn, content.get("loaders"))
