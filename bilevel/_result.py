@@ -304,7 +304,7 @@ class Tally:
     def _own(self) -> Stats:
         of_g = self.gradients + self.beside + self.hvps + self.cross_products
         calls = self.sample_calls + self.g_samples * of_g + self.f_samples * self.outer_gradients
-        return Stats(*(getattr(self, name) for name in _COUNTS), sample_calls=calls)
+        return Stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=calls)
 
 
 @final

@@ -185,7 +185,7 @@ class Oracle:
         """The problem with batch number `f` for f and batch number `g` for g."""
         if (f, g) not in self._problems:
             of_f, of_g = self.block("f", f), self.block("g", g)
-            alike = of_f is of_g and not isinstance(self.data, Split)
+            alike = of_f.data is of_g.data and not isinstance(self.data, Split)
             data = of_f.data if alike else Split(f=of_f.data, g=of_g.data)
             self._problems[f, g] = self._with(data, of_f.samples, of_g.samples)
         return self._problems[f, g]

@@ -196,7 +196,7 @@ def demand_steps(loop: Any, inner_step: Step, outer_step: Step, linear_step: flo
     call = type(loop).__name__
     for name, step in (("inner_step", inner_step), ("outer_step", outer_step), ("linear_step", linear_step)):
         if not isinstance(step, AbstractOptimizer):
-            demand_ranges(loop, **{name: POSITIVE})
+            demand_ranges(loop, None, **{name: POSITIVE})
         elif step.needs_curvature:
             raise ValueError(f"`{call}({name}={type(step).__name__}())` needs a step size: pass `step=...`.")
     if linear_step is None and isinstance(inner_step, AbstractOptimizer):
