@@ -212,6 +212,10 @@ class FlatProblem:
         data = Split(tree_map(cut, self.data.f), tree_map(cut, self.data.g)) if both else tree_map(cut, self.data)
         return FlatProblem(self.problem, self.x, self.y, data, self.tally, given=self.given)
 
+    def alone(self, tally: Tally) -> FlatProblem:
+        """The same problem counting elsewhere, to be kept: it holds nothing of the x that it was met at."""
+        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
+
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
@@ -273,9 +277,9 @@ def _scalar(name: str, value: Tree) -> Tensor:
 
 
 def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
-    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. A copy."""
+    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. Not to be written to."""
     if problem.tasks is None:
-        return problem.y.ravel(tree, name).detach().clone()
+        return problem.y.ravel(tree, name).detach()
     stacked = Structure(
         problem.y.spec,
         tuple(torch.Size((problem.tasks, *shape)) for shape in problem.y.shapes),
@@ -284,4 +288,4 @@ def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
     )
     stacked.ravel(tree, name)  # for its checks
     leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(stacked.aligned(tree))]
-    return torch.cat(leaves, dim=-1).detach().clone()
+    return (leaves[0] if len(leaves) == 1 else torch.cat(leaves, dim=-1)).detach()

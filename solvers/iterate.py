@@ -127,9 +127,11 @@ class Iterate(AbstractUnrollable):
                     norms.append(norm)
                     moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
                     if not moving.any() or (gives_up and is_time_to_give_up(norms)):
+                        del gradient
                         break
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
+            del gradient, moved  # not to be held while the next gradient is formed
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
         residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms

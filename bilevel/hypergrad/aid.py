@@ -154,8 +154,10 @@ class AID(AbstractImplicit):
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         if (certified := self._certified) is not None:
             return certified.estimate(problem, x, start)
-        y0 = problem.start(x, start.y).detach()
-        solved, at, ended = solution(problem, x, y0, self.inner, self.products, self.margin)
+        # A name for the start would keep it beyond the inner solve.
+        solved, at, ended = solution(
+            problem, x, problem.start(x, start.y).detach(), self.inner, self.products, self.margin
+        )
         y = solved.value
         value, fx, fy = outer_gradients(problem, x, y)
         system = self.linear.solve(at.operator.shifted(self.damping), at.right_hand_side(fy), start.v)
