@@ -78,8 +78,10 @@ def solve_by_runs(
     steps, norm_A = 0, torch.zeros_like(stop)
     running, before, codes = [norm != 0 for norm in norms], [math.inf] * len(norms), [CONVERGED] * len(norms)
     while True:
-        r = r / scale if r is b else r.div_(scale)
-        correction, ends, used, norm_A = run(operator, r, stop, max_steps - steps, norm_A)
+        # Handed over without a name, so that a run that needs it no more can let go of it.
+        correction, ends, used, norm_A = run(
+            operator, r / scale if r is b else r.div_(scale), stop, max_steps - steps, norm_A
+        )
         v = correction.mul_(scale) if v is None else torch.addcmul(v, scale, correction)
         del correction
         steps += used

@@ -59,6 +59,7 @@ def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
     """The last state and its tangents, J_N' `(p, *tasks, q)` first."""
     tangents = torch.stack([_init_tangent(walk.start, walk.x, unit) for unit in units])
     state, moved = _push(lambda y: walk.inner.begin(y), (_leaf(walk.start),), (tangents,))
+    del tangents
     while walk.steps < walk.inner.max_steps:
         value, gradient, along = _gradient(walk, state[0])
         moving: Tensor | None = None
@@ -69,12 +70,14 @@ def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
                 break
         # H Z + G', which vanishes where Z has converged; one row for each outer variable
         change = torch.stack([along(unit, z) for unit, z in zip(units, moved[0], strict=True)])
+        del along  # and the graph with it
         new, new_moved = _step(walk, state, moved, gradient, change, units)
         if walk.length is not None:
             moving = walk.moving(walk.moved(state, new), value, walk.steps)
             if walk.is_over(moving):
                 break
         state, moved = walk.hold(moving, new, state), walk.hold(moving, new_moved, moved)
+        del gradient, change, new, new_moved  # not to be held while the next gradient is formed
         walk.steps += 1
     return state, moved
 
