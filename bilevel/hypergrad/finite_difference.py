@@ -105,7 +105,7 @@ class FiniteDifference(AbstractEstimator):
                 at = x.clone()
                 at[i] += sign * t
                 phi, there, ended = self._phi(problem, at, start.y)  # the same iteration: the same start
-                ends.append((phi, at[i]))
+                ends.append((phi, at[i].clone()))
                 moves.append(ended)
                 if len(moved) < 2 * _REFINED:
                     moved.append((at, there, phi))

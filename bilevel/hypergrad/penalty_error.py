@@ -151,32 +151,36 @@ def error_of(
         moved = 2 * points[1][1].fx - points[0][1].fx - y.fx
         right = rows * (2 * points[1][1].fy - points[0][1].fy)
         apart, factor = found[1].less(found[0]), 2.5
-    r, inexact = whole.a - b, whole.a - right
     pairs = [whole] if apart is None else [whole, apart]
     gain = max(_over(_size(pair.image), _size(pair.a)) for pair in pairs)
     stretch = max(_over(_size(pair.v), _size(pair.a)) for pair in pairs)
-    lost, norm_b = _size(r), _size(b)
+    r = whole.a - b
+    lost, norm_b, inexact, size_v = _size(r), _size(b), _size(whole.a - right), _size(whole.v)
     bias, off = _size(moved) + gain * _size(right - b), stretch * lost
+    implicit, between = _size(whole.image), 0.0 if apart is None else _size(apart.image)
+    del found, whole, apart, pairs, right, b  # of them only sizes are asked for from here on
     down = any(descends(y, y_w) for _, y_w in points)
     if probe is not None and norm_b > 0 and math.isfinite(lost) and not down:
         w = top * max(lost / norm_b, _LEAST)
         if probe.tolerance is not None:  # it must move y by more than what is not looked at
             w = min(w, max(lost, _LEAST * norm_b) / (_ABOVE * probe.tolerance))
-        signs = torch.randint(0, 2, y.y.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         reach = safe_row_norms(points[-1][1].y - y.y).unsqueeze(-1) / math.sqrt(y.y.shape[-1])
-        start = y.y + reach * (2 * signs - 1).to(y.y)
         quiet = problem.with_tally(Tally())
-        solved = probe.solve(Objective(lambda z: quiet.g(x, z) + row_dots(r, z) / w, quiet.tally), start)
+        tilted = Objective(lambda z: quiet.g(x, z) + row_dots(r, z) / w, quiet.tally)
+        solved = probe.solve(tilted, _random_signs(y.y).mul_(reach).add_(y.y))
         at = Point.at(quiet, x, solved.value)
         refined, down = Difference.between(y, at, w), descends(y, at)
         bias, off = _size(moved + refined.image), max(off, _size(refined.v))
         gain = max(gain, _over(_size(refined.image), _size(refined.a)))
-    implicit = _size(whole.image)
     size = max(_size(h), _size(y.fx), implicit)
-    if apart is not None:
-        bias += _over(_size(apart.image), implicit) * _size(apart.image)
+    bias += _over(between, implicit) * between
     assert y.gx is not None
     digits = max(_over(_size(y.y), _size(y_w.y - y.y)) for _, y_w in points)
     noise = eps * (factor * _FEW * top * _size(y.gx) / rows + digits * implicit)
-    missed = gain * _size(inexact)
-    return PenaltyError(bias, noise, missed, size, off < _SETTLED * _size(whole.v), down)
+    return PenaltyError(bias, noise, gain * inexact, size, off < _SETTLED * size_v, down)
+
+
+def _random_signs(like: Tensor) -> Tensor:
+    """Entries 1 and -1, the same ones on every device and in every call."""
+    signs = torch.randint(0, 2, like.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(like)
+    return signs.mul_(2).sub_(1)

@@ -183,8 +183,9 @@ def _push(
 ) -> tuple[State, State]:
     """function(*leaves) and its derivatives along p tangents of the leaves, stacked in front.
 
-    J t is the derivative of w -> J'w along t: two reverse passes. Torch's own forward mode loads its rules with
-    TorchScript, which takes a second and warns of its deprecation.
+    J t is the derivative of w -> J'w along t: two reverse passes, the second one for each t. Torch's own forward mode
+    loads its rules with TorchScript, which takes a second and warns of its deprecation; its batched reverse mode leaves
+    cycles of references behind at each call.
     """
     with torch.enable_grad():
         value = function(*leaves)
@@ -197,7 +198,11 @@ def _push(
             along = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
             if along:
                 sources, directions = zip(*along, strict=True)
-                moved = torch.autograd.grad(sources, weights, directions, is_grads_batched=True, allow_unused=True)
+                pushed = [
+                    torch.autograd.grad(sources, weights, rows, retain_graph=True, allow_unused=True)
+                    for rows in zip(*directions, strict=True)
+                ]
+                moved = tuple(None if rows[0] is None else torch.stack(rows) for rows in zip(*pushed, strict=True))
     zeros = (tangents[0].new_zeros(len(tangents[0]), *v.shape) for v in value)
     return (
         tuple(v.detach() for v in value),
