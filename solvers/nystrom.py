@@ -107,7 +107,8 @@ class Nystrom(AbstractLinearSolver):
         # With all n columns nothing is outside, and rounding errors must not be divided by rho.
         outside = column - U @ inside if k < n else torch.zeros_like(column)
         v = ((U @ (inside / (theta + rho).unsqueeze(-1))) + outside / rho.unsqueeze(-1)).squeeze(-1)
-        v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v).to(b.dtype)
+        v = torch.where(zero.unsqueeze(-1), 0.0, v).to(b.dtype)
+        del U, column, inside, outside  # not to be held while the last product is formed
         residual = safe_row_norms(operator.residual(b, v))
         indefinite = eigenvalues[..., 0] < -math.sqrt(torch.finfo(b.dtype).eps) * largest
         vanished = (largest == 0) & (self.damping is None)

@@ -107,8 +107,9 @@ class FiniteDifference(AbstractEstimator):
                 phi, there, ended = self._phi(problem, at, start.y)  # the same iteration: the same start
                 ends.append((phi, at[i].clone()))
                 moves.append(ended)
-                if len(moved) < 2 * _REFINED:
+                if start.count == 0 and len(moved) < 2 * _REFINED:
                     moved.append((at, there, phi))
+                del there
             (up, high), (down, low) = ends
             if start.count == 0:
                 kinks += self._kink(problem, x, i, start.y, (float(down), float(value), float(up)), t)

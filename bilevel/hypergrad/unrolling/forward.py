@@ -203,10 +203,10 @@ def _push(
                     for rows in zip(*directions, strict=True)
                 ]
                 moved = tuple(None if rows[0] is None else torch.stack(rows) for rows in zip(*pushed, strict=True))
-    zeros = (tangents[0].new_zeros(len(tangents[0]), *v.shape) for v in value)
+    count = len(tangents[0])
     return (
         tuple(v.detach() for v in value),
-        tuple(z if m is None else m for m, z in zip(moved, zeros, strict=True)),
+        tuple(v.new_zeros(count, *v.shape) if m is None else m for m, v in zip(moved, value, strict=True)),
     )
 
 

@@ -40,7 +40,7 @@ def pulled_back(
     measured = measured and from_start and walk.checked
     probe = walk.probe if measured else None
     reaches = from_start and walk.has_init
-    total, left, allowed = torch.zeros_like(walk.x), None, LOOSE
+    total, left, allowed = None, None, LOOSE
     v = None if probe is None else torch.zeros_like(fy)
     adjoint: tuple[Tensor | None, ...] = (fy,)
     b = fy if measured else None
@@ -51,7 +51,7 @@ def pulled_back(
         inputs = (walk.x, *(() if probe is None else (probe,)), *(leaves if through else ()))
         in_x, *rest = pull_back(last, adjoint, inputs)
         del last
-        total = total if in_x is None else total + in_x
+        total = total if in_x is None else in_x if total is None else total + in_x
         del leaves, inputs, in_x
         if v is not None:
             in_gradients = rest.pop(0)
@@ -61,6 +61,7 @@ def pulled_back(
         del rest
         if walk.needs_gradient:
             count_products(walk.problem.tally, walk.rows, length, through)
+    total = torch.zeros_like(fx) if total is None else total
     if b is not None:
         found = None if v is None else lacking(walk, end[0], fx, b, total, v)
         left, allowed = at_rest(walk, end, fx, b, total) if found is None else found
