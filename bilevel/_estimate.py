@@ -43,6 +43,9 @@ class Start:
 class Estimate:
     """A hypergradient and everything that is known about it.
 
+    It holds no graph, and h, x, y and v once each; `start` makes copies. What it holds may be written to, once what is
+    made of it later (`start`, `error_estimate`) has been read: these refuse what has been written to.
+
     Attributes:
         grad: the estimate of grad Phi(x): the structure of x.
         value: Phi at x, as the inner solution found it.
@@ -81,7 +84,11 @@ class Estimate:
 
     @cached_property
     def start(self) -> Start:
-        """The warm start for the next call: `hypergradient(..., start=estimate.start)`; made when it is read."""
+        """The warm start for the next call: `hypergradient(..., start=estimate.start)`; made when it is first read.
+
+        Raises:
+            ValueError: if y or v has been written to before.
+        """
         return self.warm()
 
     @property
@@ -91,6 +98,9 @@ class Estimate:
         The distance to the implicit gradient after one Newton correction of y, whose own error is of second order in
         |y - y*|. Computed when it is read, at the cost of two linear solves, two gradients of g and one of f, which
         `stats` does not count. NaN where the correction does not exist.
+
+        Raises:
+            ValueError: if x, y, v or grad has been written to.
         """
         return float("nan") if self.second_level is None else self.second_level()
 

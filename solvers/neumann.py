@@ -42,7 +42,7 @@ class Neumann(AbstractLinearSolver):
     definite, if 0 < step < 2 / L with L its largest eigenvalue.
 
     Cost: `terms` - 1 products from zero, `terms` from a guess, and one for the true residual; `step=None` adds
-    those of an estimate of L, about 14. Memory 5n.
+    those of an estimate of L, about 14. Memory 4n.
 
     A residual that grows, which those of a symmetric A cannot for a safe step, is reported as `Status.diverged`,
     with the iterate of least residual.

@@ -54,8 +54,8 @@ from bilevel import (
 )
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel.algorithms import SOBA, AbstractAlgorithm, Descent, available
-from bilevel.inner_problems import Iteration
 from bilevel.few_shot import Validating, adapt, evaluate, mlp, train
+from bilevel.inner_problems import Iteration
 from bilevel.problems import imaml, maml
 from bilevel.solvers import (
     CG,
@@ -89,7 +89,6 @@ from bilevel.solvers import (
     TorchOptim,
 )
 from bilevel.tasks import Sinusoid
-
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -533,8 +532,8 @@ class Hand:
             return value
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        del optimizer
         y.grad = None
+        optimizer.state.clear()
         return self.implicit(y, lambda H, b: _cg(H, b, 8))
 
     def itd(self) -> Any:
@@ -606,10 +605,10 @@ def _cg(H: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
 
 
 _INNER9 = Iterate(GradientDescent(0.2), 9)
-# The estimator, the loop by hand, and by how many vectors it may peak above it: for few x at first and later, and for as
-# many x as y. What is above: the iterate of least residual that Neumann may have to go back to; the trial point of
-# L-BFGS, which torch writes over its y; est.x, where x is as long; the gradients of f and g at both points of a penalty,
-# of which its bias is estimated, and at first the solve that measures it.
+# The estimator, the loop by hand, and by how many vectors it may peak above it: for few x at first and later, and for
+# as many x as y. What is above: the iterate of least residual that Neumann may have to go back to; the trial point of
+# L-BFGS, which torch writes over its y; the gradients of f and g at both points of a penalty, of which its bias is
+# estimated, and at first the solve that measures it.
 PEAKS: dict[str, tuple[AbstractEstimator, str, tuple[int, int, int, int]]] = {
     "AID-CG": (_aid(), "aid_cg", (0, 0, 0, 0)),
     "AID-Neumann": (AID(Iterate(GradientDescent(0.2), 5), Neumann(0.2, 8)), "aid_neumann", (1, 1, 0, 0)),

@@ -42,8 +42,9 @@ class AID(AbstractImplicit):
     anything.
 
     Cost: the inner solver's D gradients and one more, one gradient of f, the linear solver's N Hessian products
-    and one for its true residual (one more for a warm start), one cross product. Memory O(q): it does not grow
-    with the inner steps.
+    and one for its true residual (one more for a warm start), one cross product. Memory, whatever the inner steps: the
+    graph of one gradient, what a product through it takes, y and grad_y f, and what the linear solver holds: 5 q in all
+    with `CG` (v, its residual and its direction), as in a loop by hand. The result holds h, y, v and x, each once.
 
     Error: with d = y - y*, r = grad_y f - H v and J = dy*/dx, exactly (d2f/dxdy) d + J'((d2f/dy2) d - r) where f
     and g are quadratic; in general first order in |d| and |r|. With damping the system solved is another one, and

@@ -34,7 +34,7 @@ class Forward(AbstractUnrolling):
 
     Cost for N steps: N + 1 gradients, p N Hessian products and p N cross products; with a tolerance a gradient and p
     products of each kind more, to measure what the derivative lacks. Memory: that of one gradient's graph
-    and of p states, whatever N.
+    and of 3 p states, 2 p while a gradient is formed, whatever N.
 
     Source: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
 

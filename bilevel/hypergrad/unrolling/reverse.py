@@ -28,7 +28,7 @@ class Reverse(AbstractUnrolling):
 
     Cost for N steps: N + 1 gradients, N - 1 Hessian products (N where the start depends on x) and N cross products;
     with a tolerance a gradient and a product of each kind more, to measure what the derivative lacks. Memory: N times
-    that of one gradient's graph.
+    that of one gradient's graph, as in a loop by hand; with a tolerance 3 q more, to measure what the derivative lacks.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible learning", ICML
     2015; Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
