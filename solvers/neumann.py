@@ -170,7 +170,7 @@ def _run(
             if not at.any(going):
                 break
         v = at.add(going, v, step, r)
-        del r  # not to be held while the next product is formed
+        r = b  # the last one is not to be held while the next product is formed
         steps += 1
     diverged = torch.zeros_like(limits.norm_b, dtype=torch.bool) | diverged
     return v, best, diverged, torch.maximum(first, floors), steps

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it, `bytes` and `count` are those of all storages that operations have made and that are still held.
 
     A weak reference to a storage expires when nothing holds it any more, C++ included. What an operation makes and
@@ -27,13 +27,13 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, least: int = 1, peaks: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.least, self.peaks, self.peak = least, peaks, 0
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def storages(self) -> dict[int, int]:
         """Those that are alive, and their bytes."""
-        self._seen = {key: kept for key, kept in self._seen.items() if not kept[0].expired()}
+        self._seen = {key: kept for key, kept in self._seen.items() if not kept[0].expired()}  # type: ignore[no-untyped-call]
         return {key: size for key, (_, size) in self._seen.items()}
 
     @property
@@ -56,7 +56,8 @@ class Live(TorchDispatchMode):
         for each in _tensors(found):
             storage = each.untyped_storage()
             if storage.nbytes() >= self.least and storage._cdata not in known:
-                self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._seen[storage._cdata] = weak, storage.nbytes()
                 grown = True
         if grown and self.peaks:
             self.peak = max(self.peak, self.bytes)

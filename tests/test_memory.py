@@ -40,6 +40,7 @@ from bilevel import (
     Reverse,
     Start,
     Truncated,
+    algorithms,
     certify,
     check,
     compare,
@@ -55,6 +56,7 @@ from bilevel import (
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel.algorithms import SOBA, AbstractAlgorithm, Descent, available
 from bilevel.few_shot import Validating, adapt, evaluate, mlp, train
+from bilevel.hypergrad.unrolling.form import AbstractUnrolling
 from bilevel.inner_problems import Iteration
 from bilevel.problems import imaml, maml
 from bilevel.solvers import (
@@ -104,7 +106,7 @@ DATA = torch.tensor([[0.1, 0.5, -0.3], [1.0, 0.2, 0.4], [-0.5, 0.3, 0.2]])
 
 
 def f(x: Tensor, y: Tensor, *data: Tensor) -> Tensor:
-    return (y - 1).square().sum() / 2 + sum((y * d).sum() for d in data)  # type: ignore[return-value]
+    return (y - 1).square().sum() / 2 + sum((y * d).sum() for d in data)
 
 
 def g(x: Tensor, y: Tensor, *data: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
     built = {type(estimator) for estimator, _ in BUILT.values()}
     assert built == whole(bilevel, AbstractEstimator) - ELSEWHERE
     forms = {type(each.unrolling) for each, _ in BUILT.values() if isinstance(each, ITD)}
-    assert forms == whole(bilevel, bilevel.hypergrad.unrolling.form.AbstractUnrolling)
+    assert forms == whole(bilevel, AbstractUnrolling)
     assert {type(each) for each, _ in INNER.values()} == whole(solvers, AbstractInnerSolver) - {solvers.Cvxpy}
     others = {type(each) for each in LINEAR.values()} | {SaddleCholesky}  # which is that of KKT
     assert others == whole(solvers, AbstractLinearSolver)
@@ -243,7 +245,7 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
     assert {type(each) for each in OUTER.values()} == whole(
         solvers, (AbstractOptimizer, AbstractMinimizer, AbstractOuterDriver)
     )
-    assert {type(each) for each in ALGORITHMS.values()} == whole(bilevel.algorithms, AbstractAlgorithm)
+    assert {type(each) for each in ALGORITHMS.values()} == whole(algorithms, AbstractAlgorithm)
 
 
 ALGORITHMS: dict[str, AbstractAlgorithm[Any]] = {
@@ -325,7 +327,7 @@ def test_a_differentiable_hyperobjective_keeps_no_graph_beyond_its_value() -> No
     def twice() -> Any:
         phi, x = hyperobjective(PLAIN, Y0), X.clone().requires_grad_()
         for _ in range(2):
-            phi(x).backward()
+            phi(x).backward()  # type: ignore[no-untyped-call]
         return phi, x.grad
 
     leaves_nothing(twice)
@@ -517,7 +519,8 @@ class Hand:
             values, W = torch.linalg.eigh(C[:k])
             U, sigma, _ = torch.linalg.svd(C @ (W * values.rsqrt()), full_matrices=False)
             inside = U.mT @ b
-            return U @ (inside / (sigma.square() + rho)) + (b - U @ inside) / rho
+            v: Tensor = U @ (inside / (sigma.square() + rho)) + (b - U @ inside) / rho
+            return v
 
         return self.implicit(self.descend(5), nystrom)
 
