@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
+from bilevel.portable.pickling import AbstractPortable
+from bilevel.portable.result import AbstractResult
 from bilevel.requirements.properties import STRICTEST, Property
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Start:
+class Start(AbstractResult):
     """A warm start: what one estimate hands to the next.
 
     Attributes:
@@ -38,9 +40,27 @@ class Start:
     count: int = 0
 
 
+def _nowhere() -> Start:
+    return Start(None)
+
+
+@final
+@dataclass(frozen=True)
+class LeftBehind:
+    """In the place of what estimates the error of an estimate that travelled without its f and g."""
+
+    why: str
+
+    def __call__(self) -> float:
+        raise ValueError(
+            f"`Estimate.error_estimate` is computed from f and g, which this estimate came without: {self.why}. Read it"
+            f" where the estimate is made, or make the estimate again: `hypergradient(..., start=estimate.start)`."
+        )
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Estimate(AbstractResult):
     """A hypergradient and everything that is known about it.
 
     Attributes:
@@ -77,7 +97,7 @@ class Estimate:
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
     second_level: Callable[[], float] | None = field(default=None, repr=False)
     x: Tree = field(default=None, repr=False)
-    warm: Callable[[], Start] = field(default=lambda: Start(None), repr=False)
+    warm: Callable[[], Start] = field(default=_nowhere, repr=False)
 
     @cached_property
     def start(self) -> Start:
@@ -137,7 +157,7 @@ class FlatEstimate:
     value_error: float | None = None
 
 
-class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)
+class AbstractRequiring(AbstractPortable, abc.ABC):
     """What declares what it requires of an inner problem: estimators, and whole algorithms."""
 
     @property

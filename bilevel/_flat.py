@@ -60,6 +60,10 @@ class FlatProblem:
         self._outer: tuple[tuple[Tensor, int, bool], Tree] | None = None
         self._data: dict[str, tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]] = {}
 
+    def __reduce__(self) -> Any:
+        """What it was made of; not what the user passed as x, nor what is kept to be asked for again."""
+        return _made, (self.problem, self.x, self.y, self.data, self.tally, self.is_encoded)
+
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """Phi's integrand: f(x, y) `(directions,)`, the mean over tasks; a scalar without leading axes."""
         values = self.f_each(x, y)
@@ -215,6 +219,12 @@ class FlatProblem:
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
+
+
+def _made(
+    problem: BilevelProblem, x: Structure, y: Structure, data: Any, tally: Tally, is_encoded: bool
+) -> FlatProblem:
+    return FlatProblem(problem, x, y, data, tally, is_encoded=is_encoded)
 
 
 def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Any, ...]) -> bool:

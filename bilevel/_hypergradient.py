@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
-from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
+from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, LeftBehind, Start
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._numerics.misfits import called
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
-from bilevel._tree import Tree, demand_alike, ravel, tree_map
+from bilevel._tree import Structure, Tree, demand_alike, ravel, tree_map
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
+from bilevel.portable.pickling import copied, hindrance, taken_by_value
 
 
 def hypergradient(
@@ -133,10 +135,6 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     lost = any(report.status is Status.nonfinite for report in reports)
     h = torch.full_like(found.grad, torch.nan) if lost else found.grad
     y, v = found.y.clone(), None if found.v is None else found.v.clone()  # what is handed out may be written to
-
-    def warm() -> Start:
-        return Start(problem.y.unravel(y), None if v is None else problem.y.unravel(v), count + 1)
-
     return Estimate(
         grad=problem.x.unravel(h),
         value=value,
@@ -150,7 +148,44 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         bound=found.bound,
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
-        second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
+        second_level=_SecondLevel(problem, x, found.y, found.v, found.grad),
         x=problem.x.unravel(x.clone()),
-        warm=warm,
+        warm=_Warm(problem.y, y, v, count + 1),
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Warm:
+    """How the start of the next estimate is made."""
+
+    structure: Structure
+    y: Tensor
+    v: Tensor | None
+    count: int
+
+    def __call__(self) -> Start:
+        unravel = self.structure.unravel
+        return Start(unravel(self.y), None if self.v is None else unravel(self.v), self.count)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _SecondLevel:
+    """How the error of an estimate is estimated, which takes f and g: they travel with it where they can."""
+
+    problem: FlatProblem
+    x: Tensor
+    y: Tensor
+    v: Tensor | None
+    grad: Tensor
+
+    def __call__(self) -> float:
+        return second_level(self.problem.with_tally(Tally()), self.x, self.y, self.v, self.grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not copied(2) and not taken_by_value():
+            found = hindrance(self.problem.problem) or hindrance(self.problem)
+            if found is not None:
+                return LeftBehind, (f"{found}, which pickle does not take",)
+        return object.__reduce_ex__(self, protocol)

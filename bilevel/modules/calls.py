@@ -45,6 +45,7 @@ class Calls:
         dropout: DropoutPolicy,
         seed: int,
     ) -> None:
+        self._made_of = original, left, names, batch_norm, dropout, seed
         self._original, self._left, self._names, self._seed = original, left, names, seed
         self._batch_norm: BatchNormPolicy = batch_norm
         self._dropout: DropoutPolicy = dropout
@@ -79,6 +80,11 @@ class Calls:
             return self._run(slots, call)
         finally:
             idle.append(slots)
+
+    def __reduce__(self) -> Any:
+        """Without the working copies: they are made anew."""
+        learned = {name: getattr(self, name) for name in ("_mutable", "_writes_inputs", "_forms")}
+        return _restored, (self._made_of, learned)
 
     def exported(self) -> nn.Module:
         """A copy of the module as it was given."""
@@ -119,6 +125,14 @@ class Calls:
                     " `module.eval()` before."
                 )
         return output
+
+
+def _restored(made_of: Any, learned: dict[str, Any]) -> Calls:
+    calls = Calls(*made_of)
+    calls.__dict__.update(learned)
+    if learned["_mutable"]:
+        calls._idle = []
+    return calls
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, final
 from bilevel._estimate import Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.portable.result import AbstractResult
 
 
 @final
@@ -47,7 +48,7 @@ class Record:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Best:
+class Best(AbstractResult):
     """The best iterate that a run has seen.
 
     That is the one of the lowest value, the later one of equals, among those that are in the constraint and whose
@@ -76,7 +77,7 @@ class Best:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(AbstractResult):
     """Where an outer run ended.
 
     Attributes:

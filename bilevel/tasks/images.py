@@ -10,8 +10,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.portable.pickling import AbstractPortable
 
-class AbstractImages(abc.ABC):
+
+class AbstractImages(AbstractPortable, abc.ABC):
     """Classes of images of one shape: what `Episodes` draws from.
 
     Attributes:
