@@ -318,6 +318,17 @@ class Report:
     steps: int
     statuses: tuple[Status, ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data: statuses by their names."""
+        statuses = [status.name for status in self.statuses]
+        return {**vars(self), "status": self.status.name, "statuses": statuses}
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Report:
+        """The inverse of :meth:`as_dict`."""
+        statuses = tuple(Status[name] for name in content["statuses"])
+        return Report(**{**content, "status": Status[content["status"]], "statuses": statuses})
+
     def __str__(self) -> str:
         failed = sum(not status.ok for status in self.statuses)
         tasks = f" in {failed} of {len(self.statuses)} tasks" if failed else ""
