@@ -193,9 +193,7 @@ class Estimate(AbstractResult):
                 y=restored(content["y"]),
                 v=v,
                 status=Status[demanded(content, "status", str)],
-                reports=tuple(
-                    Report.from_dict(checked(each, **_REPORT)) for each in demanded(content, "reports", list)
-                ),
+                reports=tuple(map(_report, demanded(content, "reports", list))),
                 stats=Stats(**checked(content["stats"], **COUNTS)),
                 note=demanded(content, "note", str),
                 penalized=penalized,
@@ -231,6 +229,10 @@ class Estimate(AbstractResult):
         """
         with damaged(path, "Estimate"):
             return Estimate.from_dict(read_tensors(path, "Estimate", device))
+
+
+def _report(content: Mapping[str, Any]) -> Report:
+    return Report.from_dict(checked(content, **_REPORT))
 
 
 COUNTS: dict[str, type] = dict.fromkeys(Stats().as_dict(), int)

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.batched import batched, looped, random_state, set_random_state
+from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set_random_state
 from bilevel._numerics.misfits import Misfit, called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
@@ -231,13 +231,14 @@ def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], 
     """Whether a function takes the first problem of a batch, all axes of which are listed from the inside out."""
     for in_dims in reversed(dims):
         inputs = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(inputs, in_dims, strict=True))
-    state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
-    try:
-        function(*inputs)
-    except Exception:
-        return False
-    finally:
-        set_random_state(state)
+    with RANDOM:
+        state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
+        try:
+            function(*inputs)
+        except Exception:
+            return False
+        finally:
+            set_random_state(state)
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
@@ -11,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from bilevel._numerics.batched import RANDOM
 from bilevel._tree import tree_leaves
 from bilevel.modules.copies import Left, vacate, working_copy
 from bilevel.modules.first_call import Call, cloned, demand_repeatable, examine
@@ -22,8 +22,6 @@ from bilevel.modules.layers import (
     settle_normalization,
 )
 from bilevel.modules.module_call import Slots
-
-_RANDOM = threading.RLock()  # torch's generators are those of the process
 
 
 @final
@@ -116,7 +114,7 @@ class Calls:
             return slots.call(*call)
         leaves = tree_leaves((dict(call[0]), *call[1:]))
         devices = sorted({t.device.index for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"})
-        with _RANDOM, _fixed_random_state(self._seed, devices) as has_drawn:
+        with RANDOM, _fixed_random_state(self._seed, devices) as has_drawn:
             output = slots.call(*call)
             if self._dropout == "refuse" and has_drawn():
                 raise ValueError(

@@ -70,6 +70,10 @@ class ImageFiles(AbstractImages):
         )  # pages come into being when written
         put(self, "_known", torch.zeros(kept, dtype=torch.bool, device="cpu"))
 
+    def __reduce__(self) -> Any:
+        """Without what was decoded: each process reads what it draws."""
+        return ImageFiles, (self.files, self.names, self.size, self.color, self.invert, self.cache)
+
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         numbers = self._first[classes] + members
         if not self.cache:
