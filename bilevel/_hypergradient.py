@@ -185,7 +185,7 @@ class _SecondLevel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not copied(2) and not taken_by_value():
-            found = hindrance(self.problem.problem) or hindrance(self.problem)
+            found = hindrance(self.problem.problem) or hindrance(self.problem.data, "data")
             if found is not None:
                 return LeftBehind, (f"{found}, which pickle does not take",)
         return object.__reduce_ex__(self, protocol)

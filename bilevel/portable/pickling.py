@@ -27,13 +27,12 @@ class AbstractPortable:
 
     Example:
         >>> from bilevel import BilevelProblem
-        >>> def f(x, y): return (y - 1).square().sum()
-        >>> problem = BilevelProblem(f, lambda x, y: (y - x).square().sum())
+        >>> problem = BilevelProblem(lambda x, y: (y - 1).square().sum(), print)
         >>> try:
         ...     pickle.dumps(problem)
         ... except pickle.PicklingError as error:
         ...     print(str(error).split(" defined at ")[0])
-        `pickle of BilevelProblem`: field `f` is the local function `f`
+        `pickle of BilevelProblem`: field `f` is a lambda
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -53,12 +52,17 @@ def demand_portable(owner: object) -> None:
         raise pickle.PicklingError(f"`pickle of {type(owner).__name__}`: {found}. {_REMEDY}")
 
 
-def hindrance(owner: object) -> str | None:
-    """Which field of a value holds a function or class that pickle cannot take, and what that is; None: no one."""
-    for name, value in vars(owner).items():
+def hindrance(owner: object, name: str | None = None) -> str | None:
+    """Which field of a value holds a function or class that pickle cannot take, and what that is; None: no one.
+
+    Args:
+        owner: the value.
+        name: the field whose value it is; None: its own fields are looked at.
+    """
+    for field, value in vars(owner).items() if name is None else ((name, owner),):
         found = obstacle(value)
         if found is not None:
-            return f"field `{name.removeprefix('_')}{found[0]}` is {found[1]}"
+            return f"field `{field.removeprefix('_')}{found[0]}` is {found[1]}"
     return None
 
 
