@@ -110,3 +110,10 @@ def with_data(x: Any, y: Any, data: Any) -> Tensor:
 def of_many(x: Any, y: Any) -> Tensor:
     """A quadratic of many leaves."""
     return torch.stack([(y[key] - x[key]).square().sum() for key in y]).sum()
+
+
+def weights(seed: int) -> Tensor:
+    """Of a network with a seed."""
+    from bilevel.few_shot import mlp
+
+    return mlp((3, 4, 1), seed=seed)[0].weight.detach()
