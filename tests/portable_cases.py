@@ -27,12 +27,14 @@ y0 = Inner(torch.zeros(2, dtype=torch.float64), [torch.zeros(3, dtype=torch.floa
 
 def f(x: Any, y: Any) -> Tensor:
     """Smooth, and of all entries."""
-    return (y.u - 1).square().sum() + (y.w[0] - x["b"]).cosh().sum()
+    found: Tensor = (y.u - 1).square().sum() + (y.w[0] - x["b"]).cosh().sum()
+    return found
 
 
 def g(x: Any, y: Any) -> Tensor:
     """Strongly convex in y."""
-    return (y.u - x["a"]).square().sum() + (y.w[0] - x["b"]).square().sum() + (y.u.sum() + y.w[0].sum()).cosh()
+    found: Tensor = (y.u - x["a"]).square().sum() + (y.w[0] - x["b"]).square().sum() + (y.u.sum() + y.w[0].sum()).cosh()
+    return found
 
 
 PROBLEM = BilevelProblem(f, g)
@@ -95,16 +97,19 @@ class Own(BilevelProblem):
 
     def f(self, x: Any, y: Any, *_: Any) -> Tensor:
         """The distance to the data."""
-        return (y - self.data).square().sum()
+        found: Tensor = (y - self.data).square().sum()
+        return found
 
     def g(self, x: Any, y: Any, *_: Any) -> Tensor:
         """The distance to x."""
-        return (y - x).square().sum()
+        found: Tensor = (y - x).square().sum()
+        return found
 
 
 def with_data(x: Any, y: Any, data: Any) -> Tensor:
     """A quadratic near the data."""
-    return (y - x - data["d"]).square().sum()
+    found: Tensor = (y - x - data["d"]).square().sum()
+    return found
 
 
 def of_many(x: Any, y: Any) -> Tensor:
@@ -116,4 +121,4 @@ def weights(seed: int) -> Tensor:
     """Of a network with a seed."""
     from bilevel.few_shot import mlp
 
-    return mlp((3, 4, 1), seed=seed)[0].weight.detach()
+    return next(mlp((3, 4, 1), seed=seed).parameters()).detach()

@@ -318,7 +318,8 @@ def same(a: Any, b: Any, seen: dict[int, int]) -> bool:
         return a == b or (math.isnan(a) and math.isnan(b))
     if isinstance(a, BaseException):
         return same((a.args, vars(a)), (b.args, vars(b)), seen)
-    if type(a).__eq__ is not object.__eq__ and not dataclasses.is_dataclass(a):
+    own: Any = type(a).__eq__
+    if own is not object.__eq__ and not dataclasses.is_dataclass(a):
         return bool(a == b)
     if dataclasses.is_dataclass(a):
         names = [field.name for field in dataclasses.fields(a) if field.name not in DERIVED]
@@ -471,7 +472,7 @@ def test_an_estimate_travels_without_f_and_g_where_they_cannot_and_says_so() -> 
 def test_leaves_are_pickled_without_the_vector_that_they_are_cut_from() -> None:
     x = {str(k): torch.ones(100, dtype=FLOAT) for k in range(20)}
     problem = BilevelProblem(portable_cases.of_many, portable_cases.of_many)
-    found = dataclasses.replace(hypergradient(problem, x, x, estimator="aid-cg"), second_level=None, warm=Start)
+    found = dataclasses.replace(hypergradient(problem, x, x, estimator="aid-cg"), second_level=None, warm=functools.partial(Start, None))
     leaves = 4 * 20 * 100 * 8  # of grad, y, v and x
     assert leaves < len(pickle.dumps(found)) < 2 * leaves
     copied = copy.copy(found)
@@ -607,7 +608,8 @@ def test_each_entry_of_plain_data_is_looked_at() -> None:
     def broken(content: Any) -> Iterator[Any]:
         for key in content:
             yield {name: part for name, part in content.items() if name != key}
-            for wrong in ("text", 1.5, [], {"a": 1}):
+            others: tuple[Any, ...] = ("text", 1.5, [], {"a": 1})
+            for wrong in others:
                 if type(wrong) is not type(content[key]) and key not in ("x", "y", "v", "grad", "penalized"):
                     yield {**content, key: wrong}
 

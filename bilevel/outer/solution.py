@@ -213,7 +213,7 @@ def _record(content: Mapping[str, Any]) -> Record:
 
 
 _NUMBER = (float, int)
-_RECORD = {
+_RECORD: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("step",), int),
     **dict.fromkeys(("value", "grad_norm", "seconds"), _NUMBER),
     **{"status": str, "stats": dict, "rejected": bool},

@@ -62,12 +62,13 @@ def plain(tree: Tree, name: str = "tree") -> Any:
     return {**found, "items": [plain(part, f"{name}[{k}]") for k, part in enumerate(children)]}
 
 
+_NAMES: dict[Any, str] = {dict: "dict", OrderedDict: "ordered", defaultdict: "default", deque: "deque"}
+
+
 def _kind_of(tree: Tree) -> str:
     if hasattr(tree, "_fields"):
         return "named tuple"
-    return {tuple: "tuple", dict: "dict", OrderedDict: "ordered", defaultdict: "default", deque: "deque"}.get(
-        type(tree), "tuple"
-    )
+    return _NAMES.get(type(tree), "tuple")
 
 
 def restored(content: Any) -> Tree:

@@ -22,7 +22,8 @@ class AbstractResult(AbstractPortable):
         if copied(2):
             return object.__reduce_ex__(self, protocol)
         demand_portable(self)
-        made, arguments, state, *rest = object.__reduce_ex__(self, protocol)
+        reduced: Any = object.__reduce_ex__(self, protocol)
+        made, arguments, state, *rest = reduced
         return made, arguments, {name: tree_map(alone, value) for name, value in state.items()}, *rest
 
 

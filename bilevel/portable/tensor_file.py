@@ -124,7 +124,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the JSON and of the bytes of all tensors: damage that leaves the form as it was is seen too."""
     found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        found.update(as_bytes(tensors[name]).numpy())
+        found.update(as_bytes(tensors[name]).numpy().data)
     return found.hexdigest()
 
 
