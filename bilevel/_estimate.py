@@ -236,7 +236,13 @@ def _report(content: Mapping[str, Any]) -> Report:
 
 
 COUNTS: dict[str, type] = dict.fromkeys(Stats().as_dict(), int)
-_REPORT: dict[str, type | tuple[type, ...]] = {"part": str, "status": str, "residual": (float, int), "steps": int, "statuses": list}
+_REPORT: dict[str, type | tuple[type, ...]] = {
+    "part": str,
+    "status": str,
+    "residual": (float, int),
+    "steps": int,
+    "statuses": list,
+}
 _NUMBERS = ("standard_error", "bias", "bound")
 
 

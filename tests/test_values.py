@@ -472,7 +472,9 @@ def test_an_estimate_travels_without_f_and_g_where_they_cannot_and_says_so() -> 
 def test_leaves_are_pickled_without_the_vector_that_they_are_cut_from() -> None:
     x = {str(k): torch.ones(100, dtype=FLOAT) for k in range(20)}
     problem = BilevelProblem(portable_cases.of_many, portable_cases.of_many)
-    found = dataclasses.replace(hypergradient(problem, x, x, estimator="aid-cg"), second_level=None, warm=functools.partial(Start, None))
+    found = dataclasses.replace(
+        hypergradient(problem, x, x, estimator="aid-cg"), second_level=None, warm=functools.partial(Start, None)
+    )
     leaves = 4 * 20 * 100 * 8  # of grad, y, v and x
     assert leaves < len(pickle.dumps(found)) < 2 * leaves
     copied = copy.copy(found)

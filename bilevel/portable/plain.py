@@ -37,7 +37,7 @@ def plain(tree: Tree, name: str = "tree") -> Any:
     """
     if isinstance(tree, Tensor):
         return tree.detach().as_subclass(Tensor)
-    kind = type(tree)
+    kind: Any = type(tree)
     if kind in _PLAIN:
         return tree
     if kind is list:
