@@ -58,8 +58,12 @@ def plain(tree: Tree, name: str = "tree") -> Any:
     if isinstance(tree, deque):
         found["longest"] = tree.maxlen
     if found[_TAG] == "named tuple":
-        found |= {"name": f"{kind.__module__}:{kind.__qualname__}", "fields": list(kind._fields)}
+        found |= {"name": f"{kind.__module__}:{kind.__qualname__}", "fields": _fields(tree)}
     return {**found, "items": [plain(part, f"{name}[{k}]") for k, part in enumerate(children)]}
+
+
+def _fields(tree: Any) -> list[str]:
+    return list(tree._fields)
 
 
 _NAMES: dict[Any, str] = {dict: "dict", OrderedDict: "ordered", defaultdict: "default", deque: "deque"}
