@@ -17,6 +17,7 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
 from bilevel._validate import demand_types
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
@@ -250,7 +251,7 @@ class Linearization:
         return found
 
 
-class AbstractProducts(abc.ABC):
+class AbstractProducts(AbstractPortable, abc.ABC):
     """How products with second derivatives of g are formed."""
 
     @abc.abstractmethod

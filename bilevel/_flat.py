@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.batched import batched, looped, random_state, set_random_state
+from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set_random_state
 from bilevel._numerics.misfits import Misfit, called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
@@ -59,6 +59,10 @@ class FlatProblem:
         self._each = looped if problem.tasks == "loop" else batched
         self._outer: tuple[tuple[Tensor, int, bool], Tree] | None = None
         self._data: dict[str, tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]] = {}
+
+    def __reduce__(self) -> Any:
+        """What it was made of; not what the user passed as x, nor what is kept to be asked for again."""
+        return _made, (self.problem, self.x, self.y, self.data, self.tally, self.is_encoded)
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """Phi's integrand: f(x, y) `(directions,)`, the mean over tasks; a scalar without leading axes."""
@@ -221,17 +225,24 @@ class FlatProblem:
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
 
 
+def _made(
+    problem: BilevelProblem, x: Structure, y: Structure, data: Any, tally: Tally, is_encoded: bool
+) -> FlatProblem:
+    return FlatProblem(problem, x, y, data, tally, is_encoded=is_encoded)
+
+
 def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Any, ...]) -> bool:
     """Whether a function takes the first problem of a batch, all axes of which are listed from the inside out."""
     for in_dims in reversed(dims):
         inputs = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(inputs, in_dims, strict=True))
-    state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
-    try:
-        function(*inputs)
-    except Exception:
-        return False
-    finally:
-        set_random_state(state)
+    with RANDOM:
+        state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
+        try:
+            function(*inputs)
+        except Exception:
+            return False
+        finally:
+            set_random_state(state)
     return True
 
 

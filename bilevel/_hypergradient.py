@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
-from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
+from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, LeftBehind, Start
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._numerics.misfits import called
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
-from bilevel._tree import Tree, demand_alike, ravel, tree_map
+from bilevel._tree import Structure, Tree, demand_alike, ravel, tree_map
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
+from bilevel.portable.pickling import copied, hindrance, taken_by_value
 
 
 def hypergradient(
@@ -160,16 +161,6 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     x, y, v = x.clone(), found.y, found.v
     # The estimate holds each vector once. What is handed out may be written to: what it is asked later checks that.
     quiet, as_found = problem.alone(Tally()), Unwritten.of(x=x, y=y, v=v, grad=h)
-
-    def warm() -> Start:
-        as_found.demand("start", "y", "v")
-        shape = quiet.y
-        return Start(shape.unravel(y.clone()), None if v is None else shape.unravel(v.clone()), count + 1)
-
-    def error() -> float:
-        as_found.demand("error_estimate", "x", "y", "v", "grad")
-        return second_level(quiet.with_tally(Tally()), x, y, v, h)
-
     return Estimate(
         grad=problem.x.unravel(h),
         value=value,
@@ -183,9 +174,9 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         bound=found.bound,
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
-        second_level=error,
+        second_level=_SecondLevel(quiet, x, y, v, h, as_found),
         x=problem.x.unravel(x),
-        warm=warm,
+        warm=_Warm(quiet.y, y, v, count + 1, as_found),
     )
 
 
@@ -222,3 +213,55 @@ class Unwritten:
                     f"`Estimate.{wanted}` is made of `estimate.{name}` when it is first read, and that has been written"
                     f" to. Read it before, or write to a copy: `estimate.{name}.clone()`."
                 )
+
+    def __reduce__(self) -> Any:  # of a copy, the numbers are others
+        tensors = {name: each for name, (each, _) in self.versions.items()}
+        return _as_copied, (
+            tensors,
+            [name for name, (each, version) in self.versions.items() if each._version != version],
+        )
+
+
+def _as_copied(tensors: dict[str, Tensor], written: list[str]) -> Unwritten:
+    return Unwritten({name: (each, -1 if name in written else each._version) for name, each in tensors.items()})
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Warm:
+    """How the start of the next estimate is made."""
+
+    structure: Structure
+    y: Tensor
+    v: Tensor | None
+    count: int
+    as_found: Unwritten
+
+    def __call__(self) -> Start:
+        self.as_found.demand("start", "y", "v")
+        unravel = self.structure.unravel
+        return Start(unravel(self.y.clone()), None if self.v is None else unravel(self.v.clone()), self.count)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _SecondLevel:
+    """How the error of an estimate is estimated, which takes f and g: they travel with it where they can."""
+
+    problem: FlatProblem
+    x: Tensor
+    y: Tensor
+    v: Tensor | None
+    grad: Tensor
+    as_found: Unwritten
+
+    def __call__(self) -> float:
+        self.as_found.demand("error_estimate", "x", "y", "v", "grad")
+        return second_level(self.problem.with_tally(Tally()), self.x, self.y, self.v, self.grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not copied(2) and not taken_by_value():
+            found = hindrance(self.problem.problem) or hindrance(self.problem.data, "data")
+            if found is not None:
+                return LeftBehind, (f"{found}, which pickle does not take",)
+        return object.__reduce_ex__(self, protocol)

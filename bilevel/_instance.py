@@ -9,11 +9,12 @@ from typing import Any, final
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 from bilevel.certificates.certificate import Constants
+from bilevel.portable.pickling import AbstractPortable
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Instance:
+class Instance(AbstractPortable):
     """A bilevel problem, a point to start from, and what is known in closed form.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._result import Solved
+from bilevel.portable.pickling import AbstractPortable
 
 if TYPE_CHECKING:
     from bilevel.certificates.certificate import Constants
@@ -63,7 +64,7 @@ class SaddleBlocks:
 
 @final
 @dataclass(frozen=True, eq=False)
-class LinearOperator:
+class LinearOperator(AbstractPortable):
     """A matrix A known by its products `mv(v) = A v`; its properties are declared, and solvers demand them.
 
     Vectors are `(n,)`, or `(batch, n)` for independent systems side by side (a block-diagonal A).
@@ -127,7 +128,7 @@ class LinearOperator:
         return torch.stack(columns, dim=-1)
 
 
-class AbstractLinearSolver(abc.ABC):
+class AbstractLinearSolver(AbstractPortable, abc.ABC):
     """Solves A v = b to a tolerance or for a number of steps.
 
     The contract of every solver: a zero right-hand side gives zero; the returned vector is the one that met the
@@ -222,7 +223,7 @@ def unknown_error(solver: AbstractLinearSolver) -> ValueError:
     )
 
 
-class AbstractPreconditioner(abc.ABC):
+class AbstractPreconditioner(AbstractPortable, abc.ABC):
     """Builds r -> M^-1 r with M ~ A symmetric positive definite, once a solve."""
 
     @abc.abstractmethod

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from bilevel.inner_problems.polytope import Polytope
     from bilevel.prox.term import AbstractProxTerm
 from bilevel._validate import demand_batch
+from bilevel.portable.pickling import AbstractPortable
 
 Tasks: TypeAlias = bool | Literal["loop"]
 
 _OPTIONAL = ("init", "encode", "constraints", "prox")  # functions that a problem may do without
 
 
-class BilevelProblem:
+class BilevelProblem(AbstractPortable):
     """min_x Phi(x) = f(x, y*(x))  s.t.  y*(x) = argmin_y g(x, y).
 
     x and y are tensors or nested dicts, lists or tuples of tensors, of any shapes, 0-d included. f and g return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, final
@@ -316,6 +318,17 @@ class Report:
     steps: int
     statuses: tuple[Status, ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data: statuses by their names."""
+        statuses = [status.name for status in self.statuses]
+        return {**vars(self), "status": self.status.name, "statuses": statuses}
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Report:
+        """The inverse of :meth:`as_dict`."""
+        statuses = tuple(Status[name] for name in content["statuses"])
+        return Report(**{**content, "status": Status[content["status"]], "statuses": statuses})
+
     def __str__(self) -> str:
         failed = sum(not status.ok for status in self.statuses)
         tasks = f" in {failed} of {len(self.statuses)} tasks" if failed else ""
@@ -345,3 +358,23 @@ class BilevelError(RuntimeError):
         RuntimeError.__init__(self, message)
         self.status = status
         self.partial = partial
+
+    def __reduce__(self) -> Any:
+        """An error has to arrive from a worker, with its own text, also where its partial result cannot."""
+        state, partial = dict(self.__dict__), self.partial
+        try:
+            pickle.dumps(partial)
+        except Exception as error:
+            kept = f"Its `partial`, a {type(partial).__name__}, stayed where it was raised: {error}"
+            state |= {"partial": None, "__notes__": [*state.get("__notes__", ()), kept]}
+        return BilevelError, (str(self), self.status), state
+
+    def __copy__(self) -> BilevelError:
+        made = BilevelError(str(self), self.status)
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BilevelError:
+        made = BilevelError(str(self), self.status)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made

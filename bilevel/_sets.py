@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.portable.pickling import AbstractPortable
 
 
-class AbstractSet(abc.ABC):
+class AbstractSet(AbstractPortable, abc.ABC):
     """A closed convex set of vectors."""
 
     @abc.abstractmethod

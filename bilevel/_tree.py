@@ -40,6 +40,10 @@ class Structure:
     dtype: torch.dtype
     device: torch.device
 
+    def __reduce__(self) -> Any:
+        """Without what was derived of it, in which there are functions without a name."""
+        return Structure, (self.spec, self.shapes, self.dtype, self.device)
+
     @cached_property
     def sizes(self) -> list[int]:
         """The number of entries of each leaf."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel._instance import Instance
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
@@ -106,7 +107,7 @@ __all__ = [
 
 @final
 @dataclass(frozen=True)
-class Entry:
+class Entry(AbstractPortable):
     """A problem that can be built by name.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._validate import nearest
+from bilevel.outside.arrays import read_arrays
 
 Arrays: TypeAlias = str | Path | Mapping[str, Any] | tuple[Any, Any]
 """A path of an .npz file, a mapping with its keys, or a pair (X, y); numpy arrays or tensors.
@@ -126,16 +127,11 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
         X, y = getattr(datasets, f"load_{builtin}")(return_X_y=True)
         return {"X": torch.from_numpy(X), "y": torch.from_numpy(y)}
     if isinstance(data, str | Path):
-        try:
-            import numpy as np
-        except ImportError as error:
-            raise ImportError('reading .npz files needs numpy: `pip install "bilevel[sklearn]"`.') from error
         if not Path(data).is_file() or Path(data).suffix != ".npz":
             folder = Path(data).parent
             near = nearest(Path(data).name, [file.name for file in folder.glob("*.npz")]) if folder.is_dir() else ""
             raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}. {near}".rstrip())
-        with np.load(data, allow_pickle=False) as archive:
-            data = {key: archive[key] for key in archive.files if _is_part(key)}
+        data = read_arrays(data, _is_part, "sklearn")
     if isinstance(data, tuple) and len(data) == 2:
         data = {"X": data[0], "y": data[1]}
     if not isinstance(data, Mapping):
@@ -165,7 +161,7 @@ def _tensor(key: str, value: Any) -> Tensor:
 
 
 def _refuse_fractions(name: str, y: Tensor) -> None:
-    wrong = y[y != y.round()] if y.is_floating_point() else y[:0]
+    wrong = y[~(y == y.round()) | ~y.isfinite()] if y.is_floating_point() else y[:0]
     if len(wrong):
         raise ValueError(
             f"a classification problem needs labels that are integers. Got {float(wrong[0]):.6g} among those of the"

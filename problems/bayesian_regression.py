@@ -155,15 +155,37 @@ def bayesian_regression(
         "query_x": inputs[:, n:],
         "query_y": targets[:, n:],
     }
+    own = _OfTasks(family, data)
     return Instance(
-        problem=BilevelProblem(lambda x, y: family.f(x, y, data).mean(), lambda x, y: family.g(x, y, data).sum()),
+        problem=BilevelProblem(own.f, own.g),
         x0={
             "mean": torch.zeros(q, dtype=like.dtype, device="cpu"),
             "log_variance": torch.zeros(q, dtype=like.dtype, device="cpu"),
         },
         y0={key: torch.zeros((tasks, q), dtype=like.dtype, device="cpu") for key in ("mean", "log_variance")},
         description="several Bayesian regressions with a learned prior, in closed form",
-        solution=lambda x: family.solution(x, data),
-        gradient=lambda x: family.gradient(x, data),
+        solution=own.solution,
+        gradient=own.gradient,
         settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 300},
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _OfTasks:
+    """The regressions of several tasks as one problem."""
+
+    family: BayesianRegression
+    data: Mapping[str, Tensor]
+
+    def f(self, x: Gaussian, y: Gaussian) -> Tensor:
+        return self.family.f(x, y, self.data).mean()
+
+    def g(self, x: Gaussian, y: Gaussian) -> Tensor:
+        return self.family.g(x, y, self.data).sum()
+
+    def solution(self, x: Gaussian) -> Gaussian:
+        return self.family.solution(x, self.data)
+
+    def gradient(self, x: Gaussian) -> Gaussian:
+        return self.family.gradient(x, self.data)

@@ -128,23 +128,17 @@ def hyper_cleaning(
     labels, wrong = corrupt(parts.y_train, corrupted, parts.classes, generator)
     family = HyperCleaning(parts.X_train, labels, parts.X_val, parts.y_val, outputs(parts.classes), regularization)
     model = f"{hidden} hidden units" if hidden else "a linear model"
-    baselines = functools.cache(lambda: _baselines(family, parts, wrong, y0))
     y0 = _initial(family, hidden, generator)
 
-    def metrics(x: Tensor, y: Tree) -> dict[str, float]:
-        return _found(x, wrong) | {"test_accuracy_learned": _test(parts, y)} | baselines()
-
-    def plot(figure: Any, x: Tensor, y: Tree) -> None:
-        draw_cleaning(figure, torch.sigmoid(x.detach()), wrong, metrics(x, y), parts.raw_train, labels, parts.y_train)
-
+    shown = _Shown(family, parts, labels, wrong, y0)
     return Instance(
         problem=BilevelProblem(family.f, family.g),
         x0=torch.zeros(len(labels), dtype=parts.X_train.dtype, device=parts.X_train.device),
         y0=y0,
         description=f"{'digits' if data is None else 'your data'} with {corrupted:.0%} wrong labels, {model}",
         constants=None if hidden else family.constants,
-        metrics=metrics,
-        plot=plot,
+        metrics=shown.metrics,
+        plot=shown.plot,
         settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": max_steps},
     )
 
@@ -201,6 +195,29 @@ def hyper_cleaning_synthetic(
         seed=seed,
         double=double,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What a person is told of a solution; the baselines are trained when they are first asked for."""
+
+    family: HyperCleaning
+    parts: Dataset
+    labels: Tensor
+    wrong: Tensor
+    y0: Tree
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        return _baselines(self.family, self.parts, self.wrong, self.y0)
+
+    def metrics(self, x: Tensor, y: Tree) -> dict[str, float]:
+        return _found(x, self.wrong) | {"test_accuracy_learned": _test(self.parts, y)} | self.baselines
+
+    def plot(self, figure: Any, x: Tensor, y: Tree) -> None:
+        weights, metrics, parts = torch.sigmoid(x.detach()), self.metrics(x, y), self.parts
+        draw_cleaning(figure, weights, self.wrong, metrics, parts.raw_train, self.labels, parts.y_train)
 
 
 def corrupt(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

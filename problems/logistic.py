@@ -218,15 +218,27 @@ def _on(parts: Dataset, per_feature: bool, smoothed_l1: bool, name: str) -> Inst
     instance = family.instance(
         per_feature, f"logistic regression on {name}, {kind}{' and smoothed L1' if smoothed_l1 else ''}"
     )
-    baselines = functools.cache(lambda: _baselines(family, parts))
+    shown = _Shown(family, parts)
+    return replace(instance, metrics=shown.metrics, plot=shown.plot)
 
-    def metrics(_: Penalties, y: Tensor) -> dict[str, float]:
-        return _scores(parts, y, "") | baselines()
 
-    def plot(figure: Any, x: Penalties, y: Tensor) -> None:
-        draw_penalties(figure, x, metrics(x, y), "cross entropy")
+@final
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What a person is told of a solution; the baselines are fitted when they are first asked for."""
 
-    return replace(instance, metrics=metrics, plot=plot)
+    family: Logistic
+    parts: Dataset
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        return _baselines(self.family, self.parts)
+
+    def metrics(self, _: Penalties, y: Tensor) -> dict[str, float]:
+        return _scores(self.parts, y, "") | self.baselines
+
+    def plot(self, figure: Any, x: Penalties, y: Tensor) -> None:
+        draw_penalties(figure, x, self.metrics(x, y), "cross entropy")
 
 
 def _scores(parts: Dataset, y: Tensor, name: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -38,6 +39,10 @@ def minimax(*, p: int = 3, q: int = 4, kappa: float = 10.0, seed: int = 0) -> In
     )
     return replace(
         family.instance(),
-        problem=BilevelProblem(family.f, lambda x, y: -family.f(x, y)),
+        problem=BilevelProblem(family.f, partial(_opposed, family)),
         description="saddle point, g = -f: the implicit term vanishes",
     )
+
+
+def _opposed(family: QuadraticFamily, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return -family.f(x, y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel._tree import Tree
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import structural
 
@@ -128,10 +130,14 @@ class QuadraticFamily:
             description=f"quadratics: p={self.s.numel()}, q={self.c.numel()}, condition number {constants.kappa:.3g}",
             solution=self.solution,
             gradient=self.gradient,
-            constants=lambda _: constants,
+            constants=partial(_everywhere, constants),
             minimizer=self.minimizer(),
             settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 200},
         )
+
+
+def _everywhere(constants: Constants, _: Tree) -> Constants:
+    return constants
 
 
 def random_quadratic(

@@ -182,12 +182,8 @@ def ridge_diabetes(*, per_feature: bool = False, data: Arrays | None = None, see
     instance = family.instance(
         torch.full(shape, -2.0, dtype=torch.float64, device="cpu"), f"ridge regression on {name}, {kind}"
     )
-    metrics = functools.partial(_metrics, family, parts, functools.cache(lambda: _baselines(family, parts)))
-
-    def plot(figure: Any, x: Tensor, y: Tensor) -> None:
-        draw_penalties(figure, x, metrics(x, y), "mean squared error / 2")
-
-    return replace(instance, metrics=metrics, plot=plot)
+    shown = _Shown(family, parts)
+    return replace(instance, metrics=shown.metrics, plot=shown.plot)
 
 
 def ridge_per_feature_diabetes(*, data: Arrays | None = None, seed: int = 0) -> Instance:
@@ -214,10 +210,24 @@ def _baselines(family: Ridge, parts: Dataset) -> dict[str, float]:
     return found
 
 
-def _metrics(family: Ridge, parts: Dataset, baselines: Any, x: Tensor, y: Tensor) -> dict[str, float]:
+@final
+@dataclass(frozen=True, eq=False)
+class _Shown:
     """Losses at (x, y), of plain least squares, and of the best of one penalty on a grid; targets have variance 1."""
-    return {
-        "validation_loss": float(family.f(x, y)),
-        "test_loss": float(half_mean_square(parts.X_test, parts.y_test, y)),
-        **baselines(),
-    }
+
+    family: Ridge
+    parts: Dataset
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        return _baselines(self.family, self.parts)
+
+    def metrics(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        return {
+            "validation_loss": float(self.family.f(x, y)),
+            "test_loss": float(half_mean_square(self.parts.X_test, self.parts.y_test, y)),
+            **self.baselines,
+        }
+
+    def plot(self, figure: Any, x: Tensor, y: Tensor) -> None:
+        draw_penalties(figure, x, self.metrics(x, y), "mean squared error / 2")

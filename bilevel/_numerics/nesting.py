@@ -65,6 +65,12 @@ def tree_leaves(tree: Tree) -> list[Any]:
     return leaves
 
 
+def tree_children(tree: Tree) -> list[Any] | None:
+    """What one level of a nesting holds, in order; None of a leaf."""
+    known = None if type(tree) is Tensor else _kind(type(tree))
+    return None if known is None else list(known.parts(tree)[0])
+
+
 def flatten(tree: Tree, leaves: list[Any]) -> Node | None:
     """The nesting of `tree`, whose leaves are appended to `leaves`."""
     kind = type(tree)

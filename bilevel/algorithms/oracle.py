@@ -12,11 +12,12 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
 from bilevel._sets import AbstractSet
+from bilevel.portable.pickling import AbstractPortable
 
 Role: TypeAlias = Literal["f", "g"]
 
 
-class AbstractData(abc.ABC):
+class AbstractData(AbstractPortable, abc.ABC):
     """Numbered batches, and all samples together where these are known: what f, or g, or both are called with."""
 
     @abc.abstractmethod

@@ -16,6 +16,7 @@ from bilevel.few_shot.options import FORMERLY, Reporting, Saving, Validating, va
 from bilevel.few_shot.train import train
 from bilevel.few_shot.trained import Callback, Trained
 from bilevel.few_shot.training import Evaluating, Training, regrouped, taken
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.tasks.source import AbstractTasks, batches
 
 _TEST = 2**35  # test tasks are drawn from a stream of seeds of their own
@@ -143,7 +144,7 @@ class Experiment:
 
 @final
 @dataclass(frozen=True)
-class NamedExperiment:
+class NamedExperiment(AbstractPortable):
     """An experiment that can be built by name.
 
     Attributes:

@@ -14,11 +14,12 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 from bilevel.few_shot.likelihood import AbstractLikelihood
+from bilevel.portable.pickling import AbstractPortable
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Learner:
+class Learner(AbstractPortable):
     """min_x mean_t f(x, y_t, task_t), y_t the task's adapted variable: what is trained, and how it is used after.
 
     A task is a dict of tensors: `support_x` `(n, ...)`, `support_y` `(n,)` or `(n, outputs)`, `query_x`, `query_y`, and

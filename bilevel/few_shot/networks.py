@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bilevel._numerics.batched import RANDOM
+
 
 def conv_net(
     filters: int = 64,
@@ -38,7 +40,7 @@ def conv_net(
         (torch.Size([2, 32]), torch.Size([2, 5]))
     """
     _positive("conv_net", filters=filters, channels=channels, blocks=blocks, size=size, classes=classes)
-    with torch.random.fork_rng(devices=[]):
+    with RANDOM, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for block in range(blocks):
@@ -82,7 +84,7 @@ def mlp(sizes: Sequence[int] = (1, 40, 40, 1), *, seed: int = 0) -> nn.Sequentia
     if len(sizes) < 2:
         raise ValueError(f"`mlp(sizes=...)` needs at least inputs and outputs. Got {tuple(sizes)}.")
     _positive("mlp", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
-    with torch.random.fork_rng(devices=[]):
+    with RANDOM, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for k in range(len(sizes) - 1):

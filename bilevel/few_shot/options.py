@@ -14,6 +14,7 @@ from bilevel._validate import Group, demand_type
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.trained import Callback
 from bilevel.named.auto import Auto
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.scheduled import Scheduled
 from bilevel.tasks.source import AbstractTasks
@@ -148,7 +149,7 @@ class Saving:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Reporting:
+class Reporting(AbstractPortable):
     """Who is told after each step.
 
     Attributes:

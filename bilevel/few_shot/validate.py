@@ -15,6 +15,7 @@ from bilevel._files import write_atomically
 from bilevel._tree import Tree, ravel
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.outer.saves import NotSavedError
+from bilevel.outside.checkpoints import load_plain
 
 _FORMAT = 1
 
@@ -154,8 +155,8 @@ def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = load_plain(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not readable ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} was not written by this version of bilevel.")

@@ -13,6 +13,7 @@ from bilevel.modules.attributes import attributes, place, reached
 from bilevel.modules.calls import Calls
 from bilevel.modules.copies import left_by_calls, whole_copy
 from bilevel.modules.layers import BatchNormPolicy, DropoutPolicy, refuse_layers
+from bilevel.portable.pickling import AbstractPortable
 
 
 def functional(
@@ -115,7 +116,7 @@ def _without_parameters(module: nn.Module) -> str:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Functional:
+class Functional(AbstractPortable):
     """A module as a function of its parameters; made by `functional`.
 
     Attributes:

@@ -15,12 +15,13 @@ from bilevel._tree import Tree
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.certificates.certificate import Constants
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Property
 
 
 @final
 @dataclass(frozen=True)
-class Auto:
+class Auto(AbstractPortable):
     """A wish instead of an estimator: the cheapest one whose error meets a target on this problem.
 
     Give it wherever an estimator goes; the string "auto" is `Auto(relative_error=0.01)`. Where the problem is first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import final
+from typing import Any, final
 
 
 class Property(enum.Enum):
@@ -59,3 +59,6 @@ class DoesNotApply(ValueError):  # noqa: N818  (what it says is what is wrong)
     def __init__(self, reason: str) -> None:
         ValueError.__init__(self, f"the estimator does not apply: {reason}")
         self.reason = reason
+
+    def __reduce__(self) -> Any:
+        return DoesNotApply, (self.reason,), self.__dict__

@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.portable.pickling import AbstractPortable
 
-class AbstractImages(abc.ABC):
+
+class AbstractImages(AbstractPortable, abc.ABC):
     """Classes of images of one shape: what `Episodes` draws from.
 
     Attributes:
@@ -75,6 +77,9 @@ class Subset(AbstractImages):
         put(self, "scale", self.images.scale)
         put(self, "_of", torch.tensor(classes, device="cpu"))
 
+    def __reduce__(self) -> Any:
+        return Subset, (self.images, self.classes)
+
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         of: Tensor = self.__dict__["_of"]
         return self.images.pixels(of[classes], members)
@@ -132,6 +137,10 @@ class ImageClasses(AbstractImages):
         put(self, "_first", counts.cumsum(0) - counts)
         if self.scale is None:
             put(self, "scale", 1 / 255 if flat.dtype == torch.uint8 else 1.0)
+
+    def __reduce__(self) -> Any:
+        """The images once."""
+        return ImageClasses, (self.images, self.names, self.scale)
 
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         return self._flat.index_select(0, (self._first[classes] + members).to(self._flat.device))

@@ -9,13 +9,14 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.tasks._random import seed_of_step
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tasks with a leading task axis: `support_x`, `support_y`, `query_x`, `query_y`, and what else f and g read."""
 
 
-class AbstractTasks(abc.ABC):
+class AbstractTasks(AbstractPortable, abc.ABC):
     """A distribution over tasks: `sample(count, seed)` is a batch of independent tasks, a function of its arguments.
 
     Your own source is a subclass with that one method.
