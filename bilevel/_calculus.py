@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 if TYPE_CHECKING:  # it is given a problem in vectors, and makes none

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bilevel.inner_problems.declarations import AbstractDeclaredKind
     from bilevel.inner_problems.polytope import Polytope
     from bilevel.prox.term import AbstractProxTerm
-from bilevel._validate import demand_batch
+from bilevel.arguments.batch import demand_batch
 
 Tasks: TypeAlias = bool | Literal["loop"]
 

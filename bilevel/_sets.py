@@ -10,8 +10,8 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 
 
 class AbstractSet(abc.ABC):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import Objective
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import Range, demand_ranges
+from bilevel.arguments.ranges import Range, demand_ranges
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_types
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import norms_beside, safe_row_norms
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import GROWTH, Solved, Status, ended

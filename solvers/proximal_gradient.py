@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State
-from bilevel._numerics.ranges import AT_LEAST_0, POSITIVE, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types

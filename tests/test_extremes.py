@@ -26,7 +26,7 @@ from bilevel import (
     estimators,
     hypergradient,
 )
-from bilevel._numerics.ranges import Range
+from bilevel.arguments.ranges import Range
 from bilevel.algorithms import SOBA
 from bilevel.solvers import (
     CG,
