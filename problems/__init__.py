@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel._instance import Instance
+from bilevel.arguments.fits import demand_types
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
@@ -118,6 +119,9 @@ class Entry:
     name: str
     description: str
     build: Callable[..., Instance]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 _ENTRIES = (

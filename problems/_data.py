@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel._validate import nearest
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, demand_ranges
 
 Arrays: TypeAlias = str | Path | Mapping[str, Any] | tuple[Any, Any]
 """A path of an .npz file, a mapping with its keys, or a pair (X, y); numpy arrays or tensors.
@@ -47,6 +49,10 @@ class Dataset:
     y_test: Tensor
     raw_train: Tensor
     classes: int
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, classes=COUNT)
 
 
 def load(

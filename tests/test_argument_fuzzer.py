@@ -201,7 +201,7 @@ def opaque(entry: Public, changed: tuple[str, ...], error: BaseException) -> str
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     if isinstance(error, BilevelError | NotImplementedError | ImportError):
         return ""
-    if not any(re.search(rf"\b{re.escape(name.strip('_') or 'x')}\b", text) for name in changed):
+    if not any(re.search(rf"\b{re.escape(name)}\b", text) for name in changed):
         return f"names no argument: {text}"
     names = entry.name.split(".")
     if not any(re.search(rf"\b{name}\b", text) for name in (names[-1], names[-2] if entry.owner else names[-1])):

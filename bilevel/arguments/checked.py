@@ -86,11 +86,24 @@ def checked(call: str = "", /, **allowed: Range | Shape) -> Callable[[F], F]:
             if shapes:
                 placed = zip(places, args, strict=False)
                 demand_shapes(own, shapes, {each.name: value for each, value in placed} | keywords)
-            return function(*args, **keywords)
+            try:
+                return function(*args, **keywords)
+            except (TypeError, ValueError) as error:
+                _say_where(error, own, function, args, keywords)
+                raise
 
         return checking  # type: ignore[return-value]
 
     return decorate
+
+
+def _say_where(
+    error: Exception, call: str, function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> None:
+    """Note the call, where the error is the first to be raised and does not name it."""
+    if call.rpartition(".")[2] not in str(error) and not hasattr(error, "__notes__"):
+        given = [*list(inspect.signature(function).parameters)[: len(args)], *keywords]
+        error.add_note(f"In `{call}({', '.join(f'{name}=...' for name in given if name not in ('self', 'cls'))})`.")
 
 
 def _arguments(function: Callable[..., Any], ranges: Mapping[str, Range]) -> _Arguments:

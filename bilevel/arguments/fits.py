@@ -190,7 +190,7 @@ def _own(value: Any) -> float:
     """Python's own number; an integer that no float reaches is infinite."""
     if isinstance(value, numbers.Integral):
         whole = int(value)
-        return whole if abs(whole) < 2**1023 else math.copysign(math.inf, whole)
+        return whole if abs(whole) < 2**1023 else math.inf if whole > 0 else -math.inf
     return float(value)
 
 

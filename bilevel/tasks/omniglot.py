@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
 from bilevel.tasks._vinyals import class_names, split_of
 from bilevel.tasks.images import ImageClasses, Splits
 
 _SIZE = 28  # pixels to a side, to which the drawings are reduced in the literature since Vinyals et al. (2016)
 
 
+@checked()
 def omniglot(path: str | Path) -> Splits:
     """Omniglot in 28 by 28 pixels, ink = 1: 1,028 training, 172 validation and 423 test classes.
 

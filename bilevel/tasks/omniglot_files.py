@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel._files import write_atomically
+from bilevel.arguments.checked import checked
 from bilevel.tasks._vinyals import class_names, split_of
 from bilevel.tasks.image_files import decoded
 
@@ -22,6 +23,7 @@ _DRAWING = re.compile(r"(?P<name>[^/]+/character\d+)/[^/.][^/]*\.png")  # not ._
 _DRAWINGS, _SIZE = 20, 28
 
 
+@checked()
 def convert_omniglot(folder: str | Path, target: str | Path) -> Path:
     """Write the `.npz` file that `omniglot` reads, from the archives or unpacked folders in `folder`.
 
