@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 from bilevel.requirements.properties import STRICTEST, Property
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Start:
     y: Tree
     v: Tree | None = None
     count: int = 0
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 @final
@@ -79,6 +83,9 @@ class Estimate:
     x: Tree = field(default=None, repr=False)
     warm: Callable[[], Start] = field(default=lambda: Start(None), repr=False)
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @cached_property
     def start(self) -> Start:
         """The warm start for the next call: `hypergradient(..., start=estimate.start)`; made when it is read."""
@@ -114,6 +121,9 @@ class FlatStart:
     v: Tensor | None = None
     count: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -135,6 +145,9 @@ class FlatEstimate:
     note: str = ""
     bias: float | None = None
     value_error: float | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)

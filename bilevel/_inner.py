@@ -18,6 +18,7 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
 from bilevel.requirements.properties import Feature
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Objective:
         tensor([-2., -2.])
     """
 
+    @checked()
     def __init__(
         self,
         function: Callable[[Tensor], Tensor],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
+from bilevel.arguments.fits import demand_types
 
 OptimizerState: TypeAlias = dict[str, Any]  # tensors and numbers: what torch.save(weights_only=True) reads back
 
@@ -66,6 +67,9 @@ class Told:
     stationarity: float
     value_error: float | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,9 @@ class Move:
     rejected: bool
     ended: Status | None
     tol: float | None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 class AbstractMinimizer(abc.ABC):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 from torch import Tensor
 
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_type
 from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ class BilevelProblem:
         optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
             without = (
-                name in _OPTIONAL or _overridden(self, name) or (name == "g" and (inner or self.inner) is not None)
+                name in _OPTIONAL
+                or _overridden(self, name)
+                or (name == "g" and not (inner is None and self.inner is None))
             )
             if function is None and without:
                 continue
@@ -111,6 +114,8 @@ class BilevelProblem:
                     f"`BilevelProblem({name}=...)` must be a callable. Got {type(function).__name__}."
                     f" Pass a function such as `lambda x, y: ...`."
                 )
+        for name, given in (("iterative", iterative), ("allow_unused", allow_unused)):
+            demand_type("BilevelProblem", name, given, bool)
         if inner is not None:
             _demand_kind(inner)
         if inner is not None:

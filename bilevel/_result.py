@@ -11,6 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.fits import demand_type, demand_types
+
 
 class Status(enum.Enum):
     """Why a solver stopped; the value is the sentence shown to the user.
@@ -232,6 +234,9 @@ class Stats:
     inner_steps: int = 0
     linear_steps: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
 
@@ -291,6 +296,9 @@ class Solved:
     at_bounds: int = 0
     multipliers: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def status(self) -> Status:
         """The worst of the statuses."""
@@ -316,6 +324,9 @@ class Report:
     steps: int
     statuses: tuple[Status, ...] = ()
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def __str__(self) -> str:
         failed = sum(not status.ok for status in self.statuses)
         tasks = f" in {failed} of {len(self.statuses)} tasks" if failed else ""
@@ -324,6 +335,9 @@ class Report:
 
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
+    demand_type("report", "part", part, str)
+    demand_type("report", "solved", solved, Solved)
+    demand_type("report", "gradient", gradient, Tensor | None)
     residual = solved.residual
     if gradient is not None:
         largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
@@ -342,6 +356,8 @@ class BilevelError(RuntimeError):
     """
 
     def __init__(self, message: str, status: Status, partial: Any = None) -> None:
+        demand_type("BilevelError", "message", message, str)
+        demand_type("BilevelError", "status", status, Status)
         RuntimeError.__init__(self, message)
         self.status = status
         self.partial = partial

@@ -21,6 +21,7 @@ from bilevel._numerics.nesting import (
     tree_map as tree_map,
     tree_parts as tree_parts,
 )
+from bilevel.arguments.fits import demand_type
 
 
 @final
@@ -95,7 +96,7 @@ class Structure:
         return str(self._build([tuple(shape) for shape in self.shapes]))
 
 
-def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
+def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structure]:
     """Join the leaves of a nested structure into one vector `(n,)`, and say how to undo it.
 
     Differentiable, never an alias of its input where there is one leaf or more that is not flat.
@@ -116,6 +117,7 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
         >>> structure.unravel(vector)["b"]
         tensor(0.)
     """
+    demand_type("ravel", "name", name, str)
     leaves: list[Any] = []
     spec = flatten(tree, leaves)
     for leaf in leaves:

@@ -23,6 +23,7 @@ Keys: `X` and `y` (or `images` and `labels`), which are split; or `X_train` and 
 
 _ALIASES = {"images": "X", "labels": "y"}
 _PARTS = ("train", "val", "test")
+_LONG = 200  # characters of a path in a message
 
 
 @final
@@ -136,10 +137,10 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
             import numpy as np
         except ImportError as error:
             raise ImportError('reading .npz files needs numpy: `pip install "bilevel[sklearn]"`.') from error
-        if not Path(data).is_file() or Path(data).suffix != ".npz":
-            folder = Path(data).parent
+        if not _is_file(data) or Path(data).suffix != ".npz":
+            folder = Path(str(data)[:_LONG]).parent
             near = nearest(Path(data).name, [file.name for file in folder.glob("*.npz")]) if folder.is_dir() else ""
-            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}. {near}".rstrip())
+            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)[:_LONG]!r}. {near}".rstrip())
         with np.load(data, allow_pickle=False) as archive:
             data = {key: archive[key] for key in archive.files if _is_part(key)}
     if isinstance(data, tuple) and len(data) == 2:
@@ -153,6 +154,13 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
     if not ({"X", "y"} <= set(found) or {"X_train", "y_train"} <= set(found)):
         raise ValueError(f"`data=` needs the keys X and y, or X_train and y_train. Got {sorted(map(str, data))}.")
     return found
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _tensor(key: str, value: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections.abc
-import dataclasses
 import math
 import numbers
 import os
@@ -12,7 +11,6 @@ import re
 import signal
 import types
 import typing
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 from valid_calls import UNTRIED, Public, called, hints, parameters, public, valid
@@ -227,8 +224,11 @@ def belongs(value: Any, hint: Any) -> bool:
         return isinstance(value, bool | np.bool_)
     if hint in (int, float):
         if isinstance(value, Tensor):
-            return not value.dim() and not value.is_complex() and value.dtype is not torch.bool and (
-                hint is float and not bool(value.isnan()) or not value.is_floating_point()
+            return (
+                not value.dim()
+                and not value.is_complex()
+                and value.dtype is not torch.bool
+                and ((hint is float and not bool(value.isnan())) or not value.is_floating_point())
             )
         kind = numbers.Real if hint is float else numbers.Integral
         return isinstance(value, kind) and not isinstance(value, bool) and not value != value
@@ -282,11 +282,15 @@ def calls(count: int, seed: int) -> Iterator[Call]:
 
 
 # Of these a call that succeeds takes long.
-HEAVY = re.compile(r"testing|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$")
+HEAVY = re.compile(
+    r"testing|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$"
+)
 
 
 def _weight(entry: Public) -> float:
-    return (0.05 if HEAVY.search(entry.name) else 1.0) * len(parameters(entry.call, method=entry.owner is not None)) ** 0.5
+    return (0.05 if HEAVY.search(entry.name) else 1.0) * len(
+        parameters(entry.call, method=entry.owner is not None)
+    ) ** 0.5
 
 
 def _endless(name: str, value: str) -> bool:
@@ -303,7 +307,7 @@ def judged(call: Call) -> tuple[str, str]:
         called(call.entry, arguments)
     except _TooLongError:
         return "endless", "does not end"
-    except Exception as error:  # noqa: BLE001  (it is what is judged)
+    except Exception as error:
         why = opaque(call.entry, tuple(call.changed), error)
         return ("opaque", why) if why else ("", "")
     finally:

@@ -9,12 +9,11 @@ import enum
 import functools
 import importlib
 import inspect
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,11 @@ import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
-from bilevel.few_shot import Evaluating, Learner, OuterLoop, Score, Training, Validation
+from bilevel.few_shot import Evaluating, Learner, Score, Training, Validation
 from bilevel.problems import maml, quadratic
 from bilevel.problems.inverse_link import Sinh
-from bilevel.solvers import CG, LBFGS, Adam, ClosedForm, Cosine, GradientDescent, Iterate
-from bilevel.tasks import Episodes, ImageClasses, LinearTasks, Sinusoid, batches
+from bilevel.solvers import CG, LBFGS, Cosine, GradientDescent, Iterate
+from bilevel.tasks import Episodes, ImageClasses, LinearTasks, Sinusoid
 
 ROOMS = (
     "bilevel",
@@ -69,7 +68,8 @@ def objects() -> Iterator[tuple[str, str, Any]]:
             found = getattr(module, name)
             if not (inspect.isclass(found) or isinstance(found, FunctionType)) or id(found) in seen:
                 continue
-            if found.__module__.startswith("bilevel") and name == found.__name__:
+            own = found.__module__.startswith("bilevel") and (hasattr(module, "__path__") or found.__module__ == room)
+            if own and name == found.__name__:
                 seen.add(id(found))
                 yield room, name, found
 
@@ -128,7 +128,11 @@ def parameters(call: Callable[..., Any], *, method: bool = False) -> dict[str, i
     found = dict(inspect.signature(call).parameters)
     if method and found:  # a static method without arguments has none
         del found[next(iter(found))]
-    return {name: each for name, each in found.items() if each.kind is not each.VAR_KEYWORD}
+    return {
+        name: each
+        for name, each in found.items()
+        if each.kind is not each.VAR_KEYWORD and (each.kind is not each.VAR_POSITIONAL or name == "shape")
+    }
 
 
 @functools.cache
@@ -142,7 +146,7 @@ def hints(call: Callable[..., Any]) -> dict[str, Any]:
     found = {}
     for name, text in function.__annotations__.items():
         try:
-            found[name] = eval(text, names) if isinstance(text, str) else text  # noqa: S307  (the library's own)
+            found[name] = eval(text, names) if isinstance(text, str) else text
         except NameError:
             found[name] = Any
     return found
@@ -394,7 +398,15 @@ BY_NAME: dict[str, dict[str, Callable[[], Any]]] = {
     "GaussianLikelihood.moments": {"draws": lambda: torch.ones(4, 3, 1)},
     "GaussianLikelihood.predictive_nll": {"draws": lambda: torch.ones(4, 3, 1), "targets": lambda: torch.ones(3, 1)},
     "KLProducts": {"expectation": lambda: g},
-    "no_inner_loop": {"learner": lambda: anil_learner(), "features": lambda: lambda x, images: images, "classes": lambda: 2},
+    **{
+        name: {"data": lambda: (torch.rand(8, 2), torch.tensor([0, 1] * 4))}
+        for name in ("ridge_diabetes", "ridge_per_feature_diabetes", "logistic_breast_cancer", "multinomial_digits")
+    },
+    "no_inner_loop": {
+        "learner": lambda: anil_learner(),
+        "features": lambda: lambda x, images: images,
+        "classes": lambda: 2,
+    },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},
     # tasks and few-shot learning
@@ -404,7 +416,11 @@ BY_NAME: dict[str, dict[str, Callable[[], Any]]] = {
     "subset": {"classes": lambda: [0]},
     "Episodes": {"way": lambda: 2, "queries": lambda: 1},
     "Splits": {name: lambda k=k: images().subset([k]) for k, name in enumerate(("train", "validation", "test"))},
-    "hyper_cleaning": {"n_train": lambda: 4, "n_val": lambda: 4},
+    "hyper_cleaning": {
+        "n_train": lambda: 3,
+        "n_val": lambda: 3,
+        "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
+    },
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},
     **{
         f"BayesianRegression.{name}": {"y": lambda: {"mean": X, "log_variance": Y}}
@@ -439,7 +455,7 @@ BY_NAME: dict[str, dict[str, Callable[[], Any]]] = {
     "Entry": {"build": lambda: quadratic},
     "Learner": {"predict": lambda: lambda x, y, task: y, "export": lambda: lambda x: net()},
     "Progress": {"score": lambda: None, "validation": lambda: None, "best": lambda: None},
-    "Trained": {"validations": lambda: (), "history": lambda: (), "failed": dict, "ended": lambda: "steps"}
+    "Trained": {"validations": lambda: (), "history": lambda: (), "failed": dict, "ended": lambda: "max_steps"}
     | {"x": lambda: learner().x0},
     "train": {"max_steps": lambda: 1, "batch": lambda: 2},
     "read_best": {"path": lambda: best()},
@@ -512,7 +528,7 @@ class Figure:
     """What is drawn on."""
 
     def subplots(self, *_: Any, **__: Any) -> Any:
-        return [Axes(), Axes()]
+        return Axes()
 
 
 class Axes:

@@ -66,14 +66,32 @@ def tree_leaves(tree: Tree) -> list[Any]:
 
 
 def flatten(tree: Tree, leaves: list[Any]) -> Node | None:
-    """The nesting of `tree`, whose leaves are appended to `leaves`."""
+    """The nesting of `tree`, whose leaves are appended to `leaves`.
+
+    Raises:
+        ValueError: if it holds itself, or is nested too deeply to be walked through.
+    """
+    try:
+        return _flattened(tree, leaves)
+    except RecursionError:
+        raise _endless(tree) from None
+
+
+def _endless(tree: Tree) -> ValueError:
+    return ValueError(
+        f"a structure must not hold itself, nor be nested hundreds of levels deep. Got such a {type(tree).__name__}"
+        f" where x, y, data or a batch may be a nested dict, list or tuple of tensors."
+    )
+
+
+def _flattened(tree: Tree, leaves: list[Any]) -> Node | None:
     kind = type(tree)
     known = None if kind is Tensor else _kind(kind)
     if known is None:
         leaves.append(tree)
         return None
     children, context = known.parts(tree)
-    return Node(kind, context, tuple([flatten(child, leaves) for child in children]))
+    return Node(kind, context, tuple([_flattened(child, leaves) for child in children]))
 
 
 def _kind(kind: type) -> _Kind | None:

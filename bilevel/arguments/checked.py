@@ -69,7 +69,7 @@ def checked(call: str = "", /, **allowed: Range | Shape) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         arguments = functools.cache(lambda: _arguments(function, ranges))
-        own = call or function.__qualname__.rpartition("<locals>.")[2]
+        own = call or function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
 
         @functools.wraps(function)
         def checking(*args: Any, **keywords: Any) -> Any:
@@ -101,7 +101,8 @@ def _say_where(
     error: Exception, call: str, function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> None:
     """Note the call, where the error is the first to be raised and does not name it."""
-    if call.rpartition(".")[2] not in str(error) and not hasattr(error, "__notes__"):
+    notes = getattr(error, "__notes__", [])
+    if call.rpartition(".")[2] not in f"{error} {notes}" and all(note.startswith("In `") for note in notes):
         given = [*list(inspect.signature(function).parameters)[: len(args)], *keywords]
         error.add_note(f"In `{call}({', '.join(f'{name}=...' for name in given if name not in ('self', 'cls'))})`.")
 

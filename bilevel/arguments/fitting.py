@@ -31,7 +31,7 @@ def fitting(function: F) -> F:
         ...     return A @ y
         >>> product(torch.ones(2, 2), torch.ones(3))
         Traceback (most recent call last):
-        ValueError: `product(A=..., y=...)` cannot be computed: size mismatch, got input (2), mat (2x2), vec (3). Got A:...
+        ValueError: `product(A=..., y=...)` cannot be computed: size mismatch, got input (2), mat (2x2), vec...
     """
     typed = checked()(function)
     name = function.__qualname__.rpartition("<locals>.")[2]

@@ -21,7 +21,8 @@ class Shape:
     Attributes:
         axes: a letter or number for each, such as "n d"; "..." for any, in front; one letter has one size in all
             arguments of a call. None: any axes.
-        kind: what its entries are; real ones are finite, and of one dtype and device in all arguments of a call.
+        kind: what its entries are; real ones are of one dtype and device in all arguments of a call.
+        finite: whether its entries must be finite.
 
     Example:
         >>> sizes = {}
@@ -31,6 +32,7 @@ class Shape:
 
     axes: str | None = None
     kind: Literal["real", "integer", "number"] = "real"
+    finite: bool = True
 
     def refuses(self, value: Tensor, sizes: dict[str, Any]) -> str:
         """What the tensor would have to be, in words; empty if it is. Sizes that are not known yet are kept."""
@@ -43,7 +45,7 @@ class Shape:
         why = "" if self.axes is None else self._misfit(tuple(value.shape), sizes)
         if why:
             return why
-        if real and not bool(value.isfinite().all()):
+        if real and self.finite and not bool(value.isfinite().all()):
             return "finite in every entry"
         if self.kind == "real":
             for name, own in (("dtype", value.dtype), ("device", value.device)):

@@ -14,6 +14,9 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.batched import batched, looped
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree, ravel, tree_leaves, tree_map, tree_parts
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, SEED
 from bilevel.few_shot.learner import Learner
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.padding import Level, demand_padding_unseen, is_padded
@@ -40,7 +43,11 @@ class Adapted:
     stats: Stats
     batch: Any = field(repr=False)
 
+    def __post_init__(self) -> None:
+        demand_types(self)
 
+
+@checked(steps=COUNT, seed=SEED)
 def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, seed: int = 0) -> Adapted:
     """y_t = argmin_y g(x, y, task_t), as `learner.adapt` finds it, for every task of a batch; no derivative in x.
 
@@ -104,6 +111,7 @@ def adapted(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, 
     return Adapted(in_z.y.unravel(solved.value), solved.statuses, flat.tally.stats(), batch)
 
 
+@checked()
 def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     """The predictions of every task's queries, `(tasks, queries, ...)`: log-probabilities, or values."""
 
@@ -113,6 +121,7 @@ def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     return _of_tasks(learner, one, adapted)
 
 
+@checked()
 def draws(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     """What each draw of the tasks' posteriors predicts, `(tasks, samples, queries, ...)`; `predict` is their average.
 

@@ -15,6 +15,10 @@ from torch.nn.functional import nll_loss
 
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.fitting import fitting
+from bilevel.arguments.ranges import COUNT, SEED, SIZE
 from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
@@ -44,7 +48,11 @@ class Score:
     mean: float
     interval: float
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @staticmethod
+    @fitting
     def of(values: Tensor) -> Score:
         """The score of `(episodes,)` values."""
         values = values.double()
@@ -97,6 +105,9 @@ class Evaluation:
     coverage: Score | None = None
     settled: Score | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def lost(self) -> int:
         """How many tasks' adaptation diverged, or met NaN."""
@@ -124,6 +135,7 @@ class Evaluation:
         return f"{self.metric} {self.score} (before adaptation {self.before}) on {self.episodes} tasks"
 
 
+@checked(episodes=SIZE, batch=SIZE, seed=SEED, steps=COUNT, curve=COUNT)
 def evaluate(
     learner: Learner,
     x: Tree,

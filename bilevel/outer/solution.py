@@ -8,6 +8,7 @@ from typing import Any, final
 from bilevel._estimate import Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 
 
 @final
@@ -34,6 +35,9 @@ class Record:
     stats: Stats
     seconds: float
     rejected: bool = False
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data: the status by its name."""
@@ -73,6 +77,9 @@ class Best:
     grad_norm: float
     compared: bool
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -109,3 +116,6 @@ class Solution:
     failed: bool
     converged: bool
     best: Best
+
+    def __post_init__(self) -> None:
+        demand_types(self)

@@ -142,9 +142,8 @@ class ImageClasses(AbstractImages):
         distinct("ImageClasses", names, len(classes))
         counts = torch.tensor([len(one) for one in classes], device="cpu")
         if int(counts.min()) < 1:
-            raise ValueError(
-                f"`ImageClasses(images=...)`: every class needs an image, and {names[int(counts.argmin())]!r} has none. Leave it out."
-            )
+            name = names[int(counts.argmin())]
+            raise ValueError(f"`ImageClasses(images=...)`: every class needs an image, and {name!r} has none.")
         flat = self.images.flatten(0, 1) if isinstance(self.images, Tensor) else torch.cat(classes)
         flat = flat.unsqueeze(1) if flat.ndim == 3 else flat
         put(self, "names", names)
@@ -178,7 +177,7 @@ class Splits:
         >>> classes = ImageClasses(torch.zeros(4, 20, 28, 28))
         >>> Splits(classes.subset([0, 1]), classes.subset([2]), classes.subset([1, 3]))
         Traceback (most recent call last):
-        ValueError: `Splits`: the classes of train and test must be different. Both have '1'. Leave it out of one of them.
+        ValueError: `Splits`: the classes of train and test must be different. Both have '1'. Leave it out of one.
     """
 
     train: AbstractImages
@@ -199,12 +198,13 @@ class Splits:
                 more = f" and {len(both) - 1} more" if len(both) > 1 else ""
                 raise ValueError(
                     f"`Splits`: the classes of {one} and {other} must be different. Both have {both[0]!r}{more}."
-                    " Leave it out of one of them."
+                    " Leave it out of one."
                 )
         shapes = {name: part.shape for name, part in parts.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(
-                f"`Splits`: the images of train, validation and test must have one shape (channels, height, width). Got {shapes}."
+                f"`Splits`: the images of train, validation and test must have one shape (channels, height,"
+                f" width). Got {shapes}."
             )
 
 
