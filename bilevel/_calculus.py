@@ -15,9 +15,8 @@ from bilevel._linear import LinearOperator
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 

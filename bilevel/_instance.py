@@ -8,8 +8,8 @@ from typing import Any, final
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.certificates.certificate import Constants
 
 

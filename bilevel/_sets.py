@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 
 

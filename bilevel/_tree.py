@@ -119,7 +119,7 @@ def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structur
     """
     demand_type("ravel", "name", name, str)
     leaves: list[Any] = []
-    spec = flatten(tree, leaves)
+    spec = flatten(tree, leaves, name)
     for leaf in leaves:
         if not (isinstance(leaf, Tensor) and leaf.dtype in _REAL and leaf.layout == torch.strided and _whole(leaf)):
             _refuse_leaf(tree, name)

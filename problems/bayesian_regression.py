@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import POSITIVE, SEED, SIZE, demand_ranges
 from bilevel.problems._variational import normal_noise
 

@@ -14,9 +14,8 @@ from torch.nn.functional import linear
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, ravel, tree_leaves
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import AT_LEAST_0, BETWEEN_0_AND_1, COUNT, POSITIVE, SEED, SIZE, Range, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants

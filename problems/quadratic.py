@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import final
@@ -216,6 +217,8 @@ def quadratic(
         >>> instance.gradient(instance.minimizer).abs().max() < 1e-12
         tensor(True)
     """
+    if not kappa * mu < math.inf:
+        raise ValueError(f"`quadratic(kappa=..., mu=...)` must have a finite product. Got {kappa:g} and {mu:g}.")
     exponents = (
         torch.linspace(0.0, 1.0, q, dtype=torch.float64, device="cpu")
         if q > 1

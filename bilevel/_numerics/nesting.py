@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+_ANY = "a nested structure of tensors (x, y, data, a batch)"
+
 Tree: TypeAlias = Any  # a tensor, or a nested dict, list, tuple or named tuple of tensors
 
 
@@ -58,30 +60,26 @@ def tree_parts(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     return leaves, builder(flatten(tree, leaves))
 
 
-def tree_leaves(tree: Tree) -> list[Any]:
-    """The leaves, in order."""
+def tree_leaves(tree: Tree, name: str = _ANY) -> list[Any]:
+    """The leaves, in order; `name` is what errors call the tree."""
     leaves: list[Any] = []
-    flatten(tree, leaves)
+    flatten(tree, leaves, name)
     return leaves
 
 
-def flatten(tree: Tree, leaves: list[Any]) -> Node | None:
+def flatten(tree: Tree, leaves: list[Any], name: str = _ANY) -> Node | None:
     """The nesting of `tree`, whose leaves are appended to `leaves`.
 
     Raises:
-        ValueError: if it holds itself, or is nested too deeply to be walked through.
+        ValueError: if it holds itself, or is nested too deeply to be walked through, by its name.
     """
     try:
         return _flattened(tree, leaves)
     except RecursionError:
-        raise _endless(tree) from None
-
-
-def _endless(tree: Tree) -> ValueError:
-    return ValueError(
-        f"a structure must not hold itself, nor be nested hundreds of levels deep. Got such a {type(tree).__name__}"
-        f" where x, y, data or a batch may be a nested dict, list or tuple of tensors."
-    )
+        text = (
+            f"{name} must not hold itself, nor be nested hundreds of levels deep. Got a {type(tree).__name__} that is."
+        )
+        raise ValueError(text) from None
 
 
 def _flattened(tree: Tree, leaves: list[Any]) -> Node | None:

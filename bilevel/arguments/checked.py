@@ -7,11 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from bilevel.arguments.fits import Fit, UnfitError, fit, refused, resolved
 from bilevel.arguments.ranges import NUMBERS, Range, demand_range
 from bilevel.arguments.shapes import Shape, demand_shapes
 
 F = TypeVar("F", bound=Callable[..., Any])
+_FAILURES = (RuntimeError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, AssertionError)
 
 
 class _Argument(NamedTuple):
@@ -97,6 +100,50 @@ def checked(call: str = "", /, **allowed: Range | Shape) -> Callable[[F], F]:
     return decorate
 
 
+def fitting(function: F) -> F:
+    """Refuse arguments that are not what the annotations say, and say of others that do not fit what they are.
+
+    For functions that a solver calls in each of its steps: the types are looked at, and shapes, dtypes and entries only
+    where the function fails with them. While `torch.compile` traces it, it is the function itself.
+
+    Raises:
+        TypeError: naming an argument of a wrong type.
+        ValueError: from an error of torch's, naming shapes and dtypes of all arguments.
+
+    Example:
+        >>> @fitting
+        ... def product(A: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ...     return A @ y
+        >>> product(torch.ones(2, 2), torch.ones(3))
+        Traceback (most recent call last):
+        ValueError: `product(A=..., y=...)` cannot be computed: size mismatch, got input (2), mat (2x2), vec...
+    """
+    typed = checked()(function)
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    names = list(inspect.signature(function).parameters)
+    own = names[:1] in (["self"], ["cls"])
+
+    @functools.wraps(function)
+    def explaining(*args: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **keywords)
+        try:
+            return typed(*args, **keywords)
+        except _FAILURES as error:
+            if isinstance(error, TypeError | ValueError) and str(error).startswith(f"`{name}("):  # it says so already
+                raise
+            from bilevel._numerics.misfits import Misfit, described
+
+            given = dict(zip(names, args, strict=False)) | keywords
+            given = dict(list(given.items())[own:])
+            call = f"`{name}({', '.join(f'{each}=...' for each in given)})`"
+            got = ", ".join(f"{each}: {described(value)}" for each, value in given.items())
+            text = str(error).partition("\n")[0].strip().removesuffix(".") or type(error).__name__
+            raise Misfit(f"{call} cannot be computed: {text}. Got {got}.") from error
+
+    return explaining  # type: ignore[return-value]
+
+
 def _say_where(
     error: Exception, call: str, function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> None:
@@ -114,9 +161,9 @@ def _arguments(function: Callable[..., Any], ranges: Mapping[str, Range]) -> _Ar
     for name in parameters:
         hint = hints.get(name, Any)
         admitted, range_ = fit(hint), ranges.get(name)
-        if range_ is None and admitted.exact & {float, int}:
+        if range_ is None and float in admitted.exact:
             range_ = NUMBERS
-        exact = frozenset(admitted.exact if range_ is None else admitted.exact - {float, int})
+        exact = frozenset(admitted.exact if range_ is None else admitted.exact - {float})
         found[name] = _Argument(name, hint, admitted, exact, range_)
     unknown = ranges.keys() - found.keys()
     assert not unknown, f"{function.__qualname__} has no argument {unknown}"

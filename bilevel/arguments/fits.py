@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_WORD = 2**63  # integers are of 64 bits, as torch's are
+
 
 class UnfitError(Exception):
     """A value that is not what an annotation says, `where` it is in the argument, and which error it is."""
@@ -59,7 +61,7 @@ def fit(hint: Any) -> Fit:
     if hint is float:
         return Fit({float}, _number)
     if hint is int:
-        return Fit({int}, _integer)
+        return Fit(set(), _integer)
     if hint is bool:
         return Fit({bool}, _truth)
     if origin in (typing.Union, types.UnionType):
@@ -196,7 +198,9 @@ def _own(value: Any) -> float:
 
 def _integer(value: Any) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
+        if not -_WORD <= value < _WORD:
+            raise UnfitError(value, error=ValueError)
+        return value if type(value) is int else int(value)
     if isinstance(value, Tensor) and _scalar(value) and not value.is_floating_point():
         return int(value.item())
     raise UnfitError(value)

@@ -81,6 +81,7 @@ def demand_shapes(call: str, shapes: Mapping[str, Shape], given: Mapping[str, An
         ValueError: naming the argument, what is required and what arrived.
     """
     sizes: dict[str, Any] = {}
+    seen: list[str] = []
     for name, shape in shapes.items():
         value = given.get(name)
         why = shape.refuses(value, sizes) if isinstance(value, Tensor) else ""
@@ -88,4 +89,8 @@ def demand_shapes(call: str, shapes: Mapping[str, Shape], given: Mapping[str, An
             from bilevel.arguments.words import got
 
             finite = ", not all of them finite" if why.startswith("finite") else ""
-            raise ValueError(f"`{call}({name}=...)` must be {why}. Got {got(value)}{finite}.")
+            others = ", ".join(f"{other} {tuple(given[other].shape)}" for other in seen)
+            beside = f" beside {others}" if others else ""
+            raise ValueError(f"`{call}({name}=...)` must be {why}. Got {got(value)}{finite}{beside}.")
+        if isinstance(value, Tensor):
+            seen.append(name)

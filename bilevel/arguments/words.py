@@ -74,8 +74,8 @@ def got(value: Any) -> str:
     if isinstance(value, Tensor):
         shape = f"tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         return f"a {shape}" + (" that requires a gradient: write `.item()`" if value.requires_grad else "")
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, int) and value.bit_length() > 63:
+        return f"one of {value.bit_length()} bits, which 64 do not hold"
     if isinstance(value, numbers.Number | str | bytes | Path):
         return f"{_cut(repr(value))} ({kind})"
     if isinstance(value, types.FunctionType | types.MethodType):

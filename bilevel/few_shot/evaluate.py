@@ -15,9 +15,8 @@ from torch.nn.functional import nll_loss
 
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import COUNT, SEED, SIZE
 from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
 from bilevel.few_shot.learner import Learner

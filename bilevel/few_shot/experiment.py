@@ -11,7 +11,7 @@ from typing import Any, final
 from bilevel._instance import Instance
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
-from bilevel.arguments.fits import demand_types
+from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import SEED
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.learner import Learner
@@ -54,6 +54,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         settings, evaluation = self.settings, self.evaluation
+        for name, value, kind in (("settings", settings, Training), ("evaluation", evaluation, Evaluating)):
+            demand_type("Experiment", name, value, kind | Mapping[str, Any])
         if isinstance(settings, Mapping):
             _warn("Experiment(settings={...})", "Experiment(settings=Training(...), validation=Validating(...))", 4)
             own, validation, rest = regrouped(Training(), self.validating, settings)

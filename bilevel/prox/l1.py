@@ -33,7 +33,7 @@ class L1(AbstractProxTerm):
     weight: Tree
 
     def __post_init__(self) -> None:
-        for leaf in tree_leaves(self.weight):
+        for leaf in tree_leaves(self.weight, "`L1(weight=...)`"):
             demand_type("L1", "weight", leaf, float | Tensor)
 
     def value(self, y: Tree) -> Tensor:
@@ -71,7 +71,7 @@ class LInfBall(AbstractProxTerm):
     radius: Tree
 
     def __post_init__(self) -> None:
-        for leaf in tree_leaves(self.radius):
+        for leaf in tree_leaves(self.radius, "`LInfBall(radius=...)`"):
             demand_type("LInfBall", "radius", leaf, float | Tensor)
 
     def value(self, y: Tree) -> Tensor:

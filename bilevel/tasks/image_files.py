@@ -11,8 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.tasks.images import AbstractImages, distinct, put
 
 

@@ -10,9 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_type, demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import FINITE, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 

@@ -9,9 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, FINITE, SEED, SIZE, demand_ranges
 from bilevel.tasks._random import generator, normal
 from bilevel.tasks.images import put

@@ -99,9 +99,9 @@ def demand_placement(call: str, dtype: torch.dtype | None, device: torch.device 
     try:
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        text = str(error).partition("\n")[0]
+        text = str(error).partition("\n")[0][:100]
         raise ValueError(
-            f"`{call}(device=...)` must be a device that holds numbers here. Got {device!r}: {text}"
+            f"`{call}(device=...)` must be a device that holds numbers here. Got {str(device)[:100]!r}: {text}"
         ) from error
 
 

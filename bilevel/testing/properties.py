@@ -148,6 +148,7 @@ def linear_in_f(
     close("linearity in f", estimate(estimator, both, x, y0).grad, a * first + b * second, slack * tol)
 
 
+@checked(tol=AT_LEAST_0)
 def float32_near_float64(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-2,
     single: AbstractEstimator | None = None,

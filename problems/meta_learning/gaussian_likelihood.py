@@ -9,8 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.few_shot.likelihood import AbstractLikelihood
 
