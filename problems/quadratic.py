@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel.arguments.checked import checked
+from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.fitting import fitting
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE, SEED, SIZE
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants

@@ -334,7 +334,7 @@ def judged(call: Call) -> tuple[str, str]:
         signal.alarm(0)
     kinds = hints(call.entry.call)
     for name, value in changed.items():
-        if not belongs(value, kinds.get(name, Any)) and not may_be_taken(call.entry, name, value):
+        if name != "_" and not belongs(value, kinds.get(name, Any)) and not may_be_taken(call.entry, name, value):
             return "nonsense", f"takes {call.changed[name]} for {name}: {kinds[name]}"
     return "", ""
 

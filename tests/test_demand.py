@@ -153,7 +153,7 @@ def test_numbers_of_numpy_and_tensors_without_axes_are_numbers() -> None:
     assert Penalty(solver, weight=10).weight == 10
     counted = Iterate(GradientDescent(0.1), LOOSE(torch.tensor(3)), tol=LOOSE(torch.tensor(0.5)))
     assert (type(counted.max_steps), type(counted.tol)) == (int, float)
-    with pytest.raises(TypeError, match=r"max_steps=...\)` must be an integer. Got a tensor of float32 \(\)"):
+    with pytest.raises(TypeError, match=r"max_steps=...\)` must be an integer. Got a tensor of float64 \(\)"):
         Iterate(GradientDescent(0.1), LOOSE(torch.tensor(3.0)))
     with pytest.raises(TypeError, match=r"rtol=...\)` must be a number. Got a tensor .* requires a gradient: write"):
         CG(rtol=LOOSE(torch.tensor(0.5, requires_grad=True)))

@@ -94,9 +94,8 @@ def demand_range(call: str, name: str, value: Any, allowed: Range, hint: str = "
     elif isinstance(value, Tensor):
         why, place, text = allowed.refuses_entries(value), "in every entry", got(value)
     elif isinstance(value, list | tuple):
-        for k, part in enumerate(value):
-            demand_range(call, f"{name}[{k}]", part, allowed, hint)
-        return
+        wrong = [part for part in value if isinstance(part, float | int) and allowed.refuses(part)]
+        why, place, text = allowed.refuses(wrong[0]) if wrong else "", "in every entry", f"{wrong[0] if wrong else ''}"
     else:
         return
     if why:

@@ -33,6 +33,7 @@ _EXAMPLES = {
     "AbstractEstimator": "an estimator such as `AID(LBFGS(), CG())`",
     "AbstractTasks": "a source of tasks, with a method `sample(count, seed)`",
     "AbstractImages": "classes of images such as `ImageClasses(...)`",
+    "Module": "a `torch.nn.Module`",
     "Learner": "a `Learner`, such as `maml(module, loss)`",
     "Constants": "`Constants(...)`",
 }
@@ -40,7 +41,10 @@ _EXAMPLES = {
 
 def described(hint: Any) -> str:
     """What an annotation demands."""
-    return " or ".join(dict.fromkeys(_described(hint)))
+    texts = list(dict.fromkeys(_described(hint)))
+    if "a path" in texts and "a string" in texts:
+        texts.remove("a string")
+    return " or ".join(texts)
 
 
 def _described(hint: Any) -> list[str]:
@@ -48,7 +52,7 @@ def _described(hint: Any) -> list[str]:
     if origin in (typing.Union, types.UnionType):
         return [text for option in options for text in _described(option)]
     if origin is typing.Literal:
-        return [repr(option) for option in options]
+        return [f"one of {', '.join(map(str, options))}" if len(options) > 1 else repr(options[0])]
     if origin is collections.abc.Callable:
         arguments = options[0] if options else ...
         if not isinstance(arguments, list):

@@ -67,7 +67,9 @@ def esj(
     """
     call, p, Q = "bounds.esj", outer_size, directions
     if distribution == "orthonormal" and p < Q:
-        raise ValueError(f"`{call}(directions=...)` must be at most `outer_size`, {p}. Got {Q}.")
+        raise ValueError(
+            f"`{call}(directions=...)` must be at most the number of outer variables, `outer_size` = {p}. Got {Q}."
+        )
     laws = {  # the variance in units of |w|^2, the bias and the deviation in units of r S
         "gaussian": ((p + 1) / Q, math.sqrt(p), math.sqrt(p * (p + 2) * (p + 4))),
         "rademacher": ((p - 1) / Q, p / 2, p**1.5),

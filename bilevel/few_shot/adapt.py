@@ -65,7 +65,7 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
             sizes changes g.
 
     Example:
-        >>> from bilevel import BilevelProblem
+        >>> from bilevel import ITD, BilevelProblem
         >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> problem = BilevelProblem(
@@ -75,7 +75,8 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
         ...     tasks=True,
         ... )
         >>> inner, x0 = Iterate(GradientDescent(0.5), max_steps=1), torch.tensor(0.0)
-        >>> learner = Learner("mean", problem, x0, x0, None, inner, lambda x, y, task: y.expand(1), lambda x: None)
+        >>> predict = lambda x, y, task: y.expand(1)
+        >>> learner = Learner("mean", problem, x0, x0, ITD(inner), inner, predict, lambda x: None)
         >>> adapt(learner, x0, {"support_y": torch.tensor([[1.0], [2.0]])}).y
         tensor([0.5000, 1.0000])
     """

@@ -170,7 +170,7 @@ def evaluate(
         TypeError: if `learner` is none, or `tasks` has no `sample`.
 
     Example:
-        >>> from bilevel import BilevelProblem
+        >>> from bilevel import ITD, BilevelProblem
         >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> from bilevel.tasks.sinusoid import Sinusoid
@@ -182,7 +182,7 @@ def evaluate(
         ... )
         >>> inner, x0 = Iterate(GradientDescent(1.0), max_steps=1), torch.tensor(0.0)
         >>> predict = lambda x, y, task: y.expand(task["query_y"].shape)
-        >>> learner = Learner("mean", problem, x0, x0, None, inner, predict, lambda x: None)
+        >>> learner = Learner("mean", problem, x0, x0, ITD(inner), inner, predict, lambda x: None)
         >>> found = evaluate(learner, x0, Sinusoid(phase=(0, 0)), episodes=100)
         >>> found.metric, found.before.mean > 3
         ('mse', True)

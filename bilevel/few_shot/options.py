@@ -161,7 +161,7 @@ class Reporting:
     tensorboard: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        demand_types(self)
+        demand_types(self, {"callback": "a function of the `Progress`, or None"})
         demand_ranges(self, score_every=SIZE)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bilevel.arguments.checked import checked
-from bilevel.arguments.ranges import SEED, SIZE
+from bilevel.arguments.ranges import SEED
 from bilevel.tasks._random import generator
 from bilevel.tasks.image_files import ImageFiles
 from bilevel.tasks.images import AbstractImages, Splits
@@ -86,7 +86,7 @@ def mini_imagenet(path: str | Path, size: int | Sequence[int] = 84, *, cache: bo
     )
 
 
-@checked(validation=SIZE, test=SIZE, seed=SEED)
+@checked(seed=SEED)
 def split(images: AbstractImages, validation: int, test: int, seed: int) -> Splits:
     """Splits at random: so many validation and test classes, and the others for training.
 

@@ -81,6 +81,7 @@ def check_batch(batch: Any, tasks: int | None = None) -> None:
         >>> check_batch({"support_x": x, "support_y": y, "query_x": x, "query_y": y[:, :5]})
         Traceback (most recent call last):
         ValueError: support_x and support_y must agree in tasks and examples: support_x (4, 5, 2), support_y (4, 6).
+        In `check_batch(batch=...)`.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch of tasks must be a mapping from names to tensors. Got {type(batch).__name__}.")
