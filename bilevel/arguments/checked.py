@@ -117,8 +117,8 @@ def fitting(function: F) -> F:
         >>> try:
         ...     product(torch.ones(2, 2), torch.ones(3))
         ... except ValueError as error:
-        ...     print(str(error)[:51], str(error)[-46:])
-        `product(A=..., y=...)` cannot be computed: size mi . Got A: float32 (2, 2), y: float32 (3,).
+        ...     print(str(error)[:42], str(error)[-41:])
+        `product(A=..., y=...)` cannot be computed . Got A: float32 (2, 2), y: float32 (3,).
     """
     typed = checked()(function)
     name = function.__qualname__.rpartition("<locals>.")[2]

@@ -33,7 +33,7 @@ _EXAMPLES = {
     "AbstractEstimator": "an estimator such as `AID(LBFGS(), CG())`",
     "AbstractTasks": "a source of tasks, with a method `sample(count, seed)`",
     "AbstractImages": "classes of images such as `ImageClasses(...)`",
-    "Module": "a `torch.nn.Module`",
+    "Module": "a torch.nn.Module",
     "Learner": "a `Learner`, such as `maml(module, loss)`",
     "Constants": "`Constants(...)`",
 }
