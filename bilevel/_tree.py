@@ -220,7 +220,8 @@ def _instead(leaf: Any) -> str:
     if isinstance(leaf, Iterator):
         return "It can be read once only. Write `dict(module.named_parameters())`, or `list(...)`."
     if isinstance(leaf, bool | int | float | complex):
-        return f"Write `torch.tensor({leaf!r}, dtype=torch.float64)`."
+        number = repr(leaf) if isinstance(leaf, float) or abs(leaf) < 2**63 else "..."
+        return f"Write `torch.tensor({number}, dtype=torch.float64)`."
     return "Write `torch.tensor(...)`."
 
 

@@ -44,8 +44,8 @@ class Hostile:
     def _fail(self, *_: Any, **__: Any) -> Any:
         raise OSError("hostile")
 
-    __repr__ = __str__ = __bool__ = __len__ = __iter__ = __float__ = __int__ = __eq__ = _fail  # type: ignore[assignment]
-    __hash__ = __index__ = __getitem__ = __call__ = __lt__ = __add__ = __mul__ = _fail  # type: ignore[assignment]
+    __repr__ = __str__ = __bool__ = __len__ = __iter__ = __float__ = __int__ = __eq__ = _fail
+    __hash__ = __index__ = __getitem__ = __call__ = __lt__ = __add__ = __mul__ = _fail
 
 
 class Silent:
@@ -236,8 +236,8 @@ def belongs(value: Any, hint: Any) -> bool:
                 and value.dtype is not torch.bool
                 and ((hint is float and not bool(value.isnan())) or not value.is_floating_point())
             )
-        kind = numbers.Real if hint is float else numbers.Integral
-        return isinstance(value, kind) and not isinstance(value, bool) and value == value
+        real = numbers.Real if hint is float else numbers.Integral
+        return isinstance(value, real) and not isinstance(value, bool) and value == value
     if hint is type(None):
         return value is None
     if hint in (Any, object) or isinstance(hint, str | typing.TypeVar):
@@ -246,7 +246,7 @@ def belongs(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) == len(options) and all(map(belongs, value, options))
     if origin is collections.abc.Callable:
         return callable(value)
-    kind = origin or hint
+    kind: Any = origin or hint
     if not isinstance(kind, type):
         return True
     if not isinstance(value, kind) or (isinstance(value, str) and kind is not str and not issubclass(kind, Path)):
@@ -289,7 +289,8 @@ class Call(NamedTuple):
 def calls(count: int, seed: int) -> Iterator[Call]:
     draw = random.Random(seed)
     names = list(HOSTILE)
-    entries = [entry for entry in public() if not entry.name.startswith(THE_USERS)]
+    without = (*THE_USERS, *(f"bilevel.tasks.{name}" for name in WITHOUT_DATA))
+    entries = [entry for entry in public() if not entry.name.startswith(without)]
     weights = [_weight(entry) for entry in entries]
     for entry in draw.choices(entries, weights, k=count):
         own = list(parameters(entry.call, method=entry.owner is not None))
@@ -308,9 +309,8 @@ HEAVY = re.compile(
 
 
 def _weight(entry: Public) -> float:
-    return (0.05 if HEAVY.search(entry.name) else 1.0) * len(
-        parameters(entry.call, method=entry.owner is not None)
-    ) ** 0.5
+    count = len(parameters(entry.call, method=entry.owner is not None))
+    return (0.05 if HEAVY.search(entry.name) else 1.0) * math.sqrt(count)
 
 
 def _endless(name: str, value: str) -> bool:
@@ -414,7 +414,7 @@ NUMBERS: list[Any] = [np.int64(2), np.int32(2), torch.tensor(2)]
 def test_numbers_of_numpy_and_torch_are_numbers(number: Any) -> None:
     """The same bits as from those of Python."""
     assert torch.equal(quadratic(p=number, q=number, seed=number).x0, quadratic(p=2, q=2, seed=2).x0)
-    bound = bilevel.bounds.gradient_descent(C, step=np.float32(0.5), steps=number, distance=number)
+    bound = bilevel.bounds.gradient_descent(C, step=float(np.float32(0.5)), steps=number, distance=number)
     assert bound == bilevel.bounds.gradient_descent(C, step=0.5, steps=2, distance=2.0)
     assert type(CG(max_steps=number).max_steps) is int
     assert Sinusoid(shots=number).sample(number, number)["support_x"].shape == (2, 2, 1)

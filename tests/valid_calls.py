@@ -9,6 +9,7 @@ import enum
 import functools
 import importlib
 import inspect
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
+import bilevel.algorithms
 import bilevel.extending
 import bilevel.few_shot
 import bilevel.testing
@@ -79,7 +81,7 @@ def objects() -> Iterator[tuple[str, str, Any]]:
 
 # What the library calls itself, with vectors that it has made and millions of times: an extension writes them, and a
 # user of it calls none.
-PROTOCOLS = (
+PROTOCOLS: tuple[Any, ...] = (
     bilevel.AbstractEstimator,
     bilevel.AbstractInnerSolver,
     bilevel.AbstractLinearSolver,
@@ -166,7 +168,7 @@ def g(x: Tensor, y: Tensor) -> Tensor:
     return (y - x).square().sum() / 2
 
 
-D = {"dtype": torch.float64}
+D: Any = {"dtype": torch.float64}
 X, Y = torch.ones(2, **D), torch.zeros(2, **D)
 C = Constants(mu=1.0, L=2.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=3.0)
 PROBLEM = BilevelProblem(f, g)
@@ -249,7 +251,72 @@ def training_data() -> dict[str, Any]:
 
 
 def matrix(rows: int, columns: int) -> Tensor:
-    return torch.eye(rows, columns, **D) + 0.1
+    found: Tensor = torch.eye(rows, columns, **D) + 0.1
+    return found
+
+
+def dataset_parts() -> Any:
+    return (*[matrix(2, 2), X] * 3, matrix(2, 2), 2)
+
+
+def anil_learner() -> Learner:
+    return bilevel.problems.anil(net(4, 4), net(4, 2), nn.functional.cross_entropy)
+
+
+@functools.cache
+def of_posterior() -> Any:
+    return bilevel.few_shot.adapt(posterior(), posterior().x0, Sinusoid(2, 2).sample(2, 0))
+
+
+@functools.cache
+def functional() -> Any:
+    return bilevel.functional(net())
+
+
+@functools.cache
+def picture() -> Path:
+    from PIL import Image
+
+    path = folder() / "pictures" / "class" / "image.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(path)
+    return path
+
+
+@functools.cache
+def mini() -> Path:
+    from PIL import Image
+
+    for part in ("train", "val", "test"):
+        path = folder() / "mini" / part / f"class of {part}" / "image.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(path)
+    return folder() / "mini"
+
+
+@functools.cache
+def best() -> Path:
+    tasks = LinearTasks(1, shots=2, queries=2)
+    options = bilevel.few_shot.Validating(tasks, episodes=2)
+    bilevel.few_shot.train(learner(), tasks, max_steps=1, batch=2, validation=options, out=folder() / "run")
+    return folder() / "run" / "best.pt"
+
+
+class Figure:
+    """What is drawn on."""
+
+    def subplots(self, *_: Any, **__: Any) -> Any:
+        return Axes()
+
+
+class Axes:
+    """Where pictures are drawn."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+NUMBERS = itertools.count()
 
 
 # By the annotation, as it is written; what is not here has no example.
@@ -308,7 +375,7 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Evaluation": evaluation,
     "Adapted": adapted,
     "Calibration": calibrated,
-    "Dataset": lambda: bilevel.problems.Dataset(*[matrix(2, 2), X] * 3, matrix(2, 2), 2),
+    "Dataset": lambda: bilevel.problems.Dataset(*dataset_parts()),
     "Algorithm": lambda: bilevel.algorithms.SOBA(0.1, 0.01),
     "Tree | None": lambda: X,
     "torch.dtype": lambda: torch.float64,
@@ -335,8 +402,14 @@ BY_NAME: dict[str, dict[str, Callable[[], Any]]] = {
     "bounds.penalty": {"weight": lambda: 10.0},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},
-    "register_algorithm": {"build": lambda: lambda setting: bilevel.algorithms.SOBA(0.1, 0.1)},
-    "register_estimator": {"build": lambda: lambda setting: AID(LBFGS(), CG())},
+    "register_algorithm": {
+        "name": lambda: f"name-{next(NUMBERS)}",
+        "build": lambda: lambda setting: bilevel.algorithms.SOBA(0.1, 0.1),
+    },
+    "register_estimator": {
+        "name": lambda: f"name-{next(NUMBERS)}",
+        "build": lambda: lambda setting: AID(LBFGS(), CG()),
+    },
     "Certificate": {"terms": lambda: {"inner": 0.0}, "assumed": lambda: ()},
     "Certificate.norm_interval": {},
     "Comparison": {"rows": lambda: (bilevel.Row("aid-cg", None),)},
@@ -482,63 +555,6 @@ BY_NAME: dict[str, dict[str, Callable[[], Any]]] = {
     "exact_or_reported": {"gradient": lambda: X - 3},
     "spd": {"eigenvalues": lambda: X},
 }
-
-
-def anil_learner() -> Learner:
-    return bilevel.problems.anil(net(4, 4), net(4, 2), nn.functional.cross_entropy)
-
-
-@functools.cache
-def of_posterior() -> Any:
-    return bilevel.few_shot.adapt(posterior(), posterior().x0, Sinusoid(2, 2).sample(2, 0))
-
-
-@functools.cache
-def functional() -> Any:
-    return bilevel.functional(net())
-
-
-@functools.cache
-def picture() -> Path:
-    from PIL import Image
-
-    path = folder() / "pictures" / "class" / "image.png"
-    path.parent.mkdir(parents=True)
-    Image.new("RGB", (2, 2)).save(path)
-    return path
-
-
-@functools.cache
-def mini() -> Path:
-    from PIL import Image
-
-    for part in ("train", "val", "test"):
-        path = folder() / "mini" / part / f"class of {part}" / "image.png"
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (2, 2)).save(path)
-    return folder() / "mini"
-
-
-@functools.cache
-def best() -> Path:
-    tasks = LinearTasks(1, shots=2, queries=2)
-    options = bilevel.few_shot.Validating(tasks, episodes=2)
-    bilevel.few_shot.train(learner(), tasks, max_steps=1, batch=2, validation=options, out=folder() / "run")
-    return folder() / "run" / "best.pt"
-
-
-class Figure:
-    """What is drawn on."""
-
-    def subplots(self, *_: Any, **__: Any) -> Any:
-        return Axes()
-
-
-class Axes:
-    """Where pictures are drawn."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
 
 
 # Not called with what is valid: the data are not there.

@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -123,7 +123,8 @@ def demand_types(owner: Any, wanted: Mapping[str, str] | None = None) -> None:
         Traceback (most recent call last):
         TypeError: `Solver(max_steps=...)` must be an integer. Got 2.5 (float).
     """
-    kind, given = type(owner), vars(owner)
+    kind: Any = type(owner)
+    given = vars(owner)
     for name, hint, admitted in fields(kind):
         value = given[name]
         if type(value) in admitted.exact:
@@ -140,7 +141,7 @@ def demand_types(owner: Any, wanted: Mapping[str, str] | None = None) -> None:
 @functools.cache
 def fields(kind: Any) -> tuple[tuple[str, Any, Fit], ...]:
     """(name, type, what it admits) of the fields of a dataclass."""
-    found = resolved(kind.__module__, {field.name: field.type for field in dataclasses.fields(kind) if field.init})
+    found = resolved(str(kind.__module__), {field.name: field.type for field in dataclasses.fields(kind) if field.init})
     return tuple((name, hint, fit(hint)) for name, hint in found.items() if fit(hint) is not ANYTHING)
 
 
@@ -198,9 +199,10 @@ def _own(value: Any) -> float:
 
 def _integer(value: Any) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        if not -_WORD <= value < _WORD:
+        whole = int(cast(Any, value))
+        if not -_WORD <= whole < _WORD:
             raise UnfitError(value, error=ValueError)
-        return value if type(value) is int else int(value)
+        return whole
     if isinstance(value, Tensor) and _scalar(value) and not value.is_floating_point():
         return int(value.item())
     raise UnfitError(value)
@@ -274,7 +276,7 @@ def _tuple(value: Any, fits: list[Fit]) -> Any:
     )
 
 
-def _collection(value: Any, kind: type, each: Fit) -> Any:
+def _collection(value: Any, kind: Any, each: Fit) -> Any:
     if not isinstance(value, kind) or isinstance(value, str | bytes | Tensor):
         raise UnfitError(value)
     parts = [
@@ -283,7 +285,7 @@ def _collection(value: Any, kind: type, each: Fit) -> Any:
     return _rebuilt(value, parts)
 
 
-def _mapping(value: Any, kind: type, key: Fit, each: Fit) -> Any:
+def _mapping(value: Any, kind: Any, key: Fit, each: Fit) -> Any:
     if not isinstance(value, kind):
         raise UnfitError(value)
     for name, part in value.items():

@@ -90,7 +90,7 @@ def demand_range(call: str, name: str, value: Any, allowed: Range, hint: str = "
 
     if isinstance(value, float | int):
         why, place = allowed.refuses(value), ""
-        text = f"{value}"
+        text = got(value) if isinstance(value, int) and value.bit_length() > 63 else f"{value}"
     elif isinstance(value, Tensor):
         why, place, text = allowed.refuses_entries(value), "in every entry", got(value)
     elif isinstance(value, list | tuple):

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _LONG = 100  # characters of a value, beyond which it hides what the message says
@@ -34,6 +35,7 @@ _EXAMPLES = {
     "AbstractTasks": "a source of tasks, with a method `sample(count, seed)`",
     "AbstractImages": "classes of images such as `ImageClasses(...)`",
     "Module": "a torch.nn.Module",
+    "AbstractSet": "a set such as `Box(0, 1)`",
     "Learner": "a `Learner`, such as `maml(module, loss)`",
     "Constants": "`Constants(...)`",
 }
@@ -75,6 +77,8 @@ def got(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, type):
         return f"the class {value.__name__} itself: write `{value.__name__}(...)`"
+    if isinstance(value, torch.optim.Optimizer):
+        return f"{kind}. Wrap a torch optimizer as `TorchOptim(lambda parameters: ...)`"
     if isinstance(value, Tensor):
         shape = f"tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         return f"a {shape}" + (" that requires a gradient: write `.item()`" if value.requires_grad else "")

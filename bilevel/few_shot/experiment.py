@@ -65,7 +65,10 @@ class Experiment:
             object.__setattr__(self, "validation", validation)
         if isinstance(evaluation, Mapping):
             _warn("Experiment(evaluation={...})", "Experiment(evaluation=Evaluating(...))", 4)
-            object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+            try:
+                object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+            except TypeError as error:
+                raise TypeError(f"`Experiment(evaluation=...)`: {error}") from None
         demand_types(self)
 
     @property

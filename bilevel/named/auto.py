@@ -61,7 +61,7 @@ class Auto:
         demand_types(self)
         demand_ranges(self, relative_error=AT_LEAST_0, target_error=AT_LEAST_0)
         if not (self.relative_error or self.target_error):
-            raise ValueError("`Auto(relative_error=..., target_error=...)`: one must be positive. Got 0 twice.")
+            raise ValueError("`Auto(relative_error=..., target_error=...)` need one of them positive. Got 0 twice.")
 
 
 @final

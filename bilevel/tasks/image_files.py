@@ -111,7 +111,7 @@ def _size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width from one number or two."""
     both = (size, size) if isinstance(size, int) else tuple(size)
     if len(both) != 2 or not all(isinstance(one, int) and 0 < one < 2**15 for one in both):
-        raise ValueError(f"`size=` of images must be a positive integer, or height and width. Got {size!r}.")
+        raise ValueError(f"`ImageFiles(size=...)` must be a positive integer, or height and width. Got {size!r}.")
     return both[0], both[1]
 
 

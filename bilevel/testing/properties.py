@@ -35,7 +35,10 @@ def close(name: str, found: Tree, expected: Tree, tol: float, more: str = "") ->
     Raises:
         AssertionError: naming the property, what was found and what was expected.
     """
-    a, b = ravel(found)[0].detach().double(), ravel(expected)[0].detach().double()
+    a, b = ravel(found, "found")[0].detach().double(), ravel(expected, "expected")[0].detach().double()
+    if a.shape != b.shape or a.device != b.device:
+        got = f"{tuple(a.shape)} on {a.device} and {tuple(b.shape)} on {b.device}"
+        raise ValueError(f"`close(found=..., expected=...)` must have equally many entries on one device. Got {got}.")
     error = float(torch.linalg.vector_norm(a - b))
     bound = tol * max(1.0, float(torch.linalg.vector_norm(b)))
     if not error <= bound:
