@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from valid_calls import PROBLEM, WITHOUT_DATA, C, Public, X, Y, called, f, g, hints, parameters, public, valid
 
 import bilevel
+import bilevel.algorithms.registry
+import bilevel.named.registry
 from bilevel import Auto, BilevelError, BilevelProblem, Constants, minimize
 from bilevel._tree import tree_leaves
 from bilevel.few_shot import Reporting
@@ -369,6 +371,13 @@ def fuzzed(count: int, seed: int) -> tuple[Counter[str], Counter[tuple[str, str]
 
 
 # The tests
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that are registered on the way go with the test."""
+    for registry in (bilevel.named.registry, bilevel.algorithms.registry):
+        monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 @pytest.mark.filterwarnings("ignore")

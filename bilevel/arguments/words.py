@@ -75,6 +75,8 @@ def _described(hint: Any) -> list[str]:
 def got(value: Any) -> str:
     """What arrived: short, and without a question to an object that may not answer."""
     kind = type(value).__name__
+    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer):
+        return f"the class {value.__name__}. Wrap a torch optimizer as `TorchOptim(lambda parameters: ...)`"
     if isinstance(value, type):
         return f"the class {value.__name__} itself: write `{value.__name__}(...)`"
     if isinstance(value, torch.optim.Optimizer):
