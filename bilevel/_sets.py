@@ -14,6 +14,7 @@ from bilevel._tree import Structure, Tree, ravel
 from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
 
 
 class AbstractSet(abc.ABC):
@@ -60,6 +61,7 @@ class Box(AbstractSet):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_shapes("Box", dict.fromkeys(("lower", "upper"), Shape(kind="number", finite=False)), vars(self))
         lower, upper = -torch.inf if self.lower is None else self.lower, torch.inf if self.upper is None else self.upper
         ordered: bool | Tensor = lower <= upper
         if not (bool(ordered.all()) if isinstance(ordered, Tensor) else ordered):

@@ -253,10 +253,11 @@ def belongs(value: Any, hint: Any) -> bool:
         return True
     if not isinstance(value, kind) or (isinstance(value, str) and kind is not str and not issubclass(kind, Path)):
         return False
+    contents: Any = value
     if issubclass(kind, collections.abc.Mapping) and options:
-        return all(belongs(a, options[0]) and belongs(b, options[1]) for a, b in value.items())
+        return all(belongs(a, options[0]) and belongs(b, options[1]) for a, b in contents.items())
     if issubclass(kind, collections.abc.Collection) and options:
-        return all(belongs(part, options[0]) for part in value)
+        return all(belongs(part, options[0]) for part in contents)
     return True
 
 
@@ -306,7 +307,7 @@ def calls(count: int, seed: int) -> Iterator[Call]:
 
 # Of these a call that succeeds takes long.
 HEAVY = re.compile(
-    r"testing|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$"
+    r"testing|digits$|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$"
 )
 
 
@@ -453,9 +454,12 @@ def test_nonsense_is_refused_by_name(call: Callable[..., Any], arguments: dict[s
 
 @pytest.mark.parametrize("tree", [_cyclic_list, _cyclic_dict, _deep, _deep_dict])
 def test_structures_without_an_end_are_refused(tree: Callable[[], Any]) -> None:
-    for arguments in ({"x": tree(), "y0": Y}, {"x": X, "y0": tree()}, {"x": X, "y0": Y, "data": tree()}):
-        with pytest.raises((TypeError, ValueError), match=r"must not hold itself|`data=\.\.\.`"):
+    with_data = BilevelProblem(lambda x, y, d: f(x, y), lambda x, y, d: g(x, y))
+    for arguments in ({"x": tree(), "y0": Y}, {"x": X, "y0": tree()}):
+        with pytest.raises(ValueError, match="must not hold itself"):
             bilevel.hypergradient(PROBLEM, **arguments)
+    with pytest.raises(ValueError, match="must not hold itself"):
+        bilevel.hypergradient(with_data, X, Y, data=tree())
     nested: Any = X
     for _ in range(50):
         nested = [nested]

@@ -385,7 +385,7 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
 }
 
 # By name: arguments that no annotation tells. Keys are public names, or the last part of one.
-BY_NAME: dict[str, dict[str, Callable[[], Any]]] = {
+BY_NAME: dict[str, dict[str, Any]] = {
     "hypergradient": {"x": lambda: X, "y0": lambda: Y},
     "hyperobjective": {"y0": lambda: Y},
     "HyperObjective": {"y0": lambda: Y, "estimator": lambda: "implicit", "warm_start": lambda: None}

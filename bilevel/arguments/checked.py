@@ -14,7 +14,6 @@ from bilevel.arguments.ranges import NUMBERS, Range, demand_range
 from bilevel.arguments.shapes import Shape, demand_shapes
 
 F = TypeVar("F", bound=Callable[..., Any])
-_FAILURES = (RuntimeError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, AssertionError)
 
 
 class _Argument(NamedTuple):
@@ -131,7 +130,7 @@ def fitting(function: F) -> F:
             return function(*args, **keywords)
         try:
             return typed(*args, **keywords)
-        except _FAILURES as error:
+        except Exception as error:
             if isinstance(error, TypeError | ValueError) and str(error).startswith(f"`{name}("):  # it says so already
                 raise
             from bilevel._numerics.misfits import Misfit, described
