@@ -106,6 +106,11 @@ def calibration(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -
         >>> round(found.ece, 3), found.accuracy
         (0.4, 0.5)
     """
+    if not bool(((targets >= 0) & (targets < log_probabilities.shape[1])).all()):
+        raise ValueError(
+            f"`calibration(targets=...)` must be numbers of classes, from 0 to {log_probabilities.shape[1] - 1}."
+            f" Got {int(targets.min())} to {int(targets.max())}."
+        )
     logs = log_probabilities.detach().double()
     total = logs.exp().sum(-1)
     if not bool((total - 1).abs().max() <= 1e-3):

@@ -26,7 +26,6 @@ from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.arguments.checked import checked
-from bilevel.arguments.fits import demand_type
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
 from bilevel.certificates.accuracy import adaptive
 from bilevel.certificates.certificate import Constants
