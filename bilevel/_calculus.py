@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
-from bilevel._validate import demand_types
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
@@ -46,6 +47,7 @@ def total(values: Tensor) -> Tensor:
     return values if values.dim() == 0 else values.sum()
 
 
+@fitting
 def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Phi's integrand f(x, y) `()`, grad_x f `(p,)` and grad_y f `(*tasks, q)`, by one backward pass."""
     problem.tally.outer_gradients += y.shape[:-1].numel()
@@ -182,6 +184,7 @@ class Linearization:
         reports: what was found out about the point on the way, such as which bounds hold.
     """
 
+    @checked()
     def __init__(
         self,
         y: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.portable.plain import checked, demanded, number, optional_number, plain, refused, restored, same_bits
 from bilevel.portable.result import AbstractResult
@@ -42,6 +43,9 @@ class Start(AbstractResult):
     y: Tree
     v: Tree | None = None
     count: int = 0
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The start as nested dicts and lists of tensors and numbers; :meth:`from_dict` is the inverse."""
@@ -120,6 +124,9 @@ class Estimate(AbstractResult):
     second_level: Callable[[], float] | None = field(default=None, repr=False)
     x: Tree = field(default=None, repr=False)
     warm: Callable[[], Start] = field(default=_nowhere, repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @cached_property
     def start(self) -> Start:
@@ -280,6 +287,9 @@ class FlatStart:
     v: Tensor | None = None
     count: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -301,6 +311,9 @@ class FlatEstimate:
     note: str = ""
     bias: float | None = None
     value_error: float | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 class AbstractRequiring(AbstractPortable, abc.ABC):

@@ -13,7 +13,8 @@ from bilevel._numerics.misfits import Misfit, called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
-from bilevel._validate import demand_batch
+from bilevel.arguments.batch import demand_batch
+from bilevel.arguments.checked import checked
 
 
 @final
@@ -41,6 +42,7 @@ class FlatProblem:
         given: what the user passed as x, where that is known: for messages.
     """
 
+    @checked()
     def __init__(
         self,
         problem: BilevelProblem,

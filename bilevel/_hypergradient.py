@@ -17,12 +17,15 @@ from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
 from bilevel._tree import Structure, Tree, demand_alike, ravel, tree_map
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SIZE
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
 from bilevel.portable.pickling import copied, hindrance, taken_by_value
 
 
+@checked(chunk_size=SIZE)
 def hypergradient(
     problem: BilevelProblem,
     x: Tree,

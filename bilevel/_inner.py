@@ -18,6 +18,7 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Feature
 
@@ -68,6 +69,7 @@ class Objective:
         tensor([-2., -2.])
     """
 
+    @checked()
     def __init__(
         self,
         function: Callable[[Tensor], Tensor],

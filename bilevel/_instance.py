@@ -8,6 +8,8 @@ from typing import Any, final
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import fitting
+from bilevel.arguments.fits import demand_types
 from bilevel.certificates.certificate import Constants
 from bilevel.portable.pickling import AbstractPortable
 
@@ -43,6 +45,10 @@ class Instance(AbstractPortable):
     plot: Callable[[Any, Tree, Tree], None] | None = field(default=None, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    @fitting
     def value(self, x: Tree) -> float:
         """Phi(x) = f(x, y*(x)), from the closed form of y*.
 

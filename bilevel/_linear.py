@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from bilevel._result import Solved
+from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.portable.pickling import AbstractPortable
 
 if TYPE_CHECKING:
+    from bilevel._result import Solved
     from bilevel.certificates.certificate import Constants
 
 
@@ -34,8 +36,12 @@ class OperatorProperties:
     symmetric: bool = False
     positive_definite: bool = False
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def admits(self, demanded: OperatorProperties) -> bool:
         """Whether a matrix with these properties has all that are demanded."""
+        demand_type("OperatorProperties.admits", "demanded", demanded, OperatorProperties)
         symmetric = self.symmetric or self.positive_definite
         return (symmetric or not demanded.symmetric) and (self.positive_definite or not demanded.positive_definite)
 
@@ -94,6 +100,9 @@ class LinearOperator(AbstractPortable):
     last_mv: Callable[[Tensor], Tensor] | None = None
     diagonal: Tensor | None = None
     blocks: SaddleBlocks | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def properties(self) -> OperatorProperties:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
+from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 
 OptimizerState: TypeAlias = dict[str, Any]  # tensors and numbers: what torch.save(weights_only=True) reads back
@@ -67,6 +68,9 @@ class Told:
     stationarity: float
     value_error: float | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,9 @@ class Move:
     rejected: bool
     ended: Status | None
     tol: float | None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 class AbstractMinimizer(AbstractPortable, abc.ABC):

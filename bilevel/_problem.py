@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 from torch import Tensor
 
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_type
 from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:
     from bilevel.inner_problems.declarations import AbstractDeclaredKind
     from bilevel.inner_problems.polytope import Polytope
     from bilevel.prox.term import AbstractProxTerm
-from bilevel._validate import demand_batch
+from bilevel.arguments.batch import demand_batch
 from bilevel.portable.pickling import AbstractPortable
 
 Tasks: TypeAlias = bool | Literal["loop"]
@@ -103,7 +104,9 @@ class BilevelProblem(AbstractPortable):
         optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
             without = (
-                name in _OPTIONAL or _overridden(self, name) or (name == "g" and (inner or self.inner) is not None)
+                name in _OPTIONAL
+                or _overridden(self, name)
+                or (name == "g" and not (inner is None and self.inner is None))
             )
             if function is None and without:
                 continue
@@ -112,6 +115,8 @@ class BilevelProblem(AbstractPortable):
                     f"`BilevelProblem({name}=...)` must be a callable. Got {type(function).__name__}."
                     f" Pass a function such as `lambda x, y: ...`."
                 )
+        for name, given in (("iterative", iterative), ("allow_unused", allow_unused)):
+            demand_type("BilevelProblem", name, given, bool)
         if inner is not None:
             _demand_kind(inner)
         if inner is not None:

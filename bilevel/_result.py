@@ -13,6 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.fits import demand_type, demand_types
+
 
 class Status(enum.Enum):
     """Why a solver stopped; the value is the sentence shown to the user.
@@ -234,6 +236,9 @@ class Stats:
     inner_steps: int = 0
     linear_steps: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
 
@@ -293,6 +298,9 @@ class Solved:
     at_bounds: int = 0
     multipliers: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def status(self) -> Status:
         """The worst of the statuses."""
@@ -318,6 +326,9 @@ class Report:
     steps: int
     statuses: tuple[Status, ...] = ()
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data: statuses by their names."""
         statuses = [status.name for status in self.statuses]
@@ -337,6 +348,9 @@ class Report:
 
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
+    demand_type("report", "part", part, str)
+    demand_type("report", "solved", solved, Solved)
+    demand_type("report", "gradient", gradient, Tensor | None)
     residual = solved.residual
     if gradient is not None:
         largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
@@ -355,6 +369,8 @@ class BilevelError(RuntimeError):
     """
 
     def __init__(self, message: str, status: Status, partial: Any = None) -> None:
+        demand_type("BilevelError", "message", message, str)
+        demand_type("BilevelError", "status", status, Status)
         RuntimeError.__init__(self, message)
         self.status = status
         self.partial = partial

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel._instance import Instance
+from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
@@ -119,6 +120,9 @@ class Entry(AbstractPortable):
     name: str
     description: str
     build: Callable[..., Instance]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 _ENTRIES = (

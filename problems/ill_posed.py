@@ -9,8 +9,11 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import FINITE
 
 
+@checked()
 def rank_deficient(*, consistent: bool = False) -> Instance:
     """A line of minimizers: g = (y_1 + y_2 - x)^2 / 2, f = (y_1 + y_2 - 1)^2 / 2 + (y_1 - y_2 - 1)^2 / 2.
 
@@ -40,6 +43,7 @@ def rank_deficient(*, consistent: bool = False) -> Instance:
     )
 
 
+@checked(tilt=FINITE, start=FINITE)
 def double_well(*, tilt: float = 0.0, start: float = 0.0) -> Instance:
     """Two wells: g = (y^2 - 1)^2 / 4 - (x + tilt) y with |x + tilt| < 2 / (3 sqrt 3), and f = (y - 1)^2 / 2.
 

@@ -9,9 +9,12 @@ import torch
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_1, SEED, SIZE
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 
 
+@checked(p=SIZE, q=SIZE, kappa=AT_LEAST_1, seed=SEED)
 def minimax(*, p: int = 3, q: int = 4, kappa: float = 10.0, seed: int = 0) -> Instance:
     """min_x max_y f(x, y), that is g = -f, with f strongly convex in x and strongly concave in y.
 

@@ -10,9 +10,12 @@ import torch
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Structure, Tree, ravel, tree_map
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SEED
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 
 
+@checked(kappa=AT_LEAST_1, cross=AT_LEAST_0, seed=SEED)
 def nested(*, kappa: float = 10.0, cross: float = 0.0, seed: int = 0) -> Instance:
     """The quadratic family with x and y cut into nested dicts, lists and tuples, some leaves being 0-d.
 

@@ -21,10 +21,10 @@ from bilevel._numerics.krylov import (
     relative,
     solve_by_runs,
 )
-from bilevel._numerics.ranges import AT_LEAST_1, demand_ranges
 from bilevel._numerics.rows import divided_rows, safe_row_norms
 from bilevel._result import Solved
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
 from bilevel.certificates.certificate import Constants
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import norms_beside, safe_row_norms
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.iterations import gradient_descent, stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers._on_the_way import curvature_on_the_way, is_time_to_give_up, lost_its_way

@@ -20,12 +20,12 @@ from bilevel._linear import (
     unknown_error,
 )
 from bilevel._numerics.krylov import relative
-from bilevel._numerics.ranges import AT_LEAST_1, BELOW_1, POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.side_by_side import systems_of
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, BELOW_1, POSITIVE, demand_ranges
 from bilevel.bounds.iterations import neumann
 from bilevel.certificates.certificate import Constants
 

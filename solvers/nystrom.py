@@ -20,10 +20,10 @@ from bilevel._linear import (
     demand,
 )
 from bilevel._numerics.half import widened
-from bilevel._numerics.ranges import AT_LEAST_0, POSITIVE, demand_ranges
 from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, demand_ranges
 from bilevel.bounds.implicit import nystrom_error
 from bilevel.certificates.certificate import Constants
 

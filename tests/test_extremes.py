@@ -26,8 +26,8 @@ from bilevel import (
     estimators,
     hypergradient,
 )
-from bilevel._numerics.ranges import Range
 from bilevel.algorithms import SOBA
+from bilevel.arguments.ranges import Range
 from bilevel.solvers import (
     CG,
     GMRES,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.ranges import AT_LEAST_0, BELOW_1, demand_range
 from bilevel._numerics.rows import row_norm_numbers, row_norms
 from bilevel._result import Solved, Status
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, demand_range
 
 # How a run of a recurrence ended, as a number for each row; RESTART is not an end.
 CONVERGED, OUT_OF_STEPS, STALLED, CURVATURE, BREAKDOWN, NONFINITE, RESTART = range(7)

@@ -12,6 +12,9 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
 from bilevel._sets import AbstractSet
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, COUNT, demand_ranges
 from bilevel.portable.pickling import AbstractPortable
 
 Role: TypeAlias = Literal["f", "g"]
@@ -55,6 +58,10 @@ class Draws:
     f: int = 1
     g: int = 1
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, f=AT_LEAST_1, g=AT_LEAST_1)
+
 
 @final
 class Oracle:
@@ -88,6 +95,7 @@ class Oracle:
         tensor(4761.)
     """
 
+    @checked(step=COUNT)
     def __init__(
         self,
         like: FlatProblem,

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._estimate import FlatEstimate
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Report, Status
 from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import START_ONLY, DoesNotApply, Property
 
 

@@ -10,6 +10,9 @@ from typing import Any, final
 
 from bilevel._instance import Instance
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type, demand_types
+from bilevel.arguments.ranges import SEED
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import FORMERLY, Reporting, Saving, Validating, validating
@@ -52,6 +55,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         settings, evaluation = self.settings, self.evaluation
+        for name, value, kind in (("settings", settings, Training), ("evaluation", evaluation, Evaluating)):
+            demand_type("Experiment", name, value, kind | Mapping[str, Any])
         if isinstance(settings, Mapping):
             _warn("Experiment(settings={...})", "Experiment(settings=Training(...), validation=Validating(...))", 4)
             own, validation, rest = regrouped(Training(), self.validating, settings)
@@ -61,7 +66,11 @@ class Experiment:
             object.__setattr__(self, "validation", validation)
         if isinstance(evaluation, Mapping):
             _warn("Experiment(evaluation={...})", "Experiment(evaluation=Evaluating(...))", 4)
-            object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+            try:
+                object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+            except TypeError as error:
+                raise TypeError(f"`Experiment(evaluation=...)`: {error}") from None
+        demand_types(self)
 
     @property
     def validating(self) -> Validating:
@@ -70,6 +79,7 @@ class Experiment:
         assert own is not None
         return replace(own, learner=self.tester) if own.learner is None else own
 
+    @checked(seed=SEED)
     def train(
         self,
         seed: int = 0,
@@ -109,6 +119,7 @@ class Experiment:
             callback=callback,
         )
 
+    @checked(seed=SEED)
     def evaluate(self, x: Tree, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Evaluation:
         """`evaluate` on `test`.
 
@@ -124,6 +135,7 @@ class Experiment:
             own = replace(own, **changes)
         return own.evaluate(self.learner if self.tester is None else self.tester, x, self.test, seed + _TEST)
 
+    @checked(seed=SEED)
     def instance(self, seed: int = 0) -> Instance:
         """The bilevel problem of one batch of training tasks, for `check` and `compare`."""
         sample = batches(self.tasks, self.settings.batch, seed)
@@ -157,6 +169,9 @@ class NamedExperiment(AbstractPortable):
     name: str
     description: str
     build: Callable[..., Experiment]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 Named = NamedExperiment  # the name of old

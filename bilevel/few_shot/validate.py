@@ -13,6 +13,8 @@ import torch
 
 from bilevel._files import write_atomically
 from bilevel._tree import Tree, ravel
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.outer.saves import NotSavedError
 from bilevel.outside.checkpoints import load_plain
@@ -47,6 +49,10 @@ class Validation:
     seconds: float
     own_seconds: float
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    @checked()
     def better_than(self, other: Validation | None) -> bool:
         """Whether it is strictly better; NaN is better than nothing."""
         if self.score != self.score or other is None:
@@ -148,6 +154,7 @@ class Validations:
             raise NotSavedError(f"{str(self.path)!r} could not be written: {error}") from error
 
 
+@checked()
 def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `best.pt` holds: `x`, `step` and `validations`.
 

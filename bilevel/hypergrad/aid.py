@@ -13,11 +13,11 @@ from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import report
 from bilevel._tree import Tree
-from bilevel._validate import demand_types
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.implicit import aid
@@ -91,7 +91,7 @@ class AID(AbstractImplicit):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, damping=AT_LEAST_0, margin=AT_LEAST_0)
+        demand_ranges(self, damping=AT_LEAST_0, margin=AT_LEAST_0, target_error=AT_LEAST_0, relative_error=AT_LEAST_0)
         _ = self._certified  # which refuses what it cannot do
 
     @property

@@ -14,9 +14,9 @@ from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._numerics.ranges import AT_LEAST_1, POSITIVE, demand_ranges
 from bilevel._result import Report, Solved, Status, Tally, report
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj

@@ -12,9 +12,9 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._result import Report, Status, Tally, report
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.differences import finite_difference

@@ -9,6 +9,9 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SEED
 from bilevel.modules.attributes import attributes, place, reached
 from bilevel.modules.calls import Calls
 from bilevel.modules.copies import left_by_calls, whole_copy
@@ -16,6 +19,7 @@ from bilevel.modules.layers import BatchNormPolicy, DropoutPolicy, refuse_layers
 from bilevel.portable.pickling import AbstractPortable
 
 
+@checked(seed=SEED)
 def functional(
     module: nn.Module, *, batch_norm: BatchNormPolicy = "batch", dropout: DropoutPolicy = "fixed", seed: int = 0
 ) -> Functional:
@@ -129,6 +133,9 @@ class Functional(AbstractPortable):
     seed: int
     _calls: Calls = field(repr=False)
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def __call__(self, params: Mapping[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
         """The module's output at these parameters; `inputs` and `keywords` are those of its `forward`.
 
@@ -142,6 +149,7 @@ class Functional(AbstractPortable):
         self._check(params)
         return self._calls.call(params, inputs, keywords)
 
+    @checked()
     def load(self, params: Mapping[str, Tensor]) -> nn.Module:
         """A new module with these parameters: for exporting a solution, or a learned initialization.
 

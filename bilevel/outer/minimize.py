@@ -25,6 +25,8 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
 from bilevel.certificates.accuracy import adaptive
 from bilevel.certificates.certificate import Constants
 from bilevel.named.auto import Auto
@@ -44,6 +46,7 @@ from bilevel.requirements.starts import starts_warm
 
 
 @tells_partial
+@checked(max_steps=AT_LEAST_0, tol=AT_LEAST_0, checkpoint_every=AT_LEAST_1, chunk_size=SIZE)
 def minimize(
     problem: BilevelProblem,
     x0: Tree,

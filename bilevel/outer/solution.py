@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._estimate import COUNTS, Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
 from bilevel.portable.result import AbstractResult
 from bilevel.portable.tensor_file import damaged, read_tensors, write_tensors
@@ -42,6 +43,9 @@ class Record:
     stats: Stats
     seconds: float
     rejected: bool = False
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data: the status by its name."""
@@ -80,6 +84,9 @@ class Best(AbstractResult):
     value: float
     grad_norm: float
     compared: bool
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The iterate as plain data; :meth:`from_dict` is the inverse."""
@@ -138,6 +145,9 @@ class Solution(AbstractResult):
     failed: bool
     converged: bool
     best: Best
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The solution as nested dicts and lists of tensors, numbers and texts; :meth:`from_dict` is the inverse.

@@ -57,6 +57,9 @@ class DoesNotApply(ValueError):  # noqa: N818  (what it says is what is wrong)
     """
 
     def __init__(self, reason: str) -> None:
+        from bilevel.arguments.fits import demand_type
+
+        demand_type("DoesNotApply", "reason", reason, str)
         ValueError.__init__(self, f"the estimator does not apply: {reason}")
         self.reason = reason
 

@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SEED
 from bilevel.outside.images import FORMATS, SUFFIXES
 from bilevel.tasks._random import generator
 from bilevel.tasks.image_files import ImageFiles
@@ -19,6 +21,7 @@ _LONGEST = 10_000_000  # lines of a table
 _PARTS = {"train": "train", "validation": "val", "test": "test"}
 
 
+@checked()
 def image_folder(
     path: str | Path,
     size: int | Sequence[int],
@@ -59,6 +62,7 @@ def image_folder(
     return ImageFiles(tuple(tuple(classes[name]) for name in names), tuple(names), size, color, invert, cache)
 
 
+@checked()
 def mini_imagenet(path: str | Path, size: int | Sequence[int] = 84, *, cache: bool = True) -> Splits:
     """mini-ImageNet, or another data set in one of its layouts: 64 training, 16 validation and 20 test classes.
 
@@ -88,6 +92,7 @@ def mini_imagenet(path: str | Path, size: int | Sequence[int] = 84, *, cache: bo
     )
 
 
+@checked(seed=SEED)
 def split(images: AbstractImages, validation: int, test: int, seed: int) -> Splits:
     """Splits at random: so many validation and test classes, and the others for training.
 

@@ -10,6 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import fitting
+from bilevel.arguments.fits import demand_types
 from bilevel.outside.images import open_image, pillow
 from bilevel.tasks.images import AbstractImages, distinct, put
 
@@ -48,6 +50,7 @@ class ImageFiles(AbstractImages):
     _known: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        demand_types(self)
         pillow()
         distinct("ImageFiles", self.names, len(self.files))
         empty = [name for name, files in zip(self.names, self.files, strict=True) if not files]
@@ -74,6 +77,7 @@ class ImageFiles(AbstractImages):
         """Without what was decoded: each process reads what it draws."""
         return ImageFiles, (self.files, self.names, self.size, self.color, self.invert, self.cache)
 
+    @fitting
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         numbers = self._first[classes] + members
         if not self.cache:
@@ -105,6 +109,6 @@ def decoded(file: Path | bytes, size: tuple[int, int], *, color: bool, invert: b
 def _size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width from one number or two."""
     both = (size, size) if isinstance(size, int) else tuple(size)
-    if len(both) != 2 or not all(isinstance(one, int) and one > 0 for one in both):
-        raise ValueError(f"`size=` of images must be a positive integer, or height and width. Got {size!r}.")
+    if len(both) != 2 or not all(isinstance(one, int) and 0 < one < 2**15 for one in both):
+        raise ValueError(f"`ImageFiles(size=...)` must be a positive integer, or height and width. Got {size!r}.")
     return both[0], both[1]

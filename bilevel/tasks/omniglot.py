@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
 from bilevel.outside.archives import MIB
 from bilevel.outside.arrays import read_arrays
 from bilevel.tasks._vinyals import class_names, split_of
@@ -16,6 +17,7 @@ from bilevel.tasks.images import ImageClasses, Splits
 _SIZE = 28  # pixels to a side, to which the drawings are reduced in the literature since Vinyals et al. (2016)
 
 
+@checked()
 def omniglot(path: str | Path) -> Splits:
     """Omniglot in 28 by 28 pixels, ink = 1: 1,028 training, 172 validation and 423 test classes.
 

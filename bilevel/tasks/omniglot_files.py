@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel._files import write_atomically
+from bilevel.arguments.checked import checked
 from bilevel.outside.archives import MIB, Limits, opened_zip
 from bilevel.tasks._vinyals import class_names, split_of
 from bilevel.tasks.image_files import decoded
@@ -25,6 +26,7 @@ LIMITS = Limits(members=100_000, member=MIB, total=256 * MIB)
 """The archives have 20,600 members of some hundred bytes, and 14 MB."""
 
 
+@checked()
 def convert_omniglot(folder: str | Path, target: str | Path) -> Path:
     """Write the `.npz` file that `omniglot` reads, from the archives or unpacked folders in `folder`.
 

@@ -6,7 +6,9 @@ from torch import nn
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import ravel
-from bilevel._validate import demand_type, grouped
+from bilevel._validate import grouped
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.hypergrad.itd import ITD
@@ -22,6 +24,7 @@ from bilevel.problems.meta_learning.posterior_descent import PosteriorDescent
 
 
 @grouped(prior=PRIOR, draws=MONTE_CARLO, inner=INNER, outer_objective=OUTER)
+@checked()
 def abml(
     module: nn.Module | Functional,
     loss: Loss,

@@ -12,13 +12,14 @@ from torch.nn.functional import normalize, one_hot
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
 from bilevel.problems.meta_learning._modules import (
     SIDES,
     as_functional,
-    demand_positive,
     on_examples,
     outputs_of,
     prediction,
@@ -29,6 +30,7 @@ from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, evaluation_steps=COUNT)
 def anil(
     body: nn.Module | Functional,
     head: nn.Module | Functional,
@@ -82,10 +84,7 @@ def anil(
         >>> found.y["bias"].shape
         torch.Size([4, 1])
     """
-    demand_positive("anil", inner_steps=inner_steps)
     steps = inner_steps if evaluation_steps is None else evaluation_steps
-    if not step > 0 or steps < 0:
-        raise ValueError(f"`anil` needs step > 0 and evaluation_steps >= 0. Got {step} and {steps}.")
     features, top = as_functional(body), as_functional(head)
     descent = GradientDescent(step)
 
@@ -136,6 +135,7 @@ class _Adapted:
         return module
 
 
+@checked(classes=SIZE)
 def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], classes: int) -> Learner:
     """score_c(q) = sum_i cos(phi(q), phi(s_i)) 1[label_i = c] over the support samples s_i: NIL, a learner for testing.
 
@@ -167,8 +167,6 @@ def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], 
                 [0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
-    demand_positive("no_inner_loop", classes=classes)
-
     predict = partial(_by_cosines, features, classes)
     return replace(learner, name="NIL", adapt=Iterate(GradientDescent(1.0), 0), predict=predict, draws=None)
 

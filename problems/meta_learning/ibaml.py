@@ -8,6 +8,7 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import ravel
 from bilevel._validate import grouped
+from bilevel.arguments.checked import checked
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.hypergrad.aid import AID
@@ -26,6 +27,7 @@ from bilevel.solvers.cg import CG
 
 
 @grouped(prior=PRIOR, draws=MONTE_CARLO, inner=INNER, system=SYSTEM, outer_objective=OUTER)
+@checked()
 def ibaml(
     module: nn.Module | Functional,
     loss: Loss,
@@ -99,6 +101,7 @@ def ibaml(
 
 
 @grouped(prior=PRIOR, draws=MONTE_CARLO, inner=INNER, system=SYSTEM, outer_objective=OUTER)
+@checked()
 def ibaml_head(
     body: nn.Module | Functional,
     head: nn.Module | Functional,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -25,6 +27,7 @@ from bilevel.solvers.iterate import Iterate
 Strength: TypeAlias = float | Mapping[str, float | Tensor]
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, linear_steps=SIZE, damping=AT_LEAST_0)
 def imaml(
     module: nn.Module | Functional,
     loss: Loss,

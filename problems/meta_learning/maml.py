@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from bilevel._estimate import AbstractEstimator
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.first_order import FirstOrder
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, demand_positive, outputs_of, prediction
+from bilevel.problems.meta_learning._modules import as_functional, outputs_of, prediction
 from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, evaluation_steps=COUNT)
 def maml(
     module: nn.Module | Functional,
     loss: Loss,
@@ -78,9 +81,6 @@ def maml(
         torch.Size([4, 1, 1])
     """
     steps = inner_steps if evaluation_steps is None else evaluation_steps
-    demand_positive("maml", inner_steps=inner_steps)
-    if not step > 0 or steps < 0:
-        raise ValueError(f"`maml` needs step > 0 and evaluation_steps >= 0. Got {step} and {steps}.")
     net = as_functional(module)
     descent = GradientDescent(1.0 if learn_steps else step)
     inner = Iterate(descent, inner_steps)

@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 from bilevel._numerics.batched import every_row
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -27,6 +29,7 @@ from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 
 
+@checked(features=SIZE, classes=SIZE)
 def proto_net(body: nn.Module | Functional, features: int, classes: int, *, normalize: bool = False) -> Learner:
     """Prototypes: g = sum_i |y_k(i) - phi(s_i)|^2 / 2 over the support set,  f = CE(-|phi(q) - y_k|^2, k) on the query.
 

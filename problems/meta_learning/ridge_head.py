@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from bilevel._numerics.half import widened
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -30,6 +32,7 @@ from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 
 
+@checked(features=SIZE, outputs=SIZE, regularization=POSITIVE, scale=POSITIVE)
 def ridge_head(
     body: nn.Module | Functional,
     features: int,

@@ -12,6 +12,8 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, tree_leaves
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -21,6 +23,7 @@ from bilevel.solvers.cg import CG
 from bilevel.solvers.newton import Newton
 
 
+@checked(regularization=AT_LEAST_0)
 def shared_embedding(
     body: nn.Module | Functional,
     head: nn.Module | Functional,

@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, POSITIVE, SIZE, Range
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.kkt import KKT
 from bilevel.inner_problems.polytope import Polytope
@@ -31,6 +33,15 @@ from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.quadratic_program import QuadraticProgram
 
 
+@checked(
+    features=SIZE,
+    classes=Range(2, 2.0**31),
+    support=SIZE,
+    C=POSITIVE,
+    dual_ridge=AT_LEAST_0,
+    scale=POSITIVE,
+    label_smoothing=BELOW_1,
+)
 def svm_head(
     body: nn.Module | Functional,
     features: int,
