@@ -73,30 +73,40 @@ def tuned(shots: int = 3, width: int = 4, seed: int = 0) -> Experiment:
     return Experiment(learner, tasks, Validating(tasks, episodes=2), tasks, settings=Training(max_steps=2, batch=2),
                       evaluation=Evaluating(episodes=2))
 """
-MEMBERS = re.findall(r"^(?:def )?(\w+)(?: =|\()", OWN, re.MULTILINE) + ["x0", "exits", "says", "none", "sys", "__name__"]
+MEMBERS = re.findall(r"^(?:def )?(\w+)(?: =|\()", OWN, re.MULTILINE) + [
+    "x0",
+    "exits",
+    "says",
+    "none",
+    "sys",
+    "__name__",
+]
 
 TEXTS = (
-    "", " ", "0", "1", "2", "-1", "-0.5", "0.5", "3.0", "1e-3", "nan", "NaN", "inf", "-inf", "1e400", "1e-400", "1_0", "0x1f",
-    str(2**31), str(2**63), str(-(2**63) - 1), str(2**64), "9" * 30, "9" * 5000, "٣", "½", "none", "None", "true", "yes", "()",
-    "[1,2]", "1,2", ",", "=", "a=b", "a=", "=b", "--", "-", "---", "--out", "quadratic", "own.py", "own.py:", ":", ":problem",
-    "own.py:problem", "a folder", "a folder/own.py:problem", "folder.py:problem", "bytes.py:problem", "deep.py:problem",
-    "exit.py:problem", "interrupt.py:problem", "null.py:problem", "missing.py:problem", "/", ".", "..", "/dev/null", "/dev/full",
-    "/proc/self/mem", "x" * 300, "a" * 5000, "ünï/¢ödé", "😀", "\udcff", "a\nb", "a\tb", "\x1b[31m", "%s", "%(prog)s", "{0}", "$HOME",
-    "'", '"', "; ls", "../../../../etc/passwd", "run", "damaged", "empty", "garbage", "a file", "loop", "dangling", "\0",
+    "", " ", "0", "1", "2", "-1", "-0.5", "0.5", "3.0", "1e-3", "nan", "NaN", "inf", "-inf", "1e400", "1e-400",
+    "1_0", "0x1f", str(2**31), str(2**63), str(-(2**63) - 1), str(2**64), "9" * 30, "9" * 5000, "٣", "½",
+    "none", "None", "true", "yes", "()", "[1,2]", "1,2", ",", "=", "a=b", "a=", "=b", "--", "-", "---", "--out",
+    "quadratic", "own.py", "own.py:", ":", ":problem", "own.py:problem", "a folder", "a folder/own.py:problem",
+    "folder.py:problem", "bytes.py:problem", "deep.py:problem", "exit.py:problem", "interrupt.py:problem",
+    "null.py:problem", "missing.py:problem", "/", ".", "..", "/dev/null", "/dev/full", "/proc/self/mem",
+    "x" * 300, "a" * 5000, "ünï/¢ödé", "😀", "\udcff", "a\nb", "a\tb", "\x1b[31m", "%s", "%(prog)s", "{0}",
+    "$HOME", "'", '"', "; ls", "../../../../etc/passwd", "run", "damaged", "empty", "garbage", "a file", "loop",
+    "dangling", "\0",
 )  # fmt: skip
 PROBLEMS = (
-    *("quadratic",) * 14, *("own.py:tuned", "own.py:problem", "own.py:typed", "own.py:ready") * 4, "nested", "rank-deficient",
-    *(f"own.py:{name}" for name in MEMBERS),
+    *("quadratic",) * 14, *("own.py:tuned", "own.py:problem", "own.py:typed", "own.py:ready") * 4, "nested",
+    "rank-deficient", *(f"own.py:{name}" for name in MEMBERS),
 )  # fmt: skip
 FOLDERS = (
-    *("new",) * 7, *("run",) * 6, *("damaged",) * 5, *("trained",) * 3, "empty", "garbage", "a file", "loop", "dangling", "new/er",
-    "a file/x", "forbidden",
+    *("new",) * 7, *("run",) * 6, *("damaged",) * 5, *("trained",) * 3, "empty", "garbage", "a file", "loop",
+    "dangling", "new/er", "a file/x", "forbidden",
 )  # fmt: skip
 SETS = (
-    "p=2", "q=3", "kappa=0", "kappa=5", "kappa=nan", "seed=1", "seed=-1", "p=0", "p=-1", f"p={'9' * 30}", "double=maybe", "n=1",
-    "n=x", "n=1.5", "rate=nan", "rate=inf", "mode=c", "flag=2", "sizes=1,2", "sizes=", "maybe=none", "anything={", "anything=[1",
-    f"anything={'[' * 3000}", "error=KeyError", "error=OSError", "x=1", "shots=0", "shots=2", "shots=-1", "width=0", "batch=0",
-    "=", "n", "n=", " n = 1 ", "1n=2", "ü=1", "a=1", "b=2", "data=own.npz",
+    "p=2", "q=3", "kappa=0", "kappa=5", "kappa=nan", "seed=1", "seed=-1", "p=0", "p=-1", f"p={'9' * 30}",
+    "double=maybe", "n=1", "n=x", "n=1.5", "rate=nan", "rate=inf", "mode=c", "flag=2", "sizes=1,2", "sizes=",
+    "maybe=none", "anything={", "anything=[1", f"anything={'[' * 3000}", "error=KeyError", "error=OSError",
+    "x=1", "shots=0", "shots=2", "shots=-1", "width=0", "batch=0", "=", "n", "n=", " n = 1 ", "1n=2", "ü=1",
+    "a=1", "b=2", "data=own.npz",
 )  # fmt: skip
 EITHER: dict[str, tuple[str, ...]] = {
     "--out": FOLDERS,
@@ -193,7 +203,7 @@ def sound(action: argparse.Action, text: str) -> bool:
 
 
 def value(draw: random.Random, action: argparse.Action) -> str:
-    """One of those that mean something for this option, mostly, or anything: most mistakes are met behind the parser."""
+    """Mostly one of those that mean something for this option, else anything: most mistakes are met after parsing."""
     name = action.option_strings[-1] if action.option_strings else str(action.metavar)
     if draw.random() < 0.9 and name in EITHER:
         return draw.choice(EITHER[name])
@@ -214,7 +224,14 @@ def words(draw: random.Random) -> list[str]:
         elif not action.option_strings:
             found += [[value(draw, action)]] * (draw.random() < 0.98)
         else:
-            likely = {"--out": 0.9, "--resume": 0.3, "--overwrite": 0.12, "--seconds": 0.04, "--force": 0.04, "--debug": 0.02}
+            likely = {
+                "--out": 0.9,
+                "--resume": 0.3,
+                "--overwrite": 0.12,
+                "--seconds": 0.04,
+                "--force": 0.04,
+                "--debug": 0.02,
+            }
             for _ in range(draw.choice((1, 1, 1, 2))):
                 if draw.random() < likely.get(action.option_strings[-1], 0.12):
                     option = draw.choice(action.option_strings)

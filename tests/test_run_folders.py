@@ -45,9 +45,9 @@ from bilevel.tasks import Sinusoid
 
 def tuned() -> Experiment:
     tasks = Sinusoid(shots=3)
-    settings = Training(max_steps=4, batch=2, checkpoint_every=100)
+    validation, settings = Validating(tasks, episodes=2), Training(max_steps=4, batch=2, checkpoint_every=100)
     learner = maml(mlp((1, 4, 1)), mse_loss)
-    return Experiment(learner, tasks, Validating(tasks, episodes=2), tasks, settings=settings, evaluation=Evaluating(episodes=2))
+    return Experiment(learner, tasks, validation, tasks, settings=settings, evaluation=Evaluating(episodes=2))
 """
 
 
@@ -92,8 +92,9 @@ class Killed(BaseException):
     """In the place of a signal that nothing survives: nothing that handles exceptions may come after it."""
 
 
-def killed_in(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, run: Callable[[], int]) -> None:
+def killed_in(module: Any, name: str, run: Callable[[], int]) -> None:
     """Run a command line in a fork that dies when it calls module.name."""
+
     def dying() -> int:
         setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         return run()
@@ -109,9 +110,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_as_it_wa
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("quadratic", "--estimator", "itd", "--outer", "adam", "--step", "0.07", "--steps", "6", "--set", "p=3")
-    from bilevel.outer import checkpoint
+    from bilevel.outer import saves
 
-    killed_in(monkeypatch, checkpoint.Checkpoint, "save", lambda: run(*words))
+    killed_in(saves, "write_atomically", lambda: run(*words))
     assert result()["status"] == "running"
     assert run("quadratic", "--resume") == 0
     assert "was ended before its first checkpoint: it begins again from step 0" in capsys.readouterr().err
@@ -125,9 +126,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_as_it_wa
 def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_not_in_the_way_of_another(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bilevel.outer import checkpoint
+    from bilevel.outer import saves
 
-    killed_in(monkeypatch, checkpoint.Checkpoint, "save", lambda: run("quadratic", "--steps", "6"))
+    killed_in(saves, "write_atomically", lambda: run("quadratic", "--steps", "6"))
     assert run("nested", "--steps", "2") == 0
     assert "another one takes its place" in capsys.readouterr().err
     assert len(history()) == 3
@@ -136,9 +137,9 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_not_in_t
 @pytest.mark.usefixtures("here")
 def test_training_that_was_killed_before_its_first_checkpoint_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.py").write_text(EXPERIMENT)
-    from bilevel.outer import checkpoint
+    from bilevel.outer import saves
 
-    killed_in(monkeypatch, checkpoint.Checkpoint, "save", lambda: run("mine.py:tuned", "--steps", "3", "--seed", "2"))
+    killed_in(saves, "write_atomically", lambda: run("mine.py:tuned", "--steps", "3", "--seed", "2"))
     assert run("mine.py:tuned", "--resume") == 0
     assert run("mine.py:tuned", "--steps", "3", "--seed", "2", out="whole") == 0
     assert [line["value"] for line in history()] == [line["value"] for line in history("whole")]
@@ -184,9 +185,7 @@ def test_a_folder_that_was_made_for_a_run_that_is_refused_is_removed() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.usefixtures("here")
-def test_a_signal_ends_a_run_after_its_checkpoint(
-    number: int, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_ends_a_run_after_its_checkpoint(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     file = mine(f"""
         calls = []
         def f(x, y):
@@ -212,8 +211,10 @@ def test_a_signal_ends_a_run_after_its_checkpoint(
 
 @pytest.mark.usefixtures("here")
 def test_a_signal_ends_training_after_its_checkpoint() -> None:
-    Path("mine.py").write_text(EXPERIMENT + textwrap.dedent("""
-        import os, signal
+    Path("mine.py").write_text(
+        EXPERIMENT
+        + textwrap.dedent("""
+        import dataclasses, os, signal
         from pathlib import Path
         from dataclasses import dataclass
         from bilevel.tasks import AbstractTasks
@@ -227,9 +228,9 @@ def test_a_signal_ends_training_after_its_checkpoint() -> None:
                 return self.inner.sample(batch, seed)
         calls = []
         def signalled() -> Experiment:
-            made = tuned()
-            return Experiment(made.learner, Signalling(), made.validation, made.test, settings=made.settings, evaluation=made.evaluation)
-    """))
+            return dataclasses.replace(tuned(), tasks=Signalling())
+    """)
+    )
     assert run("mine.py:signalled", "--steps", "5") == 143
     assert result()["status"] == "interrupted"
     Path("mended").touch()
@@ -407,7 +408,7 @@ def test_what_was_killed_at_its_metrics_is_finished_on_resuming_and_nothing_is_c
         made = Instance(BilevelProblem(f, problem.g), x0, y0, settings=adam, metrics=metrics)
     """)
     words = [f"{file}:made", "--steps", "5", *(["--tol", "1e-9"] if failing else [])]
-    killed_in(monkeypatch, outcome_module, "draw", lambda: run(*words))
+    killed_in(outcome_module, "draw", lambda: run(*words))
     assert result()["status"] == "finishing"
     assert not Path("out/plot.png").exists()
     kept = {name: Path("out", name).read_bytes() for name in ("history.jsonl", "checkpoint.pt", "solution.pt")}
@@ -429,7 +430,7 @@ def test_training_that_was_killed_at_its_plot_is_finished_on_resuming(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("mine.py").write_text(EXPERIMENT)
-    killed_in(monkeypatch, few_shot_module, "draw_training", lambda: run("mine.py:tuned"))
+    killed_in(few_shot_module, "draw_training", lambda: run("mine.py:tuned"))
     before = result()
     assert before["status"] == "finishing"
     kept = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.suffix in (".pt", ".jsonl")}
@@ -446,7 +447,7 @@ def test_training_that_was_killed_at_its_plot_is_finished_on_resuming(
 def test_an_unfinished_run_whose_files_are_damaged_is_continued_from_its_checkpoint(
     damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_in(monkeypatch, outcome_module, "draw", lambda: run("quadratic", "--steps", "3"))
+    killed_in(outcome_module, "draw", lambda: run("quadratic", "--steps", "3"))
     Path("out", damage).write_bytes(b"{")
     assert run("quadratic", "--resume") == 0
     assert run("quadratic", "--steps", "3", out="whole") == 0
@@ -456,7 +457,7 @@ def test_an_unfinished_run_whose_files_are_damaged_is_continued_from_its_checkpo
 
 @pytest.mark.usefixtures("here")
 def test_more_steps_than_an_unfinished_run_has_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed_in(monkeypatch, outcome_module, "draw", lambda: run("quadratic", "--steps", "3"))
+    killed_in(outcome_module, "draw", lambda: run("quadratic", "--steps", "3"))
     assert run("quadratic", "--resume", "--steps", "5") == 0
     assert len(history()) == 6
 

@@ -1,4 +1,4 @@
-"""Where a run may write: the folder is made, locked, mended after a crash, and left as it was if nothing comes of it."""
+"""Where a run may write: the folder is made, locked, mended after a crash; if nothing comes of it, it is as it was."""
 
 from __future__ import annotations
 

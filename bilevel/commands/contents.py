@@ -20,7 +20,6 @@ from bilevel.commands.result import plain
 from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content, unreadable
 from bilevel.outer.solution import Record
 
-
 _REMEDY = "`--overwrite` begins the run anew."
 
 # What result.json says of a run that has not ended by itself; else the name of a `Status`.
@@ -103,7 +102,8 @@ def read_checkpoint(folder: Folder) -> dict[str, Any]:
         raise ValueError(f"{error} {_REMEDY}") from error
     except Exception as error:  # its content is of other types than was written
         raise damaged(folder) from error
-    if not (_is(content["step"], int, needed=True) and all(isinstance(content[name], Tensor) for name in ("x", "y"))):
+    told = isinstance(content.get("settings", {}), dict) and _is(content["step"], int, needed=True)
+    if not told or not all(isinstance(content[name], Tensor) for name in ("x", "y")):
         raise damaged(folder)
     return content
 

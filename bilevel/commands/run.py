@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from bilevel._estimate import Estimate
 from bilevel._instance import Instance
@@ -55,6 +55,8 @@ def run(request: Request) -> None:
 def _run(request: Request, claim: Claim) -> None:
     folder, before = claim.folder, claim.before
     made = plan(request, None if before is None else before["settings"])
+    if claim.goes_on:
+        read_checkpoint(folder)  # if it can be read
     if claim.goes_on and not request.force:
         demand_same(folder.checkpoint, made.instance.problem, made.options.get("data"))
     if claim.goes_on and _all_computed(claim, made):
