@@ -73,7 +73,8 @@ def tuned(shots: int = 3, width: int = 4, seed: int = 0) -> Experiment:
     return Experiment(learner, tasks, Validating(tasks, episodes=2), tasks, settings=Training(max_steps=2, batch=2),
                       evaluation=Evaluating(episodes=2))
 """
-MEMBERS = re.findall(r"^(?:def )?(\w+)(?: =|\()", OWN, re.MULTILINE) + [
+MEMBERS = [
+    *re.findall(r"^(?:def )?(\w+)(?: =|\()", OWN, re.MULTILINE),
     "x0",
     "exits",
     "says",

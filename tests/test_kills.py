@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from forks import ended, forked, killed_after
 
 from bilevel._tree import tree_leaves
 from bilevel.cli import main
+from bilevel.commands import few_shot as few_shot_module, outcome as outcome_module
 
 MINE = """
 import random, time
@@ -42,12 +43,11 @@ x0 = y0 = torch.full((5,), -0.5, dtype=torch.float64)
 def slow(x, y):
     time.sleep(0.03)
     return {"loss": float(rosenbrock(x, y))}
-def plot(figure, x, y): time.sleep(0.02)
 problem = BilevelProblem(rosenbrock, g)
 with_adam = {"outer": "adam", "outer_step": 0.05, "max_steps": 30}
-adam = Instance(problem, x0, y0, metrics=slow, plot=plot, settings=with_adam)
-newton = Instance(problem, x0, y0, metrics=slow, plot=plot, settings={"max_steps": 40})
-driven = Instance(problem, x0, y0, metrics=slow, plot=plot, settings={"outer": "scipy-minimize", "max_steps": 15})
+adam = Instance(problem, x0, y0, metrics=slow, settings=with_adam)
+newton = Instance(problem, x0, y0, metrics=slow, settings={"max_steps": 40})
+driven = Instance(problem, x0, y0, metrics=slow, settings={"outer": "scipy-minimize", "max_steps": 15})
 
 def noisy(seed: int = 0):
     torch.manual_seed(seed)
@@ -74,6 +74,12 @@ KINDS: dict[str, list[str]] = {
     "soba on a named problem": ["quadratic", "--algorithm", "soba", "--steps", "40", "--set", "p=6"],
 }
 TIMED = ("seconds", "elapsed", "own_seconds", "training_seconds")
+
+
+def drawn(file: BinaryIO, *_: Any) -> None:
+    for half in (b"one half, ", b"and the other"):
+        file.write(half)
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
@@ -117,14 +123,14 @@ def bilevel_run(words: list[str], folder: Path, *more: str) -> int:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the file of the problems; what a run imports late is imported, so that forks need not do it."""
+    """A folder with the file of the problems, and pictures that are made slowly and without work."""
     pytest.importorskip("scipy.optimize")
-    pytest.importorskip("matplotlib.backends.backend_agg")
-    pytest.importorskip("matplotlib.image")
     if not hasattr(os, "fork"):
         pytest.skip("a fork is needed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(outcome_module, "draw", drawn)
+    monkeypatch.setattr(few_shot_module, "draw_training", drawn)
     Path("mine.py").write_text(MINE)
     state = random.getstate()
     with torch.random.fork_rng():
@@ -189,6 +195,7 @@ def kill_them(count: int, seed: int) -> dict[str, int]:
             return kills
         kind = list(KINDS)[turn % len(KINDS)]
         kills[kind] += survives(kind, whole[kind], draw, str(turn), budget=8)
+        Path(os.environ.get("KILLS_REPORT", "kills.json")).write_text(json.dumps(kills))
     raise AssertionError
 
 
@@ -203,7 +210,6 @@ def test_runs_that_are_killed_at_random_moments_end_where_they_would_have() -> N
 def test_a_thousand_kills_change_nothing() -> None:
     count = int(os.environ.get("KILLS", "1000"))
     kills = kill_them(count, seed=int(os.environ.get("KILLS_SEED", "1")))
-    Path(os.environ.get("KILLS_REPORT", "kills.json")).write_text(json.dumps(kills))
     assert sum(kills.values()) >= count
     assert all(kills.values())
 
