@@ -27,6 +27,8 @@ import torch
 
 from bilevel import cli
 from bilevel.commands import few_shot as few_shot_module, outcome as outcome_module, run as run_module
+from bilevel.few_shot import Experiment
+from bilevel.outer.minimize import minimize
 
 CASES, SEED = int(os.environ.get("COMMAND_CASES", "300")), int(os.environ.get("COMMAND_SEED", "0"))
 CODES = {cli.SUCCESS, cli.FAILED, cli.USAGE, cli.MISSING}
@@ -158,7 +160,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few steps, no pictures, no network."""
-    minimize, train = run_module.minimize, few_shot_module.Experiment.train
+    train = Experiment.train
 
     def few(*arguments: Any, max_steps: int, **keywords: Any) -> Any:
         return minimize(*arguments, max_steps=min(max_steps, STEPS), **keywords)
@@ -172,7 +174,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise urllib.error.URLError("there is no network")
 
     monkeypatch.setattr(run_module, "minimize", few)
-    monkeypatch.setattr(few_shot_module.Experiment, "train", short)
+    monkeypatch.setattr(Experiment, "train", short)
     monkeypatch.setattr(outcome_module, "draw", lambda file, *_: file.write(b"a picture"))
     monkeypatch.setattr(few_shot_module, "draw_training", lambda file, *_: file.write(b"a picture"))
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)

@@ -511,8 +511,12 @@ def test_no_file_of_a_replaced_run_is_lost_wherever_that_is_stopped(
 # Damage
 
 
-def deep(bracket: str = "[", depth: int = 100_000) -> bytes:
-    return bracket.encode() * depth
+def in_its_place(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def replaced(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replaced
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -521,13 +525,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "garbage": lambda path: path.write_bytes(bytes(range(256)) * 7),
     "null": lambda path: path.write_text("null"),
     "list": lambda path: path.write_text("[1, 2]\n"),
-    "deep": lambda path: path.write_bytes(deep()),
+    "deep": lambda path: path.write_bytes(b"[" * 100_000),
     "numbers": lambda path: path.write_text('{"settings": 3, "status": 4, "step": "a"}\n'),
-    "missing": lambda path: path.unlink(),
-    "folder": lambda path: (path.unlink(), path.mkdir()),
-    "loop": lambda path: (path.unlink(), path.symlink_to(path)),
-    "dangling": lambda path: (path.unlink(), path.symlink_to("nowhere")),
-    "fifo": lambda path: (path.unlink(), os.mkfifo(path)),
+    "missing": Path.unlink,
+    "folder": in_its_place(Path.mkdir),
+    "loop": in_its_place(lambda path: path.symlink_to(path)),
+    "dangling": in_its_place(lambda path: path.symlink_to("nowhere")),
+    "fifo": in_its_place(os.mkfifo),
 }
 
 

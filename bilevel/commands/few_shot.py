@@ -178,16 +178,14 @@ def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
 
 
 @final
-@dataclass(eq=False)
 class _Going:
-    """A run as it goes: its lines, and whether there has been a new one."""
+    """A run as it goes: its lines, and whether a new one has been `told`."""
 
-    plan: _Plan
-    folder: Folder
-    head: dict[str, Any]
-    lines: list[dict[str, Any]]
-    goes_on: bool
-    told: bool = False
+    def __init__(
+        self, plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], goes_on: bool
+    ) -> None:
+        self.plan, self.folder, self.head, self.lines, self.goes_on = plan, folder, head, lines, goes_on
+        self.told = False
 
     def tell(self, progress: Progress) -> None:
         """Write the line of a step."""
@@ -213,7 +211,9 @@ def _run(going: _Going) -> None:
         experiment = replace(experiment, settings=settings)
     every, between = experiment.settings.checkpoint_every, request.checkpoint_seconds
     saving = Saving(folder.path, every, resuming(request, goes_on=going.goes_on), between or Saving.seconds)
-    seconds = lambda: earlier + time.perf_counter() - began  # noqa: E731
+
+    def seconds() -> float:
+        return earlier + time.perf_counter() - began
 
     with training_progress(experiment.settings.max_steps, quiet=request.quiet) as show:
 

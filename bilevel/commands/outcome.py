@@ -94,10 +94,7 @@ def finish(request: Request, made: Plan, folder: Folder, before: Mapping[str, An
         return False
     if not isinstance(computed, dict) or point is None or not history or history[-1].step != before.get("steps"):
         return False
-    x, y = (
-        tree_map(lambda leaf, device=ravel(start)[1].device: leaf.to(device), tree)
-        for tree, start in zip(point, (made.instance.x0, made.instance.y0), strict=True)
-    )
+    x, y = (_moved(tree, start) for tree, start in zip(point, (made.instance.x0, made.instance.y0), strict=True))
     content = {name: value for name, value in before.items() if name != "computed"}
     content |= {"status": str(computed.get("status")), "metrics": {}, "notes": []}
     _complete(request, made, folder, content, (x, y), history)
@@ -129,6 +126,12 @@ def _complete(
         note(text)
     if not request.quiet and history:
         _show(made, folder, content)
+
+
+def _moved(tree: Tree, start: Tree) -> Tree:
+    """A structure on the device of another one."""
+    device = ravel(start)[1].device
+    return tree_map(lambda leaf: leaf.to(device), tree)
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass, field
 from typing import Literal, final
 
 from bilevel._estimate import Estimate
@@ -128,15 +127,13 @@ def again(request: Request, folder: Folder) -> str:
 
 
 @final
-@dataclass(eq=False)
 class _Going:
-    """A run as it goes: its records, and whether there has been a new one."""
+    """A run as it goes: its records, and whether a new one has been `told`."""
 
-    request: Request
-    made: Plan
-    claim: Claim
-    records: list[Record] = field(default_factory=list)
-    told: bool = False
+    def __init__(self, request: Request, made: Plan, claim: Claim) -> None:
+        self.request, self.made, self.claim = request, made, claim
+        self.records: list[Record] = []
+        self.told = False
 
     def tell(self, record: Record) -> None:
         """Write the record of a step."""
