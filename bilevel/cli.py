@@ -18,6 +18,7 @@ from bilevel.commands.signals import received
 SUCCESS, FAILED, USAGE, MISSING = 0, 1, 2, 3
 INTERRUPTED, TERMINATED, HUNG_UP = 130, 143, 129  # 128 and the number of the signal
 
+_LONG = 2000  # characters of an error
 _DIGITS = 8  # of a budget: what takes more calls does not end
 
 _DEBUG = "show the traceback of an error"
@@ -40,13 +41,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         near = "" if choice is None else nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
-        self.exit(USAGE, f"bilevel: error: {message}. {near}See `{self.prog} --help`.\n")
+        self.exit(USAGE, f"bilevel: error: {_clipped(' '.join(message.split()))}. {near}See `{self.prog} --help`.\n")
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Refuse words of the command line that mean nothing here."""
         near = nearest(words[0].partition("=")[0], re.findall(r"--[\w-]+", self.format_usage()))
-        text = f"bilevel: error: unrecognized arguments: {' '.join(words)}. {near}See `{self.prog} --help`.\n"
-        self.exit(USAGE, text)
+        text = _clipped(" ".join(" ".join(words).split()))
+        self.exit(USAGE, f"bilevel: error: unrecognized arguments: {text}. {near}See `{self.prog} --help`.\n")
 
 
 def parser() -> _Parser:
@@ -338,4 +339,10 @@ def _one_line(error: BaseException, problem: str) -> str:
 
 def _flat(error: BaseException, text: str | None = None) -> str:
     """The text and notes of an error in one line."""
-    return " ".join(" ".join([str(error) if text is None else text, *getattr(error, "__notes__", ())]).split())
+    line = " ".join(" ".join([str(error) if text is None else text, *getattr(error, "__notes__", ())]).split())
+    return _clipped(line.replace('`resume="force"`', "`--force`"))  # what Python's way to say it is called here
+
+
+def _clipped(line: str) -> str:
+    """A line without the middle of a very long one, which is what somebody typed."""
+    return line if len(line) <= _LONG else f"{line[: _LONG // 2]} ... {line[-_LONG // 2 :]}"

@@ -256,7 +256,7 @@ def complaint(case: list[str], code: object, out: str, error: str) -> str | None
         return None if not lines or lines[-1].startswith("bilevel: error: ") else "the last line is no error"
     if len(lines) != (0 if code == cli.SUCCESS else 1):
         return f"{len(lines)} lines"
-    if lines and not (lines[0].startswith("bilevel: error: ") and len(lines[0]) < 6500):
+    if lines and not (lines[0].startswith("bilevel: error: ") and len(lines[0]) < 2500):
         return "no line of an error"
     if "Traceback" in error + out:
         return "a traceback"

@@ -146,6 +146,32 @@ def test_training_that_was_killed_before_its_first_checkpoint_begins_again(monke
     assert result()["test"]["score"] == result("whole")["test"]["score"]
 
 
+@pytest.mark.usefixtures("here")
+def test_a_run_that_begins_again_and_is_killed_while_it_clears_its_folder_can_still_begin_again() -> None:
+    from bilevel.outer import saves
+
+    killed_in(saves, "write_atomically", lambda: run("quadratic", "--steps", "6"))
+    assert len(history()) > 0
+    for file in reversed(Folder(Path("out")).files):
+        original = Path.unlink
+
+        def dying(path: Path, missing_ok: bool = False, at: Path = file) -> None:
+            if path == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(path, missing_ok)  # noqa: B023
+
+        def resumed(unlink: Any = dying) -> int:
+            setattr(Path, "unlink", unlink)  # noqa: B010
+            setattr(saves, "write_atomically", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
+            return run("quadratic", "--resume")
+
+        assert ended(forked(resumed)) == -signal.SIGKILL
+        assert result()["settings"]["steps"] == 6
+    Path("out/.result.json.1-ab.part").touch()
+    assert run("quadratic", "--resume") == 0
+    assert not [path for path in Path("out").iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("empty", ["result.json", "history.jsonl", "checkpoint.pt", ".lock", None])
 @pytest.mark.usefixtures("here")
 def test_an_empty_folder_holds_no_run(empty: str | None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -628,6 +654,41 @@ def test_files_that_may_not_be_read_are_told_in_one_line(name: str, capsys: pyte
         error_line(capsys)
     finally:
         Path("out", name).chmod(mode)
+
+
+@pytest.mark.usefixtures("here")
+def test_another_problem_under_the_same_name_is_resumed_by_force_only(capsys: pytest.CaptureFixture[str]) -> None:
+    file = mine("made = Instance(problem, x0, y0, settings=adam)")
+    assert run(f"{file}:made", "--steps", "3") == 0
+    mine("made = Instance(BilevelProblem(lambda x, y: loss(x, y) / 3, problem.g), x0, y0, settings=adam)")
+    sys.modules.pop("mine")
+    assert run(f"{file}:made", "--resume", "--steps", "5") == 2
+    assert "`--force`" in error_line(capsys)
+    assert len(history()) == 4
+    assert run(f"{file}:made", "--resume", "--steps", "5", "--force") == 0
+    assert len(history()) == 6
+    assert run(f"{file}:made", "--force", out="other") == 2
+    assert "goes with `--resume`" in error_line(capsys)
+
+
+@pytest.mark.usefixtures("here")
+def test_checkpoints_are_written_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = mine("""
+        def f(x, y):
+            time.sleep(0.004)
+            return loss(x, y)
+        made = Instance(BilevelProblem(f, problem.g), x0, y0, settings=adam)
+    """)
+    from bilevel.outer import saves
+
+    written = []
+    original = saves.write_atomically
+    monkeypatch.setattr(saves, "write_atomically", lambda *given: (written.append(given[0]), original(*given)))
+    assert run(f"{file}:made", "--steps", "8", "--checkpoint-seconds", "0.001") == 0
+    assert len(written) >= 8
+    written.clear()
+    assert run(f"{file}:made", "--steps", "8", out="rarely") == 0
+    assert len(written) <= 2
 
 
 # What a file of the user's may do

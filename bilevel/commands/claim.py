@@ -61,6 +61,7 @@ def claimed(request: Request) -> Iterator[Claim]:
                         where = "the folder `runs`" if request.out is None else f"`--out {request.out}`"
                         raise ValueError(f"{where} cannot hold a run: {error}.") from error
             folder.demand_files()
+            folder.remove_halves()
             bring_back(folder)  # of a run that was killed before its first evaluation had ended
             yield _resumed(folder) if request.resume else _begun(folder, overwrite=request.overwrite)
     finally:

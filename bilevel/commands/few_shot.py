@@ -80,7 +80,7 @@ def _claimed(request: Request, claim: Claim) -> None:
     if request.overwrite:
         set_aside(folder)
     elif not claim.goes_on:
-        folder.clear()
+        folder.clear(but_result=True)
     if not claim.goes_on:  # before anything is computed: who is killed now has said what was to be run
         write_result(folder, head | {"status": BEGUN})
     going = _Going(plan, folder, head, lines, claim.goes_on)

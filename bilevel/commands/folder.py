@@ -84,10 +84,21 @@ class Folder:
                 what = "a folder" if file.is_dir() else "no file"
                 raise ValueError(f"{str(file)!r} is {what}, and a run writes that file: name another `--out`.")
 
-    def clear(self) -> None:
-        """Remove the files of an earlier run, and nothing else."""
+    def clear(self, *, but_result: bool = False) -> None:
+        """Remove the files of an earlier run, and nothing else; last its result, which says what was to be run.
+
+        Args:
+            but_result: leave that, until a new one takes its place: who is killed in between has one of them.
+        """
+        for file in reversed(self.files):
+            if not (but_result and file == self.result):
+                file.unlink(missing_ok=True)
+
+    def remove_halves(self) -> None:
+        """Remove what a process that was killed had half written; for who holds the folder."""
         for file in self.files:
-            file.unlink(missing_ok=True)
+            for half in self.path.glob(f".{file.name}.*.part"):
+                half.unlink(missing_ok=True)
 
     @property
     def replaced(self) -> Path:

@@ -69,7 +69,7 @@ def _run(request: Request, claim: Claim) -> None:
     if request.overwrite:
         set_aside(folder)
     elif not claim.goes_on:
-        folder.clear()
+        folder.clear(but_result=True)
     for text in made.notes:
         note(text)
     earlier = 0.0 if before is None else float(before.get("seconds") or 0.0)
