@@ -17,6 +17,7 @@ import torch
 from cases import bits
 from forks import ended, forked, wait_for
 
+from bilevel._files import write_atomically
 from bilevel.cli import main
 from bilevel.commands import few_shot as few_shot_module, lock as lock_module, outcome as outcome_module
 from bilevel.commands.contents import write_result
@@ -508,6 +509,7 @@ def test_no_file_of_a_replaced_run_is_lost_wherever_that_is_stopped(
         for name in ("mkdir", "replace", "rename", "rmdir", "unlink"):
             context.setattr(Path, name, counted(getattr(Path, name)))
 
+    new = False
     for count in range(60):
         folder = Folder(tmp_path / str(count))
         folder.path.mkdir()
@@ -681,9 +683,13 @@ def test_checkpoints_are_written_by_time(monkeypatch: pytest.MonkeyPatch) -> Non
     """)
     from bilevel.outer import saves
 
-    written = []
-    original = saves.write_atomically
-    monkeypatch.setattr(saves, "write_atomically", lambda *given: (written.append(given[0]), original(*given)))
+    written: list[Any] = []
+
+    def write(path: Any, action: Any) -> None:
+        written.append(path)
+        write_atomically(path, action)
+
+    monkeypatch.setattr(saves, "write_atomically", write)
     assert run(f"{file}:made", "--steps", "8", "--checkpoint-seconds", "0.001") == 0
     assert len(written) >= 8
     written.clear()

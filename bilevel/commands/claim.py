@@ -50,16 +50,7 @@ def claimed(request: Request) -> Iterator[Claim]:
     made: list[Path] = []
     try:
         with contextlib.ExitStack() as stack:
-            for attempt in itertools.count():
-                folder = _new(request.problem, made) if request.out is None else Folder(Path(request.out))
-                try:
-                    _make(folder.path, made)
-                    stack.enter_context(locked(folder.path))
-                    break
-                except OSError as error:
-                    if attempt == _TRIES or not isinstance(error, FileNotFoundError):
-                        where = "the folder `runs`" if request.out is None else f"`--out {request.out}`"
-                        raise ValueError(f"{where} cannot hold a run: {error}.") from error
+            folder = _entered(request, made, stack)
             folder.demand_files()
             folder.remove_halves()
             bring_back(folder)  # of a run that was killed before its first evaluation had ended
@@ -68,6 +59,23 @@ def claimed(request: Request) -> Iterator[Claim]:
         for path in reversed(made):
             with contextlib.suppress(OSError):  # it is not empty
                 path.rmdir()
+
+
+def _entered(request: Request, made: list[Path], stack: contextlib.ExitStack) -> Folder:
+    """The folder, made if need be and locked until the stack is left."""
+    attempt = 0
+    while True:
+        folder = _new(request.problem, made) if request.out is None else Folder(Path(request.out))
+        try:
+            _make(folder.path, made)
+            stack.enter_context(locked(folder.path))
+        except OSError as error:
+            attempt += 1
+            if attempt == _TRIES or not isinstance(error, FileNotFoundError):
+                where = "the folder `runs`" if request.out is None else f"`--out {request.out}`"
+                raise ValueError(f"{where} cannot hold a run: {error}.") from error
+        else:
+            return folder
 
 
 def _demand_sense(request: Request) -> None:

@@ -322,8 +322,9 @@ def _sound(folder: Folder, line: Mapping[str, Any]) -> bool:
         ValueError: if it does not.
     """
     try:
-        float(line["elapsed"]), float(line["value"]), line["grad_norm"], Stats(**line["stats"])
-        Status[line["status"]], line["validation"] is None or float(line["validation"]["score"])
+        numbers = [line["elapsed"], line["value"], line["grad_norm"]]
+        numbers += [] if line["validation"] is None else [line["validation"]["score"]]
+        sound = (list(map(float, numbers)), Stats(**line["stats"]), Status[line["status"]])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(folder.history)!r} is damaged at step {line['step']}. `--overwrite` begins the run anew."
