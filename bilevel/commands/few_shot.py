@@ -324,12 +324,12 @@ def _sound(folder: Folder, line: Mapping[str, Any]) -> bool:
     try:
         numbers = [line["elapsed"], line["value"], line["grad_norm"]]
         numbers += [] if line["validation"] is None else [line["validation"]["score"]]
-        sound = (list(map(float, numbers)), Stats(**line["stats"]), Status[line["status"]])
+        read = list(map(float, numbers)), Stats(**line["stats"]), Status[line["status"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(folder.history)!r} is damaged at step {line['step']}. `--overwrite` begins the run anew."
         ) from error
-    return True
+    return bool(read)
 
 
 @final
