@@ -30,7 +30,7 @@ from bilevel.commands import few_shot as few_shot_module, outcome as outcome_mod
 from bilevel.few_shot import Experiment
 from bilevel.outer.minimize import minimize
 
-CASES, SEED = int(os.environ.get("COMMAND_CASES", "300")), int(os.environ.get("COMMAND_SEED", "0"))
+CASES, SEED = int(os.environ.get("COMMAND_CASES", "200")), int(os.environ.get("COMMAND_SEED", "0"))
 CODES = {cli.SUCCESS, cli.FAILED, cli.USAGE, cli.MISSING}
 STEPS = 3  # of a run, whatever number was asked for
 
@@ -218,7 +218,9 @@ def words(draw: random.Random) -> list[str]:
     """A command line."""
     if draw.random() < 0.03:
         return [draw.choice(TEXTS) for _ in range(draw.randrange(3))]
-    name = draw.choices(list(COMMANDS), [{"run": 14, "check": 2, "compare": 2}.get(name, 1) for name in COMMANDS])[0]
+    name = draw.choices(list(COMMANDS), [{"run": 14, "check": 1, "compare": 0.4}.get(name, 0.7) for name in COMMANDS])[
+        0
+    ]
     found = []
     for action in COMMANDS[name]._actions:
         if isinstance(action, argparse._HelpAction):
