@@ -26,7 +26,13 @@ import pytest
 import torch
 
 from bilevel import cli
-from bilevel.commands import few_shot as few_shot_module, outcome as outcome_module, run as run_module
+from bilevel.commands import (
+    compare as compare_module,
+    few_shot as few_shot_module,
+    outcome as outcome_module,
+    run as run_module,
+)
+from bilevel.diagnostics.compare import compare
 from bilevel.few_shot import Experiment
 from bilevel.outer.minimize import minimize
 
@@ -170,6 +176,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise ValueError("it would take too long")
         return train(self, *arguments, **keywords)
 
+    def two(*arguments: Any, estimators: Any, **keywords: Any) -> Any:
+        return compare(*arguments, estimators=estimators or ("aid-cg", "itd"), **keywords)
+
     def unreachable(*_: Any, **__: Any) -> Any:
         raise urllib.error.URLError("there is no network")
 
@@ -177,6 +186,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Experiment, "train", short)
     monkeypatch.setattr(outcome_module, "draw", lambda file, *_: file.write(b"a picture"))
     monkeypatch.setattr(few_shot_module, "draw_training", lambda file, *_: file.write(b"a picture"))
+    monkeypatch.setattr(compare_module, "_draw", lambda file, *_: file.write(b"a picture"))
+    monkeypatch.setattr(compare_module, "compare_estimators", two)
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(sys, "path", list(sys.path))
     names, default = set(sys.modules), torch.get_default_dtype()
