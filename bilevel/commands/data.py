@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import BinaryIO, final
 
 from bilevel._files import write_atomically
-from bilevel.commands.run import Failure
+from bilevel.commands.raised import Failure
 
 
 @final
