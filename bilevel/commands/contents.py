@@ -19,6 +19,7 @@ from bilevel.commands.folder import Folder
 from bilevel.commands.result import plain
 from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content, unreadable
 from bilevel.outer.solution import Record
+from bilevel.outside.checkpoints import load_plain
 
 _REMEDY = "`--overwrite` begins the run anew."
 
@@ -137,7 +138,7 @@ def read_history(folder: Folder) -> list[dict[str, Any]]:
 def read_solution(folder: Folder) -> tuple[Tree, Tree] | None:
     """x and y as they were written; None where they cannot be read."""
     try:
-        content = torch.load(folder.solution, map_location="cpu", weights_only=True)
+        content = load_plain(folder.solution)
         return content["x"], content["y"]
     except Exception:
         return None
