@@ -445,7 +445,9 @@ NONSENSE: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "arguments"), NONSENSE, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    ("call", "arguments"), NONSENSE, ids=lambda each: "-".join(each) if isinstance(each, dict) else each.__name__
+)
 def test_nonsense_is_refused_by_name(call: Callable[..., Any], arguments: dict[str, Any]) -> None:
     name = list(arguments)[-1]
     with pytest.raises((TypeError, ValueError), match=rf"`{call.__name__}\({name}=...\)` "):

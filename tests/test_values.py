@@ -598,7 +598,6 @@ def test_a_named_tuple_that_the_program_has_not_is_made_and_nothing_is_imported(
         {1: 2, "a": object()},
         set(),
     ],
-    ids=str,
 )
 def test_data_that_are_not_plain_are_one_error(content: Any) -> None:
     with pytest.raises(ValueError, match=r"`Start.from_dict\(content\)` needs what `Start.to_dict\(\)` makes"):
