@@ -15,7 +15,7 @@ from bilevel._linear import LinearOperator
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
-from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.portable.pickling import AbstractPortable
@@ -47,7 +47,6 @@ def total(values: Tensor) -> Tensor:
     return values if values.dim() == 0 else values.sum()
 
 
-@fitting
 def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Phi's integrand f(x, y) `()`, grad_x f `(p,)` and grad_y f `(*tasks, q)`, by one backward pass."""
     problem.tally.outer_gradients += y.shape[:-1].numel()

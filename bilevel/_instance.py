@@ -8,7 +8,7 @@ from typing import Any, final
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
-from bilevel.arguments.checked import fitting
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.certificates.certificate import Constants
 from bilevel.portable.pickling import AbstractPortable
@@ -48,7 +48,7 @@ class Instance(AbstractPortable):
     def __post_init__(self) -> None:
         demand_types(self)
 
-    @fitting
+    @checked()
     def value(self, x: Tree) -> float:
         """Phi(x) = f(x, y*(x)), from the closed form of y*.
 

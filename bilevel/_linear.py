@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from bilevel._result import Solved
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.portable.pickling import AbstractPortable
 

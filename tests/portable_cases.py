@@ -31,6 +31,11 @@ def f(x: Any, y: Any) -> Tensor:
     return found
 
 
+def number(step: int) -> float:
+    """Of a step."""
+    return 1.0 / (1 + step)
+
+
 def g(x: Any, y: Any) -> Tensor:
     """Strongly convex in y."""
     found: Tensor = (y.u - x["a"]).square().sum() + (y.w[0] - x["b"]).square().sum() + (y.u.sum() + y.w[0].sum()).cosh()

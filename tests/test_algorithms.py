@@ -302,7 +302,7 @@ def test_what_is_no_algorithm_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no algorithm 'sobba'. Did you mean 'soba'\? Names: descent, soba"):
         minimize(SQUARE, ZERO, ZERO, algorithm="sobba")
     for wrong in (SOBA, Adam(0.1), 3):
-        with pytest.raises(TypeError, match=r"must be an algorithm such as `SOBA\(0.1, 0.01\)` or a name"):
+        with pytest.raises(TypeError, match=r"must be an algorithm such as `SOBA\(0.1, 0.01\)` or a string"):
             minimize(SQUARE, ZERO, ZERO, algorithm=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`Descent\(estimator=...\)` must be an estimator such as"):
         Descent("aid-cg", Adam(0.1))  # type: ignore[arg-type]

@@ -737,7 +737,7 @@ def test_a_seed_without_effect_is_noted(capsys: pytest.CaptureFixture[str]) -> N
         (["run"], "the following arguments are required: PROBLEM"),
         (["walk"], "invalid choice: 'walk'"),
         ([], "a command is needed"),
-        (["run", "quadratic", "--set", "kappa=0"], "kappa >= 1"),
+        (["run", "quadratic", "--set", "kappa=0"], "`quadratic(kappa=...)` must be at least 1"),
         (["run", "quadratic", "--out", "a_file"], "is a file: name a folder"),
     ],
 )
@@ -908,7 +908,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quadratic", "--set", "kappa=0", "--debug") == 2
     text = capsys.readouterr().err
     assert "Traceback" in text
-    assert "in quadratic" in text
+    assert "`quadratic(kappa=...)` must be at least 1" in text
     assert text.splitlines()[-1].startswith("bilevel: error: `quadratic(kappa=...")
 
 

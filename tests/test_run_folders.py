@@ -737,7 +737,7 @@ def test_an_exit_on_the_way_is_a_failure_that_keeps_what_was_computed(capsys: py
                 sys.exit(0)
             return loss(x, y)
         made = Instance(BilevelProblem(f, problem.g), x0, y0, settings=adam)
-        def leaves(x, y): sys.exit(0)
+        def leaves(*given): sys.exit(0)
         ends = Instance(problem, x0, y0, settings=adam, metrics=leaves, plot=leaves)
     """)
     assert run(f"{file}:made", "--steps", "50") == 1

@@ -243,6 +243,8 @@ def guess(kind: Any) -> Any:
             "AbstractTasks": Sinusoid(),
             "AbstractProxTerm": L1(torch.ones(2)),
             "tuple": (),
+            "Callable[[int]": portable_cases.number,
+            "Schedule": portable_cases.number,
             "Callable": portable_cases.f,
             "Constants": Constants(mu=1.0),
             "Tensor": torch.ones(2),

@@ -16,6 +16,10 @@ from bilevel.arguments.shapes import Shape, demand_shapes
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# What torch raises of arguments that do not fit; whatever else was raised is somebody's own, and leaves as it is.
+_OF_TORCH = (RuntimeError, IndexError, KeyError, AttributeError, TypeError, ValueError, ArithmeticError)
+
+
 class _Argument(NamedTuple):
     name: str
     hint: Any
@@ -130,7 +134,7 @@ def fitting(function: F) -> F:
             return function(*args, **keywords)
         try:
             return typed(*args, **keywords)
-        except Exception as error:
+        except _OF_TORCH as error:
             if isinstance(error, TypeError | ValueError) and str(error).startswith(f"`{name}("):  # it says so already
                 raise
             from bilevel._numerics.misfits import Misfit, described

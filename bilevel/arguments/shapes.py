@@ -45,7 +45,7 @@ class Shape:
         why = "" if self.axes is None else self._misfit(tuple(value.shape), sizes)
         if why:
             return why
-        if real and self.finite and not bool(value.isfinite().all()):
+        if real and self.finite and not _all_finite(value):
             return "finite in every entry"
         if self.kind == "real":
             for name, own in (("dtype", value.dtype), ("device", value.device)):
@@ -67,6 +67,11 @@ class Shape:
         end = "," if len(own) == 1 else ""
         named, meant = (f"({', '.join(['...'] * free + list(map(str, each)))}{end})" for each in (own, known))
         return f"of shape {named}" + (f" = {meant}" if meant != named else "")
+
+
+def _all_finite(value: Tensor) -> bool:
+    """Whether all entries are; of a tensor that `vmap` goes over, all that it goes over."""
+    return bool(torch.func.debug_unwrap(value, recurse=True).isfinite().all())
 
 
 def _new(letters: list[str], sizes: tuple[int, ...]) -> bool:

@@ -97,6 +97,8 @@ def demand_placement(call: str, dtype: torch.dtype | None, device: torch.device 
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"`{call}(dtype=...)` must be a floating point one, such as torch.float32. Got {dtype}.")
+    if device is None:
+        return
     try:
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

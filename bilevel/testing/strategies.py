@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked
-from bilevel.arguments.ranges import SEED, SIZE
+from bilevel.arguments.ranges import COUNT, SEED, SIZE
 from bilevel.arguments.shapes import Shape
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 from bilevel.testing.logistic import Logistic
@@ -47,7 +47,7 @@ def _composite(function: Callable[Concatenate[DrawFn, P], T]) -> Callable[P, Sea
     return strategy
 
 
-@checked(shape=SIZE, seed=SEED)
+@checked(shape=COUNT, seed=SEED)
 def gaussian(*shape: int, seed: int) -> Tensor:
     """Standard normal entries in float64; the same for the same seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
