@@ -212,6 +212,8 @@ class Linearization:
             reports: what was found out about the point.
             start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
         """
+        if not y.dim():
+            raise ValueError("`Linearization(y=...)` must have an axis of entries. Got a tensor without axes.")
         self.y, self.gradient, self.products, self.reports = y, gradient, products, reports
         self._pull, self._right_hand_side, self._moved, self._start_in_x = pull, right_hand_side, moved, start_in_x
         self._last: list[tuple[Tensor, int, Tensor | None]] = []  # shared, and not self: nothing refers to its owner

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.portable.plain import checked, demanded, number, optional_number, plain, refused, restored, same_bits
@@ -220,6 +221,7 @@ class Estimate(AbstractResult):
                 **{name: optional_number(content, name) for name in _NUMBERS},
             )
 
+    @arguments("Estimate.save")
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the estimate to one file in the format safetensors, its numbers and texts as JSON in the header.
 
@@ -232,6 +234,7 @@ class Estimate(AbstractResult):
         write_tensors(path, "Estimate", self.to_dict())
 
     @staticmethod
+    @arguments("Estimate.load")
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Estimate:
         """Read what :meth:`save` wrote. Nothing in the file is executed, and no module is imported for it.
 

@@ -253,7 +253,7 @@ def _demand_tasks(problem: BilevelProblem) -> None:
     if not isinstance(problem.tasks, bool) and not (isinstance(problem.tasks, str) and problem.tasks == "loop"):
         raise ValueError(
             f'`{type(problem).__name__}(tasks=...)` must be True (all tasks at once), "loop" (one after the other) or'
-            f" False (no tasks). Got {problem.tasks!r}."
+            f" False (no tasks). Got {str(problem.tasks)[:100]!r}."
         )
 
 

@@ -336,9 +336,18 @@ class Report:
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> Report:
-        """The inverse of :meth:`as_dict`."""
-        statuses = tuple(Status[name] for name in content["statuses"])
-        return Report(**{**content, "status": Status[content["status"]], "statuses": statuses})
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        try:
+            statuses = tuple(Status[name] for name in content["statuses"])
+            return Report(**{**content, "status": Status[content["status"]], "statuses": statuses})
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"`Report.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
+            ) from error
 
     def __str__(self) -> str:
         failed = sum(not status.ok for status in self.statuses)
@@ -353,6 +362,8 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     demand_type("report", "gradient", gradient, Tensor | None)
     residual = solved.residual
     if gradient is not None:
+        if not gradient.dim():
+            raise ValueError("`report(gradient=...)` must have an axis of entries. Got a tensor without axes.")
         largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
         unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # so that squares are not lost
         residual = torch.linalg.vector_norm(gradient / unit, dim=-1) * unit.squeeze(-1)

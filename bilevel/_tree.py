@@ -122,6 +122,7 @@ def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structur
         tensor(0.)
     """
     demand_type("ravel", "name", name, str)
+    name = name[:200]
     leaves: list[Any] = []
     spec = flatten(tree, leaves, name)
     for leaf in leaves:

@@ -82,7 +82,8 @@ class Logistic:
         loss = sample_losses(linear(self.X, y), self.labels).mean()
         if not isinstance(x, dict):
             return loss + (x.exp() * y.square()).sum() / 2
-        assert self.eps is not None
+        if self.eps is None:
+            raise ValueError("`Logistic(eps=None)` has no smoothed L1 penalty: x must be a tensor. Got a dict.")
         smoothed = (y.square() + self.eps**2).sqrt() - self.eps
         return loss + (x["log_l2"].exp() * y.square()).sum() / 2 + x["log_l1"].exp() * smoothed.sum()
 

@@ -122,9 +122,14 @@ def public() -> tuple[Public, ...]:
         found.append(Public(f"{room}.{name}", room, thing))
         if not issubclass(thing, (*PROTOCOLS, BaseException)) and name != "Armijo":  # which takes flat vectors as well
             for method, body in vars(thing).items():
+                owner_ = None if isinstance(body, staticmethod) else thing
                 body = body.__func__ if isinstance(body, staticmethod | classmethod) else body
-                if not method.startswith("_") and isinstance(body, FunctionType) and parameters(body, method=True):
-                    found.append(Public(f"{room}.{name}.{method}", room, body, thing))
+                if (
+                    not method.startswith("_")
+                    and isinstance(body, FunctionType)
+                    and parameters(body, method=owner_ is not None)
+                ):
+                    found.append(Public(f"{room}.{name}.{method}", room, body, owner_))
     return tuple(found)
 
 
@@ -319,6 +324,18 @@ class Axes:
 NUMBERS = itertools.count()
 
 
+@functools.cache
+def solution() -> Any:
+    """A short run."""
+    return bilevel.minimize(PROBLEM, X, Y, max_steps=1, outer=GradientDescent(0.1))
+
+
+def saved(value: Any) -> Path:
+    """A file that holds it."""
+    value.save(folder() / "held.safetensors")
+    return folder() / "held.safetensors"
+
+
 # By the annotation, as it is written; what is not here has no example.
 BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "float": lambda: 0.5,
@@ -399,6 +416,15 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "BilevelProblem.g": {"y": lambda: Y},
     "Instance": {"solution": lambda: torch.clone},
     "Certified": {"target_error": lambda: 0.1},
+    "Estimate.load": {"path": lambda: saved(estimate()), "device": lambda: "cpu"},
+    "Solution.load": {"path": lambda: saved(solution()), "device": lambda: "cpu"},
+    "Estimate.save": {"path": lambda: folder() / "saved.safetensors"},
+    "Solution.save": {"path": lambda: folder() / "saved.safetensors"},
+    "Estimate.from_dict": {"content": lambda: estimate().to_dict()},
+    "Solution.from_dict": {"content": lambda: solution().to_dict()},
+    "Start.from_dict": {"content": lambda: bilevel.Start(X).to_dict()},
+    "Best.from_dict": {"content": lambda: solution().best.to_dict()},
+    "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},

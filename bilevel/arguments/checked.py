@@ -16,10 +16,6 @@ from bilevel.arguments.shapes import Shape, demand_shapes
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-# What torch raises of arguments that do not fit; whatever else was raised is somebody's own, and leaves as it is.
-_OF_TORCH = (RuntimeError, IndexError, KeyError, AttributeError, TypeError, ValueError, ArithmeticError)
-
-
 class _Argument(NamedTuple):
     name: str
     hint: Any
@@ -106,8 +102,9 @@ def checked(call: str = "", /, **allowed: Range | Shape) -> Callable[[F], F]:
 def fitting(function: F) -> F:
     """Refuse arguments that are not what the annotations say, and say of others that do not fit what they are.
 
-    For functions that a solver calls in each of its steps: the types are looked at, and shapes, dtypes and entries only
-    where the function fails with them. While `torch.compile` traces it, it is the function itself.
+    For the library's own formulas, which call no function of the user's, in each step of a solver: the types are looked
+    at, and shapes, dtypes and entries only where the function fails with them. While `torch.compile` traces it, it is
+    the function itself.
 
     Raises:
         TypeError: naming an argument of a wrong type.
@@ -134,7 +131,7 @@ def fitting(function: F) -> F:
             return function(*args, **keywords)
         try:
             return typed(*args, **keywords)
-        except _OF_TORCH as error:
+        except Exception as error:
             if isinstance(error, TypeError | ValueError) and str(error).startswith(f"`{name}("):  # it says so already
                 raise
             from bilevel._numerics.misfits import Misfit, described

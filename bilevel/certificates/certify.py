@@ -108,7 +108,7 @@ def certify(
     if why:
         raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
-    z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
+    z = x_structure.ravel(estimate.grad, "`certify(x=..., estimate=...)`: estimate.grad")
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     why = no_certificate_at(flat, x_vector.detach(), y)

@@ -115,7 +115,7 @@ def calibration(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -
     total = logs.exp().sum(-1)
     if not bool((total - 1).abs().max() <= 1e-3):
         raise ValueError(
-            f"`calibration` needs log-probabilities: each row's exponentials must sum to 1. Got sums from"
+            f"`calibration(log_probabilities=...)` must be logarithms: each row's exponentials sum to 1. Got sums from"
             f" {float(total.min()):.4g} to {float(total.max()):.4g}. Apply `log_softmax(logits, dim=-1)` first."
         )
     best, predicted = logs.max(-1)

@@ -92,7 +92,11 @@ class AID(AbstractImplicit):
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, damping=AT_LEAST_0, margin=AT_LEAST_0, target_error=AT_LEAST_0, relative_error=AT_LEAST_0)
-        _ = self._certified  # which refuses what it cannot do
+        try:
+            _ = self._certified  # which refuses what it cannot do
+        except ValueError as error:
+            error.add_note("In `AID(damping=..., target_error=..., relative_error=...)`.")
+            raise
 
     @property
     def _certified(self) -> Certified | None:

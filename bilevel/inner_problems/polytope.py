@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._tree import Structure, Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import FINITE, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 
 
@@ -42,6 +43,8 @@ class Polytope:
     def __post_init__(self) -> None:
         demand_types(self)
         demand_shapes("Polytope", {"A": Shape("m q"), "b": Shape()}, vars(self))
+        if isinstance(self.b, float):
+            demand_ranges(self, b=FINITE)
 
     @checked()
     def flat(self, y: Structure) -> FlatPolytope:

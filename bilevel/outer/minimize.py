@@ -253,7 +253,7 @@ def _demand_skip(skip: Any, throw: bool, data: Any, outer: Any) -> None:
 def _refuse_beside(algorithm: Any, given: list[str]) -> None:
     if given:
         belong, them = ("belongs", "it") if len(given) == 1 else ("belong", "them")
-        name = repr(algorithm) if isinstance(algorithm, str) else f"{type(algorithm).__name__}(...)"
+        name = repr(algorithm[:100]) if isinstance(algorithm, str) else f"{type(algorithm).__name__}(...)"
         raise ValueError(
             f"`minimize(algorithm={name})` is a whole algorithm: {', '.join(f'`{each}=`' for each in given)}"
             f" {belong} to `Descent`. Leave {them} out, or give such settings to the algorithm itself."

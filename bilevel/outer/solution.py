@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._estimate import COUNTS, Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
 from bilevel.portable.result import AbstractResult
@@ -53,8 +54,17 @@ class Record:
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> Record:
-        """The inverse of :meth:`as_dict`."""
-        return Record(**{**content, "status": Status[content["status"]], "stats": Stats(**content["stats"])})
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        try:
+            return Record(**{**content, "status": Status[content["status"]], "stats": Stats(**content["stats"])})
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"`Record.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
+            ) from error
 
 
 @final
@@ -191,6 +201,7 @@ class Solution(AbstractResult):
                 best=Best.from_dict(demanded(content, "best", dict)),
             )
 
+    @arguments("Solution.save")
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solution with its history to one file in the format safetensors; see `Estimate.save`.
 
@@ -200,6 +211,7 @@ class Solution(AbstractResult):
         write_tensors(path, "Solution", {**self.to_dict(), "history": columns(self.history)})
 
     @staticmethod
+    @arguments("Solution.load")
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Solution:
         """Read what :meth:`save` wrote. Nothing in the file is executed, and no module is imported for it.
 
@@ -240,7 +252,7 @@ def columns(history: Sequence[Record]) -> dict[str, Any]:
         "status": torch.tensor([names.index(record.status.name) for record in history], dtype=torch.uint8),
         "step": torch.tensor([record.step for record in history], dtype=torch.int64),
         "rejected": torch.tensor([record.rejected for record in history], dtype=torch.bool),
-        "stats": torch.tensor(counts, dtype=torch.int64).reshape(len(history), -1),
+        "stats": torch.tensor(counts, dtype=torch.int64).reshape(len(history), len(Stats().as_dict())),
         "counted": list(Stats().as_dict()),
         **{name: torch.tensor([getattr(r, name) for r in history], dtype=torch.float64) for name in _FLOATS},
     }

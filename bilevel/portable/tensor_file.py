@@ -49,8 +49,13 @@ def read_tensors(path: str | os.PathLike[str], kind: str, device: torch.device |
         ImportError: if safetensors is missing.
     """
     package = _safetensors()
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        text = str(error).partition("\n")[0][:100]
+        raise ValueError(f"`{kind}.load(device=...)` must be a device. Got {str(device)[:100]!r}: {text}") from error
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`{kind}.load(path)`: there is no file {str(path)!r}.")
+        raise FileNotFoundError(f"`{kind}.load(path)`: there is no file {str(path)[:200]!r}.")
     try:
         with package.safe_open(path, framework="pt", device="cpu") as opened:
             about = opened.metadata() or {}

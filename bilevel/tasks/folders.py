@@ -16,6 +16,7 @@ from bilevel.tasks._random import generator
 from bilevel.tasks.image_files import ImageFiles
 from bilevel.tasks.images import AbstractImages, Splits
 
+_LONGEST = 4000  # characters of a path that systems take
 _OTHERS = {".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".eps", ".jp2", ".heic", ".avif"}  # not read
 _LONGEST = 10_000_000  # lines of a table
 _PARTS = {"train": "train", "validation": "val", "test": "test"}
@@ -46,8 +47,8 @@ def image_folder(
         ImportError: if Pillow is missing.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise ValueError(f"`image_folder(path=...)` must be a folder. There is none at {str(path)!r}.")
+    if len(str(path)) > _LONGEST or not root.is_dir():
+        raise ValueError(f"`image_folder(path=...)` must be a folder. There is none at {str(path)[:100]!r}.")
     classes: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
         if file.name.startswith(".") or file.parent == root:

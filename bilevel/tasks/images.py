@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_type, demand_types
-from bilevel.arguments.ranges import FINITE, demand_ranges
+from bilevel.arguments.ranges import Range, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.portable.pickling import AbstractPortable
 
@@ -126,8 +126,8 @@ class ImageClasses(AbstractImages):
         demand_type("ImageClasses", "names", self.names, Sequence[str])
         demand_type("ImageClasses", "scale", self.scale, float | None)
         if self.scale is not None:
+            demand_ranges(self, scale=Range(least=-1e300, below=1e300))
             put(self, "scale", float(self.scale))
-            demand_ranges(self, scale=FINITE)
         parts = (self.images,) if isinstance(self.images, Tensor) else self.images
         for part in parts:
             demand_shapes("ImageClasses", {"images": Shape(kind="number")}, {"images": part})
