@@ -54,6 +54,7 @@ class Experiment:
     tester: Learner | None = None
 
     def __post_init__(self) -> None:
+        demand_type("Experiment", "tester", self.tester, Learner | None)
         settings, evaluation = self.settings, self.evaluation
         for name, value, kind in (("settings", settings, Training), ("evaluation", evaluation, Evaluating)):
             demand_type("Experiment", name, value, kind | Mapping[str, Any])
