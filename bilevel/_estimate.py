@@ -53,6 +53,7 @@ class Start(AbstractResult):
         return {"y": plain(self.y, "y"), "v": plain(self.v, "v"), "count": self.count}
 
     @staticmethod
+    @arguments("Start.from_dict")
     def from_dict(content: Mapping[str, Any]) -> Start:
         """The inverse of :meth:`to_dict`.
 
@@ -194,6 +195,7 @@ class Estimate(AbstractResult):
         }
 
     @staticmethod
+    @arguments("Estimate.from_dict")
     def from_dict(content: Mapping[str, Any]) -> Estimate:
         """The inverse of :meth:`to_dict`; `error_estimate` needs f and g, and says so.
 

@@ -341,6 +341,7 @@ class Report:
         Raises:
             ValueError: if it is no such data.
         """
+        demand_type("Report.from_dict", "content", content, dict)
         try:
             statuses = tuple(Status[name] for name in content["statuses"])
             return Report(**{**content, "status": Status[content["status"]], "statuses": statuses})
@@ -362,8 +363,8 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     demand_type("report", "gradient", gradient, Tensor | None)
     residual = solved.residual
     if gradient is not None:
-        if not gradient.dim():
-            raise ValueError("`report(gradient=...)` must have an axis of entries. Got a tensor without axes.")
+        if not gradient.dim() or gradient.device.type == "meta":
+            raise ValueError("`report(gradient=...)` must have an axis of entries that hold numbers.")
         largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
         unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # so that squares are not lost
         residual = torch.linalg.vector_norm(gradient / unit, dim=-1) * unit.squeeze(-1)

@@ -258,8 +258,8 @@ def _function(value: Any, count: int | None) -> Any:
 
 def takes(function: Any, count: int) -> bool:
     """Whether a function can be called with so many arguments, as far as its code tells; True where it does not."""
-    bound = isinstance(function, types.MethodType)
-    plain = function.__func__ if bound else function
+    bound = isinstance(function, types.MethodType | type)
+    plain = vars(function).get("__init__") if isinstance(function, type) else getattr(function, "__func__", function)
     if not isinstance(plain, types.FunctionType) or hasattr(plain, "__wrapped__"):
         return True
     code, defaults = plain.__code__, plain.__defaults__ or ()

@@ -60,7 +60,7 @@ def _no_function_of_one_argument(build: Any) -> str:
         return type(build).__name__
     try:
         signature = inspect.signature(build)
-    except ValueError:  # written in C
+    except Exception:  # written in C, or of no mind to tell
         return ""
     try:
         signature.bind(None)

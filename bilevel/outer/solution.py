@@ -53,6 +53,7 @@ class Record:
         return {**asdict(self), "status": self.status.name}
 
     @staticmethod
+    @arguments("Record.from_dict")
     def from_dict(content: dict[str, Any]) -> Record:
         """The inverse of :meth:`as_dict`.
 
@@ -103,6 +104,7 @@ class Best(AbstractResult):
         return {**vars(self), "x": plain(self.x, "x"), "y": plain(self.y, "y")}
 
     @staticmethod
+    @arguments("Best.from_dict")
     def from_dict(content: Mapping[str, Any]) -> Best:
         """The inverse of :meth:`to_dict`.
 
@@ -180,6 +182,7 @@ class Solution(AbstractResult):
         }
 
     @staticmethod
+    @arguments("Solution.from_dict")
     def from_dict(content: Mapping[str, Any]) -> Solution:
         """The inverse of :meth:`to_dict`.
 

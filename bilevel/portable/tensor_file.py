@@ -21,6 +21,9 @@ _FORMAT = "1"
 _TENSOR, _NUMBER = "$tensor", "$number"
 
 
+_LONGEST = 200  # letters of a name: systems take 255 bytes, and the file that becomes it has some more
+
+
 def write_tensors(path: str | os.PathLike[str], kind: str, content: Mapping[str, Any]) -> None:
     """Write plain data; a crash leaves the previous file or the new one, never half of one.
 
@@ -31,7 +34,13 @@ def write_tensors(path: str | os.PathLike[str], kind: str, content: Mapping[str,
 
     Raises:
         ImportError: if safetensors is missing.
+        ValueError: if the path is no name of a file.
     """
+    name = Path(path).name
+    if not 0 < len(name) <= _LONGEST:
+        raise ValueError(
+            f"`{kind}.save(path=...)` must name a file, in at most {_LONGEST} letters. Got {name[:100]!r}."
+        )
     save = _safetensors().torch.save
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_packed(content, "", tensors), allow_nan=False)

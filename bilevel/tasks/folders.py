@@ -16,7 +16,6 @@ from bilevel.tasks._random import generator
 from bilevel.tasks.image_files import ImageFiles
 from bilevel.tasks.images import AbstractImages, Splits
 
-_LONGEST = 4000  # characters of a path that systems take
 _OTHERS = {".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".eps", ".jp2", ".heic", ".avif"}  # not read
 _LONGEST = 10_000_000  # lines of a table
 _PARTS = {"train": "train", "validation": "val", "test": "test"}
@@ -47,7 +46,7 @@ def image_folder(
         ImportError: if Pillow is missing.
     """
     root = Path(path)
-    if len(str(path)) > _LONGEST or not root.is_dir():
+    if not _is_folder(root):
         raise ValueError(f"`image_folder(path=...)` must be a folder. There is none at {str(path)[:100]!r}.")
     classes: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
@@ -164,3 +163,11 @@ def _rows(table: Path) -> list[tuple[str, str]]:
 def _listed(root: Path) -> list[str]:
     known = [f"{short}{end}" for short in _PARTS.values() for end in (".csv", "")]
     return [name for name in known if (root / name).exists()]
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one; what systems do not take for a name (too many letters, say) is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
