@@ -23,6 +23,7 @@ import bilevel
 import bilevel.algorithms
 import bilevel.extending
 import bilevel.few_shot
+import bilevel.problems
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem

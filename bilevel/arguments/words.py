@@ -55,7 +55,7 @@ def described(hint: Any) -> str:
 
 
 def _described(hint: Any) -> list[str]:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    origin, options = typing.get_origin(hint), list(typing.get_args(hint))
     if origin in (typing.Union, types.UnionType):
         return [text for option in options for text in _described(option)]
     if origin is typing.Literal:
