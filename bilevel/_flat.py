@@ -286,6 +286,8 @@ def _scalar(name: str, value: Tree) -> Tensor:
         raise ValueError(
             f"`problem.{name}` must return a scalar tensor. Got {got}. Reduce it with `.mean()` or `.sum()`."
         )
+    if value.is_complex():
+        raise ValueError(f"`problem.{name}` must return a real number. Got {value.dtype}. Take `.real` or `.abs()`.")
     return value.reshape(()) if value.dim() else value
 
 

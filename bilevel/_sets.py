@@ -64,7 +64,13 @@ class Box(AbstractSet):
         demand_types(self)
         demand_shapes("Box", dict.fromkeys(("lower", "upper"), Shape(kind="number", finite=False)), vars(self))
         lower, upper = -torch.inf if self.lower is None else self.lower, torch.inf if self.upper is None else self.upper
-        ordered: bool | Tensor = lower <= upper
+        try:
+            ordered: bool | Tensor = lower <= upper
+        except RuntimeError as error:
+            shapes = " and ".join(str(tuple(each.shape)) for each in (lower, upper) if isinstance(each, Tensor))
+            raise ValueError(
+                f"`Box(lower=..., upper=...)` must be of shapes that fit together. Got {shapes}."
+            ) from error
         if not (bool(ordered.all()) if isinstance(ordered, Tensor) else ordered):
             raise ValueError("`Box(lower, upper)` must have lower <= upper everywhere, and no NaN.")
 

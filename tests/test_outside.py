@@ -441,3 +441,15 @@ def test_files_are_opened_by_these_readers_only() -> None:
             code = re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
             found |= {path.relative_to(ROOT).as_posix()} if re.search(calls, code) else set()
     assert found == {f"bilevel/outside/{name}.py" for name in ("archives", "checkpoints", "images")}
+
+
+def test_pixels_of_sixteen_bits_keep_their_order(tmp_path: Path) -> None:
+    """Pillow cuts them off at 255, so that all are white."""
+    for kind in ("one", "two"):
+        (tmp_path / kind).mkdir()
+        for level in (40, 100, 160):
+            grey = np.full((4, 4), level * 257, dtype=np.uint16)
+            Image.fromarray(grey).save(tmp_path / kind / f"{level}.png")
+    found = image_folder(tmp_path, size=4).pixels(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    levels = found.reshape(3, -1)[:, 0].sort().values
+    assert levels.tolist() == [40, 100, 160]

@@ -746,3 +746,15 @@ def test_an_exit_on_the_way_is_a_failure_that_keeps_what_was_computed(capsys: py
     assert len(history()) > 2
     assert run(f"{file}:ends", "--steps", "2", out="other") == 0
     assert "left out its metrics: SystemExit: 0" in result("other")["notes"]
+
+
+def test_a_link_of_the_name_of_the_lock_is_refused_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("own")
+    for target in (own, tmp_path / "nothing"):
+        folder = tmp_path / f"run-{target.name}"
+        folder.mkdir()
+        (folder / ".lock").symlink_to(target)
+        with pytest.raises(ValueError, match=r"\.lock' is a link"), locked(folder):
+            pass
+    assert own.read_text() == "own" and not (tmp_path / "nothing").exists()

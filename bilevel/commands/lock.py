@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +59,7 @@ def abandon() -> None:
 
 def _taken(path: Path) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _opened(path)
         try:
             supported = _flocked(handle)
             if supported and _is(path, handle):
@@ -76,6 +77,24 @@ def _taken(path: Path) -> int:
         if not supported:
             return _created(path)
         # else whoever held it has removed it meanwhile
+
+
+def _opened(path: Path) -> int:
+    """The lock file itself, never what a link of that name leads to: a folder may come from anywhere.
+
+    Raises:
+        ValueError: if there is something else of that name.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise ValueError(f"{str(path)!r} is a link, which the lock of a run folder never is. Remove it.") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{str(path)!r} is no file, which the lock of a run folder is. Remove it.")
+    return handle
 
 
 def _flocked(handle: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._files import demand_regular
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
 from bilevel._numerics.transforms import demand_autograd
@@ -210,6 +211,7 @@ def minimize(
             steps = _as_begun(steps, checkpoint) if resume and checkpoint is not None else steps
         settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
         warm = starts_warm(warm_start, estimates, problem)
+        settings["warm_start"] = warm
         if isinstance(steps, AbstractOuterDriver):
             _refuse_data(steps, data)
             estimate = partial(_estimate, estimates, chunk_size)
@@ -231,6 +233,11 @@ def _demand_arguments(
     demand_type("minimize", "tol", tol, float | None)
     demand_type("minimize", "callback", callback, Callable[..., Any] | None)
     demand_type("minimize", "checkpoint", checkpoint, str | os.PathLike | None, "a path or None")
+    if checkpoint is not None:
+        try:
+            demand_regular(checkpoint)
+        except (OSError, ValueError) as error:  # before anything is computed
+            raise ValueError(f"`minimize(checkpoint=...)` must be the path of a file. {error}.") from error
     demand_type("minimize", "checkpoint_seconds", seconds, float | None)
     demand_type("minimize", "resume", resume, bool | str, 'True, False or "force"')
     if isinstance(resume, str) and resume != "force":

@@ -39,6 +39,8 @@ def open_image(file: str | os.PathLike[str] | bytes, name: str, mode: str) -> An
             width, height = opened.size
             if width * height > PIXELS:
                 raise ValueError(_too_large(name, f"{width} by {height} pixels"))
+            if opened.mode.startswith("I"):  # 16 bits, which Pillow cuts off at 255 where it converts to 8
+                opened = opened.convert("I").point(lambda level: level * (1 / 257) + 0.5).convert("L")
             return opened.convert(mode)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(_too_large(name, str(error))) from error

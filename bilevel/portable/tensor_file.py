@@ -126,6 +126,8 @@ def _unpacked(value: Any, opened: Any, read: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if value.keys() == {_TENSOR}:
+        if value[_TENSOR] in read:  # which would make more of a file than it holds
+            raise ValueError("it names a tensor twice")
         tensor: Tensor = opened.get_tensor(value[_TENSOR]).clone()  # the file may change, or go
         read[value[_TENSOR]] = tensor
         return tensor
