@@ -453,3 +453,11 @@ def test_pixels_of_sixteen_bits_keep_their_order(tmp_path: Path) -> None:
     found = image_folder(tmp_path, size=4).pixels(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
     levels = found.reshape(3, -1)[:, 0].sort().values
     assert levels.tolist() == [40, 100, 160]
+
+
+def test_a_checkpoint_whose_tensors_are_larger_than_it_is_refused(tmp_path: Path) -> None:
+    torch.save({"y": torch.zeros(1).expand(10**12, 2)}, tmp_path / "large.pt")
+    with pytest.raises(ValueError, match="larger than what is stored"):
+        checkpoints.load_plain(tmp_path / "large.pt")
+    torch.save({"y": torch.zeros(4)[1:3], "s": {1, 2}}, tmp_path / "part.pt")
+    assert torch.equal(checkpoints.load_plain(tmp_path / "part.pt")["y"], torch.zeros(2))

@@ -731,3 +731,12 @@ def test_a_checkpoint_with_an_entry_of_another_kind_is_one_clear_error(name: str
     torch.save({**torch.load(file, weights_only=True), name: DAMAGED[name]}, file)
     with pytest.raises(ValueError, match="checkpoint"):
         minimize(target_problem(target), 0 * target, target, outer=Adam(0.1), max_steps=5, checkpoint=file, resume=True)
+
+
+def test_a_callback_that_is_to_be_awaited_is_refused() -> None:
+    async def later(record: Record, estimate: Estimate) -> None:
+        raise AssertionError
+
+    target = torch.ones(2)
+    with pytest.raises(TypeError, match="not awaited"):
+        minimize(target_problem(target), target, target, max_steps=1, callback=cast(Any, later))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import partial
@@ -232,6 +233,10 @@ def _demand_arguments(
     demand_type("minimize", "checkpoint_every", checkpoint_every, int)
     demand_type("minimize", "tol", tol, float | None)
     demand_type("minimize", "callback", callback, Callable[..., Any] | None)
+    if inspect.iscoroutinefunction(callback):  # what it returns is true, and would end the run
+        raise TypeError(
+            "`minimize(callback=...)` must be a function that is called and not awaited. Got an `async def`."
+        )
     demand_type("minimize", "checkpoint", checkpoint, str | os.PathLike | None, "a path or None")
     if checkpoint is not None:
         try:

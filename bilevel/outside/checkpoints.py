@@ -36,12 +36,26 @@ def load_plain(path: str | os.PathLike[str], device: torch.device | str = "cpu")
             if any(info.compress_type != zipfile.ZIP_STORED for info in members) or stored > os.stat(path).st_size:
                 raise ValueError("it is compressed, which files of `torch.save` are not")
             file.seek(0)
-            return torch.load(file, map_location=device, weights_only=True)
+            content = torch.load(file, map_location=device, weights_only=True)
+            if not _is_held(content):
+                raise ValueError("it holds a tensor that is larger than what is stored of it")
+            return content
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:  # torch's own words are long, and advise to trust the file
             why = str(error) if isinstance(error, ValueError) and str(error).startswith("it") else _SHORT
             raise ValueError(why) from error
+
+
+def _is_held(content: Any) -> bool:
+    """Whether no tensor repeats what is stored of it, and so would be larger wherever it is copied."""
+    if isinstance(content, torch.Tensor):
+        strided = content.layout == torch.strided
+        return strided and content.numel() * content.element_size() <= content.untyped_storage().nbytes()
+    parts = (
+        content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple | set) else ()
+    )
+    return all(map(_is_held, parts))
 
 
 _SHORT = "it is damaged, or holds something else than tensors, numbers and texts"

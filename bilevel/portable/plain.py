@@ -158,7 +158,7 @@ def refused(kind: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"`{kind}.from_dict(content)` needs what `{kind}.to_dict()` makes: {why}") from error
 
