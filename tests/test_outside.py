@@ -461,3 +461,19 @@ def test_a_checkpoint_whose_tensors_are_larger_than_it_is_refused(tmp_path: Path
         checkpoints.load_plain(tmp_path / "large.pt")
     torch.save({"y": torch.zeros(4)[1:3], "s": {1, 2}}, tmp_path / "part.pt")
     assert torch.equal(checkpoints.load_plain(tmp_path / "part.pt")["y"], torch.zeros(2))
+
+
+def test_a_file_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    """Each mention would be a copy: more than the file holds."""
+    safetensors: Any = pytest.importorskip("safetensors.torch")
+    from bilevel.portable import tensor_file
+
+    tensor_file.write_tensors(tmp_path / "once", "Estimate", {"a": torch.ones(3)})
+    assert torch.equal(tensor_file.read_tensors(tmp_path / "once", "Estimate", "cpu")["a"], torch.ones(3))
+    with safetensors.safe_open(tmp_path / "once", framework="pt") as opened:
+        about = opened.metadata()
+    twice = {**about, "content": about["content"].replace('{"$tensor": "a"}', '[{"$tensor": "a"}, {"$tensor": "a"}]')}
+    assert twice != about
+    safetensors.save_file({"a": torch.ones(3)}, tmp_path / "twice", twice)
+    with pytest.raises(ValueError, match="names a tensor twice"):
+        tensor_file.read_tensors(tmp_path / "twice", "Estimate", "cpu")

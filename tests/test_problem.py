@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AID, BilevelError, BilevelProblem, Split, Start, Status, hypergradient
+from bilevel import AID, BilevelError, BilevelProblem, Box, Split, Start, Status, hypergradient
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.solvers.cg import CG
@@ -265,3 +265,22 @@ def test_a_subclass_needs_its_methods_only() -> None:
 def test_a_subclass_without_an_objective_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"BilevelProblem\(g="):
         _WithoutG()
+
+
+@pytest.mark.parametrize("level", ["f", "g"])
+def test_a_complex_value_is_refused_by_name(level: str) -> None:
+    def turned(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum() * (1 + 1j)
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum()
+
+    problem = BilevelProblem(turned, plain) if level == "f" else BilevelProblem(plain, turned)
+    with pytest.raises(ValueError, match=rf"`problem.{level}` must return a real number. Got torch.complex"):
+        hypergradient(problem, torch.ones(2), torch.zeros(2))
+
+
+def test_bounds_of_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"`Box\(lower=..., upper=...\)` must be of shapes that fit.*\(4,\)"):
+        Box(torch.zeros(3), torch.ones(4))
+    assert Box(torch.zeros(3), torch.ones(())).project(2 * torch.ones(3)).tolist() == [1.0, 1.0, 1.0]
