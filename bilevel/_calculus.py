@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
-from bilevel._validate import demand_types
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
@@ -182,6 +184,7 @@ class Linearization:
         reports: what was found out about the point on the way, such as which bounds hold.
     """
 
+    @checked()
     def __init__(
         self,
         y: Tensor,
@@ -210,6 +213,8 @@ class Linearization:
             reports: what was found out about the point.
             start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
         """
+        if not y.dim():
+            raise ValueError("`Linearization(y=...)` must have an axis of entries. Got a tensor without axes.")
         self.y, self.gradient, self.products, self.reports = y, gradient, products, reports
         self._pull, self._right_hand_side, self._moved, self._start_in_x = pull, right_hand_side, moved, start_in_x
         self._last: list[tuple[Tensor, int, Tensor | None]] = []  # shared, and not self: nothing refers to its owner
@@ -251,7 +256,7 @@ class Linearization:
         return found
 
 
-class AbstractProducts(abc.ABC):
+class AbstractProducts(AbstractPortable, abc.ABC):
     """How products with second derivatives of g are formed."""
 
     @abc.abstractmethod

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import Tensor
 
 from bilevel._result import Report, Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked as arguments
+from bilevel.arguments.fits import demand_types
+from bilevel.portable.pickling import AbstractPortable
+from bilevel.portable.plain import checked, demanded, number, optional_number, plain, refused, restored, same_bits
+from bilevel.portable.result import AbstractResult
+from bilevel.portable.tensor_file import damaged, read_tensors, write_tensors
 from bilevel.requirements.properties import STRICTEST, Property
 
 if TYPE_CHECKING:
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Start:
+class Start(AbstractResult):
     """A warm start: what one estimate hands to the next.
 
     Attributes:
@@ -37,11 +45,51 @@ class Start:
     v: Tree | None = None
     count: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The start as nested dicts and lists of tensors and numbers; :meth:`from_dict` is the inverse."""
+        return {"y": plain(self.y, "y"), "v": plain(self.v, "v"), "count": self.count}
+
+    @staticmethod
+    @arguments("Start.from_dict")
+    def from_dict(content: Mapping[str, Any]) -> Start:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        with refused("Start"):
+            v = content["v"]
+            return Start(restored(content["y"]), None if v is None else restored(v), demanded(content, "count", int))
+
+
+def _nowhere() -> Start:
+    return Start(None)
+
+
+@final
+@dataclass(frozen=True)
+class LeftBehind:
+    """In the place of what estimates the error of an estimate that travelled without its f and g."""
+
+    why: str
+
+    def __call__(self) -> float:
+        raise ValueError(
+            f"`Estimate.error_estimate` is computed from f and g, which this estimate came without: {self.why}. Read it"
+            f" where the estimate is made, or make the estimate again: `hypergradient(..., start=estimate.start)`."
+        )
+
 
 @final
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class Estimate(AbstractResult):
     """A hypergradient and everything that is known about it.
+
+    It holds no graph, and h, x, y and v once each; `start` makes copies. What it holds may be written to, once what is
+    made of it later (`start`, `error_estimate`) has been read: these refuse what has been written to.
 
     Attributes:
         grad: the estimate of grad Phi(x): the structure of x.
@@ -77,11 +125,18 @@ class Estimate:
     penalized: tuple[Tree, float] | None = field(default=None, repr=False)
     second_level: Callable[[], float] | None = field(default=None, repr=False)
     x: Tree = field(default=None, repr=False)
-    warm: Callable[[], Start] = field(default=lambda: Start(None), repr=False)
+    warm: Callable[[], Start] = field(default=_nowhere, repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @cached_property
     def start(self) -> Start:
-        """The warm start for the next call: `hypergradient(..., start=estimate.start)`; made when it is read."""
+        """The warm start for the next call: `hypergradient(..., start=estimate.start)`; made when it is first read.
+
+        Raises:
+            ValueError: if y or v has been written to before.
+        """
         return self.warm()
 
     @property
@@ -91,6 +146,9 @@ class Estimate:
         The distance to the implicit gradient after one Newton correction of y, whose own error is of second order in
         |y - y*|. Computed when it is read, at the cost of two linear solves, two gradients of g and one of f, which
         `stats` does not count. NaN where the correction does not exist.
+
+        Raises:
+            ValueError: if x, y, v or grad has been written to.
         """
         return float("nan") if self.second_level is None else self.second_level()
 
@@ -104,6 +162,126 @@ class Estimate:
         causes = [report for report in failed if report.status is Status.not_repeatable]
         return " ".join(map(str, causes or failed))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as nested dicts and lists of tensors, numbers and texts; :meth:`from_dict` is the inverse.
+
+        `torch.save(estimate.to_dict(), path)` is read by `torch.load(path, weights_only=True)`. The tensors are those
+        of the estimate, not copies. What is computed when it is read, `error_estimate`, is not in it.
+
+        Example:
+            >>> import torch
+            >>> from bilevel import BilevelProblem, hypergradient
+            >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+            >>> found = hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0)).to_dict()
+            >>> found["grad"], found["status"], Estimate.from_dict(found).start.count
+            (tensor(-2.), 'successful', 1)
+        """
+        y, v, start = plain(self.y, "y"), plain(self.v, "v"), self.start.to_dict()
+        moved = {name: part for name, part in (("y", y), ("v", v)) if not same_bits(part, start[name])}
+        numbers = {name: _float(getattr(self, name)) for name in _NUMBERS}
+        return {
+            "grad": plain(self.grad, "grad"),
+            "value": float(self.value),
+            "y": y,
+            "v": v,
+            "status": self.status.name,
+            "reports": [report.as_dict() for report in self.reports],
+            "stats": self.stats.as_dict(),
+            **numbers,
+            "note": self.note,
+            "penalized": plain(self.penalized, "penalized"),
+            "x": plain(self.x, "x"),
+            "start": {name: part for name, part in start.items() if name == "count" or name in moved},
+        }
+
+    @staticmethod
+    @arguments("Estimate.from_dict")
+    def from_dict(content: Mapping[str, Any]) -> Estimate:
+        """The inverse of :meth:`to_dict`; `error_estimate` needs f and g, and says so.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        with refused("Estimate"):
+            v, penalized = restored(content["v"]), restored(content["penalized"])
+            if penalized is not None:
+                y_w, weight = penalized
+                penalized = y_w, float(weight)
+            return Estimate(
+                grad=restored(content["grad"]),
+                value=number(content, "value"),
+                y=restored(content["y"]),
+                v=v,
+                status=Status[demanded(content, "status", str)],
+                reports=tuple(map(_report, demanded(content, "reports", list))),
+                stats=Stats(**checked(content["stats"], **COUNTS)),
+                note=demanded(content, "note", str),
+                penalized=penalized,
+                second_level=LeftBehind("it was read from a file, or made of plain data"),
+                x=restored(content["x"]),
+                warm=_Remade({"y": content["y"], "v": content["v"], **demanded(content, "start", dict)}),
+                **{name: optional_number(content, name) for name in _NUMBERS},
+            )
+
+    @arguments("Estimate.save")
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the estimate to one file in the format safetensors, its numbers and texts as JSON in the header.
+
+        The file is whole or absent. :meth:`load` reads it, bit for bit, in the structures of x and y; and so does
+        whatever reads safetensors: `safetensors.torch.load_file(path)["grad"]`.
+
+        Raises:
+            ImportError: if safetensors is missing: `pip install "bilevel[safetensors]"`.
+        """
+        write_tensors(path, "Estimate", self.to_dict())
+
+    @staticmethod
+    @arguments("Estimate.load")
+    def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Estimate:
+        """Read what :meth:`save` wrote. Nothing in the file is executed, and no module is imported for it.
+
+        Args:
+            path: the file.
+            device: where its tensors go.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or holds something else.
+            ImportError: if safetensors is missing.
+        """
+        with damaged(path, "Estimate"):
+            return Estimate.from_dict(read_tensors(path, "Estimate", device))
+
+
+def _report(content: Mapping[str, Any]) -> Report:
+    return Report.from_dict(checked(content, **_REPORT))
+
+
+COUNTS: dict[str, type] = dict.fromkeys(Stats().as_dict(), int)
+_REPORT: dict[str, type | tuple[type, ...]] = {
+    "part": str,
+    "status": str,
+    "residual": (float, int),
+    "steps": int,
+    "statuses": list,
+}
+_NUMBERS = ("standard_error", "bias", "bound")
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Remade:
+    """How the start of an estimate that was plain data is made."""
+
+    content: Mapping[str, Any]
+
+    def __call__(self) -> Start:
+        return Start.from_dict(self.content)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -113,6 +291,9 @@ class FlatStart:
     y: Tensor
     v: Tensor | None = None
     count: int = 0
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 @final
@@ -136,8 +317,11 @@ class FlatEstimate:
     bias: float | None = None
     value_error: float | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
 
-class AbstractRequiring(abc.ABC):  # noqa: B024  (it has a declaration, and a default for it)
+
+class AbstractRequiring(AbstractPortable, abc.ABC):
     """What declares what it requires of an inner problem: estimators, and whole algorithms."""
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -19,16 +21,17 @@ except ImportError:  # Windows: nobody can tell there whether a writer is alive,
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Replace a file by what `write` writes; a crash leaves the previous file or the new one, never half of one.
 
-    The bytes are on the disk before the file has its name, and the name is on the disk before this returns. The name
-    that they have until then is of this call alone; what a call that was killed has left is removed by the next one.
+    A link of that name is replaced by the file, and what it leads to stays as it is. The bytes are on the disk before
+    the file has its name, and the name is on the disk before this returns. The name that they have until then is of
+    this call alone; what a call that was killed has left is removed by the next one.
 
     Args:
         path: the file; its folder is made if need be.
         write: called with the open file.
 
     Raises:
-        OSError: if the disk is full or the like, also where `write` reports that as something else, as `torch.save`
-            does.
+        OSError: if there is a device, a pipe or a folder of that name; if the disk is full or the like, also where
+            `write` reports that as something else, as `torch.save` does.
 
     Example:
         >>> import tempfile
@@ -38,6 +41,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         'whole'
     """
     target = Path(path)
+    demand_regular(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
     # in the same folder: a rename within one disk
@@ -60,6 +64,18 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def demand_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse to put a file in the place of a device, a pipe, a socket or a folder.
+
+    Raises:
+        OSError: if there is one of that name.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            raise OSError(errno.EEXIST, "there is something of that name that is no file", os.fspath(path))
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -8,12 +8,13 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.batched import batched, looped, random_state, set_random_state
+from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set_random_state
 from bilevel._numerics.misfits import Misfit, called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
-from bilevel._validate import demand_batch
+from bilevel.arguments.batch import demand_batch
+from bilevel.arguments.checked import checked
 
 
 @final
@@ -41,6 +42,7 @@ class FlatProblem:
         given: what the user passed as x, where that is known: for messages.
     """
 
+    @checked()
     def __init__(
         self,
         problem: BilevelProblem,
@@ -59,6 +61,10 @@ class FlatProblem:
         self._each = looped if problem.tasks == "loop" else batched
         self._outer: tuple[tuple[Tensor, int, bool], Tree] | None = None
         self._data: dict[str, tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]] = {}
+
+    def __reduce__(self) -> Any:
+        """What it was made of; not what the user passed as x, nor what is kept to be asked for again."""
+        return _made, (self.problem, self.x, self.y, self.data, self.tally, self.is_encoded)
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """Phi's integrand: f(x, y) `(directions,)`, the mean over tasks; a scalar without leading axes."""
@@ -212,22 +218,33 @@ class FlatProblem:
         data = Split(tree_map(cut, self.data.f), tree_map(cut, self.data.g)) if both else tree_map(cut, self.data)
         return FlatProblem(self.problem, self.x, self.y, data, self.tally, given=self.given)
 
+    def alone(self, tally: Tally) -> FlatProblem:
+        """The same problem counting elsewhere, to be kept: it holds nothing of the x that it was met at."""
+        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
+
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
+
+
+def _made(
+    problem: BilevelProblem, x: Structure, y: Structure, data: Any, tally: Tally, is_encoded: bool
+) -> FlatProblem:
+    return FlatProblem(problem, x, y, data, tally, is_encoded=is_encoded)
 
 
 def takes_one(function: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Any, ...]) -> bool:
     """Whether a function takes the first problem of a batch, all axes of which are listed from the inside out."""
     for in_dims in reversed(dims):
         inputs = tuple(a if dim is None else a.select(dim, 0) for a, dim in zip(inputs, in_dims, strict=True))
-    state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
-    try:
-        function(*inputs)
-    except Exception:
-        return False
-    finally:
-        set_random_state(state)
+    with RANDOM:
+        state = random_state(*(a for a in inputs if isinstance(a, Tensor)))
+        try:
+            function(*inputs)
+        except Exception:
+            return False
+        finally:
+            set_random_state(state)
     return True
 
 
@@ -269,13 +286,15 @@ def _scalar(name: str, value: Tree) -> Tensor:
         raise ValueError(
             f"`problem.{name}` must return a scalar tensor. Got {got}. Reduce it with `.mean()` or `.sum()`."
         )
+    if value.is_complex():
+        raise ValueError(f"`problem.{name}` must return a real number. Got {value.dtype}. Take `.real` or `.abs()`.")
     return value.reshape(()) if value.dim() else value
 
 
 def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
-    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. A copy."""
+    """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. Not to be written to."""
     if problem.tasks is None:
-        return problem.y.ravel(tree, name).detach().clone()
+        return problem.y.ravel(tree, name).detach()
     stacked = Structure(
         problem.y.spec,
         tuple(torch.Size((problem.tasks, *shape)) for shape in problem.y.shapes),
@@ -284,4 +303,4 @@ def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
     )
     stacked.ravel(tree, name)  # for its checks
     leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(stacked.aligned(tree))]
-    return torch.cat(leaves, dim=-1).detach().clone()
+    return (leaves[0] if len(leaves) == 1 else torch.cat(leaves, dim=-1)).detach()

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
-from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, Start
+from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, LeftBehind, Start
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._numerics.misfits import called
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
-from bilevel._tree import Tree, demand_alike, ravel, tree_map
+from bilevel._tree import Structure, Tree, demand_alike, ravel, tree_map
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SIZE
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
+from bilevel.portable.pickling import copied, hindrance, taken_by_value
 
 
+@checked(chunk_size=SIZE)
 def hypergradient(
     problem: BilevelProblem,
     x: Tree,
@@ -73,10 +78,12 @@ def hypergradient(
     y_vector, y_structure = ravel(y0, "y0")
     demand_alike("hypergradient(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data, given=x)
-    x_vector, y_vector = x_vector.detach().clone(), y_vector.detach().clone()
+    x_vector, y_vector = unshared(x_vector), unshared(y_vector)
     chosen = resolve(estimator, flat, x_vector, y_vector)
     before = flat_start(flat, start, y_vector)
-    found = structured(flat, x_vector, apply_estimator(chosen, flat, x_vector, before, chunk_size), before.count)
+    made = _apart(apply_estimator(chosen, flat, x_vector, before, chunk_size), x_vector, before)
+    found = structured(flat, x_vector, made, before.count)
+    del made
     if throw and not found.status.ok:
         raise BilevelError(
             f"`hypergradient(estimator={estimator!r})` did not succeed. {found.message}", found.status, found
@@ -109,6 +116,28 @@ def own_start(call: str, problem: BilevelProblem, x: Tree, data: Any) -> Tree:
         return called("init(x, data)", problem.init, z, *arguments)
 
 
+def unshared(vector: Tensor) -> Tensor:
+    """A vector to compute at, without its graph; the user's own memory where that will do, as nobody writes to it."""
+    vector = vector.detach().contiguous()
+    return vector.clone() if vector.is_inference() else vector  # which autograd would not take
+
+
+def _apart(found: FlatEstimate, x: Tensor, start: FlatStart) -> FlatEstimate:
+    """The estimate, copied where it shares memory with what was given: a solver may return the very start."""
+    given = {each.untyped_storage().data_ptr() for each in (x, start.y, start.v) if each is not None}
+
+    def copied(entry: Tensor) -> Tensor:
+        return entry.clone() if entry.untyped_storage().data_ptr() in given else entry
+
+    return replace(
+        found,
+        grad=copied(found.grad),
+        y=copied(found.y),
+        v=None if found.v is None else copied(found.v),
+        penalized=None if found.penalized is None else (copied(found.penalized[0]), found.penalized[1]),
+    )
+
+
 def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatStart:
     """A user's warm start in vectors; y0 where there is none."""
     if start is None:
@@ -118,8 +147,8 @@ def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatSta
             f"`hypergradient(start=...)` must be a Start. Got {type(start).__name__}."
             f" Pass `estimate.start`, or `bilevel.Start(y=...)`."
         )
-    y = ravel_rows(problem, start.y, "start.y")
-    return FlatStart(y, None if start.v is None else ravel_rows(problem, start.v, "start.v"), start.count)
+    y, v = ravel_rows(problem, start.y, "start.y"), start.v
+    return FlatStart(unshared(y), None if v is None else unshared(ravel_rows(problem, v, "start.v")), start.count)
 
 
 def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int) -> Estimate:
@@ -132,16 +161,14 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     # A derivative of what is not finite is not a number, even where a solver stopped before it showed.
     lost = any(report.status is Status.nonfinite for report in reports)
     h = torch.full_like(found.grad, torch.nan) if lost else found.grad
-    y, v = found.y.clone(), None if found.v is None else found.v.clone()  # what is handed out may be written to
-
-    def warm() -> Start:
-        return Start(problem.y.unravel(y), None if v is None else problem.y.unravel(v), count + 1)
-
+    x, y, v = x.clone(), found.y, found.v
+    # The estimate holds each vector once. What is handed out may be written to: what it is asked later checks that.
+    quiet, as_found = problem.alone(Tally()), Unwritten.of(x=x, y=y, v=v, grad=h)
     return Estimate(
         grad=problem.x.unravel(h),
         value=value,
-        y=problem.y.unravel(found.y),
-        v=None if found.v is None else problem.y.unravel(found.v),
+        y=problem.y.unravel(y),
+        v=None if v is None else problem.y.unravel(v),
         status=Status.worst(report.status for report in reports),
         reports=reports,
         stats=problem.tally.stats(),
@@ -150,7 +177,94 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         bound=found.bound,
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
-        second_level=lambda: second_level(problem.with_tally(Tally()), x, found.y, found.v, found.grad),
-        x=problem.x.unravel(x.clone()),
-        warm=warm,
+        second_level=_SecondLevel(quiet, x, y, v, h, as_found),
+        x=problem.x.unravel(x),
+        warm=_Warm(quiet.y, y, v, count + 1, as_found),
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Unwritten:
+    """Tensors that are to be what they were: how often each had been written to.
+
+    Attributes:
+        versions: by name, a tensor and that number.
+    """
+
+    versions: dict[str, tuple[Tensor, int]]
+
+    @staticmethod
+    def of(**tensors: Tensor | None) -> Unwritten:
+        """As they are now."""
+        return Unwritten({name: (each, each._version) for name, each in tensors.items() if each is not None})
+
+    def demand(self, wanted: str, *names: str) -> None:
+        """Refuse to compute from what has been written to since.
+
+        Args:
+            wanted: what of the estimate is asked for.
+            names: what it is computed from.
+
+        Raises:
+            ValueError: naming what was written to.
+        """
+        for name in names:
+            tensor, version = self.versions.get(name, (None, 0))
+            if tensor is not None and tensor._version != version:
+                raise ValueError(
+                    f"`Estimate.{wanted}` is made of `estimate.{name}` when it is first read, and that has been written"
+                    f" to. Read it before, or write to a copy: `estimate.{name}.clone()`."
+                )
+
+    def __reduce__(self) -> Any:  # of a copy, the numbers are others
+        tensors = {name: each for name, (each, _) in self.versions.items()}
+        return _as_copied, (
+            tensors,
+            [name for name, (each, version) in self.versions.items() if each._version != version],
+        )
+
+
+def _as_copied(tensors: dict[str, Tensor], written: list[str]) -> Unwritten:
+    return Unwritten({name: (each, -1 if name in written else each._version) for name, each in tensors.items()})
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Warm:
+    """How the start of the next estimate is made."""
+
+    structure: Structure
+    y: Tensor
+    v: Tensor | None
+    count: int
+    as_found: Unwritten
+
+    def __call__(self) -> Start:
+        self.as_found.demand("start", "y", "v")
+        unravel = self.structure.unravel
+        return Start(unravel(self.y.clone()), None if self.v is None else unravel(self.v.clone()), self.count)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _SecondLevel:
+    """How the error of an estimate is estimated, which takes f and g: they travel with it where they can."""
+
+    problem: FlatProblem
+    x: Tensor
+    y: Tensor
+    v: Tensor | None
+    grad: Tensor
+    as_found: Unwritten
+
+    def __call__(self) -> float:
+        self.as_found.demand("error_estimate", "x", "y", "v", "grad")
+        return second_level(self.problem.with_tally(Tally()), self.x, self.y, self.v, self.grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not copied(2) and not taken_by_value():
+            found = hindrance(self.problem.problem) or hindrance(self.problem.data, "data")
+            if found is not None:
+                return LeftBehind, (f"{found}, which pickle does not take",)
+        return object.__reduce_ex__(self, protocol)

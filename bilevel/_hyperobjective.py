@@ -18,7 +18,9 @@ from bilevel._numerics.transforms import demand_autograd, inside_transform, is_t
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status
 from bilevel._tree import Tree, demand_alike, ravel, tree_parts
-from bilevel._validate import demand_type
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type
+from bilevel.arguments.ranges import SIZE
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
 from bilevel.requirements.properties import DoesNotApply
@@ -36,6 +38,7 @@ class HyperObjective:
         last: the estimate of the latest call; None before the first.
     """
 
+    @checked(chunk_size=SIZE)
     def __init__(
         self,
         problem: BilevelProblem,
@@ -126,6 +129,7 @@ def _demand_plain(problem: FlatProblem, x: Tensor, y0: Tensor) -> None:
         )
 
 
+@checked(chunk_size=SIZE)
 def hyperobjective(
     problem: BilevelProblem,
     y0: Tree = None,

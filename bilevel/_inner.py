@@ -18,6 +18,8 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Feature
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Objective:
         tensor([-2., -2.])
     """
 
+    @checked()
     def __init__(
         self,
         function: Callable[[Tensor], Tensor],
@@ -165,7 +168,7 @@ class Objective:
         return largest_eigenvalue(LinearOperator(mv, y.shape[-1]), y)
 
 
-class AbstractInnerSolver(abc.ABC):
+class AbstractInnerSolver(AbstractPortable, abc.ABC):
     """Finds y*(x) = argmin_y g(x, y) to a tolerance or for a number of steps.
 
     The contract of every solver: `Solved.residual` is |grad_y g| at the returned point itself; y0 is not

@@ -8,12 +8,15 @@ from typing import Any, final
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
 from bilevel.certificates.certificate import Constants
+from bilevel.portable.pickling import AbstractPortable
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Instance:
+class Instance(AbstractPortable):
     """A bilevel problem, a point to start from, and what is known in closed form.
 
     Attributes:
@@ -42,6 +45,10 @@ class Instance:
     plot: Callable[[Any, Tree, Tree], None] | None = field(default=None, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    @checked()
     def value(self, x: Tree) -> float:
         """Phi(x) = f(x, y*(x)), from the closed form of y*.
 

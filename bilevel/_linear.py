@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from bilevel._result import Solved
+from bilevel.arguments.fits import demand_type, demand_types
+from bilevel.portable.pickling import AbstractPortable
 
 if TYPE_CHECKING:
+    from bilevel._result import Solved
     from bilevel.certificates.certificate import Constants
 
 
@@ -33,8 +35,12 @@ class OperatorProperties:
     symmetric: bool = False
     positive_definite: bool = False
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def admits(self, demanded: OperatorProperties) -> bool:
         """Whether a matrix with these properties has all that are demanded."""
+        demand_type("OperatorProperties.admits", "demanded", demanded, OperatorProperties)
         symmetric = self.symmetric or self.positive_definite
         return (symmetric or not demanded.symmetric) and (self.positive_definite or not demanded.positive_definite)
 
@@ -63,7 +69,7 @@ class SaddleBlocks:
 
 @final
 @dataclass(frozen=True, eq=False)
-class LinearOperator:
+class LinearOperator(AbstractPortable):
     """A matrix A known by its products `mv(v) = A v`; its properties are declared, and solvers demand them.
 
     Vectors are `(n,)`, or `(batch, n)` for independent systems side by side (a block-diagonal A).
@@ -93,6 +99,9 @@ class LinearOperator:
     last_mv: Callable[[Tensor], Tensor] | None = None
     diagonal: Tensor | None = None
     blocks: SaddleBlocks | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def properties(self) -> OperatorProperties:
@@ -127,7 +136,7 @@ class LinearOperator:
         return torch.stack(columns, dim=-1)
 
 
-class AbstractLinearSolver(abc.ABC):
+class AbstractLinearSolver(AbstractPortable, abc.ABC):
     """Solves A v = b to a tolerance or for a number of steps.
 
     The contract of every solver: a zero right-hand side gives zero; the returned vector is the one that met the
@@ -222,7 +231,7 @@ def unknown_error(solver: AbstractLinearSolver) -> ValueError:
     )
 
 
-class AbstractPreconditioner(abc.ABC):
+class AbstractPreconditioner(AbstractPortable, abc.ABC):
     """Builds r -> M^-1 r with M ~ A symmetric positive definite, once a solve."""
 
     @abc.abstractmethod

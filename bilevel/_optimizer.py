@@ -11,11 +11,13 @@ from torch import Tensor
 
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
+from bilevel.arguments.fits import demand_types
+from bilevel.portable.pickling import AbstractPortable
 
 OptimizerState: TypeAlias = dict[str, Any]  # tensors and numbers: what torch.save(weights_only=True) reads back
 
 
-class AbstractOptimizer(abc.ABC):
+class AbstractOptimizer(AbstractPortable, abc.ABC):
     """A map (gradient, point, state) -> (point, state) that modifies none of its arguments.
 
     Points and gradients are `(n,)` or `(*batch, n)`; every operation is elementwise, so that a batch is
@@ -66,6 +68,9 @@ class Told:
     stationarity: float
     value_error: float | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -88,8 +93,11 @@ class Move:
     ended: Status | None
     tol: float | None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
 
-class AbstractMinimizer(abc.ABC):
+
+class AbstractMinimizer(AbstractPortable, abc.ABC):
     """An outer method that is told values as well as gradients, one evaluation at a time: one with a line search.
 
     A map (evaluation, state) -> (where to evaluate next, state) that modifies none of its arguments and keeps nothing:
@@ -113,7 +121,7 @@ class AbstractMinimizer(abc.ABC):
         """
 
 
-class AbstractOuterDriver(abc.ABC):
+class AbstractOuterDriver(AbstractPortable, abc.ABC):
     """An outer method that runs its own loop (a library's minimizer), for deterministic problems."""
 
     @abc.abstractmethod

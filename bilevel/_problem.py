@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 from torch import Tensor
 
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_type
 from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:
     from bilevel.inner_problems.declarations import AbstractDeclaredKind
     from bilevel.inner_problems.polytope import Polytope
     from bilevel.prox.term import AbstractProxTerm
-from bilevel._validate import demand_batch
+from bilevel.arguments.batch import demand_batch
+from bilevel.portable.pickling import AbstractPortable
 
 Tasks: TypeAlias = bool | Literal["loop"]
 
 _OPTIONAL = ("init", "encode", "constraints", "prox")  # functions that a problem may do without
 
 
-class BilevelProblem:
+class BilevelProblem(AbstractPortable):
     """min_x Phi(x) = f(x, y*(x))  s.t.  y*(x) = argmin_y g(x, y).
 
     x and y are tensors or nested dicts, lists or tuples of tensors, of any shapes, 0-d included. f and g return
@@ -102,7 +104,9 @@ class BilevelProblem:
         optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
         for name, function in (("f", f), ("g", g), *optional):
             without = (
-                name in _OPTIONAL or _overridden(self, name) or (name == "g" and (inner or self.inner) is not None)
+                name in _OPTIONAL
+                or _overridden(self, name)
+                or (name == "g" and not (inner is None and self.inner is None))
             )
             if function is None and without:
                 continue
@@ -111,6 +115,8 @@ class BilevelProblem:
                     f"`BilevelProblem({name}=...)` must be a callable. Got {type(function).__name__}."
                     f" Pass a function such as `lambda x, y: ...`."
                 )
+        for name, given in (("iterative", iterative), ("allow_unused", allow_unused)):
+            demand_type("BilevelProblem", name, given, bool)
         if inner is not None:
             _demand_kind(inner)
         if inner is not None:
@@ -247,7 +253,7 @@ def _demand_tasks(problem: BilevelProblem) -> None:
     if not isinstance(problem.tasks, bool) and not (isinstance(problem.tasks, str) and problem.tasks == "loop"):
         raise ValueError(
             f'`{type(problem).__name__}(tasks=...)` must be True (all tasks at once), "loop" (one after the other) or'
-            f" False (no tasks). Got {problem.tasks!r}."
+            f" False (no tasks). Got {str(problem.tasks)[:100]!r}."
         )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from bilevel.arguments.fits import demand_type, demand_types
+from bilevel.arguments.ranges import COUNT, demand_range
 
 
 class Status(enum.Enum):
@@ -236,6 +241,9 @@ class Stats:
     linear_steps: int = 0
     sample_calls: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
 
@@ -262,6 +270,10 @@ class Tally:
     """
 
     def __init__(self, f_samples: int = 0, g_samples: int = 0, whole: Tally | None = None) -> None:
+        for name, count in (("f_samples", f_samples), ("g_samples", g_samples)):
+            demand_type("Tally", name, count, int)
+            demand_range("Tally", name, count, COUNT)
+        demand_type("Tally", "whole", whole, Tally | None)
         self.f_samples, self.g_samples, self.whole = f_samples, g_samples, whole
         self.parts: list[Tally] = []
         self._zero()
@@ -330,6 +342,9 @@ class Solved:
     at_bounds: int = 0
     multipliers: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def status(self) -> Status:
         """The worst of the statuses."""
@@ -355,6 +370,30 @@ class Report:
     steps: int
     statuses: tuple[Status, ...] = ()
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data: statuses by their names."""
+        statuses = [status.name for status in self.statuses]
+        return {**vars(self), "status": self.status.name, "statuses": statuses}
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Report:
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        demand_type("Report.from_dict", "content", content, dict)
+        try:
+            statuses = tuple(Status[name] for name in content["statuses"])
+            return Report(**{**content, "status": Status[content["status"]], "statuses": statuses})
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"`Report.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
+            ) from error
+
     def __str__(self) -> str:
         failed = sum(not status.ok for status in self.statuses)
         tasks = f" in {failed} of {len(self.statuses)} tasks" if failed else ""
@@ -363,8 +402,13 @@ class Report:
 
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
+    demand_type("report", "part", part, str)
+    demand_type("report", "solved", solved, Solved)
+    demand_type("report", "gradient", gradient, Tensor | None)
     residual = solved.residual
     if gradient is not None:
+        if not gradient.dim() or gradient.device.type == "meta":
+            raise ValueError("`report(gradient=...)` must have an axis of entries that hold numbers.")
         largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
         unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # so that squares are not lost
         residual = torch.linalg.vector_norm(gradient / unit, dim=-1) * unit.squeeze(-1)
@@ -381,6 +425,28 @@ class BilevelError(RuntimeError):
     """
 
     def __init__(self, message: str, status: Status, partial: Any = None) -> None:
+        demand_type("BilevelError", "message", message, str)
+        demand_type("BilevelError", "status", status, Status)
         RuntimeError.__init__(self, message)
         self.status = status
         self.partial = partial
+
+    def __reduce__(self) -> Any:
+        """An error has to arrive from a worker, with its own text, also where its partial result cannot."""
+        state, partial = dict(self.__dict__), self.partial
+        try:
+            pickle.dumps(partial)
+        except Exception as error:
+            kept = f"Its `partial`, a {type(partial).__name__}, stayed where it was raised: {error}"
+            state |= {"partial": None, "__notes__": [*state.get("__notes__", ()), kept]}
+        return BilevelError, (str(self), self.status), state
+
+    def __copy__(self) -> BilevelError:
+        made = BilevelError(str(self), self.status)
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BilevelError:
+        made = BilevelError(str(self), self.status)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made

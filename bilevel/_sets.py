@@ -10,11 +10,15 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.arguments.checked import fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
+from bilevel.portable.pickling import AbstractPortable
 
 
-class AbstractSet(abc.ABC):
+class AbstractSet(AbstractPortable, abc.ABC):
     """A closed convex set of vectors."""
 
     @abc.abstractmethod
@@ -57,20 +61,31 @@ class Box(AbstractSet):
     upper: float | Tensor | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
+        demand_shapes("Box", dict.fromkeys(("lower", "upper"), Shape(kind="number", finite=False)), vars(self))
         lower, upper = -torch.inf if self.lower is None else self.lower, torch.inf if self.upper is None else self.upper
-        ordered: bool | Tensor = lower <= upper
+        try:
+            ordered: bool | Tensor = lower <= upper
+        except RuntimeError as error:
+            shapes = " and ".join(str(tuple(each.shape)) for each in (lower, upper) if isinstance(each, Tensor))
+            raise ValueError(
+                f"`Box(lower=..., upper=...)` must be of shapes that fit together. Got {shapes}."
+            ) from error
         if not (bool(ordered.all()) if isinstance(ordered, Tensor) else ordered):
             raise ValueError("`Box(lower, upper)` must have lower <= upper everywhere, and no NaN.")
 
+    @fitting
     def project(self, x: Tensor) -> Tensor:
         lower, upper = self.bounds(x)
         return x.clamp(lower, upper)
 
+    @fitting
     def face(self, toward: Tensor) -> Callable[[Tensor], Tensor]:
         lower, upper = self.bounds(toward)
         inside = (toward > lower) & (toward < upper)
         return lambda d: torch.where(inside, d, torch.zeros_like(d))
 
+    @fitting
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of the shape of `like`, infinite where there are none.
 
@@ -112,8 +127,10 @@ class Simplex(AbstractSet):
     total: float = 1.0
 
     def __post_init__(self) -> None:
+        demand_types(self)
         demand_ranges(self, total=POSITIVE)
 
+    @fitting
     def project(self, x: Tensor) -> Tensor:
         x = x - x.max()  # changes nothing, and the total is not lost in the rounding of large entries
         ordered = x.sort(descending=True).values
@@ -122,6 +139,7 @@ class Simplex(AbstractSet):
         k = int((ordered * counts > excess).sum())  # how many entries stay positive
         return (x - excess[k - 1] / k).clamp_min(0)
 
+    @fitting
     def face(self, toward: Tensor) -> Callable[[Tensor], Tensor]:
         inside = self.project(toward) > 0
 

@@ -21,6 +21,7 @@ from bilevel._numerics.nesting import (
     tree_map as tree_map,
     tree_parts as tree_parts,
 )
+from bilevel.arguments.fits import demand_type
 
 
 @final
@@ -39,6 +40,10 @@ class Structure:
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
     device: torch.device
+
+    def __reduce__(self) -> Any:
+        """Without what was derived of it, in which there are functions without a name."""
+        return Structure, (self.spec, self.shapes, self.dtype, self.device)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -95,7 +100,7 @@ class Structure:
         return str(self._build([tuple(shape) for shape in self.shapes]))
 
 
-def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
+def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structure]:
     """Join the leaves of a nested structure into one vector `(n,)`, and say how to undo it.
 
     Differentiable, never an alias of its input where there is one leaf or more that is not flat.
@@ -116,8 +121,10 @@ def ravel(tree: Tree, name: str = "tree") -> tuple[Tensor, Structure]:
         >>> structure.unravel(vector)["b"]
         tensor(0.)
     """
+    demand_type("ravel", "name", name, str)
+    name = name[:200]
     leaves: list[Any] = []
-    spec = flatten(tree, leaves)
+    spec = flatten(tree, leaves, name)
     for leaf in leaves:
         if not (isinstance(leaf, Tensor) and leaf.dtype in _REAL and leaf.layout == torch.strided and _whole(leaf)):
             _refuse_leaf(tree, name)
@@ -218,7 +225,8 @@ def _instead(leaf: Any) -> str:
     if isinstance(leaf, Iterator):
         return "It can be read once only. Write `dict(module.named_parameters())`, or `list(...)`."
     if isinstance(leaf, bool | int | float | complex):
-        return f"Write `torch.tensor({leaf!r}, dtype=torch.float64)`."
+        number = repr(leaf) if isinstance(leaf, float) or abs(leaf) < 2**63 else "..."
+        return f"Write `torch.tensor({number}, dtype=torch.float64)`."
     return "Write `torch.tensor(...)`."
 
 

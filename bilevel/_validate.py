@@ -2,116 +2,24 @@
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import difflib
 import functools
 import inspect
 import numbers
-import types
-import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, final
 
-from torch import Tensor
+from bilevel.arguments.batch import demand_batch as demand_batch
+from bilevel.arguments.fits import demand_type as demand_type, demand_types as demand_types
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _LONG = 150  # characters of an argument in a message, beyond which it hides what the message says
 _NEAR = 0.65  # the part of letters in common from which on a name may have been meant
-_WORDS: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    bool: "True or False",
-    str: "a string",
-    types.NoneType: "None",
-    Tensor: "a tensor",
-}
-_EXAMPLES = {
-    "AbstractInnerSolver": "an inner solver such as `LBFGS()`",
-    "AbstractUnrollable": "an iteration of differentiable steps such as `Iterate(GradientDescent(0.1), 100)`",
-    "AbstractLinearSolver": "a linear solver such as `CG()`",
-    "AbstractPreconditioner": "a preconditioner such as `Jacobi()`",
-    "AbstractOptimizer": "an optimizer such as `GradientDescent(0.1)`",
-    "AbstractUnrolling": "a form of unrolling such as `Checkpointed()`",
-    "AbstractProducts": "`bilevel.FiniteDifferences()` or the like",
-}
-
-
-def demand_types(owner: Any, wanted: Mapping[str, str] | None = None) -> None:
-    """Refuse a dataclass whose fields are not what their annotations say; for its `__post_init__`.
-
-    Args:
-        owner: the instance.
-        wanted: what a field must be, in words, where its type does not say it well.
-
-    Raises:
-        TypeError: naming the argument, what is required, what arrived and what to do.
-
-    Example:
-        >>> @dataclasses.dataclass(frozen=True)
-        ... class Solver:
-        ...     max_steps: int
-        ...     def __post_init__(self):
-        ...         demand_types(self)
-        >>> Solver(2.5)
-        Traceback (most recent call last):
-        TypeError: `Solver(max_steps=...)` must be an integer. Got 2.5 (float).
-    """
-    kind: Any = type(owner)
-    fields = _annotated(kind)
-    for name, hint in fields:
-        value = getattr(owner, name)
-        if not _fits(value, hint):
-            others = [] if isinstance(value, numbers.Number | str | Tensor) else fields
-            better = next((f" Write `{kind.__name__}({other}=...)`." for other, own in others if _fits(value, own)), "")
-            raise TypeError(_refusal(kind.__name__, name, value, hint, (wanted or {}).get(name)) + better)
-
-
-def demand_type(call: str, name: str, value: Any, hint: Any, wanted: str | None = None) -> None:
-    """Refuse one argument of a call that is not of the type `hint`.
-
-    Raises:
-        TypeError: naming the argument, what is required, what arrived and what to do.
-
-    Example:
-        >>> demand_type("minimize", "tol", "small", float | None)
-        Traceback (most recent call last):
-        TypeError: `minimize(tol=...)` must be a number or None. Got 'small' (str).
-    """
-    if not _fits(value, hint):
-        raise TypeError(_refusal(call, name, value, hint, wanted))
-
-
-def demand_batch(data: Any) -> None:
-    """Refuse a loader where one batch is needed, and a tuple, list or dict of loaders.
-
-    Raises:
-        TypeError: saying how to get one.
-    """
-    if _is_loader(data):
-        raise TypeError(
-            f"`data=...` must be one batch here: f and g are called with it. Got a {type(data).__name__}. Pass"
-            f" `next(iter(loader))`; a loader goes to `minimize(data=...)`."
-        )
-    if isinstance(data, tuple | list | dict):
-        parts = list(data.values() if isinstance(data, dict) else data)
-        if parts and all(map(_is_loader, parts)):
-            raise TypeError(
-                f"`data=...` must be one batch: f and g are called with it. Got a {type(data).__name__} of"
-                f" {len(parts)} loaders ({', '.join(type(part).__name__ for part in parts)}). One loader for f and one"
-                f" for g are `minimize(data=Split(f=loader, g=loader))`; elsewhere pass a batch of each, such as"
-                f" `data=Split(f=next(iter(loader)), g=next(iter(loader)))`."
-            )
-
-
-def _is_loader(data: Any) -> bool:
-    names = {f"{base.__module__}.{base.__name__}" for base in type(data).__mro__}
-    loader = "torch.utils.data.dataloader.DataLoader" in names  # known by its name: nothing is imported for it
-    return loader or isinstance(data, collections.abc.Iterator)
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
@@ -222,54 +130,3 @@ def _short(value: Any) -> str:
 def _is_default(value: Any, default: Any) -> bool:
     plain = isinstance(value, numbers.Number | str | tuple) and isinstance(default, type(value))
     return value is default or (plain and value == default)
-
-
-@functools.cache
-def _annotated(kind: Any) -> tuple[tuple[str, Any], ...]:
-    hints = typing.get_type_hints(kind)
-    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(kind))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, as far as that can be told without looking into containers."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if hint is typing.Any:
-        return True
-    if hint is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in options)
-    if origin is collections.abc.Callable:
-        return callable(value)
-    if origin is typing.Literal:
-        return isinstance(value, tuple(map(type, options)))  # which one it may be is for a ValueError to say
-    if origin is tuple and Ellipsis not in options:
-        return isinstance(value, tuple) and len(value) == len(options) and all(map(_fits, value, options))
-    kind = hint if origin is None else origin
-    return isinstance(value, kind) if isinstance(kind, type) else True
-
-
-def _refusal(call: str, name: str, value: Any, hint: Any, wanted: str | None) -> str:
-    if isinstance(value, type):
-        got = f"the class {value.__name__} itself: write `{value.__name__}(...)`"
-    elif isinstance(value, numbers.Number | str):
-        got = f"{value!r} ({type(value).__name__})"
-    else:
-        got = type(value).__name__
-    return f"`{call}({name}=...)` must be {wanted or ' or '.join(_described(hint))}. Got {got}."
-
-
-def _described(hint: Any) -> list[str]:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return [text for option in options for text in _described(option)]
-    if origin is typing.Literal:
-        return [repr(option) for option in options]
-    if origin is collections.abc.Callable:
-        return ["a function"]
-    if origin is tuple and Ellipsis not in options:
-        return [f"a tuple of {len(options)}"]
-    name = getattr(hint if origin is None else origin, "__name__", str(hint))
-    return [_WORDS.get(hint) or _EXAMPLES.get(name) or f"a `{name}`"]

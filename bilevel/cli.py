@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -12,8 +13,13 @@ from typing import NoReturn, final
 
 from bilevel import __version__
 from bilevel._validate import nearest
+from bilevel.commands.signals import received
 
-SUCCESS, FAILED, USAGE, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
+SUCCESS, FAILED, USAGE, MISSING = 0, 1, 2, 3
+INTERRUPTED, TERMINATED, HUNG_UP = 130, 143, 129  # 128 and the number of the signal
+
+_LONG = 2000  # characters of an error
+_DIGITS = 8  # of a budget: what takes more calls does not end
 
 _DEBUG = "show the traceback of an error"
 _EPILOG = """\
@@ -23,7 +29,8 @@ exit codes:
        test of `check` failed; what was computed until then is written all the same
   2    wrong usage or input: nothing was computed
   3    an optional package is missing; the message names the extra to install
-  130  interrupted by Ctrl-C; a run can be continued with --resume
+  130  interrupted by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP: a run has written its checkpoint and can be continued with
+       --resume; a second signal ends it at once
 """
 
 
@@ -34,13 +41,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         near = "" if choice is None else nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
-        self.exit(USAGE, f"bilevel: error: {message}. {near}See `{self.prog} --help`.\n")
+        self.exit(USAGE, f"bilevel: error: {_clipped(' '.join(message.split()))}. {near}See `{self.prog} --help`.\n")
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Refuse words of the command line that mean nothing here."""
         near = nearest(words[0].partition("=")[0], re.findall(r"--[\w-]+", self.format_usage()))
-        text = f"bilevel: error: unrecognized arguments: {' '.join(words)}. {near}See `{self.prog} --help`.\n"
-        self.exit(USAGE, text)
+        text = _clipped(" ".join(" ".join(words).split()))
+        self.exit(USAGE, f"bilevel: error: unrecognized arguments: {text}. {near}See `{self.prog} --help`.\n")
 
 
 def parser() -> _Parser:
@@ -149,8 +156,10 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 def _budgets(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise argparse.ArgumentTypeError(f"must be positive integers separated by commas. Got {text!r}")
+    if not all(word.isdecimal() and len(word) <= _DIGITS and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(
+            f"must be positive integers of at most {_DIGITS} digits, separated by commas. Got {text!r}"
+        )
     return tuple(map(int, words))
 
 
@@ -179,6 +188,17 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )
     add("--out", metavar="DIR", help="the run's folder; default: runs/PROBLEM-DATE-TIME")
     add("--resume", action="store_true", help="continue the run in DIR from its checkpoint, bit for bit")
+    add(
+        "--force",
+        action="store_true",
+        help="with --resume: go on although the problem's file, functions or data are not those of the run's beginning",
+    )
+    add(
+        "--checkpoint-seconds",
+        type=_number(float, "a positive number", lambda seconds: seconds > 0),
+        metavar="SECONDS",
+        help="write a checkpoint at the latest after so many seconds, whatever the number of steps; default: 30",
+    )
     add("--overwrite", action="store_true", help="replace the run in DIR")
     add("--keep-going", action="store_true", help="go on after an estimate that did not succeed, unless it is NaN")
     add("--quiet", action="store_true", help="print nothing but errors")
@@ -191,8 +211,8 @@ def _number(kind: Callable[[str], float], wanted: str, valid: Callable[[float], 
         try:
             number = kind(text)
         except ValueError:
-            number = float("nan")
-        if number != number or not valid(number):
+            number = math.nan
+        if not math.isfinite(number) or not valid(number):
             raise argparse.ArgumentTypeError(f"must be {wanted}. Got {text!r}")
         return number
 
@@ -263,7 +283,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {...
         True
     """
-    debug, problem = False, ""
+    with received() as signals:
+        try:
+            return _carried_out(arguments)
+        except KeyboardInterrupt as stop:
+            print(f"bilevel: {_flat(stop) or 'interrupted'}", file=sys.stderr)
+            return signals.code
+        except BrokenPipeError:  # `bilevel list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return SUCCESS
+
+
+def _carried_out(arguments: Sequence[str] | None) -> int:
     try:
         top = parser()
         options, unknown = top.parse_known_args(arguments)
@@ -271,38 +302,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen: _Parser = getattr(options, "parser", top)
             chosen.refuse(unknown)
         if not hasattr(options, "command"):
-            raise ValueError("a command is needed: `bilevel list` or `bilevel run PROBLEM`. See `bilevel --help`.")
-        debug, problem = options.debug, getattr(options, "problem", "")
-        return int(options.command(options))
+            top.error("a command is needed: `bilevel list` or `bilevel run PROBLEM`")
     except SystemExit as stop:  # argparse: --help, --version and wrong usage
         return stop.code if isinstance(stop.code, int) else USAGE
-    except KeyboardInterrupt as stop:
-        print(f"bilevel: {_flat(stop) or 'interrupted'}", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `bilevel list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
-    except Exception as error:
-        if debug:
+    try:
+        return int(options.command(options))
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise
+    except BaseException as error:  # also what a file of the user's raises to leave: `sys.exit()`
+        if options.debug:
             traceback.print_exc()
-        print(f"bilevel: error: {_one_line(error, problem)}", file=sys.stderr)
+        print(f"bilevel: error: {_one_line(error, getattr(options, 'problem', ''))}", file=sys.stderr)
         return _exit_code(error)
 
 
-def _exit_code(error: Exception) -> int:
+def _exit_code(error: BaseException) -> int:
     from bilevel._result import BilevelError
-    from bilevel.commands.raised import raised_by
-    from bilevel.commands.run import Failure
+    from bilevel.commands.raised import Failure, raised_by
 
     if isinstance(error, ImportError):
         return MISSING
     return FAILED if isinstance(error, Failure | BilevelError) or raised_by(error) else USAGE
 
 
-def _one_line(error: Exception, problem: str) -> str:
+def _one_line(error: BaseException, problem: str) -> str:
     from bilevel._result import BilevelError
-    from bilevel.commands.raised import raised_by, told
-    from bilevel.commands.run import Failure
+    from bilevel.commands.raised import Failure, raised_by, told
 
     if isinstance(error, ImportError):
         return _flat(error)
@@ -314,4 +339,10 @@ def _one_line(error: Exception, problem: str) -> str:
 
 def _flat(error: BaseException, text: str | None = None) -> str:
     """The text and notes of an error in one line."""
-    return " ".join(" ".join([str(error) if text is None else text, *getattr(error, "__notes__", ())]).split())
+    line = " ".join(" ".join([str(error) if text is None else text, *getattr(error, "__notes__", ())]).split())
+    return _clipped(line.replace('`resume="force"`', "`--force`"))  # what Python's way to say it is called here
+
+
+def _clipped(line: str) -> str:
+    """A line without the middle of a very long one, which is what somebody typed."""
+    return line if len(line) <= _LONG else f"{line[: _LONG // 2]} ... {line[-_LONG // 2 :]}"

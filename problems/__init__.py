@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel._instance import Instance
+from bilevel.arguments.fits import demand_types
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
@@ -106,7 +108,7 @@ __all__ = [
 
 @final
 @dataclass(frozen=True)
-class Entry:
+class Entry(AbstractPortable):
     """A problem that can be built by name.
 
     Attributes:
@@ -118,6 +120,9 @@ class Entry:
     name: str
     description: str
     build: Callable[..., Instance]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 _ENTRIES = (

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel._validate import nearest
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, demand_ranges
+from bilevel.outside.arrays import read_arrays
 
 Arrays: TypeAlias = str | Path | Mapping[str, Any] | tuple[Any, Any]
 """A path of an .npz file, a mapping with its keys, or a pair (X, y); numpy arrays or tensors.
@@ -21,6 +24,7 @@ Keys: `X` and `y` (or `images` and `labels`), which are split; or `X_train` and 
 
 _ALIASES = {"images": "X", "labels": "y"}
 _PARTS = ("train", "val", "test")
+_LONG = 200  # characters of a path in a message
 
 
 @final
@@ -47,6 +51,10 @@ class Dataset:
     y_test: Tensor
     raw_train: Tensor
     classes: int
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, classes=COUNT)
 
 
 def load(
@@ -126,16 +134,11 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
         X, y = getattr(datasets, f"load_{builtin}")(return_X_y=True)
         return {"X": torch.from_numpy(X), "y": torch.from_numpy(y)}
     if isinstance(data, str | Path):
-        try:
-            import numpy as np
-        except ImportError as error:
-            raise ImportError('reading .npz files needs numpy: `pip install "bilevel[sklearn]"`.') from error
-        if not Path(data).is_file() or Path(data).suffix != ".npz":
-            folder = Path(data).parent
+        if not _is_file(data) or Path(data).suffix != ".npz":
+            folder = Path(str(data)[:_LONG]).parent
             near = nearest(Path(data).name, [file.name for file in folder.glob("*.npz")]) if folder.is_dir() else ""
-            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)!r}. {near}".rstrip())
-        with np.load(data, allow_pickle=False) as archive:
-            data = {key: archive[key] for key in archive.files if _is_part(key)}
+            raise ValueError(f"`data=` must name an existing .npz file. Got {str(data)[:_LONG]!r}. {near}".rstrip())
+        data = read_arrays(data, _is_part, "sklearn")
     if isinstance(data, tuple) and len(data) == 2:
         data = {"X": data[0], "y": data[1]}
     if not isinstance(data, Mapping):
@@ -147,6 +150,13 @@ def _arrays(data: Arrays | None, builtin: str) -> dict[str, Tensor]:
     if not ({"X", "y"} <= set(found) or {"X_train", "y_train"} <= set(found)):
         raise ValueError(f"`data=` needs the keys X and y, or X_train and y_train. Got {sorted(map(str, data))}.")
     return found
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _tensor(key: str, value: Any) -> Tensor:
@@ -165,7 +175,7 @@ def _tensor(key: str, value: Any) -> Tensor:
 
 
 def _refuse_fractions(name: str, y: Tensor) -> None:
-    wrong = y[y != y.round()] if y.is_floating_point() else y[:0]
+    wrong = y[~(y == y.round()) | ~y.isfinite()] if y.is_floating_point() else y[:0]
     if len(wrong):
         raise ValueError(
             f"a classification problem needs labels that are integers. Got {float(wrong[0]):.6g} among those of the"

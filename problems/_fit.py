@@ -19,6 +19,8 @@ def fit(loss: Callable[[Tensor], Tensor], y0: Tensor, *, tol: float) -> Tensor:
         RuntimeError: if the tolerance is not reached: a baseline that is not solved is no baseline.
     """
     y = y0.detach().clone().requires_grad_()
+    if not bool(loss(y).isfinite()):
+        raise RuntimeError("the objective is not finite where its minimization starts")
     optimizer = torch.optim.LBFGS(
         [y],
         max_iter=5000,

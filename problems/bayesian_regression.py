@@ -12,6 +12,9 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, SEED, SIZE, demand_ranges
 from bilevel.problems._variational import normal_noise
 
 Gaussian: TypeAlias = dict[str, Tensor]  # mean and log_variance
@@ -50,10 +53,10 @@ class BayesianRegression:
     kl_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("variance", "kl_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`BayesianRegression({name}=...)` must be positive. Got {getattr(self, name)}.")
+        demand_types(self)
+        demand_ranges(self, variance=POSITIVE, kl_weight=POSITIVE)
 
+    @fitting
     def expectation(self, _: Gaussian, y: Gaussian, task: Mapping[str, Tensor], side: str = "support") -> Tensor:
         """E_q[-log p] of one side."""
         X, b = task[f"{side}_x"], task[f"{side}_y"]
@@ -61,20 +64,24 @@ class BayesianRegression:
         spread = (X.square().sum(-2) * y["log_variance"].exp()).sum(-1)
         return (fit + spread) / (2 * self.variance) + b.shape[-1] / 2 * math.log(2 * math.pi * self.variance)
 
+    @fitting
     def divergence(self, x: Gaussian, y: Gaussian) -> Tensor:
         """KL(q || p)."""
         log_r = y["log_variance"] - x["log_variance"]
         square = (y["mean"] - x["mean"]).square() * (-x["log_variance"]).exp()
         return (log_r.exp() - log_r + square - 1).sum(-1) / 2
 
+    @fitting
     def g(self, x: Gaussian, y: Gaussian, task: Mapping[str, Tensor]) -> Tensor:
         """The inner objective."""
         return self.expectation(x, y, task) + self.kl_weight * self.divergence(x, y)
 
+    @fitting
     def f(self, x: Gaussian, y: Gaussian, task: Mapping[str, Tensor]) -> Tensor:
         """The outer objective."""
         return self.expectation(x, y, task, "query")
 
+    @fitting
     def solution(self, x: Gaussian, task: Mapping[str, Tensor]) -> Gaussian:
         """y*(x)."""
         X, b, precision = task["support_x"], task["support_y"], (-x["log_variance"]).exp()
@@ -85,6 +92,7 @@ class BayesianRegression:
             "log_variance": -(precision + norms / (self.variance * self.kl_weight)).log(),
         }
 
+    @fitting
     def gradient(self, x: Gaussian, tasks: Mapping[str, Tensor]) -> Gaussian:
         """The hypergradient at x, the mean over stacked tasks; x has one log-variance for each entry."""
         X, U, c = tasks["support_x"], tasks["query_x"], tasks["query_y"]
@@ -101,6 +109,7 @@ class BayesianRegression:
         }
         return {key: value.reshape(-1, value.shape[-1]).mean(0) for key, value in by_task.items()}
 
+    @fitting
     def negative_log_evidence(self, x: Gaussian, task: Mapping[str, Tensor]) -> Tensor:
         """-log N(b; X m, X D X' + s I)."""
         X, b = task["support_x"], task["support_y"]
@@ -116,6 +125,7 @@ class BayesianRegression:
         return X.mT @ X / self.variance + self.kl_weight * torch.diag_embed((-x["log_variance"]).exp())
 
 
+@checked(tasks=SIZE, n=SIZE, q=SIZE, variance=POSITIVE, kl_weight=POSITIVE, seed=SEED)
 def bayesian_regression(
     *, tasks: int = 4, n: int = 6, q: int = 3, variance: float = 0.25, kl_weight: float = 1.0, seed: int = 0
 ) -> Instance:
@@ -139,8 +149,6 @@ def bayesian_regression(
         >>> sorted(bayesian_regression().y0)
         ['log_variance', 'mean']
     """
-    if min(tasks, n, q) < 1:
-        raise ValueError(f"`bayesian_regression(tasks=..., n=..., q=...)` must be at least 1. Got {tasks}, {n}, {q}.")
     family = BayesianRegression(variance, kl_weight)
     like = torch.zeros((), dtype=torch.float64, device="cpu")
     draw = normal_noise((tasks, 2 * n, q + 1), seed, like, antithetic=False)
@@ -155,15 +163,37 @@ def bayesian_regression(
         "query_x": inputs[:, n:],
         "query_y": targets[:, n:],
     }
+    own = _OfTasks(family, data)
     return Instance(
-        problem=BilevelProblem(lambda x, y: family.f(x, y, data).mean(), lambda x, y: family.g(x, y, data).sum()),
+        problem=BilevelProblem(own.f, own.g),
         x0={
             "mean": torch.zeros(q, dtype=like.dtype, device="cpu"),
             "log_variance": torch.zeros(q, dtype=like.dtype, device="cpu"),
         },
         y0={key: torch.zeros((tasks, q), dtype=like.dtype, device="cpu") for key in ("mean", "log_variance")},
         description="several Bayesian regressions with a learned prior, in closed form",
-        solution=lambda x: family.solution(x, data),
-        gradient=lambda x: family.gradient(x, data),
+        solution=own.solution,
+        gradient=own.gradient,
         settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 300},
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _OfTasks:
+    """The regressions of several tasks as one problem."""
+
+    family: BayesianRegression
+    data: Mapping[str, Tensor]
+
+    def f(self, x: Gaussian, y: Gaussian) -> Tensor:
+        return self.family.f(x, y, self.data).mean()
+
+    def g(self, x: Gaussian, y: Gaussian) -> Tensor:
+        return self.family.g(x, y, self.data).sum()
+
+    def solution(self, x: Gaussian) -> Gaussian:
+        return self.family.solution(x, self.data)
+
+    def gradient(self, x: Gaussian) -> Gaussian:
+        return self.family.gradient(x, self.data)

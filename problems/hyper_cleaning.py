@@ -14,6 +14,10 @@ from torch.nn.functional import linear
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, ravel, tree_leaves
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, BETWEEN_0_AND_1, COUNT, POSITIVE, SEED, SIZE, Range, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import structural
 from bilevel.problems._data import Arrays, Dataset, load
@@ -48,14 +52,31 @@ class HyperCleaning:
     outputs: int
     c: float
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, outputs=SIZE, c=AT_LEAST_0)
+        demand_shapes(
+            "HyperCleaning",
+            {
+                "X": Shape("n d"),
+                "labels": Shape("n", "integer"),
+                "X_val": Shape("m d"),
+                "labels_val": Shape("m", "integer"),
+            },
+            vars(self),
+        )
+
+    @fitting
     def f(self, _: Tensor, y: Tree) -> Tensor:
         """The outer objective."""
         return sample_losses(logits(y, self.X_val), self.labels_val).mean()
 
+    @fitting
     def g(self, x: Tensor, y: Tree) -> Tensor:
         """The inner objective."""
         return self.weighted(torch.sigmoid(x), y)
 
+    @fitting
     def weighted(self, weights: Tensor, y: Tree) -> Tensor:
         """The inner objective with sample weights w_i in the place of sigmoid(x_i)."""
         loss = (weights * sample_losses(logits(y, self.X), self.labels)).mean()
@@ -63,6 +84,7 @@ class HyperCleaning:
             loss = loss + self.c * leaf.square().sum()
         return loss
 
+    @fitting
     def constants(self, x: Tensor) -> Constants:
         """The constants at x, of the linear model."""
         first, second, third = logit_bounds(self.outputs)
@@ -86,6 +108,15 @@ def logits(y: Tree, X: Tensor) -> Tensor:
     return linear(torch.tanh(linear(X, y["hidden"])), weight, y["bias"])
 
 
+@checked(
+    corrupted=BETWEEN_0_AND_1,
+    n_train=SIZE,
+    n_val=SIZE,
+    hidden=COUNT,
+    regularization=POSITIVE,
+    max_steps=COUNT,
+    seed=SEED,
+)
 def hyper_cleaning(
     *,
     corrupted: float = 0.4,
@@ -128,27 +159,31 @@ def hyper_cleaning(
     labels, wrong = corrupt(parts.y_train, corrupted, parts.classes, generator)
     family = HyperCleaning(parts.X_train, labels, parts.X_val, parts.y_val, outputs(parts.classes), regularization)
     model = f"{hidden} hidden units" if hidden else "a linear model"
-    baselines = functools.cache(lambda: _baselines(family, parts, wrong, y0))
     y0 = _initial(family, hidden, generator)
 
-    def metrics(x: Tensor, y: Tree) -> dict[str, float]:
-        return _found(x, wrong) | {"test_accuracy_learned": _test(parts, y)} | baselines()
-
-    def plot(figure: Any, x: Tensor, y: Tree) -> None:
-        draw_cleaning(figure, torch.sigmoid(x.detach()), wrong, metrics(x, y), parts.raw_train, labels, parts.y_train)
-
+    shown = _Shown(family, parts, labels, wrong, y0)
     return Instance(
         problem=BilevelProblem(family.f, family.g),
         x0=torch.zeros(len(labels), dtype=parts.X_train.dtype, device=parts.X_train.device),
         y0=y0,
         description=f"{'digits' if data is None else 'your data'} with {corrupted:.0%} wrong labels, {model}",
         constants=None if hidden else family.constants,
-        metrics=metrics,
-        plot=plot,
+        metrics=shown.metrics,
+        plot=shown.plot,
         settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": max_steps},
     )
 
 
+@checked(
+    n_train=SIZE,
+    n_val=SIZE,
+    d=SIZE,
+    classes=Range(2, 2.0**31),
+    hidden=COUNT,
+    corrupted=BETWEEN_0_AND_1,
+    regularization=POSITIVE,
+    seed=SEED,
+)
 def hyper_cleaning_synthetic(
     *,
     n_train: int = 5000,
@@ -201,6 +236,29 @@ def hyper_cleaning_synthetic(
         seed=seed,
         double=double,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What a person is told of a solution; the baselines are trained when they are first asked for."""
+
+    family: HyperCleaning
+    parts: Dataset
+    labels: Tensor
+    wrong: Tensor
+    y0: Tree
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        return _baselines(self.family, self.parts, self.wrong, self.y0)
+
+    def metrics(self, x: Tensor, y: Tree) -> dict[str, float]:
+        return _found(x, self.wrong) | {"test_accuracy_learned": _test(self.parts, y)} | self.baselines
+
+    def plot(self, figure: Any, x: Tensor, y: Tree) -> None:
+        weights, metrics, parts = torch.sigmoid(x.detach()), self.metrics(x, y), self.parts
+        draw_cleaning(figure, weights, self.wrong, metrics, parts.raw_train, self.labels, parts.y_train)
 
 
 def corrupt(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import FINITE
 
 
+@checked()
 def rank_deficient(*, consistent: bool = False) -> Instance:
     """A line of minimizers: g = (y_1 + y_2 - x)^2 / 2, f = (y_1 + y_2 - 1)^2 / 2 + (y_1 - y_2 - 1)^2 / 2.
 
@@ -27,22 +32,18 @@ def rank_deficient(*, consistent: bool = False) -> Instance:
         >>> rank_deficient().solution(torch.tensor(2.0))
         tensor([1., 1.])
     """
-
-    def f(_: Tensor, y: Tensor) -> Tensor:
-        seen = (y.sum() - 1).square() / 2
-        return seen if consistent else seen + (y[0] - y[1] - 1).square() / 2
-
     return Instance(
-        problem=BilevelProblem(f, lambda x, y: (y.sum() - x).square() / 2),
+        problem=BilevelProblem(_sum if consistent else _sum_and_difference, _line),
         x0=torch.zeros((), dtype=torch.float64, device="cpu"),
         y0=torch.zeros(2, dtype=torch.float64, device="cpu"),
         description="singular inner Hessian" + ("" if consistent else ", no hypergradient"),
-        solution=lambda x: torch.stack([x / 2, x / 2]),
-        gradient=(lambda x: x - 1) if consistent else None,
+        solution=_least_norm,
+        gradient=_of_sum if consistent else None,
         settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 50},
     )
 
 
+@checked(tilt=FINITE, start=FINITE)
 def double_well(*, tilt: float = 0.0, start: float = 0.0) -> Instance:
     """Two wells: g = (y^2 - 1)^2 / 4 - (x + tilt) y with |x + tilt| < 2 / (3 sqrt 3), and f = (y - 1)^2 / 2.
 
@@ -61,11 +62,37 @@ def double_well(*, tilt: float = 0.0, start: float = 0.0) -> Instance:
         2.25
     """
     return Instance(
-        problem=BilevelProblem(
-            lambda _, y: (y - 1).square() / 2, lambda x, y: (y.square() - 1).square() / 4 - (x + tilt) * y
-        ),
+        problem=BilevelProblem(_to_one, partial(_wells, tilt)),
         x0=torch.zeros((), dtype=torch.float64, device="cpu"),
         y0=torch.tensor(start, dtype=torch.float64, device="cpu"),
         description="double well: a nonconvex inner problem",
         settings={"estimator": "aid-cg", "outer_step": 0.05, "max_steps": 50},
     )
+
+
+def _sum(_: Tensor, y: Tensor) -> Tensor:
+    return (y.sum() - 1).square() / 2
+
+
+def _sum_and_difference(x: Tensor, y: Tensor) -> Tensor:
+    return _sum(x, y) + (y[0] - y[1] - 1).square() / 2
+
+
+def _line(x: Tensor, y: Tensor) -> Tensor:
+    return (y.sum() - x).square() / 2
+
+
+def _least_norm(x: Tensor) -> Tensor:
+    return torch.stack([x / 2, x / 2])
+
+
+def _of_sum(x: Tensor) -> Tensor:
+    return x - 1
+
+
+def _to_one(_: Tensor, y: Tensor) -> Tensor:
+    return (y - 1).square() / 2
+
+
+def _wells(tilt: float, x: Tensor, y: Tensor) -> Tensor:
+    return (y.square() - 1).square() / 4 - (x + tilt) * y

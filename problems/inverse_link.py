@@ -13,6 +13,10 @@ from torch.nn.functional import softplus
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SEED, SIZE, Range
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
@@ -162,28 +166,38 @@ class InverseLink:
     c: Tensor
     t: Tensor
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_shapes("InverseLink", {"B": Shape("q q"), "c": Shape("q"), "t": Shape("q")}, vars(self))
+
+    @fitting
     def f(self, _: Tensor, y: Tensor) -> Tensor:
         """The outer objective."""
         return (y - self.t).square().sum() / 2
 
+    @fitting
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
         return self.potential.value(y).sum() - (y * (self.B @ x + self.c)).sum()
 
+    @fitting
     def solution(self, x: Tensor) -> Tensor:
         """y*(x)."""
         return self.potential.inverse(self.B @ x + self.c)
 
+    @fitting
     def gradient(self, x: Tensor) -> Tensor:
         """The hypergradient at x: B' ((y* - t) / psi''(y*))."""
         y = self.solution(x)
         return self.B.T @ ((y - self.t) / self.potential.curvature(y))
 
+    @fitting
     def minimizer(self) -> Tensor:
         """x* = B^-1 (psi'(t) - c)."""
         x: Tensor = torch.linalg.solve(self.B, self.potential.slope(self.t) - self.c)
         return x
 
+    @fitting
     def constants(self, x: Tensor) -> Constants:
         """The constants for |y - y*(x)| <= 1."""
         y = self.solution(x)
@@ -192,6 +206,7 @@ class InverseLink:
             mu=mu, L=L, L_fyy=1.0, M_yy=M_yy, C_G=float(torch.linalg.matrix_norm(self.B, 2)), radius=RADIUS
         )
 
+    @fitting
     def instance(self, description: str, x0: Tensor | None = None) -> Instance:
         """The problem with everything known about it; it starts at x = 0 unless told otherwise."""
         return Instance(
@@ -220,6 +235,7 @@ def _random(potential: AbstractPotential, q: int, seed: int) -> InverseLink:
     return InverseLink(potential, B, 0.5 * normal(q), 0.7 * normal(q))
 
 
+@checked(q=SIZE, seed=SEED)
 def asinh(*, q: int = 5, seed: int = 0) -> Instance:
     """y* = asinh(Bx + c), from g = sum cosh(y) - y'(Bx + c); see :class:`InverseLink`.
 
@@ -235,6 +251,7 @@ def asinh(*, q: int = 5, seed: int = 0) -> Instance:
     return _random(Sinh(), q, seed).instance("inner problem of the form cosh, y* an asinh")
 
 
+@checked(q=SIZE, seed=SEED)
 def lambert(*, q: int = 5, seed: int = 0) -> Instance:
     """y* = z - W(exp z), z = Bx + c, from g = |y|^2 / 2 + sum exp(y) - y'z; see :class:`InverseLink`.
 
@@ -245,6 +262,7 @@ def lambert(*, q: int = 5, seed: int = 0) -> Instance:
     return _random(Exponential(), q, seed).instance("inner problem with an exponential, y* by Lambert's W")
 
 
+@checked(q=SIZE, seed=SEED)
 def cardano(*, q: int = 5, seed: int = 0) -> Instance:
     """y* + y*^3 = Bx + c, from g = |y|^2 / 2 + sum y^4 / 4 - y'(Bx + c); see :class:`InverseLink`.
 
@@ -255,6 +273,7 @@ def cardano(*, q: int = 5, seed: int = 0) -> Instance:
     return _random(Cubic(), q, seed).instance("quartic inner problem, y* by Cardano's formula")
 
 
+@checked(target=Range(-1.0, 1.0, open=True))
 def atanh(*, target: float = 0.8) -> Instance:
     """y* = atanh x for |x| < 1, from g = log cosh y - xy; f = (y - target)^2 / 2, so that x* = tanh(target).
 

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SEED, SIZE
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
@@ -33,23 +37,32 @@ class LogSumExp:
 
     t: Tensor
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_shapes("LogSumExp", {"t": Shape("q")}, vars(self))
+
+    @fitting
     def f(self, _: Tensor, y: Tensor) -> Tensor:
         """The outer objective."""
         return (y - self.t).square().sum() / 2
 
+    @fitting
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
         return torch.logsumexp(y, dim=-1) + y.sum().square() / 2 - (x * y).sum()
 
+    @fitting
     def probabilities(self, x: Tensor) -> Tensor:
         """softmax(y*(x)) = x - s 1."""
         return x - (x.sum() - 1) / x.numel()
 
+    @fitting
     def solution(self, x: Tensor) -> Tensor:
         """y*(x)."""
         logs = self.probabilities(x).log()
         return logs - logs.mean() + (x.sum() - 1) / x.numel() ** 2
 
+    @fitting
     def gradient(self, x: Tensor) -> Tensor:
         """The hypergradient at x: H^-1 (y* - t) with H = diag(pi) - pi pi' + 11'."""
         pi = self.probabilities(x)
@@ -57,6 +70,7 @@ class LogSumExp:
         h: Tensor = torch.linalg.solve(H, self.solution(x) - self.t)
         return h
 
+    @fitting
     def constants(self, x: Tensor) -> Constants:
         """The constants for |y - y*(x)| <= 1.
 
@@ -70,6 +84,7 @@ class LogSumExp:
         return structural(mu=least if q > 1 else 1.0, L=L, L_fyy=1.0, M_yy=SOFTMAX_THIRD, C_G=1.0, radius=RADIUS)
 
 
+@checked(q=SIZE, seed=SEED)
 def log_sum_exp(*, q: int = 5, seed: int = 0) -> Instance:
     """The coupled problem of :class:`LogSumExp` at a random target.
 
@@ -85,8 +100,6 @@ def log_sum_exp(*, q: int = 5, seed: int = 0) -> Instance:
         >>> instance.value(instance.minimizer) < 1e-20
         True
     """
-    if q < 1:
-        raise ValueError(f"`log_sum_exp(q=...)` must be at least 1. Got {q}.")
     t = 0.5 * torch.randn(q, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     family = LogSumExp(t)
     return Instance(

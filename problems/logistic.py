@@ -13,6 +13,10 @@ from torch.nn.functional import linear
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, SEED, SIZE, Range, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 from bilevel.problems._data import Arrays, Dataset, load
@@ -53,19 +57,37 @@ class Logistic:
     outputs: int
     eps: float | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, outputs=SIZE, eps=POSITIVE)
+        demand_shapes(
+            "Logistic",
+            {
+                "X": Shape("n d"),
+                "labels": Shape("n", "integer"),
+                "X_val": Shape("m d"),
+                "labels_val": Shape("m", "integer"),
+            },
+            vars(self),
+        )
+
+    @fitting
     def f(self, _: Penalties, y: Tensor) -> Tensor:
         """The outer objective."""
         return sample_losses(linear(self.X_val, y), self.labels_val).mean()
 
+    @fitting
     def g(self, x: Penalties, y: Tensor) -> Tensor:
         """The inner objective."""
         loss = sample_losses(linear(self.X, y), self.labels).mean()
         if not isinstance(x, dict):
             return loss + (x.exp() * y.square()).sum() / 2
-        assert self.eps is not None
+        if self.eps is None:
+            raise ValueError("`Logistic(eps=None)` has no smoothed L1 penalty: x must be a tensor. Got a dict.")
         smoothed = (y.square() + self.eps**2).sqrt() - self.eps
         return loss + (x["log_l2"].exp() * y.square()).sum() / 2 + x["log_l1"].exp() * smoothed.sum()
 
+    @fitting
     def start(self, per_feature: bool) -> Penalties:
         """Penalties of 1e-2 (and 1e-3 for L1): strong enough for mu to be no formality."""
         l2 = self.X.new_full((self.X.shape[1],) if per_feature else (), math.log(1e-2))
@@ -75,11 +97,13 @@ class Logistic:
         """Where the inner iteration starts: y = 0."""
         return torch.zeros((self.outputs, self.X.shape[1]), dtype=self.X.dtype, device=self.X.device)
 
+    @fitting
     def solution(self, x: Penalties) -> Tensor:
         """y*(x), by a numerical minimization to |grad_y g| <= 1e-10 (1e-4 in float32)."""
         tol = 1e-10 if self.X.dtype == torch.float64 else 1e-4
         return fit(lambda y: self.g(x, y), self.zero(), tol=tol)
 
+    @fitting
     def constants(self, x: Penalties) -> Constants:
         """The constants at x."""
         l2 = (x["log_l2"] if isinstance(x, dict) else x).double().exp()
@@ -101,6 +125,7 @@ class Logistic:
             C_G=math.hypot(C_G, L1 * math.sqrt(size)),
         )
 
+    @fitting
     def instance(self, per_feature: bool, description: str) -> Instance:
         """The problem with what is known about it."""
         return Instance(
@@ -119,6 +144,7 @@ class Logistic:
         )
 
 
+@checked(n=Range(4, 2.0**31), d=SIZE, classes=Range(2, 2.0**31), seed=SEED)
 def logistic(
     *,
     n: int = 200,
@@ -170,6 +196,7 @@ def logistic(
     return family.instance(per_feature, f"logistic regression on random data, {classes} classes, {kind}")
 
 
+@checked(seed=SEED)
 def logistic_breast_cancer(
     *, per_feature: bool = False, smoothed_l1: bool = False, data: Arrays | None = None, seed: int = 0
 ) -> Instance:
@@ -191,6 +218,7 @@ def logistic_breast_cancer(
     return _on(parts, per_feature, smoothed_l1, "breast cancer" if data is None else "your data")
 
 
+@checked(seed=SEED)
 def multinomial_digits(
     *, per_feature: bool = False, smoothed_l1: bool = False, data: Arrays | None = None, seed: int = 0
 ) -> Instance:
@@ -218,15 +246,27 @@ def _on(parts: Dataset, per_feature: bool, smoothed_l1: bool, name: str) -> Inst
     instance = family.instance(
         per_feature, f"logistic regression on {name}, {kind}{' and smoothed L1' if smoothed_l1 else ''}"
     )
-    baselines = functools.cache(lambda: _baselines(family, parts))
+    shown = _Shown(family, parts)
+    return replace(instance, metrics=shown.metrics, plot=shown.plot)
 
-    def metrics(_: Penalties, y: Tensor) -> dict[str, float]:
-        return _scores(parts, y, "") | baselines()
 
-    def plot(figure: Any, x: Penalties, y: Tensor) -> None:
-        draw_penalties(figure, x, metrics(x, y), "cross entropy")
+@final
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What a person is told of a solution; the baselines are fitted when they are first asked for."""
 
-    return replace(instance, metrics=metrics, plot=plot)
+    family: Logistic
+    parts: Dataset
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        return _baselines(self.family, self.parts)
+
+    def metrics(self, _: Penalties, y: Tensor) -> dict[str, float]:
+        return _scores(self.parts, y, "") | self.baselines
+
+    def plot(self, figure: Any, x: Penalties, y: Tensor) -> None:
+        draw_penalties(figure, x, self.metrics(x, y), "cross entropy")
 
 
 def _scores(parts: Dataset, y: Tensor, name: str) -> dict[str, float]:

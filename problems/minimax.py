@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_1, SEED, SIZE
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 
 
+@checked(p=SIZE, q=SIZE, kappa=AT_LEAST_1, seed=SEED)
 def minimax(*, p: int = 3, q: int = 4, kappa: float = 10.0, seed: int = 0) -> Instance:
     """min_x max_y f(x, y), that is g = -f, with f strongly convex in x and strongly concave in y.
 
@@ -38,6 +42,10 @@ def minimax(*, p: int = 3, q: int = 4, kappa: float = 10.0, seed: int = 0) -> In
     )
     return replace(
         family.instance(),
-        problem=BilevelProblem(family.f, lambda x, y: -family.f(x, y)),
+        problem=BilevelProblem(family.f, partial(_opposed, family)),
         description="saddle point, g = -f: the implicit term vanishes",
     )
+
+
+def _opposed(family: QuadraticFamily, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return -family.f(x, y)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Structure, Tree, ravel, tree_map
-from bilevel.problems.quadratic import random_quadratic
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SEED
+from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 
 
+@checked(kappa=AT_LEAST_1, cross=AT_LEAST_0, seed=SEED)
 def nested(*, kappa: float = 10.0, cross: float = 0.0, seed: int = 0) -> Instance:
     """The quadratic family with x and y cut into nested dicts, lists and tuples, some leaves being 0-d.
 
@@ -44,25 +47,39 @@ def nested(*, kappa: float = 10.0, cross: float = 0.0, seed: int = 0) -> Instanc
         seed=seed,
     )
     flat = family.instance()
-    constants = family.constants()
-
-    def f(x: Tree, y: Tree) -> torch.Tensor:
-        return family.f(outer.ravel(x, "x"), inner.ravel(y, "y"))
-
-    def g(x: Tree, y: Tree) -> torch.Tensor:
-        return family.g(outer.ravel(x, "x"), inner.ravel(y, "y"))
-
+    own = _Cut(family, outer, inner)
     return replace(
         flat,
-        problem=BilevelProblem(f, g),
+        problem=BilevelProblem(own.f, own.g),
         x0=outer.unravel(flat.x0),
         y0=inner.unravel(flat.y0),
         description="quadratics in nested dicts, lists and tuples with 0-d leaves",
-        solution=lambda x: inner.unravel(family.solution(outer.ravel(x, "x"))),
-        gradient=lambda x: outer.unravel(family.gradient(outer.ravel(x, "x"))),
-        constants=lambda _: constants,
+        solution=own.solution,
+        gradient=own.gradient,
         minimizer=None if flat.minimizer is None else outer.unravel(flat.minimizer),
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """A family whose variables are cut into structures."""
+
+    family: QuadraticFamily
+    outer: Structure
+    inner: Structure
+
+    def f(self, x: Tree, y: Tree) -> torch.Tensor:
+        return self.family.f(self.outer.ravel(x, "x"), self.inner.ravel(y, "y"))
+
+    def g(self, x: Tree, y: Tree) -> torch.Tensor:
+        return self.family.g(self.outer.ravel(x, "x"), self.inner.ravel(y, "y"))
+
+    def solution(self, x: Tree) -> Tree:
+        return self.inner.unravel(self.family.solution(self.outer.ravel(x, "x")))
+
+    def gradient(self, x: Tree) -> Tree:
+        return self.outer.unravel(self.family.gradient(self.outer.ravel(x, "x")))
 
 
 def _flat(tree: Any) -> Structure:

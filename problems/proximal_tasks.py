@@ -10,6 +10,10 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, SEED, SIZE
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
@@ -39,10 +43,17 @@ class ProximalTasks:
     U: Tensor
     c: Tensor
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        axes = {"X": Shape("t n q"), "b": Shape("t n"), "U": Shape("t n q"), "c": Shape("t n")}
+        demand_shapes("ProximalTasks", axes, vars(self))
+
+    @fitting
     def f(self, _: Prior, y: Tensor) -> Tensor:
         """The outer objective, at y `(tasks, q)`."""
         return (torch.einsum("inq,iq->in", self.U, y) - self.c).square().mean() / 2
 
+    @fitting
     def g(self, x: Prior, y: Tensor) -> Tensor:
         """The inner objective, at y `(tasks, q)`."""
         fit = (torch.einsum("inq,iq->in", self.X, y) - self.b).square().sum() / (2 * self.X.shape[1])
@@ -53,12 +64,14 @@ class ProximalTasks:
         D = torch.diag(x["log_precision"].exp().expand(q))
         return self.X.mT @ self.X / self.X.shape[1] + D
 
+    @fitting
     def solution(self, x: Prior) -> Tensor:
         """y*(x): `(tasks, q)`."""
         right = torch.einsum("inq,in->iq", self.X, self.b) / self.X.shape[1] + x["log_precision"].exp() * x["mean"]
         y: Tensor = torch.linalg.solve(self._hessians(x), right)
         return y
 
+    @fitting
     def gradient(self, x: Prior) -> Prior:
         """The hypergradient at x: D sum_i v_i for the mean, -D sum_i (y_i* - m) v_i for log_precision."""
         y, precision = self.solution(x), x["log_precision"].exp()
@@ -68,6 +81,7 @@ class ProximalTasks:
         scalar = x["log_precision"].dim() == 0
         return {"mean": precision * v.sum(0), "log_precision": by_entry.sum() if scalar else by_entry}
 
+    @fitting
     def constants(self, x: Prior) -> Constants:
         """The constants at x."""
         eigenvalues = torch.linalg.eigvalsh(self._hessians(x))
@@ -86,6 +100,7 @@ class ProximalTasks:
         )
 
 
+@checked(tasks=SIZE, n=SIZE, q=SIZE, noise=AT_LEAST_0, seed=SEED)
 def proximal_tasks(
     *, tasks: int = 4, n: int = 5, q: int = 3, per_weight: bool = True, noise: float = 0.3, seed: int = 0
 ) -> Instance:
@@ -106,8 +121,6 @@ def proximal_tasks(
         >>> sorted(proximal_tasks().x0)
         ['log_precision', 'mean']
     """
-    if min(tasks, n, q) < 1:
-        raise ValueError(f"`proximal_tasks(tasks=..., n=..., q=...)` must be at least 1. Got {tasks}, {n}, {q}.")
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import final
 
 import torch
@@ -11,6 +13,11 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel._tree import Tree
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE, SEED, SIZE
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import structural
 
@@ -52,24 +59,22 @@ class QuadraticFamily:
     s: Tensor
 
     def __post_init__(self) -> None:
-        q, p = self.B.shape
-        shapes = {"A": (q, q), "c": (q,), "C": (q, q), "t": (q,), "E": (p, q), "R": (p, p), "s": (p,)}
-        for name, shape in shapes.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
-                raise ValueError(
-                    f"`QuadraticFamily({name}=...)` must have the shape {shape}, as B is {(q, p)}. Got {got}."
-                )
+        demand_types(self)
+        axes = {"A": "q q", "B": "q p", "c": "q", "C": "q q", "t": "q", "E": "p q", "R": "p p", "s": "p"}
+        demand_shapes("QuadraticFamily", {name: Shape(each) for name, each in axes.items()}, vars(self))
 
+    @fitting
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer objective."""
         d = y - self.t
         return (d * (self.C @ d)).sum() / 2 + (x * (self.E @ y + self.R @ x / 2 + self.s)).sum()
 
+    @fitting
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
         return (y * (self.A @ y / 2 - self.B @ x - self.c)).sum()
 
+    @fitting
     def solution(self, x: Tensor) -> Tensor:
         """y*(x) = A^-1 (Bx + c)."""
         y: Tensor = torch.linalg.solve(self.A, self.B @ x + self.c)
@@ -80,6 +85,7 @@ class QuadraticFamily:
         J: Tensor = torch.linalg.solve(self.A, self.B)
         return J
 
+    @fitting
     def gradient(self, x: Tensor) -> Tensor:
         """The hypergradient at x: `(p,)`."""
         y = self.solution(x)
@@ -114,10 +120,12 @@ class QuadraticFamily:
             L_f_minus=max(0.0, -float(torch.linalg.eigvalsh(self.C.double())[0])),
         )
 
+    @fitting
     def to(self, dtype: torch.dtype) -> QuadraticFamily:
         """The same problem in another dtype."""
         return QuadraticFamily(*(getattr(self, field.name).to(dtype) for field in fields(self)))
 
+    @fitting
     def instance(self, x0: Tensor | None = None, y0: Tensor | None = None) -> Instance:
         """The problem with everything known about it; it starts at zero unless told otherwise."""
         constants = self.constants()
@@ -128,12 +136,17 @@ class QuadraticFamily:
             description=f"quadratics: p={self.s.numel()}, q={self.c.numel()}, condition number {constants.kappa:.3g}",
             solution=self.solution,
             gradient=self.gradient,
-            constants=lambda _: constants,
+            constants=partial(_everywhere, constants),
             minimizer=self.minimizer(),
             settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": 200},
         )
 
 
+def _everywhere(constants: Constants, _: Tree) -> Constants:
+    return constants
+
+
+@checked(p=SIZE, q=SIZE, eigenvalues=POSITIVE, cross=AT_LEAST_0, seed=SEED)
 def random_quadratic(
     p: int, q: int, *, eigenvalues: Sequence[float], cross: float = 0.0, seed: int = 0
 ) -> QuadraticFamily:
@@ -149,10 +162,10 @@ def random_quadratic(
     Raises:
         ValueError: if there are not q positive eigenvalues.
     """
-    if p < 1 or q < 1 or len(eigenvalues) != q or min(eigenvalues) <= 0:
+    if len(eigenvalues) != q:
         raise ValueError(
-            f"`random_quadratic(p, q, eigenvalues=...)` needs p, q >= 1 and q positive eigenvalues."
-            f" Got p={p}, q={q}, eigenvalues={list(eigenvalues)}."
+            f"`random_quadratic(p, q, eigenvalues=...)` needs q positive eigenvalues."
+            f" Got q={q} and {len(eigenvalues)} of them."
         )
     generator = torch.Generator().manual_seed(seed)
 
@@ -179,6 +192,7 @@ def random_quadratic(
     )
 
 
+@checked(p=SIZE, q=SIZE, kappa=AT_LEAST_1, mu=POSITIVE, cross=AT_LEAST_0, seed=SEED)
 def quadratic(
     *,
     p: int = 4,
@@ -208,8 +222,8 @@ def quadratic(
         >>> instance.gradient(instance.minimizer).abs().max() < 1e-12
         tensor(True)
     """
-    if not (kappa >= 1 and mu > 0):
-        raise ValueError(f"`quadratic(kappa=..., mu=...)` needs kappa >= 1 and mu > 0. Got {kappa} and {mu}.")
+    if not kappa * mu < math.inf:
+        raise ValueError(f"`quadratic(kappa=..., mu=...)` must have a finite product. Got {kappa:g} and {mu:g}.")
     exponents = (
         torch.linspace(0.0, 1.0, q, dtype=torch.float64, device="cpu")
         if q > 1

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, SEED, SIZE
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 from bilevel.problems._data import Arrays, Dataset, load
@@ -39,10 +43,17 @@ class Ridge:
     U: Tensor
     c: Tensor
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        axes = {"X": Shape("n q"), "b": Shape("n"), "U": Shape("m q"), "c": Shape("m")}
+        demand_shapes("Ridge", axes, vars(self))
+
+    @fitting
     def f(self, _: Tensor, y: Tensor) -> Tensor:
         """The outer objective."""
         return half_mean_square(self.U, self.c, y)
 
+    @fitting
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
         return half_mean_square(self.X, self.b, y) + (x.exp() * y.square()).sum() / 2
@@ -51,11 +62,13 @@ class Ridge:
         q = self.X.shape[1]
         return self.X.T @ self.X / self.X.shape[0] + torch.diag(x.exp().expand(q))
 
+    @fitting
     def solution(self, x: Tensor) -> Tensor:
         """y*(x)."""
         y: Tensor = torch.linalg.solve(self._hessian(x), self.X.T @ self.b / self.X.shape[0])
         return y
 
+    @fitting
     def gradient(self, x: Tensor) -> Tensor:
         """The hypergradient at x: -exp(x) y* v with H v = U'(Uy* - c) / m; summed for a single penalty."""
         y = self.solution(x)
@@ -63,6 +76,7 @@ class Ridge:
         by_feature = -x.exp() * y * v
         return by_feature.sum() if x.dim() == 0 else by_feature
 
+    @fitting
     def constants(self, x: Tensor) -> Constants:
         """The constants at x."""
         eigenvalues = torch.linalg.eigvalsh(self._hessian(x).double())
@@ -77,6 +91,7 @@ class Ridge:
             C_G=float(bound),
         )
 
+    @fitting
     def instance(self, x0: Tensor, description: str) -> Instance:
         """The problem with everything known about it."""
         return Instance(
@@ -96,6 +111,7 @@ def half_mean_square(X: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return (torch.nn.functional.linear(X, y) - b).square().mean() / 2
 
 
+@checked(n=SIZE, q=SIZE, noise=AT_LEAST_0, seed=SEED)
 def ridge(
     *, n: int = 30, q: int = 5, per_feature: bool = True, noise: float = 0.5, seed: int = 0, double: bool = True
 ) -> Instance:
@@ -116,8 +132,6 @@ def ridge(
         >>> ridge(per_feature=False).x0.shape
         torch.Size([])
     """
-    if min(n, q) < 1:
-        raise ValueError(f"`ridge(n=..., q=...)` must be at least 1. Got {n}, {q}.")
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -131,6 +145,7 @@ def ridge(
     return family.instance(x0, f"ridge regression, {'a penalty for each feature' if per_feature else 'one penalty'}")
 
 
+@checked(q=SIZE, n=SIZE, seed=SEED)
 def ridge_orthonormal(*, q: int = 6, n: int = 20, seed: int = 0) -> Instance:
     """Ridge with X'X / n = I and a validation target that shrinks y, so that x* is known.
 
@@ -161,6 +176,7 @@ def ridge_orthonormal(*, q: int = 6, n: int = 20, seed: int = 0) -> Instance:
     return replace(instance, minimizer=(1 / s - 1).log())
 
 
+@checked(seed=SEED)
 def ridge_diabetes(*, per_feature: bool = False, data: Arrays | None = None, seed: int = 0) -> Instance:
     """Ridge regression on scikit-learn's diabetes data (442 x 10), or on `data`; see :class:`Ridge`.
 
@@ -182,14 +198,11 @@ def ridge_diabetes(*, per_feature: bool = False, data: Arrays | None = None, see
     instance = family.instance(
         torch.full(shape, -2.0, dtype=torch.float64, device="cpu"), f"ridge regression on {name}, {kind}"
     )
-    metrics = functools.partial(_metrics, family, parts, functools.cache(lambda: _baselines(family, parts)))
-
-    def plot(figure: Any, x: Tensor, y: Tensor) -> None:
-        draw_penalties(figure, x, metrics(x, y), "mean squared error / 2")
-
-    return replace(instance, metrics=metrics, plot=plot)
+    shown = _Shown(family, parts)
+    return replace(instance, metrics=shown.metrics, plot=shown.plot)
 
 
+@checked(seed=SEED)
 def ridge_per_feature_diabetes(*, data: Arrays | None = None, seed: int = 0) -> Instance:
     """:func:`ridge_diabetes` with one log-penalty for each feature.
 
@@ -214,10 +227,24 @@ def _baselines(family: Ridge, parts: Dataset) -> dict[str, float]:
     return found
 
 
-def _metrics(family: Ridge, parts: Dataset, baselines: Any, x: Tensor, y: Tensor) -> dict[str, float]:
+@final
+@dataclass(frozen=True, eq=False)
+class _Shown:
     """Losses at (x, y), of plain least squares, and of the best of one penalty on a grid; targets have variance 1."""
-    return {
-        "validation_loss": float(family.f(x, y)),
-        "test_loss": float(half_mean_square(parts.X_test, parts.y_test, y)),
-        **baselines(),
-    }
+
+    family: Ridge
+    parts: Dataset
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        return _baselines(self.family, self.parts)
+
+    def metrics(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        return {
+            "validation_loss": float(self.family.f(x, y)),
+            "test_loss": float(half_mean_square(self.parts.X_test, self.parts.y_test, y)),
+            **self.baselines,
+        }
+
+    def plot(self, figure: Any, x: Tensor, y: Tensor) -> None:
+        draw_penalties(figure, x, self.metrics(x, y), "mean squared error / 2")

@@ -12,6 +12,10 @@ from torch.nn.functional import logsigmoid
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import BETWEEN_0_AND_1, SEED, Range, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 
@@ -37,10 +41,17 @@ class WeightedLogit:
     labels: Tensor
     share: float
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, share=BETWEEN_0_AND_1)
+        demand_shapes("WeightedLogit", {"labels": Shape("n")}, vars(self))
+
+    @fitting
     def f(self, _: Tensor, y: Tensor) -> Tensor:
         """The outer objective."""
         return -(self.share * logsigmoid(y) + (1 - self.share) * logsigmoid(-y))
 
+    @fitting
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
         return -(torch.sigmoid(x) * logsigmoid(self.labels * y)).mean()
@@ -49,17 +60,20 @@ class WeightedLogit:
         w, positive = torch.sigmoid(x), (self.labels > 0).to(x)
         return (w * positive).sum(), (w * (1 - positive)).sum()
 
+    @fitting
     def solution(self, x: Tensor) -> Tensor:
         """y* = log(P / N)."""
         P, N = self._masses(x)
         return P.log() - N.log()
 
+    @fitting
     def gradient(self, x: Tensor) -> Tensor:
         """The hypergradient at x: (P / (P + N) - r) (dP / P - dN / N)."""
         P, N = self._masses(x)
         dw, positive = torch.sigmoid(x) * torch.sigmoid(-x), (self.labels > 0).to(x)
         return (P / (P + N) - self.share) * dw * (positive / P - (1 - positive) / N)
 
+    @fitting
     def constants(self, x: Tensor) -> Constants:
         """The constants for |y - y*(x)| <= 1."""
         y, weight = float(self.solution(x)), float(torch.sigmoid(x).mean())
@@ -85,6 +99,7 @@ class WeightedLogit:
         )
 
 
+@checked(n=Range(2, 2.0**31), share=BETWEEN_0_AND_1, seed=SEED)
 def weighted_logit(*, n: int = 8, share: float = 0.7, seed: int = 0) -> Instance:
     """The problem of :class:`WeightedLogit` with random labels.
 
@@ -100,8 +115,6 @@ def weighted_logit(*, n: int = 8, share: float = 0.7, seed: int = 0) -> Instance
         >>> weighted_logit(n=4).solution(torch.zeros(4, dtype=torch.float64))
         tensor(0., dtype=torch.float64)
     """
-    if n < 2 or not 0 < share < 1:
-        raise ValueError(f"`weighted_logit(n=..., share=...)` needs n >= 2 and 0 < share < 1. Got {n} and {share}.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.where(torch.randperm(n, generator=generator, device="cpu") < (n + 2) // 3, 1.0, -1.0).double()
     family = WeightedLogit(labels, share)

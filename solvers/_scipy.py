@@ -21,7 +21,7 @@ def demand_method(call: str, method: str) -> None:
         ValueError: naming them.
     """
     if method not in _EXHAUSTED:
-        raise ValueError(f"`{call}(method=...)` must be one of {', '.join(_EXHAUSTED)}. Got {method!r}.")
+        raise ValueError(f"`{call}(method=...)` must be one of {', '.join(_EXHAUSTED)}. Got {str(method)[:100]!r}.")
 
 
 def options_of(method: str, tol: float | None, max_steps: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import AT_LEAST_0, demand_range, demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
+from bilevel.arguments.ranges import AT_LEAST_0, Range, demand_range, demand_step
 
 
 @final
@@ -68,8 +68,7 @@ class Adam(AbstractOptimizer):
         for name, value in (("beta1", beta1), ("beta2", beta2), ("eps", eps), ("eps_root", eps_root)):
             demand_type("Adam", name, value, float)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= value < 1:
-                raise ValueError(f"`Adam({name}=...)` must be in [0, 1). Got {value}.")
+            demand_range("Adam", name, value, Range(below=1.0))
         for name, value in (("eps", eps), ("eps_root", eps_root)):
             demand_range("Adam", name, value, AT_LEAST_0)
         for name, field in (

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import Objective
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 
 # In rounding units of the objective: differences of values below are not believed. The rounding of a sum of n terms of
 # one sign is some sqrt(n) units, so that a hundred is enough for ten thousand terms.

@@ -35,9 +35,9 @@ class CG(AbstractLinearSolver):
     Converges for symmetric positive definite A: |e_k|_A <= 2 q^k / (1 + q^2k) |e_0|_A with
     q = (sqrt(kappa) - 1) / (sqrt(kappa) + 1), and exactly after as many steps as A has distinct eigenvalues.
 
-    Cost: one product a step, one for the true residual at the end and one for a guess. Memory 4n. When the true
-    residual turns out to miss the tolerance that the recurrence met, the iteration is restarted from there; it
-    ends with `Status.stagnated` where that no longer helps.
+    Cost: one product a step, one for the true residual at the end and one for a guess. Memory 4n, 3n while a product is
+    formed, and n more once a residual has risen. When the true residual turns out to miss the tolerance that the
+    recurrence met, the iteration is restarted from there; it ends with `Status.stagnated` where that no longer helps.
 
     Differs from the textbook: it stops before dividing by zero; a direction of curvature at most zero ends it
     with `Status.negative_curvature` and the iterate of least residual so far; a preconditioner that is not

@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import Range, demand_ranges
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import Range, demand_ranges
 
 _ANY = Range(open=True, infinite=True)  # infinity clips nothing
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import violation
-from bilevel._numerics.ranges import BELOW_1, demand_ranges
 from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import BELOW_1, demand_ranges
 from bilevel.requirements.properties import Feature
 from bilevel.solvers.quadratic_program import program_of
 

@@ -21,10 +21,10 @@ from bilevel._numerics.krylov import (
     relative,
     solve_by_runs,
 )
-from bilevel._numerics.ranges import AT_LEAST_1, demand_ranges
 from bilevel._numerics.rows import divided_rows, safe_row_norms
 from bilevel._result import Solved
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
 from bilevel.certificates.certificate import Constants
 
 
@@ -141,12 +141,20 @@ def _run(
             break
         rotations = _rotate(rotations, c, s)
         q = divided_rows(w, below, codes == OUT_OF_STEPS)
+        del w, Q  # not to be held while the next product is formed
         if basis.shape[-2] == steps:
-            basis = torch.cat([basis, torch.zeros_like(basis[..., : cycle - steps, :])], dim=-2)
+            basis = _longer(basis, min(2 * steps, max_steps, cycle))
         basis[..., steps, :] = q
     if steps == cycle < max_steps:
         codes = torch.where(codes == OUT_OF_STEPS, RESTART, codes)
     return _combine(basis, columns, entries, r), codes.reshape(-1).tolist(), steps, norm_A
+
+
+def _longer(basis: Tensor, k: int) -> Tensor:
+    """The same basis with room for k vectors."""
+    longer = basis.new_zeros(*basis.shape[:-2], k, basis.shape[-1])
+    longer[..., : basis.shape[-2], :] = basis
+    return longer
 
 
 def _rotate(rotations: Tensor, c: Tensor, s: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import final
 
 from torch import Tensor
 
-from bilevel._numerics.ranges import demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
+from bilevel.arguments.ranges import demand_step
 
 
 @final

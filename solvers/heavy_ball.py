@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import demand_step
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._validate import demand_type
+from bilevel.arguments.ranges import Range, demand_range, demand_step
 
 
 @final
@@ -51,8 +51,7 @@ class HeavyBall(AbstractOptimizer):
         demand_type("HeavyBall", "momentum", momentum, float)
         if step is not None:
             demand_step("HeavyBall", step)
-        if not 0 <= momentum < 1:
-            raise ValueError(f"`HeavyBall(momentum=...)` must be in [0, 1). Got {momentum}.")
+        demand_range("HeavyBall", "momentum", momentum, Range(below=1.0))
         object.__setattr__(self, "step_size", step)
         object.__setattr__(self, "momentum", momentum)
 

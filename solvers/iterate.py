@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import norms_beside, safe_row_norms
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.iterations import gradient_descent, stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers._on_the_way import curvature_on_the_way, is_time_to_give_up, lost_its_way
@@ -127,9 +127,11 @@ class Iterate(AbstractUnrollable):
                     norms.append(norm)
                     moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
                     if not moving.any() or (gives_up and is_time_to_give_up(norms)):
+                        del gradient
                         break
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
+            del gradient, moved  # not to be held while the next gradient is formed
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
         residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._numerics.quasi_newton import Pairs
-from bilevel._numerics.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel._numerics.rows import chosen_rows, row_dots
 from bilevel._numerics.wolfe import Search, strong_wolfe
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import NOISE, end, final_statuses, rescaled

@@ -98,6 +98,7 @@ def _run(
     codes = torch.where(phi.isfinite(), codes, NONFINITE)
     codes = torch.where(phi <= stop, CONVERGED, codes)
     q = divided_rows(r, phi, codes == OUT_OF_STEPS)
+    del r
     beta = zero
     c_old, s_old, c, s = one, zero, one, zero
     steps = 0
@@ -109,6 +110,7 @@ def _run(
         steps += 1
         alpha = row_dots(q, Aq)
         next_q = Aq - alpha.unsqueeze(-1) * q - beta.unsqueeze(-1) * q_old
+        del Aq  # what a step leaves is not to be held while the next product is formed
         next_beta = safe_row_norms(next_q)
         norm_A = torch.maximum(norm_A, torch.hypot(torch.hypot(alpha, beta), next_beta))
         # An exhausted Krylov space leaves rounding errors: the residual is then exactly what the rotation leaves.
@@ -130,4 +132,5 @@ def _run(
         codes = torch.where(active & (phi.abs() <= stop), CONVERGED, codes)
         w_old, w = w, next_w
         q_old, q, beta = q, divided_rows(next_q, next_beta, codes == OUT_OF_STEPS), next_beta
+        del next_q, next_w
     return d, codes.reshape(-1).tolist(), steps, norm_A

@@ -20,12 +20,12 @@ from bilevel._linear import (
     unknown_error,
 )
 from bilevel._numerics.krylov import relative
-from bilevel._numerics.ranges import AT_LEAST_1, BELOW_1, POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.side_by_side import systems_of
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, BELOW_1, POSITIVE, demand_ranges
 from bilevel.bounds.iterations import neumann
 from bilevel.certificates.certificate import Constants
 
@@ -42,7 +42,7 @@ class Neumann(AbstractLinearSolver):
     definite, if 0 < step < 2 / L with L its largest eigenvalue.
 
     Cost: `terms` - 1 products from zero, `terms` from a guess, and one for the true residual; `step=None` adds
-    those of an estimate of L, about 14. Memory 5n.
+    those of an estimate of L, about 14. Memory 4n.
 
     A residual that grows, which those of a symmetric A cannot for a safe step, is reported as `Status.diverged`,
     with the iterate of least residual.
@@ -87,17 +87,7 @@ class Neumann(AbstractLinearSolver):
         zero = norm_b == 0
         step, refusals = self._steps(operator, b, zero)
         target = self.rtol * norm_b
-        v, r = torch.zeros_like(b), b
-        if guess is not None:
-            v = torch.where(zero.unsqueeze(-1), v, guess)
-            r = torch.where(zero.unsqueeze(-1), b, b - operator.mv(v))
-        norm = safe_row_norms(r)
-        # Growth below the floor is rounding. Where A is not symmetric, a residual may grow for a while.
-        symmetric = operator.symmetric or operator.positive_definite
-        floor = torch.maximum(norm, norm_b) * (math.sqrt(torch.finfo(b.dtype).eps) if symmetric else 1e3)
-        limit = torch.maximum(norm, floor)
-        v, best, diverged, steps = _run(operator, b, v, r, _Limits(norm, step, target, floor), self.terms)
-
+        v, best, diverged, limit, steps = _run(operator, b, guess, _Limits(norm_b, step, target), self.terms)
         v = torch.where(diverged.unsqueeze(-1), best, v)
         residual = safe_row_norms(operator.residual(b, v))
         late = ~diverged & (residual > 1.01 * limit)
@@ -142,20 +132,28 @@ class Neumann(AbstractLinearSolver):
 @final
 @dataclass(frozen=True, eq=False)
 class _Limits:
-    """Numbers of each system: |b - A v| at the start, the step, and the residuals to stop at and to forgive."""
+    """Numbers of each system: |b|, the step, and the residual to stop at."""
 
-    norm: Tensor
+    norm_b: Tensor
     step: Tensor
     target: Tensor
-    floor: Tensor
 
 
 def _run(
-    operator: LinearOperator, b: Tensor, v: Tensor, r: Tensor, limits: _Limits, terms: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The iterates v, those of least residual, which systems diverged, and the steps taken."""
+    operator: LinearOperator, b: Tensor, guess: Tensor | None, limits: _Limits, terms: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """The iterates v, those of least residual, which systems diverged, the residual that is none, and the steps."""
+    v, r = torch.zeros_like(b), b
+    if guess is not None:
+        zero = (limits.norm_b == 0).unsqueeze(-1)
+        v = torch.where(zero, v, guess)
+        r = torch.where(zero, b, b - operator.mv(v))
+    first = safe_row_norms(r)
+    # Growth below the floor is rounding. Where A is not symmetric, a residual may grow for a while.
+    symmetric = operator.symmetric or operator.positive_definite
+    floors = torch.maximum(first, limits.norm_b) * (math.sqrt(torch.finfo(b.dtype).eps) if symmetric else 1e3)
     at = systems_of(b)
-    norm, step, target, floor = (at.numbers(each) for each in (limits.norm, limits.step, limits.target, limits.floor))
+    norm, step, target, floor = (at.numbers(each) for each in (first, limits.step, limits.target, floors))
     best, least, steps = v.clone(), norm, 0
     going = (norm > target) & (norm < math.inf) & (step > 0)  # NaN compares false
     diverged = norm < 0
@@ -172,5 +170,7 @@ def _run(
             if not at.any(going):
                 break
         v = at.add(going, v, step, r)
+        r = b  # the last one is not to be held while the next product is formed
         steps += 1
-    return v, best, torch.zeros_like(limits.norm, dtype=torch.bool) | diverged, steps
+    diverged = torch.zeros_like(limits.norm_b, dtype=torch.bool) | diverged
+    return v, best, diverged, torch.maximum(first, floors), steps

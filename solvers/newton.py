@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._linear import AbstractLinearSolver, LinearOperator
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import row_dots
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import Along, Armijo, Idleness, ends, final_statuses, rescaled, stops

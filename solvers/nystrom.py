@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import final
 
@@ -20,10 +20,10 @@ from bilevel._linear import (
     demand,
 )
 from bilevel._numerics.half import widened
-from bilevel._numerics.ranges import AT_LEAST_0, POSITIVE, demand_ranges
 from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel._result import Solved, Status, first_statuses
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, demand_ranges
 from bilevel.bounds.implicit import nystrom_error
 from bilevel.certificates.certificate import Constants
 
@@ -86,20 +86,19 @@ class Nystrom(AbstractLinearSolver):
             residual = safe_row_norms(operator.residual(b, v))
             return Solved(v, (Status.successful,) * zero.numel(), residual, 0)
         n, k = operator.size, min(self.rank, operator.size)
-        drawn = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu")[:k].to(
-            b.device
-        )
-        columns = torch.zeros(n, k, dtype=b.dtype, device=b.device)
-        columns[drawn, torch.arange(k, device=b.device)] = 1.0
-        C = _products(operator, columns, b)  # (*batch, n, k)
-        C = widened(C)
+        order = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(self.seed), device="cpu")
+        drawn = order[:k].clone().to(b.device)
+        del order  # as long as two vectors
+        C = widened(_products(operator, (_unit(j, b) for j in drawn.tolist()), k, b))  # (*batch, n, k)
         M = C[..., drawn, :]
         M = 0.5 * (M + M.mT)
         eigenvalues, W = torch.linalg.eigh(M)
         largest = eigenvalues.abs().amax(-1)
         kept = eigenvalues > k * torch.finfo(b.dtype).eps * largest.unsqueeze(-1)
         root = torch.where(kept, eigenvalues.rsqrt(), torch.zeros_like(eigenvalues))
-        U, sigma, _ = torch.linalg.svd(C @ (W * root.unsqueeze(-2)), full_matrices=False)
+        C = C @ (W * root.unsqueeze(-2))
+        U, sigma, _ = torch.linalg.svd(C, full_matrices=False)
+        del C
         theta = sigma.square()  # A_k = U theta U'
 
         rho = self._damping(operator, b, U, theta, kept.sum(-1)).unsqueeze(-1)
@@ -108,7 +107,8 @@ class Nystrom(AbstractLinearSolver):
         # With all n columns nothing is outside, and rounding errors must not be divided by rho.
         outside = column - U @ inside if k < n else torch.zeros_like(column)
         v = ((U @ (inside / (theta + rho).unsqueeze(-1))) + outside / rho.unsqueeze(-1)).squeeze(-1)
-        v = torch.where(zero.unsqueeze(-1), torch.zeros_like(v), v).to(b.dtype)
+        v = torch.where(zero.unsqueeze(-1), 0.0, v).to(b.dtype)
+        del U, column, inside, outside  # not to be held while the last product is formed
         residual = safe_row_norms(operator.residual(b, v))
         indefinite = eigenvalues[..., 0] < -math.sqrt(torch.finfo(b.dtype).eps) * largest
         vanished = (largest == 0) & (self.damping is None)
@@ -198,14 +198,17 @@ class NystromPreconditioner(AbstractPreconditioner):
         generator = torch.Generator().manual_seed(self.seed)
         sketch = torch.randn(n, k, generator=generator, dtype=torch.float64, device="cpu").to(like)
         sketch = torch.linalg.qr(widened(sketch)).Q.to(like.dtype)
-        Y, sketch = widened(_products(operator, sketch, like)), widened(sketch)
+        Y, sketch = widened(_products(operator, sketch.unbind(-1), k, like)), widened(sketch)
         shift = eps * math.sqrt(n) * safe_row_norms(Y.flatten(-2))[..., None, None]
-        Y = Y + shift * sketch
+        Y += shift * sketch
         G = sketch.mT @ Y
+        del sketch
         eigenvalues, W = torch.linalg.eigh(0.5 * (G + G.mT))
         # Positive but for rounding, and for an operator that is not positive definite: that CG finds out.
         safe = torch.maximum(eigenvalues, shift.squeeze(-1)).clamp_min(torch.finfo(like.dtype).tiny)
-        U, sigma, _ = torch.linalg.svd(Y @ (W * safe.rsqrt().unsqueeze(-2)), full_matrices=False)
+        Y = Y @ (W * safe.rsqrt().unsqueeze(-2))
+        U, sigma, _ = torch.linalg.svd(Y, full_matrices=False)
+        del Y
         theta = torch.maximum(sigma.square() - shift.squeeze(-1), shift.squeeze(-1)) + self.damping
         theta = theta.clamp_min(torch.finfo(like.dtype).tiny)
         gain = theta[..., -1:] / theta - 1
@@ -222,9 +225,21 @@ def _check_rank(name: str, rank: int) -> None:
         raise ValueError(f"`{name}(rank=...)` must be at least 1. Got {rank}. Try 20: each costs one Hessian product.")
 
 
-def _products(operator: LinearOperator, matrix: Tensor, like: Tensor) -> Tensor:
-    """A X for X `(n, k)` shared by all rows: `(*batch, n, k)`; NaN is for the callers' residuals to report."""
-    columns = [operator.mv(matrix[:, j].expand_as(like).contiguous()).clone() for j in range(matrix.shape[1])]
-    X = torch.stack(columns, dim=-1)
+def _unit(j: int, like: Tensor) -> Tensor:
+    """The unit vector e_j `(n,)`."""
+    unit = like.new_zeros(like.shape[-1])
+    unit[j] = 1.0
+    return unit
+
+
+def _products(operator: LinearOperator, vectors: Iterable[Tensor], k: int, like: Tensor) -> Tensor:
+    """A times k vectors `(n,)` shared by all rows: `(*batch, n, k)`; NaN is for the callers' residuals to report."""
+    images = like.new_empty(*like.shape, k)
+    finite = torch.ones(like.shape[:-1], dtype=torch.bool, device=like.device)
+    for j, vector in enumerate(vectors):
+        image = operator.mv(vector.expand_as(like).contiguous())
+        images[..., j] = image
+        finite = finite & image.isfinite().all(-1)
+        del image
     # Factorizations of NaN raise or hang on some devices.
-    return torch.where(X.isfinite().all(-1).all(-1)[..., None, None], X, torch.zeros_like(X))
+    return images.masked_fill_(~finite[..., None, None], 0.0)

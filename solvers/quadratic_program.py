@@ -11,10 +11,10 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.quadratic_programs import solve_program, violation
-from bilevel._numerics.ranges import AT_LEAST_0, AT_LEAST_1, BELOW_1, demand_ranges
 from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, BELOW_1, demand_ranges
 from bilevel.inner_problems.polytope import FlatPolytope
 from bilevel.requirements.properties import Feature
 

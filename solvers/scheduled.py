@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._validate import demand_types
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SHARE, demand_ranges
 
 
 @final
@@ -46,16 +47,7 @@ class Scheduled(AbstractOptimizer):
     schedule: Callable[[int], float]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.optimizer, AbstractOptimizer):
-            raise TypeError(
-                f"`Scheduled(optimizer=...)` must be an optimizer such as `Adam(1e-3)`. Got"
-                f" {type(self.optimizer).__name__}."
-            )
-        if not callable(self.schedule):
-            raise TypeError(
-                f"`Scheduled(schedule=...)` must be a function step -> factor. Got {type(self.schedule).__name__}."
-                f" Write `Cosine(steps=...)`."
-            )
+        demand_types(self)
 
     def init(self, point: Tensor) -> OptimizerState:
         wrapped = {f"scheduled.{key}": entry for key, entry in self.optimizer.init(point).items()}
@@ -107,10 +99,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.steps < 1 or self.warmup < 0:
-            raise ValueError(f"`Cosine` needs steps >= 1 and warmup >= 0. Got {self.steps} and {self.warmup}.")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"`Cosine(floor=...)` must be in [0, 1]. Got {self.floor}.")
+        demand_ranges(self, steps=AT_LEAST_1, floor=SHARE, warmup=AT_LEAST_0)
 
     def __call__(self, step: int) -> float:
         """The factor of a step."""
@@ -142,11 +131,8 @@ class StepDecay:
     factor: float = 0.5
 
     def __post_init__(self) -> None:
-        each = (self.milestones,) if isinstance(self.milestones, int) else self.milestones
-        if not all(milestone >= 1 for milestone in each) or not 0 <= self.factor < math.inf:
-            raise ValueError(
-                f"`StepDecay` needs milestones >= 1 and a factor >= 0. Got {self.milestones} and {self.factor}."
-            )
+        demand_types(self)
+        demand_ranges(self, milestones=AT_LEAST_1, factor=AT_LEAST_0)
 
     def __call__(self, step: int) -> float:
         """The factor of a step."""

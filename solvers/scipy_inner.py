@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Solved, Status, judged_rows
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers._scipy import BOUNDED, as_numpy, demand_method, exhausted, options_of, scipy_optimize

@@ -302,7 +302,7 @@ def test_what_is_no_algorithm_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no algorithm 'sobba'. Did you mean 'soba'\? Names: descent, soba"):
         minimize(SQUARE, ZERO, ZERO, algorithm="sobba")
     for wrong in (SOBA, Adam(0.1), 3):
-        with pytest.raises(TypeError, match=r"must be an algorithm such as `SOBA\(0.1, 0.01\)` or a name"):
+        with pytest.raises(TypeError, match=r"must be an algorithm such as `SOBA\(0.1, 0.01\)` or a string"):
             minimize(SQUARE, ZERO, ZERO, algorithm=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`Descent\(estimator=...\)` must be an estimator such as"):
         Descent("aid-cg", Adam(0.1))  # type: ignore[arg-type]
@@ -472,7 +472,8 @@ def directions(problem: BilevelProblem, x: Tensor, y: Tensor, v: Tensor, data: A
     soba, oracle = SOBA(0.1, 0.1), Oracle(flat, sources(data))
     state = soba.init(oracle, x, y)
     found = soba.evaluate(oracle, type(state)(x, y, v))
-    return (*found.kept, found.estimate.grad)
+    joint = found.kept.joint
+    return joint.y, joint.v, joint.x
 
 
 def test_the_directions_of_soba_at_the_solutions_are_zero_and_the_hypergradient() -> None:

@@ -591,7 +591,7 @@ def test_what_is_not_finite_or_negative_is_refused_by_every_bound_and_named(name
     for argument, value in arguments.items():
         if not isinstance(value, bool):
             for wrong in (math.inf, math.nan, -math.inf, -1.0):
-                with pytest.raises(ValueError, match=rf"\({argument}=...\)` must be"):
+                with pytest.raises((TypeError, ValueError), match=rf"\({argument}=...\)` must be"):
                     function(known, **{**arguments, argument: wrong})
 
 
@@ -684,7 +684,8 @@ def test_bounds_keep_the_units_of_what_they_bound(name: str) -> None:
     names = ("mu", "L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")
     scaled = replace(known, **{key: UNITS[key] * getattr(known, key) for key in names})
     own = {"step": SX if "difference" in name else SY**2 / SG}
-    moved = {key: value * own.get(key, UNITS.get(key, 1.0)) for key, value in arguments.items()}
+    units = {key: own.get(key, UNITS.get(key)) for key in arguments}
+    moved = {key: value if units[key] is None else value * units[key] for key, value in arguments.items()}
     if name == "error_bound":
         return  # whose solver has a tolerance in units of its own
     before, after = function(known, **arguments), function(scaled, **moved)

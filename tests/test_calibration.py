@@ -112,9 +112,9 @@ def test_an_evaluation_is_calibrated_over_all_its_queries() -> None:
     ("logs", "targets", "bins", "message"),
     [
         (torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), 0, "bins"),
-        (torch.zeros(2, 1), torch.zeros(3, dtype=torch.int64), 5, "at least one prediction"),
-        (torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), 5, "at least one prediction"),
-        (torch.zeros(2, 3, 1), torch.zeros(2, dtype=torch.int64), 5, "at least one prediction"),
+        (torch.zeros(2, 1), torch.zeros(3, dtype=torch.int64), 5, r"targets=...\)` must be of shape \(n,\) = \(2,\)"),
+        (torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), 5, r"must be of shape \(n, classes\)"),
+        (torch.zeros(2, 3, 1), torch.zeros(2, dtype=torch.int64), 5, r"must be of shape \(n, classes\)"),
         (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 5, "log_softmax"),
         (torch.full((2, 3), torch.nan), torch.zeros(2, dtype=torch.int64), 5, "log_softmax"),
     ],

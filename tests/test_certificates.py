@@ -833,7 +833,7 @@ def test_as_dict_is_json_and_says_what_the_text_says() -> None:
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match="Missing: M_yy"):
         certify(INSTANCE.problem, X, estimated(), replace(KNOWN, M_yy=None))
-    with pytest.raises(TypeError, match="Pass what `hypergradient` returned"):
+    with pytest.raises(TypeError, match="must be what `hypergradient` returned"):
         certify(INSTANCE.problem, X, X, KNOWN)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="extrapolate=False"):
         certify(INSTANCE.problem, X, estimated(), KNOWN, first_order=True)

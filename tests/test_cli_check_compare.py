@@ -221,8 +221,16 @@ def test_without_a_reference_there_is_no_comparison(capsys: pytest.CaptureFixtur
             2,
             "there is no estimator 'aid'. Did you mean 'aid-cg'? Names: ",
         ),
-        (["compare", "mine.py:known", "--budgets", "10,x"], 2, "must be positive integers separated by commas"),
-        (["compare", "mine.py:known", "--budgets", "0"], 2, "must be positive integers separated by commas"),
+        (
+            ["compare", "mine.py:known", "--budgets", "10,x"],
+            2,
+            "must be positive integers of at most 8 digits",
+        ),
+        (
+            ["compare", "mine.py:known", "--budgets", "0"],
+            2,
+            "must be positive integers of at most 8 digits",
+        ),
         (["compare", "mine.py:known", "--out", "mine.py"], 2, "is a file: name a folder"),
         (["compare", "mine.py:raises", "--estimator", "itd"], 1, "f of mine.py:raises raised RuntimeError: no memory"),
     ],

@@ -145,14 +145,18 @@ def test_the_text_says_what_is_required_and_what_arrived(build: Callable[[], Any
         build()
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    """And a tensor is a step, but not a count."""
+def test_numbers_of_numpy_and_tensors_without_axes_are_numbers() -> None:
+    """Those of Python, from then on; a tensor of a fraction is no count, and one with a gradient no number."""
     solver = LBFGS(tol=float(np.float64(1e-8)), max_steps=LOOSE(np.int64(5)))
     assert Iterate(GradientDescent(torch.tensor(0.1)), LOOSE(np.int64(3)), tol=LOOSE(np.float32(0.5))).max_steps == 3
     assert CG(atol=1).atol == 1
     assert Penalty(solver, weight=10).weight == 10
-    with pytest.raises(TypeError, match=r"max_steps=...\)` must be an integer. Got Tensor"):
-        Iterate(GradientDescent(0.1), LOOSE(torch.tensor(3)))
+    counted = Iterate(GradientDescent(0.1), LOOSE(torch.tensor(3)), tol=LOOSE(torch.tensor(0.5)))
+    assert (type(counted.max_steps), type(counted.tol)) == (int, float)
+    with pytest.raises(TypeError, match=r"max_steps=...\)` must be an integer. Got a tensor of float64 \(\)"):
+        Iterate(GradientDescent(0.1), LOOSE(torch.tensor(3.0)))
+    with pytest.raises(TypeError, match=r"rtol=...\)` must be a number. Got a tensor .* requires a gradient: write"):
+        CG(rtol=LOOSE(torch.tensor(0.5, requires_grad=True)))
 
 
 def test_what_fits_is_taken() -> None:

@@ -231,7 +231,7 @@ def test_the_pages_name_every_problem_flag_and_exit_code_and_no_other() -> None:
         named = set(re.findall(r"^\| `(--[\w-]+)[^|]* \|", section[1], re.MULTILINE))
         assert named == flags - {"--help", "-h"}, command
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
-    assert codes == {cli.SUCCESS, cli.FAILED, cli.USAGE, cli.MISSING, cli.INTERRUPTED}
+    assert codes == {cli.SUCCESS, cli.FAILED, cli.USAGE, cli.MISSING, cli.INTERRUPTED, cli.TERMINATED, cli.HUNG_UP}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:

@@ -148,8 +148,6 @@ def stated(case: Case, estimator: Any, found: Estimate, x: torch.Tensor) -> floa
         allowed = max(allowed, 1e-2)
     if name == "auto":
         allowed = 2e-2
-    if isinstance(estimator, str) and 1e7 * case.mu < case.L:  # y by name is good to 1e-9 L |y| / mu along the flattest
-        allowed = max(allowed, 1e-2)
     if not isinstance(estimator, str):  # its own tolerances are its statement
         left = sum(report.residual for report in found.reports if report.part in ("inner solver", "linear solver"))
         allowed += 10 * left / case.mu / max(case.size(x.double()), 1e-300)

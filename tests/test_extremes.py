@@ -26,8 +26,8 @@ from bilevel import (
     estimators,
     hypergradient,
 )
-from bilevel._numerics.ranges import Range
 from bilevel.algorithms import SOBA
+from bilevel.arguments.ranges import Range
 from bilevel.solvers import (
     CG,
     GMRES,
@@ -85,7 +85,11 @@ PLACES: dict[str, tuple[Callable[[Any], object], list[float], list[float]]] = {
     "ESJ": (lambda t: ESJ(LBFGS(), radius=t), [1e-3, 1e-16], [0.0, -1.0, INF, NAN]),
     "FiniteDifference": (lambda t: FiniteDifference(LBFGS(), step=t), [1e-3, 1e-16], [0.0, INF, NAN]),
     "FiniteDifferences": (lambda t: FiniteDifferences(step=t), [1e-3], [0.0, -1.0, INF, NAN]),
-    "Accuracy of Certified": (lambda t: Certified(AID(LBFGS(), CG()), target_error=t), [1e-3], [0.0, -1.0, INF, NAN]),
+    "target_error of Certified": (
+        lambda t: Certified(AID(LBFGS(), CG()), target_error=t),
+        [1e-3],
+        [0.0, -1.0, INF, NAN],
+    ),
     "Auto": (lambda t: Auto(relative_error=t), [1e-3], [0.0, -1.0, INF, NAN]),
     "Constants": (lambda t: Constants(mu=t), [1e-3], [0.0, -1.0, INF, NAN]),
     "SOBA": (lambda t: SOBA(t, 0.1), [1e-3], [0.0, -1.0, INF, NAN]),

@@ -591,7 +591,7 @@ def test_batches_move_to_the_dtype_of_x_and_labels_stay_integers() -> None:
     ],
 )
 def test_senseless_settings_are_refused(make: Callable[[], Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((TypeError, ValueError), match=text):
         make()
 
 
@@ -1058,9 +1058,9 @@ def test_cosine_falls_from_one_to_the_floor_after_a_warm_up() -> None:
         (lambda: Clipped(wrong, max_norm=1.0), TypeError, "must be an optimizer"),
         (lambda: Scheduled(wrong, Cosine(2)), TypeError, "must be an optimizer"),
         (lambda: Scheduled(Adam(0.1), wrong), TypeError, "must be a function"),
-        (lambda: Cosine(0), ValueError, "steps >= 1"),
+        (lambda: Cosine(0), ValueError, r"steps=...\)` must be at least 1"),
         (lambda: Cosine(2, floor=2.0), ValueError, "floor"),
-        (lambda: StepDecay(0), ValueError, "milestones >= 1"),
+        (lambda: StepDecay(0), ValueError, r"milestones=...\)` must be at least 1"),
     ],
 )
 def test_senseless_wrappers_are_refused(make: Any, error: type[Exception], text: str) -> None:

@@ -1072,7 +1072,7 @@ def test_the_loss_of_a_gaussian_likelihood_is_minus_its_log_density() -> None:
         (lambda: MonteCarlo(0, 10), "samples"),
         (lambda: MonteCarlo(3, 10), "antithetic"),
         (lambda: MonteCarlo(4, 3), "antithetic"),
-        (lambda: OuterObjective("mean"), r"must be 'expected' or 'predictive'\. Got 'mean'"),  # type: ignore[arg-type]
+        (lambda: OuterObjective("mean"), r"must be one of expected, predictive\. Got 'mean'"),  # type: ignore[arg-type]
         (lambda: OuterObjective(kl_weight=-1.0), "kl_weight"),
         (lambda: OuterObjective(hyper_prior_weight=-1.0), "hyper_prior_weight"),
         (lambda: OuterObjective(precision_prior=(0.0, 1.0)), "precision_prior"),

@@ -541,8 +541,8 @@ def test_learned_regularization_stays_in_its_box() -> None:
     ("options", "message"),
     [
         ({"regularization": 0.0}, "must be positive"),
-        ({"regularization": float("nan")}, "must be positive"),
-        ({"regularization": torch.ones(3)}, r"one number, or a dict.*shape \(3,\)"),
+        ({"regularization": float("nan")}, "must be finite"),
+        ({"regularization": torch.ones(3)}, r"a number or a mapping .*Got a tensor of float64 \(3,\)"),
         ({"regularization": {"weight": 1.0}}, "name every parameter"),
         ({"regularization": {"weight": torch.ones(3), "bias": 1.0}}, "must broadcast"),
         ({"regularization": {"weight": torch.tensor([1.0, -1.0]), "bias": 1.0}}, "must be positive at 'weight'"),
@@ -552,5 +552,5 @@ def test_learned_regularization_stays_in_its_box() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         imaml(nn.Linear(2, 1), mse_loss, **options)

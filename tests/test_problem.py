@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AID, BilevelError, BilevelProblem, Split, Start, Status, hypergradient
+from bilevel import AID, BilevelError, BilevelProblem, Box, Split, Start, Status, hypergradient
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.solvers.cg import CG
@@ -98,7 +98,10 @@ def test_an_objective_of_another_signature_is_refused_before_any_work(problem: A
 
 
 def test_what_is_no_problem_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"`problem` must be a BilevelProblem. Got function. Write `BilevelProblem"):
+    with pytest.raises(
+        TypeError,
+        match=r"must be a BilevelProblem: write `BilevelProblem\(f, g\)`. Got a func",
+    ):
         solve(g)
 
 
@@ -169,10 +172,18 @@ def test_tasks_without_one_leading_axis_in_the_data_are_refused(data: Any, got: 
         ),
         ({"x": ONES.float()}, ValueError, r"`hypergradient\(x, y0\)` need one dtype and device. Got torch.float32 on"),
         ({"x": ONES.to("meta")}, ValueError, "one dtype and device. Got torch.float64 on meta"),
-        ({"estimator": None}, TypeError, "`estimator` must be an estimator .* or a name. Got NoneType"),
+        (
+            {"estimator": None},
+            TypeError,
+            r"\(estimator=...\)` must be an estimator .* or a string. Got NoneType",
+        ),
         ({"estimator": "aid-gc"}, ValueError, "there is no estimator 'aid-gc'. Did you mean 'aid-cg'?"),
         ({"estimator": "?"}, ValueError, r"there is no estimator '\?'. Names: implicit, aid-cg, "),
-        ({"start": ZEROS}, TypeError, r"`hypergradient\(start=...\)` must be a Start. Got Tensor"),
+        (
+            {"start": ZEROS},
+            TypeError,
+            r"\(start=...\)` must be a Start.* or None. Got a tensor of float64",
+        ),
         ({"start": Start(torch.ones(3))}, ValueError, r"start.y must have the structure \(2,\). Got \(3,\)"),
         ({"start": Start(ZEROS, torch.ones(1))}, ValueError, r"start.v must have the structure \(2,\). Got \(1,\)"),
         ({"start": Start(ZEROS.float())}, ValueError, "start.y must be torch.float64 on cpu. Got torch.float32"),
@@ -254,3 +265,22 @@ def test_a_subclass_needs_its_methods_only() -> None:
 def test_a_subclass_without_an_objective_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"BilevelProblem\(g="):
         _WithoutG()
+
+
+@pytest.mark.parametrize("level", ["f", "g"])
+def test_a_complex_value_is_refused_by_name(level: str) -> None:
+    def turned(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum() * (1 + 1j)
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum()
+
+    problem = BilevelProblem(turned, plain) if level == "f" else BilevelProblem(plain, turned)
+    with pytest.raises(ValueError, match=rf"`problem.{level}` must return a real number. Got torch.complex"):
+        hypergradient(problem, torch.ones(2), torch.zeros(2))
+
+
+def test_bounds_of_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"`Box\(lower=..., upper=...\)` must be of shapes that fit.*\(4,\)"):
+        Box(torch.zeros(3), torch.ones(4))
+    assert Box(torch.zeros(3), torch.ones(())).project(2 * torch.ones(3)).tolist() == [1.0, 1.0, 1.0]

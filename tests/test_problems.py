@@ -255,11 +255,11 @@ def test_implicit_term_of_a_saddle_point_vanishes() -> None:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: problems.quadratic(kappa=0.5), "kappa >= 1"),
-        (lambda: random_quadratic(2, 3, eigenvalues=[1.0, -1.0, 2.0]), "positive eigenvalues"),
-        (lambda: problems.QuadraticFamily(*(torch.eye(2) for _ in range(8))), "must have the shape"),
-        (lambda: problems.hyper_cleaning(corrupted=1.5), "corrupted < 1"),
-        (lambda: problems.logistic(classes=1), "classes >= 2"),
+        (lambda: problems.quadratic(kappa=0.5), r"kappa=...\)` must be at least 1"),
+        (lambda: random_quadratic(2, 3, eigenvalues=[1.0, -1.0, 2.0]), r"eigenvalues=...\)` must be positive"),
+        (lambda: problems.QuadraticFamily(*(torch.eye(2) for _ in range(8))), "must be of shape"),
+        (lambda: problems.hyper_cleaning(corrupted=1.5), r"corrupted=...\)` must be positive and below 1"),
+        (lambda: problems.logistic(classes=1), r"classes=...\)` must be at least 2"),
         (lambda: problems.ridge_orthonormal(q=9, n=3), "1 <= q <= n"),
     ],
 )

@@ -322,7 +322,7 @@ def test_arguments_are_checked() -> None:
         QuadraticProgram(max_steps=-1)
     with pytest.raises(ValueError, match=r"`QuadraticProgram\(max_models=...\)` must be at least 1"):
         QuadraticProgram(max_models=0)
-    with pytest.raises(ValueError, match="must be a matrix"):
+    with pytest.raises(ValueError, match=r"must be of shape \(m, q\)"):
         Polytope(A=torch.ones(3))
     structure = ravel({"a": torch.ones(2), "b": torch.ones(1)})[1]
     with pytest.raises(ValueError, match="must have 3 columns"):

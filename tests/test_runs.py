@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import AID, BilevelError, BilevelProblem, Estimate, Status, functional, minimize
+from bilevel import AID, ITD, BilevelError, BilevelProblem, Estimate, Status, functional, minimize
 from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel.algorithms import SOBA
@@ -33,9 +33,10 @@ from bilevel.outer.checkpoint import read_checkpoint
 from bilevel.outer.fingerprint import Fingerprint, differences
 from bilevel.outer.journal import Journal, journal_of
 from bilevel.outer.randomness import drawn_so_far, go_on_from
+from bilevel.outer.run import Run
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Record, Solution
-from bilevel.solvers import CG, Adam, ClosedForm, GradientDescent, ScipyMinimize
+from bilevel.solvers import CG, Adam, ClosedForm, GradientDescent, Iterate, ScipyMinimize
 
 ZERO = torch.zeros(2)
 EXACT = AID(ClosedForm(lambda x, *data: x), CG())
@@ -671,3 +672,71 @@ def test_a_full_disk_under_torch_save_is_an_os_error(tmp_path: Path) -> None:
 def test_results_hold_no_addresses() -> None:
     found = plain({"a": [repr(lambda: 0), object(), f"{SQUARE.f}"], "b": GradientDescent(0.1)})
     assert " at 0x" not in json.dumps(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_file_never_takes_the_place_of_a_pipe_or_a_folder(tmp_path: Path) -> None:
+    pipe, target = tmp_path / "pipe", torch.ones(2)
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(OSError, match="is no file"):
+            write_atomically(path, lambda file: file.write(b"anything"))
+        with pytest.raises(ValueError, match=r"`minimize\(checkpoint=...\)` must be the path of a file"):
+            minimize(target_problem(target), target, target, max_steps=1, checkpoint=path)
+    assert pipe.is_fifo()
+    link, own = tmp_path / "link", tmp_path / "own"
+    own.write_bytes(b"own")
+    link.symlink_to(own)
+    write_atomically(link, lambda file: file.write(b"new"))
+    assert own.read_bytes() == b"own" and link.read_bytes() == b"new" and not link.is_symlink()
+
+
+@pytest.mark.parametrize("outer", [Adam(0.1), ScipyMinimize()], ids=["adam", "scipy"])
+@pytest.mark.parametrize("name", ["solution", "finish"])
+def test_an_interrupt_after_the_last_step_loses_nothing(
+    name: str, outer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = torch.ones(2)
+    monkeypatch.setattr(Run, name, interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        minimize(target_problem(target), 0 * target, target, outer=outer, max_steps=3, checkpoint=tmp_path / "c")
+    partial: Any = caught.value.partial  # type: ignore[attr-defined]
+    assert len(partial.history) == 4 if isinstance(outer, Adam) else partial.history
+    monkeypatch.undo()
+    minimize(
+        target_problem(target), 0 * target, target, outer=outer, max_steps=3, checkpoint=tmp_path / "c", resume=True
+    )
+
+
+def test_a_run_that_starts_its_steps_elsewhere_is_another_run(tmp_path: Path) -> None:
+    """Fixed steps: where they start is a part of the answer."""
+    target, itd = torch.ones(2), ITD(Iterate(GradientDescent(0.1), max_steps=5))
+    given: dict[str, Any] = {"estimator": itd, "outer": Adam(0.1), "checkpoint": tmp_path / "c"}
+    minimize(target_problem(target), 0 * target, target, max_steps=2, **given)
+    with pytest.raises(ValueError, match="warm_start"):
+        minimize(target_problem(target), 0 * target, target, max_steps=4, resume=True, warm_start=True, **given)
+    minimize(target_problem(target), 0 * target, target, max_steps=4, resume=True, warm_start=False, **given)
+
+
+DAMAGED: dict[str, Any] = {"x": None, "settings": [1], "step": "3", "calls": "x", "best": 4, "history": [], "state": 3}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_checkpoint_with_an_entry_of_another_kind_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    target, file = torch.ones(2), tmp_path / "c"
+    minimize(target_problem(target), 0 * target, target, outer=Adam(0.1), max_steps=3, checkpoint=file)
+    torch.save({**torch.load(file, weights_only=True), name: DAMAGED[name]}, file)
+    with pytest.raises(ValueError, match="checkpoint"):
+        minimize(target_problem(target), 0 * target, target, outer=Adam(0.1), max_steps=5, checkpoint=file, resume=True)
+
+
+def test_a_callback_that_is_to_be_awaited_is_refused() -> None:
+    async def later(record: Record, estimate: Estimate) -> None:
+        raise AssertionError
+
+    target = torch.ones(2)
+    with pytest.raises(TypeError, match="not awaited"):
+        minimize(target_problem(target), target, target, max_steps=1, callback=cast(Any, later))

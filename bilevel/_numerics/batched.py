@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -47,17 +49,24 @@ def looped(function: Callable[..., Any], size: int, in_dims: tuple[int | None, .
 
     def call(*args: Tensor) -> Any:
         rows = [a if dim is None else a.unbind(dim) for a, dim in zip(args, in_dims, strict=True)]
-        state = random_state(*args)
         found = []
-        for k in range(size):
-            if k:
-                set_random_state(state)
-            found.append(function(*(row[k] if isinstance(row, tuple) else row for row in rows)))
+        with RANDOM:
+            state = random_state(*args)
+            for k in range(size):
+                if k:
+                    set_random_state(state)
+                found.append(function(*(row[k] if isinstance(row, tuple) else row for row in rows)))
         if isinstance(found[0], tuple):
             return tuple(torch.stack(each) for each in zip(*found, strict=True))
         return torch.stack(found)
 
     return call
+
+
+# Torch's generators are those of the process: whoever sets one back holds this, so that no two threads do at a time.
+RANDOM = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a thread that held it is not there in the child
+    os.register_at_fork(after_in_child=getattr(RANDOM, "_at_fork_reinit", None) or (lambda: None))
 
 
 def random_state(*args: Tensor) -> list[tuple[torch.Generator, Tensor]]:

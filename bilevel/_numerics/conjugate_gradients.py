@@ -52,7 +52,7 @@ def conjugate_gradients(
     """
     at, eps, given = systems_of(r), torch.finfo(r.dtype).eps, r
     target, largest = at.numbers(stop), at.numbers(largest_seen)
-    d = best = torch.zeros_like(r)
+    d = best = torch.zeros_like(r)  # best is d itself until a residual rises
     if precondition is not None:
         precondition = _of_order_one(precondition, r)
     z = r if precondition is None else precondition(r)
@@ -75,6 +75,7 @@ def conjugate_gradients(
         going = going & (pAp > level) & (pAp < math.inf)
         alpha, before = at.ratio(going, rz, pAp), rr
         r = at.add(going, r, -alpha, Ap)
+        del Ap  # not to be held while the next product is formed
         rr = at.dot(r, r)
         rises = going & (before <= best_rr) & (rr > before)  # a least residual is kept when it is about to be left
         best, best_rr = at.kept(rises, d, best), at.either(rises, before, best_rr)

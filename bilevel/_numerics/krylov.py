@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.ranges import AT_LEAST_0, BELOW_1, demand_range
 from bilevel._numerics.rows import row_norm_numbers, row_norms
 from bilevel._result import Solved, Status
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, demand_range
 
 # How a run of a recurrence ended, as a number for each row; RESTART is not an end.
 CONVERGED, OUT_OF_STEPS, STALLED, CURVATURE, BREAKDOWN, NONFINITE, RESTART = range(7)
@@ -75,12 +75,16 @@ def solve_by_runs(
     max_steps = 10 * operator.size if max_steps is None else max_steps
     eps = torch.finfo(b.dtype).eps
     v, r, norms, targets, scale, stop = _scaled(operator, b, guess, rtol, atol)
-    steps, fresh, norm_A = 0, guess is None, torch.zeros_like(stop)
+    steps, norm_A = 0, torch.zeros_like(stop)
     running, before, codes = [norm != 0 for norm in norms], [math.inf] * len(norms), [CONVERGED] * len(norms)
     while True:
-        correction, ends, used, norm_A = run(operator, r / scale, stop, max_steps - steps, norm_A)
-        v = correction.mul_(scale) if fresh else torch.addcmul(v, scale, correction)
-        steps, fresh = steps + used, False
+        # Handed over without a name, so that a run that needs it no more can let go of it.
+        correction, ends, used, norm_A = run(
+            operator, r / scale if r is b else r.div_(scale), stop, max_steps - steps, norm_A
+        )
+        v = correction.mul_(scale) if v is None else torch.addcmul(v, scale, correction)
+        del correction
+        steps += used
         codes = [new if ran else old for ran, new, old in zip(running, ends, codes, strict=True)]
         last = steps >= max_steps or RESTART not in codes
         r = operator.residual(b, v) if last else b - operator.mv(v)
@@ -115,9 +119,9 @@ def solve_by_one_run(
     """Solve A v = b by one run, whose own residual, left in its argument, is taken at its word: no product more."""
     max_steps = 10 * operator.size if max_steps is None else max_steps
     v, r, _, targets, scale, stop = _scaled(operator, b, guess, rtol, atol)
-    r = r / scale
+    r = r / scale if r is b else r.div_(scale)
     correction, codes, steps, _ = run(operator, r, stop, max_steps, torch.zeros_like(stop))
-    v = correction.mul_(scale) if guess is None else torch.addcmul(v, scale, correction)
+    v = correction.mul_(scale) if v is None else torch.addcmul(v, scale, correction)
     residuals = row_norm_numbers(r.mul_(scale))
     statuses = []
     for code, residual, target in zip(codes, residuals, targets, strict=True):
@@ -131,17 +135,24 @@ def solve_by_one_run(
 
 def _scaled(
     operator: LinearOperator, b: Tensor, guess: Tensor | None, rtol: float | Sequence[float], atol: float
-) -> tuple[Tensor, Tensor, list[float], list[float], Tensor, Tensor]:
-    """Where to start: v, b - A v, |b|, the targets, the scale that makes the residual of norm 1, where to stop then."""
+) -> tuple[Tensor | None, Tensor, list[float], list[float], Tensor, Tensor]:
+    """Where to start: v, b - A v, |b|, the targets, the scale that makes the residual of norm 1, where to stop then.
+
+    Without a guess v is None, for zero, and b - A v is b itself.
+    """
     eps = torch.finfo(b.dtype).eps
     norms = row_norm_numbers(b)
     rtols = [rtol] * len(norms) if isinstance(rtol, float | int) else rtol
     targets = [max(own * norm, atol) for own, norm in zip(rtols, norms, strict=True)]
-    v, r, sizes = torch.zeros_like(b), b, norms
+    v, r, sizes = None, b, norms
     if guess is not None:
-        zero = _column(norms, b).unsqueeze(-1) == 0
-        v = torch.where(zero, v, guess)
-        r = torch.where(zero, b, b - operator.mv(v))
+        v = guess
+        if 0.0 in norms:  # zero has the solution zero, whatever the guess
+            zero = _column(norms, b).unsqueeze(-1) == 0
+            v = torch.where(zero, 0.0, guess)
+            r = torch.where(zero, b, b - operator.mv(v))
+        else:
+            r = b - operator.mv(v)
         sizes = [max(norm, size) for norm, size in zip(norms, row_norm_numbers(r), strict=True)]
     # Squared norms of the scaled system neither overflow nor underflow in float32.
     scales = [size if 0 < size < math.inf else 1.0 for size in sizes]

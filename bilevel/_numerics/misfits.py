@@ -69,7 +69,10 @@ def origin(error: BaseException) -> BaseException:
 
 def described(tree: Any) -> str:
     """Dtypes and shapes in the nesting of the tree, such as `{'w': float64 (3, 2)}`."""
-    text = str(tree_map(lambda leaf: _Bare(_leaf(leaf)), tree))
+    try:
+        text = str(tree_map(lambda leaf: _Bare(_leaf(leaf)), tree))
+    except (ValueError, RecursionError):  # it holds itself, or is very deep
+        return f"{type(tree).__name__} without an end"
     return text if len(text) <= _LONG else f"{type(tree).__name__} of {len(tree_leaves(tree))} leaves"
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+_ANY = "a nested structure of tensors (x, y, data, a batch)"
+
 Tree: TypeAlias = Any  # a tensor, or a nested dict, list, tuple or named tuple of tensors
 
 
@@ -58,22 +60,42 @@ def tree_parts(tree: Tree) -> tuple[list[Any], Callable[[Sequence[Any]], Tree]]:
     return leaves, builder(flatten(tree, leaves))
 
 
-def tree_leaves(tree: Tree) -> list[Any]:
-    """The leaves, in order."""
+def tree_leaves(tree: Tree, name: str = _ANY) -> list[Any]:
+    """The leaves, in order; `name` is what errors call the tree."""
     leaves: list[Any] = []
-    flatten(tree, leaves)
+    flatten(tree, leaves, name)
     return leaves
 
 
-def flatten(tree: Tree, leaves: list[Any]) -> Node | None:
-    """The nesting of `tree`, whose leaves are appended to `leaves`."""
+def tree_children(tree: Tree) -> list[Any] | None:
+    """What one level of a nesting holds, in order; None of a leaf."""
+    known = None if type(tree) is Tensor else _kind(type(tree))
+    return None if known is None else list(known.parts(tree)[0])
+
+
+def flatten(tree: Tree, leaves: list[Any], name: str = _ANY) -> Node | None:
+    """The nesting of `tree`, whose leaves are appended to `leaves`.
+
+    Raises:
+        ValueError: if it holds itself, or is nested too deeply to be walked through, by its name.
+    """
+    try:
+        return _flattened(tree, leaves)
+    except RecursionError:
+        text = (
+            f"{name} must not hold itself, nor be nested hundreds of levels deep. Got a {type(tree).__name__} that is."
+        )
+        raise ValueError(text) from None
+
+
+def _flattened(tree: Tree, leaves: list[Any]) -> Node | None:
     kind = type(tree)
     known = None if kind is Tensor else _kind(kind)
     if known is None:
         leaves.append(tree)
         return None
     children, context = known.parts(tree)
-    return Node(kind, context, tuple([flatten(child, leaves) for child in children]))
+    return Node(kind, context, tuple([_flattened(child, leaves) for child in children]))
 
 
 def _kind(kind: type) -> _Kind | None:

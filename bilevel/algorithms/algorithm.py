@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractRequiring, FlatEstimate
 from bilevel._result import Status
 from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.arguments.fits import demand_types
 
 S = TypeVar("S")
 
@@ -35,6 +36,9 @@ class Evaluated:
     back: Any = None
     ended: Status | None = None
     tol: float | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 class AbstractAlgorithm(AbstractRequiring, Generic[S]):

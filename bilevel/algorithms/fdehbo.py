@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, FiniteDifferences
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
-from bilevel._validate import demand_types
-from bilevel.algorithms.direction import Coupled
-from bilevel.algorithms.reduction import Storm
+from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.recursive import Storm
+from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
 from bilevel.algorithms.schedule import Power
-from bilevel.algorithms.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 
 
 @final

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias, final, get_args
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel._tree import tree_leaves, tree_map
-from bilevel._validate import demand_types
 from bilevel.algorithms.oracle import AbstractData, Block
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 
 Order: TypeAlias = Literal["shuffle", "iid", "full"]
 

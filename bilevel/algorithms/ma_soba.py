@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel._validate import demand_types
-from bilevel.algorithms.direction import Coupled
-from bilevel.algorithms.reduction import MovingAverage
-from bilevel.algorithms.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.reduction import MovingAverage
+from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.arguments.fits import demand_types
 
 
 @final
@@ -27,8 +27,8 @@ class MASOBA(AbstractPreset):
     Converges: for g strongly convex in y, with rho, gamma and theta of the order of T^-1/2, the least E |grad Phi|^2 of
     T steps is O(T^-1/2).
 
-    Source: Chen, Xiao, Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness
-    conditions", JMLR 25 (2024).
+    Source: Chen, Xiao, Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed
+    smoothness conditions", JMLR 25 (2024).
 
     Args:
         inner_step: rho, of y, or an optimizer.

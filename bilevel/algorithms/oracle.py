@@ -12,6 +12,10 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
 from bilevel._sets import AbstractSet
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, COUNT, POSITIVE, demand_ranges
+from bilevel.portable.pickling import AbstractPortable
 
 Role: TypeAlias = Literal["f", "g"]
 
@@ -35,13 +39,17 @@ class Block:
     samples: int = 0
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, number=COUNT, count=AT_LEAST_1, samples=COUNT, weight=POSITIVE)
+
     @property
     def scale(self) -> float:
         """w N: what makes its mean, drawn from N blocks alike, an unbiased estimate of the mean over all samples."""
         return self.weight * self.count
 
 
-class AbstractData(abc.ABC):
+class AbstractData(AbstractPortable, abc.ABC):
     """Numbered batches, and all samples together where these are known: what f, or g, or both are called with."""
 
     @abc.abstractmethod
@@ -92,6 +100,10 @@ class Draws:
     f: int = 1
     g: int = 1
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, f=AT_LEAST_1, g=AT_LEAST_1)
+
 
 @final
 class Oracle:
@@ -125,6 +137,7 @@ class Oracle:
         tensor(4761.)
     """
 
+    @checked(step=COUNT)
     def __init__(
         self,
         like: FlatProblem,
@@ -174,7 +187,7 @@ class Oracle:
 
     @property
     def epoch(self) -> int:
-        """About how many steps, of one batch of f and one of g each, see all samples once; 1 where that is not known."""
+        """About how many steps, of one batch of f and of g each, see all samples once; 1 where that is not known."""
         sources = (self.data.f, self.data.g) if isinstance(self.data, Split) else (self.data, self.data)
         batches = [source.block(0, 0).samples for source in sources]
         if not all(batches):

@@ -91,7 +91,7 @@ def register_algorithm(name: str, build: Build, description: str) -> None:
 def unknown_algorithm(name: str) -> ValueError:
     """That there is no such algorithm, and which name comes nearest."""
     names = available()
-    return ValueError(f"there is no algorithm {name!r}. {nearest(name, names)}Names: {', '.join(names)}.")
+    return ValueError(f"there is no algorithm {name[:100]!r}. {nearest(name, names)}Names: {', '.join(names)}.")
 
 
 def resolve_algorithm(algorithm: AbstractAlgorithm[Any] | str, setting: Setting) -> AbstractAlgorithm[Any]:

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel._validate import demand_types
-from bilevel.algorithms.direction import Coupled
-from bilevel.algorithms.saga import Saga
-from bilevel.algorithms.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.saga import Saga
+from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.arguments.fits import demand_types
 
 
 @final

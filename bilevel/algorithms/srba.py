@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel._numerics.ranges import AT_LEAST_1, POSITIVE, demand_ranges
-from bilevel._validate import demand_types
-from bilevel.algorithms.direction import Coupled
-from bilevel.algorithms.reduction import Page, Sarah
-from bilevel.algorithms.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.recursive import Page, Sarah
+from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, WEIGHT, demand_ranges
 
 
 @final
@@ -140,9 +140,7 @@ class SPABA(AbstractPreset):
     def __post_init__(self) -> None:
         demand_types(self)
         demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
-        demand_ranges(self, linear_radius=POSITIVE)
-        if self.probability is not None and not 0 < self.probability <= 1:
-            raise ValueError(f"`SPABA(probability=...)` must be in (0, 1]. Got {self.probability}.")
+        demand_ranges(self, probability=WEIGHT, linear_radius=POSITIVE)
 
     @cached_property
     def loop(self) -> SingleLoop:

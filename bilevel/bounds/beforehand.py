@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from bilevel.bounds.bound import at_least
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel.certificates.certificate import Constants
 
 
@@ -26,6 +27,7 @@ class Beforehand:
         quadratic: whether f and g are quadratic in y.
 
     Raises:
+        TypeError: if an argument is of the wrong type.
         ValueError: if a number is negative, infinite or NaN.
     """
 
@@ -40,10 +42,8 @@ class Beforehand:
     quadratic: bool = False
 
     def __post_init__(self) -> None:
-        numbers = {"distance": self.distance, "outer_gradient_norm": self.outer_gradient_norm}
-        numbers["value_error"] = self.value_error
-        for name in ("outer_size", "smoothness", "third_derivative"):
-            if (number := getattr(self, name)) is not None:
-                numbers[name] = number
-        at_least("error_bound", 0, numbers)
-        at_least("error_bound", 1, {"reach": self.reach})
+        demand_types(self)
+        demand_ranges(self, distance=AT_LEAST_0, outer_gradient_norm=AT_LEAST_0, outer_size=AT_LEAST_1)
+        demand_ranges(
+            self, smoothness=AT_LEAST_0, third_derivative=AT_LEAST_0, value_error=AT_LEAST_0, reach=AT_LEAST_1
+        )

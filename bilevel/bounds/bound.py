@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+from bilevel.arguments.fits import demand_types
 from bilevel.certificates.certificate import Constants
 
 
@@ -36,6 +36,9 @@ class Bound:
     sampling: float = 0.0
     rounding: float = 0.0
     assumptions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def terms(self) -> dict[str, float]:
@@ -94,28 +97,6 @@ def assumed(constants: Constants, *more: str) -> tuple[str, ...]:
     if constants.confidence < 1:
         notes.append(f"the estimated constants hold with probability {constants.confidence:.3g}")
     return (*notes, *more)
-
-
-def at_least(call: str, least: float, numbers: Mapping[str, float]) -> None:
-    """Refuse numbers below the least that makes sense, infinite ones, and NaN.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, number in numbers.items():
-        if not least <= number < math.inf:
-            raise ValueError(f"`{call}({name}=...)` must be at least {least:g} and finite. Got {number}.")
-
-
-def positive(call: str, numbers: Mapping[str, float]) -> None:
-    """Refuse numbers that are not positive, infinite ones, and NaN.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, number in numbers.items():
-        if not 0 < number < math.inf:
-            raise ValueError(f"`{call}({name}=...)` must be positive and finite. Got {number}.")
 
 
 def power(base: float, exponent: float) -> float:

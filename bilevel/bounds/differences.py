@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 
-from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE
+from bilevel.bounds.bound import Bound, assumed, known
 from bilevel.certificates.certificate import Constants
 
 
+@checked(
+    "bounds.finite_difference",
+    step=POSITIVE,
+    outer_size=AT_LEAST_1,
+    third_derivative=AT_LEAST_0,
+    distance=AT_LEAST_0,
+    outer_gradient_norm=AT_LEAST_0,
+    value_error=AT_LEAST_0,
+    reach=AT_LEAST_1,
+)
 def finite_difference(
     constants: Constants,
     *,
@@ -50,10 +62,6 @@ def finite_difference(
         0.010000000000000002
     """
     call = "bounds.finite_difference"
-    positive(call, {"step": step, "outer_size": outer_size})
-    numbers = {"third_derivative": third_derivative, "distance": distance, "value_error": value_error}
-    at_least(call, 0, {**numbers, "outer_gradient_norm": outer_gradient_norm})
-    at_least(call, 1, {"reach": reach})
     (L_fyy,) = known(call, constants, "L_fyy", within=distance)
     root = math.sqrt(outer_size)
     return Bound(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE
+from bilevel.bounds.bound import Bound, assumed, known
 from bilevel.certificates.certificate import Constants
 
 
+@checked("bounds.aid", distance=AT_LEAST_0, outer_gradient_norm=AT_LEAST_0, linear_error=AT_LEAST_0, damping=AT_LEAST_0)
 def aid(
     constants: Constants,
     *,
@@ -37,8 +40,6 @@ def aid(
         0.9375
     """
     call = "bounds.aid"
-    numbers = {"distance": distance, "outer_gradient_norm": outer_gradient_norm}
-    at_least(call, 0, {**numbers, "linear_error": linear_error, "damping": damping})
     mu, L_fyy, L_fxy, M_yy, M_xy, C_G = known(
         call, constants, "mu", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", within=distance
     )
@@ -52,6 +53,13 @@ def aid(
     )
 
 
+@checked(
+    "bounds.nystrom",
+    distance=AT_LEAST_0,
+    outer_gradient_norm=AT_LEAST_0,
+    damping=POSITIVE,
+    remainder=AT_LEAST_0,
+)
 def nystrom(
     constants: Constants,
     *,
@@ -89,11 +97,10 @@ def nystrom(
     )
 
 
+@checked("bounds.nystrom", damping=POSITIVE, remainder=AT_LEAST_0)
 def nystrom_error(constants: Constants, *, damping: float, remainder: float | None = None) -> float:
     """(mu + rho) e / (rho (rho + e)): |v - (H + rho I)^-1 b| of `nystrom` in units of |b| / (mu + rho)."""
-    positive("bounds.nystrom", {"damping": damping})
     if remainder is None:
         (remainder,) = known("bounds.nystrom", constants, "L")
-    at_least("bounds.nystrom", 0, {"remainder": remainder})
     (mu,) = known("bounds.nystrom", constants, "mu")
     return (mu + damping) / damping * (remainder / (damping + remainder))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-from bilevel.bounds.bound import at_least, known, positive, power
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE
+from bilevel.bounds.bound import known, power
 from bilevel.certificates.certificate import Constants
 
 
+@checked("bounds.contraction", step=POSITIVE, damping=AT_LEAST_0)
 def contraction(constants: Constants, step: float, *, damping: float = 0.0) -> float:
     """rho = max(|1 - step mu|, |1 - step L|): the factor of a gradient step, and of I - step H.
 
@@ -25,12 +28,11 @@ def contraction(constants: Constants, step: float, *, damping: float = 0.0) -> f
         >>> contraction(Constants(mu=1.0, L=3.0), 0.5)
         0.5
     """
-    positive("bounds.contraction", {"step": step})
-    at_least("bounds.contraction", 0, {"damping": damping})
     mu, L = known("bounds.contraction", constants, "mu", "L")
     return max(abs(1 - step * (mu + damping)), abs(1 - step * (L + damping)))
 
 
+@checked("bounds.gradient_descent", step=POSITIVE, steps=AT_LEAST_0, distance=AT_LEAST_0)
 def gradient_descent(constants: Constants, *, step: float, steps: int, distance: float) -> float:
     """|y_k - y*| <= rho^k |y_0 - y*| after k steps of gradient descent on g(x, .).
 
@@ -49,7 +51,6 @@ def gradient_descent(constants: Constants, *, step: float, steps: int, distance:
         >>> gradient_descent(Constants(mu=1.0, L=3.0), step=0.5, steps=2, distance=4.0)
         1.0
     """
-    at_least("bounds.gradient_descent", 0, {"steps": steps, "distance": distance})
     factor = power(contraction(constants, step), steps)
     known("bounds.gradient_descent", constants, within=farthest(factor, distance))
     return factor * distance if distance else 0.0
@@ -71,6 +72,7 @@ def stationary(constants: Constants, tol: float) -> float:
     return tol / constants.mu
 
 
+@checked("bounds.cg", steps=AT_LEAST_0, damping=AT_LEAST_0)
 def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
     """t_k = 2 q^k / (1 + q^2k), q = (sqrt(kappa) - 1) / (sqrt(kappa) + 1): k steps of conjugate gradients.
 
@@ -90,7 +92,6 @@ def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
         >>> round(cg(Constants(mu=1.0, L=1.1), steps=1), 9) == round(0.1 / 2.1, 9)  # (kappa - 1) / (kappa + 1)
         True
     """
-    at_least("bounds.cg", 0, {"steps": steps, "damping": damping})
     mu, L = known("bounds.cg", constants, "mu", "L")
     root = math.sqrt(max(1.0, (L + damping) / (mu + damping)))
     if math.isinf(root):
@@ -99,6 +100,7 @@ def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
     return float(2 * q**steps / (1 + q ** (2 * steps)))
 
 
+@checked("bounds.neumann", step=POSITIVE, terms=AT_LEAST_0, damping=AT_LEAST_0)
 def neumann(constants: Constants, *, step: float, terms: int, damping: float = 0.0) -> float:
     """rho^terms: |v_k - v| <= rho^k |v| for v_k = step sum_{j < k} (I - step H)^j b, and the same for residuals.
 
@@ -117,5 +119,4 @@ def neumann(constants: Constants, *, step: float, terms: int, damping: float = 0
         >>> neumann(Constants(mu=1.0, L=3.0), step=0.5, terms=3)
         0.125
     """
-    at_least("bounds.neumann", 0, {"terms": terms})
     return power(contraction(constants, step, damping=damping), terms)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE
+from bilevel.bounds.bound import Bound, assumed, known
 from bilevel.bounds.unrolled import itd
 from bilevel.certificates.certificate import Constants
 
 
+@checked(
+    "bounds.esj",
+    step=POSITIVE,
+    steps=AT_LEAST_0,
+    distance=AT_LEAST_0,
+    outer_gradient_norm=AT_LEAST_0,
+    outer_size=AT_LEAST_1,
+    directions=AT_LEAST_1,
+    radius=AT_LEAST_0,
+    smoothness=AT_LEAST_0,
+)
 def esj(
     constants: Constants,
     *,
@@ -53,18 +66,16 @@ def esj(
         3.0
     """
     call, p, Q = "bounds.esj", outer_size, directions
-    at_least(call, 0, {"radius": radius, "smoothness": smoothness})
-    positive(call, {"outer_size": p, "directions": Q})
     if distribution == "orthonormal" and p < Q:
-        raise ValueError(f"`{call}(directions=...)` must be at most the number of outer variables, {p}. Got {Q}.")
+        raise ValueError(
+            f"`{call}(directions=...)` must be at most the number of outer variables, `outer_size` = {p}. Got {Q}."
+        )
     laws = {  # the variance in units of |w|^2, the bias and the deviation in units of r S
         "gaussian": ((p + 1) / Q, math.sqrt(p), math.sqrt(p * (p + 2) * (p + 4))),
         "rademacher": ((p - 1) / Q, p / 2, p**1.5),
         "sphere": ((p - 1) / Q, p / (p + 1), float(p)),
         "orthonormal": (p / Q - 1, p / (p + 1), float(p)),
     }
-    if distribution not in laws:
-        raise ValueError(f"`{call}(distribution=...)` must be one of {', '.join(laws)}. Got {distribution!r}.")
     variance, bias, deviation = laws[distribution]
     unrolled = itd(constants, step=step, steps=steps, distance=distance, outer_gradient_norm=outer_gradient_norm)
     mu, C_G = known(call, constants, "mu", "C_G")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from bilevel.bounds.bound import Bound, assumed, at_least, known, power
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE
+from bilevel.bounds.bound import Bound, assumed, known, power
 from bilevel.bounds.iterations import contraction, farthest
 from bilevel.certificates.certificate import Constants
 
 _START = "the start does not depend on x, and the steps are those of gradient descent with this step"
 
 
+@checked("bounds.itd", step=POSITIVE, steps=AT_LEAST_0, distance=AT_LEAST_0, outer_gradient_norm=AT_LEAST_0)
 def itd(constants: Constants, *, step: float, steps: int, distance: float, outer_gradient_norm: float) -> Bound:
     """ITD: |h_N - h| <= (L_fxy + J L_fyy) rho^N d + [J rho^N + step (M_yy J + M_xy) N rho^(N-1) d] |b|, J = C_G / mu.
 
@@ -35,6 +38,14 @@ def itd(constants: Constants, *, step: float, steps: int, distance: float, outer
     return Bound(inner=inner, linear=missing, assumptions=assumed(constants, _START))
 
 
+@checked(
+    "bounds.truncated_itd",
+    step=POSITIVE,
+    steps=AT_LEAST_0,
+    truncate=AT_LEAST_1,
+    distance=AT_LEAST_0,
+    outer_gradient_norm=AT_LEAST_0,
+)
 def truncated_itd(
     constants: Constants, *, step: float, steps: int, truncate: int, distance: float, outer_gradient_norm: float
 ) -> Bound:
@@ -57,11 +68,11 @@ def truncated_itd(
         1.0
     """
     call = "bounds.truncated_itd"
-    at_least(call, 1, {"truncate": truncate})
     inner, missing = _parts(call, constants, step, steps, min(truncate, steps), distance, outer_gradient_norm)
     return Bound(inner=inner, bias=missing, assumptions=assumed(constants, _START))
 
 
+@checked("bounds.one_step", step=POSITIVE, steps=AT_LEAST_1, distance=AT_LEAST_0, outer_gradient_norm=AT_LEAST_0)
 def one_step(constants: Constants, *, step: float, steps: int, distance: float, outer_gradient_norm: float) -> Bound:
     """One step: |h_1 - h| <= (L_fxy + J L_fyy) rho^N d + [J rho + step M_xy rho^(N-1) d] |b|, J = C_G / mu.
 
@@ -82,7 +93,6 @@ def one_step(constants: Constants, *, step: float, steps: int, distance: float, 
         >>> one_step(constants, step=0.5, steps=9, distance=1.0, outer_gradient_norm=8.0).bias
         4.0
     """
-    at_least("bounds.one_step", 1, {"steps": steps})
     inner, missing = _parts("bounds.one_step", constants, step, steps, 1, distance, outer_gradient_norm, drift=False)
     return Bound(inner=inner, bias=missing, assumptions=assumed(constants, _START))
 
@@ -99,7 +109,6 @@ def _parts(
     drift: bool = True,
 ) -> tuple[float, float]:
     """The terms in the distance of the iterates, and that of the derivative where y_0 = y*."""
-    at_least(call, 0, {"steps": steps, "distance": distance, "outer_gradient_norm": norm})
     rho = contraction(constants, step)
     factor = power(rho, steps)
     mu, L_fyy, L_fxy, M_xy, C_G = known(

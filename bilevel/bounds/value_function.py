@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 
-from bilevel.bounds.bound import Bound, assumed, at_least, known, positive
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE
+from bilevel.bounds.bound import Bound, assumed, known
 from bilevel.certificates.certificate import Constants
 
 
+@checked(
+    "bounds.penalty",
+    weight=POSITIVE,
+    outer_gradient_norm=AT_LEAST_0,
+    distance=AT_LEAST_0,
+    penalized_distance=AT_LEAST_0,
+)
 def penalty(
     constants: Constants,
     *,
@@ -48,9 +57,6 @@ def penalty(
         0.01
     """
     call = "bounds.penalty"
-    positive(call, {"weight": weight})
-    numbers = {"outer_gradient_norm": outer_gradient_norm, "distance": distance}
-    at_least(call, 0, {**numbers, "penalized_distance": penalized_distance})
     mu, L_fyy, L_fxy, M_yy, M_xy, C_G, negative = known(
         call, constants, "mu", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus"
     )

@@ -48,8 +48,8 @@ class Accuracy:
     def __post_init__(self) -> None:
         if not (0 <= self.absolute < math.inf and 0 <= self.relative < math.inf and self.absolute + self.relative > 0):
             raise ValueError(
-                f"`Accuracy(absolute=..., relative=...)` must be at least 0 and finite, and one of them positive."
-                f" Got {self.absolute} and {self.relative}."
+                f"the targets of a `Certified` accuracy, `target_error` and `relative_error`, must be at least 0 and"
+                f" finite, and one of them positive. Got {self.absolute} and {self.relative}."
             )
 
     def target(self, norm: Tensor) -> float:

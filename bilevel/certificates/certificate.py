@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias, final, get_args
+from typing import Any, Literal, TypeAlias, final
 
 from bilevel._result import Stats
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 
 Source: TypeAlias = Literal["given", "structural", "estimated"]
 UPPER = ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")  # the constants that are upper bounds
@@ -49,6 +50,7 @@ class Constants:
             segment, by M_yy and M_xy.
 
     Raises:
+        TypeError: if an argument is of the wrong type.
         ValueError: if mu is not positive, another constant is negative, or one is not finite; if mu exceeds L; if
             `radius`, `confidence`, `source`, `heuristic` or `local` is none of what it may be.
 
@@ -72,6 +74,7 @@ class Constants:
     local: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        demand_types(self)
         if self.mu is not None and not 0 < self.mu < math.inf:
             raise ValueError(
                 f"`Constants(mu=...)` must be positive and finite: g must be strongly convex in y. Got {self.mu}."
@@ -94,9 +97,6 @@ class Constants:
                 f"`Constants(radius=..., confidence=...)` needs radius > 0 and 0 < confidence <= 1. Got {self.radius}"
                 f" and {self.confidence}."
             )
-        sources = get_args(Source)
-        if self.source not in sources:
-            raise ValueError(f"`Constants(source=...)` must be one of {', '.join(sources)}. Got {self.source!r}.")
         for name, known in (("heuristic", {"mu", *UPPER}), ("local", LOCAL)):
             unknown = set(getattr(self, name)) - known
             if unknown:
@@ -129,6 +129,9 @@ class Assumption:
     name: str
     value: float
     source: str
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def __str__(self) -> str:
         return f"{self.name} = {self.value:.3g} ({self.source})"
@@ -170,6 +173,9 @@ class Certificate:
     refined_bound: float | None = None
     reason: str = ""
     remark: str = ""
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def descent(self) -> bool:

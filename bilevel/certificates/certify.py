@@ -12,6 +12,7 @@ from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Structure, Tree, ravel
+from bilevel.arguments.checked import checked
 from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
@@ -21,6 +22,7 @@ from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers.cg import accurate_cg
 
 
+@checked()
 def certify(
     problem: BilevelProblem,
     x: Tree,
@@ -106,7 +108,7 @@ def certify(
     if why:
         raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
-    z, _ = ravel(x_structure.aligned(estimate.grad), "estimate.grad")
+    z = x_structure.ravel(estimate.grad, "`certify(x=..., estimate=...)`: estimate.grad")
     flat = FlatProblem(problem, x_structure, _one_row(estimate.y, bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     why = no_certificate_at(flat, x_vector.detach(), y)

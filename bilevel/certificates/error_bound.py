@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from bilevel._estimate import AbstractEstimator
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.certificates.certificate import Constants
 
 
+@checked(
+    distance=AT_LEAST_0,
+    outer_gradient_norm=AT_LEAST_0,
+    outer_size=AT_LEAST_1,
+    smoothness=AT_LEAST_0,
+    third_derivative=AT_LEAST_0,
+    value_error=AT_LEAST_0,
+    reach=AT_LEAST_1,
+)
 def error_bound(
     estimator: AbstractEstimator,
     constants: Constants,
@@ -41,7 +52,7 @@ def error_bound(
         quadratic: for `Penalty(extrapolate=True)`: f and g are quadratic in y.
 
     Raises:
-        TypeError: if it is not an estimator.
+        TypeError: if an argument is of the wrong type.
         ValueError: if no bound is known for the configuration (the message says what to call instead), or a constant
             that it needs is unknown.
 
@@ -53,8 +64,6 @@ def error_bound(
         >>> error_bound(itd, constants, distance=1.0, outer_gradient_norm=8.0).total
         1.0
     """
-    if not isinstance(estimator, AbstractEstimator):
-        raise TypeError(f"`error_bound(estimator=...)` must be an estimator. Got {type(estimator).__name__}.")
     return estimator.error_bound(
         Beforehand(
             constants,

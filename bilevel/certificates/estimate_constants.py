@@ -16,12 +16,22 @@ from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._tree import Tree, demand_alike, ravel
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import BETWEEN_0_AND_1, COUNT, POSITIVE, SEED
 from bilevel.certificates.certificate import Constants, NonfiniteError
 
 _DENSE = 200  # up to so many inner variables the least eigenvalue is computed, not estimated
 _SAFETY = 2.0  # what sampled Lipschitz constants are multiplied by
 
 
+@checked(
+    mu=POSITIVE,
+    radius=POSITIVE,
+    samples=COUNT,
+    seed=SEED,
+    failure=BETWEEN_0_AND_1,
+    shift_steps=COUNT,
+)
 def estimate_constants(
     problem: BilevelProblem,
     x: Tree,

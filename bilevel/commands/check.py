@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from bilevel.commands.raised import Failure
 from bilevel.commands.result import plain
-from bilevel.commands.run import Failure
 from bilevel.commands.subject import subject
 from bilevel.diagnostics.check import check as check_problem
 from bilevel.diagnostics.verdict import Outcome

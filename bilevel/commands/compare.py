@@ -13,8 +13,8 @@ from bilevel._hypergradient import hypergradient
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.estimate_constants import estimate_constants
 from bilevel.commands.progress import note
+from bilevel.commands.raised import Failure
 from bilevel.commands.result import plain, versions
-from bilevel.commands.run import Failure
 from bilevel.commands.subject import NamedProblem, subject
 from bilevel.diagnostics.compare import compare as compare_estimators
 from bilevel.diagnostics.comparison import Comparison

@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel._files import write_atomically
 from bilevel._tree import Tree
 from bilevel.commands.folder import Folder
 from bilevel.commands.result import plain
-from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content
+from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content, unreadable
 from bilevel.outer.solution import Record
+from bilevel.outside.checkpoints import load_plain
+
+_REMEDY = "`--overwrite` begins the run anew."
+
+# What result.json says of a run that has not ended by itself; else the name of a `Status`.
+BEGUN = "running"
+FINISHING = "finishing"  # it has ended, and its metrics and its picture are being made
+INTERRUPTED = "interrupted"
+STOPPED = "failed"  # by an exception
+
+_SETTINGS: Mapping[str, Any] = MappingProxyType(
+    {
+        "problem": str,
+        "set": dict,
+        "seed": int | None,
+        "algorithm": str | None,
+        "estimator": str | None,
+        "outer": str | None,
+        "step": int | float | None,
+        "steps": int | None,
+        "tol": int | float | None,
+        "seconds": int | float | None,
+    }
+)
+_NEEDED = ("problem", "set")  # the others were not there in all versions, and None says the same
+_LONGEST = 1 << 26  # bytes that are read of result.json: no run writes so many
 
 
 def read_result(folder: Folder) -> dict[str, Any]:
-    """What an earlier run recorded.
+    """What an earlier run recorded, checked as far as it is relied upon.
 
     Raises:
-        ValueError: if there is none that can be read.
+        ValueError: if that cannot be read, or is no record of a run.
     """
-    if not folder.result.exists() or not folder.checkpoint.exists():
-        raise ValueError(
-            f"there is no run to resume in {str(folder.path)!r}. Start it with the same `--out`, without `--resume`."
-        )
-    try:
-        content = json.loads(folder.result.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(folder.result)!r} is not readable ({error}).") from error
-    if not isinstance(content, dict) or "settings" not in content:
-        raise ValueError(f"{str(folder.result)!r} is not the result of a run.")
+    content = _json(folder.result)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(settings, dict) or not isinstance(content.get("status"), str):
+        raise ValueError(f"{str(folder.result)!r} is not the result of a run. {_REMEDY}")
+    wrong = [name for name, kind in _SETTINGS.items() if not _is(settings.get(name), kind, needed=name in _NEEDED)]
+    if not wrong:
+        wrong = [name for name, text in settings["set"].items() if not isinstance(text, str)]
+    if wrong:
+        raise ValueError(f"{str(folder.result)!r} is damaged: what it says of {wrong[0]!r} makes no sense. {_REMEDY}")
+    if not _is(content.get("seconds"), int | float | None):
+        raise ValueError(f"{str(folder.result)!r} is damaged: what it says of 'seconds' makes no sense. {_REMEDY}")
     return content
+
+
+def _is(value: Any, kind: Any, *, needed: bool = False) -> bool:
+    if value is None:
+        return not needed
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _json(path: Path) -> Any:
+    """What a file says.
+
+    Raises:
+        ValueError: if it is not JSON, or too large or too deep to be one that a run has written.
+    """
+    try:
+        if path.stat().st_size > _LONGEST:
+            raise ValueError("it is too large")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is not readable ({error}). {_REMEDY}") from error
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r} is not readable (it is nested too deeply). {_REMEDY}") from error
 
 
 def read_checkpoint(folder: Folder) -> dict[str, Any]:
@@ -42,7 +95,58 @@ def read_checkpoint(folder: Folder) -> dict[str, Any]:
     Raises:
         ValueError: if it cannot be read.
     """
-    return checkpoint_content(folder.checkpoint)
+    try:
+        content = checkpoint_content(folder.checkpoint)
+    except ValueError as error:
+        if str(error) == unreadable(folder.checkpoint):
+            raise damaged(folder) from error
+        raise ValueError(f"{error} {_REMEDY}") from error
+    except Exception as error:  # its content is of other types than was written
+        raise damaged(folder) from error
+    told = isinstance(content.get("settings", {}), dict) and _is(content["step"], int, needed=True)
+    if not told or not all(isinstance(content[name], Tensor) for name in ("x", "y")):
+        raise damaged(folder)
+    return content
+
+
+def read_records(folder: Folder) -> list[Record]:
+    """Those of the steps that the checkpoint knows.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    content = read_checkpoint(folder)
+    try:
+        return [Record.from_dict(record) for record in content["history"]]
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise damaged(folder) from error
+
+
+def read_history(folder: Folder) -> list[dict[str, Any]]:
+    """The lines of history.jsonl by step, the last one of each; without those that a crash cut short."""
+    if not folder.history.exists():
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    for text in folder.history.read_bytes().decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and _is(line.get("step"), int, needed=True):
+                found[line["step"]] = line
+    return [found[step] for step in sorted(found)]
+
+
+def read_solution(folder: Folder) -> tuple[Tree, Tree] | None:
+    """x and y as they were written; None where they cannot be read."""
+    try:
+        content = load_plain(folder.solution)
+        return content["x"], content["y"]
+    except Exception:
+        return None
+
+
+def damaged(folder: Folder) -> ValueError:
+    """What to say of a checkpoint that is none."""
+    return ValueError(f"{str(folder.checkpoint)!r} is not a readable checkpoint: it is damaged, or is none. {_REMEDY}")
 
 
 def write_result(folder: Folder, content: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import BinaryIO, final
 
 from bilevel._files import write_atomically
-from bilevel.commands.run import Failure
+from bilevel.commands.raised import Failure
 
 
 @final
@@ -34,6 +34,7 @@ OMNIGLOT: Mapping[str, Archive] = MappingProxyType(
 )
 
 _CHUNK, _TIMEOUT = 1 << 20, 60.0
+_MOST = 64 << 20  # bytes of an archive: the larger one has 10 million
 
 
 def data(name: str, out: str, source: str | None) -> None:
@@ -53,9 +54,29 @@ def data(name: str, out: str, source: str | None) -> None:
     if source is None:
         for file, archive in OMNIGLOT.items():
             download(archive, folder / file)
+    for file, archive in OMNIGLOT.items():
+        verify(archive, folder / file)
     print("converting ...")
     target = convert_omniglot(folder, Path(out) / f"{name}.npz")
     print(f"wrote {target}. Use it by `--set data={target}`, or `bilevel.tasks.omniglot({str(target)!r})`.")
+
+
+def verify(archive: Archive, file: Path) -> None:
+    """Refuse an archive that is not the one that is known by its name; one that is not there is not missed here.
+
+    Raises:
+        ValueError: naming both checksums.
+    """
+    if not file.is_file() or (file.parent / file.stem).is_dir():  # what is unpacked is read instead
+        return
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, _md5).hexdigest()
+    if found != archive.md5:
+        raise ValueError(
+            f"{str(file)!r} has the MD5 checksum {found} instead of {archive.md5}, that of {archive.url}: it is"
+            f" damaged, or another file. Copy it again; an archive of your own can be unpacked to a folder"
+            f" {file.stem}/ beside it."
+        )
 
 
 def download(archive: Archive, target: Path) -> None:
@@ -85,6 +106,10 @@ def _fetch(archive: Archive, file: BinaryIO) -> None:
         while chunk := response.read(_CHUNK):
             digest.update(chunk)
             file.write(chunk)
+            if file.tell() > _MOST:
+                raise Failure(
+                    f"{archive.url} sends more than {_MOST} bytes, which the archive has not; it was not kept."
+                )
     if digest.hexdigest() != archive.md5:
         raise Failure(
             f"{archive.url} sent a file with the MD5 checksum {digest.hexdigest()} instead of {archive.md5}; it was not"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,17 +12,29 @@ from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import BilevelError, Stats, Status
 from bilevel.commands.arguments import split, takes
-from bilevel.commands.contents import append_history, read_checkpoint, read_result, write_history, write_result
+from bilevel.commands.claim import Claim, claimed
+from bilevel.commands.contents import (
+    BEGUN,
+    FINISHING,
+    INTERRUPTED,
+    STOPPED,
+    append_history,
+    damaged,
+    read_checkpoint,
+    read_history,
+    write_history,
+    write_result,
+)
 from bilevel.commands.folder import Folder
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load_experiment
 from bilevel.commands.plan import Request, merge
 from bilevel.commands.plot_training import draw_training
 from bilevel.commands.progress import note, number, table, training_progress
-from bilevel.commands.raised import told
+from bilevel.commands.raised import Failure, raised_by, told
 from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.commands.result import versions
-from bilevel.commands.run import Failure, folder_of, left
+from bilevel.commands.run import MISREAD, again, left, resuming
 from bilevel.few_shot.calibration import calibration_of
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.experiment import Experiment
@@ -45,34 +55,42 @@ def run_experiment(request: Request) -> None:
         Failure: if training met NaN, or the evaluation failed.
         KeyboardInterrupt: if it was interrupted; the files are written first.
     """
-    folder = folder_of(request)
-    before = read_result(folder) if request.resume else None
+    with claimed(request) as claim:
+        _claimed(request, claim)
+
+
+def _claimed(request: Request, claim: Claim) -> None:
+    folder, before = claim.folder, claim.before
     plan = _plan(request, None if before is None else before["settings"])
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if request.overwrite:
-        set_aside(folder)
-    elif not request.resume:
-        folder.clear()
-    lines = _earlier_lines(folder) if request.resume else []
-    write_history(folder, lines)
     head = {
         "experiment": plan.request.problem,
         "description": plan.experiment.description,
         "settings": plan.settings,
         "versions": versions(),
     }
+    lines = _earlier_lines(folder) if claim.goes_on else []
+    if claim.goes_on and before is not None and _same_length(plan, before):
+        if before["status"] == FINISHING and _complete(plan, folder, before):
+            return
+        if before["status"] == Status.successful.name and before.get("ended") == "max_steps":
+            if not request.quiet:
+                name = str(folder.path)
+                note(f"nothing to do: the run in {name!r} has taken its steps. Raise `--steps` to continue it.")
+            return
+    if request.overwrite:
+        set_aside(folder)
+    elif not claim.goes_on:
+        folder.clear(but_result=True)
+    if not claim.goes_on:  # before anything is computed: who is killed now has said what was to be run
+        write_result(folder, head | {"status": BEGUN})
+    going = _Going(plan, folder, head, lines, claim.goes_on)
     try:
-        _run(plan, folder, head, lines)
-    except OSError as error:
-        if not lines:
-            raise
-        text = f"stopped after step {lines[-1]['step']}: a file could not be written: {error}. {left(folder)}"
-        raise Failure(text) from error
+        _run(going)
     except BaseException as error:
-        if not lines and not request.resume:  # nothing was computed
-            folder.clear()
         if bring_back(folder):
             error.add_note(f"The earlier run in {str(folder.path)!r} is kept.")
+        elif not (going.told or request.resume):  # nothing was computed
+            folder.clear()
         raise
 
 
@@ -159,51 +177,90 @@ def _outer(request: Request, own: AbstractOptimizer) -> AbstractOptimizer:
     return found
 
 
-def _run(plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+@final
+class _Going:
+    """A run as it goes: its lines, and whether a new one has been `told`."""
+
+    def __init__(
+        self, plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], goes_on: bool
+    ) -> None:
+        self.plan, self.folder, self.head, self.lines, self.goes_on = plan, folder, head, lines, goes_on
+        self.told = False
+
+    def tell(self, progress: Progress) -> None:
+        """Write the line of a step."""
+        if not self.told:
+            write_result(self.folder, self.head | {"status": BEGUN})
+        if progress.record.status.ok or progress.record.step > 0:
+            forget(self.folder)
+        line = _line(progress)
+        if not self.told:
+            write_history(self.folder, self.lines)
+        append_history(self.folder, line)
+        self.lines.append(line)
+        self.told = True
+
+
+def _run(going: _Going) -> None:
+    plan, folder, head, lines = going.plan, going.folder, going.head, going.lines
     experiment, request, began = plan.experiment, plan.request, time.perf_counter()
     earlier = float(lines[-1]["elapsed"]) if lines else 0.0
     if request.seconds is not None:
         limit = max(request.seconds - _time_to_evaluate(experiment), 1e-3)
         settings = replace(experiment.settings, outer=replace(experiment.settings.loop, seconds=limit))
         experiment = replace(experiment, settings=settings)
-    saving = Saving(folder.path, experiment.settings.checkpoint_every, request.resume)
+    every, between = experiment.settings.checkpoint_every, request.checkpoint_seconds
+    saving = Saving(folder.path, every, resuming(request, goes_on=going.goes_on), between or Saving.seconds)
+
+    def seconds() -> float:
+        return earlier + time.perf_counter() - began
 
     with training_progress(experiment.settings.max_steps, quiet=request.quiet) as show:
 
         def callback(progress: Progress) -> None:
-            if not folder.result.exists() or progress.record.step == 0:
-                write_result(folder, head | {"status": "running"})
-            if progress.record.status.ok or progress.record.step > 0:
-                forget(folder)
-            line = _line(progress)
-            append_history(folder, line)
-            lines.append(line)
+            going.tell(progress)
             show(progress)
 
         try:
             trained = experiment.train(plan.seed, out=saving, callback=callback)
         except KeyboardInterrupt as error:
-            if not lines:
+            if not going.told and (folder.replaced.is_dir() or not folder.saved):
                 raise
-            again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
-            message = f"interrupted after step {lines[-1]['step']}. Continue with: {again}"
-            _write(folder, head, lines, _Ending("interrupted", message, earlier + time.perf_counter() - began))
+            kept = f"Continue with: {again(request, folder)}" if folder.saved else "No checkpoint could be written."
+            if not going.told:
+                if not going.goes_on:
+                    write_result(folder, head | {"status": INTERRUPTED})
+                raise KeyboardInterrupt(f"interrupted before another step was taken. {kept}") from error
+            message = f"interrupted after step {lines[-1]['step']}. {kept}"
+            _write(folder, head, lines, _Ending(INTERRUPTED, message, seconds()))
             raise KeyboardInterrupt(message) from error
-        except Exception as error:
+        except BaseException as error:  # also `sys.exit` in f or g
             partial = error.partial if isinstance(error, BilevelError) else None
             if isinstance(partial, Trained) and partial.ended != "interrupted":
-                _finish(plan, folder, head, lines, partial, earlier + time.perf_counter() - began)
+                _finish(plan, folder, head, lines, partial, seconds())
                 return
-            if not lines:
+            if not going.told:
+                if going.goes_on and isinstance(error, MISREAD) and not raised_by(error):
+                    raise damaged(folder) from error
                 raise
             message = f"stopped after step {lines[-1]['step']}: {told(error, request.problem)}"
             unwritten = isinstance(error, BilevelError) and error.status is Status.interrupted
-            status = error.status.name if isinstance(error, BilevelError) and not unwritten else "failed"
+            status = error.status.name if isinstance(error, BilevelError) and not unwritten else STOPPED
             if unwritten or isinstance(error, OSError):  # as on a full disk
                 message = f"{message}. {left(folder)}"
-            _write(folder, head, lines, _Ending(status, message, earlier + time.perf_counter() - began))
+            try:
+                _write(folder, head, lines, _Ending(status, message, seconds()))
+            except OSError as failure:
+                message = f"{message} Its files could not be written: {failure}."
             raise Failure(message) from error
-    _finish(plan, folder, head, lines, trained, earlier + time.perf_counter() - began)
+    try:
+        _finish(plan, folder, head, lines, trained, seconds())
+    except KeyboardInterrupt as error:
+        message = f"interrupted while what was trained was evaluated. Continue with: {again(request, folder)}"
+        raise KeyboardInterrupt(message) from error
+    except OSError as error:
+        text = f"stopped after step {lines[-1]['step']}: a file could not be written: {error}. {left(folder)}"
+        raise Failure(text) from error
 
 
 def _finish(
@@ -249,19 +306,30 @@ def _line(progress: Progress) -> dict[str, Any]:
 
 
 def _earlier_lines(folder: Folder) -> list[dict[str, Any]]:
-    """The lines of history.jsonl up to the checkpoint."""
+    """The lines of history.jsonl up to the checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint, or a line, cannot be read.
+    """
     step = read_checkpoint(folder)["step"]
-    if not folder.history.exists():
-        return []
-    found: dict[int, dict[str, Any]] = {}
-    for text in folder.history.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # a line that a crash cut short
-            continue
-        if line["step"] < step:
-            found[line["step"]] = line
-    return [found[key] for key in sorted(found)]
+    return [line for line in read_history(folder) if line["step"] < step and _sound(folder, line)]
+
+
+def _sound(folder: Folder, line: Mapping[str, Any]) -> bool:
+    """Whether a line holds what is used of it.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        numbers = [line["elapsed"], line["value"], line["grad_norm"]]
+        numbers += [] if line["validation"] is None else [line["validation"]["score"]]
+        read = list(map(float, numbers)), Stats(**line["stats"]), Status[line["status"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(folder.history)!r} is damaged at step {line['step']}. `--overwrite` begins the run anew."
+        ) from error
+    return bool(read)
 
 
 @final
@@ -279,7 +347,6 @@ class _Ending:
 def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], ending: _Ending) -> dict[str, Any]:
     """Write every file of a run that has ended."""
     trained, test = ending.trained, ending.test
-    notes: list[str] = []
     content = head | {
         "status": ending.status,
         "message": ending.message,
@@ -296,17 +363,48 @@ def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], en
         "stats": sum((Stats(**line["stats"]) for line in lines), Stats()).as_dict(),
         "training_seconds": lines[-1]["elapsed"],
         "seconds": ending.seconds,
-        "notes": notes,
+        "notes": [],
     }
-    write_result(folder, content)
+    unfinished = {} if test is None else {"status": FINISHING, "computed": {"status": ending.status}}
+    write_result(folder, content | unfinished)
+    _draw(folder, content, lines)
+    return content
+
+
+def _draw(folder: Folder, content: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+    """The picture, and then the result, by which the run is finished."""
+    notes = content["notes"]
     try:
         write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"]))
     except Exception as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out plot.png: {error if missing else f'{type(error).__name__}: {error}'}")
         note(notes[-1])
-        write_result(folder, content)
-    return content
+    write_result(folder, content)
+
+
+def _same_length(plan: _Plan, before: Mapping[str, Any]) -> bool:
+    """Whether no more, and no less, is to be trained than was."""
+    return all(before["settings"].get(name) == plan.settings[name] for name in ("steps", "seconds"))
+
+
+def _complete(plan: _Plan, folder: Folder, before: Mapping[str, Any]) -> bool:
+    """Make what is missing of a run that was killed after its evaluation; False where there is something to train.
+
+    Raises:
+        Failure: if training failed, as it would have said itself.
+    """
+    computed, lines = before.get("computed"), read_history(folder)
+    if not (isinstance(computed, dict) and lines and all(_sound(folder, line) for line in lines)):
+        return False
+    content = {name: value for name, value in before.items() if name != "computed"}
+    content |= {"status": str(computed.get("status")), "notes": []}
+    _draw(folder, content, lines)
+    if not plan.request.quiet:
+        note(f"the run in {str(folder.path)!r} was trained and evaluated: its plot was missing.")
+    if content.get("ended") == "failed":
+        raise Failure(str(content.get("message")))
+    return True
 
 
 def _values(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,9 +61,9 @@ class Folder:
         return self.path / "model.pt"
 
     @property
-    def occupied(self) -> bool:
-        """Whether a run wrote here before."""
-        return self.result.exists() or self.history.exists()
+    def saved(self) -> bool:
+        """Whether there is something to continue from: an empty file is nothing."""
+        return self.checkpoint.exists() and self.checkpoint.stat().st_size > 0
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -71,10 +71,34 @@ class Folder:
         own = self.result, self.history, self.plot, self.checkpoint, self.records
         return *own, self.solution, self.best, self.model
 
-    def clear(self) -> None:
-        """Remove the files of an earlier run, and nothing else."""
+    def demand_files(self) -> None:
+        """Refuse a folder in which something else is where a file of a run is to be.
+
+        Raises:
+            ValueError: naming it.
+        """
         for file in self.files:
-            file.unlink(missing_ok=True)
+            if file.is_symlink() and not file.exists():
+                raise ValueError(f"{str(file)!r} is a link to nothing: remove it, or name another `--out`.")
+            if file.exists() and not file.is_file():
+                what = "a folder" if file.is_dir() else "no file"
+                raise ValueError(f"{str(file)!r} is {what}, and a run writes that file: name another `--out`.")
+
+    def clear(self, *, but_result: bool = False) -> None:
+        """Remove the files of an earlier run, and nothing else; last its result, which says what was to be run.
+
+        Args:
+            but_result: leave that, until a new one takes its place: who is killed in between has one of them.
+        """
+        for file in reversed(self.files):
+            if not (but_result and file == self.result):
+                file.unlink(missing_ok=True)
+
+    def remove_halves(self) -> None:
+        """Remove what a process that was killed had half written; for who holds the folder."""
+        for file in self.files:
+            for half in self.path.glob(f".{file.name}.*.part"):
+                half.unlink(missing_ok=True)
 
     @property
     def replaced(self) -> Path:

@@ -121,14 +121,21 @@ def _executed(path: Path) -> ModuleType:
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look there
     try:
         spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
     except ImportError as error:
         raise ImportError(f"{_where(path, error)}: {error}") from error
-    except Exception as error:
-        raise ValueError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # `sys.exit()` too: it is not for a file that is looked into to end what looks
+        raise ValueError(f"{_where(path, error)}: {_said(error)}") from error
     return module
 
 
-def _where(path: Path, error: Exception) -> str:
+def _said(error: BaseException) -> str:
+    """Its type and what it says, if anything."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _where(path: Path, error: BaseException) -> str:
     """`file.py:12`: the last line of the file that the error passed through."""
     if isinstance(error, SyntaxError):
         return f"{error.filename or path}:{error.lineno}"
@@ -175,11 +182,11 @@ def _built(
     bound = bind(problem, found, arguments, {"seed": seed} if seeded else {})
     try:
         return found(**bound)
-    except (ValueError, ImportError):  # its own words are the best ones
+    except (ValueError, ImportError, KeyboardInterrupt):  # its own words are the best ones
         raise
-    except Exception as error:
-        where = f" ({_where(Path(module.__file__), error)})" if module is not None and module.__file__ else ""
-        raise ValueError(f"building {problem} failed: {type(error).__name__}: {error}{where}") from error
+    except BaseException as error:
+        where = "" if module is None else f" ({_where(Path(problem.rpartition(':')[0]), error)})"
+        raise ValueError(f"building {problem} failed: {_said(error)}{where}") from error
 
 
 def _complete(problem: str, found: Any, module: ModuleType | None) -> Instance:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from bilevel._files import write_atomically
+from bilevel._numerics.nesting import tree_map
 from bilevel._result import Stats
-from bilevel._tree import Tree
-from bilevel.commands.contents import write_result, write_solution
+from bilevel._tree import Tree, ravel
+from bilevel.commands.contents import FINISHING, read_history, read_solution, write_result, write_solution
 from bilevel.commands.folder import Folder
 from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
 from bilevel.commands.progress import note, number, table
-from bilevel.commands.result import describe, versions
+from bilevel.commands.raised import Failure
+from bilevel.commands.result import describe, plain, versions
 from bilevel.outer.solution import Best, Record, Solution
 
 
@@ -54,8 +56,7 @@ def head(request: Request, made: Plan) -> dict[str, Any]:
 
 def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, seconds: float) -> None:
     """Write every file of a run that has ended, and show its table."""
-    notes: list[str] = []
-    history, instance = outcome.history, made.instance
+    history = outcome.history
     stats = sum((record.stats for record in history), Stats())
     content = head(request, made) | {
         "status": outcome.status,
@@ -69,15 +70,54 @@ def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, sec
         "metrics": {},
         "stats": stats.as_dict(),
         "seconds": seconds,
-        "notes": notes,
+        "notes": [],
     }
-    write_result(folder, content)  # before anything that a problem's own code could stop
     if outcome.point is not None:
-        x, y = outcome.point
-        write_solution(folder, x, y)
+        write_solution(folder, *outcome.point)
+    unfinished = {"status": FINISHING, "computed": {"status": outcome.status, "failed": outcome.failed}}
+    write_result(folder, content | (unfinished if outcome.solution is not None else {}))
+    _complete(request, made, folder, content, outcome.point, history)
+
+
+def finish(request: Request, made: Plan, folder: Folder, before: Mapping[str, Any]) -> bool:
+    """Make what is missing of a run that was killed while :func:`write` was at its metrics or its picture.
+
+    Nothing is computed again. False where the files that this needs cannot be read.
+
+    Raises:
+        Failure: if the run did not succeed, as it would have said itself.
+    """
+    computed, point = before.get("computed"), read_solution(folder)
+    try:
+        history = tuple(Record.from_dict(_numbers(line)) for line in read_history(folder))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    if not isinstance(computed, dict) or point is None or not history or history[-1].step != before.get("steps"):
+        return False
+    x, y = (_moved(tree, start) for tree, start in zip(point, (made.instance.x0, made.instance.y0), strict=True))
+    content = {name: value for name, value in before.items() if name != "computed"}
+    content |= {"status": str(computed.get("status")), "metrics": {}, "notes": []}
+    _complete(request, made, folder, content, (x, y), history)
+    if computed.get("failed"):
+        raise Failure(str(before.get("message")))
+    return True
+
+
+def _complete(
+    request: Request,
+    made: Plan,
+    folder: Folder,
+    content: dict[str, Any],
+    point: tuple[Tree, Tree] | None,
+    history: tuple[Record, ...],
+) -> None:
+    """What a problem's own code makes of x and y; then the result, by which the run is finished."""
+    instance, notes = made.instance, content["notes"]
+    if point is not None:
+        x, y = point
         if instance.metrics is not None:
             metrics = instance.metrics
-            _attempt("its metrics", lambda: content.update(metrics=dict(metrics(x, y))), notes)
+            _attempt("its metrics", lambda: content.update(metrics=plain(dict(metrics(x, y)))), notes)
         if history:
             picture = lambda file: draw(file, instance, x, y, history)  # noqa: E731
             _attempt("plot.png", lambda: write_atomically(folder.plot, picture), notes)
@@ -88,6 +128,17 @@ def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, sec
         _show(made, folder, content)
 
 
+def _moved(tree: Tree, start: Tree) -> Tree:
+    """A structure on the device of another one."""
+    device = ravel(start)[1].device
+    return tree_map(lambda leaf: leaf.to(device), tree)
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of history.jsonl with its numbers, of which those that JSON does not have are texts there."""
+    return {**line, **{name: float(line[name]) for name in ("value", "grad_norm", "seconds")}}
+
+
 def _values(record: Record | Best) -> dict[str, Any]:
     return {"step": record.step, "value": record.value, "grad_norm": record.grad_norm}
 
@@ -96,9 +147,13 @@ def _attempt(what: str, action: Callable[[], object], notes: list[str]) -> None:
     """Something without which the run is still a success: if it fails, a note says so."""
     try:
         action()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out {what}: {error if missing else f'{type(error).__name__}: {error}'}")
+
+
+def _told(value: Any) -> str:
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
@@ -108,7 +163,7 @@ def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
         ("status", content["status"] + ("" if content["converged"] else ", not converged")),
         ("Phi", f"{number(content['initial']['value'])} -> {number(content['final']['value'])}"),
         ("|h|", f"{number(content['initial']['grad_norm'])} -> {number(content['final']['grad_norm'])}"),
-        *((name.replace("_", " "), number(value)) for name, value in content["metrics"].items()),
+        *((name.replace("_", " "), _told(value)) for name, value in content["metrics"].items()),
         ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
         ("outer steps", str(content["steps"])),
         ("seconds", f"{content['seconds']:.2f}"),

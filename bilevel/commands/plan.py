@@ -42,6 +42,8 @@ class Request:
     arguments: tuple[str, ...] = ()
     out: str | None = None
     resume: bool = False
+    force: bool = False
+    checkpoint_seconds: float | None = None
     overwrite: bool = False
     keep_going: bool = False
     quiet: bool = False

@@ -108,9 +108,9 @@ def note(text: str) -> None:
     print(f"bilevel: note: {text}", file=sys.stderr)
 
 
-def number(value: float) -> str:
-    """Six digits."""
-    return f"{value:.6g}"
+def number(value: float | str) -> str:
+    """Six digits; of a number that JSON does not have, also of its text."""
+    return f"{float(value):.6g}"
 
 
 @contextlib.contextmanager

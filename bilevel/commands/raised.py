@@ -1,4 +1,4 @@
-"""Whose error it is: of f or g, or of how they were used."""
+"""What goes wrong in a run, and whose error it is: of f or g, or of how they were used."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from bilevel._numerics.misfits import origin
 from bilevel._problem import BilevelProblem
 
 _TORCH = Path(torch.__file__).parent
+
+
+class Failure(Exception):  # noqa: N818  (its name is what the exit code says)
+    """A computation that began and did not succeed; what it computed has been written."""
 
 
 def told(error: BaseException, problem: str) -> str:

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import time
-from collections.abc import Mapping
-from datetime import datetime
-from pathlib import Path, PurePath
-from typing import Any
+from typing import Literal, final
 
 from bilevel._estimate import Estimate
 from bilevel._instance import Instance
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import BilevelError, Status
 from bilevel._tree import ravel
-from bilevel.commands.contents import append_history, read_checkpoint, read_result, write_history, write_result
+from bilevel.commands.claim import Claim, claimed
+from bilevel.commands.contents import (
+    BEGUN,
+    FINISHING,
+    INTERRUPTED,
+    STOPPED,
+    append_history,
+    damaged,
+    read_checkpoint,
+    read_records,
+    write_history,
+    write_result,
+)
 from bilevel.commands.folder import Folder
-from bilevel.commands.outcome import RunOutcome, head, write
+from bilevel.commands.outcome import RunOutcome, finish, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
-from bilevel.commands.raised import told
+from bilevel.commands.raised import Failure, raised_by, told
 from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.outer.checkpoint import demand_same
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Record, Solution
 
-
-class Failure(Exception):  # noqa: N818  (its name is what the exit code says)
-    """A computation that began and did not succeed; what it computed has been written."""
+SECONDS = 30.0  # between checkpoints, at most
 
 
 def run(request: Request) -> None:
@@ -41,108 +47,121 @@ def run(request: Request) -> None:
     """
     if request.seconds is not None:
         raise ValueError(f"`--seconds` limits the training of few-shot experiments, and {request.problem} is none.")
-    folder = folder_of(request)
-    before = read_result(folder) if request.resume else None
+    with claimed(request) as claim:
+        _run(request, claim)
+
+
+def _run(request: Request, claim: Claim) -> None:
+    folder, before = claim.folder, claim.before
     made = plan(request, None if before is None else before["settings"])
-    if before is not None:
+    if claim.goes_on:
+        read_checkpoint(folder)  # if it can be read
+    if claim.goes_on and not request.force:
         demand_same(folder.checkpoint, made.instance.problem, made.options.get("data"))
-    if before is not None and _complete(before, made, folder):
-        if not request.quiet:
-            note(f"nothing to do: the run in {str(folder.path)!r} has taken its steps. Raise `--steps` to continue it.")
-        return
-    folder.path.mkdir(parents=True, exist_ok=True)
+    if claim.goes_on and _all_computed(claim, made):
+        if before is not None and before["status"] == FINISHING and finish(request, made, folder, before):
+            return
+        if before is not None and before["status"] != FINISHING:
+            if not request.quiet:
+                name = str(folder.path)
+                note(f"nothing to do: the run in {name!r} has taken its steps. Raise `--steps` to continue it.")
+            return
     if request.overwrite:
         set_aside(folder)
-    elif not request.resume:
-        folder.clear()
+    elif not claim.goes_on:
+        folder.clear(but_result=True)
     for text in made.notes:
         note(text)
     earlier = 0.0 if before is None else float(before.get("seconds") or 0.0)
+    began = time.perf_counter()
+    going = _Going(request, made, claim)
     try:
-        outcome, began, cause = _compute(request, made, folder)
+        outcome, cause = _compute(going)
     except BaseException as error:
         if bring_back(folder):
             error.add_note(_kept(folder))
+        elif not (going.told or request.resume):  # nothing was computed
+            folder.clear()
         raise
     if bring_back(folder):  # the first evaluation did not succeed
         raise _failure(outcome, f"{outcome.message} {_kept(folder)}") from cause
-    _name_outer(made, folder)
-    seconds = earlier + time.perf_counter() - began
     try:
-        write(request, made, folder, outcome, seconds)
-    except OSError as error:
+        _name_outer(made, folder)
+        write(request, made, folder, outcome, earlier + time.perf_counter() - began)
+    except OSError as error:  # nothing else is wrong with it
         raise Failure(f"{outcome.message} Its files could not be written: {error}. {left(folder)}".strip()) from error
+    except KeyboardInterrupt as error:
+        message = f"interrupted while metrics and plot were made. Continue with: {again(request, folder)}"
+        raise KeyboardInterrupt(message) from error
     if outcome.failed:
         raise _failure(outcome, outcome.message) from cause
 
 
-def _complete(before: Mapping[str, Any], made: Plan, folder: Folder) -> bool:
-    """Whether the run that is to be resumed has converged, or succeeded and taken all the steps that are asked for."""
-    ended = (Status.successful.name, Status.steps_used_up.name)
-    if before.get("status") not in ended or made.options["tol"] != before["settings"].get("tol"):
+def _all_computed(claim: Claim, made: Plan) -> bool:
+    """Whether the run that is to be resumed has converged, or succeeded and taken all the steps that are asked for.
+
+    One whose files were not finished, because it was killed then, has also if it failed: all that is known is written.
+    """
+    before = claim.before
+    assert before is not None
+    ended = (Status.successful.name, Status.steps_used_up.name, FINISHING)
+    if before["status"] not in ended or made.options["tol"] != before["settings"].get("tol"):
         return False
-    if before.get("converged"):
-        return True
-    if isinstance(made.options.get("outer"), AbstractOuterDriver):  # its file counts evaluations
-        return bool(made.options["max_steps"] == before["settings"]["steps"])
-    return bool(read_checkpoint(folder)["step"] >= made.options["max_steps"])
+    if before["status"] == FINISHING or isinstance(made.options.get("outer"), AbstractOuterDriver):
+        # the file of a driver counts evaluations
+        return bool(before.get("converged") or made.options["max_steps"] == before["settings"].get("steps"))
+    return bool(before.get("converged") or read_checkpoint(claim.folder)["step"] >= made.options["max_steps"])
 
 
 def _failure(outcome: RunOutcome, message: str) -> BaseException:
-    return KeyboardInterrupt(message) if outcome.status == "interrupted" else Failure(message)
+    return KeyboardInterrupt(message) if outcome.status == INTERRUPTED else Failure(message)
 
 
 def _kept(folder: Folder) -> str:
     return f"The earlier run in {str(folder.path)!r} is kept."
 
 
-def folder_of(request: Request) -> Folder:
-    """The run's folder; a new one under `runs` where none was named.
-
-    Raises:
-        ValueError: if it is a file, or holds a run and nothing was said about what to do with it.
-    """
-    if request.resume and request.overwrite:
-        raise ValueError("`--resume` continues a run and `--overwrite` replaces it: choose one.")
-    if request.out is None:
-        if request.resume:
-            raise ValueError("`--resume` needs `--out DIR` to say which run.")
-        stem = PurePath(request.problem).name.replace(".py:", "-")
-        name = f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-        names = itertools.chain([name], (f"{name}-{again}" for again in itertools.count(2)))
-        return Folder(next(path for path in (Path("runs") / name for name in names) if not path.exists()))
-    folder = Folder(Path(request.out))
-    if folder.path.exists() and not folder.path.is_dir():
-        raise ValueError(f"`--out {request.out}` is a file: name a folder.")
-    if not folder.result.exists():
-        bring_back(folder)  # of a run that was killed before its first evaluation had ended
-    if folder.occupied and not (request.resume or request.overwrite):
-        raise ValueError(f"{request.out!r} holds a run: `--resume` continues it, `--overwrite` replaces it.")
-    return folder
+def again(request: Request, folder: Folder) -> str:
+    """The command that continues a run."""
+    return shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
 
 
-def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, float, BaseException | None]:
+@final
+class _Going:
+    """A run as it goes: its records, and whether a new one has been `told`."""
+
+    def __init__(self, request: Request, made: Plan, claim: Claim) -> None:
+        self.request, self.made, self.claim = request, made, claim
+        self.records: list[Record] = []
+        self.told = False
+
+    def tell(self, record: Record) -> None:
+        """Write the record of a step."""
+        folder = self.claim.folder
+        if not self.told:
+            write_result(folder, head(self.request, self.made) | {"status": BEGUN})
+        if record.status.ok or record.step > 0:
+            forget(folder)
+        if not self.told or record.step < len(self.records):
+            del self.records[record.step :]  # a resumed outer method may ask for another point than before
+            write_history(folder, self.records)
+        append_history(folder, record)
+        self.records.append(record)
+        self.told = True
+
+
+def _compute(going: _Going) -> tuple[RunOutcome, BaseException | None]:
     """Run `minimize`, writing the history as it goes; whatever ends it becomes an outcome."""
-    instance, records = made.instance, list[Record]()
-    if request.resume:
-        records = [Record.from_dict(record) for record in read_checkpoint(folder)["history"]]
-    write_history(folder, records)
-    began, first = time.perf_counter(), True
-
+    request, made, folder = going.request, going.made, going.claim.folder
+    instance, records, goes_on = made.instance, going.records, going.claim.goes_on
+    if goes_on:
+        records.extend(read_records(folder))
+    else:  # before anything is computed: who is killed now has said what was to be run
+        write_result(folder, head(request, made) | {"status": BEGUN})
     with progress(made.options["max_steps"], quiet=request.quiet) as show:
 
         def callback(record: Record, _: Estimate) -> None:
-            nonlocal first
-            if first:
-                write_result(folder, head(request, made) | {"status": "running"})
-                first = False
-            if record.status.ok or record.step > 0:
-                forget(folder)
-            if record.step < len(records):  # a resumed outer method has asked for another point than before
-                del records[record.step :]
-                write_history(folder, records)
-            append_history(folder, record)
-            records.append(record)
+            going.tell(record)
             show(record)
 
         try:
@@ -152,41 +171,47 @@ def _compute(request: Request, made: Plan, folder: Folder) -> tuple[RunOutcome, 
                 instance.y0,
                 callback=callback,
                 checkpoint=folder.checkpoint,
-                resume=request.resume,
+                checkpoint_seconds=request.checkpoint_seconds or SECONDS,
+                resume=resuming(request, goes_on=goes_on),
                 throw=not request.keep_going,
                 **made.options,
             )
         except BilevelError as error:
             if not isinstance(error.partial, Solution):
                 raise
-            if error.partial.status is Status.interrupted:  # a full disk, or an error of f
+            if error.partial.status is Status.interrupted:  # a full disk
                 message = f"{told(error, request.problem)} {left(folder)}"
-                return _stopped(instance, folder, records, "failed", message, error.partial), began, error
-            return _ended(error.partial, folder, records), began, error
+                return _stopped(instance, folder, records, STOPPED, message, error.partial), error
+            return _ended(error.partial, folder, records), error
         except KeyboardInterrupt as error:
-            if folder.replaced.is_dir() or not (records or folder.checkpoint.exists()):
-                folder.clear()
-                raise
-            step = records[-1].step if records else 0
-            again = shlex.join(["bilevel", "run", request.problem, "--out", str(folder.path), "--resume"])
-            kept = f"Continue with: {again}" if folder.checkpoint.exists() else "No checkpoint could be written."
-            message = f"interrupted after step {step}. {kept}"
-            return _stopped(instance, folder, records, "interrupted", message, partial_of(error)), began, error
-        except Exception as error:
-            if first:  # nothing was computed
-                if not request.resume:
-                    folder.clear()
+            if not going.told:
+                if folder.replaced.is_dir() or not folder.saved:
+                    raise
+                message = f"interrupted before another step was taken. Continue with: {again(request, folder)}"
+                if goes_on:
+                    raise KeyboardInterrupt(message) from error
+                return _stopped(instance, folder, records, INTERRUPTED, message, partial_of(error)), error
+            kept = f"Continue with: {again(request, folder)}" if folder.saved else "No checkpoint could be written."
+            message = f"interrupted after step {records[-1].step}. {kept}"
+            return _stopped(instance, folder, records, INTERRUPTED, message, partial_of(error)), error
+        except BaseException as error:  # also `sys.exit` in f or g
+            if not going.told:  # nothing was computed
+                if goes_on and isinstance(error, MISREAD) and not raised_by(error):
+                    raise damaged(folder) from error
                 raise
             message = f"stopped after step {records[-1].step}: {told(error, request.problem)}"
             if isinstance(error, OSError):  # as on a full disk, where nothing more may be written
                 message = f"{message}. {left(folder)}"
-            return _stopped(instance, folder, records, "failed", message, partial_of(error)), began, error
-    return _ended(solution, folder, records), began, None
+            return _stopped(instance, folder, records, STOPPED, message, partial_of(error)), error
+    return _ended(solution, folder, records), None
+
+
+MISREAD = (KeyError, IndexError, AttributeError, RuntimeError)  # of what a checkpoint holds, and should not
 
 
 def _name_outer(made: Plan, folder: Folder) -> None:
     """Which outer method the default was, as the checkpoint tells."""
-    if made.options.get("outer") is None and "outer" in made.settings["chosen"] and folder.checkpoint.exists():
+    if made.options.get("outer") is None and "outer" in made.settings["chosen"] and folder.saved:
         made.settings["chosen"]["outer"] = read_checkpoint(folder)["settings"]["outer"]
 
 
@@ -198,11 +223,16 @@ def _ended(solution: Solution, folder: Folder, records: list[Record]) -> RunOutc
     return RunOutcome(status, solution.failed, message, solution.history[-1].step, point, solution.history, solution)
 
 
+def resuming(request: Request, *, goes_on: bool) -> bool | Literal["force"]:
+    """The argument `resume` of `minimize`."""
+    return "force" if goes_on and request.force else goes_on
+
+
 def _stopped(
     instance: Instance, folder: Folder, records: list[Record], status: str, message: str, partial: Solution | None
 ) -> RunOutcome:
     """What the checkpoint, which `minimize` wrote on its way out, says; where it could not, what it left."""
-    saved = read_checkpoint(folder) if folder.checkpoint.exists() else None
+    saved = read_checkpoint(folder) if folder.saved else None
     if saved is not None and (saved["step"] >= len(records) - 1 or partial is None):
         del records[saved["step"] + 1 :]
         x, y = (

@@ -15,6 +15,8 @@ from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Tally
 from bilevel._tree import Tree, demand_alike, ravel
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SEED
 from bilevel.diagnostics.against_differences import hypergradient_agrees
 from bilevel.diagnostics.applicability import why_not_applicable
 from bilevel.diagnostics.dependence import y_depends_on_x
@@ -43,6 +45,7 @@ _OF_THE_PROBLEM: tuple[Test, ...] = (
 )
 
 
+@checked(seed=SEED)
 def check(
     problem: BilevelProblem,
     x: Tree,

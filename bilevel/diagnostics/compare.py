@@ -17,6 +17,8 @@ from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Stats, Status, Tally
 from bilevel._tree import Tree, demand_alike, ravel
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SIZE
 from bilevel.certificates.applies import no_certificate_at
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.certify_flat import certify_flat
@@ -30,6 +32,7 @@ from bilevel.named.setting import Setting
 from bilevel.solvers.cg import accurate_cg
 
 
+@checked(budgets=SIZE)
 def compare(
     problem: BilevelProblem,
     x: Tree,

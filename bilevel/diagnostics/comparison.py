@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from bilevel._result import Stats
+from bilevel.arguments.fits import demand_types
 
 
 @final
@@ -42,6 +43,9 @@ class Row:
     status: str = ""
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def applies(self) -> bool:
         """Whether the estimator gave a number."""
@@ -71,6 +75,9 @@ class Comparison:
     norm: float
     reference: str
     reference_error: float = field(default=float("nan"))
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as plain data."""
@@ -121,6 +128,10 @@ class Comparison:
 
     def plot(self, figure: Any) -> None:
         """Error against oracle calls, one line an estimator, its certificate dashed, on a matplotlib figure."""
+        if not callable(getattr(figure, "subplots", None)):
+            raise TypeError(
+                f"`Comparison.plot(figure=...)` must be a figure of matplotlib. Got {type(figure).__name__}."
+            )
         axes = figure.subplots()
         names = list(dict.fromkeys(row.name for row in self.rows if row.applies))
         scale = self.norm or 1.0

@@ -34,6 +34,7 @@ def peak_memory(function: Callable[[], T], device: torch.device) -> tuple[T, int
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()  # type: ignore[attr-defined, unused-ignore]  # pyright: ignore
         most = max(most, held)
+    record.action_map.clear()  # it refers to the record, which would keep all events until the collector runs
     return result, most
 
 

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from bilevel.arguments.fits import demand_types
+
 
 class Outcome(enum.Enum):
     """How a test of a problem came out."""
@@ -25,6 +27,9 @@ class Verdict:
     found: str
     remedy: str = ""
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Check:
     verdicts: tuple[Verdict, ...]
     dependence: str
     estimators: dict[str, str] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def ok(self) -> bool:

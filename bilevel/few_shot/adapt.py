@@ -14,6 +14,9 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.batched import batched, looped
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree, ravel, tree_leaves, tree_map, tree_parts
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, SEED
 from bilevel.few_shot.learner import Learner
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.padding import Level, demand_padding_unseen, is_padded
@@ -40,7 +43,11 @@ class Adapted:
     stats: Stats
     batch: Any = field(repr=False)
 
+    def __post_init__(self) -> None:
+        demand_types(self)
 
+
+@checked(steps=COUNT, seed=SEED)
 def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, seed: int = 0) -> Adapted:
     """y_t = argmin_y g(x, y, task_t), as `learner.adapt` finds it, for every task of a batch; no derivative in x.
 
@@ -58,7 +65,7 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
             sizes changes g.
 
     Example:
-        >>> from bilevel import BilevelProblem
+        >>> from bilevel import ITD, BilevelProblem
         >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> problem = BilevelProblem(
@@ -68,7 +75,8 @@ def adapt(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, se
         ...     tasks=True,
         ... )
         >>> inner, x0 = Iterate(GradientDescent(0.5), max_steps=1), torch.tensor(0.0)
-        >>> learner = Learner("mean", problem, x0, x0, None, inner, lambda x, y, task: y.expand(1), lambda x: None)
+        >>> predict = lambda x, y, task: y.expand(1)
+        >>> learner = Learner("mean", problem, x0, x0, ITD(inner), inner, predict, lambda x: None)
         >>> adapt(learner, x0, {"support_y": torch.tensor([[1.0], [2.0]])}).y
         tensor([0.5000, 1.0000])
     """
@@ -104,6 +112,7 @@ def adapted(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, 
     return Adapted(in_z.y.unravel(solved.value), solved.statuses, flat.tally.stats(), batch)
 
 
+@checked()
 def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     """The predictions of every task's queries, `(tasks, queries, ...)`: log-probabilities, or values."""
 
@@ -113,6 +122,7 @@ def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     return _of_tasks(learner, one, adapted)
 
 
+@checked()
 def draws(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
     """What each draw of the tasks' posteriors predicts, `(tasks, samples, queries, ...)`; `predict` is their average.
 

@@ -10,6 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SIZE
+from bilevel.arguments.shapes import Shape
 from bilevel.few_shot.evaluate import Evaluation
 
 
@@ -46,6 +50,9 @@ class Calibration:
     accuracies: Tensor
     confidences: Tensor
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def __str__(self) -> str:
         return f"NLL {self.nll:.4g}, accuracy {self.accuracy:.4g}, ECE {self.ece:.3g}, MCE {self.mce:.3g}"
 
@@ -58,6 +65,8 @@ class Calibration:
         Args:
             axes: of a figure of matplotlib, `pip install "bilevel[plots]"`.
         """
+        if not callable(getattr(axes, "bar", None)):
+            raise TypeError(f"`Calibration.plot(axes=...)` must be axes of matplotlib. Got {type(axes).__name__}.")
         width = float(self.edges[1] - self.edges[0])
         most = int(self.counts.max())
         for left, count, accuracy, confidence in zip(
@@ -76,6 +85,7 @@ class Calibration:
         axes.text(0.03, 0.97, f"ECE {self.ece:.3f}\nMCE {self.mce:.3f}", va="top", transform=axes.transAxes)
 
 
+@checked(log_probabilities=Shape("n classes", finite=False), targets=Shape("n", "integer"), bins=SIZE)
 def calibration(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -> Calibration:
     """The calibration of predictions; all queries of all test tasks belong into one call.
 
@@ -96,18 +106,16 @@ def calibration(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -
         >>> round(found.ece, 3), found.accuracy
         (0.4, 0.5)
     """
-    if bins < 1:
-        raise ValueError(f"`calibration(bins=...)` must be at least 1. Got {bins}.")
-    if log_probabilities.dim() != 2 or not len(targets) or targets.shape != log_probabilities.shape[:1]:
+    if not bool(((targets >= 0) & (targets < log_probabilities.shape[1])).all()):
         raise ValueError(
-            f"`calibration` needs log-probabilities (n, classes) and targets (n,) of at least one prediction."
-            f" Got {tuple(log_probabilities.shape)} and {tuple(targets.shape)}."
+            f"`calibration(targets=...)` must be numbers of classes, from 0 to {log_probabilities.shape[1] - 1}."
+            f" Got {int(targets.min())} to {int(targets.max())}."
         )
     logs = log_probabilities.detach().double()
     total = logs.exp().sum(-1)
     if not bool((total - 1).abs().max() <= 1e-3):
         raise ValueError(
-            f"`calibration` needs log-probabilities: each row's exponentials must sum to 1. Got sums from"
+            f"`calibration(log_probabilities=...)` must be logarithms: each row's exponentials sum to 1. Got sums from"
             f" {float(total.min()):.4g} to {float(total.max()):.4g}. Apply `log_softmax(logits, dim=-1)` first."
         )
     best, predicted = logs.max(-1)
@@ -128,6 +136,7 @@ def calibration(log_probabilities: Tensor, targets: Tensor, *, bins: int = 15) -
     )
 
 
+@checked(bins=SIZE)
 def calibration_of(evaluation: Evaluation, *, bins: int = 15) -> Calibration:
     """The calibration of what `evaluate` predicted, all its episodes together.
 
@@ -139,6 +148,7 @@ def calibration_of(evaluation: Evaluation, *, bins: int = 15) -> Calibration:
     return calibration(evaluation.log_probabilities, evaluation.targets, bins=bins)
 
 
+@checked()
 def draw_reliability(found: Mapping[str, Calibration], path: str | Path) -> None:
     """Write reliability diagrams of several methods, side by side by name, as a picture.
 

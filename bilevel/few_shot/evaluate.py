@@ -15,6 +15,9 @@ from torch.nn.functional import nll_loss
 
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, SEED, SIZE
 from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
@@ -44,7 +47,11 @@ class Score:
     mean: float
     interval: float
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @staticmethod
+    @fitting
     def of(values: Tensor) -> Score:
         """The score of `(episodes,)` values."""
         values = values.double()
@@ -97,6 +104,9 @@ class Evaluation:
     coverage: Score | None = None
     settled: Score | None = None
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def lost(self) -> int:
         """How many tasks' adaptation diverged, or met NaN."""
@@ -124,6 +134,7 @@ class Evaluation:
         return f"{self.metric} {self.score} (before adaptation {self.before}) on {self.episodes} tasks"
 
 
+@checked(episodes=SIZE, batch=SIZE, seed=SEED, steps=COUNT, curve=COUNT)
 def evaluate(
     learner: Learner,
     x: Tree,
@@ -159,7 +170,7 @@ def evaluate(
         TypeError: if `learner` is none, or `tasks` has no `sample`.
 
     Example:
-        >>> from bilevel import BilevelProblem
+        >>> from bilevel import ITD, BilevelProblem
         >>> from bilevel.extending import Learner
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> from bilevel.tasks.sinusoid import Sinusoid
@@ -171,7 +182,7 @@ def evaluate(
         ... )
         >>> inner, x0 = Iterate(GradientDescent(1.0), max_steps=1), torch.tensor(0.0)
         >>> predict = lambda x, y, task: y.expand(task["query_y"].shape)
-        >>> learner = Learner("mean", problem, x0, x0, None, inner, predict, lambda x: None)
+        >>> learner = Learner("mean", problem, x0, x0, ITD(inner), inner, predict, lambda x: None)
         >>> found = evaluate(learner, x0, Sinusoid(phase=(0, 0)), episodes=100)
         >>> found.metric, found.before.mean > 3
         ('mse', True)

@@ -10,12 +10,16 @@ from typing import Any, final
 
 from bilevel._instance import Instance
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type, demand_types
+from bilevel.arguments.ranges import SEED
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import FORMERLY, Reporting, Saving, Validating, validating
 from bilevel.few_shot.train import train
 from bilevel.few_shot.trained import Callback, Trained
 from bilevel.few_shot.training import Evaluating, Training, regrouped, taken
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.tasks.source import AbstractTasks, batches
 
 _TEST = 2**35  # test tasks are drawn from a stream of seeds of their own
@@ -50,7 +54,10 @@ class Experiment:
     tester: Learner | None = None
 
     def __post_init__(self) -> None:
+        demand_type("Experiment", "tester", self.tester, Learner | None)
         settings, evaluation = self.settings, self.evaluation
+        for name, value, kind in (("settings", settings, Training), ("evaluation", evaluation, Evaluating)):
+            demand_type("Experiment", name, value, kind | Mapping[str, Any])
         if isinstance(settings, Mapping):
             _warn("Experiment(settings={...})", "Experiment(settings=Training(...), validation=Validating(...))", 4)
             own, validation, rest = regrouped(Training(), self.validating, settings)
@@ -60,7 +67,11 @@ class Experiment:
             object.__setattr__(self, "validation", validation)
         if isinstance(evaluation, Mapping):
             _warn("Experiment(evaluation={...})", "Experiment(evaluation=Evaluating(...))", 4)
-            object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+            try:
+                object.__setattr__(self, "evaluation", Evaluating(**evaluation))
+            except TypeError as error:
+                raise TypeError(f"`Experiment(evaluation=...)`: {error}") from None
+        demand_types(self)
 
     @property
     def validating(self) -> Validating:
@@ -69,6 +80,7 @@ class Experiment:
         assert own is not None
         return replace(own, learner=self.tester) if own.learner is None else own
 
+    @checked(seed=SEED)
     def train(
         self,
         seed: int = 0,
@@ -108,6 +120,7 @@ class Experiment:
             callback=callback,
         )
 
+    @checked(seed=SEED)
     def evaluate(self, x: Tree, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Evaluation:
         """`evaluate` on `test`.
 
@@ -123,6 +136,7 @@ class Experiment:
             own = replace(own, **changes)
         return own.evaluate(self.learner if self.tester is None else self.tester, x, self.test, seed + _TEST)
 
+    @checked(seed=SEED)
     def instance(self, seed: int = 0) -> Instance:
         """The bilevel problem of one batch of training tasks, for `check` and `compare`."""
         sample = batches(self.tasks, self.settings.batch, seed)
@@ -143,7 +157,7 @@ class Experiment:
 
 @final
 @dataclass(frozen=True)
-class NamedExperiment:
+class NamedExperiment(AbstractPortable):
     """An experiment that can be built by name.
 
     Attributes:
@@ -156,6 +170,9 @@ class NamedExperiment:
     name: str
     description: str
     build: Callable[..., Experiment]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 Named = NamedExperiment  # the name of old

@@ -13,12 +13,14 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 from bilevel.few_shot.likelihood import AbstractLikelihood
+from bilevel.portable.pickling import AbstractPortable
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Learner:
+class Learner(AbstractPortable):
     """min_x mean_t f(x, y_t, task_t), y_t the task's adapted variable: what is trained, and how it is used after.
 
     A task is a dict of tensors: `support_x` `(n, ...)`, `support_y` `(n,)` or `(n, outputs)`, `query_x`, `query_y`, and
@@ -53,6 +55,9 @@ class Learner:
     prepare: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     draws: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)
     likelihood: AbstractLikelihood | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def looped(self) -> Learner:
         """This learner with one task after the other, `tasks="loop"`: in training, adaptation and predictions alike.

@@ -6,8 +6,10 @@ import abc
 
 from torch import Tensor
 
+from bilevel.portable.pickling import AbstractPortable
 
-class AbstractLikelihood(abc.ABC):
+
+class AbstractLikelihood(AbstractPortable, abc.ABC):
     """p(target | output) for numbers, and what draws of the outputs `(draws, n, ...)` predict with it.
 
     A loss that is one, such as `GaussianLikelihood`, makes `few_shot.evaluate` report densities and intervals.

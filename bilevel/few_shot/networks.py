@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bilevel._numerics.batched import RANDOM
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SEED, SIZE
 
+
+@checked(filters=SIZE, channels=SIZE, blocks=SIZE, size=SIZE, classes=SIZE, seed=SEED)
 def conv_net(
     filters: int = 64,
     channels: int = 1,
@@ -37,8 +42,7 @@ def conv_net(
         >>> conv_net(8)(torch.zeros(2, 1, 28, 28)).shape, conv_net(8, classes=5)(torch.zeros(2, 1, 28, 28)).shape
         (torch.Size([2, 32]), torch.Size([2, 5]))
     """
-    _positive("conv_net", filters=filters, channels=channels, blocks=blocks, size=size, classes=classes)
-    with torch.random.fork_rng(devices=[]):
+    with RANDOM, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for block in range(blocks):
@@ -65,6 +69,7 @@ def features(filters: int, blocks: int, size: int) -> int:
     return filters * size * size
 
 
+@checked(sizes=SIZE, seed=SEED)
 def mlp(sizes: Sequence[int] = (1, 40, 40, 1), *, seed: int = 0) -> nn.Sequential:
     """Linear layers with ReLU between them; the default is the network of MAML's sinusoid regression.
 
@@ -81,16 +86,9 @@ def mlp(sizes: Sequence[int] = (1, 40, 40, 1), *, seed: int = 0) -> nn.Sequentia
     """
     if len(sizes) < 2:
         raise ValueError(f"`mlp(sizes=...)` needs at least inputs and outputs. Got {tuple(sizes)}.")
-    _positive("mlp", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
-    with torch.random.fork_rng(devices=[]):
+    with RANDOM, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         layers: list[nn.Module] = []
         for k in range(len(sizes) - 1):
             layers += [nn.Linear(sizes[k], sizes[k + 1]), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
-
-
-def _positive(call: str, **numbers: int | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise ValueError(f"`{call}({name}=...)` must be at least 1. Got {value}.")

@@ -10,10 +10,13 @@ from typing import Any, Literal, final
 from bilevel._estimate import AbstractEstimator
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._sets import Constraint
-from bilevel._validate import Group, demand_type
+from bilevel._validate import Group
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, SIZE, Range, demand_ranges
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.trained import Callback
 from bilevel.named.auto import Auto
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.scheduled import Scheduled
 from bilevel.tasks.source import AbstractTasks
@@ -56,10 +59,8 @@ class OuterLoop:
     skip: int = 10
 
     def __post_init__(self) -> None:
-        demand_type("OuterLoop", "optimizer", self.optimizer, AbstractOptimizer)
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"`OuterLoop(seconds=...)` must be positive, or None. Got {self.seconds}.")
-        demand_count("OuterLoop", "skip", self.skip, 0)
+        demand_types(self)
+        demand_ranges(self, chunk_size=SIZE, seconds=Range(open=True, infinite=True), skip=COUNT)
 
 
 @final
@@ -92,11 +93,8 @@ class Validating:
     learner: Learner | None = None
 
     def __post_init__(self) -> None:
-        demand_count("Validating", "every", self.every, 1)
-        demand_count("Validating", "episodes", self.episodes, 1)
-        if self.patience is not None:
-            demand_count("Validating", "patience", self.patience, 1)
-        demand_type("Validating", "learner", self.learner, Learner | None)
+        demand_types(self)
+        demand_ranges(self, every=SIZE, episodes=SIZE, patience=SIZE)
 
 
 @final
@@ -126,14 +124,8 @@ class Saving:
     seconds: float | None = 30.0
 
     def __post_init__(self) -> None:
-        demand_type("Saving", "folder", self.folder, str | os.PathLike, "a path")
-        demand_count("Saving", "every", self.every, 1)
-        demand_type("Saving", "seconds", self.seconds, float | None)
-        demand_type("Saving", "resume", self.resume, bool | str, 'True, False or "force"')
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"`Saving(seconds=...)` must be positive, or None. Got {self.seconds}.")
-        if isinstance(self.resume, str) and self.resume != "force":
-            raise ValueError(f'`Saving(resume=...)` must be True, False or "force". Got {self.resume!r}.')
+        demand_types(self, {"folder": "a path", "resume": 'True, False or "force"'})
+        demand_ranges(self, every=SIZE, seconds=Range(open=True, infinite=True))
 
     @property
     def path(self) -> Path:
@@ -148,7 +140,7 @@ class Saving:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Reporting:
+class Reporting(AbstractPortable):
     """Who is told after each step.
 
     Attributes:
@@ -170,19 +162,8 @@ class Reporting:
     tensorboard: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.callback is not None and not callable(self.callback):
-            demand_type("Reporting", "callback", self.callback, type(None), "a function of the `Progress`, or None")
-        demand_count("Reporting", "score_every", self.score_every, 1)
-
-
-def demand_count(call: str, name: str, value: object, least: int) -> None:
-    """Refuse what is no integer of at least so much.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{call}({name}=...)` must be an integer of at least {least}. Got {value!r}.")
+        demand_types(self, {"callback": "a function of the `Progress`, or None"})
+        demand_ranges(self, score_every=SIZE)
 
 
 # The short forms of `train`'s arguments: an optimizer, tasks, a folder and a function.

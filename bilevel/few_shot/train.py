@@ -12,6 +12,8 @@ from bilevel._files import write_atomically
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import BilevelError, Status
 from bilevel._validate import grouped
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, SEED, SIZE
 from bilevel.few_shot.adapt import demand_tasks
 from bilevel.few_shot.evaluate import evaluate
 from bilevel.few_shot.learner import Learner
@@ -21,7 +23,6 @@ from bilevel.few_shot.options import (
     Reporting,
     Saving,
     Validating,
-    demand_count,
     outer_loop,
     reporting,
     saving,
@@ -41,6 +42,7 @@ _VALIDATION = 2**34  # validation tasks are drawn from another stream of seeds t
 
 @tells_partial
 @grouped(**FORMERLY)
+@checked(max_steps=COUNT, batch=SIZE, seed=SEED)
 def train(
     learner: Learner,
     tasks: AbstractTasks,
@@ -101,8 +103,6 @@ def train(
         >>> bool(trained.x.abs() < 1)  # sinusoids have mean zero
         True
     """
-    demand_count("train", "max_steps", max_steps, 0)
-    demand_count("train", "batch", batch, 1)
     loop, chosen_by, kept_in = outer_loop(outer), validating(validation), saving(out)
     demand_tasks("train", learner, tasks=tasks, validation=None if chosen_by is None else chosen_by.tasks)
     data = TrainingBatches(learner, batches(tasks, batch, seed), seed)

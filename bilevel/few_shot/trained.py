@@ -10,6 +10,7 @@ from torch import nn
 
 from bilevel._result import Stats
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.validate import Validation
 from bilevel.outer.solution import Record
@@ -36,6 +37,9 @@ class Progress:
     validation: Validation | None
     best: Validation | None
     seconds: float
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 @final
@@ -71,6 +75,9 @@ class Trained:
     stats: Stats
     seconds: float
     last: Tree = field(repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def skipped(self) -> int:

@@ -8,9 +8,12 @@ from typing import Any, final
 
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import COUNT, SEED, SIZE, demand_ranges
 from bilevel.few_shot.evaluate import Evaluation, evaluate
 from bilevel.few_shot.learner import Learner
-from bilevel.few_shot.options import FORMERLY, OuterLoop, Validating, demand_count, outer_loop
+from bilevel.few_shot.options import FORMERLY, OuterLoop, Validating, outer_loop
 from bilevel.tasks.source import AbstractTasks
 
 
@@ -39,9 +42,8 @@ class Training:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        demand_count("Training", "max_steps", self.max_steps, 0)
-        demand_count("Training", "batch", self.batch, 1)
-        demand_count("Training", "checkpoint_every", self.checkpoint_every, 1)
+        demand_types(self)
+        demand_ranges(self, max_steps=COUNT, batch=SIZE, checkpoint_every=SIZE)
 
     @property
     def loop(self) -> OuterLoop:
@@ -70,6 +72,11 @@ class Evaluating:
     steps: int | None = None
     curve: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, episodes=SIZE, batch=SIZE, steps=COUNT, curve=COUNT)
+
+    @checked(seed=SEED)
     def evaluate(self, learner: Learner, x: Tree, tasks: AbstractTasks, seed: int = 0) -> Evaluation:
         """`evaluate` with these numbers."""
         return evaluate(

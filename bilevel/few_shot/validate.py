@@ -13,8 +13,11 @@ import torch
 
 from bilevel._files import write_atomically
 from bilevel._tree import Tree, ravel
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.outer.saves import NotSavedError
+from bilevel.outside.checkpoints import load_plain
 
 _FORMAT = 1
 
@@ -46,6 +49,10 @@ class Validation:
     seconds: float
     own_seconds: float
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    @checked()
     def better_than(self, other: Validation | None) -> bool:
         """Whether it is strictly better; NaN is better than nothing."""
         if self.score != self.score or other is None:
@@ -147,6 +154,7 @@ class Validations:
             raise NotSavedError(f"{str(self.path)!r} could not be written: {error}") from error
 
 
+@checked()
 def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `best.pt` holds: `x`, `step` and `validations`.
 
@@ -154,8 +162,8 @@ def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: if it cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = load_plain(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not readable ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} was not written by this version of bilevel.")

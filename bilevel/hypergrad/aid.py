@@ -13,11 +13,11 @@ from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import report
 from bilevel._tree import Tree
-from bilevel._validate import demand_types
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.implicit import aid
@@ -42,8 +42,9 @@ class AID(AbstractImplicit):
     anything.
 
     Cost: the inner solver's D gradients and one more, one gradient of f, the linear solver's N Hessian products
-    and one for its true residual (one more for a warm start), one cross product. Memory O(q): it does not grow
-    with the inner steps.
+    and one for its true residual (one more for a warm start), one cross product. Memory, whatever the inner steps: the
+    graph of one gradient, what a product through it takes, y and grad_y f, and what the linear solver holds: 5 q in all
+    with `CG` (v, its residual and its direction), as in a loop by hand. The result holds h, y, v and x, each once.
 
     Error: with d = y - y*, r = grad_y f - H v and J = dy*/dx, exactly (d2f/dxdy) d + J'((d2f/dy2) d - r) where f
     and g are quadratic; in general first order in |d| and |r|. With damping the system solved is another one, and
@@ -90,8 +91,12 @@ class AID(AbstractImplicit):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, damping=AT_LEAST_0, margin=AT_LEAST_0)
-        _ = self._certified  # which refuses what it cannot do
+        demand_ranges(self, damping=AT_LEAST_0, margin=AT_LEAST_0, target_error=AT_LEAST_0, relative_error=AT_LEAST_0)
+        try:
+            _ = self._certified  # which refuses what it cannot do
+        except ValueError as error:
+            error.add_note("In `AID(damping=..., target_error=..., relative_error=...)`.")
+            raise
 
     @property
     def _certified(self) -> Certified | None:
@@ -154,8 +159,10 @@ class AID(AbstractImplicit):
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         if (certified := self._certified) is not None:
             return certified.estimate(problem, x, start)
-        y0 = problem.start(x, start.y).detach()
-        solved, at, ended = solution(problem, x, y0, self.inner, self.products, self.margin)
+        # A name for the start would keep it beyond the inner solve.
+        solved, at, ended = solution(
+            problem, x, problem.start(x, start.y).detach(), self.inner, self.products, self.margin
+        )
         y = solved.value
         value, fx, fy = outer_gradients(problem, x, y)
         system = self.linear.solve(at.operator.shifted(self.damping), at.right_hand_side(fy), start.v)

@@ -16,7 +16,8 @@ from bilevel._numerics.quasi_newton import Pairs, Recycled
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Report, Solved, Status, Tally, report
 from bilevel._tree import Tree
-from bilevel._validate import demand_types
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.certificates.accuracy import Accuracy, inner_tolerance, linear_tolerance
@@ -99,6 +100,7 @@ class Certified(AbstractEstimator):
 
     def __post_init__(self) -> None:
         demand_types(self, {"estimator": "an implicit estimator such as `AID(LBFGS(), CG())`"})
+        demand_ranges(self, target_error=AT_LEAST_0, relative_error=AT_LEAST_0)
         self._accuracy()
         if self.estimator.damping:
             raise ValueError(

@@ -101,7 +101,7 @@ class CompiledITD(AbstractEstimator):
         leaf = x.detach().requires_grad_()
         start = problem.start(leaf, y0)
         at, fixed = inner_objective(problem, leaf), inner_objective(problem, x)
-        walk = Walk(problem, inner, at, fixed, leaf, start, to_converge=False)  # not asked of so many steps
+        walk = Walk(problem, inner, at, fixed, leaf, start, to_converge=False, judged=False)
         y = walk.whole()[0]
         value = problem.f(leaf, y)
         residual = torch.zeros_like(y[..., 0]) if walk.last is None else torch.linalg.vector_norm(walk.last[0], dim=-1)

@@ -14,9 +14,9 @@ from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._numerics.ranges import AT_LEAST_1, POSITIVE, demand_ranges
 from bilevel._result import Report, Solved, Status, Tally, report
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
@@ -232,16 +232,21 @@ class ESJ(AbstractEstimator):
         for block in torch.split(u, self.chunk or len(u)):
             points = x + radius * torch.cat([torch.zeros_like(u[:1]), block])  # the unperturbed one comes first
             has_init = problem.problem.init is not None
-            starts = problem.start(points, y0).detach() if has_init else y0.expand(len(points), *y0.shape).clone()
             objective = inner_objective(problem, points)
-            solved = held(objective, self.inner.solve(objective, starts), self.inner.tolerance)
-            y = solved.value[0] if y is None else y
+            solved = self.inner.solve(  # of starts that are not named, so that the solver can let go of them
+                objective,
+                problem.start(points, y0).detach() if has_init else y0.expand(len(points), *y0.shape).clone(),
+            )
+            solved = held(objective, solved, self.inner.tolerance)
+            y = solved.value[0].clone() if y is None else y  # and not a view, which would hold all of them
             differences.append(solved.value[1:] - solved.value[:1])
             statuses += solved.statuses
             residuals.append(solved.residual.reshape(-1))
             steps = max(steps, solved.steps)
+            del solved
         assert y is not None
-        return y.clone(), torch.cat(differences), Solved(y, tuple(statuses), torch.cat(residuals), steps)
+        moved = differences[0] if len(differences) == 1 else torch.cat(differences)
+        return y, moved, Solved(y, tuple(statuses), torch.cat(residuals), steps)
 
     def _error(self, samples: Tensor, implicit: Tensor) -> float:
         """The root-mean-square deviation of the mean: from the sample, or where it cannot tell, from the law.

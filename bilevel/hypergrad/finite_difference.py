@@ -12,9 +12,9 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._result import Report, Status, Tally, report
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.differences import finite_difference
@@ -105,10 +105,11 @@ class FiniteDifference(AbstractEstimator):
                 at = x.clone()
                 at[i] += sign * t
                 phi, there, ended = self._phi(problem, at, start.y)  # the same iteration: the same start
-                ends.append((phi, at[i]))
+                ends.append((phi, at[i].clone()))
                 moves.append(ended)
-                if len(moved) < 2 * _REFINED:
+                if start.count == 0 and len(moved) < 2 * _REFINED:
                     moved.append((at, there, phi))
+                del there
             (up, high), (down, low) = ends
             if start.count == 0:
                 kinks += self._kink(problem, x, i, start.y, (float(down), float(value), float(up)), t)

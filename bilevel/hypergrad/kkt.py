@@ -12,8 +12,8 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
-from bilevel._numerics.ranges import AT_LEAST_0, demand_ranges
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.hypergrad.aid import AID
 from bilevel.requirements.properties import Property
 from bilevel.solvers.saddle_cholesky import SaddleCholesky

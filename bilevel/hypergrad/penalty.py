@@ -12,9 +12,9 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver, Objective
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._result import Report, Status, report
 from bilevel._validate import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.value_function import penalty
@@ -35,6 +35,8 @@ class Penalty(AbstractEstimator):
     keeps step sizes valid) from the solution of the first, and the first from that of the previous call.
 
     Cost: two inner solves (three with extrapolation), one gradient of f and one of g in x for each y.
+    Memory: 3 q + 2 p for each y (itself and the gradients at it, of which the bias is estimated), beside what a
+    gradient takes, and at the first estimate of a run beside an inner solve. The result holds h, x, y and y_w.
 
     Error where f and g are quadratic: h_w - h = (d2f/dxdy + J' d2f/dy2)(y_w - y*), y_w - y* = -(d2f/dy2 + w H)^-1
     grad_y f(y*): O(1/w); with `extrapolate`, 2 h_2w - h_w: O(1/w^2). Inexact inner solutions add w times their

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -49,30 +49,42 @@ class Point:
 class Difference:
     """Differences of g's gradients between y and y_w, times w: a system H v = a solved, and J'a with J = dy*/dx.
 
+    With two weights, twice that of the second less that of the first, or `apart` one less the other. Vectors are made
+    when they are asked for, since mostly their sizes are.
+
     Attributes:
-        a: w [grad_y g(y) - grad_y g(y_w)] `(*tasks, q)`: H v, to first order; grad_y f(y_w) where y_w is exact.
-        v: w (y - y_w).
-        image: w [grad_x g(y_w) - grad_x g(y)] / tasks `(p,)`: -G v = J'a, to first order.
+        y: y.
+        points: (w, y_w), one or two.
     """
 
-    a: Tensor
-    v: Tensor
-    image: Tensor
+    y: Point
+    points: Sequence[tuple[float, Point]]
 
-    @staticmethod
-    def between(y: Point, y_w: Point, w: float) -> Difference:
-        """From the gradients at hand."""
-        assert y.gx is not None and y_w.gx is not None
-        rows = y.y.shape[:-1].numel()
-        return Difference(w * (y.gy - y_w.gy), w * (y.y - y_w.y), w / rows * (y_w.gx - y.gx))
+    def a(self, apart: bool = False) -> Tensor:
+        """w [grad_y g(y) - grad_y g(y_w)] `(*tasks, q)`: H v, to first order; grad_y f(y_w) where y_w is exact."""
+        return self._of(lambda y_w, w: w * (self.y.gy - y_w.gy), apart)
 
-    def less(self, other: Difference) -> Difference:
-        """The difference of two."""
-        return Difference(self.a - other.a, self.v - other.v, self.image - other.image)
+    def v(self, apart: bool = False) -> Tensor:
+        """w (y - y_w)."""
+        return self._of(lambda y_w, w: w * (self.y.y - y_w.y), apart)
 
-    def times(self, factor: float) -> Difference:
-        """A multiple."""
-        return Difference(factor * self.a, factor * self.v, factor * self.image)
+    def image(self, apart: bool = False) -> Tensor:
+        """w [grad_x g(y_w) - grad_x g(y)] / tasks `(p,)`: -G v = J'a, to first order."""
+        rows = self.y.y.shape[:-1].numel()
+
+        def of(y_w: Point, w: float) -> Tensor:
+            assert self.y.gx is not None and y_w.gx is not None
+            return w / rows * (y_w.gx - self.y.gx)
+
+        return self._of(of, apart)
+
+    def _of(self, part: Callable[[Point, float], Tensor], apart: bool) -> Tensor:
+        w, y_w = self.points[0]
+        if len(self.points) == 1:
+            return part(y_w, w)
+        w_2, y_w2 = self.points[1]
+        second = part(y_w2, w_2)
+        return (second if apart else 2.0 * second) - part(y_w, w)
 
 
 @final
@@ -141,42 +153,52 @@ def error_of(
         probe: minimizes g + <r, y> / w.
     """
     rows, eps = y.y.shape[:-1].numel(), torch.finfo(x.dtype).eps
-    found = [Difference.between(y, y_w, w) for w, y_w in points]
-    b, top = rows * y.fy, points[-1][0]
-    if len(found) == 1:
-        whole, moved, right = found[0], points[0][1].fx - y.fx, rows * points[0][1].fy
-        apart, factor = None, 1.0
-    else:
-        whole = found[1].times(2.0).less(found[0])
-        moved = 2 * points[1][1].fx - points[0][1].fx - y.fx
-        right = rows * (2 * points[1][1].fy - points[0][1].fy)
-        apart, factor = found[1].less(found[0]), 2.5
-    r, inexact = whole.a - b, whole.a - right
-    pairs = [whole] if apart is None else [whole, apart]
-    gain = max(_over(_size(pair.image), _size(pair.a)) for pair in pairs)
-    stretch = max(_over(_size(pair.v), _size(pair.a)) for pair in pairs)
-    lost, norm_b = _size(r), _size(b)
-    bias, off = _size(moved) + gain * _size(right - b), stretch * lost
+    whole, two, top = Difference(y, points), len(points) == 2, points[-1][0]
+    size_a, size_v, implicit = _size(whole.a()), _size(whole.v()), _size(whole.image())
+    gain, stretch, between, factor = _over(implicit, size_a), _over(size_v, size_a), 0.0, 1.0
+    if two:
+        apart, between, factor = _size(whole.a(apart=True)), _size(whole.image(apart=True)), 2.5
+        gain, stretch = max(gain, _over(between, apart)), max(stretch, _over(_size(whole.v(apart=True)), apart))
+
+    def missed(b: Tensor) -> Tensor:
+        """What is left of a system with grad_y f of some point on its right."""
+        return whole.a().sub_(_times(rows, b))
+
+    right = 2 * points[1][1].fy - points[0][1].fy if two else points[0][1].fy
+    inexact, shifted = _size(missed(right)), _size(_times(rows, right) - _times(rows, y.fy))
+    del right
+    r, norm_b = missed(y.fy), _size(_times(rows, y.fy))
+    lost = _size(r)
+    moved = (2 * points[1][1].fx - points[0][1].fx if two else points[0][1].fx) - y.fx
+    bias, off = _size(moved) + gain * shifted, stretch * lost
     down = any(descends(y, y_w) for _, y_w in points)
     if probe is not None and norm_b > 0 and math.isfinite(lost) and not down:
         w = top * max(lost / norm_b, _LEAST)
         if probe.tolerance is not None:  # it must move y by more than what is not looked at
             w = min(w, max(lost, _LEAST * norm_b) / (_ABOVE * probe.tolerance))
-        signs = torch.randint(0, 2, y.y.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         reach = safe_row_norms(points[-1][1].y - y.y).unsqueeze(-1) / math.sqrt(y.y.shape[-1])
-        start = y.y + reach * (2 * signs - 1).to(y.y)
         quiet = problem.with_tally(Tally())
-        solved = probe.solve(Objective(lambda z: quiet.g(x, z) + row_dots(r, z) / w, quiet.tally), start)
-        at = Point.at(quiet, x, solved.value)
-        refined, down = Difference.between(y, at, w), descends(y, at)
-        bias, off = _size(moved + refined.image), max(off, _size(refined.v))
-        gain = max(gain, _over(_size(refined.image), _size(refined.a)))
-    implicit = _size(whole.image)
+        tilted = Objective(lambda z: quiet.g(x, z) + row_dots(r, z) / w, quiet.tally)
+        solved = probe.solve(tilted, _random_signs(y.y).mul_(reach).add_(y.y))
+        at = Point(solved.value, *inner_gradients(quiet, x, solved.value), y.f, y.fx, y.fy)  # of f nothing is asked
+        down = descends(y, at)
+        refined = Difference(y, [(w, at)])
+        bias, off = _size(moved + refined.image()), max(off, _size(refined.v()))
+        gain = max(gain, _over(_size(refined.image()), _size(refined.a())))
     size = max(_size(h), _size(y.fx), implicit)
-    if apart is not None:
-        bias += _over(_size(apart.image), implicit) * _size(apart.image)
+    bias += _over(between, implicit) * between
     assert y.gx is not None
     digits = max(_over(_size(y.y), _size(y_w.y - y.y)) for _, y_w in points)
     noise = eps * (factor * _FEW * top * _size(y.gx) / rows + digits * implicit)
-    missed = gain * _size(inexact)
-    return PenaltyError(bias, noise, missed, size, off < _SETTLED * _size(whole.v), down)
+    return PenaltyError(bias, noise, gain * inexact, size, off < _SETTLED * size_v, down)
+
+
+def _times(count: int, gradient: Tensor) -> Tensor:
+    """A multiple of a gradient; itself where that is 1."""
+    return gradient if count == 1 else count * gradient
+
+
+def _random_signs(like: Tensor) -> Tensor:
+    """Entries 1 and -1, the same ones on every device and in every call."""
+    signs = torch.randint(0, 2, like.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(like)
+    return signs.mul_(2).sub_(1)

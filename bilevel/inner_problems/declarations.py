@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from bilevel._linear import ANY, OperatorProperties
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Feature, Property
 
 
-class AbstractDeclaredKind(abc.ABC):
+class AbstractDeclaredKind(AbstractPortable, abc.ABC):
     """The declarations of a kind of inner problem, which a problem holds and requirements are compared with.
 
     Kinds are written as subclasses of `AbstractInnerProblem`, which adds what they build.

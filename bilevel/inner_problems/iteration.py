@@ -13,6 +13,8 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import Objective, OwnStep, smooth_objective
 from bilevel._numerics.misfits import called
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.requirements.properties import Feature, Property
 
@@ -58,13 +60,10 @@ class Iteration(AbstractInnerProblem):
     objective_function: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name, function in (("step", self.step), ("objective_function", self.objective_function)):
-            if function is not None and not callable(function):
-                raise TypeError(f"`Iteration({name}=...)` must be a function. Got {type(function).__name__}.")
+        demand_types(self)
+        demand_ranges(self, steps=AT_LEAST_0)
         if self.step is None and self.objective_function is None:
             raise TypeError("`Iteration` needs a step, or a g whose steps the inner solver takes. Got neither.")
-        if self.steps < 0:
-            raise ValueError(f"`Iteration(steps=...)` must be at least 0. Got {self.steps}.")
 
     @property
     def offers(self) -> frozenset[Property]:

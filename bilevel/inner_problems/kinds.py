@@ -8,6 +8,7 @@ from bilevel._calculus import AbstractProducts
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked
 from bilevel.inner_problems.composite import Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained
 from bilevel.inner_problems.iteration import Iteration
@@ -15,6 +16,7 @@ from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.smooth import SmoothMinimization
 
 
+@checked()
 def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     """The kind of inner problem that was given as `inner=`, or that follows from g, constraints, prox and iterative.
 
@@ -33,6 +35,7 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     return SmoothMinimization(problem.g)
 
 
+@checked()
 def inner_objective(problem: FlatProblem, x: Tensor, products: AbstractProducts | None = None) -> Objective:
     """What inner solvers are given at x `(p,)`, or at several `(k, p)`; see `AbstractInnerProblem.objective`."""
     return inner_problem(problem.problem).objective(problem, x, products)

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Structure, Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import FINITE, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
 
 
 @final
@@ -37,9 +41,12 @@ class Polytope:
     upper: Tree | None = None
 
     def __post_init__(self) -> None:
-        if self.A is not None and self.A.dim() != 2:
-            raise ValueError(f"`Polytope(A=...)` must be a matrix (m, q). Got shape {tuple(self.A.shape)}.")
+        demand_types(self)
+        demand_shapes("Polytope", {"A": Shape("m q"), "b": Shape()}, vars(self))
+        if isinstance(self.b, float):
+            demand_ranges(self, b=FINITE)
 
+    @checked()
     def flat(self, y: Structure) -> FlatPolytope:
         """The same in vectors, for y of this structure; differentiable.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
@@ -11,6 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from bilevel._numerics.batched import RANDOM
 from bilevel._tree import tree_leaves
 from bilevel.modules.copies import Left, vacate, working_copy
 from bilevel.modules.first_call import Call, cloned, demand_repeatable, examine
@@ -22,8 +22,6 @@ from bilevel.modules.layers import (
     settle_normalization,
 )
 from bilevel.modules.module_call import Slots
-
-_RANDOM = threading.RLock()  # torch's generators are those of the process
 
 
 @final
@@ -45,6 +43,7 @@ class Calls:
         dropout: DropoutPolicy,
         seed: int,
     ) -> None:
+        self._made_of = original, left, names, batch_norm, dropout, seed
         self._original, self._left, self._names, self._seed = original, left, names, seed
         self._batch_norm: BatchNormPolicy = batch_norm
         self._dropout: DropoutPolicy = dropout
@@ -80,6 +79,11 @@ class Calls:
         finally:
             idle.append(slots)
 
+    def __reduce__(self) -> Any:
+        """Without the working copies: they are made anew."""
+        learned = {name: getattr(self, name) for name in ("_mutable", "_writes_inputs", "_forms")}
+        return _restored, (self._made_of, learned)
+
     def exported(self) -> nn.Module:
         """A copy of the module as it was given."""
         return copy.deepcopy(self._original)
@@ -110,7 +114,7 @@ class Calls:
             return slots.call(*call)
         leaves = tree_leaves((dict(call[0]), *call[1:]))
         devices = sorted({t.device.index for t in leaves if isinstance(t, Tensor) and t.device.type == "cuda"})
-        with _RANDOM, _fixed_random_state(self._seed, devices) as has_drawn:
+        with RANDOM, _fixed_random_state(self._seed, devices) as has_drawn:
             output = slots.call(*call)
             if self._dropout == "refuse" and has_drawn():
                 raise ValueError(
@@ -119,6 +123,14 @@ class Calls:
                     " `module.eval()` before."
                 )
         return output
+
+
+def _restored(made_of: Any, learned: dict[str, Any]) -> Calls:
+    calls = Calls(*made_of)
+    calls.__dict__.update(learned)
+    if learned["_mutable"]:
+        calls._idle = []
+    return calls
 
 
 @contextmanager

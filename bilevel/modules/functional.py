@@ -9,12 +9,17 @@ from typing import Any, final, get_args
 import torch
 from torch import Tensor, nn
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SEED
 from bilevel.modules.attributes import attributes, place, reached
 from bilevel.modules.calls import Calls
 from bilevel.modules.copies import left_by_calls, whole_copy
 from bilevel.modules.layers import BatchNormPolicy, DropoutPolicy, refuse_layers
+from bilevel.portable.pickling import AbstractPortable
 
 
+@checked(seed=SEED)
 def functional(
     module: nn.Module, *, batch_norm: BatchNormPolicy = "batch", dropout: DropoutPolicy = "fixed", seed: int = 0
 ) -> Functional:
@@ -115,7 +120,7 @@ def _without_parameters(module: nn.Module) -> str:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Functional:
+class Functional(AbstractPortable):
     """A module as a function of its parameters; made by `functional`.
 
     Attributes:
@@ -127,6 +132,9 @@ class Functional:
     params: dict[str, Tensor] = field(repr=False)
     seed: int
     _calls: Calls = field(repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def __call__(self, params: Mapping[str, Tensor], *inputs: Any, **keywords: Any) -> Any:
         """The module's output at these parameters; `inputs` and `keywords` are those of its `forward`.
@@ -141,6 +149,7 @@ class Functional:
         self._check(params)
         return self._calls.call(params, inputs, keywords)
 
+    @checked()
     def load(self, params: Mapping[str, Tensor]) -> nn.Module:
         """A new module with these parameters: for exporting a solution, or a learned initialization.
 

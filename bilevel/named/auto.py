@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
@@ -12,15 +11,18 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.certificates.certificate import Constants
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Property
 
 
 @final
 @dataclass(frozen=True)
-class Auto:
+class Auto(AbstractPortable):
     """A wish instead of an estimator: the cheapest one whose error meets a target on this problem.
 
     Give it wherever an estimator goes; the string "auto" is `Auto(relative_error=0.01)`. Where the problem is first
@@ -57,12 +59,10 @@ class Auto:
     constants: Constants | Callable[[Tree], Constants] | None = None
 
     def __post_init__(self) -> None:
-        total = self.relative_error + self.target_error
-        if not (self.relative_error >= 0 and self.target_error >= 0 and 0 < total < math.inf):
-            raise ValueError(
-                f"`Auto(relative_error=..., target_error=...)` must be at least 0 and finite, and one of them positive."
-                f" Got {self.relative_error} and {self.target_error}."
-            )
+        demand_types(self)
+        demand_ranges(self, relative_error=AT_LEAST_0, target_error=AT_LEAST_0)
+        if not (self.relative_error or self.target_error):
+            raise ValueError("`Auto(relative_error=..., target_error=...)` need one of them positive. Got 0 twice.")
 
 
 @final

@@ -11,6 +11,9 @@ from bilevel._validate import demand_type
 AUTO = "auto"  # a wish, not an estimator or algorithm: see `Auto`
 
 
+_LONGEST = 50  # so that lists of names can be read
+
+
 def demand_registration(
     call: str, name: Any, build: Any, description: Any, *, known: Collection[str], registered: Collection[str]
 ) -> None:
@@ -31,7 +34,7 @@ def demand_registration(
     Example:
         >>> demand_registration("register", "two words", abs, "by abs", known=(), registered=())
         Traceback (most recent call last):
-        ValueError: `register(name=...)` must be one word. Got 'two words'.
+        ValueError: `register(name=...)` must be one word, of at most 50 letters. Got 'two words'.
     """
     demand_type(call, "name", name, str)
     demand_type(call, "description", description, str)
@@ -40,10 +43,10 @@ def demand_registration(
         raise TypeError(
             f"`{call}(build=...)` must be a function of a setting. Got {wrong}. Write `lambda setting: ...`."
         )
-    if name.split() != [name]:
-        raise ValueError(f"`{call}(name=...)` must be one word. Got {name!r}.")
+    if name.split() != [name] or len(name) > _LONGEST:
+        raise ValueError(f"`{call}(name=...)` must be one word, of at most {_LONGEST} letters. Got {name[:100]!r}.")
     if len(description.splitlines()) != 1 or not description.strip():
-        raise ValueError(f"`{call}(description=...)` must be one line. Got {description!r}.")
+        raise ValueError(f"`{call}(description=...)` must be one line. Got {description[:200]!r}.")
     if name == AUTO or name in known:
         whose = "registered already" if name in registered else "a name of the library"
         raise ValueError(f"`{call}` has no name twice: {name!r} is {whose}. Choose another.")
@@ -57,7 +60,7 @@ def _no_function_of_one_argument(build: Any) -> str:
         return type(build).__name__
     try:
         signature = inspect.signature(build)
-    except ValueError:  # written in C
+    except Exception:  # written in C, or of no mind to tell
         return ""
     try:
         signature.bind(None)

@@ -128,7 +128,9 @@ def demand_names(*names: Any) -> None:
     known = list(_named())
     for name in names:
         if name not in known:
-            raise ValueError(f"there is no estimator {name!r}. {nearest(name, known)}Names: {', '.join(known)}.")
+            raise ValueError(
+                f"there is no estimator {str(name)[:100]!r}. {nearest(name, known)}Names: {', '.join(known)}."
+            )
 
 
 def build(name: str, s: Setting) -> AbstractEstimator:

@@ -18,6 +18,7 @@ from bilevel._inner import AbstractInnerSolver, Objective
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Status, Tally
+from bilevel.arguments.fits import demand_types
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
 
@@ -74,6 +75,9 @@ class Setting:
     budget: int | None = None
     name: str = "the estimator"
     asked: list[int] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def double(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.outer.fingerprint import Fingerprint, differences
 from bilevel.outer.journal import Journal, journal_of
+from bilevel.outside.checkpoints import load_plain
 
 # 1 held the state of a descent, entry by entry, and nothing else; 2 holds all records, and 3 tells how many of them are
 # in the file beside it
@@ -159,7 +160,7 @@ def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:
 def _content(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Any] | None:
     """The file without its journal; None where it is no checkpoint that can be read."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = load_plain(path, device)
     except Exception:
         return None
     return content if isinstance(content, dict) else {}

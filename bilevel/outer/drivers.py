@@ -58,6 +58,7 @@ def drive(
     if rules.resume:
         assert rules.saves is not None
         answers.resume(rules.saves)
+    solution: Solution | None = None
     try:
         try:
             x, ended = driver.drive(answers.at, start[0], bounds=bounds, max_steps=rules.max_steps, tol=rules.tol)
@@ -65,22 +66,19 @@ def drive(
                 answers.at(x)
         except _Stop as stop:
             ended = stop.status
-    except NotSavedError as failure:
-        raise run.not_saved(failure) from failure.__cause__
-    except BaseException as error:
-        run.leave(error, answers.save_all)
-        raise
-    last = answers.latest
-    assert last is not None
-    solution = run.solution(problem, last.x, answers.structured(last), ended)
-    try:
+        last = answers.latest
+        assert last is not None
+        solution = run.solution(problem, last.x, answers.structured(last), ended)
         answers.save(last=True)
+        return run.finish(solution)
     except NotSavedError as failure:
         raise run.not_saved(failure, solution) from failure.__cause__
     except BaseException as error:
-        attach(error, solution)
+        if solution is not None:
+            attach(error, solution)
+        else:
+            run.leave(error, answers.save_all)
         raise
-    return run.finish(solution)
 
 
 @final

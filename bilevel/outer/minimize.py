@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._files import demand_regular
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
 from bilevel._numerics.transforms import demand_autograd
@@ -25,6 +27,8 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
 from bilevel.certificates.accuracy import adaptive
 from bilevel.certificates.certificate import Constants
 from bilevel.named.auto import Auto
@@ -44,6 +48,7 @@ from bilevel.requirements.starts import starts_warm
 
 
 @tells_partial
+@checked(max_steps=AT_LEAST_0, tol=AT_LEAST_0, checkpoint_every=AT_LEAST_1, chunk_size=SIZE)
 def minimize(
     problem: BilevelProblem,
     x0: Tree,
@@ -207,6 +212,7 @@ def minimize(
             steps = _as_begun(steps, checkpoint) if resume and checkpoint is not None else steps
         settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
         warm = starts_warm(warm_start, estimates, problem)
+        settings["warm_start"] = warm
         if isinstance(steps, AbstractOuterDriver):
             _refuse_data(steps, data)
             estimate = partial(_estimate, estimates, chunk_size)
@@ -227,7 +233,16 @@ def _demand_arguments(
     demand_type("minimize", "checkpoint_every", checkpoint_every, int)
     demand_type("minimize", "tol", tol, float | None)
     demand_type("minimize", "callback", callback, Callable[..., Any] | None)
+    if inspect.iscoroutinefunction(callback):  # what it returns is true, and would end the run
+        raise TypeError(
+            "`minimize(callback=...)` must be a function that is called and not awaited. Got an `async def`."
+        )
     demand_type("minimize", "checkpoint", checkpoint, str | os.PathLike | None, "a path or None")
+    if checkpoint is not None:
+        try:
+            demand_regular(checkpoint)
+        except (OSError, ValueError) as error:  # before anything is computed
+            raise ValueError(f"`minimize(checkpoint=...)` must be the path of a file. {error}.") from error
     demand_type("minimize", "checkpoint_seconds", seconds, float | None)
     demand_type("minimize", "resume", resume, bool | str, 'True, False or "force"')
     if isinstance(resume, str) and resume != "force":
@@ -250,7 +265,7 @@ def _demand_skip(skip: Any, throw: bool, data: Any, outer: Any) -> None:
 def _refuse_beside(algorithm: Any, given: list[str]) -> None:
     if given:
         belong, them = ("belongs", "it") if len(given) == 1 else ("belong", "them")
-        name = repr(algorithm) if isinstance(algorithm, str) else f"{type(algorithm).__name__}(...)"
+        name = repr(algorithm[:100]) if isinstance(algorithm, str) else f"{type(algorithm).__name__}(...)"
         raise ValueError(
             f"`minimize(algorithm={name})` is a whole algorithm: {', '.join(f'`{each}=`' for each in given)}"
             f" {belong} to `Descent`. Leave {them} out, or give such settings to the algorithm itself."

@@ -18,6 +18,7 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.batches import positions, run_forward
 from bilevel.outer.best import Candidate, Keeper
+from bilevel.outer.checkpoint import unreadable
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
@@ -246,6 +247,7 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
         tally.clear()
         tally.add(reached.calls)
         go_on(oracle, reached)
+    solution: Solution | None = None
     try:
         seconds = 0.0
         while True:
@@ -266,20 +268,17 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
             back = _Reached(reached.step + 1, at.found.back, Stats())
             at = _look(run, algorithm, oracle.at(back.step), back, 0.0)
             ended = _returned(run, at, ended)
-    except NotSavedError as failure:
-        raise run.not_saved(failure) from failure.__cause__
-    except BaseException as error:  # the last whole step is kept; its record, if it has one, is written on resuming
-        run.leave(error, partial(_save, run, algorithm, reached, initial, last=True))
-        raise
-    solution = run.solution(oracle.like, at.x, at.estimate, ended)
-    try:
+        solution = run.solution(oracle.like, at.x, at.estimate, ended)
         _save(run, algorithm, reached, initial, last=True)
+        return run.finish(solution)
     except NotSavedError as failure:
         raise run.not_saved(failure, solution) from failure.__cause__
     except BaseException as error:
-        attach(error, solution)
+        if solution is not None:
+            attach(error, solution)
+        else:  # the last whole step is kept; its record, if it has one, is written on resuming
+            run.leave(error, partial(_save, run, algorithm, reached, initial, last=True))
         raise
-    return run.finish(solution)
 
 
 def _drawn(rules: Rules, oracle: Oracle) -> tuple[Randomness | None, Any]:
@@ -362,9 +361,20 @@ def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initia
 def _resumed(run: Run, saves: Saves, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
     """Where the checkpoint is; its records become those of the run."""
     checkpoint = saves.checkpoint
-    content = checkpoint.load(*point)
-    if "state" not in content:
-        raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
+    try:
+        content = checkpoint.load(*point)
+        if "state" not in content:
+            raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
+        return _read(run, saves, content, initial)
+    except _DAMAGED as error:  # of an entry that is not what this library writes
+        raise ValueError(unreadable(checkpoint.path)) from error
+
+
+_DAMAGED = (AttributeError, TypeError, LookupError, RuntimeError, ArithmeticError)
+
+
+def _read(run: Run, saves: Saves, content: dict[str, Any], initial: Any) -> _Reached:
+    checkpoint = saves.checkpoint
     try:
         state = decoded(content["state"], initial)
     except ValueError as error:
@@ -375,4 +385,6 @@ def _resumed(run: Run, saves: Saves, initial: Any, point: tuple[Tensor, Tensor])
     if content.get("best") is not None:  # files of earlier versions do not tell
         run.best.best = Candidate.from_dict(content["best"])
     calls, drawn = Stats(**content["calls"]), content.get("random")
+    if len(run.history) != content["step"]:
+        raise ValueError(unreadable(checkpoint.path))
     return _Reached(content["step"], state, calls, run.best.best, drawn, content.get("loaders"))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
-from bilevel._estimate import Estimate
+import torch
+from torch import Tensor
+
+from bilevel._estimate import COUNTS, Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked as arguments
+from bilevel.arguments.fits import demand_types
+from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
+from bilevel.portable.result import AbstractResult
+from bilevel.portable.tensor_file import damaged, read_tensors, write_tensors
 
 
 @final
@@ -35,19 +45,32 @@ class Record:
     seconds: float
     rejected: bool = False
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data: the status by its name."""
         return {**asdict(self), "status": self.status.name}
 
     @staticmethod
+    @arguments("Record.from_dict")
     def from_dict(content: dict[str, Any]) -> Record:
-        """The inverse of :meth:`as_dict`."""
-        return Record(**{**content, "status": Status[content["status"]], "stats": Stats(**content["stats"])})
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        try:
+            return Record(**{**content, "status": Status[content["status"]], "stats": Stats(**content["stats"])})
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"`Record.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
+            ) from error
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Best:
+class Best(AbstractResult):
     """The best iterate that a run has seen.
 
     That is the one of the lowest value, the later one of equals, among those that are in the constraint and whose
@@ -73,10 +96,35 @@ class Best:
     grad_norm: float
     compared: bool
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The iterate as plain data; :meth:`from_dict` is the inverse."""
+        return {**vars(self), "x": plain(self.x, "x"), "y": plain(self.y, "y")}
+
+    @staticmethod
+    @arguments("Best.from_dict")
+    def from_dict(content: Mapping[str, Any]) -> Best:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        with refused("Best"):
+            return Best(
+                demanded(content, "step", int),
+                restored(content["x"]),
+                restored(content["y"]),
+                number(content, "value"),
+                number(content, "grad_norm"),
+                demanded(content, "compared", bool),
+            )
+
 
 @final
 @dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(AbstractResult):
     """Where an outer run ended.
 
     Attributes:
@@ -109,3 +157,122 @@ class Solution:
     failed: bool
     converged: bool
     best: Best
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The solution as nested dicts and lists of tensors, numbers and texts; :meth:`from_dict` is the inverse.
+
+        `torch.save(solution.to_dict(), path)` is read by `torch.load(path, weights_only=True)`. The history is a list
+        of what `Record.as_dict` makes.
+        """
+        return {
+            "x": plain(self.x, "x"),
+            "y": plain(self.y, "y"),
+            "value": float(self.value),
+            "status": self.status.name,
+            "message": self.message,
+            "stats": self.stats.as_dict(),
+            "history": [record.as_dict() for record in self.history],
+            "estimate": self.estimate.to_dict(),
+            "failed": self.failed,
+            "converged": self.converged,
+            "best": self.best.to_dict(),
+        }
+
+    @staticmethod
+    @arguments("Solution.from_dict")
+    def from_dict(content: Mapping[str, Any]) -> Solution:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        with refused("Solution"):
+            return Solution(
+                x=restored(content["x"]),
+                y=restored(content["y"]),
+                value=number(content, "value"),
+                status=Status[demanded(content, "status", str)],
+                message=demanded(content, "message", str),
+                stats=Stats(**checked(content["stats"], **COUNTS)),
+                history=tuple(map(_record, demanded(content, "history", list))),
+                estimate=Estimate.from_dict(demanded(content, "estimate", dict)),
+                failed=demanded(content, "failed", bool),
+                converged=demanded(content, "converged", bool),
+                best=Best.from_dict(demanded(content, "best", dict)),
+            )
+
+    @arguments("Solution.save")
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the solution with its history to one file in the format safetensors; see `Estimate.save`.
+
+        Raises:
+            ImportError: if safetensors is missing: `pip install "bilevel[safetensors]"`.
+        """
+        write_tensors(path, "Solution", {**self.to_dict(), "history": columns(self.history)})
+
+    @staticmethod
+    @arguments("Solution.load")
+    def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Solution:
+        """Read what :meth:`save` wrote. Nothing in the file is executed, and no module is imported for it.
+
+        Args:
+            path: the file.
+            device: where its tensors go.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or holds something else.
+            ImportError: if safetensors is missing.
+        """
+        with damaged(path, "Solution"):
+            content = read_tensors(path, "Solution", device)
+            return Solution.from_dict({**content, "history": records(content["history"])})
+
+
+def _record(content: Mapping[str, Any]) -> Record:
+    own = checked(content, **_RECORD)
+    return Record.from_dict({**own, "stats": checked(own["stats"], **COUNTS)})
+
+
+_NUMBER = (float, int)
+_RECORD: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("step",), int),
+    **dict.fromkeys(("value", "grad_norm", "seconds"), _NUMBER),
+    **{"status": str, "stats": dict, "rejected": bool},
+}
+_FLOATS = ("value", "grad_norm", "seconds")
+
+
+def columns(history: Sequence[Record]) -> dict[str, Any]:
+    """Records by columns, as tensors: some 90 bytes each, and every bit of their numbers."""
+    names = sorted({record.status.name for record in history})
+    counts = [list(record.stats.as_dict().values()) for record in history]
+    return {
+        "statuses": names,
+        "status": torch.tensor([names.index(record.status.name) for record in history], dtype=torch.uint8),
+        "step": torch.tensor([record.step for record in history], dtype=torch.int64),
+        "rejected": torch.tensor([record.rejected for record in history], dtype=torch.bool),
+        "stats": torch.tensor(counts, dtype=torch.int64).reshape(len(history), len(Stats().as_dict())),
+        "counted": list(Stats().as_dict()),
+        **{name: torch.tensor([getattr(r, name) for r in history], dtype=torch.float64) for name in _FLOATS},
+    }
+
+
+def records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The inverse of :func:`columns`, as plain data.
+
+    Raises:
+        ValueError: if columns are missing, or are not of one length.
+    """
+    names, counted = demanded(content, "statuses", list), demanded(content, "counted", list)
+    one = {name: demanded(content, name, Tensor).tolist() for name in ("step", "status", "rejected", *_FLOATS)}
+    rows = zip(*one.values(), demanded(content, "stats", Tensor).tolist(), strict=True)
+    found = []
+    for *values, counts in rows:
+        record = dict(zip(one, values, strict=True))
+        stats = dict(zip(counted, counts, strict=True))
+        found.append({**record, "status": names[record["status"]], "stats": stats})
+    return found

@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._tree import Tree
+from bilevel._tree import Tree, tree_leaves
+from bilevel.arguments.fits import demand_type
 from bilevel.prox.term import AbstractProxTerm, least, on_leaves, relative_gap, total
 
 
@@ -30,6 +31,10 @@ class L1(AbstractProxTerm):
     """
 
     weight: Tree
+
+    def __post_init__(self) -> None:
+        for leaf in tree_leaves(self.weight, "`L1(weight=...)`"):
+            demand_type("L1", "weight", leaf, float | Tensor)
 
     def value(self, y: Tree) -> Tensor:
         return total(on_leaves(lambda leaf, w: w * leaf.abs(), y, self.weight))
@@ -64,6 +69,10 @@ class LInfBall(AbstractProxTerm):
     """
 
     radius: Tree
+
+    def __post_init__(self) -> None:
+        for leaf in tree_leaves(self.radius, "`LInfBall(radius=...)`"):
+            demand_type("LInfBall", "radius", leaf, float | Tensor)
 
     def value(self, y: Tree) -> Tensor:
         def outside(leaf: Tensor, r: Tensor | float) -> Tensor:

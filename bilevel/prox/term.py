@@ -11,9 +11,10 @@ from torch import Tensor
 
 from bilevel._numerics.nesting import aligned, flatten
 from bilevel._tree import Tree, tree_leaves, tree_map, tree_parts
+from bilevel.portable.pickling import AbstractPortable
 
 
-class AbstractProxTerm(abc.ABC):
+class AbstractProxTerm(AbstractPortable, abc.ABC):
     """A closed convex h(y) with prox_{t h}(v) = argmin_y h(y) + |y - v|^2 / (2 t).
 
     y is any structure; parameters are tensors, through which the map is differentiated where they depend on x. Every

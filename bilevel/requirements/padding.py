@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel._calculus import grad
 from bilevel._flat import FlatProblem
-from bilevel._numerics.batched import random_state, set_random_state
+from bilevel._numerics.batched import RANDOM, random_state, set_random_state
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel.inner_problems.constrained import LinearlyConstrained
@@ -49,33 +49,34 @@ def demand_padding_unseen(problem: FlatProblem, x: Tensor, y: Tensor, functions:
     worst = _tasks_by_examples(problem.data, most=False) if problem.tasks is not None else []
     if not worst:
         return
-    state = random_state(x)
+    with RANDOM:
+        state = random_state(x)
 
-    def measured(one: FlatProblem, start: Tensor, like: _Measured | None = None) -> _Measured:
-        set_random_state(state)  # whatever f and g draw is the same each time
-        return _measured(one, functions, x, start, None if like is None else like.length)
+        def measured(one: FlatProblem, start: Tensor, like: _Measured | None = None) -> _Measured:
+            set_random_state(state)  # whatever f and g draw is the same each time
+            return _measured(one, functions, x, start, None if like is None else like.length)
 
-    try:
-        for task in worst:
-            one, start = _task(problem, y, task)
-            seen = measured(one, start)
-            others = measured(_changed(one, _with_others), start, seen)
-            if not others.is_finite:  # numbers outside of a domain
-                others = measured(_changed(one, _with_copies), start, seen)
-            for name, change in _changes(seen, others):
-                raise ValueError(_leak(name, change, problem.problem.tasks))
-        for task in _tasks_by_examples(problem.data, most=True) if problem.problem.tasks is True else []:
-            one, start = _task(problem, y, task)
-            whole = _changed(one, _without_padding)
-            try:
-                together = measured(whole, start)
-                alone = measured(_by_itself(whole), start, together)
-            except Exception:  # it can be evaluated side by side only, or in this size
-                return
-            for name, change in _changes(alone, together):
-                raise ValueError(_uneven(name, change))
-    finally:
-        set_random_state(state)
+        try:
+            for task in worst:
+                one, start = _task(problem, y, task)
+                seen = measured(one, start)
+                others = measured(_changed(one, _with_others), start, seen)
+                if not others.is_finite:  # numbers outside of a domain
+                    others = measured(_changed(one, _with_copies), start, seen)
+                for name, change in _changes(seen, others):
+                    raise ValueError(_leak(name, change, problem.problem.tasks))
+            for task in _tasks_by_examples(problem.data, most=True) if problem.problem.tasks is True else []:
+                one, start = _task(problem, y, task)
+                whole = _changed(one, _without_padding)
+                try:
+                    together = measured(whole, start)
+                    alone = measured(_by_itself(whole), start, together)
+                except Exception:  # it can be evaluated side by side only, or in this size
+                    return
+                for name, change in _changes(alone, together):
+                    raise ValueError(_uneven(name, change))
+        finally:
+            set_random_state(state)
 
 
 _REMEDY = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import final
+from typing import Any, final
 
 
 class Property(enum.Enum):
@@ -57,5 +57,11 @@ class DoesNotApply(ValueError):  # noqa: N818  (what it says is what is wrong)
     """
 
     def __init__(self, reason: str) -> None:
+        from bilevel.arguments.fits import demand_type
+
+        demand_type("DoesNotApply", "reason", reason, str)
         ValueError.__init__(self, f"the estimator does not apply: {reason}")
         self.reason = reason
+
+    def __reduce__(self) -> Any:
+        return DoesNotApply, (self.reason,), self.__dict__

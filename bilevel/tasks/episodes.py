@@ -8,9 +8,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SEED, SIZE, demand_ranges
 from bilevel.tasks._random import generator, orders, subsets
 from bilevel.tasks.images import AbstractImages
-from bilevel.tasks.source import AbstractTasks, Batch, chosen, positive
+from bilevel.tasks.source import AbstractTasks, Batch, chosen, demand_placement
 
 
 @final
@@ -53,8 +56,9 @@ class Episodes(AbstractTasks):
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("way", "shots", "queries"):
-            positive("Episodes", name, getattr(self, name))
+        demand_types(self)
+        demand_ranges(self, way=SIZE, shots=SIZE, queries=SIZE)
+        demand_placement("Episodes", self.dtype, self.device)
         available = len(self.classes) * (4 if self.rotations else 1)
         if self.way > available:
             kind = "classes and their rotations" if self.rotations else "classes"
@@ -73,8 +77,8 @@ class Episodes(AbstractTasks):
         if self.rotations and height != width:
             raise ValueError(f"`Episodes(rotations=True)` needs square images. Got {height} by {width}.")
 
+    @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
-        positive("Episodes.sample", "count", count)
         draws, turns = generator(seed), 4 if self.rotations else 1
         kinds = subsets(torch.full((count,), len(self.classes) * turns, device="cpu"), self.way, draws).flatten()
         classes = kinds // turns

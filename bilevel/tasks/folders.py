@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SEED
+from bilevel.outside.images import FORMATS, SUFFIXES
 from bilevel.tasks._random import generator
 from bilevel.tasks.image_files import ImageFiles
 from bilevel.tasks.images import AbstractImages, Splits
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_OTHERS = {".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".eps", ".jp2", ".heic", ".avif"}  # not read
+_LONGEST = 10_000_000  # lines of a table
 _PARTS = {"train": "train", "validation": "val", "test": "test"}
 
 
+@checked()
 def image_folder(
     path: str | Path,
     size: int | Sequence[int],
@@ -27,7 +32,7 @@ def image_folder(
 ) -> ImageFiles:
     """Every folder below `path` that has images in it is a class, named by its path from there.
 
-    Images are decoded when they are drawn, and kept in memory from then on.
+    PNG and JPEG files are read, of up to 64 million pixels, when they are drawn, and kept in memory from then on.
 
     Args:
         path: the folder.
@@ -37,22 +42,27 @@ def image_folder(
         cache: keep what was decoded, 1 byte a pixel.
 
     Raises:
-        ValueError: if there is no such folder, or no image in it.
+        ValueError: if there is no such folder, or no image in it, or one in another format.
         ImportError: if Pillow is missing.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise ValueError(f"`image_folder(path=...)` must be a folder. There is none at {str(path)!r}.")
+    if not _is_folder(root):
+        raise ValueError(f"`image_folder(path=...)` must be a folder. There is none at {str(path)[:100]!r}.")
     classes: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.parent != root:
+        if file.name.startswith(".") or file.parent == root:
+            continue
+        if file.suffix.lower() in _OTHERS:
+            raise ValueError(f"images are read in the formats {' and '.join(FORMATS)}. Got {str(file)!r}. Convert it.")
+        if file.suffix.lower() in SUFFIXES:
             classes.setdefault(file.parent.relative_to(root).as_posix(), []).append(file)
     if not classes:
-        raise ValueError(f"no subfolder of {str(path)!r} has images ({', '.join(sorted(_SUFFIXES))}). One is a class.")
+        raise ValueError(f"no subfolder of {str(path)!r} has images ({', '.join(SUFFIXES)}). One is a class.")
     names = sorted(classes)
     return ImageFiles(tuple(tuple(classes[name]) for name in names), tuple(names), size, color, invert, cache)
 
 
+@checked()
 def mini_imagenet(path: str | Path, size: int | Sequence[int] = 84, *, cache: bool = True) -> Splits:
     """mini-ImageNet, or another data set in one of its layouts: 64 training, 16 validation and 20 test classes.
 
@@ -82,6 +92,7 @@ def mini_imagenet(path: str | Path, size: int | Sequence[int] = 84, *, cache: bo
     )
 
 
+@checked(seed=SEED)
 def split(images: AbstractImages, validation: int, test: int, seed: int) -> Splits:
     """Splits at random: so many validation and test classes, and the others for training.
 
@@ -113,12 +124,8 @@ def split(images: AbstractImages, validation: int, test: int, seed: int) -> Spli
 
 def _from_table(table: Path, images: Path, size: int | Sequence[int], cache: bool) -> ImageFiles:
     classes: dict[str, list[Path]] = {}
-    with table.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
-        if not {"filename", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{str(table)!r} needs the columns filename and label. Got {rows.fieldnames}.")
-        for row in rows:
-            classes.setdefault(row["label"], []).append(images / row["filename"])
+    for name, label in _rows(table):
+        classes.setdefault(label, []).append(images / name)
     missing = [file for files in classes.values() for file in files if not file.is_file()]
     if missing:
         raise ValueError(
@@ -128,6 +135,39 @@ def _from_table(table: Path, images: Path, size: int | Sequence[int], cache: boo
     return ImageFiles(tuple(tuple(classes[name]) for name in names), tuple(names), size, cache=cache)
 
 
+def _rows(table: Path) -> list[tuple[str, str]]:
+    """File names and labels of a table.
+
+    Raises:
+        ValueError: if it is none, or a file is named that is not in the folder of images.
+    """
+    found = []
+    try:
+        with table.open(newline="", encoding="utf-8") as lines:
+            rows = csv.DictReader(lines)
+            if not {"filename", "label"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"{str(table)!r} needs the columns filename and label. Got {rows.fieldnames}.")
+            for number, row in enumerate(rows, 1):
+                name, label = row["filename"], row["label"]
+                if not name or not label or number > _LONGEST:
+                    raise ValueError(f"{str(table)!r} needs a filename and a label in each of its rows. Row {number}.")
+                path = PurePosixPath(name.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or "\0" in name:
+                    raise ValueError(f"{str(table)!r} names {name!r}, which is not in the folder images/.")
+                found.append((name, label))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(table)!r} is no table of comma-separated values: {error}.") from error
+    return found
+
+
 def _listed(root: Path) -> list[str]:
     known = [f"{short}{end}" for short in _PARTS.values() for end in (".csv", "")]
     return [name for name in known if (root / name).exists()]
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one; what systems do not take for a name (too many letters, say) is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

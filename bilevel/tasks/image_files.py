@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.outside.images import open_image, pillow
 from bilevel.tasks.images import AbstractImages, distinct, put
 
 
@@ -48,7 +50,8 @@ class ImageFiles(AbstractImages):
     _known: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        _pillow()
+        demand_types(self)
+        pillow()
         distinct("ImageFiles", self.names, len(self.files))
         empty = [name for name, files in zip(self.names, self.files, strict=True) if not files]
         if empty or not self.files:
@@ -70,6 +73,11 @@ class ImageFiles(AbstractImages):
         )  # pages come into being when written
         put(self, "_known", torch.zeros(kept, dtype=torch.bool, device="cpu"))
 
+    def __reduce__(self) -> Any:
+        """Without what was decoded: each process reads what it draws."""
+        return ImageFiles, (self.files, self.names, self.size, self.color, self.invert, self.cache)
+
+    @fitting
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         numbers = self._first[classes] + members
         if not self.cache:
@@ -87,17 +95,12 @@ def decoded(file: Path | bytes, size: tuple[int, int], *, color: bool, invert: b
     """An image file, or its contents, as `(channels, height, width)` bytes.
 
     Raises:
-        ValueError: if it is not an image.
+        ValueError: if it is not an image in the format PNG or JPEG, or is too large.
         ImportError: if Pillow is missing.
     """
-    Image = _pillow()
-    try:
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
-            # reducing palettes and bits first: they cannot be interpolated
-            image = opened.convert("RGB" if color else "L").resize(size[::-1], Image.Resampling.BILINEAR)
-    except (OSError, SyntaxError) as error:  # SyntaxError: Pillow on broken PNG files
-        name = "contents" if isinstance(file, bytes) else str(file)
-        raise ValueError(f"{name!r} cannot be read as an image: {error}. Replace or remove it.") from error
+    name = "contents" if isinstance(file, bytes) else str(file)
+    image = open_image(file, name, "RGB" if color else "L")  # palettes and bits cannot be interpolated
+    image = image.resize(size[::-1], pillow().Resampling.BILINEAR)
     channels = 3 if color else 1
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, channels).permute(2, 0, 1)
     return 255 - pixels if invert else pixels.contiguous()
@@ -106,14 +109,6 @@ def decoded(file: Path | bytes, size: tuple[int, int], *, color: bool, invert: b
 def _size(size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width from one number or two."""
     both = (size, size) if isinstance(size, int) else tuple(size)
-    if len(both) != 2 or not all(isinstance(one, int) and one > 0 for one in both):
-        raise ValueError(f"`size=` of images must be a positive integer, or height and width. Got {size!r}.")
+    if len(both) != 2 or not all(isinstance(one, int) and 0 < one < 2**15 for one in both):
+        raise ValueError(f"`ImageFiles(size=...)` must be a positive integer, or height and width. Got {size!r}.")
     return both[0], both[1]
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('reading image files needs Pillow: `pip install "bilevel[images]"`.') from error
-    return Image

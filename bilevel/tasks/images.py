@@ -5,13 +5,19 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_type, demand_types
+from bilevel.arguments.ranges import Range, demand_ranges
+from bilevel.arguments.shapes import Shape, demand_shapes
+from bilevel.portable.pickling import AbstractPortable
 
-class AbstractImages(abc.ABC):
+
+class AbstractImages(AbstractPortable, abc.ABC):
     """Classes of images of one shape: what `Episodes` draws from.
 
     Attributes:
@@ -37,6 +43,7 @@ class AbstractImages(abc.ABC):
         images = f"{int(self.counts.sum())} images of shape {self.shape}"
         return f"{type(self).__name__}({len(self)} classes, {images})"
 
+    @checked()
     def subset(self, classes: Sequence[int]) -> Subset:
         """The classes with these numbers, in this order; nothing is copied."""
         return Subset(self, tuple(classes))
@@ -63,6 +70,7 @@ class Subset(AbstractImages):
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
+        demand_types(self)
         classes = tuple(map(int, self.classes))
         if not classes or len(set(classes)) < len(classes) or not all(0 <= k < len(self.images) for k in classes):
             raise ValueError(
@@ -75,6 +83,10 @@ class Subset(AbstractImages):
         put(self, "scale", self.images.scale)
         put(self, "_of", torch.tensor(classes, device="cpu"))
 
+    def __reduce__(self) -> Any:
+        return Subset, (self.images, self.classes)
+
+    @fitting
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         of: Tensor = self.__dict__["_of"]
         return self.images.pixels(of[classes], members)
@@ -110,6 +122,17 @@ class ImageClasses(AbstractImages):
     _first: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        demand_type("ImageClasses", "images", self.images, Tensor | Sequence[Tensor])
+        demand_type("ImageClasses", "names", self.names, Sequence[str])
+        demand_type("ImageClasses", "scale", self.scale, float | None)
+        if self.scale is not None:
+            demand_ranges(self, scale=Range(least=-1e300, below=1e300))
+            put(self, "scale", float(self.scale))
+        parts = (self.images,) if isinstance(self.images, Tensor) else self.images
+        for part in parts:
+            demand_shapes("ImageClasses", {"images": Shape(kind="number")}, {"images": part})
+            if not part.dim():
+                raise ValueError("`ImageClasses(images=...)` must have axes. Got a tensor without.")
         classes = list(self.images)
         shapes = sorted({tuple(one.shape[1:]) for one in classes})
         if len(shapes) != 1 or len(shapes[0]) not in (2, 3):
@@ -122,7 +145,8 @@ class ImageClasses(AbstractImages):
         distinct("ImageClasses", names, len(classes))
         counts = torch.tensor([len(one) for one in classes], device="cpu")
         if int(counts.min()) < 1:
-            raise ValueError(f"every class needs an image, and {names[int(counts.argmin())]!r} has none. Leave it out.")
+            name = names[int(counts.argmin())]
+            raise ValueError(f"`ImageClasses(images=...)`: every class needs an image, and {name!r} has none.")
         flat = self.images.flatten(0, 1) if isinstance(self.images, Tensor) else torch.cat(classes)
         flat = flat.unsqueeze(1) if flat.ndim == 3 else flat
         put(self, "names", names)
@@ -133,6 +157,11 @@ class ImageClasses(AbstractImages):
         if self.scale is None:
             put(self, "scale", 1 / 255 if flat.dtype == torch.uint8 else 1.0)
 
+    def __reduce__(self) -> Any:
+        """The images once."""
+        return ImageClasses, (self.images, self.names, self.scale)
+
+    @fitting
     def pixels(self, classes: Tensor, members: Tensor) -> Tensor:
         return self._flat.index_select(0, (self._first[classes] + members).to(self._flat.device))
 
@@ -155,7 +184,7 @@ class Splits:
         >>> classes = ImageClasses(torch.zeros(4, 20, 28, 28))
         >>> Splits(classes.subset([0, 1]), classes.subset([2]), classes.subset([1, 3]))
         Traceback (most recent call last):
-        ValueError: the classes of train and test must be different. Both have '1'. Leave it out of one of them.
+        ValueError: `Splits`: the classes of train and test must be different. Both have '1'. Leave it out of one.
     """
 
     train: AbstractImages
@@ -168,18 +197,22 @@ class Splits:
         return self.train, self.validation, self.test
 
     def __post_init__(self) -> None:
+        demand_types(self)
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
             both = sorted(set(parts[one].names) & set(parts[other].names))
             if both:
                 more = f" and {len(both) - 1} more" if len(both) > 1 else ""
                 raise ValueError(
-                    f"the classes of {one} and {other} must be different. Both have {both[0]!r}{more}."
-                    " Leave it out of one of them."
+                    f"`Splits`: the classes of {one} and {other} must be different. Both have {both[0]!r}{more}."
+                    " Leave it out of one."
                 )
         shapes = {name: part.shape for name, part in parts.items()}
         if len(set(shapes.values())) > 1:
-            raise ValueError(f"the images of all parts must have one shape (channels, height, width). Got {shapes}.")
+            raise ValueError(
+                f"`Splits`: the images of train, validation and test must have one shape (channels, height,"
+                f" width). Got {shapes}."
+            )
 
 
 def distinct(call: str, names: Sequence[str], count: int) -> None:

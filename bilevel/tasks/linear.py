@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -10,9 +9,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked, fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, FINITE, SEED, SIZE, demand_ranges
 from bilevel.tasks._random import generator, normal
 from bilevel.tasks.images import put
-from bilevel.tasks.source import AbstractTasks, Batch, chosen, positive
+from bilevel.tasks.source import AbstractTasks, Batch, chosen, demand_placement
 
 
 @final
@@ -63,8 +65,10 @@ class LinearTasks(AbstractTasks):
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("features", "shots", "queries"):
-            positive("LinearTasks", name, getattr(self, name))
+        demand_types(self)
+        demand_ranges(self, features=SIZE, shots=SIZE, queries=SIZE, noise=AT_LEAST_0, condition=AT_LEAST_1)
+        demand_ranges(self, mean=FINITE, variance=AT_LEAST_0)
+        demand_placement("LinearTasks", self.dtype, self.device)
         for name in ("mean", "variance"):
             given = torch.as_tensor(getattr(self, name), dtype=torch.float64, device="cpu").detach()
             if given.shape not in ((), (self.features,)) or not bool(given.isfinite().all()):
@@ -73,20 +77,14 @@ class LinearTasks(AbstractTasks):
                     f" Got {getattr(self, name)}."
                 )
             put(self, name, given.expand(self.features).clone())
-        if not bool((torch.as_tensor(self.variance, device="cpu") >= 0).all()):
-            raise ValueError(f"`LinearTasks(variance=...)` must be at least 0. Got {self.variance}.")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"`LinearTasks(noise=...)` must be at least 0. Got {self.noise}.")
-        if self.condition is not None and not 1 <= self.condition < math.inf:
-            raise ValueError(f"`LinearTasks(condition=...)` must be at least 1. Got {self.condition}.")
         if (self.orthogonal or self.condition is not None) and self.shots < self.features:
             raise ValueError(
                 f"`LinearTasks(shots=...)` must be at least `features`, {self.features}, to prescribe X^T X. Got"
                 f" {self.shots}. Take more, or leave `orthogonal` and `condition` out."
             )
 
+    @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
-        positive("LinearTasks.sample", "count", count)
         draws = generator(seed)
         mean, variance = (torch.as_tensor(given, device="cpu") for given in (self.mean, self.variance))
         weights = mean + variance.sqrt() * normal(count, self.features, generator=draws)
@@ -113,6 +111,7 @@ class LinearTasks(AbstractTasks):
         X = _orthonormal(count, self.shots, self.features, draws) * eigenvalues.sqrt()
         return X if self.orthogonal else X @ _orthonormal(count, self.features, self.features, draws).mT
 
+    @fitting
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The exact posterior of w given the support sets: its means `(tasks, p)` and covariances `(tasks, p, p)`.
 

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
+from bilevel.outside.archives import MIB
+from bilevel.outside.arrays import read_arrays
 from bilevel.tasks._vinyals import class_names, split_of
 from bilevel.tasks.images import ImageClasses, Splits
 
 _SIZE = 28  # pixels to a side, to which the drawings are reduced in the literature since Vinyals et al. (2016)
 
 
+@checked()
 def omniglot(path: str | Path) -> Splits:
     """Omniglot in 28 by 28 pixels, ink = 1: 1,028 training, 172 validation and 423 test classes.
 
@@ -56,17 +60,34 @@ def omniglot(path: str | Path) -> Splits:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        import numpy as np
-    except ImportError as error:
-        raise ImportError('reading .npz files needs numpy: `pip install "bilevel[images]"`.') from error
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {str(path)!r}. `bilevel data omniglot` downloads and converts Omniglot."
         )
-    wanted = ("class_names", "split_vinyals", "bits", "images")
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files if key in wanted}
+    arrays = read_arrays(path, _WANTED.__contains__, "images", _BYTES)
+    for key, array in arrays.items():
+        kinds, axes, what = _WANTED[key]
+        if array.dtype.kind not in kinds or array.ndim not in axes:
+            raise ValueError(f"{str(path)!r}: {key} must be {what}. Got {array.dtype} of shape {array.shape}.")
+    pixels = arrays.get("images")
+    if pixels is not None and pixels.dtype.kind == "f":
+        _demand_range(path, pixels)
+    return arrays
+
+
+_WANTED = {
+    "class_names": ("U", (1,), "texts, one a class"),
+    "split_vinyals": ("iu", (1,), "integers, one a class"),
+    "bits": ("u", (3,), "bytes, (classes, drawings, 98)"),
+    "images": ("uf", (4,), "bytes, (classes, drawings, 28, 28)"),
+}
+_BYTES = 1024 * MIB  # 26 MB are usual
+
+
+def _demand_range(path: Path, pixels: Any) -> None:
+    """Numbers in the place of bytes are no others."""
+    if not pixels.size or not (pixels.min() >= 0 and pixels.max() <= 255):  # NaN is neither
+        raise ValueError(f"{str(path)!r}: images must be finite numbers from 0 to 255.")
 
 
 def _unpacked(bits: Tensor) -> Tensor:

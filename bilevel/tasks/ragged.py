@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import SIZE
 from bilevel.tasks.source import Batch
 
 _SIDES = ("support", "query")
 _REQUIRED = tuple(f"{side}_{part}" for side in _SIDES for part in "xy")
 
 
+@checked()
 def pad(tasks: Sequence[Mapping[str, Tensor]]) -> Batch:
     """One batch of tasks of different sizes: zeros at the end, and masks `support_mask` and `query_mask` that tell.
 
@@ -59,6 +62,7 @@ def pad(tasks: Sequence[Mapping[str, Tensor]]) -> Batch:
     return padded
 
 
+@checked(tasks=SIZE)
 def check_batch(batch: Any, tasks: int | None = None) -> None:
     """Refuse what is not a batch of tasks, saying what arrived.
 
@@ -77,6 +81,7 @@ def check_batch(batch: Any, tasks: int | None = None) -> None:
         >>> check_batch({"support_x": x, "support_y": y, "query_x": x, "query_y": y[:, :5]})
         Traceback (most recent call last):
         ValueError: support_x and support_y must agree in tasks and examples: support_x (4, 5, 2), support_y (4, 6).
+        In `check_batch(batch=...)`.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch of tasks must be a mapping from names to tensors. Got {type(batch).__name__}.")

@@ -8,8 +8,11 @@ from typing import final
 
 import torch
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, SEED, SIZE, demand_ranges
 from bilevel.tasks._random import generator, normal, uniform
-from bilevel.tasks.source import AbstractTasks, Batch, chosen, positive
+from bilevel.tasks.source import AbstractTasks, Batch, chosen, demand_placement
 
 
 @final
@@ -49,17 +52,16 @@ class Sinusoid(AbstractTasks):
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        positive("Sinusoid", "shots", self.shots)
-        positive("Sinusoid", "queries", self.queries)
+        demand_types(self)
+        demand_ranges(self, shots=SIZE, queries=SIZE, noise=AT_LEAST_0)
         for name in ("amplitude", "phase", "inputs"):
             low, high = getattr(self, name)
             if not (math.isfinite(low) and math.isfinite(high) and low <= high):
                 raise ValueError(f"`Sinusoid({name}=...)` must be a finite interval (low, high). Got {(low, high)}.")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"`Sinusoid(noise=...)` must be at least 0. Got {self.noise}.")
+        demand_placement("Sinusoid", self.dtype, self.device)
 
+    @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
-        positive("Sinusoid.sample", "count", count)
         draws, points = generator(seed), self.shots + self.queries
         amplitude = uniform(*self.amplitude, count, generator=draws)
         phase = uniform(*self.phase, count, generator=draws)

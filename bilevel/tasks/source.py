@@ -9,13 +9,17 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SEED, SIZE, demand_ranges
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.tasks._random import seed_of_step
 
 Batch: TypeAlias = dict[str, Tensor]
 """Tasks with a leading task axis: `support_x`, `support_y`, `query_x`, `query_y`, and what else f and g read."""
 
 
-class AbstractTasks(abc.ABC):
+class AbstractTasks(AbstractPortable, abc.ABC):
     """A distribution over tasks: `sample(count, seed)` is a batch of independent tasks, a function of its arguments.
 
     Your own source is a subclass with that one method.
@@ -43,6 +47,7 @@ class AbstractTasks(abc.ABC):
         """
 
 
+@checked(size=SIZE, seed=SEED)
 def batches(source: AbstractTasks, size: int, seed: int) -> Batches:
     """The function step -> batch of `size` tasks, for `minimize(data=...)`.
 
@@ -77,18 +82,30 @@ class Batches:
     seed: int
 
     def __post_init__(self) -> None:
-        positive("batches", "size", self.size)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"`batches(seed=...)` must be an integer. Got {self.seed!r}.")
+        demand_types(self)
+        demand_ranges(self, size=SIZE, seed=SEED)
 
     def __call__(self, step: int) -> Batch:
         return self.source.sample(self.size, seed_of_step(self.seed, step))
 
 
-def positive(call: str, name: str, value: int) -> None:
-    """Refuse a count that is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{call}({name}=...)` must be a positive integer. Got {value!r}.")
+def demand_placement(call: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+    """Refuse a dtype that is none of real numbers, and a device that this machine does not have.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"`{call}(dtype=...)` must be a floating point one, such as torch.float32. Got {dtype}.")
+    if device is None:
+        return
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        text = str(error).partition("\n")[0][:100]
+        raise ValueError(
+            f"`{call}(device=...)` must be a device that holds numbers here. Got {str(device)[:100]!r}: {text}"
+        ) from error
 
 
 def chosen(dtype: torch.dtype | None) -> torch.dtype:

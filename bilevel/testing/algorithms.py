@@ -18,6 +18,8 @@ from bilevel._result import Stats, Status
 from bilevel._tree import tree_leaves
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, COUNT
 from bilevel.outer.encoding import encoded
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Solution
@@ -28,6 +30,7 @@ from bilevel.testing.properties import close
 Algorithm = AbstractAlgorithm[Any]
 
 
+@checked(max_steps=COUNT, tol=AT_LEAST_0)
 def check_algorithm(
     algorithm: Algorithm, *, exact: bool = True, max_steps: int = 2000, tol: float = 1e-4, whole: bool = False
 ) -> None:
@@ -54,6 +57,7 @@ def check_algorithm(
         check()
 
 
+@checked(max_steps=COUNT, tol=AT_LEAST_0)
 def algorithm_checks(
     algorithm: Algorithm, *, exact: bool = True, max_steps: int = 2000, tol: float = 1e-4, whole: bool = False
 ) -> list[tuple[str, Callable[[], None]]]:

@@ -11,6 +11,8 @@ import torch
 from bilevel._estimate import AbstractEstimator
 from bilevel._problem import BilevelProblem
 from bilevel._tree import tree_map
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0
 from bilevel.problems.inverse_link import asinh
 from bilevel.problems.nested import nested
 from bilevel.problems.quadratic import quadratic
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import pytest
 
 
+@checked(tol=AT_LEAST_0)
 def check_estimator(estimator: AbstractEstimator, *, exact: bool = True, tol: float = 1e-5) -> None:
     """Assert that h has every property of `bilevel.testing.properties`, on problems in closed form.
 
@@ -43,6 +46,7 @@ def check_estimator(estimator: AbstractEstimator, *, exact: bool = True, tol: fl
         check()
 
 
+@checked(tol=AT_LEAST_0)
 def estimator_checks(
     estimator: AbstractEstimator, *, exact: bool = True, tol: float = 1e-5
 ) -> list[tuple[str, Callable[[], None]]]:
@@ -92,6 +96,7 @@ def estimator_checks(
     ]
 
 
+@checked(tol=AT_LEAST_0)
 def parametrize_with_checks(
     estimators: Sequence[AbstractEstimator], *, exact: bool = True, tol: float = 1e-5
 ) -> pytest.MarkDecorator:

@@ -9,6 +9,8 @@ from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
 from bilevel._tree import ravel
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, COUNT, SEED
 from bilevel.diagnostics.check import check
 from bilevel.diagnostics.verdict import Outcome
 from bilevel.hypergrad.aid import AID
@@ -18,6 +20,7 @@ from bilevel.solvers.newton import Newton
 from bilevel.testing.properties import close, estimate
 
 
+@checked(tol=AT_LEAST_0, samples=COUNT, seed=SEED)
 def check_problem(instance: Instance, *, tol: float = 1e-6, samples: int = 20, seed: int = 0) -> None:
     """Assert that f and g are sound at x0, and that what is claimed in closed form is true.
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.certificates.certificate import Constants
 
 _THIRD = 1 / (6 * math.sqrt(3))  # the greatest |third derivative| of log(1 + exp(t))
@@ -40,12 +43,19 @@ class Logistic:
     U: Tensor
     c: Tensor
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        axes = {"Z": Shape("n q"), "b": Shape("n"), "U": Shape("m q"), "c": Shape("m")}
+        demand_shapes("Logistic", axes, vars(self))
+
+    @fitting
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective."""
         q = self.Z.shape[1]
         loss = softplus(-self.b * (self.Z @ y))
         return (torch.sigmoid(x[q:]) * loss).mean() + (x[:q].exp() * y.square()).sum() / 2
 
+    @fitting
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer objective."""
         return softplus(-self.c * (self.U @ y)).mean() + x.sin().sum() / 10 + x[0] * y[0] / 5
@@ -54,6 +64,7 @@ class Logistic:
         """The pair (f, g)."""
         return BilevelProblem(self.f, self.g)
 
+    @fitting
     def constants(self, x: Tensor, solution: Tensor, radius: float = 1.0) -> Constants:
         """The constants at x within a radius of y*(x); only C_G depends on the radius.
 

@@ -16,22 +16,31 @@ from bilevel._flat import FlatProblem
 from bilevel._hypergradient import hypergradient
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, ravel, tree_leaves
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0
+from bilevel.arguments.shapes import Shape
 
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+_FINITE = Shape()
 
 
+@checked()
 def estimate(estimator: AbstractEstimator, problem: BilevelProblem, x: Tree, y0: Tree) -> Estimate:
     """The estimate, whatever its status."""
     return hypergradient(problem, x, y0, estimator=estimator, throw=False)
 
 
+@checked(tol=AT_LEAST_0)
 def close(name: str, found: Tree, expected: Tree, tol: float, more: str = "") -> None:
     """Assert |found - expected| <= tol max(1, |expected|) for structures.
 
     Raises:
         AssertionError: naming the property, what was found and what was expected.
     """
-    a, b = ravel(found)[0].detach().double(), ravel(expected)[0].detach().double()
+    a, b = ravel(found, "found")[0].detach().double(), ravel(expected, "expected")[0].detach().double()
+    if a.shape != b.shape or a.device != b.device:
+        got = f"{tuple(a.shape)} on {a.device} and {tuple(b.shape)} on {b.device}"
+        raise ValueError(f"`close(found=..., expected=...)` must have equally many entries on one device. Got {got}.")
     error = float(torch.linalg.vector_norm(a - b))
     bound = tol * max(1.0, float(torch.linalg.vector_norm(b)))
     if not error <= bound:
@@ -40,6 +49,7 @@ def close(name: str, found: Tree, expected: Tree, tol: float, more: str = "") ->
         )
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def same_on_leaves(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     cut_x: Callable[[Tensor], Tree] | None = None, cut_y: Callable[[Tensor], Tree] | None = None,
@@ -61,6 +71,7 @@ def same_on_leaves(
     assert shapes == expected, f"one leaf or several: found leaves of the shapes {shapes}, expected {expected}."
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def permuting_leaves(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     order: Sequence[int] | None = None, inner_order: Sequence[int] | None = None,
@@ -79,6 +90,7 @@ def permuting_leaves(
     close("permuting leaves", [found[i] for i in back], estimate(estimator, problem, x, y0).grad, tol)
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def scaling_g(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     c: float = 2.0, scaled: AbstractEstimator | None = None,
@@ -89,6 +101,7 @@ def scaling_g(
     close(f"scaling g by {c:g}", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def term_in_x_of_g(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6
 ) -> None:
@@ -98,6 +111,7 @@ def term_in_x_of_g(
     close("a term in x only of g", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def term_in_x_of_f(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6
 ) -> None:
@@ -108,6 +122,7 @@ def term_in_x_of_f(
     close("a term in x only of f", found, expected, tol, " Is grad_x f part of it?")
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def orthogonal_change_of_y(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6, seed: int = 0
 ) -> None:
@@ -121,6 +136,7 @@ def orthogonal_change_of_y(
     close("an orthogonal change of y", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def linear_in_f(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     a: float = 2.0, b: float = -1.5,
@@ -137,6 +153,7 @@ def linear_in_f(
     close("linearity in f", estimate(estimator, both, x, y0).grad, a * first + b * second, slack * tol)
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def float32_near_float64(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-2,
     single: AbstractEstimator | None = None,
@@ -152,6 +169,7 @@ def float32_near_float64(
     close("float32 near float64", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
+@checked(x=_FINITE, y0=_FINITE)
 def inputs_untouched(estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor) -> None:
     """The vectors that an estimator is given keep their bits, and their `.grad` stays None."""
     x, y0 = x.detach().clone().requires_grad_(), y0.detach().clone()
@@ -166,6 +184,7 @@ def inputs_untouched(estimator: AbstractEstimator, problem: BilevelProblem, x: T
     assert x.grad is None, f"inputs untouched: `.grad` of x became {x.grad}, expected None."
 
 
+@checked(x=_FINITE, y0=_FINITE)
 def same_seed_same_bits(estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor) -> None:
     """Two calls give the same bits, whatever torch's global generator; its state is not advanced."""
     state = torch.get_rng_state()
@@ -183,6 +202,7 @@ def same_seed_same_bits(estimator: AbstractEstimator, problem: BilevelProblem, x
     assert not used, "same seed, same bits: torch's global generator was advanced. Draw from a generator of your own."
 
 
+@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
 def warm_start_changes_nothing(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-5
 ) -> None:
@@ -192,6 +212,7 @@ def warm_start_changes_nothing(
     close("a warm start changes nothing", warm, estimate(estimator, problem, x, y0).grad, tol)
 
 
+@checked(tol=AT_LEAST_0)
 def exact(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tree, y0: Tree, gradient: Tree, *, tol: float = 1e-5
 ) -> None:
@@ -200,6 +221,7 @@ def exact(
     close("exactness", found.grad, gradient, tol, f" The status says {found.status!r}.")
 
 
+@checked(tol=AT_LEAST_0)
 def exact_or_reported(
     estimator: AbstractEstimator,
     problem: BilevelProblem,

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, SEED, SIZE
+from bilevel.arguments.shapes import Shape
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 from bilevel.testing.logistic import Logistic
 
@@ -44,11 +47,13 @@ def _composite(function: Callable[Concatenate[DrawFn, P], T]) -> Callable[P, Sea
     return strategy
 
 
+@checked(shape=COUNT, seed=SEED)
 def gaussian(*shape: int, seed: int) -> Tensor:
     """Standard normal entries in float64; the same for the same seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
 
 
+@checked(n=SIZE, seed=SEED)
 def orthogonal(n: int, seed: int) -> Tensor:
     """An orthogonal matrix `(n, n)`; the identity for seed 0, so that failures shrink to diagonal matrices."""
     return (
@@ -56,6 +61,7 @@ def orthogonal(n: int, seed: int) -> Tensor:
     )
 
 
+@checked(eigenvalues=Shape("n"), seed=SEED)
 def spd(eigenvalues: Tensor, seed: int) -> Tensor:
     """The symmetric matrix with these eigenvalues and random eigenvectors."""
     Q = orthogonal(eigenvalues.shape[0], seed)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel._inner import AbstractInnerSolver
 from bilevel._numerics.batched import is_batched
 from bilevel._problem import Tasks
 from bilevel._tree import Structure, Tree, tree_map, tree_parts
 from bilevel._validate import demand_type
+from bilevel.modules.functional import Functional
 from bilevel.problems._variational import divergence, hyper_prior, normal_noise, rows, weights
-from bilevel.problems.meta_learning._modules import on_examples
+from bilevel.problems.meta_learning._modules import SIDES, features_of, on_examples
 from bilevel.problems.meta_learning._tasks import Loss, Side, is_cross_entropy, is_of_numbers, mixture_loss, task_loss
 from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
 from bilevel.problems.meta_learning.kl_system import KLSystem
@@ -195,6 +196,42 @@ class Evidence:
         like = torch.zeros((), dtype=self.structure.dtype, device=self.structure.device)
         shape = (own.evaluation_samples, self.structure.size)
         return normal_noise(shape, own.seed, like, antithetic=own.antithetic)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Predictive:
+    """The functions of a learner: of a network under the prior, or of its head, where there are features of a body.
+
+    The noise of predictions is the same for every task, and is drawn once.
+    """
+
+    model: Evidence
+    net: Functional
+    body: Functional | None = None
+    noise: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noise", self.model.evaluation_noise())
+
+    def encode(self, x: Tree, task: Mapping[str, Tensor]) -> dict[str, Tree]:
+        """The prior of the head, and the features of both sets."""
+        assert self.body is not None
+        own = {key: x[key] for key in x if key != "body"}
+        return {**own, **{side: features_of(self.body, x["body"], task, side) for side in SIDES}}
+
+    def predict(self, x: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
+        return self.model.predict(y, self._inputs(x, task), self.noise, task)
+
+    def draws(self, x: Tree, y: Tree, task: Mapping[str, Tensor]) -> Tensor:
+        return self.model.draws(y, self._inputs(x, task), self.noise, task)
+
+    def export(self, x: Tree) -> nn.Module:
+        head = self.net.load(x["mean"])
+        return head if self.body is None else nn.Sequential(self.body.load(x["body"]), head)
+
+    def _inputs(self, x: Tree, task: Mapping[str, Tensor]) -> Tensor:
+        return task["query_x"] if self.body is None else features_of(self.body, x["body"], task, "query")
 
 
 def demand_variational(call: str, **given: object) -> None:

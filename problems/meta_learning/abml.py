@@ -6,12 +6,14 @@ from torch import nn
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import ravel
-from bilevel._validate import demand_type, grouped
+from bilevel._validate import grouped
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._evidence import Evidence, demand_variational
+from bilevel.problems.meta_learning._evidence import Evidence, Predictive, demand_variational
 from bilevel.problems.meta_learning._formerly import INNER, MONTE_CARLO, OUTER, PRIOR
 from bilevel.problems.meta_learning._modules import as_functional
 from bilevel.problems.meta_learning._tasks import Loss
@@ -22,6 +24,7 @@ from bilevel.problems.meta_learning.posterior_descent import PosteriorDescent
 
 
 @grouped(prior=PRIOR, draws=MONTE_CARLO, inner=INNER, outer_objective=OUTER)
+@checked()
 def abml(
     module: nn.Module | Functional,
     loss: Loss,
@@ -62,7 +65,7 @@ def abml(
     demand_variational("abml", prior=prior, draws=draws, outer_objective=outer_objective)
     net = as_functional(module)
     model = Evidence(net, loss, ravel(net.params, "the module's parameters")[1], prior, draws, outer_objective)
-    solver, noise = inner.iterate(model.structure, learn_variance=prior.learn_variance), model.evaluation_noise()
+    solver, own = inner.iterate(model.structure, learn_variance=prior.learn_variance), Predictive(model, net)
     return Learner(
         name="abml",
         problem=BilevelProblem(model.f, model.g, init=model.start, tasks=model.tasks),
@@ -70,9 +73,9 @@ def abml(
         y0=model.start(model.x0(net.params)),
         estimator=ITD(solver, checkpoint=checkpoint),
         adapt=solver,
-        predict=lambda _, y, task: model.predict(y, task["query_x"], noise, task),
-        export=lambda x: net.load(x["mean"]),
+        predict=own.predict,
+        export=own.export,
         prepare=model.prepare,
-        draws=lambda _, y, task: model.draws(y, task["query_x"], noise, task),
+        draws=own.draws,
         likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
 from bilevel.problems.meta_learning._modules import (
     SIDES,
     as_functional,
-    demand_positive,
     on_examples,
     outputs_of,
     prediction,
@@ -29,6 +30,7 @@ from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, evaluation_steps=COUNT)
 def anil(
     body: nn.Module | Functional,
     head: nn.Module | Functional,
@@ -82,49 +84,58 @@ def anil(
         >>> found.y["bias"].shape
         torch.Size([4, 1])
     """
-    demand_positive("anil", inner_steps=inner_steps)
     steps = inner_steps if evaluation_steps is None else evaluation_steps
-    if not step > 0 or steps < 0:
-        raise ValueError(f"`anil` needs step > 0 and evaluation_steps >= 0. Got {step} and {steps}.")
     features, top = as_functional(body), as_functional(head)
     descent = GradientDescent(step)
 
-    def encode(x: Tree, task: Any) -> Tree:
-        return {**{side: outputs_of(features, x["body"], task, side) for side in SIDES}, "head": x["head"]}
-
-    def on_head(y: Tree, z: Tree, task: Any, side: Side) -> Tensor:
-        return on_examples(lambda points: top(y, points), z[side], task.get(f"{side}_mask"))
-
-    def f(z: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, on_head(y, z, task, "query"), task, "query")
-
-    def g(z: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, on_head(y, z, task, "support"), task, "support")
-
-    def init(z: Tree, task: Any) -> Tree:  # noqa: ARG001
-        return z["head"]
-
-    def predict(x: Tree, y: Tree, task: Any) -> Tensor:
-        return prediction(loss, top(y, outputs_of(features, x["body"], task, "query")))
-
-    def export(x: Tree) -> nn.Module:
-        module = nn.Sequential()
-        module.add_module("body", features.load(x["body"]))
-        module.add_module("head", top.load(x["head"]))
-        return module
-
+    own = _Adapted(features, top, loss)
     return Learner(
         name="ANIL",
-        problem=BilevelProblem(f, g, init=init, encode=encode, tasks=True),
+        problem=BilevelProblem(own.f, own.g, init=own.init, encode=own.encode, tasks=True),
         x0={"body": dict(features.params), "head": dict(top.params)},
         y0=dict(top.params),
         estimator=ITD(Iterate(descent, inner_steps)),
         adapt=Iterate(descent, steps),
-        predict=predict,
-        export=export,
+        predict=own.predict,
+        export=own.export,
     )
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class _Adapted:
+    """The functions of the learner."""
+
+    features: Functional
+    top: Functional
+    loss: Loss
+
+    def encode(self, x: Tree, task: Any) -> Tree:
+        return {**{side: outputs_of(self.features, x["body"], task, side) for side in SIDES}, "head": x["head"]}
+
+    def on_head(self, y: Tree, z: Tree, task: Any, side: Side) -> Tensor:
+        return on_examples(partial(self.top, y), z[side], task.get(f"{side}_mask"))
+
+    def f(self, z: Tree, y: Tree, task: Any) -> Tensor:
+        return task_loss(self.loss, self.on_head(y, z, task, "query"), task, "query")
+
+    def g(self, z: Tree, y: Tree, task: Any) -> Tensor:
+        return task_loss(self.loss, self.on_head(y, z, task, "support"), task, "support")
+
+    def init(self, z: Tree, task: Any) -> Tree:
+        return z["head"]
+
+    def predict(self, x: Tree, y: Tree, task: Any) -> Tensor:
+        return prediction(self.loss, self.top(y, outputs_of(self.features, x["body"], task, "query")))
+
+    def export(self, x: Tree) -> nn.Module:
+        module = nn.Sequential()
+        module.add_module("body", self.features.load(x["body"]))
+        module.add_module("head", self.top.load(x["head"]))
+        return module
+
+
+@checked(classes=SIZE)
 def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], classes: int) -> Learner:
     """score_c(q) = sum_i cos(phi(q), phi(s_i)) 1[label_i = c] over the support samples s_i: NIL, a learner for testing.
 
@@ -156,12 +167,18 @@ def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], 
                 [0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
-    demand_positive("no_inner_loop", classes=classes)
-
-    def predict(x: Tree, y: Tree, task: Any) -> Tensor:  # noqa: ARG001
-        points = (on_examples(partial(features, x), task[f"{side}_x"], task.get(f"{side}_mask")) for side in SIDES)
-        support, query = (normalize(each.flatten(1), dim=-1) for each in points)
-        labels = weighted(one_hot(task["support_y"].long(), classes).to(support), task, "support")
-        return (query @ support.T @ labels).log_softmax(-1)
-
+    predict = partial(_by_cosines, features, classes)
     return replace(learner, name="NIL", adapt=Iterate(GradientDescent(1.0), 0), predict=predict, draws=None)
+
+
+def _by_cosines(
+    features: Callable[[Tree, Tensor], Tensor],
+    classes: int,
+    x: Tree,
+    y: Tree,  # noqa: ARG001
+    task: Any,
+) -> Tensor:
+    points = (on_examples(partial(features, x), task[f"{side}_x"], task.get(f"{side}_mask")) for side in SIDES)
+    support, query = (normalize(each.flatten(1), dim=-1) for each in points)
+    labels = weighted(one_hot(task["support_y"].long(), classes).to(support), task, "support")
+    return (query @ support.T @ labels).log_softmax(-1)

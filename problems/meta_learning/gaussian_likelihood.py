@@ -9,6 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import fitting
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.few_shot.likelihood import AbstractLikelihood
 
 
@@ -38,6 +41,8 @@ class GaussianLikelihood(AbstractLikelihood):
     variance: float
 
     def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, variance=POSITIVE)
         if not self.variance > 0:
             raise ValueError(f"`GaussianLikelihood(variance=...)` must be positive. Got {self.variance}.")
 
@@ -54,10 +59,12 @@ class GaussianLikelihood(AbstractLikelihood):
             )
         return ((output - target).square() / self.variance).mean() / 2 + math.log(2 * math.pi * self.variance) / 2
 
+    @fitting
     def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """The predictive mean and variance `(n, ...)`, from draws `(samples, n, ...)`."""
         return outputs.mean(0), outputs.var(0, correction=0) + self.variance
 
+    @fitting
     def interval(self, outputs: Tensor, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """The ends `(n, ...)` of a central predictive interval, of a Gaussian with the mixture's moments.
 
@@ -70,6 +77,7 @@ class GaussianLikelihood(AbstractLikelihood):
         half = math.sqrt(2) * torch.erfinv(torch.tensor(level, dtype=mean.dtype, device=mean.device)) * variance.sqrt()
         return mean - half, mean + half
 
+    @fitting
     def predictive_nll(self, outputs: Tensor, target: Tensor) -> Tensor:
         """-log of the mixture's density at the targets, the mean over all entries `()`."""
         square = (outputs - target).square() / self.variance

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import nn
 
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
-from bilevel._tree import Tree, ravel
+from bilevel._tree import ravel
 from bilevel._validate import grouped
+from bilevel.arguments.checked import checked
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._evidence import Evidence, demand_variational
+from bilevel.problems.meta_learning._evidence import Evidence, Predictive, demand_variational
 from bilevel.problems.meta_learning._formerly import INNER, MONTE_CARLO, OUTER, PRIOR, SYSTEM
-from bilevel.problems.meta_learning._modules import SIDES, as_functional, features_of
+from bilevel.problems.meta_learning._modules import as_functional
 from bilevel.problems.meta_learning._tasks import Loss
 from bilevel.problems.meta_learning.gaussian_prior import GaussianPrior
 from bilevel.problems.meta_learning.kl_products import KLDiagonal, KLProducts
@@ -28,6 +27,7 @@ from bilevel.solvers.cg import CG
 
 
 @grouped(prior=PRIOR, draws=MONTE_CARLO, inner=INNER, system=SYSTEM, outer_objective=OUTER)
+@checked()
 def ibaml(
     module: nn.Module | Functional,
     loss: Loss,
@@ -84,7 +84,7 @@ def ibaml(
     demand_variational("ibaml", prior=prior, draws=draws, inner=inner, system=system, outer_objective=outer_objective)
     net = as_functional(module)
     model = Evidence(net, loss, ravel(net.params, "the module's parameters")[1], prior, draws, outer_objective)
-    aid, noise = _implicit(model, inner, system), model.evaluation_noise()
+    aid, own = _implicit(model, inner, system), Predictive(model, net)
     return Learner(
         name="ibaml",
         problem=BilevelProblem(model.f, model.g, init=model.start, tasks=model.tasks),
@@ -92,15 +92,16 @@ def ibaml(
         y0=model.start(model.x0(net.params)),
         estimator=aid,
         adapt=aid.inner,
-        predict=lambda _, y, task: model.predict(y, task["query_x"], noise, task),
-        export=lambda x: net.load(x["mean"]),
+        predict=own.predict,
+        export=own.export,
         prepare=model.prepare,
-        draws=lambda _, y, task: model.draws(y, task["query_x"], noise, task),
+        draws=own.draws,
         likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )
 
 
 @grouped(prior=PRIOR, draws=MONTE_CARLO, inner=INNER, system=SYSTEM, outer_objective=OUTER)
+@checked()
 def ibaml_head(
     body: nn.Module | Functional,
     head: nn.Module | Functional,
@@ -143,23 +144,18 @@ def ibaml_head(
     features, top = as_functional(body), as_functional(head)
     structure = ravel(top.params, "the module's parameters")[1]
     model = Evidence(top, loss, structure, prior, draws, outer_objective, features=True)
-    aid, noise = _implicit(model, inner, system), model.evaluation_noise()
-
-    def encode(x: Tree, task: Mapping[str, Tensor]) -> dict[str, Tree]:
-        own = {key: x[key] for key in x if key != "body"}
-        return {**own, **{side: features_of(features, x["body"], task, side) for side in SIDES}}
-
+    aid, own = _implicit(model, inner, system), Predictive(model, top, features)
     return Learner(
         name="ibaml_head",
-        problem=BilevelProblem(model.f, model.g, init=model.start, encode=encode, tasks=model.tasks),
+        problem=BilevelProblem(model.f, model.g, init=model.start, encode=own.encode, tasks=model.tasks),
         x0={"body": dict(features.params), **model.x0(top.params)},
         y0=model.start(model.x0(top.params)),
         estimator=aid,
         adapt=aid.inner,
-        predict=lambda x, y, task: model.predict(y, features_of(features, x["body"], task, "query"), noise, task),
-        export=lambda x: nn.Sequential(features.load(x["body"]), top.load(x["mean"])),
+        predict=own.predict,
+        export=own.export,
         prepare=model.prepare,
-        draws=lambda x, y, task: model.draws(y, features_of(features, x["body"], task, "query"), noise, task),
+        draws=own.draws,
         likelihood=loss if isinstance(loss, AbstractLikelihood) else None,
     )
 

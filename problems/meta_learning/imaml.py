@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -24,6 +27,7 @@ from bilevel.solvers.iterate import Iterate
 Strength: TypeAlias = float | Mapping[str, float | Tensor]
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, linear_steps=SIZE, damping=AT_LEAST_0)
 def imaml(
     module: nn.Module | Functional,
     loss: Loss,
@@ -91,20 +95,46 @@ def imaml(
     if not linear_steps >= 1:
         raise ValueError(f"`imaml(linear_steps=...)` must be at least 1. Got {linear_steps}. Use `maml` without any.")
     solver = Iterate(GradientDescent(step), inner_steps) if inner is None else inner
-    names = list(net.params)
+    own = _Adapted(net, loss, strength, learn_regularization)
+    x0: Tree = dict(net.params)
+    if learn_regularization:
+        x0 = {"params": x0, "log_regularization": _log(net, strength)}
+    return Learner(
+        name="iMAML",
+        problem=BilevelProblem(own.f, own.g, init=own.init, tasks=True),
+        x0=x0,
+        y0=dict(net.params),
+        estimator=AID(solver, CG(rtol=0.0, max_steps=linear_steps, recompute=False), damping=damping),
+        adapt=solver,
+        predict=own.predict,
+        export=own.export,
+    )
 
-    def parts(x: Tree) -> tuple[dict[str, Tensor], Tree]:
-        if not learn_regularization:
-            return x, strength
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Adapted:
+    """The functions of the learner."""
+
+    net: Functional
+    loss: Loss
+    strength: float | dict[str, Tensor]
+    learn_regularization: bool
+
+    def parts(self, x: Tree) -> tuple[dict[str, Tensor], Tree]:
+        """theta and lambda."""
+        if not self.learn_regularization:
+            return x, self.strength
         log = x["log_regularization"]
         return x["params"], log.exp() if isinstance(log, Tensor) else {name: log[name].exp() for name in log}
 
-    def f(_: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
-        return task_loss(loss, outputs_of(net, y, task, "query"), task, "query")
+    def f(self, _: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
+        return task_loss(self.loss, outputs_of(self.net, y, task, "query"), task, "query")
 
-    def g(x: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
-        theta, lambda_ = parts(x)
-        fit = task_loss(loss, outputs_of(net, y, task, "support"), task, "support")
+    def g(self, x: Tree, y: dict[str, Tensor], task: Any) -> Tensor:
+        theta, lambda_ = self.parts(x)
+        names = list(self.net.params)
+        fit = task_loss(self.loss, outputs_of(self.net, y, task, "support"), task, "support")
         # Joined: a few operations on one vector, whatever the number of layers.
         away = (_join([y[name] for name in names]) - _join([theta[name] for name in names])).square()
         if isinstance(lambda_, dict):
@@ -113,19 +143,14 @@ def imaml(
         value: Tensor = fit + lambda_ / 2 * away.sum()
         return value
 
-    x0: Tree = dict(net.params)
-    if learn_regularization:
-        x0 = {"params": x0, "log_regularization": _log(net, strength)}
-    return Learner(
-        name="iMAML",
-        problem=BilevelProblem(f, g, init=lambda x, _: parts(x)[0], tasks=True),
-        x0=x0,
-        y0=dict(net.params),
-        estimator=AID(solver, CG(rtol=0.0, max_steps=linear_steps, recompute=False), damping=damping),
-        adapt=solver,
-        predict=lambda _, y, task: prediction(loss, outputs_of(net, y, task, "query")),
-        export=lambda x: net.load(parts(x)[0]),
-    )
+    def init(self, x: Tree, _: Any) -> Tree:
+        return self.parts(x)[0]
+
+    def predict(self, _: Tree, y: Tree, task: Any) -> Tensor:
+        return prediction(self.loss, outputs_of(self.net, y, task, "query"))
+
+    def export(self, x: Tree) -> nn.Module:
+        return self.net.load(self.parts(x)[0])
 
 
 def _join(leaves: list[Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import AbstractPreconditioner, LinearOperator
 from bilevel._numerics.second_derivatives import explained
 from bilevel._tree import Tree
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, FINITE, demand_ranges
 from bilevel.problems._variational import rows
 
 Form: TypeAlias = Literal["autograd", "substituted"]
@@ -103,6 +105,8 @@ class KLProducts(AbstractProducts):
     log_variance: float | None = None
 
     def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, weight=AT_LEAST_0, log_variance=FINITE)
         if not self.weight > 0:
             raise ValueError(
                 f"`KLProducts(weight=...)` must be positive. Got {self.weight}. Without a prior y does not depend on x."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from bilevel._estimate import AbstractEstimator
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.first_order import FirstOrder
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import Functional
-from bilevel.problems.meta_learning._modules import as_functional, demand_positive, outputs_of, prediction
+from bilevel.problems.meta_learning._modules import as_functional, outputs_of, prediction
 from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, evaluation_steps=COUNT)
 def maml(
     module: nn.Module | Functional,
     loss: Loss,
@@ -77,33 +81,12 @@ def maml(
         torch.Size([4, 1, 1])
     """
     steps = inner_steps if evaluation_steps is None else evaluation_steps
-    demand_positive("maml", inner_steps=inner_steps)
-    if not step > 0 or steps < 0:
-        raise ValueError(f"`maml` needs step > 0 and evaluation_steps >= 0. Got {step} and {steps}.")
     net = as_functional(module)
     descent = GradientDescent(1.0 if learn_steps else step)
     inner = Iterate(descent, inner_steps)
     estimator: AbstractEstimator = FirstOrder(inner) if first_order else ITD(inner)
 
-    def adapted(x: Tree, y: Tree) -> dict[str, Tensor]:
-        """The parameters that y stands for."""
-        if not learn_steps:
-            given: dict[str, Tensor] = y
-            return given
-        return {name: start + (x["log_steps"][name] / 2).exp() * y[name] for name, start in x["params"].items()}
-
-    def f(x: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, outputs_of(net, adapted(x, y), task, "query"), task, "query")
-
-    def g(x: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, outputs_of(net, adapted(x, y), task, "support"), task, "support")
-
-    def init(x: Tree, task: Any) -> Tree:  # noqa: ARG001
-        return {name: torch.zeros_like(start) for name, start in x["params"].items()} if learn_steps else x
-
-    def predict(x: Tree, y: Tree, task: Any) -> Tensor:
-        return prediction(loss, outputs_of(net, adapted(x, y), task, "query"))
-
+    own = _Adapted(net, loss, learn_steps)
     x0: Tree = dict(net.params)
     if learn_steps:
         log_step = torch.tensor(step, dtype=torch.float64, device="cpu").log()
@@ -113,11 +96,43 @@ def maml(
         }
     return Learner(
         name="FOMAML" if first_order else "MAML",
-        problem=BilevelProblem(f, g, init=init, iterative=learn_steps, tasks=True),
+        problem=BilevelProblem(own.f, own.g, init=own.init, iterative=learn_steps, tasks=True),
         x0=x0,
         y0={name: torch.zeros_like(p) for name, p in net.params.items()} if learn_steps else dict(net.params),
         estimator=estimator,
         adapt=Iterate(descent, steps),
-        predict=predict,
-        export=lambda x: net.load(x["params"] if learn_steps else x),
+        predict=own.predict,
+        export=own.export,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Adapted:
+    """The functions of the learner."""
+
+    net: Functional
+    loss: Loss
+    learn_steps: bool
+
+    def parameters(self, x: Tree, y: Tree) -> dict[str, Tensor]:
+        """The parameters that y stands for."""
+        if not self.learn_steps:
+            given: dict[str, Tensor] = y
+            return given
+        return {name: start + (x["log_steps"][name] / 2).exp() * y[name] for name, start in x["params"].items()}
+
+    def f(self, x: Tree, y: Tree, task: Any) -> Tensor:
+        return task_loss(self.loss, outputs_of(self.net, self.parameters(x, y), task, "query"), task, "query")
+
+    def g(self, x: Tree, y: Tree, task: Any) -> Tensor:
+        return task_loss(self.loss, outputs_of(self.net, self.parameters(x, y), task, "support"), task, "support")
+
+    def init(self, x: Tree, task: Any) -> Tree:
+        return {name: torch.zeros_like(start) for name, start in x["params"].items()} if self.learn_steps else x
+
+    def predict(self, x: Tree, y: Tree, task: Any) -> Tensor:
+        return prediction(self.loss, outputs_of(self.net, self.parameters(x, y), task, "query"))
+
+    def export(self, x: Tree) -> nn.Module:
+        return self.net.load(x["params"] if self.learn_steps else x)

@@ -8,7 +8,8 @@ from typing import final
 import torch
 
 from bilevel._tree import Structure
-from bilevel._validate import demand_types
+from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
@@ -44,6 +45,7 @@ class PosteriorDescent:
             if value is not None and not value > 0:
                 raise ValueError(f"`PosteriorDescent({name}=...)` must be positive. Got {value}.")
 
+    @checked()
     def iterate(self, structure: Structure, *, learn_variance: bool) -> Iterate:
         """The iteration for a mean of that structure, with a log-variance for each entry if that is learned."""
         if self.variance_step is None or not learn_variance:

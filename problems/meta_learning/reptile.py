@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT, POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.first_order import Reptile
 from bilevel.modules.functional import Functional
@@ -15,6 +17,7 @@ from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
 
+@checked(step=POSITIVE, inner_steps=SIZE, evaluation_steps=COUNT)
 def reptile(
     module: nn.Module | Functional,
     loss: Loss,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from bilevel._numerics.half import widened
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import POSITIVE, SIZE
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -29,6 +32,7 @@ from bilevel.solvers.cg import CG
 from bilevel.solvers.closed_form import ClosedForm
 
 
+@checked(features=SIZE, outputs=SIZE, regularization=POSITIVE, scale=POSITIVE)
 def ridge_head(
     body: nn.Module | Functional,
     features: int,
@@ -86,24 +90,57 @@ def ridge_head(
     if learn_regularization:
         x0 |= {"log_regularization": like.new_tensor(math.log(regularization))}
 
-    def encode(x: Tree, task: Any) -> Tree:
-        z = {side: features_of(net, x["body"], task, side) for side in SIDES}
+    own = _Head(
+        net,
+        loss,
+        sizes=(features, outputs),
+        regularization=None if learn_regularization else regularization,
+        scale=None if calibrate else scale,
+    )
+    solver = ClosedForm(own.solution)
+    return Learner(
+        name="ridge head",
+        problem=BilevelProblem(own.f, own.g, encode=own.encode, tasks=True),
+        x0=x0,
+        y0=like.new_zeros(features, outputs),
+        estimator=AID(solver, CG(rtol=1e-5)),
+        adapt=solver,
+        predict=own.predict,
+        export=own.export,
+    )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The functions of the learner; `regularization` and `scale` are None where they are learned."""
+
+    net: Functional
+    loss: Loss
+    sizes: tuple[int, int]
+    regularization: float | None
+    scale: float | None
+
+    def encode(self, x: Tree, task: Any) -> Tree:
+        z = {side: features_of(self.net, x["body"], task, side) for side in SIDES}
         return z | {name: x[name] for name in x if name != "body"}
 
-    def lambda_(x: Tree) -> float | Tensor:
-        if not learn_regularization:
-            return regularization
+    def strength(self, x: Tree) -> float | Tensor:
+        """lambda."""
+        if self.regularization is not None:
+            return self.regularization
         log: Tensor = x["log_regularization"]
         return log.exp()
 
-    def head(x: Tree, points: Tensor, y: Tensor) -> Tensor:
+    def head(self, x: Tree, points: Tensor, y: Tensor) -> Tensor:
         fitted: Tensor = points @ y
-        return x["scale"] * fitted + x["bias"] if calibrate else scale * fitted
+        return x["scale"] * fitted + x["bias"] if self.scale is None else self.scale * fitted
 
-    def targets(task: Any) -> Tensor:
+    def targets(self, task: Any) -> Tensor:
         given: Tensor = task["support_y"]
+        outputs = self.sizes[1]
         if not given.is_floating_point():
-            given = one_hot(given.long(), outputs).to(like)
+            given = one_hot(given.long(), outputs).to(any_parameter(self.net))
         elif given.shape[1:] != (outputs,) and (given.dim() != 1 or outputs != 1):
             raise ValueError(
                 f"`ridge_head(outputs={outputs})` needs support_y of (n, {outputs}) numbers, or of (n,) integers where"
@@ -112,33 +149,28 @@ def ridge_head(
         columns: Tensor = given.reshape(-1, outputs)
         return columns
 
-    def f(z: Tree, y: Tensor, task: Any) -> Tensor:
-        return task_loss(loss, head(z, z["query"], y), task, "query")
+    def f(self, z: Tree, y: Tensor, task: Any) -> Tensor:
+        return task_loss(self.loss, self.head(z, z["query"], y), task, "query")
 
-    def g(z: Tree, y: Tensor, task: Any) -> Tensor:
-        errors = weighted((z["support"] @ y - targets(task)).square(), task, "support")
-        value: Tensor = (errors.sum() + lambda_(z) * y.square().sum()) / 2
+    def g(self, z: Tree, y: Tensor, task: Any) -> Tensor:
+        errors = weighted((z["support"] @ y - self.targets(task)).square(), task, "support")
+        value: Tensor = (errors.sum() + self.strength(z) * y.square().sum()) / 2
         return value
 
-    def solution(z: Tree, task: Any) -> Tensor:
+    def solution(self, z: Tree, task: Any) -> Tensor:
+        """y*."""
         roots = weighted(torch.ones_like(z["support"][:, :1]), task, "support").sqrt()
-        F, T = roots * z["support"], roots * targets(task)
-        if len(F) < features:
-            primal: Tensor = F.T @ _solve(F @ F.T, lambda_(z), T)
+        F, T = roots * z["support"], roots * self.targets(task)
+        if len(F) < self.sizes[0]:
+            primal: Tensor = F.T @ _solve(F @ F.T, self.strength(z), T)
             return primal
-        return _solve(F.T @ F, lambda_(z), F.T @ T)
+        return _solve(F.T @ F, self.strength(z), F.T @ T)
 
-    solver = ClosedForm(solution)
-    return Learner(
-        name="ridge head",
-        problem=BilevelProblem(f, g, encode=encode, tasks=True),
-        x0=x0,
-        y0=like.new_zeros(features, outputs),
-        estimator=AID(solver, CG(rtol=1e-5)),
-        adapt=solver,
-        predict=lambda x, y, task: prediction(loss, head(x, features_of(net, x["body"], task, "query"), y)),
-        export=lambda x: net.load(x["body"]),
-    )
+    def predict(self, x: Tree, y: Tree, task: Any) -> Tensor:
+        return prediction(self.loss, self.head(x, features_of(self.net, x["body"], task, "query"), y))
+
+    def export(self, x: Tree) -> nn.Module:
+        return self.net.load(x["body"])
 
 
 def _solve(matrix: Tensor, shift: float | Tensor, right: Tensor) -> Tensor:

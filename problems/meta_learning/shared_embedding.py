@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, tree_leaves
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.aid import AID
 from bilevel.modules.functional import Functional
@@ -19,6 +23,7 @@ from bilevel.solvers.cg import CG
 from bilevel.solvers.newton import Newton
 
 
+@checked(regularization=AT_LEAST_0)
 def shared_embedding(
     body: nn.Module | Functional,
     head: nn.Module | Functional,
@@ -65,28 +70,43 @@ def shared_embedding(
     phi, net = as_functional(body), as_functional(head)
     solver = Newton(tol=1e-4, max_steps=20) if inner is None else inner
 
-    def encode(x: Tree, task: Any) -> dict[str, Tensor]:
-        return {side: outputs_of(phi, x, task, side) for side in SIDES}
-
-    def head_of(y: Tree, z: dict[str, Tensor], task: Any, side: Side) -> Tensor:
-        return on_examples(lambda points: net(y, points), z[side], task.get(f"{side}_mask"))
-
-    def f(z: dict[str, Tensor], y: Tree, task: Any) -> Tensor:
-        return task_loss(loss, head_of(y, z, task, "query"), task, "query")
-
-    def g(z: dict[str, Tensor], y: Tree, task: Any) -> Tensor:
-        fit = task_loss(loss, head_of(y, z, task, "support"), task, "support")
-        for leaf in tree_leaves(y):
-            fit = fit + regularization / 2 * leaf.square().sum()
-        return fit
-
+    own = _Shared(phi, net, loss, regularization)
     return Learner(
         name="shared embedding",
-        problem=BilevelProblem(f, g, encode=encode, tasks=True),
+        problem=BilevelProblem(own.f, own.g, encode=own.encode, tasks=True),
         x0=dict(phi.params),
         y0=dict(net.params),
         estimator=AID(solver, CG(rtol=1e-4)) if estimator is None else estimator,
         adapt=solver,
-        predict=lambda x, y, task: prediction(loss, net(y, outputs_of(phi, x, task, "query"))),
+        predict=own.predict,
         export=phi.load,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """The functions of the learner."""
+
+    phi: Functional
+    net: Functional
+    loss: Loss
+    regularization: float
+
+    def encode(self, x: Tree, task: Any) -> dict[str, Tensor]:
+        return {side: outputs_of(self.phi, x, task, side) for side in SIDES}
+
+    def head_of(self, y: Tree, z: dict[str, Tensor], task: Any, side: Side) -> Tensor:
+        return on_examples(partial(self.net, y), z[side], task.get(f"{side}_mask"))
+
+    def f(self, z: dict[str, Tensor], y: Tree, task: Any) -> Tensor:
+        return task_loss(self.loss, self.head_of(y, z, task, "query"), task, "query")
+
+    def g(self, z: dict[str, Tensor], y: Tree, task: Any) -> Tensor:
+        fit = task_loss(self.loss, self.head_of(y, z, task, "support"), task, "support")
+        for leaf in tree_leaves(y):
+            fit = fit + self.regularization / 2 * leaf.square().sum()
+        return fit
+
+    def predict(self, x: Tree, y: Tree, task: Any) -> Tensor:
+        return prediction(self.loss, self.net(y, outputs_of(self.phi, x, task, "query")))

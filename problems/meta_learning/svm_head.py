@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from bilevel._inner import AbstractInnerSolver
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, POSITIVE, SIZE, Range
 from bilevel.few_shot.learner import Learner
 from bilevel.hypergrad.kkt import KKT
 from bilevel.inner_problems.polytope import Polytope
@@ -26,10 +29,19 @@ from bilevel.problems.meta_learning._modules import (
     prediction,
     weighted,
 )
-from bilevel.problems.meta_learning._tasks import task_loss
+from bilevel.problems.meta_learning._tasks import Loss, task_loss
 from bilevel.solvers.quadratic_program import QuadraticProgram
 
 
+@checked(
+    features=SIZE,
+    classes=Range(2, 2.0**31),
+    support=SIZE,
+    C=POSITIVE,
+    dual_ridge=AT_LEAST_0,
+    scale=POSITIVE,
+    label_smoothing=BELOW_1,
+)
 def svm_head(
     body: nn.Module | Functional,
     features: int,
@@ -105,49 +117,77 @@ def svm_head(
     # Torch spreads its smoothing over all classes, the true one included.
     loss = partial(cross_entropy, label_smoothing=label_smoothing * classes / (classes - 1))
 
-    def encode(x: Tree, task: Any) -> Tree:
-        F = features_of(net, x["body"], task, "support")
-        _demand(F, features, support)
-        query = features_of(net, x["body"], task, "query")
-        z = {"kernel": F @ F.T, "support": F, "query": query}
-        return z | ({"scale": x["scale"]} if learn_scale else {})
-
-    def labels(task: Mapping[str, Tensor]) -> Tensor:
-        return one_hot(task["support_y"].long(), classes).to(like)
-
-    def output(x: Tree, F: Tensor, query: Tensor, y: Tensor) -> Tensor:
-        gamma = x["scale"] if learn_scale else scale
-        logits: Tensor = gamma * (query @ (F.T @ y))
-        return logits
-
-    def f(z: Tree, y: Tensor, task: Any) -> Tensor:
-        return task_loss(loss, output(z, z["support"], z["query"], y), task, "query")
-
-    def g(z: Tree, y: Tensor, task: Any) -> Tensor:
-        value: Tensor = ((y * (z["kernel"] @ y)).sum() + dual_ridge * y.square().sum()) / 2 - (labels(task) * y).sum()
-        return value
-
-    def constraints(_: Tree, task: Any) -> Polytope:
-        kept = weighted(like.new_ones(support, 1), task, "support") > 0
-        upper = torch.where(kept, C * labels(task), 0.0)
-        lower = torch.where(kept, -torch.inf, torch.zeros_like(upper))
-        return Polytope(A=rows, b=0.0, lower=lower, upper=upper)
-
-    def predict(x: Tree, y: Tensor, task: Any) -> Tensor:
-        z = encode(x, task)
-        return prediction(cross_entropy, output(x, z["support"], z["query"], y))
-
+    own = _Machine(
+        net,
+        loss,
+        sizes=(support, features, classes),
+        C=C,
+        dual_ridge=dual_ridge,
+        scale=None if learn_scale else scale,
+        rows=rows,
+    )
     inner = QuadraticProgram() if solver is None else solver
     return Learner(
         name="svm head",
-        problem=BilevelProblem(f, g, encode=encode, constraints=constraints, tasks=True),
+        problem=BilevelProblem(own.f, own.g, encode=own.encode, constraints=own.constraints, tasks=True),
         x0=x0,
         y0=like.new_zeros(support, classes),
         estimator=KKT(inner),
         adapt=inner,
-        predict=predict,
-        export=lambda x: net.load(x["body"]),
+        predict=own.predict,
+        export=own.export,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Machine:
+    """The functions of the learner; `scale` is None where it is learned, `rows` sum the entries of each sample."""
+
+    net: Functional
+    loss: Loss
+    sizes: tuple[int, int, int]
+    C: float
+    dual_ridge: float
+    scale: float | None
+    rows: Tensor
+
+    def encode(self, x: Tree, task: Any) -> Tree:
+        support, features, _ = self.sizes
+        F = features_of(self.net, x["body"], task, "support")
+        _demand(F, features, support)
+        query = features_of(self.net, x["body"], task, "query")
+        z = {"kernel": F @ F.T, "support": F, "query": query}
+        return z | ({"scale": x["scale"]} if self.scale is None else {})
+
+    def labels(self, task: Mapping[str, Tensor]) -> Tensor:
+        return one_hot(task["support_y"].long(), self.sizes[2]).to(self.rows)
+
+    def output(self, x: Tree, F: Tensor, query: Tensor, y: Tensor) -> Tensor:
+        gamma = x["scale"] if self.scale is None else self.scale
+        logits: Tensor = gamma * (query @ (F.T @ y))
+        return logits
+
+    def f(self, z: Tree, y: Tensor, task: Any) -> Tensor:
+        return task_loss(self.loss, self.output(z, z["support"], z["query"], y), task, "query")
+
+    def g(self, z: Tree, y: Tensor, task: Any) -> Tensor:
+        square = (y * (z["kernel"] @ y)).sum() + self.dual_ridge * y.square().sum()
+        value: Tensor = square / 2 - (self.labels(task) * y).sum()
+        return value
+
+    def constraints(self, _: Tree, task: Any) -> Polytope:
+        kept = weighted(self.rows.new_ones(self.sizes[0], 1), task, "support") > 0
+        upper = torch.where(kept, self.C * self.labels(task), 0.0)
+        lower = torch.where(kept, -torch.inf, torch.zeros_like(upper))
+        return Polytope(A=self.rows, b=0.0, lower=lower, upper=upper)
+
+    def predict(self, x: Tree, y: Tensor, task: Any) -> Tensor:
+        z = self.encode(x, task)
+        return prediction(cross_entropy, self.output(x, z["support"], z["query"], y))
+
+    def export(self, x: Tree) -> nn.Module:
+        return self.net.load(x["body"])
 
 
 def _demand(F: Tensor, features: int, support: int) -> None:

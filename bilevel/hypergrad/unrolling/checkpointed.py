@@ -48,7 +48,7 @@ class Checkpointed(AbstractUnrolling):
         def step(k: int) -> tuple[State, State, int]:
             if k not in between:
                 between.clear()
-                at, state = k - k % every, kept[k // every]
+                at, state = k - k % every, kept.pop()  # the last one that has not been needed yet
                 between[at] = state
                 while at < k:
                     following = walk.step(state, at, with_graph=False)

@@ -35,11 +35,8 @@ def solved(walk: Walk, end: State) -> Solved:
     else:
         vector, value = _residual(walk, end)
     residual = safe_row_norms(vector)
-    columns, (first_vector, first_value) = [residual, value], (None if walk.is_own else walk.first) or (vector, value)
-    if first_vector is not vector:
-        columns += [safe_row_norms(first_vector), first_value]
-    table = torch.stack(columns).reshape(len(columns), -1).tolist()
-    r, g, r0, g0 = table if len(table) == 4 else table * 2
+    first = (None if walk.is_own else walk.first) or (residual, value)
+    r, g, r0, g0 = torch.stack([residual, value, *first]).reshape(4, -1).tolist()
     statuses = tuple(ended(*row, walk.inner.tol or 0.0) for row in zip(r, g, r0, g0, strict=True))
     return Solved(y, statuses, residual, walk.steps)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from torch import Tensor
 
 from bilevel.hypergrad.unrolling.lacking import LOOSE
+from bilevel.portable.pickling import AbstractPortable
 
 if TYPE_CHECKING:
     from bilevel._inner import State
@@ -36,7 +37,7 @@ class Unrolled:
     allowed: float = LOOSE
 
 
-class AbstractUnrolling(abc.ABC):
+class AbstractUnrolling(AbstractPortable, abc.ABC):
     """A way to the derivative of F(x) = f(x, y_N(x)), where state_{k+1} = T_k(x, state_k) and y_N is in the last state.
 
     A value without state. With adjoints a_k (of the state before step k) and tangents Z_k = d state_k / dx,

@@ -34,7 +34,7 @@ class Forward(AbstractUnrolling):
 
     Cost for N steps: N + 1 gradients, p N Hessian products and p N cross products; with a tolerance a gradient and p
     products of each kind more, to measure what the derivative lacks. Memory: that of one gradient's graph
-    and of p states, whatever N.
+    and of 3 p states, 2 p while a gradient is formed, whatever N.
 
     Source: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
 
@@ -59,6 +59,7 @@ def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
     """The last state and its tangents, J_N' `(p, *tasks, q)` first."""
     tangents = torch.stack([_init_tangent(walk.start, walk.x, unit) for unit in units])
     state, moved = _push(lambda y: walk.inner.begin(y), (_leaf(walk.start),), (tangents,))
+    del tangents
     while walk.steps < walk.inner.max_steps:
         value, gradient, along = _gradient(walk, state[0])
         moving: Tensor | None = None
@@ -69,12 +70,14 @@ def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
                 break
         # H Z + G', which vanishes where Z has converged; one row for each outer variable
         change = torch.stack([along(unit, z) for unit, z in zip(units, moved[0], strict=True)])
+        del along  # and the graph with it
         new, new_moved = _step(walk, state, moved, gradient, change, units)
         if walk.length is not None:
             moving = walk.moving(walk.moved(state, new), value, walk.steps)
             if walk.is_over(moving):
                 break
         state, moved = walk.hold(moving, new, state), walk.hold(moving, new_moved, moved)
+        del gradient, change, new, new_moved  # not to be held while the next gradient is formed
         walk.steps += 1
     return state, moved
 
@@ -180,8 +183,9 @@ def _push(
 ) -> tuple[State, State]:
     """function(*leaves) and its derivatives along p tangents of the leaves, stacked in front.
 
-    J t is the derivative of w -> J'w along t: two reverse passes. Torch's own forward mode loads its rules with
-    TorchScript, which takes a second and warns of its deprecation.
+    J t is the derivative of w -> J'w along t: two reverse passes, the second one for each t. Torch's own forward mode
+    loads its rules with TorchScript, which takes a second and warns of its deprecation; its batched reverse mode leaves
+    cycles of references behind at each call.
     """
     with torch.enable_grad():
         value = function(*leaves)
@@ -194,11 +198,15 @@ def _push(
             along = [(g, t) for g, t in zip(pulled, tangents, strict=True) if g is not None and g.requires_grad]
             if along:
                 sources, directions = zip(*along, strict=True)
-                moved = torch.autograd.grad(sources, weights, directions, is_grads_batched=True, allow_unused=True)
-    zeros = (tangents[0].new_zeros(len(tangents[0]), *v.shape) for v in value)
+                pushed = [
+                    torch.autograd.grad(sources, weights, rows, retain_graph=True, allow_unused=True)
+                    for rows in zip(*directions, strict=True)
+                ]
+                moved = tuple(None if rows[0] is None else torch.stack(rows) for rows in zip(*pushed, strict=True))
+    count = len(tangents[0])
     return (
         tuple(v.detach() for v in value),
-        tuple(z if m is None else m for m, z in zip(moved, zeros, strict=True)),
+        tuple(v.new_zeros(count, *v.shape) if m is None else m for m, v in zip(moved, value, strict=True)),
     )
 
 

@@ -28,7 +28,7 @@ class Reverse(AbstractUnrolling):
 
     Cost for N steps: N + 1 gradients, N - 1 Hessian products (N where the start depends on x) and N cross products;
     with a tolerance a gradient and a product of each kind more, to measure what the derivative lacks. Memory: N times
-    that of one gradient's graph.
+    that of one gradient's graph, as in a loop by hand; with a tolerance 3 q more, to measure what the derivative lacks.
 
     Source: Maclaurin, Duvenaud, Adams, "Gradient-based hyperparameter optimization through reversible learning", ICML
     2015; Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization", ICML 2017.
@@ -47,9 +47,9 @@ class Reverse(AbstractUnrolling):
         if walk.checked:  # what is lacking is to be measured
             with torch.no_grad():
                 start = walk.inner.begin(walk.start.detach())
-            segment = walk.from_leaves(start, 0, walk.inner.max_steps)
-            walk.steps = segment[2]
-            return pulled_back(walk, segment[1], [lambda: segment], from_start=True)
+            segment = [walk.from_leaves(start, 0, walk.inner.max_steps)]
+            end, walk.steps = segment[0][1:]
+            return pulled_back(walk, tuple(s.detach() for s in end), [segment.pop], from_start=True)
         end = walk.whole()  # of which f can be the end: one backward pass through all of it
         if walk.needs_gradient:
             count_products(walk.problem.tally, walk.rows, walk.steps, through=walk.has_init)

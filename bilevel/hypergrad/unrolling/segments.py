@@ -40,24 +40,31 @@ def pulled_back(
     measured = measured and from_start and walk.checked
     probe = walk.probe if measured else None
     reaches = from_start and walk.has_init
-    total, v, left, allowed = torch.zeros_like(walk.x), torch.zeros_like(fy), None, LOOSE
+    total, left, allowed = None, None, LOOSE
+    v = None if probe is None else torch.zeros_like(fy)
     adjoint: tuple[Tensor | None, ...] = (fy,)
+    b = fy if measured else None
+    del fy  # an adjoint is let go of when there is the one before it
     for number in reversed(range(len(segments))):
         leaves, last, length = segments[number]()
         through = number > 0 or reaches
         inputs = (walk.x, *(() if probe is None else (probe,)), *(leaves if through else ()))
         in_x, *rest = pull_back(last, adjoint, inputs)
         del last
-        total = total if in_x is None else total + in_x
-        if probe is not None:
+        total = total if in_x is None else in_x if total is None else total + in_x
+        del leaves, inputs, in_x
+        if v is not None:
             in_gradients = rest.pop(0)
-            v = v if in_gradients is None else v - in_gradients
+            v = v if in_gradients is None else v.sub_(in_gradients)
+            del in_gradients
         adjoint = tuple(rest)
+        del rest
         if walk.needs_gradient:
             count_products(walk.problem.tally, walk.rows, length, through)
-    if measured:
-        found = None if probe is None else lacking(walk, end[0], fx, fy, total, v)
-        left, allowed = at_rest(walk, end, fx, fy, total) if found is None else found
+    total = torch.zeros_like(fx) if total is None else total
+    if b is not None:
+        found = None if v is None else lacking(walk, end[0], fx, b, total, v)
+        left, allowed = at_rest(walk, end, fx, b, total) if found is None else found
     if from_start and walk.has_init:
         with torch.enable_grad():
             begun = walk.inner.begin(walk.start)

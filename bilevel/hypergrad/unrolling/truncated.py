@@ -59,12 +59,16 @@ class Truncated(AbstractUnrolling):
             recent: deque[State] = deque(maxlen=self.steps)
             end = walk.without_graph(lambda _, state: recent.append(state), total)
             begun = walk.steps - len(recent)
-            segments = [lambda: walk.from_leaves(recent[0], begun, len(recent))] if recent else []
+            length = len(recent)
+            oldest = [recent[0]] if recent else []
+            recent.clear()  # the others are made again
+            segments = [lambda: walk.from_leaves(oldest.pop(), begun, length)] if oldest else []
         else:
             begun = max(total - self.steps, 0)
             state = walk.without_graph(lambda *_: None, begun)
-            segment = walk.from_leaves(state, begun, total - begun)
-            end, walk.steps = segment[1], walk.steps + segment[2]
-            segments = [lambda: segment]
+            segment = [walk.from_leaves(state, begun, total - begun)]
+            del state
+            end, walk.steps = tuple(s.detach() for s in segment[0][1]), walk.steps + segment[0][2]
+            segments = [segment.pop]
         # Whether the steps were enough is not asked of a number that leaves most of them out.
         return pulled_back(walk, end, segments, from_start=begun == 0, measured=False)

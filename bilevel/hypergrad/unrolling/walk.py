@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel._calculus import Linearization, grad, total
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractUnrollable, Objective, State
-from bilevel._numerics.rows import norms_beside
+from bilevel._numerics.rows import norms_beside, safe_row_norms
 from bilevel._numerics.second_derivatives import refuse_dropped_terms
 from bilevel.solvers._on_the_way import is_time_to_give_up
 
@@ -31,14 +31,15 @@ class Walk:
         linearized: y -> the condition that it solves, to first order there; None: it is not known.
         least: how many steps are taken though the tolerance is met; None: as many as `inner` says.
         gives_up: whether to stop where the steps have lost their way, since others can be taken instead.
+        judged: whether it will be asked how the steps ended; else the residual before the latest step is enough.
 
     Attributes:
         steps: how many steps have been taken.
         met: whether they ended since every row has met the tolerance, or is not finite.
         probe: zero, and a leaf, which is added to the gradients of g that steps with a graph take: the derivative in it
             is the sum of the derivatives in them. None: it is not asked for.
-        first: before the first step: the residual as a vector `(*tasks, q)`, whose norm `tol` is compared with, and g.
-        last: the same before the latest step.
+        first: before the first step: the norm of the residual, which `tol` is compared with, and g; `(*tasks,)` each.
+        last: before the latest step, where the verdict on the end rests on that: the residual `(*tasks, q)`, and g.
         lost: whether to give up now.
         norms: the residuals of all steps `(*tasks,)` each, where they are compared with a tolerance.
         is_own: whether the steps are the inner problem itself, whatever its g is.
@@ -59,6 +60,7 @@ class Walk:
         linearized: Callable[[Tensor], Linearization] | None = None,
         least: int | None = None,
         gives_up: bool = False,
+        judged: bool = True,
     ) -> None:
         self.problem, self.inner, self.objective, self.fixed = problem, inner, objective, fixed
         self.x, self.start = x, start
@@ -74,7 +76,9 @@ class Walk:
         self.gives_up, self.lost = gives_up, False
         self.first: tuple[Tensor, Tensor] | None = None
         self.last: tuple[Tensor, Tensor] | None = None
+        self._judged, self._is_own_end = judged, not inner.tol and (self.has_init or self.is_own)
         self._is_differentiable = False  # known so far
+        self._none_moves = False
 
     def step(self, state: State, index: int, with_graph: bool) -> State | None:
         """T(x, state), step number `index`; None if every row has met the tolerance. Rows that have stand still.
@@ -119,8 +123,10 @@ class Walk:
     def moving(self, residual: Tensor, value: Tensor, index: int) -> Tensor | None:
         """The rows that take step number `index`: those above the tolerance, or all of them at first; None: all."""
         if index >= self.steps:  # and not a step taken again
-            self.last = residual, value
-            self.first = self.last if self.first is None else self.first
+            if not self._judged or self._is_own_end:
+                self.last = residual, value
+            if self._judged and self.first is None:
+                self.first = safe_row_norms(residual), value
         if not self.inner.tol:
             return None
         norm = norms_beside(residual.dtype, self.inner.tol)(residual)
@@ -129,11 +135,14 @@ class Walk:
             self.norms.append(norm)
         self.lost = new and self.gives_up and is_time_to_give_up(self.norms)
         moving: Tensor = (norm > self.inner.tol) | ((index < self.least) & norm.isfinite())
+        self._none_moves = not bool(moving.any())
+        if new and self._none_moves:
+            self.last = residual, value
         return moving
 
     def is_over(self, moving: Tensor | None) -> bool:
         """Whether no row moves any more, or the steps are given up."""
-        over = moving is not None and not bool(moving.any())
+        over = moving is not None and self._none_moves
         self.met = self.met or over
         return over or self.lost
 

@@ -8,9 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.algorithms.direction import AbstractDirection, Coupled, Joint, Pieces
+from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, Pieces
+from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
 from bilevel.algorithms.oracle import Block, Oracle
-from bilevel.algorithms.reduction import AbstractReduction, Reduced
 from bilevel.requirements.properties import DoesNotApply
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from bilevel._calculus import Exact
 from bilevel._estimate import FlatEstimate
-from bilevel._numerics.ranges import POSITIVE, demand_ranges
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import Report, Status
-from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.direction import AbstractDirection, Coupled, Joint
+from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint
+from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
 from bilevel.algorithms.oracle import Draws, Oracle
-from bilevel.algorithms.reduction import AbstractReduction, Plain, Reduced
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import Property
 
 Schedule: TypeAlias = Callable[[int], float]  # step -> factor

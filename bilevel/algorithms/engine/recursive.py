@@ -1,86 +1,19 @@
-"""Variance reduction: what directions from batches are combined with, so that a step follows less noise."""
+"""Recursive variance reduction: differences of directions at two points, on the same batches."""
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._numerics.ranges import AT_LEAST_1, demand_ranges
-from bilevel._validate import demand_types
-from bilevel.algorithms.direction import AbstractDirection, Joint
+from bilevel.algorithms.engine.direction import AbstractDirection, Joint
+from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
 from bilevel.algorithms.oracle import Oracle
-
-
-class Reduced(NamedTuple):
-    """What a step follows.
-
-    Attributes:
-        joint: the direction.
-        value: f on its batch.
-        memory: what the next step needs, of the structure that `init` gives.
-    """
-
-    joint: Joint
-    value: Tensor
-    memory: Any
-
-
-class AbstractReduction(abc.ABC):
-    """A map (direction, point, memory) -> (direction, memory) that modifies none of its arguments."""
-
-    @abc.abstractmethod
-    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
-        """The memory before the first step."""
-
-    @abc.abstractmethod
-    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Any) -> Reduced:
-        """The direction of this step at a point."""
-
-
-@final
-@dataclass(frozen=True)
-class Plain(AbstractReduction):
-    """None: the direction of the batches."""
-
-    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
-        return None
-
-    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Any) -> Reduced:
-        joint, value = direction.on_batches(oracle, at)
-        return Reduced(joint, value, None)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Averaged:
-    """The moving average of D_x; None before the first."""
-
-    x: Tensor | None = None
-
-
-@final
-@dataclass(frozen=True)
-class MovingAverage(AbstractReduction):
-    """h <- (1 - theta_t) h + theta_t D_x in the place of D_x; it begins with the first D_x. theta = 1 is none.
-
-    Args:
-        theta: step -> theta_t in (0, 1].
-    """
-
-    theta: Callable[[int], float]
-
-    def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Averaged:
-        return Averaged()
-
-    def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Averaged) -> Reduced:
-        joint, value = direction.on_batches(oracle, at)
-        h = joint.x if memory.x is None else torch.lerp(memory.x, joint.x, self.theta(oracle.step))
-        return Reduced(joint._replace(x=h), value, Averaged(h))
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, WEIGHT, demand_ranges
 
 
 @final
@@ -167,8 +100,7 @@ class Page(AbstractReduction):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        if self.probability is not None and not 0 < self.probability <= 1:
-            raise ValueError(f"`Page(probability=...)` must be in (0, 1]. Got {self.probability}.")
+        demand_ranges(self, probability=WEIGHT)
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()
@@ -196,6 +128,9 @@ class Storm(AbstractReduction):
     """
 
     forgets: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()

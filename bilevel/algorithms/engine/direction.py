@@ -13,6 +13,8 @@ from bilevel._calculus import AbstractProducts, Exact, total
 from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.arguments.fits import demand_types
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 
@@ -67,7 +69,7 @@ class Pieces(NamedTuple):
         return Joint(self.fx - self.gv, self.gy, self.hv - self.fy)
 
 
-class AbstractDirection(abc.ABC):
+class AbstractDirection(AbstractPortable, abc.ABC):
     """(D_y, D_v, D_x) or (D_y, D_x) at a point, from batches or from all the data."""
 
     @property
@@ -81,7 +83,7 @@ class AbstractDirection(abc.ABC):
 
     @abc.abstractmethod
     def on_batches(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
-        """Unbiased for `on_everything`, as far as the direction is, and f on its batch; the same batches at any point."""
+        """Unbiased for `on_everything`, as far as the direction is, and f on its batch; the same batches anywhere."""
 
     @abc.abstractmethod
     def on_everything(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
@@ -105,6 +107,9 @@ class Coupled(AbstractDirection):
     """
 
     products: AbstractProducts = Exact()
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def draws(self) -> Draws:

@@ -1,0 +1,1 @@
+"""Values that travel: pickled, as plain data, and in files."""
