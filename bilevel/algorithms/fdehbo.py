@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, FiniteDifferences
 from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.recursive import Storm
-from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.single_loop import Schedule, SingleLoop, Step, demand_steps
 from bilevel.algorithms.schedule import Power
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
@@ -68,8 +68,7 @@ class FdeHBO(AbstractPreset):
         demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
         demand_ranges(self, linear_radius=POSITIVE)
 
-    @cached_property
-    def loop(self) -> SingleLoop:
+    def combination(self) -> SingleLoop:
         return SingleLoop(
             self.inner_step,
             self.outer_step,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, final, get_args
 
 import torch
@@ -77,7 +77,7 @@ class FiniteSum(AbstractData):
                 f" sizes {', '.join(sorted(map(str, sizes))) or 'of nothing'}."
             )
 
-    @cached_property
+    @property
     def samples(self) -> int:
         return int(tree_leaves(self.tensors)[0].shape[0])
 

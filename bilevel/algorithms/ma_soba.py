@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, Exact
 from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.reduction import MovingAverage
-from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.single_loop import Schedule, SingleLoop, Step, demand_steps
 from bilevel.arguments.fits import demand_types
 
 
@@ -66,8 +66,7 @@ class MASOBA(AbstractPreset):
         if not callable(self.theta) and not 0 < self.theta <= 1:
             raise ValueError(f"`MASOBA(theta=...)` must be in (0, 1], or a function step -> theta. Got {self.theta}.")
 
-    @cached_property
-    def loop(self) -> SingleLoop:
+    def combination(self) -> SingleLoop:
         theta = self.theta
         return SingleLoop(
             self.inner_step,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, Exact
 from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.saga import Saga
-from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.single_loop import Schedule, SingleLoop, Step, demand_steps
 from bilevel.arguments.fits import demand_types
 
 
@@ -70,8 +70,7 @@ class SABA(AbstractPreset):
         demand_types(self)
         demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
 
-    @cached_property
-    def loop(self) -> SingleLoop:
+    def combination(self) -> SingleLoop:
         return SingleLoop(
             self.inner_step,
             self.outer_step,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import final
 
 from bilevel._calculus import AbstractProducts, Exact
 from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.recursive import Page, Sarah
-from bilevel.algorithms.engine.single_loop import AbstractPreset, Schedule, SingleLoop, Step, demand_steps
+from bilevel.algorithms.engine.single_loop import Schedule, SingleLoop, Step, demand_steps
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, WEIGHT, demand_ranges
 
@@ -72,8 +72,7 @@ class SRBA(AbstractPreset):
         demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
         demand_ranges(self, period=AT_LEAST_1, linear_radius=POSITIVE)
 
-    @cached_property
-    def loop(self) -> SingleLoop:
+    def combination(self) -> SingleLoop:
         return SingleLoop(
             self.inner_step,
             self.outer_step,
@@ -142,8 +141,7 @@ class SPABA(AbstractPreset):
         demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
         demand_ranges(self, probability=WEIGHT, linear_radius=POSITIVE)
 
-    @cached_property
-    def loop(self) -> SingleLoop:
+    def combination(self) -> SingleLoop:
         return SingleLoop(
             self.inner_step,
             self.outer_step,

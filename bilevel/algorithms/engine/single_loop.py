@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
@@ -150,38 +149,6 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
             torch.cat([outer, d.y.reshape(-1), *(() if d.v is None else (d.v.reshape(-1),))])
         )
         return norm
-
-    def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
-        return state.x, state.y
-
-
-class AbstractPreset(AbstractAlgorithm[LoopState]):
-    """An algorithm of the literature as a combination: its fields are the paper's letters, `loop` what they mean."""
-
-    @property
-    @abc.abstractmethod
-    def loop(self) -> SingleLoop:
-        """The combination."""
-
-    @property
-    def requires(self) -> frozenset[Property]:
-        return self.loop.requires
-
-    @property
-    def draws(self) -> Draws:
-        return self.loop.draws
-
-    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
-        return self.loop.init(oracle, x, y)
-
-    def evaluate(self, oracle: Oracle, state: LoopState) -> Evaluated:
-        return self.loop.evaluate(oracle, state)
-
-    def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
-        return self.loop.step(oracle, state, found)
-
-    def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
-        return self.loop.stationarity(oracle, state, found)
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

@@ -1,0 +1,49 @@
+"""Algorithms of the literature as combinations."""
+
+from __future__ import annotations
+
+import abc
+from functools import cached_property
+
+from torch import Tensor
+
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.engine.single_loop import LoopState
+from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.requirements.properties import Property
+
+
+class AbstractPreset(AbstractAlgorithm[LoopState]):
+    """An algorithm of the literature as a combination: its fields are the letters of its paper."""
+
+    @abc.abstractmethod
+    def combination(self) -> AbstractAlgorithm[LoopState]:
+        """What it is combined of."""
+
+    @cached_property
+    def loop(self) -> AbstractAlgorithm[LoopState]:
+        """The combination, made once."""
+        return self.combination()
+
+    @property
+    def requires(self) -> frozenset[Property]:
+        return self.loop.requires
+
+    @property
+    def draws(self) -> Draws:
+        return self.loop.draws
+
+    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
+        return self.loop.init(oracle, x, y)
+
+    def evaluate(self, oracle: Oracle, state: LoopState) -> Evaluated:
+        return self.loop.evaluate(oracle, state)
+
+    def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
+        return self.loop.step(oracle, state, found)
+
+    def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
+        return self.loop.stationarity(oracle, state, found)
+
+    def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
+        return state.x, state.y
