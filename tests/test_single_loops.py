@@ -225,11 +225,12 @@ def test_calls_are_counted_by_sample(name: str) -> None:
     steps = 8
     visited = [oracle(split(), step) for step in range(steps + 1)]  # the last is an evaluation
     expected = sum(of_g * each.block("g").samples + of_f * each.block("f").samples for each in visited)
+    expected += 2 * (of_g * len(OF_G[0]) + of_f * len(OF_F[0]))  # looks at all the data, at the start and at the end
     assert run(algorithm, split(), steps).stats.sample_calls == expected
 
 
 def test_recursive_differences_cost_two_evaluations_and_now_and_then_all() -> None:
-    expected = 0
+    expected = 2 * (3 * len(OF_G[0]) + len(OF_F[0]))  # looks
     for step in range(9):
         each = oracle(split(), step)
         full = 3 * len(OF_G[0]) + len(OF_F[0])

@@ -94,6 +94,14 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
     def stationarity(self, oracle: Oracle, state: S, found: Evaluated) -> Tensor:
         """What `tol` is compared with: `()`; zero where the algorithm has arrived, and only there."""
 
+    def on_everything(self, oracle: Oracle, state: S, found: Evaluated) -> FlatEstimate | None:
+        """An estimate on all the data, `oracle.whole()`, where the algorithm has one of its own.
+
+        In a run on batches that is what is recorded, now and then. None, unless said: then it is f, the hypergradient
+        and the residuals at the inner and the linear iterate of `found`.
+        """
+        return None
+
     @abc.abstractmethod
     def point(self, state: S) -> tuple[Tensor, Tensor]:
         """The current x `(p,)` and y `(*tasks, q)`."""

@@ -120,6 +120,12 @@ class Descent(AbstractAlgorithm[DescentState]):
     def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluated) -> Tensor:
         return self._distance(oracle, state, found.estimate)
 
+    def on_everything(self, oracle: Oracle, state: DescentState, found: Evaluated) -> FlatEstimate | None:
+        warm = starts_warm(self.warm_start, self.estimator, oracle.like.problem)
+        y, v = (found.estimate.y, found.estimate.v) if warm else (state.y, state.v)
+        start = FlatStart(y, v, oracle.step)
+        return apply_estimator(self.estimator, oracle.whole(), state.x, start, self.chunk_size)
+
     def point(self, state: DescentState) -> tuple[Tensor, Tensor]:
         return state.x, state.y
 

@@ -112,6 +112,10 @@ class FiniteSum(AbstractData):
         return self.tensors
 
     @property
+    def has_whole(self) -> bool:
+        return True
+
+    @property
     def is_fixed(self) -> bool:
         return self.order == "full" or self.blocks == 1
 

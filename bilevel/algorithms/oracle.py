@@ -78,6 +78,11 @@ class AbstractData(AbstractPortable, abc.ABC):
         return self
 
     @property
+    def has_whole(self) -> bool:
+        """Whether all samples together are known, so that `whole` gives them. No, unless said."""
+        return False
+
+    @property
     def is_fixed(self) -> bool:
         """Whether every batch is the same, so that values at different steps are of one function. No, unless said."""
         return False
@@ -86,6 +91,11 @@ class AbstractData(AbstractPortable, abc.ABC):
 def is_fixed(data: AbstractData | Split) -> bool:
     """Whether each of its sources gives the same batch at every step."""
     return data.f.is_fixed and data.g.is_fixed if isinstance(data, Split) else data.is_fixed
+
+
+def has_whole(data: AbstractData | Split) -> bool:
+    """Whether all the samples are known, of each of its sources."""
+    return data.f.has_whole and data.g.has_whole if isinstance(data, Split) else data.has_whole
 
 
 @final
@@ -232,6 +242,11 @@ class Oracle:
     def is_fixed(self) -> bool:
         """Whether the data are the same at every step: Phi is then one function."""
         return is_fixed(self.data)
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether all the data are known, of f and of g."""
+        return has_whole(self.data)
 
     def _with(self, data: Any, f_samples: int, g_samples: int) -> FlatProblem:
         like, tally = self.like, self.like.tally

@@ -90,6 +90,10 @@ class _OneBatch(AbstractData):
         return Block(self.all_samples, number=0)
 
     @property
+    def has_whole(self) -> bool:
+        return True
+
+    @property
     def is_fixed(self) -> bool:
         return True
 

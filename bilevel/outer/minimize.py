@@ -25,7 +25,7 @@ from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
-from bilevel.algorithms.oracle import Oracle, is_fixed
+from bilevel.algorithms.oracle import Oracle, has_whole, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
@@ -39,6 +39,7 @@ from bilevel.outer.batches import expect, first_batch, sources
 from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of
 from bilevel.outer.drivers import drive
 from bilevel.outer.fingerprint import Fingerprint
+from bilevel.outer.looks import Looks
 from bilevel.outer.partial import tells_partial
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.saves import Saves
@@ -48,7 +49,7 @@ from bilevel.requirements.starts import starts_warm
 
 
 @tells_partial
-@checked(max_steps=AT_LEAST_0, tol=AT_LEAST_0, checkpoint_every=AT_LEAST_1, chunk_size=SIZE)
+@checked(max_steps=AT_LEAST_0, tol=AT_LEAST_0, evaluate_every=AT_LEAST_1, checkpoint_every=AT_LEAST_1, chunk_size=SIZE)
 def minimize(
     problem: BilevelProblem,
     x0: Tree,
@@ -60,6 +61,7 @@ def minimize(
     max_steps: int = 100,
     tol: float | None = None,
     data: Any = None,
+    evaluate_every: int | None = None,
     constraint: Constraint = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -100,6 +102,10 @@ def minimize(
             other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose entries are
             batches, one a step); a callable step -> batch; or a `Split` of two of these. An algorithm that draws n
             batches a step takes items n step, ..., n step + n - 1 at each, and a callable is called with these numbers.
+        evaluate_every: of a run on the batches of a `FiniteSum`: how many steps lie between two looks at all the data,
+            whose values of f and of the measure of stationarity are what is recorded, told to the callback, compared
+            for the best iterate and with `tol`; there is one at the start and at the end. None: so many that looks take
+            at most a tenth of the calls.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
@@ -174,9 +180,17 @@ def minimize(
         "accuracy": accuracy,
         "constants": constants,
     }
-    if algorithm is not None and algorithm != DESCENT:
-        _refuse_beside(algorithm, [name for name, value in of_descent.items() if value is not None])
     batches = sources(data)
+    on_batches = has_whole(batches) and not is_fixed(batches)
+    if algorithm is not None and algorithm != DESCENT:
+        if on_batches:  # they are for the certificate that ends the run
+            del of_descent["constants"]
+        _refuse_beside(algorithm, [name for name, value in of_descent.items() if value is not None])
+    if evaluate_every is not None and not on_batches:
+        raise ValueError(
+            "`minimize(evaluate_every=...)` is for runs on batches of data that are known as a whole: pass"
+            " `data=FiniteSum(...)`, or leave it out: every step is recorded."
+        )
     if resume and checkpoint is not None:
         expect(batches, loaders_of(checkpoint))
     x, x_structure = ravel(x0, "x0")
@@ -198,7 +212,8 @@ def minimize(
             starts = [*tree_leaves(x0), *tree_leaves(y0)]
             kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
             saves = Saves(kept, checkpoint_every, checkpoint_seconds)
-        return Run(Rules(max_steps, tol, throw, callback, saves, bool(resume), skip), structured, compares)
+        looks = Looks(evaluate_every, tol, constants)
+        return Run(Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks), structured, compares)
 
     chosen: AbstractAlgorithm[Any]
     if algorithm is None or algorithm == DESCENT:
@@ -223,7 +238,7 @@ def minimize(
         chosen = resolve_algorithm(algorithm, Setting(flat.with_tally(Tally()), x, y))
         settings = {"algorithm": chosen, **settings}
     oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
-    return iterate(run(oracle.is_fixed and chosen.values_are_phi), chosen, oracle, x, y)
+    return iterate(run(on_batches or (oracle.is_fixed and chosen.values_are_phi)), chosen, oracle, x, y)
 
 
 def _demand_arguments(

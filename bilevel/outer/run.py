@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from bilevel.outer.batches import positions, run_forward
 from bilevel.outer.best import Candidate, Keeper
 from bilevel.outer.checkpoint import unreadable
 from bilevel.outer.encoding import decoded, encoded
+from bilevel.outer.looks import BLOWN, Look, Looks, blown, is_finite
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.saves import NotSavedError, Saves
@@ -47,6 +49,7 @@ class Rules:
         saves: the checkpoints that are written, or None.
         resume: whether the run begins with what is in the file.
         skip: how many estimates in a row that are lost (see `Status.lost`) are passed over, x staying where it is.
+        looks: when a run on batches looks at all the data.
     """
 
     max_steps: int
@@ -56,6 +59,7 @@ class Rules:
     saves: Saves | None
     resume: bool
     skip: int = 0
+    looks: Looks = Looks()
 
 
 # How a run ends short of its tolerance. Where that is the outer method's own, nobody was promised it: no error.
@@ -78,23 +82,28 @@ class Run:
         self.best = Keeper(compares)
         self._latest: tuple[int, FlatProblem, Tensor, Estimate] | None = None
 
-    def record(self, step: int, estimate: Estimate, norm: float, seconds: float, rejected: bool = False) -> Record:
-        """Keep the record of a step."""
+    def record(
+        self, step: int, estimate: Estimate, norm: float, seconds: float, rejected: bool = False, *, before: int = -1
+    ) -> Record:
+        """Keep the record of a step, after so many of steps before; one of each, unless it is said how many."""
         record = Record(step, estimate.value, norm, estimate.status, estimate.stats, seconds, rejected)
-        del self.history[step:]
+        del self.history[step if before < 0 else before :]
         self.history.append(record)
         return record
 
-    def lost(self) -> int:
-        """How many estimates in a row, up to the latest, are no basis for a step."""
+    def lost(self, step: int) -> int:
+        """How many estimates in a row, up to that of a step, are no basis for a step."""
         found = 0
-        while found < len(self.history) and self.history[-1 - found].status.lost:
+        while found < len(self.history):
+            record = self.history[-1 - found]
+            if not (record.status.lost and record.step == step - found):
+                break
             found += 1
         return found
 
-    def passes_over(self) -> bool:
-        """Whether no step is taken along the latest estimate, and the run goes on with the next batch."""
-        return 0 < self.lost() <= self.rules.skip
+    def passes_over(self, step: int) -> bool:
+        """Whether no step is taken along the estimate there, and the run goes on with the next batch."""
+        return 0 < self.lost(step) <= self.rules.skip
 
     def stops(self, estimate: Estimate) -> bool:
         """Whether the callback, which is told of the latest record, ends the run."""
@@ -196,7 +205,8 @@ class Run:
 class _Reached:
     """Where a run is: at `state`, with the oracle calls that led there since the latest record, and the best before.
 
-    And with the random numbers that were drawn on the way, as far as there is a file to keep them in.
+    And with the random numbers that were drawn on the way, as far as there is a file to keep them in; how many records
+    there are of the steps before, and how many calls for samples the latest look at all the data took.
     """
 
     step: int
@@ -205,6 +215,8 @@ class _Reached:
     best: Candidate | None = None
     drawn: Randomness | None = None
     loaders: Any = None
+    records: int = 0
+    look: int = 0
 
 
 def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
@@ -251,23 +263,26 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
     try:
         seconds = 0.0
         while True:
-            at = _look(run, algorithm, oracle, reached, seconds)
-            ended = _ended(run, at, reached.step >= rules.max_steps)
+            at = _seen(run, algorithm, oracle, reached, seconds)
+            ended = None if at.estimate is None else _ended(run, reached.step, at, reached.step >= rules.max_steps)
             if ended is not None:
                 break
             before = time.perf_counter()
             state = reached.state
-            if not run.passes_over():
+            if not run.passes_over(reached.step):
                 state = algorithm.step(oracle, state, at.found)
-            seconds = time.perf_counter() - before
-            reached = _Reached(reached.step + 1, state, tally.stats(), run.best.best, *_drawn(rules, oracle))
+            seconds = at.seconds + time.perf_counter() - before
+            records = len(run.history) if at.estimate is not None else reached.records
+            kept = run.best.best, *_drawn(rules, oracle), records, at.look
+            reached = _Reached(reached.step + 1, state, tally.stats(), *kept)
             oracle = oracle.at(reached.step)
             if rules.saves is not None and rules.saves.due(reached.step):
                 _save(run, algorithm, reached, initial)
         if at.found.back is not None:  # what is returned is not a trial point that was no good
-            back = _Reached(reached.step + 1, at.found.back, Stats())
+            back = _Reached(reached.step + 1, at.found.back, Stats(), records=len(run.history))
             at = _look(run, algorithm, oracle.at(back.step), back, 0.0)
             ended = _returned(run, at, ended)
+        assert at.estimate is not None
         solution = run.solution(oracle.like, at.x, at.estimate, ended)
         _save(run, algorithm, reached, initial, last=True)
         return run.finish(solution)
@@ -296,50 +311,113 @@ def go_on(oracle: Oracle, reached: _Reached) -> None:
 @final
 @dataclass(frozen=True, eq=False)
 class _At:
-    """What is known at a point: `(p,)`, what the algorithm found there, and that as an estimate with its measure."""
+    """What is known at a point: `(p,)`, what the algorithm found there, and that as an estimate with its measure.
+
+    Where nothing is recorded there is no estimate; seconds are those since the latest record, and look how many calls
+    for samples the latest look at all the data took.
+    """
 
     x: Tensor
     found: Evaluated
-    estimate: Estimate
-    norm: float
+    estimate: Estimate | None
+    measure: float
+    seconds: float = 0.0
+    look: int = 0
 
 
-def _look(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: _Reached, seconds: float) -> _At:
+def _seen(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: _Reached, seconds: float) -> _At:
+    """Evaluate at a state; record it, and in a run on batches look at all the data, where that is due."""
+    if oracle.is_fixed or not oracle.has_whole:
+        return _look(run, algorithm, oracle, reached, seconds)
+    looks, spent = run.rules.looks, oracle.like.tally.stats().sample_calls
+    if reached.step >= run.rules.max_steps or looks.due(reached.step, spent, reached.look):
+        return _look(run, algorithm, oracle, reached, seconds, on_everything=True)
+    before = time.perf_counter()
+    found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
+    took = seconds + time.perf_counter() - before
+    if is_finite(found.estimate):
+        return _At(x, found, None, math.nan, took, reached.look)
+    here = Look(oracle.first(), found.estimate, math.nan, math.nan)
+    return _recorded(run, oracle, reached, x, found, here, took, is_phi=False)
+
+
+def _look(
+    run: Run,
+    algorithm: AbstractAlgorithm[Any],
+    oracle: Oracle,
+    reached: _Reached,
+    seconds: float,
+    *,
+    on_everything: bool = False,
+) -> _At:
     """Evaluate at a state, and record it."""
     before = time.perf_counter()
     found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
     if reached.step == 0 and algorithm.requires:  # else it asks an estimator, which looks itself
         found = replace(found, estimate=looked_at(oracle.first(), x, found.estimate, partial(why_not, algorithm)))
-    norm = float(algorithm.stationarity(oracle, reached.state, found))
-    estimate = run.structured(oracle.first(), x, found.estimate, reached.step)
+    spent = oracle.like.tally.stats().sample_calls
+    if on_everything:
+        look = run.rules.looks.look(algorithm, oracle, reached.state, found)
+        noticed = tuple(report for report in found.estimate.reports if not report.status.ok)  # at the first look
+        seen = replace(look.estimate, reports=(*look.estimate.reports, *noticed))
+        look = blown(replace(look, estimate=seen), run.history[0].grad_norm if run.history else look.norm)
+    else:
+        norm = float(algorithm.stationarity(oracle, reached.state, found))
+        look = Look(oracle.first(), found.estimate, norm, norm)
     took = seconds + time.perf_counter() - before
-    record = run.record(reached.step, estimate, norm, took, found.back is not None)
-    run.best.see(Candidate(x, found.estimate.y, record, estimate.status.ok))
+    cost = oracle.like.tally.stats().sample_calls - spent
+    is_phi = not on_everything or algorithm.values_are_phi or reached.step > 0  # else y is where it was put
+    return _recorded(run, oracle, reached, x, found, look, took, cost, is_phi=is_phi)
+
+
+def _recorded(
+    run: Run,
+    oracle: Oracle,
+    reached: _Reached,
+    x: Tensor,
+    found: Evaluated,
+    look: Look,
+    took: float,
+    cost: int = 0,
+    *,
+    is_phi: bool,
+) -> _At:
+    """What is known at a point, as a record."""
+    estimate = run.structured(look.problem, x, look.estimate, reached.step)
+    rejected = found.back is not None
+    record = run.record(reached.step, estimate, look.norm, took, rejected, before=reached.records)
+    run.best.see(Candidate(x, look.estimate.y, record, estimate.status.ok and is_phi))
     run.reached(len(run.history) - 1, oracle.like, x, estimate)
     oracle.like.tally.clear()
-    return _At(x, found, estimate, norm)
+    return _At(x, found, estimate, look.measure, 0.0, cost or reached.look)
 
 
-def _ended(run: Run, at: _At, last_step: bool) -> Status | None:
+def _ended(run: Run, step: int, at: _At, last_step: bool) -> Status | None:
     """Why the run ends here, or None; the callback is told of the record."""
+    assert at.estimate is not None
     stops, goes_back = run.stops(at.estimate), at.found.back is not None
-    if run.passes_over():
+    if run.passes_over(step):
         return at.estimate.status if last_step else Status.stopped if stops else None
-    if run.failed(at.estimate) and not goes_back:
+    if (run.failed(at.estimate) or _is_blown(at.estimate)) and not goes_back:
         return at.estimate.status
-    if run.met(at.norm, at.found.tol) and not goes_back:
+    if run.met(at.measure, at.found.tol) and not goes_back:
         return Status.successful
     if stops:
         return Status.stopped
     return at.found.ended or (run.used_up if last_step else None)
 
 
+def _is_blown(estimate: Estimate) -> bool:
+    return any(report.part == BLOWN and report.status is Status.diverged for report in estimate.reports)
+
+
 def _returned(run: Run, at: _At, ended: Status) -> Status:
     """How the run has ended, at the point that was gone back to."""
+    assert at.estimate is not None
     run.stops(at.estimate)
     if run.failed(at.estimate):
         return at.estimate.status
-    return Status.successful if run.met(at.norm, at.found.tol) else ended
+    return Status.successful if run.met(at.measure, at.found.tol) else ended
 
 
 def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initial: Any, *, last: bool = False) -> None:
@@ -353,6 +431,8 @@ def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initia
         state=encoded(reached.state, initial),
         calls=reached.calls.as_dict(),
         best=None if reached.best is None else reached.best.as_dict(),
+        kept=reached.records,
+        look=reached.look,
         random=reached.drawn,
         loaders=reached.loaders,
     )
@@ -385,6 +465,10 @@ def _read(run: Run, saves: Saves, content: dict[str, Any], initial: Any) -> _Rea
     if content.get("best") is not None:  # files of earlier versions do not tell
         run.best.best = Candidate.from_dict(content["best"])
     calls, drawn = Stats(**content["calls"]), content.get("random")
-    if len(run.history) != content["step"]:
+    kept = content.get("kept", content["step"])  # files of earlier versions have one record a step
+    step = content["step"]
+    counts = isinstance(step, int) and isinstance(kept, int) and kept <= step
+    if not counts or len(run.history) != kept:
         raise ValueError(unreadable(checkpoint.path))
-    return _Reached(content["step"], state, calls, run.best.best, drawn, content.get("loaders"))
+    best = run.best.best
+    return _Reached(step, state, calls, best, drawn, content.get("loaders"), kept, content.get("look", 0))

@@ -65,22 +65,25 @@ class Saves:
         records: Sequence[Record],
         *,
         last: bool,
+        kept: int | None = None,
         evaluations: Callable[[int], dict[str, Any]] | None = None,
         **state: Any,
     ) -> None:
         """Write a state and the records so far; a crash leaves the checkpoint before or this one, never half of one.
 
         Args:
-            steps: how many were taken; so many of the records belong to the state.
+            steps: how many were taken.
             point: x and y, for whoever looks at the file.
             records: of the run, those of the state and maybe more.
             last: whether the run ends here.
+            kept: how many of the records belong to the state; None: one for each step.
             evaluations: number -> what else there is to keep of a record.
             state: everything that the rest of the run depends on, as plain data.
 
         Raises:
             NotSavedError: if the disk is full or the like.
         """
+        kept = steps if kept is None else kept
         self._count += 1
         if last or self._count & (self._count - 1) == 0:  # ever more rarely: what changes has changed before
             self._changing = sorted({*self._changing, *self.checkpoint.made_of.changing()})
@@ -88,40 +91,41 @@ class Saves:
             "settings": dict(self.checkpoint.made_of.parts),
             "changing": self._changing,
             "step": steps,
+            "kept": kept,
             "x": point[0],
             "y": point[1],
             **state,
         }
         held = _HELD if evaluations is None or point[0].numel() + point[1].numel() < _HELD else 0
         try:
-            if self._holds_all(steps, held):
-                content |= {"format": 2, "history": [record.as_dict() for record in records[:steps]]}
+            if self._holds_all(kept, held):
+                content |= {"format": 2, "history": [record.as_dict() for record in records[:kept]]}
                 if evaluations is not None:
-                    content["evaluations"] = [evaluations(i) for i in range(steps)]
+                    content["evaluations"] = [evaluations(i) for i in range(kept)]
                 self._write(content)
                 remove_journal(self.checkpoint.path)
                 self._journal = None
             else:
-                self._add(steps, records, evaluations)
+                self._add(kept, records, evaluations)
                 assert self._journal is not None
-                self._write({**content, "format": 3, "journal": {"run": self._journal.run, "entries": steps}})
+                self._write({**content, "format": 3, "journal": {"run": self._journal.run, "entries": kept}})
         except OSError as error:
             raise NotSavedError(
                 f"the checkpoint {str(self.checkpoint.path)!r} could not be written: {error}"
             ) from error
         self._begun, self._latest = True, self.clock()
 
-    def _holds_all(self, steps: int, held: int) -> bool:
+    def _holds_all(self, kept: int, held: int) -> bool:
         """Whether the file is to hold all records: it is not this run's yet, they are few, or fewer than before."""
         if not self._begun:
             return True
-        return steps <= held if self._journal is None else steps < self._journal.entries
+        return kept <= held if self._journal is None else kept < self._journal.entries
 
-    def _add(self, steps: int, records: Sequence[Record], evaluations: Callable[[int], dict[str, Any]] | None) -> None:
+    def _add(self, kept: int, records: Sequence[Record], evaluations: Callable[[int], dict[str, Any]] | None) -> None:
         first = 0 if self._journal is None else self._journal.entries
         new = [
             {"record": record.as_dict(), **({} if evaluations is None else {"evaluation": evaluations(i)})}
-            for i, record in enumerate(records[first:steps], first)
+            for i, record in enumerate(records[first:kept], first)
         ]
         if self._journal is not None:
             self._journal.add(new)

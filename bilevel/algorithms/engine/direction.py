@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact, total
 from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained
+from bilevel._result import Report, Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
@@ -152,3 +155,9 @@ def rows_of_outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple
             return value, torch.zeros_like(x), torch.zeros_like(y)
         fx, fy = torch.autograd.grad(total(value), (x, y), allow_unused=True, materialize_grads=True)
     return value.detach(), fx, fy
+
+
+def residual_report(part: str, direction: Tensor) -> Report:
+    """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
+    residual = float(safe_row_norms(direction.reshape(-1)))
+    return Report(part, Status.successful if math.isfinite(residual) else Status.nonfinite, residual, 0)

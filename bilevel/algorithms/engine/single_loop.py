@@ -13,9 +13,8 @@ from bilevel._calculus import Exact
 from bilevel._estimate import FlatEstimate
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._result import Report, Status
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint
+from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, residual_report
 from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
@@ -120,9 +119,9 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def evaluate(self, oracle: Oracle, state: LoopState) -> Evaluated:
         at = Joint(state.x, state.y, state.v)
         found = self.reduction.reduce(oracle, self.direction, at, state.memory)
-        reports = [_report("inner iterate", found.joint.y)]
+        reports = [residual_report("inner iterate", found.joint.y)]
         if found.joint.v is not None:
-            reports.append(_report("linear iterate", found.joint.v))
+            reports.append(residual_report("linear iterate", found.joint.v))
         return Evaluated(FlatEstimate(found.joint.x, found.value, state.y, tuple(reports), state.v), found)
 
     def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
@@ -184,10 +183,3 @@ def _moved(
     there, after = step.step(d, point, state)
     there = there.detach()
     return there if factor == 1.0 else torch.lerp(point, there, factor), after
-
-
-def _report(part: str, direction: Tensor) -> Report:
-    """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
-    residual = float(safe_row_norms(direction.reshape(-1)))
-    finite = residual == residual and residual != float("inf")
-    return Report(part, Status.successful if finite else Status.nonfinite, residual, 0)

@@ -1,0 +1,118 @@
+"""When a run on batches looks at all the data, and what it sees there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from bilevel._estimate import FlatEstimate
+from bilevel._flat import FlatProblem
+from bilevel._result import Report, Status
+from bilevel._tree import Tree
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.oracle import Oracle
+from bilevel.certificates.applies import no_certificate
+from bilevel.certificates.certificate import Constants
+from bilevel.outer.assessment import assessed, bounded, joint_norm
+from bilevel.requirements.properties import Property
+
+BLOWN = "the iterates"
+# Between two looks nine times as many calls as the latest one took: looks are then at most a tenth of the work.
+_REST = 9
+_UNCOUNTED = 100  # steps between two looks, where batches are not counted by sample
+_GROWTH = (
+    1e6  # the measure of stationarity, relative to that at the start, of a run that is lost: growth is exponential
+)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What is known at a point, by all the data.
+
+    Attributes:
+        problem: on them.
+        estimate: there.
+        norm: what is recorded as its distance from stationarity.
+        measure: what a tolerance is compared with: certified, where it can be.
+    """
+
+    problem: FlatProblem
+    estimate: FlatEstimate
+    norm: float
+    measure: float
+
+
+@final
+@dataclass(frozen=True)
+class Looks:
+    """When to look, and what for.
+
+    Attributes:
+        every: so many steps from one look to the next; None: as many as make looks a tenth of the calls.
+        tol: the tolerance of the run; None: it has none.
+        constants: of f and g, or a function of x that tells, for the certificate at which a run with a tolerance ends;
+            None: estimated.
+    """
+
+    every: int | None = None
+    tol: float | None = None
+    constants: Constants | Callable[[Tree], Constants] | None = None
+
+    def due(self, step: int, spent: int, cost: int) -> bool:
+        """Whether it is time.
+
+        Args:
+            step: which step.
+            spent: calls for samples since the latest look.
+            cost: how many that one took.
+        """
+        if step == 0:
+            return True
+        if self.every is not None:
+            return step % self.every == 0
+        return spent >= _REST * cost if cost else step % _UNCOUNTED == 0
+
+    def look(self, algorithm: AbstractAlgorithm[Any], oracle: Oracle, state: Any, found: Evaluated) -> Look:
+        """At x and y, and v where the algorithm has one, with f and g on all the data."""
+        problem, x = oracle.whole(), algorithm.point(state)[0]
+        own = algorithm.on_everything(oracle, state, found)
+        if own is not None:
+            residual = float(oracle.residual(x, own.grad))
+            measure = residual + (own.bound or 0.0)
+            return Look(problem, own, measure, measure)
+        if no_certificate(oracle.like.problem):  # y is no stationary point of a smooth g
+            value = problem.f(x, found.estimate.y).detach()
+            measure = float(algorithm.stationarity(oracle, state, found))
+            return Look(problem, replace(found.estimate, value=value), measure, measure)
+        second = Property.second_derivatives in algorithm.requires
+        seen = assessed(problem, x, found.estimate.y, found.estimate.v, second_derivatives=second)
+        residual = float(oracle.residual(x, seen.grad))
+        norm = joint_norm(residual, seen)
+        if self.tol is None or not residual <= self.tol:
+            return Look(problem, seen, norm, norm)
+        known = self.constants
+        if known is not None and not isinstance(known, Constants):
+            known = known(problem.x.unravel(x))
+        seen = bounded(problem, x, seen, known)
+        return Look(problem, seen, norm, norm if seen.bound is None else residual + seen.bound)
+
+
+def blown(look: Look, first: float) -> Look:
+    """The same, with a report of divergence where the measure has grown beyond all bounds.
+
+    Args:
+        look: at a point.
+        first: the norm at the start of the run.
+    """
+    if not (math.isfinite(look.norm) and look.norm > _GROWTH * first > 0):
+        return look
+    lost = Report(BLOWN, Status.diverged, look.norm, 0)
+    return replace(look, estimate=replace(look.estimate, reports=(*look.estimate.reports, lost)))
+
+
+def is_finite(found: FlatEstimate) -> bool:
+    """Whether a direction and a value are numbers: what a step without a record is looked at for."""
+    return math.isfinite(float(found.grad.sum() + found.value.sum()))
