@@ -1,0 +1,132 @@
+"""Runs on batches report all the data: values, norms, the best iterate, certified ends, and divergence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, everywhere, objective, run, solution, split
+
+from bilevel import AID, BilevelError, BilevelProblem, Constants, FiniteSum, Split, Status, minimize
+from bilevel.algorithms import MASOBA, SABA, SOBA, SRBA, Descent, Power
+from bilevel.solvers import CG, LBFGS, GradientDescent
+
+TRUTH = solution()
+
+
+def hypergradient_at(x: torch.Tensor) -> torch.Tensor:
+    """In closed form: Phi is quadratic, and its gradient linear with its zero at the solution."""
+    zero = torch.zeros_like(Y)
+    H = torch.stack([everywhere(x, row, zero).y - everywhere(x, zero, zero).y for row in torch.eye(len(Y)).double()])
+    y = torch.linalg.solve(H, -everywhere(x, zero, zero).y)
+    rest = everywhere(x, y, zero).v
+    assert rest is not None
+    return everywhere(x, y, torch.linalg.solve(H, -rest)).x
+
+
+def test_what_is_recorded_is_of_all_the_data() -> None:
+    seen: list[tuple[int, Any]] = []
+    soba = SOBA(0.1, 0.1, schedule=Power(0.5))
+    found = run(soba, split(), 40, evaluate_every=10, callback=lambda record, estimate: seen.append((record, estimate)))
+    assert [record.step for record in found.history] == [0, 10, 20, 30, 40] == [record.step for record, _ in seen]
+    for record, estimate in seen:
+        x, y, v = estimate.x, estimate.y, estimate.v
+        assert record.value == pytest.approx(float(objective(x, y, OF_F)), rel=1e-12)
+        d = everywhere(x, y, v)
+        assert d.v is not None
+        norm = torch.cat([d.x, d.y, d.v]).norm()
+        assert record.grad_norm == pytest.approx(float(norm), rel=1e-9)
+        torch.testing.assert_close(estimate.grad, d.x)
+    assert found.best.value == min(record.value for record in found.history[1:]) and found.best.compared
+    assert found.value == pytest.approx(float(objective(found.x, found.y, OF_F)), rel=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", [SOBA(0.05, 0.05), SRBA(0.05, 0.05)])
+def test_looks_take_a_tenth_of_the_calls(algorithm: Any) -> None:
+    found = run(algorithm, split(), 300)
+    look = 3 * len(OF_G[0]) + len(OF_F[0])
+    between = [record.stats.sample_calls for record in found.history[1:-1]]
+    assert len(between) > 3 and all(calls <= 12 * look for calls in between)
+    assert len(found.history) * look <= 0.1 * found.stats.sample_calls + 2 * look
+
+
+@pytest.mark.parametrize("constants", [None, Constants(mu=0.9, L_fyy=9.0, L_fxy=9.0, M_yy=0.0, M_xy=0.0, C_G=9.0)])
+def test_a_tolerance_is_met_by_a_certified_gradient(constants: Constants | None) -> None:
+    found = run(SABA(0.15, 0.1), split(), 3000, tol=1e-6, constants=constants)
+    assert found.status is Status.successful and found.converged
+    h = hypergradient_at(found.x)
+    assert found.estimate.bound is not None
+    assert float((h - found.estimate.grad).norm()) <= found.estimate.bound
+    assert float(h.norm()) <= float(found.estimate.grad.norm()) + found.estimate.bound <= 1e-6
+    assert found.history[-1].step < 3000
+
+
+def test_noise_does_not_pass_for_convergence() -> None:
+    with pytest.raises(BilevelError) as failed:
+        run(SOBA(0.1, 0.1), split(), 200, tol=1e-8)
+    assert failed.value.status is Status.max_steps and not failed.value.partial.converged
+
+
+@pytest.mark.parametrize("throw", [True, False])
+def test_a_run_that_diverges_ends_so_and_keeps_the_best(throw: bool) -> None:
+    try:
+        found = run(SOBA(0.1, 3.0), split(), 5000, throw=throw)
+    except BilevelError as error:
+        assert throw
+        found = error.partial
+    assert found.status in (Status.diverged, Status.nonfinite) and found.failed
+    assert found.history[-1].step < 1000
+    assert torch.isfinite(found.best.x).all()
+
+
+def test_a_batch_that_is_no_number_ends_the_run_where_it_is_met() -> None:
+    data = torch.ones(8, dtype=torch.float64)
+    data[5] = torch.nan
+    problem = BilevelProblem(lambda x, y, a: (y - 1).square(), lambda x, y, a: (y - a.mean() * x).square())
+    one = torch.tensor(1.0, dtype=torch.float64)
+    f = torch.ones(1, dtype=torch.float64)
+    found = minimize(
+        problem,
+        one,
+        one,
+        algorithm=SOBA(0.1, 0.1),
+        data=Split(g=FiniteSum(data, 1), f=f),
+        max_steps=50,
+        evaluate_every=50,
+        throw=False,
+    )
+    assert found.status is Status.nonfinite and found.history[-1].step < 9
+
+
+def test_a_sparse_history_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    for algorithm in (SOBA(0.1, 0.1), SABA(0.1, 0.1)):
+        whole = run(algorithm, split(), 90)
+        for stop in (3, 31, 62):
+            file = tmp_path / f"{type(algorithm).__name__}-{stop}.pt"
+            run(algorithm, split(), stop, checkpoint=file)
+            found = run(algorithm, split(), 90, checkpoint=file, resume=True)
+            assert [(r.step, r.value, r.grad_norm, r.stats) for r in found.history] == [
+                (r.step, r.value, r.grad_norm, r.stats) for r in whole.history
+            ]
+            assert torch.equal(found.x, whole.x) and found.best.value == whole.best.value
+
+
+def test_a_descent_on_batches_is_recorded_by_its_own_estimator_on_all_the_data() -> None:
+    descent = Descent(AID(LBFGS(1e-12), CG(1e-12)), GradientDescent(0.1))
+    found = run(descent, split(), 12, evaluate_every=4)
+    for record in found.history[-1:]:
+        h = hypergradient_at(found.x)
+        torch.testing.assert_close(found.estimate.grad, h, rtol=0, atol=1e-9)
+        assert record.grad_norm == pytest.approx(float(h.norm()), rel=1e-8)
+
+
+def test_looks_are_for_data_that_are_known() -> None:
+    loader = [tuple(part[:4] for part in OF_G), tuple(part[4:8] for part in OF_G)]
+    with pytest.raises(ValueError, match=r"evaluate_every=.*FiniteSum"):
+        run(MASOBA(0.1, 0.1), loader, 3, evaluate_every=2)
+    with pytest.raises(ValueError, match=r"`constants=` belongs to `Descent`"):
+        run(MASOBA(0.1, 0.1), loader, 3, constants=Constants(mu=1.0))
+    with pytest.raises(ValueError, match=r"`estimator=` belongs to `Descent`"):
+        minimize(PROBLEM, X, Y, algorithm=SOBA(0.1, 0.1), data=split(), estimator="itd")
