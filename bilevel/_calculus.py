@@ -263,6 +263,21 @@ class AbstractProducts(AbstractPortable, abc.ABC):
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         """The optimality condition at (x, y) to first order; one gradient."""
 
+    def at_once(
+        self, problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, *, checked: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """grad_y g, H v and G v (None where g does not depend on x) at one vector: what a single loop asks for.
+
+        Args:
+            problem: f and g.
+            x: `(p,)`.
+            y: `(*batch, q)`.
+            v: like y.
+            checked: whether g has been found to have a second derivative before.
+        """
+        linearized = self.linearize(problem, x, y)
+        return linearized.gradient, *linearized.products(v)
+
     def oracle(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         """A function y -> (g, grad_y g) for inner solvers, where there is a faster one than autograd at each call."""
         return None
@@ -299,6 +314,22 @@ class Exact(AbstractProducts):
 
         start_in_x = problem.problem.init is not None
         return Linearization(y.detach(), gradient.detach(), operator.mv, products, pull, start_in_x=start_in_x)
+
+    def at_once(
+        self, problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, *, checked: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        tally, rows = problem.tally, y.shape[:-1].numel()
+        tally.gradients += rows
+        tally.hvps += rows
+        tally.cross_products += rows
+        with torch.enable_grad():
+            x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+            gradient = grad(total(problem.g(x, y)), y, create_graph=True, checked=checked)
+        if not gradient.requires_grad:
+            return gradient, torch.zeros_like(v), None
+        with explained():
+            hv, gv = torch.autograd.grad(gradient, (y, x), v, allow_unused=True)
+        return gradient.detach(), torch.zeros_like(v) if hv is None else hv, gv
 
 
 @final

@@ -293,7 +293,9 @@ class Tally:
     def settle(self) -> None:
         """Take over what the parts have counted: they are not used any more."""
         for part in self.parts:
-            self.add(part._own())
+            for name in _COUNTS:
+                setattr(self, name, getattr(self, name) + getattr(part, name))
+            self.sample_calls += part._calls()
         self.parts = []
 
     def clear(self) -> None:
@@ -313,10 +315,19 @@ class Tally:
             return self.whole.stats()
         return sum((part._own() for part in self.parts), self._own())
 
-    def _own(self) -> Stats:
+    @property
+    def sampled(self) -> int:
+        """`stats().sample_calls`, and nothing else: what a loop can ask at every step."""
+        if self.whole is not None:
+            return self.whole.sampled
+        return self._calls() + sum(part._calls() for part in self.parts)
+
+    def _calls(self) -> int:
         of_g = self.gradients + self.beside + self.hvps + self.cross_products
-        calls = self.sample_calls + self.g_samples * of_g + self.f_samples * self.outer_gradients
-        return Stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=calls)
+        return self.sample_calls + self.g_samples * of_g + self.f_samples * self.outer_gradients
+
+    def _own(self) -> Stats:
+        return Stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=self._calls())
 
 
 @final

@@ -59,7 +59,7 @@ class Structure:
         """Cut a vector `(*batch, n)` into leaves `(*batch, *shape)`; views where possible, differentiable."""
         shapes = self.shapes if vector.dim() == 1 else [vector.shape[:-1] + shape for shape in self.shapes]
         if len(shapes) == 1:  # no split: one node less in every graph
-            leaves = [vector.reshape(shapes[0])]
+            leaves = [vector if vector.shape == shapes[0] else vector.reshape(shapes[0])]
         else:  # one split, not many slices: its backward is one concatenation
             parts = vector.split_with_sizes(self.sizes, dim=-1)
             leaves = [

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
 
-from bilevel._tree import tree_leaves, tree_map
+from bilevel._tree import tree_leaves, tree_parts
 from bilevel.algorithms.oracle import AbstractData, Block
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 
 Order: TypeAlias = Literal["shuffle", "iid", "full"]
+_KNOWN = 4096  # blocks whose views are kept, some kilobytes each at most
 
 
 @final
@@ -77,32 +79,51 @@ class FiniteSum(AbstractData):
                 f" sizes {', '.join(sorted(map(str, sizes))) or 'of nothing'}."
             )
 
+    @cached_property
+    def _parts(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+        """The tensors, and what makes the structure of such tensors."""
+        return tree_parts(self.tensors)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """n, N."""
+        samples = int(self._parts[0][0].shape[0])
+        return samples, -(-samples // self.batch_size)
+
+    @cached_property
+    def _known(self) -> dict[int, Block]:
+        """Blocks that have been asked for: views of the samples, which need not be made again."""
+        return {}
+
     @property
     def samples(self) -> int:
-        return int(tree_leaves(self.tensors)[0].shape[0])
+        return self._sizes[0]
 
     @property
     def blocks(self) -> int:
         """N."""
-        return -(-self.samples // self.batch_size)
+        return self._sizes[1]
 
     def block_number(self, k: int) -> Block:
         """Block k as itself."""
-        start = k * self.batch_size
-        stop = min(start + self.batch_size, self.samples)
-        return Block(
-            tree_map(lambda leaf: leaf[start:stop], self.tensors),
-            k,
-            self.blocks,
-            stop - start,
-            (stop - start) / self.samples,
-        )
+        found = self._known.get(k)
+        if found is None:
+            (samples, blocks), (leaves, build) = self._sizes, self._parts
+            start = k * self.batch_size
+            stop = min(start + self.batch_size, samples)
+            found = Block(
+                build([leaf[start:stop] for leaf in leaves]), k, blocks, stop - start, (stop - start) / samples
+            )
+            if len(self._known) < _KNOWN:
+                self._known[k] = found
+        return found
 
     def block(self, index: int, first: int) -> Block:
-        if self.order == "full" or self.blocks == 1:
-            return Block(self.tensors, 0, 1, self.samples, 1.0)
-        epoch, position = divmod(index, self.blocks)
-        visits = _visits(self.blocks, self.order == "iid", self.seed, self.stream, epoch)
+        samples, blocks = self._sizes
+        if self.order == "full" or blocks == 1:
+            return Block(self.tensors, 0, 1, samples, 1.0)
+        epoch, position = divmod(index, blocks)
+        visits = _visits(blocks, self.order == "iid", self.seed, self.stream, epoch)
         return self.block_number(visits[position])
 
     def batch(self, index: int, first: int) -> Any:

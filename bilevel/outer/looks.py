@@ -115,4 +115,5 @@ def blown(look: Look, first: float) -> Look:
 
 def is_finite(found: FlatEstimate) -> bool:
     """Whether a direction and a value are numbers: what a step without a record is looked at for."""
-    return math.isfinite(float(found.grad.sum() + found.value.sum()))
+    residuals = [report.residual for report in found.reports]  # numbers already, where a value is a tensor
+    return all(map(math.isfinite, (*residuals, float(found.grad.sum()), float(found.value))))

@@ -219,6 +219,9 @@ class _Reached:
     look: int = 0
 
 
+_UNKEPT = Stats()  # where no file is written, nobody asks for the calls since the latest record
+
+
 def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
     """Run an algorithm from x and y, or from where its checkpoint is.
 
@@ -273,8 +276,9 @@ def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Ten
                 state = algorithm.step(oracle, state, at.found)
             seconds = at.seconds + time.perf_counter() - before
             records = len(run.history) if at.estimate is not None else reached.records
+            calls = tally.stats() if rules.saves is not None else _UNKEPT
             kept = run.best.best, *_drawn(rules, oracle), records, at.look
-            reached = _Reached(reached.step + 1, state, tally.stats(), *kept)
+            reached = _Reached(reached.step + 1, state, calls, *kept)
             oracle = oracle.at(reached.step)
             if rules.saves is not None and rules.saves.due(reached.step):
                 _save(run, algorithm, reached, initial)
@@ -329,7 +333,7 @@ def _seen(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: 
     """Evaluate at a state; record it, and in a run on batches look at all the data, where that is due."""
     if oracle.is_fixed or not oracle.has_whole:
         return _look(run, algorithm, oracle, reached, seconds)
-    looks, spent = run.rules.looks, oracle.like.tally.stats().sample_calls
+    looks, spent = run.rules.looks, oracle.like.tally.sampled
     if reached.step >= run.rules.max_steps or looks.due(reached.step, spent, reached.look):
         return _look(run, algorithm, oracle, reached, seconds, on_everything=True)
     before = time.perf_counter()
@@ -355,7 +359,7 @@ def _look(
     found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
     if reached.step == 0 and algorithm.requires:  # else it asks an estimator, which looks itself
         found = replace(found, estimate=looked_at(oracle.first(), x, found.estimate, partial(why_not, algorithm)))
-    spent = oracle.like.tally.stats().sample_calls
+    spent = oracle.like.tally.sampled
     if on_everything:
         look = run.rules.looks.look(algorithm, oracle, reached.state, found)
         noticed = tuple(report for report in found.estimate.reports if not report.status.ok)  # at the first look
@@ -365,7 +369,7 @@ def _look(
         norm = float(algorithm.stationarity(oracle, reached.state, found))
         look = Look(oracle.first(), found.estimate, norm, norm)
     took = seconds + time.perf_counter() - before
-    cost = oracle.like.tally.stats().sample_calls - spent
+    cost = oracle.like.tally.sampled - spent
     is_phi = not on_everything or algorithm.values_are_phi or reached.step > 0  # else y is where it was put
     return _recorded(run, oracle, reached, x, found, look, took, cost, is_phi=is_phi)
 

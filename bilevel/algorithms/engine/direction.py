@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact, total
 from bilevel._flat import FlatProblem
-from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.rows import row_norm_numbers
 from bilevel._numerics.second_derivatives import explained
 from bilevel._result import Report, Status
 from bilevel.algorithms.oracle import Draws, Oracle
@@ -122,27 +122,31 @@ class Coupled(AbstractDirection):
         return torch.zeros_like(y)
 
     def on_batches(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
-        pieces, value = self.pieces(oracle.problem(), at)
+        pieces, value = self.pieces(oracle.problem(), at, checked=oracle.step > 0)
         return pieces.weighted(oracle.block("f").scale, oracle.block("g").scale).joint(), value
 
     def on_everything(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
         pieces, value = self.pieces(oracle.whole(), at)
         return pieces.joint(), value
 
-    def pieces(self, problem: FlatProblem, at: Joint) -> tuple[Pieces, Tensor]:
+    def pieces(self, problem: FlatProblem, at: Joint, *, checked: bool = False) -> tuple[Pieces, Tensor]:
         """The five terms, and f.
+
+        Args:
+            problem: f and g, on batches or on everything.
+            at: where.
+            checked: whether g has been found to have a second derivative before.
 
         Raises:
             DoesNotApply: if x reaches y through its start only.
         """
         x, y, v = at
         assert v is not None
-        linearized = self.products.linearize(problem, x, y)
-        hv, gv = linearized.products(v)
+        gy, hv, gv = self.products.at_once(problem, x, y, v, checked=checked)
         if gv is None and problem.problem.init is not None:
             raise DoesNotApply(START_ONLY)
         value, fx, fy = rows_of_outer_gradients(problem, x, y)
-        return Pieces(linearized.gradient, hv, torch.zeros_like(x) if gv is None else gv, fy, fx), value
+        return Pieces(gy, hv, torch.zeros_like(x) if gv is None else gv, fy, fx), value
 
 
 def rows_of_outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,5 +163,5 @@ def rows_of_outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple
 
 def residual_report(part: str, direction: Tensor) -> Report:
     """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
-    residual = float(safe_row_norms(direction.reshape(-1)))
+    residual = row_norm_numbers(direction if direction.dim() == 1 else direction.reshape(-1))[0]
     return Report(part, Status.successful if math.isfinite(residual) else Status.nonfinite, residual, 0)

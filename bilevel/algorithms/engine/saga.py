@@ -90,7 +90,7 @@ class Saga(AbstractReduction):
 
     def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Tables) -> Reduced:
         assert isinstance(direction, Coupled)
-        pieces, value = direction.pieces(oracle.problem(), at)
+        pieces, value = direction.pieces(oracle.problem(), at, checked=oracle.step > 0)
         of_g, of_f = _apart(pieces)
         g, table_g = memory.g.see(of_g, oracle.block("g"))
         f, table_f = memory.f.see(of_f, oracle.block("f"))
