@@ -7,7 +7,6 @@ from typing import final
 
 from torch import Tensor
 
-from bilevel._calculus import Exact
 from bilevel._estimate import FlatEstimate
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint
@@ -21,6 +20,7 @@ from bilevel.algorithms.engine.steps import (
     moved,
     number,
     reports,
+    required,
     size,
     within,
 )
@@ -81,13 +81,11 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, linear_radius=POSITIVE)
-        demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
+        demand_steps(self, self.inner_step, self.outer_step, self.linear_step, self.direction.is_linear)
 
     @property
     def requires(self) -> frozenset[Property]:
-        second = frozenset({Property.second_derivatives})
-        exact = not isinstance(self.direction, Coupled) or isinstance(self.direction.products, Exact)
-        return frozenset({Property.stationary, Property.smooth, Property.beyond_start}) | (second if exact else set())
+        return required(self.direction)
 
     @property
     def draws(self) -> Draws:

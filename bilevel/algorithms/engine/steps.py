@@ -9,12 +9,14 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from bilevel._calculus import Exact
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._result import Report, Status
-from bilevel.algorithms.engine.direction import Joint
+from bilevel._result import Report
+from bilevel.algorithms.engine.direction import AbstractDirection, Joint, residual_report
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.requirements.properties import Property
 
 Schedule: TypeAlias = Callable[[int], float]  # step -> factor
 Step: TypeAlias = float | AbstractOptimizer
@@ -40,6 +42,12 @@ class LoopState:
     memory: Any = None
     outer: OptimizerState | None = None
     inner: OptimizerState | None = None
+
+
+def required(direction: AbstractDirection) -> frozenset[Property]:
+    """What a loop along a direction requires of the inner problem."""
+    second = {Property.second_derivatives} if isinstance(direction.products, Exact) else set[Property]()
+    return frozenset({Property.stationary, Property.smooth, Property.beyond_start} | second)
 
 
 def demand_steps(loop: Any, inner_step: Step, outer_step: Step, linear_step: float | None, linear: bool = True) -> None:
@@ -98,14 +106,8 @@ def within(radius: float | None, v: Tensor) -> Tensor:
 
 def reports(d: Joint) -> tuple[Report, ...]:
     """How far the iterates of y and of v are from where they are going; an iterate has no tolerance to miss."""
-    linear = () if d.v is None else (_report("linear iterate", d.v),)
-    return (_report("inner iterate", d.y), *linear)
-
-
-def _report(part: str, direction: Tensor) -> Report:
-    residual = float(safe_row_norms(direction.reshape(-1)))
-    finite = residual == residual and residual != float("inf")
-    return Report(part, Status.successful if finite else Status.nonfinite, residual, 0)
+    linear = () if d.v is None else (residual_report("linear iterate", d.v),)
+    return (residual_report("inner iterate", d.y), *linear)
 
 
 def size(oracle: Oracle, x: Tensor, d: Joint) -> Tensor:
