@@ -278,6 +278,13 @@ class AbstractProducts(AbstractPortable, abc.ABC):
         linearized = self.linearize(problem, x, y)
         return linearized.gradient, *linearized.products(v)
 
+    def curvature(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
+        """The same for products alone, on batches of which nobody asks the gradient: it is no oracle call then.
+
+        Its `gradient` is not to be read.
+        """
+        return self.linearize(problem, x, y)
+
     def oracle(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         """A function y -> (g, grad_y g) for inner solvers, where there is a faster one than autograd at each call."""
         return None
@@ -289,8 +296,11 @@ class Exact(AbstractProducts):
     """Second derivatives by double backward through one retained graph; exact, one backward pass a product."""
 
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
+        problem.tally.gradients += y.shape[:-1].numel()
+        return self.curvature(problem, x, y)
+
+    def curvature(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
-        tally.gradients += rows
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             gradient = grad(total(problem.g(x, y)), y, create_graph=True)
@@ -356,6 +366,12 @@ class FiniteDifferences(AbstractProducts):
         demand_ranges(self, step=POSITIVE)
 
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
+        return self._linearized(problem, x, y, of_gradient=True)
+
+    def curvature(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
+        return self._linearized(problem, x, y, of_gradient=False)
+
+    def _linearized(self, problem: FlatProblem, x: Tensor, y: Tensor, of_gradient: bool) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
         eps = float(torch.finfo(y.dtype).eps)
         step = eps ** (1 / 3) if self.step is None else self.step
@@ -392,4 +408,5 @@ class FiniteDifferences(AbstractProducts):
             return products(v)[0]
 
         start_in_x = problem.problem.init is not None
-        return Linearization(y.detach(), gradients(y)[0], mv, products, reports=reports, start_in_x=start_in_x)
+        gradient = gradients(y)[0] if of_gradient else torch.full_like(y, math.nan)
+        return Linearization(y.detach(), gradient, mv, products, reports=reports, start_in_x=start_in_x)

@@ -27,7 +27,7 @@ def hypergradient_at(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_is_recorded_is_of_all_the_data() -> None:
-    seen: list[tuple[int, Any]] = []
+    seen: list[tuple[Any, Any]] = []
     soba = SOBA(0.1, 0.1, schedule=Power(0.5))
     found = run(soba, split(), 40, evaluate_every=10, callback=lambda record, estimate: seen.append((record, estimate)))
     assert [record.step for record in found.history] == [0, 10, 20, 30, 40] == [record.step for record, _ in seen]

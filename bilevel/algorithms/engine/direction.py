@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Exact, total
+from bilevel._calculus import AbstractProducts, Exact, grad, total
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import row_norm_numbers
 from bilevel._numerics.second_derivatives import explained
@@ -72,25 +73,96 @@ class Pieces(NamedTuple):
         return Joint(self.fx - self.gv, self.gy, self.hv - self.fy)
 
 
+Known: TypeAlias = tuple[Tensor, Tensor, Tensor]  # f, grad_x f and grad_y f
+
+
+class Drawn(NamedTuple):
+    """What a direction is formed from: one batch of f and numbered ones of g, or all the data under every number.
+
+    Means over a batch of g times `of_g`, and those over that of f times `of_f`, are unbiased.
+
+    Attributes:
+        problem: number -> the problem with that batch of g, from 0, and the one batch of f.
+        of_f: the factor of f.
+        of_g: number -> that of g.
+        chance: (seed, n) -> a number below n that belongs to these batches, whatever the point; None: on all the data
+            nothing is left to chance.
+        checked: whether g has been found to have a second derivative, at an earlier step.
+    """
+
+    problem: Callable[[int], FlatProblem]
+    of_f: float
+    of_g: Callable[[int], float]
+    chance: Callable[[int, int], int] | None
+    checked: bool = False
+
+    @staticmethod
+    def batches(oracle: Oracle, f: int = 0, g: int = 0) -> Drawn:
+        """Batch number f of f, and of g those from number g."""
+        return Drawn(
+            lambda k: oracle.problem(f, g + k),
+            oracle.block("f", f).scale,
+            lambda k: oracle.block("g", g + k).scale,
+            lambda seed, n: int(torch.randint(n, (g + 1,), generator=generator(seed, oracle.step), device="cpu")[g]),
+            oracle.step > 0,
+        )
+
+    @staticmethod
+    def everything(oracle: Oracle) -> Drawn:
+        """All the data."""
+        whole = oracle.whole()
+        return Drawn(lambda _: whole, 1.0, lambda _: 1.0, None)
+
+
 class AbstractDirection(AbstractPortable, abc.ABC):
     """(D_y, D_v, D_x) or (D_y, D_x) at a point, from batches or from all the data."""
 
     @property
     @abc.abstractmethod
+    def products(self) -> AbstractProducts:
+        """How it forms products with second derivatives."""
+
+    @property
+    @abc.abstractmethod
     def draws(self) -> Draws:
-        """How many batches it takes."""
+        """How many batches it takes; D_x alone takes no more."""
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """The numbers of its first batches of f and of g; 0, unless other parts of a step have batches before."""
+        return 0, 0
 
     @abc.abstractmethod
     def linear_start(self, y: Tensor) -> Tensor | None:
         """v before the first step; None: there is no linear iterate."""
 
-    @abc.abstractmethod
-    def on_batches(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
-        """Unbiased for `on_everything`, as far as the direction is, and f on its batch; the same batches anywhere."""
+    @property
+    def is_linear(self) -> bool:
+        """Whether there is a linear iterate."""
+        return self.linear_start(torch.zeros(0, device="cpu")) is not None
 
     @abc.abstractmethod
+    def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
+        """All of it, and f on its batch, from the data that are drawn."""
+
+    @abc.abstractmethod
+    def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
+        """D_x alone, and f; `known` are f and its gradients on that batch at that point, where they are known."""
+
+    def on_batches(self, oracle: Oracle, at: Joint, f: int = 0, g: int = 0) -> tuple[Joint, Tensor]:
+        """Unbiased for `on_everything`, as far as the direction is, and f on its batch; the same batches anywhere.
+
+        Args:
+            oracle: of this step.
+            at: the point.
+            f: by how many its batch of f comes after the first.
+            g: the same of those of g.
+        """
+        return self.joint(Drawn.batches(oracle, self.first[0] + f, self.first[1] + g), at)
+
     def on_everything(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
         """The same on all the data."""
+        return self.joint(Drawn.everything(oracle), at)
 
 
 @final
@@ -101,7 +173,7 @@ class Coupled(AbstractDirection):
     The same batch of g in its three terms, and one of f that is independent of it.
 
     Cost: 3 calls of g and one of f for each sample (products by differences: 5 and 1), in one backward pass through one
-    gradient's graph and one of f.
+    gradient's graph and one of f; D_x alone one of each.
 
     Source: Dagreou, Ablin, Vaiter, Moreau, NeurIPS 2022 (their v has the other sign).
 
@@ -121,13 +193,17 @@ class Coupled(AbstractDirection):
     def linear_start(self, y: Tensor) -> Tensor | None:
         return torch.zeros_like(y)
 
-    def on_batches(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
-        pieces, value = self.pieces(oracle.problem(), at, checked=oracle.step > 0)
-        return pieces.weighted(oracle.block("f").scale, oracle.block("g").scale).joint(), value
+    def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
+        pieces, value = self.pieces(drawn.problem(0), at, checked=drawn.checked)
+        return pieces.weighted(drawn.of_f, drawn.of_g(0)).joint(), value
 
-    def on_everything(self, oracle: Oracle, at: Joint) -> tuple[Joint, Tensor]:
-        pieces, value = self.pieces(oracle.whole(), at)
-        return pieces.joint(), value
+    def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
+        x, y, v = at
+        assert v is not None
+        problem = drawn.problem(0)
+        value, fx, _ = rows_of_outer_gradients(problem, x, y) if known is None else known
+        cross = self.products.curvature(problem, x, y).cross(v)
+        return minus(drawn.of_f * fx, cross, drawn.of_g(0)), value
 
     def pieces(self, problem: FlatProblem, at: Joint, *, checked: bool = False) -> tuple[Pieces, Tensor]:
         """The five terms, and f.
@@ -149,6 +225,19 @@ class Coupled(AbstractDirection):
         return Pieces(gy, hv, torch.zeros_like(x) if gv is None else gv, fy, fx), value
 
 
+def minus(fx: Tensor, cross: Tensor | None, factor: float) -> Tensor:
+    """grad_x f - factor G v, where g depends on x."""
+    return fx if cross is None else torch.sub(fx, cross, alpha=factor)
+
+
+def rows_of_inner_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
+    """grad_y g, of the shape of y."""
+    problem.tally.gradients += y.shape[:-1].numel()
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        return grad(total(problem.g(x.detach(), y)), y)
+
+
 def rows_of_outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """f `(*several,)`, grad_x f and grad_y f, for several x side by side as well."""
     problem.tally.outer_gradients += y.shape[:-1].numel()
@@ -165,3 +254,10 @@ def residual_report(part: str, direction: Tensor) -> Report:
     """How far an iterate is from where it is going; an iterate has no tolerance to miss."""
     residual = row_norm_numbers(direction if direction.dim() == 1 else direction.reshape(-1))[0]
     return Report(part, Status.successful if math.isfinite(residual) else Status.nonfinite, residual, 0)
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """Random numbers of one step, on the CPU, so that every device sees the same: a function of seed and step."""
+    found = torch.Generator("cpu")
+    found.manual_seed(seed * 1_000_003 + step)
+    return found

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.single_loop import LoopState
+from bilevel.algorithms.engine.steps import LoopState
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.requirements.properties import Property
 

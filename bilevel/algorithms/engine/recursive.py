@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.algorithms.engine.direction import AbstractDirection, Joint
+from bilevel.algorithms.engine.direction import AbstractDirection, Joint, generator as generator
 from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.fits import demand_types
@@ -141,10 +141,3 @@ class Storm(AbstractReduction):
         else:
             joint, value = _recursive(oracle, direction, at, memory, min(1.0, self.forgets(oracle.step)))
         return Reduced(joint, value, Past.of(at, joint))
-
-
-def generator(seed: int, step: int) -> torch.Generator:
-    """Random numbers of one step, on the CPU, so that every device sees the same: a function of seed and step."""
-    found = torch.Generator("cpu")
-    found.manual_seed(seed * 1_000_003 + step)
-    return found

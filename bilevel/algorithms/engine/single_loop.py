@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, final
+from typing import final
 
-import torch
 from torch import Tensor
 
-from bilevel._calculus import Exact
 from bilevel._estimate import FlatEstimate
-from bilevel._numerics.rows import safe_row_norms
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, residual_report
+from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint
 from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
+from bilevel.algorithms.engine.steps import (
+    LoopState as LoopState,
+    Schedule as Schedule,
+    Step as Step,
+    begun,
+    demand_steps as demand_steps,
+    moved,
+    number,
+    reports,
+    required,
+    size,
+    within,
+)
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import Property
-
-Schedule: TypeAlias = Callable[[int], float]  # step -> factor
-Step: TypeAlias = float | AbstractOptimizer
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class LoopState:
-    """Everything that the rest of a loop depends on.
-
-    Attributes:
-        x: `(p,)`.
-        y: `(*tasks, q)`.
-        v: like y; None: the loop has no linear iterate.
-        memory: of the variance reduction.
-        outer: of the optimizer of x; None: x is stepped by a number.
-        inner: the same of y.
-    """
-
-    x: Tensor
-    y: Tensor
-    v: Tensor | None
-    memory: Any = None
-    outer: OptimizerState | None = None
-    inner: OptimizerState | None = None
 
 
 @final
@@ -72,6 +55,7 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
         ValueError: if a step is not positive, or rho' is left open where y is stepped by an optimizer.
 
     Example:
+        >>> import torch
         >>> from bilevel import BilevelProblem, FiniteSum, minimize
         >>> from bilevel.algorithms import Saga
         >>> a = torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
@@ -97,13 +81,11 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, linear_radius=POSITIVE)
-        demand_steps(self, self.inner_step, self.outer_step, self.linear_step)
+        demand_steps(self, self.inner_step, self.outer_step, self.linear_step, self.direction.is_linear)
 
     @property
     def requires(self) -> frozenset[Property]:
-        second = frozenset({Property.second_derivatives})
-        exact = not isinstance(self.direction, Coupled) or isinstance(self.direction.products, Exact)
-        return frozenset({Property.stationary, Property.smooth, Property.beyond_start}) | (second if exact else set())
+        return required(self.direction)
 
     @property
     def draws(self) -> Draws:
@@ -114,72 +96,29 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
         y = oracle.problem().start(x, y).detach()
         at = Joint(x, y, self.direction.linear_start(y))
         memory = self.reduction.init(oracle, self.direction, at)
-        return LoopState(*at, memory, _begun(self.outer_step, x), _begun(self.inner_step, y))
+        return LoopState(*at, memory, begun(self.outer_step, x), begun(self.inner_step, y))
 
     def evaluate(self, oracle: Oracle, state: LoopState) -> Evaluated:
         at = Joint(state.x, state.y, state.v)
         found = self.reduction.reduce(oracle, self.direction, at, state.memory)
-        reports = [residual_report("inner iterate", found.joint.y)]
-        if found.joint.v is not None:
-            reports.append(residual_report("linear iterate", found.joint.v))
-        return Evaluated(FlatEstimate(found.joint.x, found.value, state.y, tuple(reports), state.v), found)
+        return Evaluated(FlatEstimate(found.joint.x, found.value, state.y, reports(found.joint), state.v), found)
 
     def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
         reduced: Reduced = found.kept
         d = reduced.joint
         rho = 1.0 if self.schedule is None else self.schedule(oracle.step)
         gamma = rho if self.outer_schedule is None else self.outer_schedule(oracle.step)
-        x, outer = _moved(self.outer_step, gamma, d.x, state.x, state.outer)
-        y, inner = _moved(self.inner_step, rho, d.y, state.y, state.inner)
+        x, outer = moved(self.outer_step, gamma, d.x, state.x, state.outer)
+        y, inner = moved(self.inner_step, rho, d.y, state.y, state.inner)
         v = state.v
         if v is not None and d.v is not None:
-            length = self.inner_step if self.linear_step is None else self.linear_step
-            assert not isinstance(length, AbstractOptimizer)
-            v = v - rho * length * d.v
-            if self.linear_radius is not None:
-                v = v * (self.linear_radius / safe_row_norms(v).unsqueeze(-1)).clamp(max=1.0)
+            length = number(self.inner_step, self.linear_step)
+            v = within(self.linear_radius, v - rho * length * d.v)
         return LoopState(oracle.project(x), y, v, reduced.memory, outer, inner)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         reduced: Reduced = found.kept
-        d = reduced.joint
-        outer = oracle.residual(state.x, d.x).reshape(1)
-        norm: Tensor = torch.linalg.vector_norm(
-            torch.cat([outer, d.y.reshape(-1), *(() if d.v is None else (d.v.reshape(-1),))])
-        )
-        return norm
+        return size(oracle, state.x, reduced.joint)
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y
-
-
-def demand_steps(loop: Any, inner_step: Step, outer_step: Step, linear_step: float | None) -> None:
-    """Refuse steps that are none.
-
-    Raises:
-        ValueError: naming the one.
-    """
-    call = type(loop).__name__
-    for name, step in (("inner_step", inner_step), ("outer_step", outer_step), ("linear_step", linear_step)):
-        if not isinstance(step, AbstractOptimizer):
-            demand_ranges(loop, None, **{name: POSITIVE})
-        elif step.needs_curvature:
-            raise ValueError(f"`{call}({name}={type(step).__name__}())` needs a step size: pass `step=...`.")
-    if linear_step is None and isinstance(inner_step, AbstractOptimizer):
-        raise ValueError(f"`{call}(inner_step=<an optimizer>)` needs `linear_step=`, a number, for v.")
-
-
-def _begun(step: Step, point: Tensor) -> OptimizerState | None:
-    return step.init(point) if isinstance(step, AbstractOptimizer) else None
-
-
-def _moved(
-    step: Step, factor: float, d: Tensor, point: Tensor, state: OptimizerState | None
-) -> tuple[Tensor, OptimizerState | None]:
-    """The point after a step, and the optimizer's state; a schedule scales what an optimizer makes of the direction."""
-    if not isinstance(step, AbstractOptimizer):
-        return torch.add(point, d, alpha=-factor * step), None
-    assert state is not None
-    there, after = step.step(d, point, state)
-    there = there.detach()
-    return there if factor == 1.0 else torch.lerp(point, there, factor), after

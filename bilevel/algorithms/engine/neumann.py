@@ -1,0 +1,166 @@
+"""Directions without a linear iterate: v is a Neumann series on batches of its own, whole or one random term of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import AbstractProducts, Exact
+from bilevel.algorithms.engine.direction import (
+    AbstractDirection,
+    Drawn,
+    Joint,
+    Known,
+    minus,
+    rows_of_outer_gradients,
+)
+from bilevel.algorithms.oracle import Draws
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
+
+Product: TypeAlias = Callable[[int, Tensor], Tensor]  # (k, r) -> H_k r, k = 1, 2, ...
+
+
+@final
+@dataclass(frozen=True)
+class Neumann(AbstractDirection):
+    """D_y = grad_y g, D_x = grad_x f - G v, v = step sum_{k < K} (I - step H_k) ... (I - step H_1) grad_y f.
+
+    H_1, ..., H_{K-1} are of batches of g of their own, the same ones in all terms; grad_y g and G are of another batch
+    of g, and the gradients of f of one of f. The mean over batches is step sum_{k < K} (I - step H)^k grad_y f, which
+    is short of v* = H^-1 grad_y f by (I - step H)^K v*: a bias |G| (1 - step mu)^K |v*| of D_x that no steps remove.
+
+    Cost: 2 calls of g, K - 1 products and one call of f for each sample.
+
+    Args:
+        terms: K; K - 1 products.
+        step: of the series; below 2 / L with L the largest eigenvalue of the H_k for it to converge.
+        products: of second derivatives; `FiniteDifferences()` where operations have no double backward.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if `terms` is below 1, or the step not positive.
+    """
+
+    terms: int
+    step: float
+    products: AbstractProducts = Exact()
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, terms=AT_LEAST_1, step=POSITIVE)
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(f=1, g=self.terms)
+
+    def linear_start(self, y: Tensor) -> Tensor | None:
+        return None
+
+    def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
+        return _joint(self, self._v, drawn, at)
+
+    def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
+        return _outer(self, self._v, drawn, at, known)
+
+    def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
+        v = r = self.step * b
+        for k in range(1, self.terms):
+            r = torch.sub(r, product(k, r), alpha=self.step)
+            v = v + r
+        return v
+
+
+@final
+@dataclass(frozen=True)
+class RandomizedNeumann(AbstractDirection):
+    """D_y and D_x of `Neumann` with one term of its series: v = K step (I - step H_k) ... (I - step H_1) grad_y f.
+
+    k is uniform on 0, ..., K - 1, the same at every point at which the batches of a step are evaluated, so that the
+    mean of v is that of `Neumann`, for half its products and more noise. On all the data it is `Neumann`.
+
+    Cost: 2 calls of g, (K - 1) / 2 products on average and one call of f for each sample.
+
+    Args:
+        terms: K.
+        step: of the series.
+        seed: of k, a function of it and the number of the step.
+        products: of second derivatives; `FiniteDifferences()` where operations have no double backward.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if `terms` is below 1, or the step not positive.
+    """
+
+    terms: int
+    step: float
+    seed: int = 0
+    products: AbstractProducts = Exact()
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, terms=AT_LEAST_1, step=POSITIVE)
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(f=1, g=self.terms)
+
+    def linear_start(self, y: Tensor) -> Tensor | None:
+        return None
+
+    def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
+        return _joint(self, self._v, drawn, at)
+
+    def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
+        return _outer(self, self._v, drawn, at, known)
+
+    def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
+        if drawn.chance is None:
+            return Neumann(self.terms, self.step)._v(drawn, product, b)
+        v = self.terms * self.step * b
+        for k in range(1, 1 + drawn.chance(self.seed, self.terms)):
+            v = torch.sub(v, product(k, v), alpha=self.step)
+        return v
+
+
+Series: TypeAlias = Callable[[Drawn, Product, Tensor], Tensor]
+
+
+def _joint(direction: AbstractDirection, series: Series, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
+    """(D_x, D_y), grad_y g and G of one batch."""
+    problem, scale = drawn.problem(0), drawn.of_g(0)
+    linearized = direction.products.linearize(problem, at.x, at.y)
+    value, fx, fy = rows_of_outer_gradients(problem, at.x, at.y)
+    v = series(drawn, _products(direction, drawn, at), drawn.of_f * fy)
+    d_x = minus(drawn.of_f * fx, linearized.cross(v), scale)
+    return Joint(d_x, scale * linearized.gradient, None), value
+
+
+def _outer(
+    direction: AbstractDirection, series: Series, drawn: Drawn, at: Joint, known: Known | None
+) -> tuple[Tensor, Tensor]:
+    """D_x alone."""
+    problem = drawn.problem(0)
+    value, fx, fy = rows_of_outer_gradients(problem, at.x, at.y) if known is None else known
+    v = series(drawn, _products(direction, drawn, at), drawn.of_f * fy)
+    cross = direction.products.curvature(problem, at.x, at.y).cross(v)
+    return minus(drawn.of_f * fx, cross, drawn.of_g(0)), value
+
+
+def _products(direction: AbstractDirection, drawn: Drawn, at: Joint) -> Product:
+    """(k, r) -> H_k r, unbiased; a graph is kept for as long as one problem is asked for."""
+    kept: list[tuple[object, Callable[[Tensor], Tensor]]] = []
+
+    def product(k: int, r: Tensor) -> Tensor:
+        problem = drawn.problem(k)
+        if not kept or kept[0][0] is not problem:
+            kept[:] = [(problem, direction.products.curvature(problem, at.x, at.y).operator.mv)]
+        scale = drawn.of_g(k)
+        found = kept[0][1](r)
+        return found if scale == 1 else scale * found
+
+    return product
