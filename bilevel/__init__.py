@@ -60,3 +60,4 @@ from bilevel.named.auto import Auto as Auto
 from bilevel.named.registry import estimators as estimators, register_estimator as register_estimator
 from bilevel.outer.minimize import minimize as minimize
 from bilevel.outer.solution import Best as Best, Record as Record, Solution as Solution
+from bilevel.outer.trial import Trial as Trial

@@ -90,6 +90,18 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
     def step(self, oracle: Oracle, state: S, found: Evaluated) -> S:
         """The state after a step."""
 
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[S] | None:
+        """The same for several x side by side, each with steps of its own: every tensor of its state has one axis more.
+
+        Args:
+            inner_step: of y `(rows,)`.
+            outer_step: of x `(rows,)`.
+
+        Returns:
+            None, unless said: its runs are made one after the other.
+        """
+        return None
+
     @abc.abstractmethod
     def stationarity(self, oracle: Oracle, state: S, found: Evaluated) -> Tensor:
         """What `tol` is compared with: `()`; zero where the algorithm has arrived, and only there."""

@@ -6,6 +6,7 @@ import abc
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
 
+import torch
 from torch import Tensor
 
 from bilevel._flat import FlatProblem
@@ -230,7 +231,9 @@ class Oracle:
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the constraint on x; x itself where there is none."""
-        return x if self.region is None else self.region.project(x)
+        if self.region is None:
+            return x
+        return self.region.project(x) if x.dim() == 1 else torch.stack([self.region.project(row) for row in x])
 
     def residual(self, x: Tensor, direction: Tensor) -> Tensor:
         """|d|, or with a constraint on x |x - P(x - d)|: zero at a stationary point, for d = grad Phi."""

@@ -145,6 +145,12 @@ def loaders_of(path: str | os.PathLike[str]) -> list[Any] | None:
     return (_content(path, "cpu") or {}).get("loaders")
 
 
+def trials_of(path: str | os.PathLike[str]) -> list[Any]:
+    """The rows of the sweep that a run began with; empty where it did not, or that is not known."""
+    found = (_content(path, "cpu") or {}).get("trials")
+    return found if isinstance(found, list) else []
+
+
 def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:
     """Whether a checkpoint tells that this was a setting of its run; one without settings tells what was the default.
 

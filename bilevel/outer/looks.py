@@ -67,13 +67,13 @@ class Looks:
         Args:
             step: which step.
             spent: calls for samples since the latest look.
-            cost: how many that one took.
+            cost: how many that one took, at least 1; 0: there has been none.
         """
-        if step == 0:
+        if cost == 0:
             return True
         if self.every is not None:
             return step % self.every == 0
-        return spent >= _REST * cost if cost else step % _UNCOUNTED == 0
+        return spent >= _REST * cost if spent else step % _UNCOUNTED == 0
 
     def look(self, algorithm: AbstractAlgorithm[Any], oracle: Oracle, state: Any, found: Evaluated) -> Look:
         """At x and y, and v where the algorithm has one, with f and g on all the data."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,14 @@ from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
-from bilevel._problem import BilevelProblem, check_signature
+from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
-from bilevel.algorithms.oracle import Oracle, has_whole, is_fixed
+from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
@@ -36,7 +36,7 @@ from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
 from bilevel.outer.batches import expect, first_batch, sources
-from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of
+from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of, trials_of
 from bilevel.outer.drivers import drive
 from bilevel.outer.fingerprint import Fingerprint
 from bilevel.outer.looks import Looks
@@ -44,12 +44,20 @@ from bilevel.outer.partial import tells_partial
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
+from bilevel.outer.sweep import Winner, recalled, swept
 from bilevel.outer.words import in_words
 from bilevel.requirements.starts import starts_warm
 
 
 @tells_partial
-@checked(max_steps=AT_LEAST_0, tol=AT_LEAST_0, evaluate_every=AT_LEAST_1, checkpoint_every=AT_LEAST_1, chunk_size=SIZE)
+@checked(
+    max_steps=AT_LEAST_0,
+    tol=AT_LEAST_0,
+    evaluate_every=AT_LEAST_1,
+    sweep_steps=AT_LEAST_1,
+    checkpoint_every=AT_LEAST_1,
+    chunk_size=SIZE,
+)
 def minimize(
     problem: BilevelProblem,
     x0: Tree,
@@ -62,6 +70,8 @@ def minimize(
     tol: float | None = None,
     data: Any = None,
     evaluate_every: int | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    sweep_steps: int | None = None,
     constraint: Constraint = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -106,6 +116,11 @@ def minimize(
             whose values of f and of the measure of stationarity are what is recorded, told to the callback, compared
             for the best iterate and with `tol`; there is one at the start and at the end. None: so many that looks take
             at most a tenth of the calls.
+        sweep: lists of settings of the algorithm by name, such as `{"inner_step": [0.1, 1.0], "ratio": [1.0, 10.0]}`,
+            with `ratio` that of inner_step to outer_step and `seed` that of the order of a `FiniteSum`: every
+            combination is run for `sweep_steps` steps, those that differ in steps alone side by side in one batch, and
+            the best is gone on with as if it had run alone. `Solution.sweep` has a row for each; calls are counted.
+        sweep_steps: how long; None: a quarter of `max_steps`.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
@@ -238,7 +253,20 @@ def minimize(
         chosen = resolve_algorithm(algorithm, Setting(flat.with_tally(Tally()), x, y))
         settings = {"algorithm": chosen, **settings}
     oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
-    return iterate(run(on_batches or (oracle.is_fixed and chosen.values_are_phi)), chosen, oracle, x, y)
+    begun: Winner | None = None
+    if sweep is not None:
+        _demand_sweep(algorithm, batches)
+        swept_over = ", ".join(f"{name}={[*values]}" for name, values in sweep.items())
+        settings["sweep"] = f"{swept_over}, steps={sweep_steps}"
+        if resume and checkpoint is not None:
+            begun = recalled(chosen, batches, trials_of(checkpoint))
+        if begun is None:
+            quarter = max(1, max_steps // 4) if sweep_steps is None else min(sweep_steps, max_steps)
+            begun = swept(chosen, sweep, oracle, x, y, quarter)
+        chosen = begun.algorithm
+        oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
+    compares = on_batches or (oracle.is_fixed and chosen.values_are_phi)
+    return iterate(run(compares), chosen, oracle, x, y, begun)
 
 
 def _demand_arguments(
@@ -264,6 +292,18 @@ def _demand_arguments(
         raise ValueError(f'`minimize(resume=...)` must be True, False or "force". Got {resume!r}.')
     if seconds is not None and not seconds > 0:
         raise ValueError(f"`minimize(checkpoint_seconds=...)` must be positive, or None. Got {seconds}.")
+
+
+def _demand_sweep(algorithm: Any, batches: AbstractData | Split) -> None:
+    if algorithm is None or algorithm == DESCENT:
+        raise ValueError(
+            "`minimize(sweep=...)` sweeps over settings of an algorithm such as `SOBA(0.1, 0.1)`. Pass `algorithm=`."
+        )
+    if not has_whole(batches):
+        raise ValueError(
+            "`minimize(sweep=...)` compares values on all the data, and `data=` has only batches of them. Pass"
+            " `data=FiniteSum(...)`, or all samples as one batch."
+        )
 
 
 def _demand_skip(skip: Any, throw: bool, data: Any, outer: Any) -> None:

@@ -26,6 +26,8 @@ from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.sweep import Winner
+from bilevel.outer.trial import Trial
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
@@ -80,6 +82,7 @@ class Run:
         self.rules, self.structured = rules, structured
         self.history: list[Record] = []
         self.best = Keeper(compares)
+        self.trials: tuple[Trial, ...] = ()  # of the sweep that it began with
         self._latest: tuple[int, FlatProblem, Tensor, Estimate] | None = None
 
     def record(
@@ -197,6 +200,7 @@ class Run:
             failed=not (status.ok or short),
             converged=ended is Status.successful and estimate.status.ok,
             best=self.best.told(problem.x, problem.y),
+            sweep=self.trials,
         )
 
 
@@ -222,7 +226,9 @@ class _Reached:
 _UNKEPT = Stats()  # where no file is written, nobody asks for the calls since the latest record
 
 
-def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
+def iterate(
+    run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor, begun: Winner | None = None
+) -> Solution:
     """Run an algorithm from x and y, or from where its checkpoint is.
 
     Args:
@@ -231,6 +237,7 @@ def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tens
         oracle: of step 0.
         x: the start `(p,)`.
         y: the start `(q,)`, of one task.
+        begun: by a sweep, whose state and number of steps are then the start; None: nothing has been done.
 
     Raises:
         ValueError: if a checkpoint is of another run, or the algorithm does not apply to the problem.
@@ -246,15 +253,21 @@ def iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tens
         ):  # it says nothing: what others see where they form derivatives is looked for
             problem = oracle.problem().with_tally(Tally())
             demand_beyond_start(problem, x, problem.start(x, y).detach())
-        return _iterate(run, algorithm, oracle, x, y)
+        return _iterate(run, algorithm, oracle, x, y, begun)
     except DoesNotApply as error:  # seen on the way only
         raise attach(ValueError(refusal(algorithm, error.reason)), getattr(error, "partial", None)) from error
 
 
-def _iterate(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor) -> Solution:
+def _iterate(
+    run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, x: Tensor, y: Tensor, begun: Winner | None
+) -> Solution:
     rules, tally = run.rules, oracle.like.tally
     initial = algorithm.init(oracle, x, y)
     reached = _Reached(0, initial, tally.stats(), None, *_drawn(rules, oracle))
+    if begun is not None:
+        run.trials = begun.trials
+        reached = replace(reached, step=begun.steps, state=begun.state)
+        oracle = oracle.at(begun.steps)
     if rules.resume:
         assert rules.saves is not None
         reached = _resumed(run, rules.saves, initial, algorithm.point(initial))
@@ -357,7 +370,7 @@ def _look(
     """Evaluate at a state, and record it."""
     before = time.perf_counter()
     found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
-    if reached.step == 0 and algorithm.requires:  # else it asks an estimator, which looks itself
+    if not run.history and algorithm.requires:  # else it asks an estimator, which looks itself
         found = replace(found, estimate=looked_at(oracle.first(), x, found.estimate, partial(why_not, algorithm)))
     spent = oracle.like.tally.sampled
     if on_everything:
@@ -369,7 +382,7 @@ def _look(
         norm = float(algorithm.stationarity(oracle, reached.state, found))
         look = Look(oracle.first(), found.estimate, norm, norm)
     took = seconds + time.perf_counter() - before
-    cost = oracle.like.tally.sampled - spent
+    cost = max(1, oracle.like.tally.sampled - spent)
     is_phi = not on_everything or algorithm.values_are_phi or reached.step > 0  # else y is where it was put
     return _recorded(run, oracle, reached, x, found, look, took, cost, is_phi=is_phi)
 
@@ -436,6 +449,7 @@ def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initia
         calls=reached.calls.as_dict(),
         best=None if reached.best is None else reached.best.as_dict(),
         kept=reached.records,
+        trials=[trial.to_dict() for trial in run.trials],
         look=reached.look,
         random=reached.drawn,
         loaders=reached.loaders,

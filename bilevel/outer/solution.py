@@ -15,6 +15,7 @@ from bilevel._result import Stats, Status
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
+from bilevel.outer.trial import Trial
 from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
 from bilevel.portable.result import AbstractResult
 from bilevel.portable.tensor_file import damaged, read_tensors, write_tensors
@@ -144,6 +145,7 @@ class Solution(AbstractResult):
         converged: whether the tolerance was met at x: the one that was given, or the outer method's own. With
             accuracy="adaptive" that is certified.
         best: the best iterate.
+        sweep: a row for each combination that was tried, where the run began with a sweep.
     """
 
     x: Tree = field(repr=False)
@@ -157,6 +159,7 @@ class Solution(AbstractResult):
     failed: bool
     converged: bool
     best: Best
+    sweep: tuple[Trial, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -179,6 +182,7 @@ class Solution(AbstractResult):
             "failed": self.failed,
             "converged": self.converged,
             "best": self.best.to_dict(),
+            "sweep": [trial.to_dict() for trial in self.sweep],
         }
 
     @staticmethod
@@ -202,6 +206,7 @@ class Solution(AbstractResult):
                 failed=demanded(content, "failed", bool),
                 converged=demanded(content, "converged", bool),
                 best=Best.from_dict(demanded(content, "best", dict)),
+                sweep=tuple(map(Trial.from_dict, content.get("sweep", ()))),
             )
 
     @arguments("Solution.save")

@@ -42,6 +42,9 @@ class AbstractPreset(AbstractAlgorithm[LoopState]):
     def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
         return self.loop.step(oracle, state, found)
 
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
+        return self.loop.beside(inner_step, outer_step)
+
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         return self.loop.stationarity(oracle, state, found)
 

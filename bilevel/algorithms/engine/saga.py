@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, Pieces
-from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
+from bilevel.algorithms.engine.reduction import AbstractReduction, AbstractRows, Reduced
 from bilevel.algorithms.oracle import Block, Oracle
 from bilevel.requirements.properties import DoesNotApply
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Table:
+class Table(AbstractRows):
     """The terms of one function, g or f: those of every block, their mean, and a row that is to be written yet.
 
     Attributes:
@@ -36,6 +36,9 @@ class Table:
         """All terms zero."""
         zero = torch.zeros_like(like)
         return Table(like.new_zeros(blocks, *like.shape), zero, -1, zero)
+
+    def of_run(self, k: int) -> Table:
+        return Table(self.rows[:, k].clone(), self.mean[k], self.number, self.row[k])
 
     def write(self) -> None:
         """Put the row where it belongs; writing it again changes nothing, as a step that is taken again does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from torch import Tensor
@@ -13,12 +13,14 @@ from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Join
 from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
 from bilevel.algorithms.engine.steps import (
     LoopState as LoopState,
+    RowStep,
     Schedule as Schedule,
     Step as Step,
+    along,
     begun,
     demand_steps as demand_steps,
+    lengths,
     moved,
-    number,
     reports,
     required,
     size,
@@ -69,8 +71,8 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
         1.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     linear_step: float | None = None
     direction: AbstractDirection = field(default_factory=Coupled)
     reduction: AbstractReduction = field(default_factory=Plain)
@@ -112,9 +114,14 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
         y, inner = moved(self.inner_step, rho, d.y, state.y, state.inner)
         v = state.v
         if v is not None and d.v is not None:
-            length = number(self.inner_step, self.linear_step)
-            v = within(self.linear_radius, v - rho * length * d.v)
+            length = lengths(self.inner_step, self.linear_step)
+            v = within(self.linear_radius, along(v, d.v, rho, length))
         return LoopState(oracle.project(x), y, v, reduced.memory, outer, inner)
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
+        if not isinstance(self.direction, Coupled):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         reduced: Reduced = found.kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias, final
 
 import torch
@@ -14,12 +14,14 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import Report
 from bilevel.algorithms.engine.direction import AbstractDirection, Joint, residual_report
+from bilevel.algorithms.engine.reduction import AbstractRows
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import Property
 
 Schedule: TypeAlias = Callable[[int], float]  # step -> factor
 Step: TypeAlias = float | AbstractOptimizer
+RowStep: TypeAlias = float | Tensor | AbstractOptimizer  # a tensor `(rows,)` has one for each of several runs at once
 
 
 @final
@@ -44,13 +46,28 @@ class LoopState:
     inner: OptimizerState | None = None
 
 
+def row_of(state: Any, k: int) -> Any:
+    """Row k of several states side by side, in which every tensor has them along its first axis."""
+    if isinstance(state, Tensor):
+        return state[k] if state.dim() else state
+    if isinstance(state, dict):
+        return {name: row_of(value, k) for name, value in state.items()}
+    if isinstance(state, AbstractRows):
+        return state.of_run(k)
+    if is_dataclass(state) and not isinstance(state, type):
+        return replace(state, **{part.name: row_of(getattr(state, part.name), k) for part in fields(state)})
+    return state
+
+
 def required(direction: AbstractDirection) -> frozenset[Property]:
     """What a loop along a direction requires of the inner problem."""
     second = {Property.second_derivatives} if isinstance(direction.products, Exact) else set[Property]()
     return frozenset({Property.stationary, Property.smooth, Property.beyond_start} | second)
 
 
-def demand_steps(loop: Any, inner_step: Step, outer_step: Step, linear_step: float | None, linear: bool = True) -> None:
+def demand_steps(
+    loop: Any, inner_step: RowStep, outer_step: RowStep, linear_step: float | None, linear: bool = True
+) -> None:
     """Refuse steps that are none.
 
     Args:
@@ -65,12 +82,22 @@ def demand_steps(loop: Any, inner_step: Step, outer_step: Step, linear_step: flo
     """
     call = type(loop).__name__
     for name, step in (("inner_step", inner_step), ("outer_step", outer_step), ("linear_step", linear_step)):
-        if not isinstance(step, AbstractOptimizer):
+        if isinstance(step, Tensor):
+            if step.dim() != 1 or not step.is_floating_point() or not bool(((step > 0) & step.isfinite()).all()):
+                raise ValueError(f"`{call}({name}=...)` must be one positive finite number for each row. Got {step}.")
+        elif not isinstance(step, AbstractOptimizer):
             demand_ranges(loop, None, **{name: POSITIVE})
         elif step.needs_curvature:
             raise ValueError(f"`{call}({name}={type(step).__name__}())` needs a step size: pass `step=...`.")
     if linear and linear_step is None and isinstance(inner_step, AbstractOptimizer):
         raise ValueError(f"`{call}(inner_step=<an optimizer>)` needs `linear_step=`, a number, for v.")
+
+
+def lengths(inner_step: RowStep, linear_step: float | None) -> float | Tensor:
+    """:func:`number`, or a number for each row."""
+    length = inner_step if linear_step is None else linear_step
+    assert not isinstance(length, AbstractOptimizer)
+    return length
 
 
 def number(inner_step: Step, linear_step: float | None) -> float:
@@ -80,17 +107,24 @@ def number(inner_step: Step, linear_step: float | None) -> float:
     return length
 
 
-def begun(step: Step, point: Tensor) -> OptimizerState | None:
+def begun(step: RowStep, point: Tensor) -> OptimizerState | None:
     """The state of what steps an iterate; None: a number has none."""
     return step.init(point) if isinstance(step, AbstractOptimizer) else None
 
 
+def along(point: Tensor, d: Tensor, factor: float, length: float | Tensor) -> Tensor:
+    """point - factor length d, with a length for each row where there are several."""
+    if isinstance(length, Tensor):
+        return point - factor * length.reshape(-1, *(1 for _ in point.shape[1:])) * d
+    return torch.add(point, d, alpha=-factor * length)
+
+
 def moved(
-    step: Step, factor: float, d: Tensor, point: Tensor, state: OptimizerState | None
+    step: RowStep, factor: float, d: Tensor, point: Tensor, state: OptimizerState | None
 ) -> tuple[Tensor, OptimizerState | None]:
     """The point after a step, and the optimizer's state; a schedule scales what an optimizer makes of the direction."""
     if not isinstance(step, AbstractOptimizer):
-        return torch.add(point, d, alpha=-factor * step), None
+        return along(point, d, factor, step), None
     assert state is not None
     there, after = step.step(d, point, state)
     there = there.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, final
 
 from torch import Tensor
@@ -23,12 +23,13 @@ from bilevel.algorithms.engine.direction import (
 from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
 from bilevel.algorithms.engine.steps import (
     LoopState,
+    RowStep,
     Schedule,
-    Step,
+    along,
     begun,
     demand_steps,
+    lengths,
     moved,
-    number,
     reports,
     required,
     size,
@@ -83,8 +84,8 @@ class Turns(AbstractAlgorithm[LoopState]):
         3.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     linear_step: float | None = None
     inner_steps: int = 1
     linear_steps: int = 1
@@ -135,7 +136,8 @@ class Turns(AbstractAlgorithm[LoopState]):
             for k in range(self.inner_steps, self.inner_steps + self.linear_steps):
                 hv = self.direction.products.curvature(oracle.problem(0, k), x, y).operator.mv(v)
                 d_v = oracle.block("g", k).scale * hv - b
-                v = within(self.linear_radius, v - rho * number(self.inner_step, self.linear_step) * d_v)
+                length = lengths(self.inner_step, self.linear_step)
+                v = within(self.linear_radius, along(v, d_v, rho, length))
         at = Joint(x, y, v)
         part = _OuterPart(self.direction, *self._first, None if self.apart or known is None else (y, known))
         reduced = self.reduction.reduce(oracle, part, at, state.memory)
@@ -149,6 +151,11 @@ class Turns(AbstractAlgorithm[LoopState]):
         gamma = 1.0 if schedule is None else schedule(oracle.step)
         x, outer = moved(self.outer_step, gamma, made.d.x, state.x, state.outer)
         return LoopState(oracle.project(x), made.at.y, made.at.v, made.reduced.memory, outer, made.inner)
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
+        if not isinstance(self.direction, Coupled):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         made: _Made = found.kept

@@ -1,0 +1,216 @@
+"""Many configurations of an algorithm side by side, for a while; the best one goes on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._calculus import Exact, FiniteDifferences
+from bilevel._flat import FlatProblem
+from bilevel._problem import Split
+from bilevel._result import Status
+from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.engine.direction import rows_of_outer_gradients
+from bilevel.algorithms.engine.steps import row_of
+from bilevel.algorithms.finite_sum import FiniteSum
+from bilevel.algorithms.oracle import AbstractData, Oracle
+from bilevel.outer.trial import Trial
+from bilevel.requirements.properties import Property
+
+STEPS = ("inner_step", "outer_step")  # what runs side by side may differ in
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Winner:
+    """What goes on: an algorithm with its data, from a state.
+
+    Attributes:
+        algorithm: with the settings that were chosen.
+        data: in the order that was chosen.
+        state: where it is.
+        steps: how many steps have led there.
+        trials: all rows, the chosen one marked.
+    """
+
+    algorithm: AbstractAlgorithm[Any]
+    data: AbstractData | Split
+    state: Any
+    steps: int
+    trials: tuple[Trial, ...]
+
+
+def combinations(algorithm: AbstractAlgorithm[Any], sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the settings: by fields of the algorithm, with `seed` that of the order of the data.
+
+    `ratio` stands for inner_step / outer_step.
+
+    Raises:
+        ValueError: if there is no such field, no value, or both `ratio` and `outer_step`.
+    """
+    known = {field.name for field in fields(algorithm)} | {"ratio", "seed"}  # type: ignore[arg-type]
+    unknown = [name for name in sweep if name not in known]
+    call = type(algorithm).__name__
+    if unknown:
+        raise ValueError(
+            f"`minimize(sweep=...)` must name fields of `{call}`, or `ratio` (inner_step over outer_step) or `seed`."
+            f" Got {', '.join(map(repr, unknown))}. Fields: {', '.join(sorted(known))}."
+        )
+    if {"ratio", "outer_step"} <= sweep.keys():
+        raise ValueError("`minimize(sweep=...)` needs `ratio` or `outer_step`, which is inner_step / ratio. Got both.")
+    empty = [name for name, values in sweep.items() if isinstance(values, str) or not list(values)]
+    if empty or not sweep:
+        raise ValueError(f"`minimize(sweep=...)` needs a list of values for each name. Got none for {empty or 'any'}.")
+    found = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    for settings in found:
+        configured(algorithm, settings)  # refuses what the algorithm does
+    return found
+
+
+def configured(algorithm: AbstractAlgorithm[Any], settings: Mapping[str, Any]) -> AbstractAlgorithm[Any]:
+    """The algorithm with these settings."""
+    own = {name: value for name, value in settings.items() if name not in ("ratio", "seed")}
+    changed: Any = replace(algorithm, **own)  # type: ignore[type-var]
+    if "ratio" in settings:
+        if not isinstance(changed.inner_step, int | float):
+            raise ValueError("`minimize(sweep={'ratio': ...})` needs an `inner_step` that is a number.")
+        changed = replace(changed, outer_step=changed.inner_step / settings["ratio"])
+    if "seed" in settings and any(field.name == "seed" for field in fields(changed)):
+        changed = replace(changed, seed=settings["seed"])
+    found: AbstractAlgorithm[Any] = changed
+    return found
+
+
+def reordered(data: AbstractData | Split, settings: Mapping[str, Any]) -> AbstractData | Split:
+    """The data in the order of the seed among the settings.
+
+    Raises:
+        ValueError: if there is one, and the data have no order that a seed says.
+    """
+    if "seed" not in settings:
+        return data
+    if isinstance(data, Split):
+        seed, sides = settings["seed"], (data.f, data.g)
+        if any(isinstance(side, FiniteSum) for side in sides):
+            f, g = (replace(side, seed=seed) if isinstance(side, FiniteSum) else side for side in sides)
+            return Split(f=f, g=g)
+    raise ValueError("`minimize(sweep={'seed': ...})` is the seed of a `FiniteSum`. Pass `data=FiniteSum(...)`.")
+
+
+def swept(
+    algorithm: AbstractAlgorithm[Any],
+    sweep: Mapping[str, Sequence[Any]],
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+) -> Winner:
+    """Run every combination for so many steps from the same start, and say which one has come furthest.
+
+    Combinations that differ in `inner_step`, `outer_step` or `ratio` alone are one batch over a leading axis, where the
+    algorithm can be (`AbstractAlgorithm.beside`); what else is swept makes one batch after the other. The best is that
+    of the lowest value on all the data, among those that are numbers.
+
+    Cost: `steps` steps of every combination, and for each a gradient of g and one of f on all the data.
+    """
+    found = combinations(algorithm, sweep)
+    groups: dict[str, list[int]] = {}
+    for k, settings in enumerate(found):
+        rest = {name: value for name, value in settings.items() if name not in (*STEPS, "ratio")}
+        groups.setdefault(repr(rest), []).append(k)
+    trials: dict[int, Trial] = {}
+    best: tuple[float, Any] = math.inf, None
+    for members in groups.values():
+        data = reordered(oracle.data, found[members[0]])
+        for batch in _batches(algorithm, found, members):
+            at = Oracle(oracle.like, data, batch.draws, oracle.region)
+            states, values = batch.run(at, x, y, steps)
+            for row, k in enumerate(batch.members):
+                value = values[row]
+                status = Status.successful if math.isfinite(value) else Status.diverged
+                trials[k] = Trial(found[k], value if math.isfinite(value) else math.inf, status, False)
+                if value < best[0]:
+                    best = value, (k, data, row_of(states, row) if batch.rows else states)
+    if best[1] is None:
+        raise ValueError("`minimize(sweep=...)`: all combinations diverged within the sweep. Sweep over shorter steps.")
+    k, data, state = best[1]
+    trials[k] = replace(trials[k], chosen=True)
+    return Winner(configured(algorithm, found[k]), data, state, steps, tuple(trials[j] for j in range(len(found))))
+
+
+def recalled(
+    algorithm: AbstractAlgorithm[Any], data: AbstractData | Split, told: Sequence[Mapping[str, Any]]
+) -> Winner | None:
+    """What goes on, where the run that is resumed has swept already; its state is in its checkpoint.
+
+    Args:
+        algorithm: that was swept.
+        data: of the run.
+        told: the rows, as `Trial.to_dict` has made them; None is returned where there are none.
+    """
+    trials = tuple(Trial.from_dict(row) for row in told)
+    chosen = [trial for trial in trials if trial.chosen]
+    if not chosen:
+        return None
+    settings = chosen[0].settings
+    return Winner(configured(algorithm, settings), reordered(data, settings), None, 0, trials)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Combinations that run side by side; one alone without a leading axis."""
+
+    algorithm: AbstractAlgorithm[Any]
+    members: list[int]
+    rows: int  # 0: one, without an axis
+
+    @property
+    def draws(self) -> Any:
+        return self.algorithm.draws
+
+    def run(self, oracle: Oracle, x: Tensor, y: Tensor, steps: int) -> tuple[Any, list[float]]:
+        """The states after so many steps, and the value of each."""
+        if self.rows:
+            x = x.expand(self.rows, -1).clone()
+            y = oracle.like.spread(y)
+            y = y.expand(self.rows, *y.shape).clone()
+        algorithm = self.algorithm
+        state = algorithm.init(oracle, x, y)
+        for _ in range(steps):
+            state = algorithm.step(oracle, state, algorithm.evaluate(oracle, state))
+            oracle = oracle.at(oracle.step + 1)
+        value = _value(oracle, algorithm, state)
+        return state, value.reshape(-1).tolist()
+
+
+def _batches(algorithm: AbstractAlgorithm[Any], found: list[dict[str, Any]], members: list[int]) -> list[_Batch]:
+    each = [configured(algorithm, found[k]) for k in members]
+    steps = [[getattr(one, name, None) for one in each] for name in STEPS]
+    numbers = all(isinstance(step, int | float) for row in steps for step in row)
+    if len(members) > 1 and numbers:
+        columns = [torch.tensor(row, dtype=torch.float64) for row in steps]
+        beside = each[0].beside(columns[0], columns[1])
+        if beside is not None:
+            return [_Batch(beside, members, len(members))]
+    return [_Batch(one, [k], 0) for one, k in zip(each, members, strict=True)]
+
+
+def _value(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> Tensor:
+    """f(x, y) - v'grad_y g on all the data, of each row."""
+    problem: FlatProblem = oracle.whole()
+    found = algorithm.evaluate(oracle, state).estimate
+    x, y, v = algorithm.point(state)[0], found.y, found.v
+    value, _, _ = rows_of_outer_gradients(problem, x, y)
+    if v is None:
+        return value
+    second = Property.second_derivatives in algorithm.requires
+    gradient = (Exact() if second else FiniteDifferences()).linearize(problem, x, y).gradient
+    corrected: Tensor = value - (v * gradient).flatten(x.dim() - 1).sum(-1)
+    return corrected

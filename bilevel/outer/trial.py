@@ -1,0 +1,63 @@
+"""One of the runs of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from bilevel._result import Status
+from bilevel.arguments.checked import checked as arguments
+from bilevel.arguments.fits import demand_types
+from bilevel.portable.plain import demanded, number, refused
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """How far a combination of settings came in a sweep.
+
+    Attributes:
+        settings: by name: `inner_step`, `outer_step` and what else was swept.
+        value: f(x, y) - v'grad_y g on all the data, Phi(x) up to the square of the error of y; f(x, y) where there is
+            no v. Infinite where it is no number.
+        status: `successful` where the combination is still a number at the end of the sweep, else `diverged`.
+        chosen: whether it was gone on with.
+
+    Example:
+        >>> Trial({"inner_step": 0.1}, 2.0, Status.successful, True).settings["inner_step"]
+        0.1
+    """
+
+    settings: Mapping[str, Any]
+    value: float
+    status: Status
+    chosen: bool
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data; :meth:`from_dict` is the inverse."""
+        return {
+            "settings": dict(self.settings),
+            "value": self.value,
+            "status": self.status.name,
+            "chosen": self.chosen,
+        }
+
+    @staticmethod
+    @arguments("Trial.from_dict")
+    def from_dict(content: Mapping[str, Any]) -> Trial:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if it is no such data.
+        """
+        with refused("Trial"):
+            return Trial(
+                demanded(content, "settings", dict),
+                number(content, "value"),
+                Status[demanded(content, "status", str)],
+                demanded(content, "chosen", bool),
+            )

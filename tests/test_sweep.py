@@ -1,0 +1,130 @@
+"""A sweep is its runs: side by side, counted, recorded, and the best one goes on as if it had run alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, split
+
+from bilevel import Box, FiniteDifferences, Solution, Status, minimize
+from bilevel.algorithms import MASOBA, SABA, SOBA, SPABA, SRBA, AmIGO, FdeHBO, Power
+from bilevel.solvers import Adam
+
+STEPS: dict[str, Any] = {"inner_step": [0.05, 0.2], "outer_step": [0.02, 0.1, 0.2]}
+
+ALGORITHMS = {
+    "soba": SOBA(1.0, 1.0, schedule=Power(0.5)),
+    "saba": SABA(1.0, 1.0),
+    "srba": SRBA(1.0, 1.0, period=3),
+    "spaba": SPABA(1.0, 1.0, probability=0.4),
+    "ma-soba": MASOBA(1.0, 1.0),
+    "fdehbo": FdeHBO(1.0, 1.0),
+    "differences": SRBA(1.0, 1.0, period=3, products=FiniteDifferences()),
+    "amigo": AmIGO(1.0, 1.0, inner_steps=2, linear_steps=2),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_best_goes_on_as_if_it_had_run_alone(name: str) -> None:
+    algorithm: Any = ALGORITHMS[name]
+    found = run(algorithm, split(), 24, sweep=STEPS, sweep_steps=9)
+    assert len(found.sweep) == 6 and sum(trial.chosen for trial in found.sweep) == 1
+    chosen = next(trial for trial in found.sweep if trial.chosen)
+    assert chosen.value == min(trial.value for trial in found.sweep)
+    alone = run(replace(algorithm, **chosen.settings), split(), 24)
+    tolerance = 1e-7 if name in ("fdehbo", "differences") else 1e-11
+    torch.testing.assert_close(found.x, alone.x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.y, alone.y, rtol=tolerance, atol=tolerance)
+    assert found.history[0].step == 9 and found.history[-1].step == 24
+
+
+def test_values_are_those_of_all_the_data_and_calls_are_counted_for_every_row() -> None:
+    soba = SOBA(0.1, 0.1)
+    found = run(soba, split(), 8, sweep={"outer_step": [0.05, 0.1]}, sweep_steps=4)
+    for trial in found.sweep:
+        alone = run(SOBA(0.1, trial.settings["outer_step"]), split(), 4)
+        gradient = alone.estimate
+        corrected = objective(alone.x, alone.y, OF_F) - gradient.v @ _inner_gradient(alone.x, alone.y)
+        assert trial.value == pytest.approx(float(corrected), rel=1e-10)
+    plain = run(soba, split(), 8)
+    four = run(soba, split(), 4)
+    assert found.stats.sample_calls > plain.stats.sample_calls + four.stats.sample_calls / 2
+
+
+def _inner_gradient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    at = y.clone().requires_grad_()
+    return torch.autograd.grad(objective(x, at, OF_G), at)[0]
+
+
+def test_ratios_and_seeds_are_swept_too() -> None:
+    found = run(SOBA(0.1, 0.1), split(), 6, sweep={"ratio": [1.0, 4.0], "seed": [0, 1]}, sweep_steps=3)
+    assert [tuple(trial.settings.values()) for trial in found.sweep] == [(1.0, 0), (1.0, 1), (4.0, 0), (4.0, 1)]
+    chosen = next(trial for trial in found.sweep if trial.chosen).settings
+    alone = run(SOBA(0.1, 0.1 / chosen["ratio"]), split(seed=chosen["seed"]), 6)
+    torch.testing.assert_close(found.x, alone.x, rtol=1e-11, atol=1e-11)
+
+
+def test_what_cannot_run_side_by_side_runs_one_after_the_other() -> None:
+    swept = {"period": [2, 5], "outer_step": [0.05, 0.1]}
+    found = run(SRBA(0.1, 0.1), split(), 12, sweep=swept, sweep_steps=6)
+    chosen = next(trial for trial in found.sweep if trial.chosen).settings
+    torch.testing.assert_close(found.x, run(SRBA(0.1, **chosen), split(), 12).x, rtol=1e-11, atol=1e-11)
+    adam = run(MASOBA(0.1, Adam(0.1)), split(), 12, sweep={"inner_step": [0.05, 0.1]}, sweep_steps=6)
+    assert len(adam.sweep) == 2
+
+
+def test_combinations_that_diverge_are_told_and_not_chosen() -> None:
+    found = run(SOBA(0.1, 0.1), split(), 400, sweep={"outer_step": [0.1, 100.0]}, sweep_steps=300)
+    assert [trial.status for trial in found.sweep] == [Status.successful, Status.diverged]
+    assert found.sweep[0].chosen and found.status.ok
+    with pytest.raises(ValueError, match="all combinations diverged"):
+        run(SOBA(0.1, 0.1), split(), 400, sweep={"outer_step": [100.0, 200.0]}, sweep_steps=300)
+
+
+def test_rows_are_projected_each() -> None:
+    def within(**given: Any) -> Any:
+        return minimize(
+            PROBLEM, X, Y, algorithm=SOBA(0.1, 0.1), data=split(), max_steps=12, constraint=Box(0.3, 0.6), **given
+        )
+
+    found = within(sweep={"outer_step": [0.1, 0.2]}, sweep_steps=6)
+    assert bool(((found.x >= 0.3) & (found.x <= 0.6)).all())
+
+
+def test_a_run_that_began_with_a_sweep_is_resumed_without_it(tmp_path: Path) -> None:
+    whole = run(SABA(1.0, 1.0), split(), 30, sweep=STEPS, sweep_steps=5)
+    file = tmp_path / "a.pt"
+    run(SABA(1.0, 1.0), split(), 12, sweep=STEPS, sweep_steps=5, checkpoint=file)
+    found = run(SABA(1.0, 1.0), split(), 30, sweep=STEPS, sweep_steps=5, checkpoint=file, resume=True)
+    assert torch.equal(found.x, whole.x) and found.sweep == whole.sweep
+    assert found.stats == whole.stats
+    with pytest.raises(ValueError, match="other settings"):
+        run(SABA(1.0, 1.0), split(), 30, sweep={"outer_step": [0.1]}, checkpoint=file, resume=True)
+    assert Solution.from_dict(found.to_dict()).sweep == found.sweep
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"sweep": {"outer": [0.1]}}, r"must name fields of `SOBA`.*'outer'"),
+        ({"sweep": {}}, "a list of values"),
+        ({"sweep": {"outer_step": []}}, "a list of values"),
+        ({"sweep": {"outer_step": [0.1], "ratio": [1.0]}}, "`ratio` or `outer_step`"),
+        ({"sweep": {"outer_step": [-0.1]}}, r"SOBA\(outer_step=...\)` must be positive"),
+    ],
+)
+def test_sweeps_that_are_none_are_refused(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        run(SOBA(0.1, 0.1), split(), 10, **given)
+
+
+def test_a_sweep_is_of_an_algorithm_on_data_that_are_known() -> None:
+    loader = [tuple(part[:4] for part in OF_G)]
+    with pytest.raises(ValueError, match="compares values on all the data"):
+        run(SOBA(0.1, 0.1), loader, 10, sweep={"outer_step": [0.1]})
+    with pytest.raises(ValueError, match="Pass `algorithm=`"):
+        minimize(PROBLEM, X, Y, data=split(), sweep={"outer_step": [0.1]})
