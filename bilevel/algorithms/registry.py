@@ -6,13 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
+from bilevel._calculus import FiniteDifferences
 from bilevel._validate import nearest
 from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.amigo import AmIGO
+from bilevel.algorithms.bsa import BSA, TTSA
+from bilevel.algorithms.fdehbo import FdeHBO
+from bilevel.algorithms.fsla import FSLA
+from bilevel.algorithms.ma_soba import MASOBA
+from bilevel.algorithms.mrbo import MRBO, SUSTAIN
+from bilevel.algorithms.saba import SABA
 from bilevel.algorithms.schedule import Power
 from bilevel.algorithms.soba import SOBA
-from bilevel.algorithms.step_lengths import inner_step, outer_step
+from bilevel.algorithms.srba import SPABA, SRBA
+from bilevel.algorithms.step_lengths import REDUCED, inner_step, outer_step
+from bilevel.algorithms.stocbio import StocBiO
+from bilevel.algorithms.vrbo import VRBO
 from bilevel.named.implicit import IMPLICIT
-from bilevel.named.registration import demand_registration
+from bilevel.named.registration import AUTO, demand_registration
 from bilevel.named.setting import Setting
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.requirements.why_not import why_not
@@ -23,12 +34,25 @@ DESCENT = "descent"  # built by `minimize`, whose `estimator=`, `outer=` and the
 _CONSTANT_FOR = 1000  # steps before the default schedule has much effect: a transient, which needs long steps
 
 
-def _soba(s: Setting) -> SOBA:
-    why = why_not(SOBA(1.0, 1.0), s.problem.problem)  # before curvatures are looked for that may not exist
-    if why:
-        raise ValueError(why)
-    rho = inner_step(s)
-    return SOBA(rho, outer_step(s, rho), schedule=Power(0.5, after=_CONSTANT_FOR))
+def stepped(make: Callable[[float, float], AbstractAlgorithm[Any]], share: float = 1.0) -> Build:
+    """A builder of what is made of rho and gamma, derived from the problem; rho is so much of the longest step."""
+
+    def build(s: Setting) -> AbstractAlgorithm[Any]:
+        why = why_not(make(1.0, 1.0), s.problem.problem)  # before curvatures are looked for that may not exist
+        if why:
+            raise ValueError(why)
+        rho = share * inner_step(s)
+        return make(rho, outer_step(s, rho))
+
+    return build
+
+
+def _soba(rho: float, gamma: float) -> SOBA:
+    return SOBA(rho, gamma, schedule=Power(0.5, after=_CONSTANT_FOR))
+
+
+def _differences(kind: Callable[..., AbstractAlgorithm[Any]]) -> Build:
+    return stepped(lambda rho, gamma: kind(rho, gamma, products=FiniteDifferences()), REDUCED)
 
 
 @final
@@ -41,7 +65,29 @@ class NamedAlgorithm:
 
 
 _BUILT_IN = {
-    "soba": NamedAlgorithm("one loop: y, v and x step together, each along a batch; no inner or linear solves", _soba),
+    name: NamedAlgorithm(description, build)
+    for name, build, description in (
+        ("soba", stepped(_soba), "one loop: y, v and x step together, each along a batch; no inner or linear solves"),
+        (
+            "saba",
+            stepped(SABA, REDUCED),
+            "soba with tables of what blocks said: constant steps converge",
+        ),
+        ("ma-soba", stepped(MASOBA), "soba whose outer direction is a moving average"),
+        ("srba", stepped(SRBA, REDUCED), "recursive differences, all the data now and then: converges without tables"),
+        ("srba-fd", _differences(SRBA), "srba from first derivatives only"),
+        ("spaba", stepped(SPABA, REDUCED), "srba that decides by a coin when to see all the data"),
+        ("spaba-fd", _differences(SPABA), "spaba from first derivatives only"),
+        ("fsla", stepped(FSLA), "y, v and x in turns, with recursive momentum on x"),
+        ("amigo", stepped(AmIGO), "ten steps of y, ten of v, one of x, all started warm"),
+        ("stocbio", stepped(StocBiO), "ten steps of y, then a Neumann series over batches, one step of x"),
+        ("bsa", stepped(BSA), "ten steps of y, then a Neumann series of random length"),
+        ("ttsa", stepped(TTSA), "one step of y, a Neumann series of random length, and two time scales"),
+        ("sustain", stepped(SUSTAIN), "recursive momentum on y and x, with a Neumann series of random length"),
+        ("mrbo", stepped(MRBO), "recursive momentum on y and x, with a Neumann series"),
+        ("vrbo", stepped(VRBO), "recursive differences in an inner loop, with a Neumann series"),
+        ("fdehbo", stepped(FdeHBO), "recursive momentum on y, v and x, from first derivatives only"),
+    )
 }
 _REGISTERED: dict[str, NamedAlgorithm] = {}  # by users, in this process
 
@@ -58,7 +104,8 @@ def available() -> dict[str, str]:
         'one loop'
     """
     descent = "x moves by an optimizer along hypergradient estimates: the default, any estimator and outer method"
-    return {DESCENT: descent, **{name: named.description for name, named in _named().items()}}
+    named = {name: named.description for name, named in _named().items()}
+    return {DESCENT: descent, **named, AUTO: "for finite sums: chosen for the problem, with steps that a sweep finds"}
 
 
 def register_algorithm(name: str, build: Build, description: str) -> None:

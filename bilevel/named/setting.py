@@ -55,6 +55,7 @@ class Setting:
         y0: where the inner solvers start.
         budget: how many gradients and products of g to spend; None: as many as accuracy takes.
         name: the name whose estimator is built, for messages.
+        others: the problem on other batches of the data, where it is met on batches.
 
     Attributes:
         asked: every `per_step` that was asked for. Where there is none, the builder did not heed the budget.
@@ -74,6 +75,7 @@ class Setting:
     y0: Tensor
     budget: int | None = None
     name: str = "the estimator"
+    others: tuple[FlatProblem, ...] = ()
     asked: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:

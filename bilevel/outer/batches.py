@@ -65,6 +65,17 @@ def first_batch(data: Any) -> Any:
     return Split(found.f.batch(0, 0), found.g.batch(0, 0)) if isinstance(found, Split) else found.batch(0, 0)
 
 
+_SEEN = 8  # blocks whose curvature is looked at: the worst of a few tells about that of all
+
+
+def some_blocks(data: AbstractData | Split) -> list[Any]:
+    """Some blocks of g beside the first batch, where it has blocks, as what f and g are called with."""
+    if not isinstance(data, Split) or not isinstance(data.g, FiniteSum):
+        return []
+    step = -(-data.g.blocks // _SEEN)
+    return [Split(data.f.batch(0, 0), data.g.block_number(k).data) for k in range(0, data.g.blocks, step)]
+
+
 def _refuse_array(batch: Any, name: str, hint: str) -> None:
     if isinstance(batch, int | float | str | bytes) or type(batch).__module__ == "numpy":
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from bilevel._sets import Constraint, bounds, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.auto import chosen as choose
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
@@ -33,9 +35,10 @@ from bilevel.certificates.accuracy import adaptive
 from bilevel.certificates.certificate import Constants
 from bilevel.named.auto import Auto
 from bilevel.named.implicit import IMPLICIT
+from bilevel.named.registration import AUTO
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
-from bilevel.outer.batches import expect, first_batch, sources
+from bilevel.outer.batches import expect, first_batch, some_blocks, sources
 from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of, trials_of
 from bilevel.outer.drivers import drive
 from bilevel.outer.fingerprint import Fingerprint
@@ -197,6 +200,8 @@ def minimize(
     }
     batches = sources(data)
     on_batches = has_whole(batches) and not is_fixed(batches)
+    if algorithm == AUTO and is_fixed(batches):
+        algorithm = DESCENT
     if algorithm is not None and algorithm != DESCENT:
         if on_batches:  # they are for the certificate that ends the run
             del of_descent["constants"]
@@ -228,9 +233,11 @@ def minimize(
             kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
             saves = Saves(kept, checkpoint_every, checkpoint_seconds)
         looks = Looks(evaluate_every, tol, constants)
-        return Run(Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks), structured, compares)
+        rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks)
+        return Run(rules, structured, compares, note)
 
     chosen: AbstractAlgorithm[Any]
+    note = ""
     if algorithm is None or algorithm == DESCENT:
         named: Any = IMPLICIT if estimator is None else estimator
         estimates = resolve(named, flat, x, y)
@@ -250,7 +257,17 @@ def minimize(
             return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
         chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
     else:
-        chosen = resolve_algorithm(algorithm, Setting(flat.with_tally(Tally()), x, y))
+        others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
+        setting = Setting(flat.with_tally(Tally()), x, y, others=others)
+        if algorithm == AUTO:
+            choice = choose(setting, batches)
+            chosen, note = choice.algorithm, choice.why
+            if sweep is None and choice.sweep is not None:
+                sweep = choice.sweep
+                rows = math.prod(map(len, sweep.values()))
+                sweep_steps = max(1, max_steps // (3 * rows)) if sweep_steps is None else sweep_steps
+        else:
+            chosen = resolve_algorithm(algorithm, setting)
         settings = {"algorithm": chosen, **settings}
     oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
     begun: Winner | None = None

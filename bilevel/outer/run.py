@@ -76,10 +76,11 @@ class Run:
         rules: when it ends, who is told.
         structured: how estimates get their structures.
         compares: whether values of different steps are of one function.
+        note: why this algorithm, where it was chosen: of every estimate.
     """
 
-    def __init__(self, rules: Rules, structured: Structured, compares: bool) -> None:
-        self.rules, self.structured = rules, structured
+    def __init__(self, rules: Rules, structured: Structured, compares: bool, note: str = "") -> None:
+        self.rules, self.structured, self.note = rules, structured, note
         self.history: list[Record] = []
         self.best = Keeper(compares)
         self.trials: tuple[Trial, ...] = ()  # of the sweep that it began with
@@ -400,7 +401,8 @@ def _recorded(
     is_phi: bool,
 ) -> _At:
     """What is known at a point, as a record."""
-    estimate = run.structured(look.problem, x, look.estimate, reached.step)
+    seen = look.estimate if not run.note else replace(look.estimate, note=run.note)
+    estimate = run.structured(look.problem, x, seen, reached.step)
     rejected = found.back is not None
     record = run.record(reached.step, estimate, look.norm, took, rejected, before=reached.records)
     run.best.see(Candidate(x, look.estimate.y, record, estimate.status.ok and is_phi))

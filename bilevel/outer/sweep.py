@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import Exact, FiniteDifferences
+from bilevel._calculus import AbstractProducts, Exact, FiniteDifferences
 from bilevel._flat import FlatProblem
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
 from bilevel._result import Status
 from bilevel.algorithms.algorithm import AbstractAlgorithm
@@ -124,24 +126,55 @@ def swept(
     for k, settings in enumerate(found):
         rest = {name: value for name, value in settings.items() if name not in (*STEPS, "ratio")}
         groups.setdefault(repr(rest), []).append(k)
-    trials: dict[int, Trial] = {}
-    best: tuple[float, Any] = math.inf, None
+    rows: dict[int, _Row] = {}
     for members in groups.values():
         data = reordered(oracle.data, found[members[0]])
         for batch in _batches(algorithm, found, members):
             at = Oracle(oracle.like, data, batch.draws, oracle.region)
-            states, values = batch.run(at, x, y, steps)
-            for row, k in enumerate(batch.members):
-                value = values[row]
-                status = Status.successful if math.isfinite(value) else Status.diverged
-                trials[k] = Trial(found[k], value if math.isfinite(value) else math.inf, status, False)
-                if value < best[0]:
-                    best = value, (k, data, row_of(states, row) if batch.rows else states)
-    if best[1] is None:
+            rows |= batch.run(at, x, y, steps)
+    start = _inner_residual(oracle, algorithm, x, y)
+    limit = max(start, _LAGS * min((row.residual for row in rows.values()), default=math.inf))
+    sound = [k for k, row in rows.items() if math.isfinite(row.value) and row.residual <= limit]
+    if not sound:
         raise ValueError("`minimize(sweep=...)`: all combinations diverged within the sweep. Sweep over shorter steps.")
-    k, data, state = best[1]
-    trials[k] = replace(trials[k], chosen=True)
-    return Winner(configured(algorithm, found[k]), data, state, steps, tuple(trials[j] for j in range(len(found))))
+    best = min(sound, key=lambda k: rows[k].value)
+    trials = tuple(
+        Trial(
+            found[k],
+            rows[k].value if math.isfinite(rows[k].value) else math.inf,
+            Status.successful if k in sound else Status.diverged,
+            k == best,
+        )
+        for k in range(len(found))
+    )
+    row = rows[best]
+    return Winner(configured(algorithm, found[best]), reordered(oracle.data, found[best]), row.state(), steps, trials)
+
+
+# Iterates that follow x lag behind it in proportion to the step of x, which differs by a hundred between rows at most;
+# one that runs away lags by far more than the best of them, and than where it began.
+_LAGS = 100.0
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """Where a combination has come to: its value and |grad_y g| on all the data, and how its state is had."""
+
+    value: float
+    residual: float
+    state: Callable[[], Any]
+
+
+def _inner_residual(oracle: Oracle, algorithm: AbstractAlgorithm[Any], x: Tensor, y: Tensor) -> float:
+    """|grad_y g| where the rows begin."""
+    problem = oracle.whole()
+    gradient = _products(algorithm).linearize(problem, x, problem.start(x, y).detach()).gradient
+    return float(safe_row_norms(gradient.reshape(-1)))
+
+
+def _products(algorithm: AbstractAlgorithm[Any]) -> AbstractProducts:
+    return Exact() if Property.second_derivatives in algorithm.requires else FiniteDifferences()
 
 
 def recalled(
@@ -175,8 +208,8 @@ class _Batch:
     def draws(self) -> Any:
         return self.algorithm.draws
 
-    def run(self, oracle: Oracle, x: Tensor, y: Tensor, steps: int) -> tuple[Any, list[float]]:
-        """The states after so many steps, and the value of each."""
+    def run(self, oracle: Oracle, x: Tensor, y: Tensor, steps: int) -> dict[int, _Row]:
+        """Where each is after so many steps."""
         if self.rows:
             x = x.expand(self.rows, -1).clone()
             y = oracle.like.spread(y)
@@ -186,8 +219,14 @@ class _Batch:
         for _ in range(steps):
             state = algorithm.step(oracle, state, algorithm.evaluate(oracle, state))
             oracle = oracle.at(oracle.step + 1)
-        value = _value(oracle, algorithm, state)
-        return state, value.reshape(-1).tolist()
+        values, residuals = _measured(oracle, algorithm, state)
+        if not self.rows:
+            return {self.members[0]: _Row(float(values), float(residuals), lambda: state)}
+        pairs = zip(values.tolist(), residuals.tolist(), strict=True)
+        return {
+            k: _Row(value, residual, partial(row_of, state, row))
+            for row, (k, (value, residual)) in enumerate(zip(self.members, pairs, strict=True))
+        }
 
 
 def _batches(algorithm: AbstractAlgorithm[Any], found: list[dict[str, Any]], members: list[int]) -> list[_Batch]:
@@ -202,15 +241,13 @@ def _batches(algorithm: AbstractAlgorithm[Any], found: list[dict[str, Any]], mem
     return [_Batch(one, [k], 0) for one, k in zip(each, members, strict=True)]
 
 
-def _value(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> Tensor:
-    """f(x, y) - v'grad_y g on all the data, of each row."""
+def _measured(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> tuple[Tensor, Tensor]:
+    """f(x, y) - v'grad_y g and |grad_y g| on all the data, of each row."""
     problem: FlatProblem = oracle.whole()
     found = algorithm.evaluate(oracle, state).estimate
     x, y, v = algorithm.point(state)[0], found.y, found.v
     value, _, _ = rows_of_outer_gradients(problem, x, y)
-    if v is None:
-        return value
-    second = Property.second_derivatives in algorithm.requires
-    gradient = (Exact() if second else FiniteDifferences()).linearize(problem, x, y).gradient
-    corrected: Tensor = value - (v * gradient).flatten(x.dim() - 1).sum(-1)
-    return corrected
+    gradient = _products(algorithm).linearize(problem, x, y).gradient
+    lead = x.dim() - 1
+    corrected = value if v is None else value - (v * gradient).flatten(lead).sum(-1)
+    return corrected, safe_row_norms(gradient.flatten(lead))
