@@ -12,13 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Split, minimize
+from bilevel import (
+    BilevelProblem,
+    Box,
+    Constants,
+    FiniteDifferences,
+    FiniteSum,
+    LinearOperator,
+    Split,
+    Status,
+    bounds,
+    error_bound,
+    minimize,
+)
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
     BSA,
     FSLA,
+    MASOBA,
     MRBO,
+    SABA,
+    SOBA,
     SRBA,
     SUSTAIN,
     TTSA,
@@ -26,21 +41,28 @@ from bilevel.algorithms import (
     AbstractAlgorithm,
     AmIGO,
     Coupled,
+    Evaluated,
+    HeavyBallSystem,
     MovingAverage,
     Neumann,
     Oracle,
+    Power,
     RandomizedNeumann,
     Sarah,
     SingleLoop,
     StocBiO,
     Storm,
     Turns,
+    accbio,
+    aid_bio,
+    hoag,
+    itd_bio,
 )
 from bilevel.algorithms.engine.direction import Drawn
 from bilevel.algorithms.engine.recursive import Past
 from bilevel.extending import AbstractData, AbstractDirection, Block, Joint
 from bilevel.outer.batches import sources
-from bilevel.solvers import Adam, GradientDescent, TorchOptim
+from bilevel.solvers import CG, LBFGS, Adam, Dense, GradientDescent, Iterate, TorchOptim
 from bilevel.testing import check_algorithm
 
 P, Q = 2, 3
@@ -570,3 +592,236 @@ def test_what_needs_the_whole_data_passes_the_checks_without_batches(algorithm: 
 
 def test_what_needs_batches_only_passes_all_the_checks() -> None:
     check_algorithm(AmIGO(0.5, 0.2, inner_steps=2, linear_steps=2), max_steps=60)
+
+
+# ------------------------------------------------------------------------------------------------------- deterministic
+
+WHOLE = BilevelProblem(lambda x, y: objective(x, y, OF_F), lambda x, y: objective(x, y, OF_G))
+
+
+def whole(algorithm: AbstractAlgorithm[Any], steps: int, **given: Any) -> Any:
+    return minimize(WHOLE, X, Y, algorithm=algorithm, max_steps=steps, **given)
+
+
+def test_aid_bio_is_gradient_steps_and_conjugate_gradients_that_go_on() -> None:
+    x, y, v = X, Y, torch.zeros(Q).double()
+    for _ in range(4):
+        for _ in range(2):
+            y = y - 0.3 * G.in_y(x, y)
+        r = F.in_y(x, y) - G.H @ v
+        v = v + (r @ r) / (r @ G.H @ r) * r  # the first step of conjugate gradients
+        x = x - 0.2 * (F.in_x(x, y) - G.C @ v)
+    close((whole(aid_bio(0.3, 0.2, inner_steps=2, linear_steps=1), 4).x,), (x,))
+
+
+def test_aid_bio_with_one_step_of_each_has_no_bias_and_itd_bio_has_that_of_its_steps() -> None:
+    aid = whole(aid_bio(0.3, 0.1, inner_steps=1, linear_steps=1), 300)
+    torch.testing.assert_close(aid.x, solution(), rtol=0, atol=1e-9)
+    itd = whole(itd_bio(0.3, 0.1, inner_steps=2), 300)
+    torch.testing.assert_close(itd.x, solution(2, 0.3), rtol=0, atol=1e-9)  # (I - P^N) H^-1 = the series of N terms
+
+
+def test_itd_bio_is_the_derivative_through_its_steps_from_where_y_was() -> None:
+    x, y = X, Y
+    for _ in range(4):
+        for _ in range(3):
+            y = y - 0.3 * G.in_y(x, y)
+        x = x - 0.2 * (F.in_x(x, y) - G.C @ series(3, 0.3, F.in_y(x, y)))
+    close((whole(itd_bio(0.3, 0.2, inner_steps=3), 4).x,), (x,))
+
+
+def test_accbio_is_nesterov_for_y_the_heavy_ball_for_v_and_nesterov_for_x() -> None:
+    mu, top = (float(torch.linalg.eigvalsh(G.H)[k]) for k in (0, -1))
+    root = (top**0.5 - mu**0.5) / (top**0.5 + mu**0.5)
+    x = z = X
+    for _ in range(4):
+        y = u = Y
+        for _ in range(3):
+            after = y - G.in_y(x, y) / top
+            y, u = after + root * (after - u), after
+        b, v, before = F.in_y(x, y), torch.zeros(Q).double(), torch.zeros(Q).double()
+        for _ in range(4):
+            step = 4 / (top**0.5 + mu**0.5) ** 2
+            v, before = v - step * (G.H @ v - b) + root**2 * (v - before), v
+        new = x - 0.2 * (F.in_x(x, y) - G.C @ v)
+        x, z = new + 0.3 * (new - z), new
+    found = whole(accbio(mu, top, 0.2, 0.3, inner_steps=3, linear_steps=4), 4)
+    close((found.x,), (x,))
+    assert found.stats.gradients == 5 * (3 + 1)
+
+
+def test_heavy_ball_converges_like_its_rate_and_says_where_it_does_not() -> None:
+    mu, top = (float(torch.linalg.eigvalsh(G.H)[k]) for k in (0, -1))
+    root = (top**0.5 - mu**0.5) / (top**0.5 + mu**0.5)
+    operator, b = LinearOperator(lambda v: v @ G.H, Q, positive_definite=True), torch.ones(Q).double()
+    exact = torch.linalg.solve(G.H, b)
+    for guess in (None, 2 * b):
+        start = torch.zeros(Q).double() if guess is None else guess
+        for steps in (1, 5, 20, 60):
+            found = HeavyBallSystem(4 / (top**0.5 + mu**0.5) ** 2, root**2, steps).solve(operator, b, guess)
+            rate = (1 + 2 * steps) * root**steps
+            assert float((found.value - exact).norm()) <= rate * float((start - exact).norm()) + 1e-14
+            close((found.residual,), ((b - G.H @ found.value).norm(),))
+            assert found.statuses == (Status.successful,)
+    assert HeavyBallSystem(9.0, 0.9, 30).solve(operator, b).statuses == (Status.diverged,)
+    assert HeavyBallSystem(9.0, 0.9, 3).solve(operator, b * torch.nan).statuses == (Status.nonfinite,)
+    close((HeavyBallSystem(0.1, 0.0, 3).solve(operator, 0 * b, b).value,), (0 * b,))
+
+
+def test_hoag_solves_as_accurately_as_its_schedule_says_and_arrives() -> None:
+    seen: list[tuple[float, float]] = []
+
+    def note(record: Any, estimate: Any) -> None:
+        x, y, v = estimate.x, estimate.y, estimate.v
+        seen.append((float(G.in_y(x, y).norm()), float((G.H @ v - F.in_y(x, y)).norm())))
+
+    algorithm = hoag(Iterate(GradientDescent(0.3), 500), CG(), 0.3, first_tolerance=0.1, schedule=Power(2.0))
+    found = whole(algorithm, 60, callback=note)
+    for k, (inner, linear) in enumerate(seen):
+        assert inner <= 0.1 * (1 + k) ** -2 and linear <= 0.1 * (1 + k) ** -2
+    assert seen[0][0] > 1e-3  # no more accurate than need be
+    torch.testing.assert_close(found.x, solution(), rtol=0, atol=1e-3)
+    late = whole(hoag(LBFGS(), CG(), 0.3, schedule=lambda k: 0.7**k), 120)
+    torch.testing.assert_close(late.x, solution(), rtol=0, atol=1e-9)
+
+
+def test_descents_refuse_settings_that_are_none() -> None:
+    for make, expected in (
+        (lambda: aid_bio(0.0, 0.1), r"aid_bio\(inner_step="),
+        (lambda: itd_bio(0.1, 0.1, 0), r"itd_bio\(inner_steps="),
+        (lambda: accbio(2.0, 1.0, 0.1), r"accbio\(mu=...\)` must be at most L=1"),
+        (lambda: accbio(1.0, 2.0, 0.1, 1.0), r"accbio\(outer_momentum="),
+        (
+            lambda: hoag(LBFGS(), Dense(), 0.1),
+            r"hoag\(linear=...\)` must be a solver that takes a tolerance",
+        ),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            make()
+
+
+# -------------------------------------------------------------------------------------------------------------- bounds
+
+
+def constants() -> Constants:
+    eigenvalues = torch.linalg.eigvalsh(G.H)
+    return Constants(
+        mu=float(eigenvalues[0]),
+        L=float(eigenvalues[-1]),
+        L_fyy=float(torch.linalg.eigvalsh(F.H)[-1]),
+        L_fxy=float(torch.linalg.matrix_norm(F.C, 2)),
+        M_yy=0.0,
+        M_xy=0.0,
+        C_G=float(torch.linalg.matrix_norm(G.C, 2)),
+    )
+
+
+BOUNDED: dict[str, AbstractAlgorithm[Any]] = {
+    "soba": SOBA(0.2, 0.1),
+    "saba": SABA(0.2, 0.1),
+    "srba": SRBA(0.2, 0.1),
+    "amigo": AmIGO(0.2, 0.1, 0.15, 3, 2),
+    "fsla": FSLA(0.2, 0.1),
+    "stocbio": StocBiO(0.2, 0.1, 0.15, 3, 2),
+    "bsa": BSA(0.2, 0.1, 0.15, 3, 3),
+    "mrbo": MRBO(0.2, 0.1, 0.15, 2),
+    "vrbo": VRBO(0.2, 0.1, 0.15, 2, 2),
+    "aid-bio": aid_bio(0.2, 0.1, 3, 2),
+    "itd-bio": itd_bio(0.2, 0.1, 3),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_first_direction_on_all_the_data_is_within_its_bound(name: str) -> None:
+    algorithm, ratios = BOUNDED[name], []
+    for seed in range(12):
+        at = point(seed)
+        y = torch.linalg.solve(G.H, -G.in_y(at.x, Y))
+        fy = F.in_y(at.x, y)
+        v = torch.linalg.solve(G.H, fy)
+        known = oracle(Split(f=OF_F, g=OF_G), algorithm)
+        state = algorithm.init(known, at.x, y + 0.3 * (at.y - y))
+        if name == "bsa":  # the mean over k
+            direction = Neumann(3, 0.15)
+            turned = y + torch.linalg.matrix_power(torch.eye(Q).double() - 0.2 * G.H, 3) @ (state.y - y)
+            h = direction.on_everything(known, Joint(at.x, turned, None))[0].x
+        else:
+            h = algorithm.evaluate(known, state).estimate.grad
+        bound = error_bound(
+            algorithm,
+            constants(),
+            distance=float((state.y - y).norm()),
+            outer_gradient_norm=float(fy.norm()),
+            linear_distance=float(v.norm()),
+        )
+        error = float((h - (F.in_x(at.x, y) - G.C @ v)).norm())
+        assert error <= bound.total * (1 + 1e-12)
+        ratios.append(error / bound.total)
+    assert max(ratios) > 0.1  # within a factor of ten at the worst of a dozen points
+
+
+def test_the_bounds_are_attained_in_one_dimension() -> None:
+    """f = 2 x y + y^2 / 2, g = y^2 / 2 - 3 x y at x = 1: y* = 3, v* = 5, h = 2 y* + 3 v* = 21."""
+    scalar = BilevelProblem(
+        lambda x, y: (2 * x * y + y.square() / 2).sum(), lambda x, y: (y.square() / 2 - 3 * x * y).sum()
+    )
+    one = torch.ones(1).double()
+    flat = FlatProblem(scalar, ravel(one, "x")[1], ravel(one, "y")[1])
+    given = Constants(mu=1.0, L=1.0, L_fyy=1.0, L_fxy=2.0, M_yy=0.0, M_xy=0.0, C_G=3.0)
+    at = Joint(one, 3.5 * one, 5.25 * one)
+    d = Coupled().on_everything(Oracle(flat, sources(None)), at)[0]
+    found = error_bound(SOBA(0.1, 0.1), given, distance=0.5, outer_gradient_norm=5.0, linear_distance=0.25)
+    assert float(d.x) - 21 == pytest.approx(found.total) == pytest.approx(2 * 0.5 + 3 * 0.25)
+    series_d = Neumann(3, 0.5).on_everything(Oracle(flat, sources(None)), Joint(one, 3 * one, None))[0]
+    bias = error_bound(MRBO(0.5, 0.1, linear_steps=2), given, distance=0.0, outer_gradient_norm=5.0)
+    assert 21 - float(series_d.x) == pytest.approx(bias.bias) == pytest.approx(3 * 0.5**3 * 5)
+    assert bias.total == bias.bias
+
+
+def test_the_tracking_bound_counts_a_cross_derivative_that_changes() -> None:
+    """g = y^2 / 2 - x y - m x y^2 / 2, f = y at x = 0: y* = 0, v* = 1, h = 1, and D_x = (1 + m y) v."""
+    m, zero = 2.0, torch.zeros(1).double()
+    bent = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y.square() / 2 - x * y - m * x * y.square() / 2).sum())
+    flat = FlatProblem(bent, ravel(zero, "x")[1], ravel(zero, "y")[1])
+    given = Constants(mu=1.0, L_fxy=0.0, M_xy=m, C_G=1.0)
+    d = Coupled().on_everything(Oracle(flat, sources(None)), Joint(zero, zero + 0.5, zero + 1.25))[0]
+    bound = bounds.tracking(given, distance=0.5, linear_distance=0.25, outer_gradient_norm=1.0)
+    assert float(d.x) - 1 == pytest.approx(bound.total) == pytest.approx(2 * 0.5 * 1.25 + 0.25)
+
+
+def test_bounds_that_are_not_known_are_refused_by_name() -> None:
+    about: dict[str, Any] = {"distance": 0.1, "outer_gradient_norm": 1.0}
+    for algorithm, expected in (
+        (SOBA(0.1, 0.1), r"`error_bound\(linear_distance=...\)` is needed"),
+        (MASOBA(0.1, 0.1), "MovingAverage"),
+        (SOBA(0.1, 0.1, products=FiniteDifferences()), "products by `FiniteDifferences`"),
+        (StocBiO(Adam(0.1), 0.1, 0.1), "an optimizer as `inner_step`"),
+        (HANDLESS, "no bound is known for Silent"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            error_bound(algorithm, constants(), **about)
+
+
+@final
+@dataclass(frozen=True)
+class Silent(AbstractAlgorithm[Any]):
+    """One that says nothing of its error."""
+
+    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Any:
+        return x, y
+
+    def evaluate(self, oracle: Oracle, state: Any) -> Evaluated:
+        raise NotImplementedError
+
+    def step(self, oracle: Oracle, state: Any, found: Evaluated) -> Any:
+        return state
+
+    def stationarity(self, oracle: Oracle, state: Any, found: Evaluated) -> Tensor:
+        raise NotImplementedError
+
+    def point(self, state: Any) -> tuple[Tensor, Tensor]:
+        x, y = state
+        return x, y
+
+
+HANDLESS = Silent()
