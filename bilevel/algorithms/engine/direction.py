@@ -20,7 +20,6 @@ from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
-from bilevel.bounds.directions import tracking
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
@@ -214,6 +213,8 @@ class Coupled(AbstractDirection):
         return minus(drawn.of_f * fx, cross, drawn.of_g(0)), value
 
     def error_bound(self, about: Beforehand) -> Bound:
+        from bilevel.bounds.directions import tracking
+
         demand_exact(self)
         return tracking(
             about.constants,
