@@ -338,6 +338,22 @@ class AbstractRequiring(AbstractPortable, abc.ABC):
         """The linear solvers that it uses beside those among its fields; their demands are part of its own."""
         return ()
 
+    def error_bound(self, about: Beforehand) -> Bound:
+        """|estimate - h| <= total, before anything is computed, from the configuration; what `error_bound` returns.
+
+        Of an algorithm it is that of the direction that x is moved along first.
+
+        The functions of `bilevel.bounds` are what it is made of, with `AbstractInnerSolver.solution_bound` and
+        `AbstractLinearSolver.relative_error` for the solvers.
+
+        Raises:
+            ValueError: if no bound is known for the configuration, as here, for one that says nothing.
+        """
+        raise ValueError(
+            f"no bound is known for {type(self).__name__}. Bound a computed hypergradient by `certify`, or call the"
+            f" function of `bilevel.bounds` that describes it."
+        )
+
 
 class AbstractEstimator(AbstractRequiring):
     """Estimates the hypergradient h = grad Phi(x), Phi(x) = f(x, y*(x)).
@@ -399,20 +415,6 @@ class AbstractEstimator(AbstractRequiring):
             constants: what is known of f and g, or a function of x that tells; None: what the estimator itself knows.
         """
         return None
-
-    def error_bound(self, about: Beforehand) -> Bound:
-        """|estimate - h| <= total, before anything is computed, from the configuration; what `error_bound` returns.
-
-        The functions of `bilevel.bounds` are what it is made of, with `AbstractInnerSolver.solution_bound` and
-        `AbstractLinearSolver.relative_error` for the solvers.
-
-        Raises:
-            ValueError: if no bound is known for the configuration, as here, for an estimator that says nothing.
-        """
-        raise ValueError(
-            f"no bound is known for {type(self).__name__}. Bound a computed hypergradient by `certify`, or call the"
-            f" function of `bilevel.bounds` that describes it."
-        )
 
     @abc.abstractmethod
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:

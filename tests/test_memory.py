@@ -55,17 +55,27 @@ from bilevel import (
 )
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel.algorithms import (
+    BSA,
+    FSLA,
     MASOBA,
+    MRBO,
     SABA,
     SOBA,
     SPABA,
     SRBA,
+    SUSTAIN,
+    TTSA,
+    VRBO,
     AbstractAlgorithm,
+    AmIGO,
     Descent,
     FdeHBO,
+    Nested,
     Power,
     SingleLoop,
+    StocBiO,
     Storm,
+    Turns,
     available,
 )
 from bilevel.few_shot import Validating, adapt, evaluate, mlp, train
@@ -269,6 +279,16 @@ ALGORITHMS: dict[str, AbstractAlgorithm[Any]] = {
     "SRBA": SRBA(0.2, 0.02, period=3),
     "SPABA": SPABA(0.2, 0.02, probability=0.3),
     "FdeHBO": FdeHBO(0.2, 0.02),
+    "Turns": Turns(0.2, 0.02, inner_steps=2, linear_steps=2, reduction=Storm(Power(0.5))),
+    "Nested": Nested(0.2, 0.02, inner_steps=2, period=3),
+    "FSLA": FSLA(0.2, 0.02),
+    "AmIGO": AmIGO(0.2, 0.02, None, 2, 2),
+    "StocBiO": StocBiO(0.2, 0.02, None, 2, 2),
+    "BSA": BSA(0.2, 0.02, None, 2, 2),
+    "TTSA": TTSA(0.2, 0.02, None, 2),
+    "MRBO": MRBO(0.2, 0.02, None, 2),
+    "SUSTAIN": SUSTAIN(0.2, 0.02, None, 2),
+    "VRBO": VRBO(0.2, 0.02, None, 2, 2, period=3),
     "Descent": Descent(AID(LBFGS(), CG()), GradientDescent(0.1)),
 }
 NAMED = [

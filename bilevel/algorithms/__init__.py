@@ -1,5 +1,7 @@
 """Whole bilevel algorithms as values, run by `minimize(algorithm=...)`: one family a file, one interface, names."""
 
+from bilevel.algorithms.accbio import HeavyBallSystem as HeavyBallSystem, accbio as accbio
+from bilevel.algorithms.aid_bio import aid_bio as aid_bio, itd_bio as itd_bio
 from bilevel.algorithms.algorithm import AbstractAlgorithm as AbstractAlgorithm, Evaluated as Evaluated
 from bilevel.algorithms.amigo import AmIGO as AmIGO
 from bilevel.algorithms.bsa import BSA as BSA, TTSA as TTSA
@@ -15,6 +17,7 @@ from bilevel.algorithms.engine.turns import Turns as Turns
 from bilevel.algorithms.fdehbo import FdeHBO as FdeHBO
 from bilevel.algorithms.finite_sum import FiniteSum as FiniteSum
 from bilevel.algorithms.fsla import FSLA as FSLA
+from bilevel.algorithms.hoag import Tightening as Tightening, hoag as hoag
 from bilevel.algorithms.ma_soba import MASOBA as MASOBA
 from bilevel.algorithms.mrbo import MRBO as MRBO, SUSTAIN as SUSTAIN
 from bilevel.algorithms.oracle import AbstractData as AbstractData, Draws as Draws, Oracle as Oracle

@@ -15,6 +15,8 @@ from bilevel._result import Status
 from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.requirements.properties import Property
 from bilevel.requirements.starts import starts_warm
 
@@ -125,6 +127,9 @@ class Descent(AbstractAlgorithm[DescentState]):
         y, v = (found.estimate.y, found.estimate.v) if warm else (state.y, state.v)
         start = FlatStart(y, v, oracle.step)
         return apply_estimator(self.estimator, oracle.whole(), state.x, start, self.chunk_size)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        return self.estimator.error_bound(about)
 
     def point(self, state: DescentState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

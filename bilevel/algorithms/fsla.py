@@ -50,7 +50,8 @@ class FSLA(AbstractPreset):
         >>> from bilevel import BilevelProblem, minimize
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> round(float(minimize(problem, x0, x0, algorithm=FSLA(0.5, 0.5), max_steps=200).x), 3)
+        >>> fsla = FSLA(0.5, 0.2, schedule=None)
+        >>> round(float(minimize(problem, x0, x0, algorithm=fsla, max_steps=100).x), 3)
         3.0
     """
 

@@ -37,6 +37,7 @@ _EXAMPLES = {
     "Estimate": "what `hypergradient` returned",
     "Auto": "`Auto()`",
     "AbstractEstimator": "an estimator such as `AID(LBFGS(), CG())`",
+    "AbstractRequiring": "an estimator such as `AID(LBFGS(), CG())`, or an algorithm such as `SOBA(0.1, 0.01)`",
     "AbstractTasks": "a source of tasks, with a method `sample(count, seed)`",
     "AbstractImages": "classes of images such as `ImageClasses(...)`",
     "Module": "a torch.nn.Module",

@@ -7,6 +7,7 @@ Each states what it assumes and returns its terms apart. `bilevel.error_bound` a
 from bilevel.bounds.beforehand import Beforehand as Beforehand
 from bilevel.bounds.bound import Bound as Bound
 from bilevel.bounds.differences import finite_difference as finite_difference
+from bilevel.bounds.directions import tracking as tracking, truncated_series as truncated_series
 from bilevel.bounds.implicit import aid as aid, nystrom as nystrom
 from bilevel.bounds.iterations import (
     cg as cg,

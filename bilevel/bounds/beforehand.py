@@ -25,6 +25,7 @@ class Beforehand:
         value_error: the rounding of a value of Phi.
         reach: max(1, |x_i|) over i.
         quadratic: whether f and g are quadratic in y.
+        linear_distance: |v_0 - v*|, v* = H^-1 grad_y f at y*, or a bound on it; None: not known.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -40,6 +41,7 @@ class Beforehand:
     value_error: float = 0.0
     reach: float = 1.0
     quadratic: bool = False
+    linear_distance: float | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -47,3 +49,4 @@ class Beforehand:
         demand_ranges(
             self, smoothness=AT_LEAST_0, third_derivative=AT_LEAST_0, value_error=AT_LEAST_0, reach=AT_LEAST_1
         )
+        demand_ranges(self, linear_distance=AT_LEAST_0)

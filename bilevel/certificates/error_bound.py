@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bilevel._estimate import AbstractEstimator
+from bilevel._estimate import AbstractRequiring
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1
 from bilevel.bounds.beforehand import Beforehand
@@ -18,9 +18,10 @@ from bilevel.certificates.certificate import Constants
     third_derivative=AT_LEAST_0,
     value_error=AT_LEAST_0,
     reach=AT_LEAST_1,
+    linear_distance=AT_LEAST_0,
 )
 def error_bound(
-    estimator: AbstractEstimator,
+    estimator: AbstractRequiring,
     constants: Constants,
     *,
     distance: float,
@@ -31,6 +32,7 @@ def error_bound(
     value_error: float = 0.0,
     reach: float = 1.0,
     quadratic: bool = False,
+    linear_distance: float | None = None,
 ) -> Bound:
     """|estimate - h| <= total, before anything is computed, from the configuration of the estimator.
 
@@ -39,8 +41,14 @@ def error_bound(
     a tolerance, `cg`, `neumann` or `nystrom` for the linear solver), `itd`, `truncated_itd`, `one_step`, `esj`,
     `penalty`, `finite_difference`. Solvers with a tolerance are assumed to succeed. Rounding is not in it.
 
+    Of an algorithm it bounds the first direction that x moves along, on all the data, after the steps of y and v that
+    come before: `tracking` for those with a linear iterate (`SOBA` and its kin, `AmIGO`), `truncated_series` for those
+    with a Neumann series (`StocBiO`, `MRBO`, `VRBO`, ...), whose `bias` is a floor. At later steps it holds with the
+    distances there. That of `Descent` is its estimator's.
+
     Args:
-        estimator: with all its steps given: what is derived at run time cannot be bounded in advance.
+        estimator: an estimator or an algorithm, with all its steps given: what is derived at run time cannot be
+            bounded in advance.
         constants: of f and g; see `Constants`.
         distance: |y_0 - y*|, or a bound on it.
         outer_gradient_norm: |grad_y f(x, y*)|, or a bound on it.
@@ -50,6 +58,8 @@ def error_bound(
         value_error: for `FiniteDifference`: the rounding of a value of Phi.
         reach: for `FiniteDifference`: max(1, |x_i|) over i.
         quadratic: for `Penalty(extrapolate=True)`: f and g are quadratic in y.
+        linear_distance: for algorithms with a linear iterate: |v_0 - v*|, v* = H^-1 grad_y f at y*, or a bound on it;
+            v_0 is zero at the start of a run.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -75,5 +85,6 @@ def error_bound(
             value_error,
             reach,
             quadratic,
+            linear_distance,
         )
     )

@@ -73,8 +73,8 @@ def algorithm_checks(
         )
     found: list[tuple[str, Callable[[], None]]] = [
         ("inputs untouched", partial(inputs_untouched, algorithm)),
-        ("same bits", partial(same_bits, algorithm)),
-        ("one state, one step", partial(one_state_one_step, algorithm)),
+        ("same bits", partial(same_bits, algorithm, whole)),
+        ("one state, one step", partial(one_state_one_step, algorithm, whole)),
         ("resumed at any step", partial(resumed_at_any_step, algorithm, None)),
         ("NaN is reported", partial(nan_is_reported, algorithm)),
         ("counts", partial(counts_add_up, algorithm)),
@@ -98,14 +98,16 @@ def inputs_untouched(algorithm: Algorithm) -> None:
     assert not graphs, "inputs untouched: found a solution that requires grad, expected tensors without a graph."
 
 
-def same_bits(algorithm: Algorithm) -> None:
-    """Two runs from the same arguments are equal."""
-    _equal("same bits", *(_run(algorithm, _batched(), data=_batches(), max_steps=5) for _ in range(2)))
+def same_bits(algorithm: Algorithm, whole: bool = False) -> None:
+    """Two runs from the same arguments are equal; on the whole data for what needs that, else on batches."""
+    known, data = (_quadratic(), None) if whole else (_batched(), _batches())
+    _equal("same bits", *(_run(algorithm, known, data=data, max_steps=5) for _ in range(2)))
 
 
-def one_state_one_step(algorithm: Algorithm) -> None:
+def one_state_one_step(algorithm: Algorithm, whole: bool = False) -> None:
     """An evaluation and a step that are repeated, from the same state and on the same batches, give the same."""
-    _run(_Twice(algorithm), _batched(), data=_batches(), max_steps=4)
+    known, data = (_quadratic(), None) if whole else (_batched(), _batches())
+    _run(_Twice(algorithm), known, data=data, max_steps=4)
 
 
 def resumed_at_any_step(algorithm: Algorithm, data: Any) -> None:

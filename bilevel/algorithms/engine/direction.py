@@ -18,6 +18,8 @@ from bilevel._numerics.second_derivatives import explained
 from bilevel._result import Report, Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
@@ -149,6 +151,14 @@ class AbstractDirection(AbstractPortable, abc.ABC):
     def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """D_x alone, and f; `known` are f and its gradients on that batch at that point, where they are known."""
 
+    def error_bound(self, about: Beforehand) -> Bound:
+        """|D_x - h| on all the data, where |y - y*| and |v - v*| are `about.distance` and `about.linear_distance`.
+
+        Raises:
+            ValueError: if no bound is known, as here, for one that says nothing.
+        """
+        raise ValueError(f"no bound is known for the direction {self!r}.")
+
     def on_batches(self, oracle: Oracle, at: Joint, f: int = 0, g: int = 0) -> tuple[Joint, Tensor]:
         """Unbiased for `on_everything`, as far as the direction is, and f on its batch; the same batches anywhere.
 
@@ -205,6 +215,17 @@ class Coupled(AbstractDirection):
         cross = self.products.curvature(problem, x, y).cross(v)
         return minus(drawn.of_f * fx, cross, drawn.of_g(0)), value
 
+    def error_bound(self, about: Beforehand) -> Bound:
+        from bilevel.bounds.directions import tracking
+
+        demand_exact(self)
+        return tracking(
+            about.constants,
+            distance=about.distance,
+            linear_distance=linear_distance(about),
+            outer_gradient_norm=about.outer_gradient_norm,
+        )
+
     def pieces(self, problem: FlatProblem, at: Joint, *, checked: bool = False) -> tuple[Pieces, Tensor]:
         """The five terms, and f.
 
@@ -223,6 +244,31 @@ class Coupled(AbstractDirection):
             raise DoesNotApply(START_ONLY)
         value, fx, fy = rows_of_outer_gradients(problem, x, y)
         return Pieces(gy, hv, torch.zeros_like(x) if gv is None else gv, fy, fx), value
+
+
+def demand_exact(direction: AbstractDirection) -> None:
+    """Refuse a bound for products by differences.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not isinstance(direction.products, Exact):
+        name = type(direction.products).__name__
+        raise ValueError(f"no bound is known for products by `{name}`. Call `error_bound` with `products=Exact()`.")
+
+
+def linear_distance(about: Beforehand) -> float:
+    """|v - v*|.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    if about.linear_distance is None:
+        raise ValueError(
+            "`error_bound(linear_distance=...)` is needed for an algorithm with a linear iterate: |v - v*|, v* ="
+            " H^-1 grad_y f at y*. Got None. At the start v is zero, so that |grad_y f| / mu bounds it."
+        )
+    return about.linear_distance
 
 
 def minus(fx: Tensor, cross: Tensor | None, factor: float) -> Tensor:

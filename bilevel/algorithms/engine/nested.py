@@ -26,6 +26,8 @@ from bilevel.algorithms.engine.steps import (
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.requirements.properties import Property
 
 
@@ -141,6 +143,9 @@ class Nested(AbstractAlgorithm[LoopState]):
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         d: Joint = found.kept
         return size(oracle, state.x, d)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        return self.direction.error_bound(about)
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

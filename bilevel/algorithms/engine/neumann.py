@@ -15,12 +15,16 @@ from bilevel.algorithms.engine.direction import (
     Drawn,
     Joint,
     Known,
+    demand_exact,
     minus,
     rows_of_outer_gradients,
 )
 from bilevel.algorithms.oracle import Draws
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
+from bilevel.bounds.directions import truncated_series
 
 Product: TypeAlias = Callable[[int, Tensor], Tensor]  # (k, r) -> H_k r, k = 1, 2, ...
 
@@ -66,6 +70,9 @@ class Neumann(AbstractDirection):
 
     def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
         return _outer(self, self._v, drawn, at, known)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        return _bound(self, self.terms, self.step, about)
 
     def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
         v = r = self.step * b
@@ -118,6 +125,9 @@ class RandomizedNeumann(AbstractDirection):
     def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
         return _outer(self, self._v, drawn, at, known)
 
+    def error_bound(self, about: Beforehand) -> Bound:
+        return _bound(self, self.terms, self.step, about)
+
     def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
         if drawn.chance is None:
             return Neumann(self.terms, self.step)._v(drawn, product, b)
@@ -149,6 +159,17 @@ def _outer(
     v = series(drawn, _products(direction, drawn, at), drawn.of_f * fy)
     cross = direction.products.curvature(problem, at.x, at.y).cross(v)
     return minus(drawn.of_f * fx, cross, drawn.of_g(0)), value
+
+
+def _bound(direction: AbstractDirection, terms: int, step: float, about: Beforehand) -> Bound:
+    demand_exact(direction)
+    return truncated_series(
+        about.constants,
+        step=step,
+        terms=terms,
+        distance=about.distance,
+        outer_gradient_norm=about.outer_gradient_norm,
+    )
 
 
 def _products(direction: AbstractDirection, drawn: Drawn, at: Joint) -> Product:

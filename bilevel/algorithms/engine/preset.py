@@ -10,6 +10,8 @@ from torch import Tensor
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.steps import LoopState
 from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.requirements.properties import Property
 
 
@@ -47,6 +49,9 @@ class AbstractPreset(AbstractAlgorithm[LoopState]):
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         return self.loop.stationarity(oracle, state, found)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        return self.loop.error_bound(about)
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

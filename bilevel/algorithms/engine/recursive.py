@@ -71,6 +71,10 @@ class Sarah(AbstractReduction):
         demand_types(self)
         demand_ranges(self, period=AT_LEAST_1)
 
+    @property
+    def keeps_direction(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()
 
@@ -102,6 +106,10 @@ class Page(AbstractReduction):
         demand_types(self)
         demand_ranges(self, probability=WEIGHT)
 
+    @property
+    def keeps_direction(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()
 
@@ -131,6 +139,10 @@ class Storm(AbstractReduction):
 
     def __post_init__(self) -> None:
         demand_types(self)
+
+    @property
+    def keeps_direction(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()

@@ -41,6 +41,11 @@ class AbstractRows(abc.ABC):
 class AbstractReduction(AbstractPortable, abc.ABC):
     """A map (direction, point, memory) -> (direction, memory) that modifies none of its arguments."""
 
+    @property
+    def keeps_direction(self) -> bool:
+        """Whether on all the data what it gives is the direction itself. No, unless it says so; bounds rest on it."""
+        return False
+
     @abc.abstractmethod
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
         """The memory before the first step."""
@@ -54,6 +59,10 @@ class AbstractReduction(AbstractPortable, abc.ABC):
 @dataclass(frozen=True)
 class Plain(AbstractReduction):
     """None: the direction of the batches."""
+
+    @property
+    def keeps_direction(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
         return None
@@ -92,3 +101,15 @@ class MovingAverage(AbstractReduction):
         joint, value = direction.on_batches(oracle, at)
         h = joint.x if memory.x is None else torch.lerp(memory.x, joint.x, self.theta(oracle.step))
         return Reduced(joint._replace(x=h), value, Averaged(h))
+
+
+def demand_direction(reduction: AbstractReduction) -> None:
+    """Refuse a bound where what is followed is not the direction even on all the data.
+
+    Raises:
+        ValueError: naming the reduction.
+    """
+    if not reduction.keeps_direction:
+        raise ValueError(
+            f"no bound is known for `{type(reduction).__name__}`, which follows directions of points that are left."
+        )

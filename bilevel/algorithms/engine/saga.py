@@ -79,6 +79,10 @@ class Saga(AbstractReduction):
         DoesNotApply: if batches have no identity, or the direction is not `Coupled`.
     """
 
+    @property
+    def keeps_direction(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Tables:
         of_g, of_f = oracle.block("g"), oracle.block("f")
         if of_g.number is None or of_f.number is None or not isinstance(direction, Coupled):

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel._estimate import FlatEstimate
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint
-from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
+from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced, demand_direction
 from bilevel.algorithms.engine.steps import (
     LoopState as LoopState,
     RowStep,
@@ -29,6 +29,8 @@ from bilevel.algorithms.engine.steps import (
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound
 from bilevel.requirements.properties import Property
 
 
@@ -126,6 +128,10 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         reduced: Reduced = found.kept
         return size(oracle, state.x, reduced.joint)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        demand_direction(self.reduction)
+        return self.direction.error_bound(about)
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel._calculus import AbstractProducts
 from bilevel._estimate import FlatEstimate
-from bilevel._optimizer import OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import (
     AbstractDirection,
@@ -17,10 +17,11 @@ from bilevel.algorithms.engine.direction import (
     Drawn,
     Joint,
     Known,
+    linear_distance,
     rows_of_inner_gradients,
     rows_of_outer_gradients,
 )
-from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced
+from bilevel.algorithms.engine.reduction import AbstractReduction, Plain, Reduced, demand_direction
 from bilevel.algorithms.engine.steps import (
     LoopState,
     RowStep,
@@ -38,6 +39,9 @@ from bilevel.algorithms.engine.steps import (
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
+from bilevel.bounds.beforehand import Beforehand
+from bilevel.bounds.bound import Bound, known
+from bilevel.bounds.iterations import gradient_descent, neumann
 from bilevel.requirements.properties import Property
 
 
@@ -160,6 +164,31 @@ class Turns(AbstractAlgorithm[LoopState]):
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         made: _Made = found.kept
         return size(oracle, state.x, made.d)
+
+    def error_bound(self, about: Beforehand) -> Bound:
+        demand_direction(self.reduction)
+        return self.direction.error_bound(self._after_turns(about))
+
+    def _after_turns(self, about: Beforehand) -> Beforehand:
+        """Where y and v are after the first T and N steps on all the data.
+
+        |y_T - y*| <= rho^T |y_0 - y*|; and v*(y) = H^-1 grad_y f at y is at most s = (L_fyy + M_yy |v*|) |y - y*| / mu
+        from v*, so that |v_N - v*| <= rho^N (|v_0 - v*| + s) + s.
+        """
+        call = f"error_bound({type(self).__name__}(...))"
+        if isinstance(self.inner_step, AbstractOptimizer):
+            raise ValueError(f"no bound is known for `{call}` with an optimizer as `inner_step`. Give a number.")
+        factor = 1.0 if self.schedule is None else self.schedule(0)
+        at = gradient_descent(
+            about.constants, step=factor * self.inner_step, steps=self.inner_steps, distance=about.distance
+        )
+        if not self.direction.is_linear:
+            return replace(about, distance=at)
+        mu, L_fyy, M_yy = known(call, about.constants, "mu", "L_fyy", "M_yy", within=about.distance)
+        s = (L_fyy + M_yy * about.outer_gradient_norm / mu) * at / mu
+        eta = factor * number(self.inner_step, self.linear_step)
+        decay = neumann(about.constants, step=eta, terms=self.linear_steps)
+        return replace(about, distance=at, linear_distance=decay * (linear_distance(about) + s) + s)
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y
