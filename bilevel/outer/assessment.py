@@ -11,15 +11,17 @@ from torch import Tensor
 from bilevel._calculus import AbstractProducts, Exact, FiniteDifferences
 from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
+from bilevel._linear import AbstractLinearSolver
 from bilevel._result import Tally
 from bilevel.algorithms.engine.direction import Coupled, Joint, residual_report
-from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.certificate import Constants, NonfiniteError
-from bilevel.certificates.certify_flat import certify_flat
-from bilevel.certificates.estimate_constants import estimated
-from bilevel.solvers.cg import CG
 
-_LINEAR = CG(rtol=1e-3, max_steps=100)  # for algorithms that have no v: D_x is to be that of y, to three digits
+
+def _linear() -> AbstractLinearSolver:
+    """For algorithms that have no v: D_x is to be that of y, to three digits."""
+    from bilevel.solvers.cg import CG
+
+    return CG(rtol=1e-3, max_steps=100)
 
 
 def assessed(
@@ -40,7 +42,7 @@ def assessed(
     if v is None:
         linearized = products.linearize(problem, x, y)
         fy = Coupled(products).pieces(problem.with_tally(Tally()), Joint(x, y, torch.zeros_like(y)))[0].fy
-        v = _LINEAR.solve(linearized.operator, fy).value
+        v = _linear().solve(linearized.operator, fy).value
     pieces, value = Coupled(products).pieces(problem, Joint(x, y, v))
     joint = pieces.joint()
     assert joint.v is not None
@@ -62,13 +64,14 @@ def bounded(problem: FlatProblem, x: Tensor, found: FlatEstimate, constants: Con
         found: what :func:`assessed` found there.
         constants: what is known of f and g; None: estimated there, as far as that can be done.
     """
-    if no_certificate(problem.problem):
-        return found
+    from bilevel.certificates.certify_flat import certify_flat  # which few runs come to
+    from bilevel.certificates.estimate_constants import estimated
+
     try:
         known = estimated(problem, x, found.y) if constants is None and problem.tasks is None else constants
         if known is None:
             return found
-        certificate = certify_flat(problem, x, found.grad, found.y, found.v, known, _LINEAR)
+        certificate = certify_flat(problem, x, found.grad, found.y, found.v, known, _linear())
     except (NonfiniteError, ValueError, NotImplementedError):  # what it needs is not there: nothing is certified
         return found
     return replace(found, bound=certificate.bound) if math.isfinite(certificate.bound) else found

@@ -13,11 +13,12 @@ from bilevel._result import Report, Status
 from bilevel._tree import Tree
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
-from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.certificate import Constants
+from bilevel.inner_problems.kinds import inner_problem
 from bilevel.outer.assessment import assessed, bounded, joint_norm
 from bilevel.requirements.properties import Property
 
+_SMOOTH = frozenset({Property.stationary, Property.minimum, Property.smooth})
 BLOWN = "the iterates"
 # Between two looks nine times as many calls as the latest one took: looks are then at most a tenth of the work.
 _REST = 9
@@ -83,7 +84,7 @@ class Looks:
             residual = float(oracle.residual(x, own.grad))
             measure = residual + (own.bound or 0.0)
             return Look(problem, own, measure, measure)
-        if no_certificate(oracle.like.problem):  # y is no stationary point of a smooth g
+        if not inner_problem(oracle.like.problem).offers >= _SMOOTH:  # y is no stationary point of a smooth g
             value = problem.f(x, found.estimate.y).detach()
             measure = float(algorithm.stationarity(oracle, state, found))
             return Look(problem, replace(found.estimate, value=value), measure, measure)

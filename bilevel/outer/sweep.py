@@ -19,7 +19,7 @@ from bilevel._problem import Split
 from bilevel._result import Status
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.engine.direction import rows_of_outer_gradients
-from bilevel.algorithms.engine.steps import row_of
+from bilevel.algorithms.engine.rows import row_of
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Oracle
 from bilevel.outer.trial import Trial

@@ -30,14 +30,6 @@ class Reduced(NamedTuple):
     memory: Any
 
 
-class AbstractRows(abc.ABC):
-    """A memory of several runs side by side that has them along another axis than the first."""
-
-    @abc.abstractmethod
-    def of_run(self, k: int) -> Any:
-        """That of run k."""
-
-
 class AbstractReduction(AbstractPortable, abc.ABC):
     """A map (direction, point, memory) -> (direction, memory) that modifies none of its arguments."""
 

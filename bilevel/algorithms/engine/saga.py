@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, Pieces
-from bilevel.algorithms.engine.reduction import AbstractReduction, AbstractRows, Reduced
+from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
+from bilevel.algorithms.engine.rows import AbstractRows
 from bilevel.algorithms.oracle import Block, Oracle
 from bilevel.requirements.properties import DoesNotApply
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
 import torch
@@ -14,7 +14,6 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import Report
 from bilevel.algorithms.engine.direction import AbstractDirection, Joint, residual_report
-from bilevel.algorithms.engine.reduction import AbstractRows
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import Property
@@ -44,19 +43,6 @@ class LoopState:
     memory: Any = None
     outer: OptimizerState | None = None
     inner: OptimizerState | None = None
-
-
-def row_of(state: Any, k: int) -> Any:
-    """Row k of several states side by side, in which every tensor has them along its first axis."""
-    if isinstance(state, Tensor):
-        return state[k] if state.dim() else state
-    if isinstance(state, dict):
-        return {name: row_of(value, k) for name, value in state.items()}
-    if isinstance(state, AbstractRows):
-        return state.of_run(k)
-    if is_dataclass(state) and not isinstance(state, type):
-        return replace(state, **{part.name: row_of(getattr(state, part.name), k) for part in fields(state)})
-    return state
 
 
 def required(direction: AbstractDirection) -> frozenset[Property]:

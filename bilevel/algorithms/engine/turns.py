@@ -178,7 +178,9 @@ class Turns(AbstractAlgorithm[LoopState]):
         call = f"error_bound({type(self).__name__}(...))"
         if isinstance(self.inner_step, AbstractOptimizer):
             raise ValueError(f"no bound is known for `{call}` with an optimizer as `inner_step`. Give a number.")
-        factor = 1.0 if self.schedule is None else self.schedule(0)
+        factor, length = 1.0 if self.schedule is None else self.schedule(0), lengths(self.inner_step, self.linear_step)
+        if isinstance(self.inner_step, Tensor) or isinstance(length, Tensor):
+            raise ValueError(f"no bound is known for `{call}` with several runs side by side.")
         at = gradient_descent(
             about.constants, step=factor * self.inner_step, steps=self.inner_steps, distance=about.distance
         )
@@ -186,7 +188,7 @@ class Turns(AbstractAlgorithm[LoopState]):
             return replace(about, distance=at)
         mu, L_fyy, M_yy = known(call, about.constants, "mu", "L_fyy", "M_yy", within=about.distance)
         s = (L_fyy + M_yy * about.outer_gradient_norm / mu) * at / mu
-        eta = factor * number(self.inner_step, self.linear_step)
+        eta = factor * length
         decay = neumann(about.constants, step=eta, terms=self.linear_steps)
         return replace(about, distance=at, linear_distance=decay * (linear_distance(about) + s) + s)
 
