@@ -34,6 +34,7 @@ from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
+    SABA,
     SOBA,
     AbstractAlgorithm,
     Descent,
@@ -724,8 +725,10 @@ def test_one_hypergradient_starts_at_init_too() -> None:
 
 CHECKED: dict[str, tuple[AbstractAlgorithm[Any], int]] = {
     "soba": (SINGLE_LOOP, 600),
+    "saba": (SABA(0.5, 0.02), 600),
     "descent": (Descent(AID_CG, GradientDescent(0.2)), 60),
 }
+PER_SAMPLE = {"soba": 4, "saba": 4}
 
 
 @pytest.mark.parametrize(
@@ -733,7 +736,9 @@ CHECKED: dict[str, tuple[AbstractAlgorithm[Any], int]] = {
     [
         pytest.param(check, id=f"{name}-{part}")
         for name, (algorithm, steps) in CHECKED.items()
-        for part, check in algorithm_checks(algorithm, max_steps=steps)
+        for part, check in algorithm_checks(
+            algorithm, max_steps=steps, whole=name == "saba", calls=PER_SAMPLE.get(name)
+        )
     ],
 )
 def test_algorithms_pass_the_kit(check: Callable[[], None]) -> None:
@@ -776,6 +781,11 @@ class Wrong(AbstractAlgorithm[Any]):
         after = SINGLE_LOOP.step(oracle, state, found)
         if self.wrong == "in place state":
             state.x.add_(0.1)
+        if self.wrong == "heeds the number of blocks":
+            late = oracle.block("g").samples == 7 and oracle.step > 2
+            return type(after)(after.x, 0.9 * after.y if late else after.y, after.v)
+        if self.wrong == "one call more":
+            oracle.problem().tally.gradients += 1
         if self.wrong == "memory of its own":
             self.memory.append(1)
             return type(after)(after.x, after.y * 0.9 ** (len(self.memory) % 5), after.v)
@@ -796,8 +806,10 @@ class Wrong(AbstractAlgorithm[Any]):
         ("memory of its own", "same bits: found|one state, one step"),
         ("hides NaN", "NaN is reported: found the status steps_used_up"),
         ("counts nothing", "counts: found"),
+        ("heeds the number of blocks", "one block: x: found"),
+        ("one call more", "calls by sample: found 15 for 3 samples, expected 4"),
     ],
 )
 def test_a_wrong_algorithm_is_caught_by_name(wrong: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        check_algorithm(Wrong(wrong, []), exact=False)
+        check_algorithm(Wrong(wrong, []), exact=False, calls=4)

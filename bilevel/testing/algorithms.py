@@ -17,6 +17,7 @@ from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Stats, Status
 from bilevel._tree import tree_leaves
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.finite_sum import FiniteSum, Order
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, COUNT
@@ -30,36 +31,52 @@ from bilevel.testing.properties import close
 Algorithm = AbstractAlgorithm[Any]
 
 
-@checked(max_steps=COUNT, tol=AT_LEAST_0)
+@checked(max_steps=COUNT, tol=AT_LEAST_0, calls=COUNT)
 def check_algorithm(
-    algorithm: Algorithm, *, exact: bool = True, max_steps: int = 2000, tol: float = 1e-4, whole: bool = False
+    algorithm: Algorithm,
+    *,
+    exact: bool = True,
+    max_steps: int = 2000,
+    tol: float = 1e-4,
+    whole: bool = False,
+    calls: int | None = None,
 ) -> None:
     """Assert that `minimize(algorithm=...)` works as promised: same bits, resumable at any step, honest about NaN.
 
     Its problem is a quadratic with p = 3, q = 4, eigenvalues of d2g/dy2 from 0.5 to 1 and of d2Phi/dx2 from 1.6 to 5.2,
-    and the same with shifted targets for batches.
+    and the same with shifted targets for batches: as a loader, and as a finite sum whose last block is smaller. On a
+    finite sum in one block the algorithm must be what it is on the whole data.
 
     Args:
         algorithm: with step lengths for that problem, such as 0.5 for y and 0.02 for x.
         exact: whether it converges to the minimizer of Phi on the whole data, in `max_steps`.
         max_steps: of that run.
         tol: of its distance from the minimizer, relative to max(1, |x*|).
-        whole: whether it needs the whole data, so that it is given no batches.
+        whole: whether it needs the whole data, so that it is given no loaders, but finite sums alone.
+        calls: how many oracle calls a step takes for each sample of a batch, as `Stats.sample_calls` counts them, where
+            they are the same at every step; None: that is not compared.
 
     Raises:
         AssertionError: naming the failed property, what was found and what was expected.
 
     Example:
         >>> from bilevel.algorithms import SOBA
-        >>> check_algorithm(SOBA(inner_step=0.5, outer_step=0.03), max_steps=600)
+        >>> check_algorithm(SOBA(inner_step=0.5, outer_step=0.03), max_steps=600, calls=4)
     """
-    for _, check in algorithm_checks(algorithm, exact=exact, max_steps=max_steps, tol=tol, whole=whole):
+    checks = algorithm_checks(algorithm, exact=exact, max_steps=max_steps, tol=tol, whole=whole, calls=calls)
+    for _, check in checks:
         check()
 
 
-@checked(max_steps=COUNT, tol=AT_LEAST_0)
+@checked(max_steps=COUNT, tol=AT_LEAST_0, calls=COUNT)
 def algorithm_checks(
-    algorithm: Algorithm, *, exact: bool = True, max_steps: int = 2000, tol: float = 1e-4, whole: bool = False
+    algorithm: Algorithm,
+    *,
+    exact: bool = True,
+    max_steps: int = 2000,
+    tol: float = 1e-4,
+    whole: bool = False,
+    calls: int | None = None,
 ) -> list[tuple[str, Callable[[], None]]]:
     """The properties that `check_algorithm` asserts, by name, each a function without arguments.
 
@@ -78,7 +95,11 @@ def algorithm_checks(
         ("resumed at any step", partial(resumed_at_any_step, algorithm, None)),
         ("NaN is reported", partial(nan_is_reported, algorithm)),
         ("counts", partial(counts_add_up, algorithm)),
+        ("one block", partial(one_block_is_the_whole, algorithm)),
+        ("resumed on a finite sum", partial(resumed_at_any_step, algorithm, _sum(2))),
     ]
+    if calls is not None:
+        found.append(("calls by sample", partial(calls_by_sample, algorithm, calls)))
     if not whole:
         found.append(("resumed on batches", partial(resumed_at_any_step, algorithm, _batches())))
     if exact:
@@ -153,11 +174,35 @@ def counts_add_up(algorithm: Algorithm) -> None:
     assert total.outer_gradients + total.values > 0, f"counts: found {total}, expected evaluations of f."
 
 
+def one_block_is_the_whole(algorithm: Algorithm) -> None:
+    """On a finite sum in one block, and in its order "full", a run is that on all samples as one batch."""
+    known, data = _batched(), Split(f=_sum(2).f.tensors, g=_sum(2).g.tensors)
+    expected = _run(algorithm, known, data=data, max_steps=6)
+    for name, sums in (("one block", _sum(100)), ("order='full'", _sum(2, "full"))):
+        found = _run(algorithm, known, data=sums, max_steps=6)
+        for part, a, b in (("x", found.x, expected.x), ("y", found.y, expected.y)):
+            close(f"{name}: {part}", a, b, 1e-11, " That is what it is on the whole data.")
+
+
+def calls_by_sample(algorithm: Algorithm, calls: int) -> None:
+    """From one step to the next of a run on a finite sum, each sample of the batch is asked so many times."""
+    data, counts = _sum(3, samples=6), []
+    for steps in (3, 4):
+        counts.append(_run(algorithm, _batched(), data=data, max_steps=steps, evaluate_every=100).stats.sample_calls)
+    found, samples = counts[1] - counts[0], 3
+    assert found == calls * samples, f"calls by sample: found {found} for {samples} samples, expected {calls} for each."
+
+
 def converges(algorithm: Algorithm, max_steps: int, tol: float) -> None:
-    """On the whole data x tends to the minimizer of Phi."""
+    """On the whole data x tends to the minimizer of Phi, and the measure of stationarity to zero."""
     known = _quadratic()
     solution = _run(algorithm, known, max_steps=max_steps)
     close("convergence", solution.x, known.minimizer, tol, f" That is after {max_steps} steps.")
+    first, last = max(record.grad_norm for record in solution.history), solution.history[-1].grad_norm
+    assert last <= 100 * tol * first, (
+        f"convergence: found a measure of stationarity of {last:.3g} at the minimizer, expected at most"
+        f" {100 * tol * first:.3g}: it must vanish where the algorithm has arrived."
+    )
 
 
 @final
@@ -213,7 +258,8 @@ def _batched() -> Instance:
     """The same; batch b of f and of g moves their targets by b."""
     known = _quadratic()
     problem = BilevelProblem(
-        lambda x, y, b: known.problem.f(x, y) + b * y.sum(), lambda x, y, b: known.problem.g(x, y) + b * y.sum()
+        lambda x, y, b: known.problem.f(x, y) + b.mean() * y.sum(),
+        lambda x, y, b: known.problem.g(x, y) + b.mean() * y.sum(),
     )
     return Instance(problem, known.x0, known.y0)
 
@@ -221,6 +267,12 @@ def _batched() -> Instance:
 def _batches() -> Split:
     loader = [torch.tensor(0.1 * k, dtype=torch.float64, device="cpu") for k in (1, -2, 3, -1, 2)]
     return Split(f=loader, g=lambda index: torch.tensor(0.1 * (index * 7 % 5 - 2), dtype=torch.float64, device="cpu"))
+
+
+def _sum(batch_size: int, order: Order = "shuffle", samples: int = 7) -> Split:
+    """Such shifts as samples of finite sums: of seven the last block of two has one."""
+    shifts = torch.tensor([0.1 * k for k in (1, -2, 3, -1, 2, -3, 0)], dtype=torch.float64, device="cpu")[:samples]
+    return Split(f=FiniteSum(shifts, batch_size, order), g=FiniteSum(shifts.flip(0), batch_size, order, seed=1))
 
 
 def _equal(name: str, found: Solution, expected: Solution) -> None:
