@@ -11,7 +11,7 @@ from bilevel_strategies import normal
 from torch import Tensor
 
 from bilevel import ESJ, BilevelProblem, Estimate, Penalty, Start, Status, hypergradient, minimize
-from bilevel.solvers import LBFGS, GradientDescent, Iterate, Newton
+from bilevel.solvers import LBFGS, GradientDescent, Iterate, Newton, QuadraticProgram
 
 Y0 = torch.zeros(3)
 X = torch.tensor([0.7, -0.4])
@@ -85,6 +85,53 @@ def test_the_probe_is_not_counted_and_later_estimates_do_without() -> None:
     later = hypergradient(counted, X, Y0, estimator=penalty, start=Start(Y0, count=1))
     assert first.stats == later.stats and calls[0] == later.stats.gradients
     assert torch.equal(first.grad, later.grad)
+
+
+def far_apart(pull: float, offset: float = 0.0) -> BilevelProblem:
+    """Curvatures of g from 1e5 to 1e8, y* = (x, x); f pulls by `pull`. All in float32."""
+    h = torch.tensor([1.0, 1000.0], dtype=torch.float32)
+    return BilevelProblem(
+        lambda x, y: 1e5 * (pull * ((y - 1).square().sum() / 2 + x[0] * y[0]) + offset * x.square().sum()),
+        lambda x, y: 1e5 * (h * (y - x).square()).sum() / 2,
+    )
+
+
+STEPS = Iterate(GradientDescent(1e-8), 100)
+ENDS = [QuadraticProgram(), QuadraticProgram(1e-3), LBFGS(1e-3), LBFGS(1e3), LBFGS(0.0, 50), Newton(1e-3), STEPS]
+
+
+@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("inner", ENDS)
+def test_a_shift_of_y_that_rounding_takes_is_imprecise_whatever_the_solver(inner: Any, extrapolate: bool) -> None:
+    x, y0 = torch.tensor([1.764], dtype=torch.float32), torch.tensor([1.764, 1.764], dtype=torch.float32)
+    for w, count in ((1e6, 0), (1e12, 0), (1e12, 1)):
+        penalty = Penalty(inner, w, extrapolate)
+        found = hypergradient(far_apart(1.0), x, y0, estimator=penalty, start=Start(y0, count=count), throw=False)
+        assert float(found.grad) != pytest.approx(1e5 * (4 * 1.764 - 2), rel=0.05)
+        assert found.reports[-1].status is Status.imprecise
+        assert found.bias is not None and found.bias > 0.1 * abs(float(found.grad))
+
+
+@pytest.mark.parametrize("inner", ENDS)
+def test_where_f_hardly_pulls_at_y_nothing_is_lost_with_the_shift(inner: Any) -> None:
+    x, y0 = torch.tensor([1.764], dtype=torch.float32), torch.tensor([1.764, 1.764], dtype=torch.float32)
+    for pull in (0.0, 1e-5):
+        for count in (0, 1):
+            found = hypergradient(
+                far_apart(pull, 1.0), x, y0, estimator=Penalty(inner, 1e12), start=Start(y0, count=count)
+            )
+            assert float(found.grad) == pytest.approx(1e5 * (2 * 1.764 + pull * (4 * 1.764 - 2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("inner", [QuadraticProgram(), Iterate(GradientDescent(0.1), 500)])
+def test_a_weight_whose_shift_can_be_seen_is_precise_without_a_tolerance(inner: Any) -> None:
+    x, y0 = torch.tensor([1.764], dtype=torch.float32), torch.zeros(2, dtype=torch.float32)
+    h = torch.tensor([1.0, 10.0], dtype=torch.float32)
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum() / 2 + x[0] * y[0], lambda x, y: (h * (y - x).square()).sum() / 2
+    )
+    found = hypergradient(problem, x, y0, estimator=Penalty(inner, 1e3))
+    assert float(found.grad) == pytest.approx(4 * 1.764 - 2, rel=5e-3)
 
 
 def quartic(sign: float) -> BilevelProblem:
