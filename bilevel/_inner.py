@@ -15,7 +15,7 @@ from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
-from bilevel._numerics.spectrum import largest_eigenvalue
+from bilevel._numerics.spectrum import eigenvalue_ends
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
@@ -154,9 +154,13 @@ class Objective:
 
         The products are exact, or central differences of gradients where torch has no second derivative of g.
         """
+        return self.curvature_ends(y)[0]
+
+    def curvature_ends(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`largest_curvature`, and with the same products the least curvature that they see: `(*batch,)` each."""
         try:
             operator = self.hessian(y)[2]
-            return largest_eigenvalue(operator, y)
+            return eigenvalue_ends(operator, y)
         except NotImplementedError:
             step = torch.finfo(y.dtype).eps ** (1 / 3) * (1 + torch.linalg.vector_norm(y, dim=-1, keepdim=True))
 
@@ -165,7 +169,7 @@ class Objective:
             product: Tensor = (self.gradient(y + t * v) - self.gradient(y - t * v)) / (2 * t)
             return product
 
-        return largest_eigenvalue(LinearOperator(mv, y.shape[-1]), y)
+        return eigenvalue_ends(LinearOperator(mv, y.shape[-1]), y)
 
 
 class AbstractInnerSolver(AbstractPortable, abc.ABC):

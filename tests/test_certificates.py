@@ -1,10 +1,14 @@
-"""No certificate is below the true error; certificates are not much above it; they say what they rest on."""
+"""No certificate is below the true error; certificates are not much above it; they say what they rest on.
+
+`CERTIFICATE_PROBLEMS=185 pytest tests/test_certificates.py` certifies some 20,000 cases; a third of them by default.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import os
 import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -45,8 +49,8 @@ from bilevel.problems.logistic import logistic
 from bilevel.problems.quadratic import quadratic, random_quadratic
 from bilevel.solvers import CG, LBFGS, Dense, GradientDescent, Iterate, Neumann, Newton, Nystrom
 
-EXAMPLES, YS, VS = 185, 9, 8
-LEAST = 20_000  # cases that must have been certified
+EXAMPLES, YS, VS = int(os.environ.get("CERTIFICATE_PROBLEMS", "62")), 9, 8
+LEAST, EACH = (20_000, 500) if EXAMPLES >= 185 else (90 * EXAMPLES, 2 * EXAMPLES)  # cases that must be certified
 CASES: Counter[str] = Counter()
 RATIOS: dict[str, list[float]] = {}
 
@@ -171,7 +175,7 @@ def certified() -> None:
 @pytest.mark.usefixtures("certified")
 def test_no_certificate_is_below_the_error() -> None:
     for kind in ("quadratic", "logistic", "cleaning", "curved", "double-well"):
-        assert sum(n for name, n in CASES.items() if name.startswith(kind)) >= 500, CASES
+        assert sum(n for name, n in CASES.items() if name.startswith(kind)) >= EACH, CASES
     total = sum(CASES.values()) - CASES["not applicable"]
     assert total >= LEAST, CASES
 
@@ -183,7 +187,7 @@ def test_the_median_certificate_is_a_small_multiple_of_the_error(name: str, most
 
     Such errors are those that the bound is worst at: its ratio to them grows like kappa.
     """
-    assert len(RATIOS[name]) >= 50
+    assert len(RATIOS[name]) >= min(50, EXAMPLES // 4)
     assert statistics.median(RATIOS[name]) <= most
 
 

@@ -42,6 +42,21 @@ def largest_eigenvalue(
         >>> round(float(largest_eigenvalue(LinearOperator(lambda v: v @ A, 3), torch.zeros(3))), 4)
         5.0
     """
+    return eigenvalue_ends(operator, like, overshoot=overshoot, failure=failure, seed=seed)[0]
+
+
+def eigenvalue_ends(
+    operator: LinearOperator, like: Tensor, *, overshoot: float = 0.1, failure: float = 0.01, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """:func:`largest_eigenvalue`, and the least Ritz value of the same steps, which is above lambda_min of any A.
+
+    The latter is lambda_min after n steps, and of fewer what most vectors see of it.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
+        >>> [round(float(end), 4) for end in eigenvalue_ends(LinearOperator(lambda v: v @ A, 3), torch.zeros(3))]
+        [5.0, 1.0]
+    """
     n = like.shape[-1]
     eps, tiny = torch.finfo(like.dtype).eps, torch.finfo(like.dtype).tiny
     wanted = 0.5 * (1 + math.log(1.648 * math.sqrt(n) / failure) / math.sqrt(overshoot))
@@ -74,9 +89,9 @@ def largest_eigenvalue(
         basis.append(torch.where(alive.unsqueeze(-1), w / column, torch.zeros_like(w)))
     finite = tridiagonal.isfinite().all(-1).all(-1)
     safe = torch.where(finite[..., None, None], tridiagonal, torch.zeros_like(tridiagonal))
-    theta = torch.linalg.eigvalsh(safe)[..., -1]
-    bound = theta if steps == n else theta / (1 - overshoot)
-    return torch.where(finite, bound, torch.full_like(bound, math.nan)).to(like)
+    ritz = torch.linalg.eigvalsh(safe).masked_fill(~finite.unsqueeze(-1), math.nan)
+    theta = ritz[..., -1]
+    return (theta if steps == n else theta / (1 - overshoot)).to(like), ritz[..., 0].to(like)
 
 
 def least_eigenvalue(matrix: Tensor) -> Tensor:

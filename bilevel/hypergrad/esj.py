@@ -65,9 +65,10 @@ class ESJ(AbstractEstimator):
     rounding of y_N over r, and the tolerance of an adaptive inner solver over r, come on top.
     `Estimate.standard_error` reports the deviation, estimated from the sample. `Estimate.bias` is the rest, measured at
     the first estimate of a run by up to 4 inner solves on the other side of x, which `stats` does not count: half the
-    second difference over r, which sees the truncation as well as rounding and tolerances. A radius so short that
-    these are more than a tenth of the estimate is reported as `Status.imprecise`; so is an inner solver whose
-    solutions would make another estimate if they went on (up to 50 steps more, not counted).
+    second difference over r, which sees the truncation as well as rounding and tolerances, and what the solves would
+    change if they went on. A radius so short that these are more than a tenth of the estimate is reported as
+    `Status.imprecise`; so is an inner solver whose solutions would make another estimate if they went on (up to 50
+    steps more, not counted).
 
     Source: Sow, Ji, Liang, "On the convergence theory for Hessian-free bilevel algorithms", NeurIPS 2022, PZOBO.
 
@@ -172,7 +173,12 @@ class ESJ(AbstractEstimator):
                 [moved[0], back[0]],
             )
         size, short = size_of((h, fx, implicit), spread(moved, fy, u, c, radius)), radius < fitting(x)
-        distorted = max(unfinished / size if size > 0 else 0.0, distortion(x, u, radius))
+        undone = unfinished / size if size > 0 else math.inf if unfinished > 0 else 0.0
+        if self.inner.forgets_start and start.count == 0 and not bool((moved != 0).any()):
+            # No y moved though grad_y g did, within a tolerance, or at a maximum that no step leaves.
+            most, least = float(solved.residual.max()), float(solved.residual.min())
+            undone = math.inf if most > 2 * least else undone
+        distorted = max(undone, distortion(x, u, radius))
         told = verdict(noise, measured, size, distorted, short, self.radius is not None)
         reports = (report("inner solver", solved), told, *kinks)
         return FlatEstimate(
@@ -181,7 +187,7 @@ class ESJ(AbstractEstimator):
             y,
             reports,
             standard_error=self._error(samples, implicit),
-            bias=None if measured is None else measured + noise,
+            bias=None if measured is None else measured + noise + unfinished,
         )
 
     def _kink(

@@ -24,6 +24,7 @@ from bilevel.hypergrad.radius import DIGIT, refined
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
+_UNSOLVED = 0.02  # of the first differences: by how much going on with the solves may change what others are tested by
 _REFINED = 8  # of the coordinates: whether y follows x there is looked at in the first estimate of a run
 
 
@@ -35,7 +36,7 @@ class FiniteDifference(AbstractEstimator):
     Where the slopes to both sides differ, and keep differing at another distance, Phi has a kink, of which central
     differences make a mean: `Status.one_sided`. That is looked at in the first estimate of a run, and costs two inner
     solves more for each coordinate that gives reason to, which are not counted; so is, along up to 8 coordinates,
-    whether they are others where the solves go on for up to 50 steps: `Status.imprecise`.
+    whether they are others, by a fiftieth, where the solves go on for up to 50 steps: `Status.imprecise`.
 
     Cost: 2p + 1 inner solves, 2p + 1 values of f. No derivative of f or g beyond what the inner solver takes.
 
@@ -117,11 +118,11 @@ class FiniteDifference(AbstractEstimator):
             distortion = max(distortion, abs(float(high - low) / (2 * t) - 1))
             noise = math.hypot(noise, eps * abs(float(value)) / t)
         # Near a stationary x the relative error grows at any step: only a step below a sensible one is blamed for it.
-        if start.count == 0:
-            distortion = max(distortion, self._unresolved(problem, x, moved, moves))
+        unsolved = self._unresolved(problem, x, moved, moves) if start.count == 0 else 0.0
         lost = step < eps**0.5 and not noise <= DIGIT * float(torch.linalg.vector_norm(h))
-        status = Status.imprecise if lost or not distortion <= DIGIT else Status.successful
-        reports: tuple[Report, ...] = (first, _worst(moves), Report("step", status, max(distortion, noise), 0))
+        precise = distortion <= DIGIT and unsolved <= _UNSOLVED and not lost
+        status, left = Status.successful if precise else Status.imprecise, max(distortion, noise, unsolved)
+        reports: tuple[Report, ...] = (first, _worst(moves), Report("step", status, left, 0))
         if kinks:
             reports += (Report("slopes of Phi", Status.one_sided, max(kinks), 0),)
         return FlatEstimate(h, value, y, reports)

@@ -45,9 +45,10 @@ class Penalty(AbstractEstimator):
 
     The bias is estimated from the gradients at hand: h_w is the implicit gradient with a = w [grad_y g(y*) -
     grad_y g(y_w)] in the place of b = grad_y f(y*), and a - b is the residual of a linear system. At the first estimate
-    of a run what becomes of it is measured, by one inner solve more. `Status.imprecise` says that rounding, or the
-    tolerance of the inner solver, times w is more than a tenth of h (more than `accuracy`, where there is one), and
-    `Status.negative_curvature` that y is no minimum of g: g falls from y to y_w.
+    of a run what becomes of it is measured, by an inner solve and two gradients of g more. `Status.imprecise` says that
+    rounding, or what the inner solver left, times w is more than a tenth of h (more than `accuracy`, where there is
+    one), and `Status.negative_curvature` that y is no minimum of g: g falls from y to y_w. Of a solver that takes the
+    steps which were asked for, and has no tolerance, rounding alone is held against h.
 
     Source: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023.
 
@@ -138,7 +139,7 @@ class Penalty(AbstractEstimator):
         penalized = None if self.extrapolate else (points[0][1].y, self.weight)
         error = PenaltyError()
         if y.gx is not None and bool(h.isfinite().all()):  # else y does not move with x, or other reports say why
-            error = error_of(problem, x, y, points, h, self.inner if start.count == 0 else None)
+            error = error_of(problem, x, y, points, h, self.inner, start.count == 0)
         reports.append(self._verdict(error))
         bias = error.bias + error.noise + error.inexact
         return FlatEstimate(h, y.f, y.y, tuple(reports), penalized=penalized, bias=bias)
@@ -166,7 +167,8 @@ class Penalty(AbstractEstimator):
 
     def _verdict(self, error: PenaltyError) -> Report:
         """What the error means: as a part of the larger of the two parts of h."""
-        noise = error.noise + (0.0 if self.inner.tolerance is None else error.inexact)
+        solves = self.inner.forgets_start or self.inner.tolerance is not None  # else steps were asked for
+        noise = error.noise + (error.inexact if solves else error.rounded)
         share = 1 / error.size if error.size > 0 else math.inf if error.inexact > 0 else 0.0
         status = Status.successful
         if error.descends:

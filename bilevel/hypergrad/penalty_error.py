@@ -22,6 +22,8 @@ _LEAST = 1e-6  # of |b|: what a residual is taken for at least, so that the prob
 _ABOVE = 1e3  # times its tolerance: the gradient that a probe is to follow
 _SETTLED = 1e-4  # of v: near a stationary x the implicit gradient cancels, though v is as accurate as ever
 _FEW = 4.0  # rounding units of a gradient
+_CLEAR = 30.0  # times what rounding of y makes of a gradient: what a probe is to move it by
+_CANCELS = 1e-2  # of a: a residual that what it becomes in h is small beside, where nothing cancels
 
 
 @final
@@ -95,7 +97,9 @@ class PenaltyError:
     Attributes:
         bias: of the weight: an estimate of |h_w - h|.
         noise: of rounding, times the weight.
-        inexact: of the residuals of the inner solutions, times the weight.
+        inexact: of the residuals of the inner solutions, times the weight; infinite where y_w is y to the last digit
+            though f pulls, and nothing tells what was lost.
+        rounded: the part of `inexact` that is rounding of y, where a solver was asked for steps and no more.
         size: what they are compared with: the largest of |h|, |grad_x f| and |h - grad_x f|.
         settled: whether v is accurate, so that errors above `size` mean that the two parts cancel.
         descends: whether g falls from y to some y_w, or bends down in between: y is no minimum of it.
@@ -104,6 +108,7 @@ class PenaltyError:
     bias: float = 0.0
     noise: float = 0.0
     inexact: float = 0.0
+    rounded: float = 0.0
     size: float = 0.0
     settled: bool = True
     descends: bool = False
@@ -134,9 +139,10 @@ def error_of(
     y: Point,
     points: Sequence[tuple[float, Point]],
     h: Tensor,
-    probe: AbstractInnerSolver | None,
+    inner: AbstractInnerSolver,
+    first: bool,
 ) -> PenaltyError:
-    """The error of h_w, or of 2 h_2w - h_w, from what is at hand, and with `probe` from one more inner solve.
+    """The error of h_w, or of 2 h_2w - h_w, from what is at hand, and at the first estimate from one more inner solve.
 
     The estimate has the implicit gradient's form with a in the place of b = grad_y f(y). Its error is therefore that of
     a residual r = a - b, J'r, beside that of grad_x f at y_w. How much J' makes of r is estimated by what it makes of a
@@ -144,13 +150,18 @@ def error_of(
     by. That one starts a little off y, and does not come back where y is no minimum. What is left out is what third
     derivatives of g do at this w: with two weights, |h_2w - h_w|^2 / |h|.
 
+    A part of r is rounding of y, whose shift to y_w is |v| / w. What that becomes in h is at most what moving every
+    entry of y by its last digit makes of w grad_x g, a gradient more. Where nothing is left of the shift there is no v,
+    and the solve that measures J' is made at later estimates as well.
+
     Args:
         problem: where nothing is counted.
         x: the outer variable.
         y: the inner solution.
         points: (w, y_w), for one weight or for w and 2w.
         h: the estimate.
-        probe: minimizes g + <r, y> / w.
+        inner: minimizes g + <r, y> / w.
+        first: whether the estimate is the first of a run.
     """
     rows, eps = y.y.shape[:-1].numel(), torch.finfo(x.dtype).eps
     whole, two, top = Difference(y, points), len(points) == 2, points[-1][0]
@@ -172,25 +183,34 @@ def error_of(
     moved = (2 * points[1][1].fx - points[0][1].fx if two else points[0][1].fx) - y.fx
     bias, off = _size(moved) + gain * shifted, stretch * lost
     down = any(descends(y, y_w) for _, y_w in points)
-    if probe is not None and norm_b > 0 and math.isfinite(lost) and not down:
-        w = top * max(lost / norm_b, _LEAST)
-        if probe.tolerance is not None:  # it must move y by more than what is not looked at
-            w = min(w, max(lost, _LEAST * norm_b) / (_ABOVE * probe.tolerance))
-        reach = safe_row_norms(points[-1][1].y - y.y).unsqueeze(-1) / math.sqrt(y.y.shape[-1])
+    rounded = 0.0
+    if (first or size_v == 0) and norm_b > 0 and math.isfinite(lost) and not down:
         quiet = problem.with_tally(Tally())
+        signs = _random_signs(y.y)
+        _, beside_x, beside_y = inner_gradients(quiet, x, y.y * (1 + eps * signs))
+        assert beside_x is not None and y.gx is not None
+        rounded, unit = factor * top / rows * _size(beside_x - y.gx), _size(beside_y - y.gy)
+        least = max(lost, _LEAST * norm_b)
+        w = top * least / norm_b
+        # It must move y by more than what is not looked at, and than what is lost.
+        for unseen in (_ABOVE * (inner.tolerance or 0.0), _CLEAR * unit):
+            w = min(w, least / unseen) if unseen > 0 else w
+        reach = safe_row_norms(points[-1][1].y - y.y).unsqueeze(-1) / math.sqrt(y.y.shape[-1])
         tilted = Objective(lambda z: quiet.g(x, z) + row_dots(r, z) / w, quiet.tally)
-        solved = probe.solve(tilted, _random_signs(y.y).mul_(reach).add_(y.y))
+        solved = inner.solve(tilted, signs.mul_(reach).add_(y.y))
         at = Point(solved.value, *inner_gradients(quiet, x, solved.value), y.f, y.fx, y.fy)  # of f nothing is asked
         down = descends(y, at)
         refined = Difference(y, [(w, at)])
         bias, off = _size(moved + refined.image()), max(off, _size(refined.v()))
-        gain = max(gain, _over(_size(refined.image()), _size(refined.a())))
+        gain, size_a = max(gain, _over(_size(refined.image()), _size(refined.a()))), max(size_a, _size(refined.a()))
     size = max(_size(h), _size(y.fx), implicit)
     bias += _over(between, implicit) * between
     assert y.gx is not None
     digits = max(_over(_size(y.y), _size(y_w.y - y.y)) for _, y_w in points)
     noise = eps * (factor * _FEW * top * _size(y.gx) / rows + digits * implicit)
-    return PenaltyError(bias, noise, gain * inexact, size, off < _SETTLED * size_v, down)
+    unsolved = gain * inexact if size_a > 0 or inexact == 0 else math.inf
+    settled = off < _SETTLED * size_v and inexact <= _CANCELS * size_a
+    return PenaltyError(bias, noise, unsolved, min(unsolved, rounded), size, settled, down)
 
 
 def _times(count: int, gradient: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: 
 
     A solver whose tolerance is large beside what moving x makes of grad_y g stops where it begins, in some directions
     or in all, and the differences of such y say nothing: how they change here tells. None: there is nothing to change,
-    as the solver has no tolerance or y is not to make grad_y g zero.
+    as the solver takes the steps that were asked for, or y is not to make grad_y g zero.
 
     Args:
         problem: the problem in vectors.
@@ -80,7 +80,8 @@ def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: 
         residual: the largest that was left at any of them.
         inner: the inner solver.
     """
-    if inner.tolerance is None or not residual > 0:
+    solves = inner.forgets_start or inner.tolerance is not None
+    if not solves or not residual > 0:
         return None
     objective = inner_objective(problem, x)
     finer = inner.with_tolerance(math.ulp(0.0))  # 0 would be no tolerance at all

@@ -115,7 +115,7 @@ def esj(s: Setting) -> AbstractEstimator:
     directions = min(s.x.shape[-1], _DIRECTIONS)
     # Differences of unfinished solves are those of the iteration: of gradient descent's, which is smooth in x.
     smooth = s.budget is not None and not s.features
-    inner = s.unrolled(directions + 1) if smooth else _as_posed(s, directions + 1)
+    inner = s.unrolled(directions + 1) if smooth else _as_posed(s, directions + 1, over=s.rounding ** (1 / 3))
     return ESJ(inner, directions=directions, distribution="orthonormal")
 
 
@@ -142,14 +142,14 @@ def finite_difference(s: Setting) -> AbstractEstimator:
     """`FiniteDifference`: an inner solve at x, and two along each coordinate."""
     from bilevel.hypergrad.finite_difference import FiniteDifference
 
-    inner = _as_posed(s, per_step=2 * s.x.shape[-1] + 1)
+    inner = _as_posed(s, per_step=2 * s.x.shape[-1] + 1, over=s.rounding**0.25)
     # The tolerance of y comes over the step, so that accurate solves want one above that for rounding alone; those of
     # a budget take the same steps at both ends, and None is the step for rounding.
     step = None if s.budget is not None else s.rounding**0.25
     return FiniteDifference(inner, step=step)
 
 
-def _as_posed(s: Setting, per_step: int) -> AbstractInnerSolver:
+def _as_posed(s: Setting, per_step: int, over: float = 1.0) -> AbstractInnerSolver:
     """For estimators that see Phi by values: y*(x), or what the steps make of a start that depends on x."""
     from_start = s.problem.problem.init is not None and not s.features
-    return s.unrolled(per_step) if from_start else s.inner(per_step)
+    return s.unrolled(per_step) if from_start else s.inner(per_step, over)

@@ -36,6 +36,10 @@ class BudgetError(ValueError):
     """A budget in which an estimator cannot take one step."""
 
 
+_BENIGN = 100.0  # condition numbers up to which what a tolerance leaves of y is alike at both ends of a difference
+_FLOOR = 16.0  # rounding units of L |y|: what gradients are brought down to at most
+_NEWTON = 20  # steps, each of which doubles the digits; rounding ends them sooner
+
 _LONGER = 1e-2  # of the size of x: a move over which a smooth gradient still changes about as it does nearby
 _JUMPS = 100.0  # times that: not smooth
 
@@ -115,12 +119,22 @@ class Setting:
             return 0.0
         return double if self.double else single
 
-    def inner(self, per_step: int = 1) -> AbstractInnerSolver:
+    def inner(self, per_step: int = 1, over: float = 1.0) -> AbstractInnerSolver:
         """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
         One for constraints takes its own steps, some tens of systems in y, whatever the budget.
+
+        A residual r leaves |y - y*| <= r / mu. Where the condition number of H, as seen by some 14 products with it at
+        the start, is so large that the tolerance of :meth:`inner_tol` leaves more than 1e-4 of |y| (float32: 5e-3),
+        y is solved for to less, by `Newton` where L-BFGS does not get there, and as far as rounding lets it.
+
+        Args:
+            per_step: how many gradients and products of g an inner step brings with it.
+            over: of estimators that take differences of y, their length: its error is divided by that.
         """
+        from bilevel.named.solved_on import SolvedOn
         from bilevel.solvers.lbfgs import LBFGS
+        from bilevel.solvers.newton import Newton
         from bilevel.solvers.quadratic_program import QuadraticProgram
 
         steps = self.steps(per_step)
@@ -128,8 +142,13 @@ class Setting:
             return QuadraticProgram()
         if self.features:
             return self._stepwise(steps, 0)
+        if steps is not None:
+            return LBFGS(tol=0.0, max_steps=steps)
         # 1000: accurate L-BFGS takes tens to hundreds of steps; what needs more is ill-posed, and is reported.
-        return LBFGS(tol=self.inner_tol(), max_steps=1000) if steps is None else LBFGS(tol=0.0, max_steps=steps)
+        tol = self.inner_tol()
+        aim = max(tol * self._conditioned(over), math.ulp(0.0))
+        solver = LBFGS(tol=aim, max_steps=1000)
+        return solver if aim == tol else SolvedOn(solver, Newton(tol=aim, max_steps=_NEWTON), tol)
 
     def unrolled(self, per_step: int = 1, min_steps: int = 0) -> AbstractInnerSolver:
         """For estimators that differentiate the iteration: gradient descent until y is as accurate as they need it.
@@ -182,16 +201,39 @@ class Setting:
         if Feature.own_steps in self.features:  # no gradient is made zero, and there may be none
             return torch.finfo(self.y0.dtype).tiny
         quiet = self.problem.with_tally(Tally())
-        scale, response, root = self._gradients(self.problem.start(self.x, self.y0).detach(), quiet)
+        y = self.problem.start(self.x, self.y0).detach()
+        scale, response, root = self._gradients(y, quiet, self._ends[0] if bool((y != 0).any()) else None)
         return self._rounded(response if scale <= root * response else scale)
 
-    def _gradients(self, y: Tensor, quiet: FlatProblem) -> tuple[float, float, float]:
+    def _conditioned(self, over: float) -> float:
+        """By how much less than its tolerance y is to be solved for: 1 where that is good enough, or none would be."""
+        usual, wanted = (1e-9, 1e-4) if self.double else (1e-4, 5e-3)
+        kappa = self._condition
+        if over * wanted >= usual * kappa / 2 or (over < 1 and kappa <= _BENIGN) or not kappa < 0.1 / self.rounding:
+            return 1.0
+        return min(max(over * wanted / kappa, _FLOOR * self.rounding) / usual, 1.0)
+
+    @cached_property
+    def _condition(self) -> float:
+        """The condition number of H at the start, as some 14 products see it; Inf where H is not positive definite."""
+        top, least = self._ends
+        found = float(torch.where(least > 0, top.double() / least.double(), math.inf).max())
+        return found if found >= 1 else math.inf
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The largest and the least curvature of g in y at the start, by some 14 products."""
+        quiet = self.problem.with_tally(Tally())
+        return inner_objective(quiet, self.x).curvature_ends(self.problem.start(self.x, self.y0).detach())
+
+    def _gradients(self, y: Tensor, quiet: FlatProblem, top: Tensor | None = None) -> tuple[float, float, float]:
         """The size of gradients of g near y: there, or L |y|; what x makes of it, moved by its size; and a step."""
         objective = inner_objective(quiet, self.x)
         gradient = objective.gradient(y)
         scale = safe_row_norms(gradient)
         if bool((y != 0).any()):
-            scale = scale.maximum(objective.largest_curvature(y).abs() * safe_row_norms(y))
+            top = objective.largest_curvature(y) if top is None else top
+            scale = scale.maximum(top.abs() * safe_row_norms(y))
         root = torch.finfo(y.dtype).eps ** 0.5
         signs = torch.randint(0, 2, self.x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         signs = signs.to(self.x) * 2 - 1
