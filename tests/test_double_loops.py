@@ -60,7 +60,7 @@ from bilevel.algorithms import (
 )
 from bilevel.algorithms.engine.direction import Drawn
 from bilevel.algorithms.engine.recursive import Past
-from bilevel.extending import AbstractData, AbstractDirection, Block, Joint
+from bilevel.extending import AbstractData, AbstractDirection, Block, Draws, Joint
 from bilevel.outer.batches import sources
 from bilevel.solvers import CG, LBFGS, Adam, Dense, GradientDescent, Iterate, TorchOptim
 from bilevel.testing import check_algorithm
@@ -139,7 +139,7 @@ def everywhere(at: Joint) -> Tensor:
 
 def oracle(data: Any, algorithm: Any = None, step: int = 0) -> Oracle:
     flat = FlatProblem(PROBLEM, ravel(X, "x")[1], ravel(Y, "y")[1])
-    return Oracle(flat, sources(data), *(() if algorithm is None else (algorithm.draws,)), step=step)
+    return Oracle(flat, sources(data), Draws() if algorithm is None else algorithm.draws, step=step)
 
 
 def point(seed: int) -> Joint:
@@ -176,6 +176,18 @@ class Scripted(AbstractData):
         return self.of.whole()
 
 
+@final
+@dataclass(frozen=True)
+class Always:
+    """A coin that falls on one number."""
+
+    number: int
+
+    def __call__(self, seed: int, below: int) -> int:
+        assert 0 <= self.number < below
+        return self.number
+
+
 def sequences(direction: AbstractDirection) -> list[Oracle]:
     """An oracle for every sequence of blocks that a direction may be formed from."""
     f, g = split().f, split().g
@@ -203,7 +215,7 @@ def test_a_random_term_over_all_numbers_and_sequences_of_blocks_has_the_mean_of_
     at, direction, found = point(1), RandomizedNeumann(3, 0.4), []
     for k in range(3):
         for each in sequences(direction):
-            drawn = Drawn.batches(each)._replace(chance=lambda seed, n, k=k: k)
+            drawn = Drawn.batches(each)._replace(chance=Always(k))
             found.append(direction.joint(drawn, at)[0])
     close(mean(found), neumann(3, 0.4, at))
     close(direction.on_everything(oracle(split()), at)[0], neumann(3, 0.4, at))
@@ -686,7 +698,7 @@ def test_hoag_solves_as_accurately_as_its_schedule_says_and_arrives() -> None:
 
 
 def test_descents_refuse_settings_that_are_none() -> None:
-    for make, expected in (
+    refused: list[tuple[Callable[[], Any], str]] = [
         (lambda: aid_bio(0.0, 0.1), r"aid_bio\(inner_step="),
         (lambda: itd_bio(0.1, 0.1, 0), r"itd_bio\(inner_steps="),
         (lambda: accbio(2.0, 1.0, 0.1), r"accbio\(mu=...\)` must be at most L=1"),
