@@ -707,7 +707,8 @@ def test_descents_refuse_settings_that_are_none() -> None:
             lambda: hoag(LBFGS(), Dense(), 0.1),
             r"hoag\(linear=...\)` must be a solver that takes a tolerance",
         ),
-    ):
+    ]
+    for make, expected in refused:
         with pytest.raises(ValueError, match=expected):
             make()
 
