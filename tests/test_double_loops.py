@@ -120,8 +120,7 @@ G, F = Parts(OF_G), Parts(OF_F)
 def series(terms: int, step: float, fy: Tensor) -> Tensor:
     """step sum_{k < terms} (I - step H)^k fy."""
     factor = torch.eye(Q).double() - step * G.H
-    found = sum(torch.linalg.matrix_power(factor, k) @ fy for k in range(terms))
-    assert isinstance(found, Tensor)
+    found: Tensor = torch.stack([torch.linalg.matrix_power(factor, k) @ fy for k in range(terms)]).sum(0)
     return step * found
 
 
