@@ -33,7 +33,7 @@ from bilevel._optimizer import (
 )
 from bilevel._result import Report as Report, Solved as Solved, Status as Status, Tally as Tally, report as report
 from bilevel.algorithms.algorithm import AbstractAlgorithm as AbstractAlgorithm, Evaluated as Evaluated
-from bilevel.algorithms.engine.direction import AbstractDirection as AbstractDirection, Joint as Joint
+from bilevel.algorithms.engine.direction import AbstractDirection as AbstractDirection, Drawn as Drawn, Joint as Joint
 from bilevel.algorithms.engine.preset import AbstractPreset as AbstractPreset
 from bilevel.algorithms.engine.reduction import AbstractReduction as AbstractReduction, Reduced as Reduced
 from bilevel.algorithms.oracle import AbstractData as AbstractData, Block as Block, Draws as Draws, Oracle as Oracle

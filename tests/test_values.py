@@ -110,6 +110,7 @@ def public_classes() -> dict[str, Any]:
 PUBLIC = public_classes()
 # What lives within one call, between the parts of an estimate, and holds functions made there.
 WITHIN_A_CALL = {"Linearization", "Objective", "Oracle", "Move", "Told", "Evaluated", "LinearOperator", "Setting"}
+WITHIN_A_CALL |= {"Drawn"}
 
 
 def build_problem(name: str) -> Any:

@@ -350,6 +350,8 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Tree": lambda: X,
     "Any": lambda: X,
     "Step": lambda: 0.1,
+    "Step | AbstractMinimizer": lambda: 0.1,
+    "AbstractRequiring": lambda: AID(LBFGS(), CG()),
     "AbstractDirection": lambda: bilevel.algorithms.Coupled(),
     "AbstractReduction": lambda: bilevel.algorithms.Plain(),
     "Tensor": lambda: X,

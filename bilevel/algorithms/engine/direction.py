@@ -117,12 +117,13 @@ class Drawn(NamedTuple):
 
 
 class AbstractDirection(AbstractPortable, abc.ABC):
-    """(D_y, D_v, D_x) or (D_y, D_x) at a point, from batches or from all the data."""
+    """(D_y, D_v, D_x) or (D_y, D_x) at a point, from batches or from all the data.
 
-    @property
-    @abc.abstractmethod
-    def products(self) -> AbstractProducts:
-        """How it forms products with second derivatives."""
+    Attributes:
+        products: how it forms products with second derivatives.
+    """
+
+    products: AbstractProducts
 
     @property
     @abc.abstractmethod

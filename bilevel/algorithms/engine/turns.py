@@ -124,12 +124,13 @@ class Turns(AbstractAlgorithm[LoopState]):
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
         at = Joint(x, y, self.direction.linear_start(y))
-        memory = self.reduction.init(oracle, _OuterPart(self.direction, *self._first), at)
+        memory = self.reduction.init(oracle, _OuterPart(self.direction, self.direction.products, *self._first), at)
         return LoopState(*at, memory, begun(self.outer_step, x), begun(self.inner_step, y))
 
     def evaluate(self, oracle: Oracle, state: LoopState) -> Evaluated:
         x, y, v, inner = state.x, state.y, state.v, state.inner
         rho = 1.0 if self.schedule is None else self.schedule(oracle.step)
+        d_y = y  # at least one step follows
         for k in range(self.inner_steps):
             d_y = oracle.block("g", k).scale * rows_of_inner_gradients(oracle.problem(0, k), x, y)
             y, inner = moved(self.inner_step, rho, d_y, y, inner)
@@ -143,7 +144,8 @@ class Turns(AbstractAlgorithm[LoopState]):
                 length = lengths(self.inner_step, self.linear_step)
                 v = within(self.linear_radius, along(v, d_v, rho, length))
         at = Joint(x, y, v)
-        part = _OuterPart(self.direction, *self._first, None if self.apart or known is None else (y, known))
+        there = None if self.apart or known is None else (y, known)
+        part = _OuterPart(self.direction, self.direction.products, *self._first, there)
         reduced = self.reduction.reduce(oracle, part, at, state.memory)
         d = Joint(reduced.joint.x, d_y, d_v)
         estimate = FlatEstimate(d.x, reduced.value, y, reports(d), v)
@@ -212,19 +214,17 @@ class _OuterPart(AbstractDirection):
 
     Attributes:
         of: the direction.
+        products: its own.
         f: the number of its batch of f.
         g: that of its first one of g.
         known: a point y, and f with its gradients there.
     """
 
     of: AbstractDirection
+    products: AbstractProducts
     f: int
     g: int
     known: tuple[Tensor, Known] | None = None
-
-    @property
-    def products(self) -> AbstractProducts:
-        return self.of.products
 
     @property
     def draws(self) -> Draws:
