@@ -210,6 +210,23 @@ def bounds(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, 
     return lower, upper
 
 
+def corners(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, ...]:
+    """The two corners of the boxes of a constraint, where they are bounded, with the rest of x as it is; else nothing."""
+    if constraint is None:
+        return ()
+    pieces = [(slice(None), constraint)] if isinstance(constraint, AbstractSet) else _parts(constraint, x)
+    found = []
+    for side in (0, 1):
+        corner = like.clone()
+        for where, part in pieces:
+            if isinstance(part, Box):
+                bound = part.bounds(like[where])[side]
+                corner[where] = torch.where(bound.isfinite(), bound, corner[where])
+        if not torch.equal(corner, like):
+            found.append(corner)
+    return tuple(found)
+
+
 def _parts(constraint: Mapping[str, AbstractSet], x: Structure) -> list[tuple[Tensor, AbstractSet]]:
     if not isinstance(constraint, Mapping):
         raise TypeError(

@@ -25,15 +25,17 @@ _TURNS = 4  # of the power iteration for the curvature of Phi; its size matters,
 
 
 def inner_step(s: Setting) -> float:
-    """The step rho = 1 / L of y, L the largest eigenvalue of d2g/dy2 at the start, of the batches that are known.
+    """The step rho = 1 / L of y, L the largest eigenvalue of d2g/dy2 at y0, of the batches that are known.
 
-    Half of what would diverge on the worst of them.
+    At the first x, and where x is bounded by boxes at two corners of these: penalties that grow with x make g ever more
+    curved. Half of what would diverge on the worst of them.
     """
     largest = 0.0
     for problem in (s.problem, *s.others):
         quiet = problem.with_tally(Tally())
-        y0 = quiet.start(s.x, s.y0).detach()
-        largest = max(largest, float(inner_objective(quiet, s.x).largest_curvature(y0).abs().max()))
+        for x in (s.x, *s.corners):
+            found = float(inner_objective(quiet, x).largest_curvature(quiet.start(x, s.y0).detach()).abs().max())
+            largest = max(largest, found if math.isfinite(found) else 0.0)
     return 1 / largest if largest > 0 and math.isfinite(largest) else 1.0
 
 

@@ -60,6 +60,7 @@ class Setting:
         budget: how many gradients and products of g to spend; None: as many as accuracy takes.
         name: the name whose estimator is built, for messages.
         others: the problem on other batches of the data, where it is met on batches.
+        corners: how far x may go, where it is bounded.
 
     Attributes:
         asked: every `per_step` that was asked for. Where there is none, the builder did not heed the budget.
@@ -80,6 +81,7 @@ class Setting:
     budget: int | None = None
     name: str = "the estimator"
     others: tuple[FlatProblem, ...] = ()
+    corners: tuple[Tensor, ...] = ()
     asked: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from bilevel._numerics.transforms import demand_autograd
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import Tally
-from bilevel._sets import Constraint, bounds, region
+from bilevel._sets import Constraint, bounds, corners, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
@@ -258,7 +258,8 @@ def minimize(
         chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
     else:
         others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
-        setting = Setting(flat.with_tally(Tally()), x, y, others=others)
+        reach = corners(constraint, x_structure, x)
+        setting = Setting(flat.with_tally(Tally()), x, y, others=others, corners=reach)
         if algorithm == AUTO:
             choice = choose(setting, batches)
             chosen, note = choice.algorithm, choice.why
