@@ -19,12 +19,13 @@ from forks import ended, forked, wait_for
 
 from bilevel._files import write_atomically
 from bilevel.cli import main
-from bilevel.commands import few_shot as few_shot_module, lock as lock_module, outcome as outcome_module
+from bilevel.commands import few_shot as few_shot_module, outcome as outcome_module
 from bilevel.commands.contents import write_result
 from bilevel.commands.folder import Folder
-from bilevel.commands.lock import locked
 from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.commands.signals import received
+from bilevel.outer import lock as lock_module
+from bilevel.outer.lock import locked
 
 MINE = """
 import os, signal, sys, time
