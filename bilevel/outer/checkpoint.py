@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class Checkpoint:
     def demand(self, content: Mapping[str, Any], *names: str) -> None:
         """Refuse the checkpoint of another run; what the file does not tell is taken on trust.
 
+        Warns of what cannot be compared.
+
         Args:
             content: what was read.
             names: of the parts that are compared; none: all of them.
@@ -86,6 +89,12 @@ class Checkpoint:
                 f"the checkpoint {str(self.path)!r} is of a run with other settings:"
                 f" {'; '.join(changed[:_TOLD])}{more}. Resume it as it was begun, or begin another run, with another"
                 f' file, from its x and y; to go on all the same, say `resume="force"`.'
+            )
+        if self.made_of.unread and not names:
+            warnings.warn(
+                f"whether the checkpoint {str(self.path)!r} is of this very run was not compared for"
+                f" {', '.join(self.made_of.unread[:_TOLD])}{' and more' * (len(self.made_of.unread) > _TOLD)}.",
+                stacklevel=2,
             )
 
     def foreign(self, what: object) -> ValueError:
