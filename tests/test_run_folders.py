@@ -630,6 +630,11 @@ def test_a_checkpoint_of_the_wrong_types_is_told_in_one_line(
         {"status": "finishing", "computed": 3},
         {"status": "finishing", "steps": "a"},
         {"status": "unknown"},
+        {"status": "xx"},
+        {"seconds": -1},
+        {"seconds": 10**400},
+        {"settings": {"problem": "quadratic", "set": {}, "step": 10**400}},
+        {"settings": {"problem": "quadratic", "set": {}, "tol": -(10**400)}},
     ],
     ids=str,
 )

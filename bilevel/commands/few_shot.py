@@ -325,7 +325,7 @@ def _sound(folder: Folder, line: Mapping[str, Any]) -> bool:
         numbers = [line["elapsed"], line["value"], line["grad_norm"]]
         numbers += [] if line["validation"] is None else [line["validation"]["score"]]
         read = list(map(float, numbers)), Stats(**line["stats"]), Status[line["status"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{str(folder.history)!r} is damaged at step {line['step']}. `--overwrite` begins the run anew."
         ) from error

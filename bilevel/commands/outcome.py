@@ -90,7 +90,7 @@ def finish(request: Request, made: Plan, folder: Folder, before: Mapping[str, An
     computed, point = before.get("computed"), read_solution(folder)
     try:
         history = tuple(Record.from_dict(_numbers(line)) for line in read_history(folder))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return False
     if not isinstance(computed, dict) or point is None or not history or history[-1].step != before.get("steps"):
         return False

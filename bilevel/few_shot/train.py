@@ -205,5 +205,5 @@ def _earlier_seconds(kept_in: Saving | None) -> float:
         return 0.0  # `minimize` says so where there should be one
     try:
         return float(sum(record["seconds"] for record in read_checkpoint(kept_in.checkpoint)["history"]))
-    except ValueError:
+    except (ValueError, TypeError, LookupError, OverflowError):
         return 0.0  # as above

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.run import Run
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.sound import MISREAD, demand_alike, sound_records
 
 Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
 
@@ -195,11 +197,15 @@ class _Answers:
         if "evaluations" not in content:
             raise checkpoint.foreign("it holds a state, and this method runs its own loop")
         checkpoint.demand(content)
+        with checkpoint.intact(content):
+            records = sound_records(content["history"], content["step"])
+            if len(content["evaluations"]) != len(records):
+                raise ValueError(f"it has {len(records)} records and {len(content['evaluations'])} evaluations")
+            self.known = [
+                _sound_answer(plain, record, *self.start)
+                for plain, record in zip(content["evaluations"], records, strict=True)
+            ]
         saves.go_on_from(content)
-        self.known = [
-            _answer(plain, Record.from_dict(record))
-            for plain, record in zip(content["evaluations"], content["history"], strict=True)
-        ]
         if "random" in content:
             self.begun, self.go_on = content["begun"], content["random"]
             self.drawn = self.begun
@@ -219,6 +225,30 @@ def _plain(answer: _Answer) -> dict[str, Any]:
     reports = [(r.part, r.status.name, r.residual, r.steps, [s.name for s in r.statuses]) for r in found.reports]
     kept = {field.name: getattr(found, field.name) for field in fields(FlatEstimate)}
     return {**kept, "reports": reports, "at": answer.x}
+
+
+def _sound_answer(plain: Any, record: Record, x: Tensor, y: Tensor) -> _Answer:
+    """An answer from plain data.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    where = f"its evaluation of step {record.step}"
+    try:
+        if not isinstance(plain, dict):
+            raise TypeError("it is no dict")
+        for name, like in (("at", x), ("grad", x), ("y", y)):
+            demand_alike(plain[name], like, f"'{name}'")
+        if plain["v"] is not None:
+            demand_alike(plain["v"], y, "'v'")
+        if plain["at"].shape != x.shape or plain["grad"].shape != x.shape:
+            raise ValueError("'at' and 'grad' are no vectors")
+        answer = _answer(plain, record)
+        if math.isnan(record.value) == (float(answer.found.value) == record.value):
+            raise ValueError("its value is not that of its record")
+    except MISREAD as error:
+        raise ValueError(f"{where} makes no sense: {str(error).partition(chr(10))[0][:200]}") from error
+    return answer
 
 
 def _answer(plain: Mapping[str, Any], record: Record) -> _Answer:

@@ -19,7 +19,6 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.batches import positions, run_forward
 from bilevel.outer.best import Candidate, Keeper
-from bilevel.outer.checkpoint import unreadable
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.looks import BLOWN, Look, Looks, blown, is_finite
 from bilevel.outer.partial import attach
@@ -28,6 +27,7 @@ from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.sweep import Winner
 from bilevel.outer.trial import Trial
+from bilevel.outer.sound import MISREAD, demand_point, demand_state, sound_best, sound_records, suspect, unreadable
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
@@ -271,12 +271,13 @@ def _iterate(
         oracle = oracle.at(begun.steps)
     if rules.resume:
         assert rules.saves is not None
-        reached = _resumed(run, rules.saves, initial, algorithm.point(initial))
+        reached = _resumed(run, rules.saves, algorithm, initial)
         oracle = oracle.at(reached.step)
         tally.clear()
         tally.add(reached.calls)
         go_on(oracle, reached)
     solution: Solution | None = None
+    first_step = reached.step
     try:
         seconds = 0.0
         while True:
@@ -307,6 +308,8 @@ def _iterate(
     except NotSavedError as failure:
         raise run.not_saved(failure, solution) from failure.__cause__
     except BaseException as error:
+        if rules.saves is not None and rules.resume and reached.step <= first_step:
+            suspect(error, rules.saves.checkpoint.path)
         if solution is not None:
             attach(error, solution)
         else:  # the last whole step is kept; its record, if it has one, is written on resuming
@@ -458,37 +461,27 @@ def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initia
     )
 
 
-def _resumed(run: Run, saves: Saves, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
+def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial: Any) -> _Reached:
     """Where the checkpoint is; its records become those of the run."""
-    checkpoint = saves.checkpoint
-    try:
-        content = checkpoint.load(*point)
-        if "state" not in content:
-            raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
-        return _read(run, saves, content, initial)
-    except _DAMAGED as error:  # of an entry that is not what this library writes
-        raise ValueError(unreadable(checkpoint.path)) from error
-
-
-_DAMAGED = (AttributeError, TypeError, LookupError, RuntimeError, ArithmeticError)
-
-
-def _read(run: Run, saves: Saves, content: dict[str, Any], initial: Any) -> _Reached:
-    checkpoint = saves.checkpoint
+    checkpoint, start = saves.checkpoint, algorithm.point(initial)
+    content = checkpoint.load(*start)
+    if "state" not in content:
+        raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
     try:
         state = decoded(content["state"], initial)
     except ValueError as error:
         raise checkpoint.foreign(error) from error
+    except MISREAD as error:
+        raise ValueError(unreadable(checkpoint.path, "its state makes no sense")) from error
     checkpoint.demand(content)
+    with checkpoint.intact(content):
+        demand_state(state, initial, (len(start[0]), start[1].shape[-1]))
+        demand_point(algorithm.point(state), content, start)
+        kept = content.get("kept", content["step"])  # files of earlier versions have one record a step
+        run.history = sound_records(content["history"], content["step"], kept)
+        if content.get("best") is not None:  # files of earlier versions do not tell
+            run.best.best = sound_best(content["best"], *start, run.history)
+        calls = Stats(**content["calls"])
     saves.go_on_from(content)
-    run.history = [Record.from_dict(record) for record in content["history"]]
-    if content.get("best") is not None:  # files of earlier versions do not tell
-        run.best.best = Candidate.from_dict(content["best"])
-    calls, drawn = Stats(**content["calls"]), content.get("random")
-    kept = content.get("kept", content["step"])  # files of earlier versions have one record a step
-    step = content["step"]
-    counts = isinstance(step, int) and isinstance(kept, int) and kept <= step
-    if not counts or len(run.history) != kept:
-        raise ValueError(unreadable(checkpoint.path))
-    best = run.best.best
-    return _Reached(step, state, calls, best, drawn, content.get("loaders"), kept, content.get("look", 0))
+    drawn, loaders, look = content.get("random"), content.get("loaders"), content.get("look", 0)
+    return _Reached(content["step"], state, calls, run.best.best, drawn, loaders, kept, look)
