@@ -86,8 +86,9 @@ def made_folder(path: Path) -> Iterator[None]:
         OSError: if that cannot be.
     """
     made: list[Path] = []
+    own = Path(os.path.abspath(path))  # also once the current directory is another one
     try:
-        for each in reversed([each for each in (path, *path.parents) if not each.exists()]):
+        for each in reversed([each for each in (own, *own.parents) if not each.exists()]):
             with contextlib.suppress(FileExistsError):
                 each.mkdir()
                 made.append(each)

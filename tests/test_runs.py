@@ -551,6 +551,39 @@ def test_what_an_exception_leaves_is_what_fewer_steps_give() -> None:
     assert found.stats == shorter.stats and found.best.value == shorter.best.value
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_callback_raises_at_leaves_its_own_record_and_is_told_again_on_resuming(
+    way: str, tmp_path: Path
+) -> None:
+    run: Any = partial(minimize, QUARTIC, ZERO, ZERO, **WAYS[way], checkpoint=tmp_path / "a.pt", max_steps=12)
+    with pytest.raises(ValueError, match="mine") as raised:
+        run(callback=stop_at(2, ValueError("mine")))
+    found, told = raised.value.partial, list[int]()  # type: ignore[attr-defined]
+    assert [record.step for record in found.history] == [0, 1, 2]
+    run(resume=True, callback=lambda record, _: told.append(record.step))
+    assert told[0] == 2
+
+
+def test_an_f_that_changes_the_current_directory_moves_no_file_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        os.chdir(tmp_path / "there")
+        return SQUARE.f(x, y)
+
+    problem = BilevelProblem(f, SQUARE.g)
+    minimize(problem, ZERO, ZERO, **OPTIONS, max_steps=300, checkpoint="a.pt", checkpoint_every=40)
+    assert os.listdir(tmp_path / "there") == []
+    assert sorted(os.listdir(tmp_path / "here")) == ["a.pt", "a.pt.history"]
+    os.chdir(tmp_path / "here")
+    solution = minimize(problem, ZERO, ZERO, **OPTIONS, max_steps=400, checkpoint="a.pt", resume=True)
+    assert len(solution.history) == 401 and os.listdir(tmp_path / "there") == []
+
+
 def test_an_exception_before_the_first_estimate_leaves_none() -> None:
     for arguments, error in (
         ({"max_steps": -1}, ValueError),

@@ -13,6 +13,7 @@ from bilevel._files import made_folder, write_atomically
 from bilevel._hypergradient import hypergradient
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.estimate_constants import estimate_constants
+from bilevel.commands.home import Home
 from bilevel.commands.progress import note
 from bilevel.commands.raised import Failure
 from bilevel.commands.result import plain, versions
@@ -61,6 +62,7 @@ def compare(wish: Wish) -> None:
 
 
 def _compare(wish: Wish) -> None:
+    home = Home()
     at = subject(wish.problem, wish.arguments, wish.seed)
     demand_names(*wish.estimator)  # which the file of the problem may have registered
     if wish.seed is not None and not at.seeded:
@@ -89,6 +91,7 @@ def _compare(wish: Wish) -> None:
     )
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     print(text if wish.json else f"{found}\n{_worth(constants)}")
+    home.back_from(wish.problem)
     if wish.out is not None:
         _write(Path(wish.out), text, found)
     if not math.isfinite(found.reference_error):

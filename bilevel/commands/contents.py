@@ -188,6 +188,19 @@ def append_history(folder: Folder, record: Record | Mapping[str, Any]) -> None:
         os.close(handle)
 
 
+def sync_history(folder: Folder) -> None:
+    """Have the lines of history.jsonl on the disk.
+
+    Raises:
+        OSError: if that cannot be.
+    """
+    handle = os.open(folder.history, os.O_RDWR)  # a handle for reading cannot be synced everywhere
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_solution(folder: Folder, x: Tree, y: Tree) -> None:
     """Replace solution.pt."""
     write_atomically(folder.solution, lambda file: torch.save({"x": x, "y": y}, file))

@@ -12,6 +12,7 @@ from bilevel._result import Stats
 from bilevel._tree import Tree, ravel
 from bilevel.commands.contents import FINISHING, read_history, read_solution, write_result, write_solution
 from bilevel.commands.folder import Folder
+from bilevel.commands.home import Home
 from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
 from bilevel.commands.progress import note, number, table
@@ -145,11 +146,14 @@ def _values(record: Record | Best) -> dict[str, Any]:
 
 def _attempt(what: str, action: Callable[[], object], notes: list[str]) -> None:
     """Something without which the run is still a success: if it fails, a note says so."""
+    home = Home()
     try:
         action()
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out {what}: {error if missing else f'{type(error).__name__}: {error}'}")
+    finally:
+        home.back_from(f"the code of {what}")
 
 
 def _told(value: Any) -> str:

@@ -107,6 +107,7 @@ def train(
     """
     loop, chosen_by, kept_in = outer_loop(outer), validating(validation), saving(out)
     demand_tasks("train", learner, tasks=tasks, validation=None if chosen_by is None else chosen_by.tasks)
+    place = Path(os.path.abspath("." if kept_in is None else kept_in.path))  # also if the current directory changes
     with held(None if kept_in is None else kept_in.best, "train(out=...)", "folder"):
         data = TrainingBatches(learner, batches(tasks, batch, seed), seed)
         clock = Clock(_earlier_seconds(kept_in), loop.seconds)
@@ -125,7 +126,7 @@ def train(
                     max_steps=max_steps,
                     data=data,
                     constraint=loop.constraint,
-                    callback=run.after_step,
+                    callback=run,
                     checkpoint=None if kept_in is None else kept_in.checkpoint,
                     checkpoint_every=Saving.every if kept_in is None else kept_in.every,
                     checkpoint_seconds=Saving.seconds if kept_in is None else kept_in.seconds,
@@ -147,7 +148,7 @@ def train(
         assert solution is not None
         trained = run.trained(solution)
         if kept_in is not None:
-            _write_module(kept_in.path / "model.pt", trained)
+            _write_module(place / "model.pt", trained)
         if trained.ended == "failed":
             raise _failure(trained, solution, loop)
         return trained
@@ -190,7 +191,7 @@ def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelEr
 
 def _validator(learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int) -> Validator:
     """Also without validations there may be those of an earlier part of the run."""
-    path: Path | None = None if kept_in is None else kept_in.best
+    path = None if kept_in is None else Path(os.path.abspath(kept_in.best))
     kept = Validations.begin(path, learner.x0, resume=kept_in is not None and bool(kept_in.resume))
     if given is None:
         return Validator(kept)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -33,11 +33,16 @@ class Checkpoint:
         path: where it is.
         made_of: what the run is told by.
         forced: whether a run goes on from the file of one that is told to be another.
+        place: where it is, whatever the current directory will be.
     """
 
     path: str | os.PathLike[str]
     made_of: Fingerprint
     forced: bool = False
+    place: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", Path(os.path.abspath(self.path)))
 
     def load(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """Read what was saved, for a run that begins at x and y: the state and, as `history`, all records.
@@ -132,7 +137,7 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
     if content.get("format") not in FORMATS or not {"x", "y", "step"} <= content.keys():
         raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
     if "journal" in content:
-        journal = Journal(journal_of(path), content["journal"]["run"])
+        journal = Journal(journal_of(os.path.abspath(path)), content["journal"]["run"])
         entries = journal.read(content["journal"]["entries"], ("record",))
         content["journal"] = journal  # where the next ones are added
         content["history"] = [entry["record"] for entry in entries]

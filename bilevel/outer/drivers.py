@@ -128,6 +128,7 @@ class _Answers:
         known = self.known[index] if index < len(self.known) else None
         if known is not None and torch.equal(known.x, x):
             self.run.history.append(known.record)
+            self._see(known)
             self._keep(known)
             self.run.reached(index, self.problem, known.x, self.structured(known))
             status = known.record.status
@@ -148,9 +149,10 @@ class _Answers:
         norm = float(torch.linalg.vector_norm(left))
         self.run.record(index, estimate, norm, time.perf_counter() - before)
         answer = _Answer(x.clone(), found, self.run.history[-1])
+        self._see(answer)
+        self.run.reached(index, problem, answer.x, estimate)  # also where the callback raises
         stops = self.run.stops(estimate)
         self._keep(answer)
-        self.run.reached(index, problem, answer.x, estimate)
         if self.run.failed(estimate):
             raise _Stop(estimate.status)
         if stops:
@@ -211,10 +213,12 @@ class _Answers:
             self.drawn = self.begun
             go_on_from(content["begun"])
 
-    def _keep(self, answer: _Answer) -> None:
+    def _see(self, answer: _Answer) -> None:
         self.latest = answer
         inside = self.bounds is None or torch.equal(answer.x, answer.x.clamp(*self.bounds))
         self.run.best.see(Candidate(answer.x, answer.found.y, answer.record, answer.record.status.ok and inside))
+
+    def _keep(self, answer: _Answer) -> None:
         if self.run.rules.saves is not None:
             self.given.append(answer)
             self.drawn = drawn_so_far() if self.go_on is None else self.go_on

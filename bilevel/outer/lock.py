@@ -66,7 +66,7 @@ def locked(folder: Path) -> Iterator[None]:
         ValueError: if another process, or another thread of this one, holds it: which one, where and since when.
         OSError: if no file can be written in the folder.
     """
-    with _locked(folder / NAME, ".", _Words("", str(folder), "`--out`")):
+    with _locked(Path(os.path.abspath(folder)) / NAME, ".", _Words("", str(folder), "`--out`")):
         yield
 
 

@@ -49,6 +49,7 @@ from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
+from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.requirements.starts import starts_warm
 
@@ -235,7 +236,7 @@ def minimize(
                 made_of = settings | {"problem": problem, "data": data, "constants": constants}
                 starts = [*tree_leaves(x0), *tree_leaves(y0)]
                 kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
-                saves = Saves(kept, checkpoint_every, checkpoint_seconds)
+                saves = Saves(kept, checkpoint_every, checkpoint_seconds, before=partial(before_save, callback))
             looks = Looks(evaluate_every, tol, constants)
             rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks)
             return Run(rules, structured, compares, note)
