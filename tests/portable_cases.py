@@ -115,7 +115,7 @@ def lambdas() -> Any:
 
 def run_that_is_left(_: int) -> Any:
     """By an error of a callback, y being of a class that no module has."""
-    kind = namedtuple("Lost", ["u", "w"])
+    kind: Any = namedtuple("kind", ["u", "w"])
 
     def leave(record: Any, _: Any) -> None:
         if record.step == 2:

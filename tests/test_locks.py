@@ -44,10 +44,10 @@ def run(path: Path, callback: Any = None, outer: str = "adam", **options: Any) -
 
 
 def mean() -> Learner:
-    def f(x: Tensor, y: Tensor, task: Any) -> Tensor:
+    def f(x: Tensor, y: Tensor, task: Any) -> Any:
         return (y - task["query_y"]).square().mean()
 
-    def g(x: Tensor, y: Tensor, task: Any) -> Tensor:
+    def g(x: Tensor, y: Tensor, task: Any) -> Any:
         return (y - task["support_y"]).square().mean() / 2
 
     problem = BilevelProblem(f, g, init=lambda x, task: x, tasks=True)

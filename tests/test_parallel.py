@@ -159,9 +159,9 @@ def test_errors_of_runs_arrive_with_what_can_be_pickled_of_what_was_computed(poo
     with pytest.raises(BilevelError) as failed:
         pool.submit(portable_cases.training_that_fails, 0).result()
     assert failed.value.partial.ended == "failed" and "came along" in failed.value.__notes__[0]
-    with pytest.raises(KeyError) as left:
+    with pytest.raises(KeyError) as of_a_key:
         pool.submit(portable_cases.run_that_is_left, 0).result()
-    partial = left.value.partial  # type: ignore[attr-defined]
+    partial = of_a_key.value.partial  # type: ignore[attr-defined]
     assert len(partial.history) == 3 and not hasattr(partial, "y")
     assert pool.submit(portable_cases.estimate, "itd").result().status.ok
 

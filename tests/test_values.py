@@ -449,16 +449,18 @@ def test_an_error_arrives_without_a_partial_result_that_cannot() -> None:
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, portable_cases.OwnError])
 def test_any_error_arrives_with_what_can_be_pickled_of_its_partial_result(kind: type[BaseException]) -> None:
-    error = attach(kind(3), {"x": torch.ones(2)})
+    error: Any = kind(3)
+    attach(error, {"x": torch.ones(2)})
     error.add_note("a note")
-    again = pickle.loads(pickle.dumps(error))
+    again: Any = pickle.loads(pickle.dumps(error))
     assert again.args == (3,) and torch.equal(again.partial["x"], torch.ones(2)) and again.__notes__ == ["a note"]
     attach(error, lambda: 7)
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind and again.args == (3,) and again.partial is None
     assert again.__notes__[0] == "a note" and "Its `partial`, a function, stayed where" in again.__notes__[1]
-    assert error.partial() == 7 and error.__notes__ == ["a note"]  # type: ignore[attr-defined]
-    assert copy.copy(error).partial() == 7  # type: ignore[attr-defined]
+    assert error.partial() == 7 and error.__notes__ == ["a note"]
+    copied: Any = copy.copy(error)
+    assert copied.partial() == 7
     assert not hasattr(pickle.loads(pickle.dumps(kind(4))), "partial")
 
 

@@ -213,7 +213,7 @@ class _Teller(AbstractWatcher):
     def __init__(self, going: _Going, show: Callable[[Progress], None]) -> None:
         self._going, self._show = going, show
 
-    def __call__(self, told: Progress, estimate: None = None) -> None:
+    def __call__(self, told: Progress) -> None:
         self._going.tell(told)
         self._show(told)
 

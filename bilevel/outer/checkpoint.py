@@ -13,9 +13,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.outer.entries import MISREAD, fault, unreadable
 from bilevel.outer.fingerprint import Fingerprint, differences
 from bilevel.outer.journal import Journal, journal_of
-from bilevel.outer.sound import MISREAD, fault, unreadable
 from bilevel.outside.checkpoints import load_plain
 
 # 1 held the state of a descent, entry by entry, and nothing else; 2 holds all records, and 3 tells how many of them are

@@ -108,11 +108,12 @@ def _as_pickled(value: Any) -> Named:
     if kind.__module__ == "itertools":
         raise TypeError("iterators that will not be pickled in later versions of Python")
     reduce = copyreg.dispatch_table.get(kind)
-    reduced = value.__reduce_ex__(5) if reduce is None else reduce(value)
+    reduced: Any = value.__reduce_ex__(5) if reduce is None else reduce(value)
     if isinstance(reduced, str):
         yield "global", reduced
         return
-    made, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+    parts: list[Any] = [*reduced, None, None, None]
+    made, arguments, state, items, pairs = parts[:5]
     if getattr(made, "__name__", "") in ("__newobj__", "__newobj_ex__", "_reconstructor"):
         arguments = arguments[1:]  # the class
     else:

@@ -16,12 +16,13 @@ from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Report, Status, Tally
 from bilevel.outer.best import Candidate
+from bilevel.outer.entries import MISREAD
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.run import Run
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
-from bilevel.outer.sound import MISREAD, demand_alike, sound_records
+from bilevel.outer.sound import demand_alike, sound_records
 
 Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
 

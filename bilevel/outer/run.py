@@ -20,14 +20,15 @@ from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.batches import positions, run_forward
 from bilevel.outer.best import Candidate, Keeper
 from bilevel.outer.encoding import decoded, encoded
+from bilevel.outer.entries import MISREAD, unreadable
 from bilevel.outer.looks import BLOWN, Look, Looks, blown, is_finite
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.sound import demand_point, demand_state, sound_best, sound_records, suspect
 from bilevel.outer.sweep import Winner
 from bilevel.outer.trial import Trial
-from bilevel.outer.sound import MISREAD, demand_point, demand_state, sound_best, sound_records, suspect, unreadable
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply

@@ -11,92 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel._result import BilevelError, Stats, Status
+from bilevel._result import BilevelError, Status
 from bilevel.arguments.fits import UnfitError, fields as annotated
 from bilevel.outer.best import Candidate
+from bilevel.outer.entries import MISREAD, is_calls, is_count
 from bilevel.outer.origin import origin_of_file
-from bilevel.outer.randomness import is_drawn
 from bilevel.outer.solution import Record
 from bilevel.portable.plain import same_bits
-
-# What is raised where an entry is used that is not what was written.
-MISREAD = (AttributeError, TypeError, LookupError, RuntimeError, ArithmeticError, ValueError)
-
-
-def unreadable(path: str | os.PathLike[str], why: str = "") -> str:
-    """What to say of a file that is no checkpoint; torch's own words are long and about something else."""
-    return (
-        f"{str(path)!r} is not a readable checkpoint: it is damaged, or is none{f' ({why})' if why else ''}. Run"
-        f" without `resume`, or name another file."
-    )
-
-
-def fault(content: Mapping[str, Any]) -> str | None:
-    """What is wrong with the entries of a checkpoint that every run has, in words; None: nothing.
-
-    Example:
-        >>> fault({"x": torch.ones(1), "y": torch.ones(1), "step": -1})
-        "its 'step' is no number of steps"
-    """
-    for name, (is_sound, what) in _ENTRIES.items():
-        if name in content and not is_sound(content[name]):
-            return f"its {name!r} is {what}"
-    return None
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-
-
-def _is_settings(value: Any) -> bool:
-    return isinstance(value, dict) and _are_texts([*value]) and _are_texts([*value.values()])
-
-
-def _is_journal(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("run"), str) and _is_count(value.get("entries"))
-
-
-def _is_calls(value: Any) -> bool:
-    names = {field.name for field in fields(Stats)}
-    return isinstance(value, dict) and value.keys() <= names and all(map(_is_count, value.values()))
-
-
-def _are_positions(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list | tuple)
-        and len(value) <= 2  # of f and of g
-        and all(
-            each is None or (isinstance(each, dict) and _is_count(each.get("first")) and is_drawn(each.get("drawn")))
-            for each in value
-        )
-    )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
-_ENTRIES: Mapping[str, tuple[Any, str]] = {
-    "format": (_is_count, "no number"),
-    "x": (_is_tensor, "no vector"),
-    "y": (_is_tensor, "no vector"),
-    "step": (_is_count, "no number of steps"),
-    "kept": (_is_count, "no number of records"),
-    "look": (_is_count, "no number of calls"),
-    "settings": (_is_settings, "no dict of texts"),
-    "changing": (_are_texts, "no list of names"),
-    "journal": (_is_journal, "no place of records"),
-    "calls": (_is_calls, "no counts of oracle calls"),
-    "loaders": (_are_positions, "no place in the data"),
-    "random": (is_drawn, "no state of random numbers"),
-    "begun": (is_drawn, "no state of random numbers"),
-    "history": (lambda value: isinstance(value, list | tuple), "no list of records"),
-    "evaluations": (lambda value: isinstance(value, list | tuple), "no list of evaluations"),
-}
 
 
 def sound_records(entries: Sequence[Any], steps: int, kept: int | None = None) -> list[Record]:
@@ -112,7 +33,7 @@ def sound_records(entries: Sequence[Any], steps: int, kept: int | None = None) -
     for i, entry in enumerate(entries):
         own = entry.get("step") if isinstance(entry, dict) and kept < steps else i
         before = found[-1].step if found else -1
-        if not _is_count(own) or not before < own < steps:
+        if not is_count(own) or not before < own < steps:
             raise ValueError(f"its record after that of step {before} is of no later step")
         found.append(sound_record(entry, own))
     return found
@@ -133,10 +54,10 @@ def sound_record(entry: Any, step: int) -> Record:
         ):
             raise ValueError("there is no such status")
         record = Record.from_dict(entry)
-        numbers = record.value, record.grad_norm, record.seconds
+        numbers: tuple[Any, ...] = record.value, record.grad_norm, record.seconds
         if not all(isinstance(each, int | float) for each in numbers) or not all(map(_is_float, numbers)):
             raise ValueError("a number is none")
-        if not _is_calls(record.stats.as_dict()) or not 0 <= record.seconds < math.inf:
+        if not is_calls(record.stats.as_dict()) or not 0 <= record.seconds < math.inf:
             raise ValueError("a count, or its seconds, make no sense")
     except MISREAD as error:
         raise ValueError(f"{where} makes no sense: {_short(error)}") from error
@@ -155,9 +76,9 @@ def sound_best(content: Any, x: Tensor, y: Tensor, records: Sequence[Record]) ->
         raise ValueError("its 'best' makes no sense")
     for name, like in (("x", x), ("y", y)):
         demand_alike(content.get(name), like, f"its 'best.{name}'")
-    step = content["record"]["step"] if isinstance(content.get("record"), dict) else None
+    step: Any = content["record"].get("step") if isinstance(content.get("record"), dict) else None
     of_step = next((known for known in records if known.step == step), None)
-    if not _is_count(step) or of_step is None:
+    if not is_count(step) or of_step is None:
         raise ValueError("its 'best.record' is of no step of the run")
     record = sound_record(content["record"], step)
     if repr(record) != repr(of_step):  # NaN is no other than NaN
@@ -221,7 +142,8 @@ def demand_state(saved: Any, like: Any, sizes: tuple[int, int], what: str = "its
 def _demand_annotated(saved: Any, what: str) -> None:
     """Refuse entries that a dataclass does not admit, as far as its annotations can be read."""
     try:
-        known = annotated(type(saved))
+        kind: Any = type(saved)
+        known = annotated(kind)
     except (NameError, TypeError, AttributeError):
         return
     for name, _, fit in known:

@@ -7,11 +7,10 @@ from typing import Any
 
 
 class AbstractWatcher(ABC):
-    """A callback that writes what it is told, and has it on the disk before a checkpoint counts it."""
+    """A callback that writes what it is told, and has it on the disk before a checkpoint counts it.
 
-    @abstractmethod
-    def __call__(self, told: Any, estimate: Any = None) -> bool | None:
-        """Take note of a record and its estimate, or of a `Progress`; a true value ends the run."""
+    It is called as the callbacks of `minimize` or of `train` are.
+    """
 
     @abstractmethod
     def before_save(self) -> None:
