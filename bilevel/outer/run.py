@@ -272,7 +272,7 @@ def _iterate(
         oracle = oracle.at(begun.steps)
     if rules.resume:
         assert rules.saves is not None
-        reached = _resumed(run, rules.saves, algorithm, initial)
+        reached = _resumed(run, rules.saves, algorithm, initial, oracle)
         oracle = oracle.at(reached.step)
         tally.clear()
         tally.add(reached.calls)
@@ -462,7 +462,7 @@ def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initia
     )
 
 
-def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial: Any) -> _Reached:
+def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial: Any, oracle: Oracle) -> _Reached:
     """Where the checkpoint is; its records become those of the run."""
     checkpoint, start = saves.checkpoint, algorithm.point(initial)
     content = checkpoint.load(*start)
@@ -478,7 +478,8 @@ def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial:
     with checkpoint.intact(content):
         demand_state(state, initial, (len(start[0]), start[1].shape[-1]))
         demand_point(algorithm.point(state), content, start)
-        kept = content.get("kept", content["step"])  # files of earlier versions have one record a step
+        each_step = oracle.is_fixed or not oracle.has_whole  # else there is a record of each look
+        kept = content["step"] if each_step else content.get("kept", content["step"])
         run.history = sound_records(content["history"], content["step"], kept)
         if content.get("best") is not None:  # files of earlier versions do not tell
             run.best.best = sound_best(content["best"], *start, run.history)

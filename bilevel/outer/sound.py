@@ -28,7 +28,7 @@ def sound_records(entries: Sequence[Any], steps: int, kept: int | None = None) -
     """
     kept = steps if kept is None else kept
     if len(entries) != kept or kept > steps:
-        raise ValueError(f"it has {len(entries)} records, and its 'step' is {steps}")
+        raise ValueError(f"it has {len(entries)} records, and its 'step' is {steps}, its 'kept' {kept}")
     found: list[Record] = []
     for i, entry in enumerate(entries):
         own = entry.get("step") if isinstance(entry, dict) and kept < steps else i
