@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import array
 import collections
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -29,13 +30,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, WeightedRandomSampler
 
-from bilevel import AID, BilevelProblem, minimize
+from bilevel import AID, BilevelProblem, Split, minimize
 from bilevel.outer.fingerprint import Fingerprint, differences
 from bilevel.solvers import CG, Adam, ClosedForm
 
 
 class Mode(enum.Enum):
     FAST = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Without a method of its own."""
+
+    rate: float
+    pair: Any = None
 
 
 class Config(types.SimpleNamespace):
@@ -100,6 +109,8 @@ NESTED = {(1, "a"): 1.0, (2, "b"): 2.0}
 # Two that differ, of each kind
 PAIRS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "argparse": lambda: (argparse.Namespace(rate=0.1), argparse.Namespace(rate=0.2)),
+    "dataclass": lambda: (Settings(1.0), Settings(2.0)),
+    "split": lambda: (Split(f=[torch.ones(1)], g=[1]), Split(f=[torch.zeros(1)], g=[1])),
     "namespace": lambda: (types.SimpleNamespace(a=[1]), types.SimpleNamespace(a=[2])),
     "own namespace": lambda: (Config(a=1), Config(a=2)),
     "deque": lambda: (collections.deque([1, 2]), collections.deque([1, 3])),

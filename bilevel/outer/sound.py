@@ -31,7 +31,7 @@ def sound_records(entries: Sequence[Any], steps: int, kept: int | None = None) -
         raise ValueError(f"it has {len(entries)} records, and its 'step' is {steps}, its 'kept' {kept}")
     found: list[Record] = []
     for i, entry in enumerate(entries):
-        own = entry.get("step") if isinstance(entry, dict) and kept < steps else i
+        own: Any = entry.get("step") if isinstance(entry, dict) and kept < steps else i
         before = found[-1].step if found else -1
         if not is_count(own) or not before < own < steps:
             raise ValueError(f"its record after that of step {before} is of no later step")
