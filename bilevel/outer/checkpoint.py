@@ -173,8 +173,10 @@ def loaders_of(path: str | os.PathLike[str]) -> list[Any] | None:
 
 def trials_of(path: str | os.PathLike[str]) -> list[Any]:
     """The rows of the sweep that a run began with; empty where it did not, or that is not known."""
-    found = (_content(path, "cpu") or {}).get("trials")
-    return found if isinstance(found, list) else []
+    with contextlib.suppress(ValueError):  # which `Checkpoint.load` reports
+        found = _content(path, "cpu").get("trials")
+        return found if isinstance(found, list) else []
+    return []
 
 
 def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:

@@ -478,7 +478,8 @@ def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial:
     with checkpoint.intact(content):
         demand_state(state, initial, (len(start[0]), start[1].shape[-1]))
         demand_point(algorithm.point(state), content, start)
-        each_step = oracle.is_fixed or not oracle.has_whole  # else there is a record of each look
+        # else there is a record of each look, or of the steps after a sweep
+        each_step = not run.trials and (oracle.is_fixed or not oracle.has_whole)
         kept = content["step"] if each_step else content.get("kept", content["step"])
         run.history = sound_records(content["history"], content["step"], kept)
         if content.get("best") is not None:  # files of earlier versions do not tell
