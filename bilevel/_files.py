@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +76,27 @@ def demand_regular(path: str | os.PathLike[str]) -> None:
         mode = os.lstat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             raise OSError(errno.EEXIST, "there is something of that name that is no file", os.fspath(path))
+
+
+@contextlib.contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Make a folder, and those around it; in the end those that were made and hold nothing are removed.
+
+    Raises:
+        OSError: if that cannot be.
+    """
+    made: list[Path] = []
+    own = Path(os.path.abspath(path))  # also once the current directory is another one
+    try:
+        for each in reversed([each for each in (own, *own.parents) if not each.exists()]):
+            with contextlib.suppress(FileExistsError):
+                each.mkdir()
+                made.append(each)
+        yield
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):  # it is not empty, or gone
+                each.rmdir()
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -288,6 +288,8 @@ def _scalar(name: str, value: Tree) -> Tensor:
         )
     if value.is_complex():
         raise ValueError(f"`problem.{name}` must return a real number. Got {value.dtype}. Take `.real` or `.abs()`.")
+    if value.is_meta:
+        raise ValueError(f"`problem.{name}` must return a number. Got a tensor on the device 'meta', which holds none.")
     return value.reshape(()) if value.dim() else value
 
 

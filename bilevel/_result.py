@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import enum
 import math
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, final
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import COUNT, demand_range
+from bilevel.portable.pickling import what_travels
 
 
 class Status(enum.Enum):
@@ -432,7 +432,8 @@ class BilevelError(RuntimeError):
 
     Attributes:
         status: the typed reason.
-        partial: what had been computed: the `Estimate` or `Solution` that `throw=False` would have returned.
+        partial: what had been computed: the `Estimate` or `Solution` that `throw=False` would have returned. Of one
+            that cannot be pickled the fields that can be arrive from a worker, in a namespace.
     """
 
     def __init__(self, message: str, status: Status, partial: Any = None) -> None:
@@ -444,12 +445,9 @@ class BilevelError(RuntimeError):
 
     def __reduce__(self) -> Any:
         """An error has to arrive from a worker, with its own text, also where its partial result cannot."""
-        state, partial = dict(self.__dict__), self.partial
-        try:
-            pickle.dumps(partial)
-        except Exception as error:
-            kept = f"Its `partial`, a {type(partial).__name__}, stayed where it was raised: {error}"
-            state |= {"partial": None, "__notes__": [*state.get("__notes__", ()), kept]}
+        state, (partial, lost) = dict(self.__dict__), what_travels(self.partial)
+        if lost is not None:
+            state |= {"partial": partial, "__notes__": [*state.get("__notes__", ()), lost]}
         return BilevelError, (str(self), self.status), state
 
     def __copy__(self) -> BilevelError:

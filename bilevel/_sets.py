@@ -211,7 +211,7 @@ def bounds(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, 
 
 
 def corners(constraint: Constraint, x: Structure, like: Tensor) -> tuple[Tensor, ...]:
-    """The two corners of the boxes of a constraint, where they are bounded, with the rest of x as it is; else nothing."""
+    """The two corners of the boxes of a constraint, where they are bounded, with the rest of x as it is."""
     if constraint is None:
         return ()
     pieces = [(slice(None), constraint)] if isinstance(constraint, AbstractSet) else _parts(constraint, x)

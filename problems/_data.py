@@ -86,6 +86,23 @@ def load(
         ValueError: if keys, shapes or sizes do not fit, a value is not finite, or a class label no integer.
     """
     arrays = _arrays(data, builtin)
+    try:
+        return _dataset(arrays, sizes, seed, regression, per_feature, bias, double)
+    except ValueError as error:
+        if isinstance(data, str | Path):
+            raise ValueError(f"{str(data)!r} cannot be used: {error}") from error
+        raise
+
+
+def _dataset(
+    arrays: dict[str, Tensor],
+    sizes: tuple[float, float],
+    seed: int,
+    regression: bool,
+    per_feature: bool,
+    bias: bool,
+    double: bool,
+) -> Dataset:
     parts = _parts(arrays, sizes, seed)
     dtype = torch.float64 if double else torch.float32
     for name, (X, y) in parts.items():
@@ -198,7 +215,7 @@ def _column(key: str, y: Tensor) -> Tensor:
 
 def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     arrays = {
-        key: value.reshape(len(value), -1).double() if key[0] == "X" else _column(key, value)
+        key: value.reshape(len(value), -1 if len(value) else 0).double() if key[0] == "X" else _column(key, value)
         for key, value in arrays.items()
     }
     for part in _PARTS:
@@ -215,6 +232,8 @@ def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> 
             raise ValueError(
                 f"`data=` needs as many inputs as targets, and at least one. Got {len(X)} and {len(y)} ({name})."
             )
+        if X.shape[1] == 0:
+            raise ValueError(f"`data=` needs at least one feature. Got inputs of shape {tuple(X.shape)} ({name}).")
         if X.shape[1] != pool[0].shape[1]:
             raise ValueError(
                 f"`data=` needs the same features in every part. Got {pool[0].shape[1]} in the training part and"
@@ -240,6 +259,9 @@ def _parts(arrays: dict[str, Tensor], sizes: tuple[float, float], seed: int) -> 
             f"the parts do not fit into the {n} samples of `data=`: {asked} were asked for{left}. Ask for"
             f" fewer{' (`n_train=`, `n_val=`)' if sizes[0] >= 1 else ''}, or give more data."
         )
+    for name, (X, _) in parts.items():
+        if len(X) == 0:
+            raise ValueError(f"the {name} part has no sample: {n} of `data=` are too few. Give more data.")
     return parts
 
 

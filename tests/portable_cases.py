@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,6 +68,60 @@ def fail(_: int) -> Any:
 def fail_of_lambdas(_: int) -> Any:
     """The partial result of one whose f is a lambda, beside what no pickle takes."""
     raise BilevelError("it failed", Status.diverged, {"estimate": estimate("itd"), "hook": lambda: None})
+
+
+class OwnError(Exception):
+    """With arguments of its own."""
+
+    def __init__(self, number: int) -> None:
+        Exception.__init__(self, number)
+
+
+def training_that_is_left(_: int) -> Any:
+    """By an error of a callback, the learner being made of lambdas."""
+    from bilevel.few_shot import train
+
+    def leave(progress: Any) -> None:
+        if progress.record.step == 2:
+            raise OwnError(3)
+
+    return train(lambdas(), Sinusoid(), max_steps=4, batch=2, callback=leave)
+
+
+def training_that_fails(_: int) -> Any:
+    """The same, by numbers that are none."""
+    from bilevel.few_shot import OuterLoop, train
+    from bilevel.solvers import GradientDescent
+
+    return train(lambdas(), Sinusoid(), max_steps=9, batch=2, outer=OuterLoop(GradientDescent(1e200), skip=0))
+
+
+def lambdas() -> Any:
+    """A learner that no pickle takes."""
+    from bilevel import ITD
+    from bilevel.few_shot import Learner
+    from bilevel.solvers import GradientDescent, Iterate
+
+    problem = BilevelProblem(
+        lambda x, y, task: (y - task["query_y"]).square().mean(),
+        lambda x, y, task: (y - task["support_y"]).square().mean() / 2,
+        init=lambda x, task: x,
+        tasks=True,
+    )
+    inner, start = Iterate(GradientDescent(0.1), max_steps=1), torch.tensor(3.0)
+    predict = lambda x, y, task: y.expand(task["query_y"].shape)  # noqa: E731
+    return Learner("mean", problem, start, start, ITD(inner), inner, predict, lambda x: torch.nn.Identity())
+
+
+def run_that_is_left(_: int) -> Any:
+    """By an error of a callback, y being of a class that no module has."""
+    kind: Any = namedtuple("kind", ["u", "w"])
+
+    def leave(record: Any, _: Any) -> None:
+        if record.step == 2:
+            raise KeyError("left")
+
+    return minimize(PROBLEM, x0, kind(*y0), estimator="itd", max_steps=3, callback=leave)
 
 
 def does_not_apply(_: int) -> Any:

@@ -23,7 +23,7 @@ from bilevel.few_shot import read_best
 from bilevel.outside import archives, arrays, checkpoints, images
 from bilevel.outside.archives import Limits, opened_zip
 from bilevel.outside.arrays import read_arrays
-from bilevel.problems import quadratic, ridge_diabetes
+from bilevel.problems import logistic_breast_cancer, multinomial_digits, quadratic, ridge_diabetes
 from bilevel.problems._data import load
 from bilevel.tasks import convert_omniglot, image_folder, mini_imagenet, omniglot
 from bilevel.tasks.omniglot_files import LIMITS
@@ -348,6 +348,52 @@ def test_a_small_file_of_large_arrays_is_read_up_to_the_limit(tmp_path: Path) ->
     assert list(read_arrays(path, "y".__eq__, "sklearn", most=24)) == ["y"]  # the others are left alone
 
 
+def test_a_small_file_does_not_become_a_large_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "FREE", 10_000)
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, X=np.zeros((500, 100)), y=np.ones(500))
+    held = path.stat().st_size
+    with pytest.raises(ValueError, match=rf"'.*a.npz' has {held} bytes, and its arrays up to 'X' have 400000: .* 100"):
+        ridge_diabetes(data=path)
+    ridge_diabetes(data=(np.load(path)["X"] + np.eye(500, 100), np.arange(500.0)))  # as the error says
+    noise = np.random.default_rng(0).normal(size=(500, 100))
+    np.savez_compressed(path, X=noise * (noise > 1), y=noise[:, 0])  # as data are that compress well
+    ridge_diabetes(data=path)
+
+
+def test_a_name_that_is_in_an_archive_twice_is_refused(tmp_path: Path) -> None:
+    path, content = tmp_path / "a.npz", io.BytesIO()
+    np.save(content, np.ones(9))
+    with zipfile.ZipFile(path, "w") as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("X.npy", "y.npy", "X.npy"):
+            made.writestr(name, content.getvalue())
+    with pytest.raises(ValueError, match=r"a member 'X.npy' that is there twice"):
+        ridge_diabetes(data=path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ((0, 3), "as many inputs as targets, and at least one"),
+        ((0,), "at least one"),
+        ((1, 3), "the train part has no sample"),
+        ((2, 3), "the val part has no sample|leaves none for test"),
+        ((9, 0), "at least one feature"),
+    ],
+)
+@pytest.mark.parametrize("build", [ridge_diabetes, logistic_breast_cancer, multinomial_digits], ids=["r", "l", "m"])
+def test_too_few_samples_are_one_error_that_names_the_file(
+    tmp_path: Path, build: Any, shape: tuple[int, ...], why: str
+) -> None:
+    path, y = tmp_path / "a.npz", np.arange(float(shape[0])) % 2
+    np.savez(path, X=np.ones(shape), y=y.astype(int))
+    with pytest.raises(ValueError, match=rf"'.*a.npz' cannot be used: .*({why}|do not fit into)"):
+        build(data=path)
+    with pytest.raises(ValueError, match=rf"({why}|do not fit into)"):
+        build(data=(np.ones(shape), y.astype(int)))
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -424,6 +470,7 @@ def test_the_page_states_the_limits_of_the_code() -> None:
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     mib = 1 << 20
     assert f"{images.BYTES // mib} MiB a file, {images.PIXELS // mib} Mi pixels an image" in text
+    assert f"beyond {arrays.FREE // mib} MiB no more than {arrays.TIMES} times the file" in text
     assert f"{arrays.BYTES // (1024 * mib)} GiB of all arrays, 1 GiB for Omniglot" in text
     limits = f"{LIMITS.members:,} members, {LIMITS.member // mib} MiB a member, {LIMITS.total // mib} MiB together"
     assert limits in text and 'formats=("PNG", "JPEG")' in text and images.FORMATS == ("PNG", "JPEG")

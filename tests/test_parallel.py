@@ -150,6 +150,22 @@ def test_errors_of_workers_arrive(pool: ProcessPoolExecutor) -> None:
         _ = lost.error_estimate
 
 
+def test_errors_of_runs_arrive_with_what_can_be_pickled_of_what_was_computed(pool: ProcessPoolExecutor) -> None:
+    with pytest.raises(portable_cases.OwnError) as left:
+        pool.submit(portable_cases.training_that_is_left, 0).result()
+    partial, notes = left.value.partial, left.value.__notes__  # type: ignore[attr-defined]
+    assert len(partial.history) == 3 and partial.x.shape == () and not hasattr(partial, "learner")
+    assert "the rest stayed where it was raised" in notes[0] and "field `predict` is a lambda" in notes[0]
+    with pytest.raises(BilevelError) as failed:
+        pool.submit(portable_cases.training_that_fails, 0).result()
+    assert failed.value.partial.ended == "failed" and "came along" in failed.value.__notes__[0]
+    with pytest.raises(KeyError) as of_a_key:
+        pool.submit(portable_cases.run_that_is_left, 0).result()
+    partial = of_a_key.value.partial  # type: ignore[attr-defined]
+    assert len(partial.history) == 3 and not hasattr(partial, "y")
+    assert pool.submit(portable_cases.estimate, "itd").result().status.ok
+
+
 def test_what_a_pool_cannot_take_is_named(pool: ProcessPoolExecutor) -> None:
     problem = BilevelProblem(lambda x, y: portable_cases.f(x, y), portable_cases.g)
     with pytest.raises(pickle.PicklingError, match=r"`pickle of BilevelProblem`: field `f` is a lambda defined at"):

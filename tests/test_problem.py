@@ -280,6 +280,20 @@ def test_a_complex_value_is_refused_by_name(level: str) -> None:
         hypergradient(problem, torch.ones(2), torch.zeros(2))
 
 
+@pytest.mark.parametrize("level", ["f", "g"])
+@pytest.mark.parametrize("estimator", ["implicit", "itd", "esj", "finite-difference"])
+def test_a_value_on_the_device_meta_is_refused_by_name(level: str, estimator: str) -> None:
+    def away(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum().to("meta")
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return (y - x).square().sum()
+
+    problem = BilevelProblem(away, plain) if level == "f" else BilevelProblem(plain, away)
+    with pytest.raises(ValueError, match=rf"`problem.{level}` must return a number. Got a tensor on the device 'meta'"):
+        hypergradient(problem, torch.ones(2), torch.zeros(2), estimator=estimator)
+
+
 def test_bounds_of_shapes_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"`Box\(lower=..., upper=...\)` must be of shapes that fit.*\(4,\)"):
         Box(torch.zeros(3), torch.ones(4))

@@ -19,12 +19,13 @@ from forks import ended, forked, wait_for
 
 from bilevel._files import write_atomically
 from bilevel.cli import main
-from bilevel.commands import few_shot as few_shot_module, lock as lock_module, outcome as outcome_module
+from bilevel.commands import few_shot as few_shot_module, outcome as outcome_module
 from bilevel.commands.contents import write_result
 from bilevel.commands.folder import Folder
-from bilevel.commands.lock import locked
 from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.commands.signals import received
+from bilevel.outer import lock as lock_module
+from bilevel.outer.lock import locked
 
 MINE = """
 import os, signal, sys, time
@@ -629,6 +630,11 @@ def test_a_checkpoint_of_the_wrong_types_is_told_in_one_line(
         {"status": "finishing", "computed": 3},
         {"status": "finishing", "steps": "a"},
         {"status": "unknown"},
+        {"status": "xx"},
+        {"seconds": -1},
+        {"seconds": 10**400},
+        {"settings": {"problem": "quadratic", "set": {}, "step": 10**400}},
+        {"settings": {"problem": "quadratic", "set": {}, "tol": -(10**400)}},
     ],
     ids=str,
 )
@@ -746,6 +752,71 @@ def test_an_exit_on_the_way_is_a_failure_that_keeps_what_was_computed(capsys: py
     assert len(history()) > 2
     assert run(f"{file}:ends", "--steps", "2", out="other") == 0
     assert "left out its metrics: SystemExit: 0" in result("other")["notes"]
+
+
+@pytest.mark.parametrize("where", ["the file", "building", "f", "metrics"])
+@pytest.mark.usefixtures("here")
+def test_code_that_changes_the_current_directory_moves_no_file(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("away").mkdir()
+    file = mine(f"""
+        def leave(name):
+            if name == {where!r}: os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), "away"))
+        leave("the file")
+        def f(x, y):
+            leave("f")
+            return loss(x, y)
+        def metrics(x, y):
+            leave("metrics")
+            return {{}}
+        def made():
+            leave("building")
+            return Instance(BilevelProblem(f, problem.g), x0, y0, settings=adam, metrics=metrics)
+    """)
+    home = os.getcwd()
+    for more in (["--steps", "3"], ["--resume", "--steps", "5"]):
+        assert run(f"{file}:made", *more) == 0
+        said = capsys.readouterr().err
+        told = said.count(f"changes the current directory, to {home}/away: the command goes on in {home}.")
+        assert told == (where != "the file" or "--resume" not in more), said  # a file is executed once
+        assert os.getcwd() == home and os.listdir("away") == []
+    assert len(history()) == 6 and not Path("out/.lock").exists()
+    assert main(["compare", f"{file}:made", "--estimator", "aid-cg", "--out", "other"]) == 0
+    assert Path("other/compare.json").exists() and os.listdir("away") == []
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_or_a_link_of_the_name_of_a_python_file_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.py").mkdir()
+    Path("z.py").symlink_to("nowhere")
+    for problem, why in (
+        ("x.py:problem", "'x.py' is a folder: name a Python file"),
+        ("x.py", "'x.py' is a folder: name a Python file"),
+        ("z.py:problem", "'z.py' is a link that leads to no file"),
+        ("xx.py:problem", "there is no file 'xx.py'."),
+    ):
+        assert run(problem) == 2
+        line = error_line(capsys)
+        assert why in line and "Did you mean" not in line
+
+
+def test_the_lines_of_a_history_are_on_the_disk_before_the_checkpoint_that_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    synced, sync = list[tuple[int, int]](), os.fsync
+
+    def look(handle: int) -> None:
+        lines = Path("out/history.jsonl")
+        if lines.exists() and os.path.samestat(os.fstat(handle), lines.stat()):
+            checkpoint = Path("out/checkpoint.pt")
+            steps = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
+            synced.append((len(lines.read_text().splitlines()), steps))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", look)
+    assert run("quadratic", "--outer", "adam", "--step", "0.1", "--steps", "35") == 0
+    assert [lines for lines, _ in synced] == [10, 20, 30, 36]
+    assert [steps for _, steps in synced[:3]] == [0, 10, 20]
 
 
 def test_a_link_of_the_name_of_the_lock_is_refused_and_what_it_leads_to_stays(tmp_path: Path) -> None:

@@ -551,6 +551,39 @@ def test_what_an_exception_leaves_is_what_fewer_steps_give() -> None:
     assert found.stats == shorter.stats and found.best.value == shorter.best.value
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_callback_raises_at_leaves_its_own_record_and_is_told_again_on_resuming(
+    way: str, tmp_path: Path
+) -> None:
+    run: Any = partial(minimize, QUARTIC, ZERO, ZERO, **WAYS[way], checkpoint=tmp_path / "a.pt", max_steps=12)
+    with pytest.raises(ValueError, match="mine") as raised:
+        run(callback=stop_at(2, ValueError("mine")))
+    found, told = raised.value.partial, list[int]()  # type: ignore[attr-defined]
+    assert [record.step for record in found.history] == [0, 1, 2]
+    run(resume=True, callback=lambda record, _: told.append(record.step))
+    assert told[0] == 2
+
+
+def test_an_f_that_changes_the_current_directory_moves_no_file_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        os.chdir(tmp_path / "there")
+        return SQUARE.f(x, y)
+
+    problem = BilevelProblem(f, SQUARE.g)
+    minimize(problem, ZERO, ZERO, **OPTIONS, max_steps=300, checkpoint="a.pt", checkpoint_every=40)
+    assert os.listdir(tmp_path / "there") == []
+    assert sorted(os.listdir(tmp_path / "here")) == ["a.pt", "a.pt.history"]
+    os.chdir(tmp_path / "here")
+    solution = minimize(problem, ZERO, ZERO, **OPTIONS, max_steps=400, checkpoint="a.pt", resume=True)
+    assert len(solution.history) == 401 and os.listdir(tmp_path / "there") == []
+
+
 def test_an_exception_before_the_first_estimate_leaves_none() -> None:
     for arguments, error in (
         ({"max_steps": -1}, ValueError),
@@ -721,16 +754,146 @@ def test_a_run_that_starts_its_steps_elsewhere_is_another_run(tmp_path: Path) ->
     minimize(target_problem(target), 0 * target, target, max_steps=4, resume=True, warm_start=False, **given)
 
 
-DAMAGED: dict[str, Any] = {"x": None, "settings": [1], "step": "3", "calls": "x", "best": 4, "history": [], "state": 3}
+HUGE, NONE = 10**400, torch.tensor(math.nan)
+DAMAGED: dict[str, list[Any]] = {
+    "x": [None, torch.zeros(2, dtype=torch.float32), torch.zeros(3)],
+    "settings": [[1], {"a": 1}],
+    "changing": ["x", [1], 3],
+    "step": ["3", -1, HUGE, True, 5],
+    "calls": ["x", {"hvps": -1}],
+    "loaders": ["x", [3]],
+    "format": [torch.zeros(3)],
+    "history": [[], 3, [3] * 3],
+    "history.0": [None, {}],
+    "history.0.step": [2, -1],
+    "history.0.status": ["xx", 3],
+    "history.0.seconds": [-1, HUGE, math.nan],
+    "history.0.stats.hvps": [-1, HUGE],
+    "random": [3, "xx", {}, [1]],
+    "random.torch": [None, torch.zeros(3)],
+    "random.python": [None, (3, (1, 2), None)],
+    "random.python.2": [3, "x"],
+}
+OF_A_STATE: dict[str, list[Any]] = {
+    "best": [4, {}],
+    "best.x": [None, torch.zeros(3), torch.zeros(2, dtype=torch.float32)],
+    "best.y": [3],
+    "best.counts": [None, 1, NONE],
+    "best.record": [3, {}],
+    "best.record.step": [7, None],
+    "best.record.status": ["xx"],
+    "state": [3, None, {}],
+    "state.x": [None, torch.zeros(3), torch.zeros(2, dtype=torch.float32), torch.zeros(2)],
+    "state.y": [torch.zeros(2, 3), torch.zeros(2)],
+    "state.v": [3, "x"],
+    "state.memory.m": [None, torch.zeros(3), 3.0],
+    "state.memory.count": [torch.zeros(3), "x"],
+}
+OF_A_DRIVER: dict[str, list[Any]] = {
+    "begun": [3, {}],
+    "evaluations": [[], 3],
+    "evaluations.0": [3, {}],
+    "evaluations.0.at": [None, torch.zeros(3)],
+    "evaluations.0.grad": [torch.zeros(2, dtype=torch.float32)],
+    "evaluations.0.v": [torch.zeros(3)],
+    "evaluations.0.value": [torch.tensor(7.0), "x"],
+    "evaluations.0.reports": [3, [3]],
+    "history.0.value": [7.0],
+}
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_checkpoint_with_an_entry_of_another_kind_is_one_clear_error(name: str, tmp_path: Path) -> None:
-    target, file = torch.ones(2), tmp_path / "c"
-    minimize(target_problem(target), 0 * target, target, outer=Adam(0.1), max_steps=3, checkpoint=file)
-    torch.save({**torch.load(file, weights_only=True), name: DAMAGED[name]}, file)
-    with pytest.raises(ValueError, match="checkpoint"):
-        minimize(target_problem(target), 0 * target, target, outer=Adam(0.1), max_steps=5, checkpoint=file, resume=True)
+def put(content: Any, place: list[str], value: Any) -> Any:
+    """A copy with another value at a place."""
+    if not place:
+        return value
+    if isinstance(content, dict):
+        return {**content, place[0]: put(content[place[0]], place[1:], value)}
+    k = int(place[0])
+    return type(content)([*content[:k], put(content[k], place[1:], value), *content[k + 1 :]])
+
+
+@pytest.mark.parametrize(
+    ("outer", "place"),
+    [
+        (outer, place)
+        for outer, own in (("adam", OF_A_STATE), ("scipy", OF_A_DRIVER))
+        for place in {**DAMAGED, **own}
+        if not (outer == "scipy" and place in ("calls", "loaders"))
+    ],
+)
+def test_a_checkpoint_with_an_entry_of_another_kind_is_one_clear_error(outer: str, place: str, tmp_path: Path) -> None:
+    file, method = tmp_path / "c", Adam(0.1) if outer == "adam" else ScipyMinimize("CG")
+    target = torch.tensor([1.0, -2.0])
+    quartic = BilevelProblem(lambda x, y: (y - target).pow(4).sum(), lambda x, y: (y - x).square().sum() / 2)
+    options: dict[str, Any] = {"estimator": EXACT, "outer": method, "checkpoint": file, "throw": False}
+    minimize(quartic, ZERO, ZERO, **options, max_steps=3)
+    content = torch.load(file, weights_only=True)
+    for value in {**DAMAGED, **OF_A_STATE, **OF_A_DRIVER}[place]:
+        torch.save(put(content, place.split("."), value), file)
+        with pytest.raises(ValueError, match="checkpoint") as caught:
+            minimize(quartic, ZERO, ZERO, **options, max_steps=5, resume=True)
+        assert str(file) in str(caught.value) and len(str(caught.value).splitlines()) == 1, value
+        assert "{" not in str(caught.value) and len(str(caught.value)) < 500, value
+    torch.save(content, file)
+    minimize(quartic, ZERO, ZERO, **options, max_steps=5, resume=True)
+
+
+def test_a_state_that_only_its_first_step_finds_damaged_is_suspected_and_an_f_that_raises_is_not(
+    tmp_path: Path,
+) -> None:
+    file, wrong = tmp_path / "c", False
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        if wrong:
+            raise TypeError("of f")
+        return (y - 3).square().sum()
+
+    run: Any = partial(minimize, BilevelProblem(f, SQUARE.g), ZERO, ZERO, outer=Adam(0.1), checkpoint=file)
+    run(max_steps=3)
+    content = file.read_bytes()
+    torch.save(put(torch.load(file, weights_only=True), ["state", "v"], torch.zeros(3)), file)
+    with pytest.raises(RuntimeError) as caught:
+        run(max_steps=5, resume=True)
+    assert f"of the first step from {str(file)!r}, whose state may be damaged" in caught.value.__notes__[0]
+    file.write_bytes(content)
+    wrong = True
+    with pytest.raises(TypeError, match="of f") as raised:
+        run(max_steps=5, resume="force")
+    assert not any("may be damaged" in note for note in getattr(raised.value, "__notes__", ()))
+
+
+@pytest.mark.parametrize("line", [2, 12])
+def test_a_damaged_line_of_a_driver_s_records_is_named(line: int, tmp_path: Path) -> None:
+    file, size = tmp_path / "c", 60
+    problem = BilevelProblem(
+        lambda x, y: ((y - 1).pow(4) * torch.arange(1.0, size + 1)).sum(), lambda x, y: (y - x).square().sum() / 2
+    )
+    start = torch.linspace(-1, 1, size)
+    options: dict[str, Any] = {"estimator": EXACT, "outer": ScipyMinimize("CG"), "throw": False, "max_steps": 60}
+    whole = minimize(problem, start, start, **options, checkpoint=file, checkpoint_every=5)
+    journal, state = journal_of(file), file.read_bytes()
+    lines = journal.read_text().splitlines()
+    entry = json.loads(lines[line - 1])
+    assert entry["record"]["step"] == line - 2
+    for damaged in (
+        lines[line - 1][:-5],
+        "3",
+        json.dumps({**entry, "record": 3}),
+        json.dumps({**entry, "record": {**entry["record"], "step": 1000}}),
+        json.dumps({**entry, "record": {**entry["record"], "seconds": -1}}),
+        json.dumps({**entry, "evaluation": 3}),
+        json.dumps({"record": entry["record"]}) if line > 2 else "[]",
+        json.dumps({**entry, "evaluation": {**entry["evaluation"], "at": {**entry["evaluation"]["at"], "shape": [7]}}}),
+        json.dumps({**entry, "evaluation": {**entry["evaluation"], "value": 3.0}}),
+    ):
+        journal.write_text("\n".join([*lines[: line - 1], damaged, *lines[line:], ""]))
+        with pytest.raises(ValueError, match=r"\.history', which holds the records.* Put it back") as caught:
+            minimize(problem, start, start, **options, checkpoint=file, resume=True)
+        text = str(caught.value)
+        assert f"line {line}:" in text or f"of step {line - 2}" in text, text
+        assert file.read_bytes() == state
+    journal.write_text("\n".join([*lines, ""]))
+    assert same(minimize(problem, start, start, **options, checkpoint=file, resume=True), whole)
 
 
 def test_a_callback_that_is_to_be_awaited_is_refused() -> None:

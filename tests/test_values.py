@@ -56,7 +56,8 @@ from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
 from bilevel.few_shot import Validating, adapt, calibration_of, evaluate, mlp, train
 from bilevel.inner_problems import Iteration
-from bilevel.portable.pickling import AbstractPortable
+from bilevel.outer.partial import attach
+from bilevel.portable.pickling import AbstractPortable, obstacle
 from bilevel.portable.plain import plain, restored
 from bilevel.problems import (
     GaussianLikelihood,
@@ -445,6 +446,32 @@ def test_an_error_arrives_without_a_partial_result_that_cannot() -> None:
     assert "Its `partial`, a dict, stayed where it was raised" in again.__notes__[0]
     assert error.partial is not None and not hasattr(error, "__notes__")
     assert copy.deepcopy(error).partial["hook"]() == 0
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, portable_cases.OwnError])
+def test_any_error_arrives_with_what_can_be_pickled_of_its_partial_result(kind: type[BaseException]) -> None:
+    error: Any = kind(3)
+    error = attach(error, {"x": torch.ones(2)})
+    error.add_note("a note")
+    again: Any = pickle.loads(pickle.dumps(error))
+    assert again.args == (3,) and torch.equal(again.partial["x"], torch.ones(2)) and again.__notes__ == ["a note"]
+    attach(error, lambda: 7)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind and again.args == (3,) and vars(again)["partial"] is None
+    assert again.__notes__[0] == "a note" and "Its `partial`, a function, stayed where" in again.__notes__[1]
+    assert vars(error)["partial"]() == 7 and error.__notes__ == ["a note"]
+    assert vars(copy.copy(error))["partial"]() == 7
+    assert not hasattr(pickle.loads(pickle.dumps(kind(4))), "partial")
+
+
+def test_an_instance_of_a_class_that_its_module_has_not_is_named() -> None:
+    kind = namedtuple("kind", ["a"])
+    other = type("Made", (), {"__module__": __name__})
+    for value, name in ((kind(1), "kind"), (other(), "Made")):
+        start = Start(torch.ones(1), value)
+        with pytest.raises(pickle.PicklingError, match=rf"field `v` is an instance of the class `{name}`"):
+            pickle.dumps(start)
+    assert obstacle([portable_cases.Inner(1, 2), slice(1), iter([]), object(), types.SimpleNamespace(a=1)]) is None
 
 
 def test_a_refusal_arrives_with_its_reason_once() -> None:

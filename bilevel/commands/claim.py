@@ -13,10 +13,10 @@ from typing import Any, final
 
 from bilevel.commands.contents import BEGUN, INTERRUPTED, STOPPED, read_result
 from bilevel.commands.folder import Folder
-from bilevel.commands.lock import locked
 from bilevel.commands.plan import Request
 from bilevel.commands.progress import note
 from bilevel.commands.replaced import bring_back
+from bilevel.outer.lock import demand_free, locked
 
 _TRIES = 10  # to make and lock a folder that others, who leave it, remove
 _LONG = 100  # characters of a problem's name in that of a folder
@@ -51,6 +51,8 @@ def claimed(request: Request) -> Iterator[Claim]:
     try:
         with contextlib.ExitStack() as stack:
             folder = _entered(request, made, stack)
+            for file in (folder.checkpoint, folder.best):  # of a run in Python, which locks no folder
+                demand_free(file)
             folder.demand_files()
             folder.remove_halves()
             bring_back(folder)  # of a run that was killed before its first evaluation had ended

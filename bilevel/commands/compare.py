@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from bilevel._files import write_atomically
+from bilevel._files import made_folder, write_atomically
 from bilevel._hypergradient import hypergradient
 from bilevel.certificates.certificate import Constants
 from bilevel.certificates.estimate_constants import estimate_constants
+from bilevel.commands.home import Home
 from bilevel.commands.progress import note
 from bilevel.commands.raised import Failure
 from bilevel.commands.result import plain, versions
@@ -19,6 +21,7 @@ from bilevel.commands.subject import NamedProblem, subject
 from bilevel.diagnostics.compare import compare as compare_estimators
 from bilevel.diagnostics.comparison import Comparison
 from bilevel.named.registry import demand_names
+from bilevel.outer.lock import locked
 
 _WIDTH, _HEIGHT, _DPI = 8.0, 5.0, 110
 
@@ -42,12 +45,24 @@ def compare(wish: Wish) -> None:
     """Print the comparison at the problem's start; with `out`, also leave compare.json and compare.png there.
 
     Raises:
-        ValueError: if the request makes no sense.
+        ValueError: if the request makes no sense, or another process has the folder.
         BilevelError: if not even the reference could be computed.
         Failure: if no estimator applies; what there is to say is printed and written first.
     """
     if wish.out is not None and Path(wish.out).exists() and not Path(wish.out).is_dir():
         raise ValueError(f"`--out {wish.out}` is a file: name a folder.")
+    with contextlib.ExitStack() as stack:
+        if wish.out is not None:
+            try:
+                stack.enter_context(made_folder(Path(wish.out)))
+                stack.enter_context(locked(Path(wish.out)))
+            except OSError as error:
+                raise ValueError(f"`--out {wish.out}` cannot hold a comparison: {error}.") from error
+        _compare(wish)
+
+
+def _compare(wish: Wish) -> None:
+    home = Home()
     at = subject(wish.problem, wish.arguments, wish.seed)
     demand_names(*wish.estimator)  # which the file of the problem may have registered
     if wish.seed is not None and not at.seeded:
@@ -76,6 +91,7 @@ def compare(wish: Wish) -> None:
     )
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     print(text if wish.json else f"{found}\n{_worth(constants)}")
+    home.back_from(wish.problem)
     if wish.out is not None:
         _write(Path(wish.out), text, found)
     if not math.isfinite(found.reference_error):

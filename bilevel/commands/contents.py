@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bilevel._files import write_atomically
+from bilevel._result import Status
 from bilevel._tree import Tree
 from bilevel.commands.folder import Folder
 from bilevel.commands.result import plain
-from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content, unreadable
+from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content
 from bilevel.outer.solution import Record
 from bilevel.outside.checkpoints import load_plain
 
@@ -28,6 +29,9 @@ BEGUN = "running"
 FINISHING = "finishing"  # it has ended, and its metrics and its picture are being made
 INTERRUPTED = "interrupted"
 STOPPED = "failed"  # by an exception
+
+_STATUSES = {BEGUN, FINISHING, INTERRUPTED, STOPPED, *Status.__members__}
+_LARGEST = 2**62  # of a number that is read
 
 _SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
@@ -62,14 +66,19 @@ def read_result(folder: Folder) -> dict[str, Any]:
         wrong = [name for name, text in settings["set"].items() if not isinstance(text, str)]
     if wrong:
         raise ValueError(f"{str(folder.result)!r} is damaged: what it says of {wrong[0]!r} makes no sense. {_REMEDY}")
-    if not _is(content.get("seconds"), int | float | None):
-        raise ValueError(f"{str(folder.result)!r} is damaged: what it says of 'seconds' makes no sense. {_REMEDY}")
+    seconds = content.get("seconds")
+    wrong = [] if _is(seconds, int | float | None) and (seconds or 0) >= 0 else ["seconds"]
+    wrong += [] if content["status"] in _STATUSES else ["status"]
+    if wrong:
+        raise ValueError(f"{str(folder.result)!r} is damaged: what it says of {wrong[0]!r} makes no sense. {_REMEDY}")
     return content
 
 
 def _is(value: Any, kind: Any, *, needed: bool = False) -> bool:
     if value is None:
         return not needed
+    if isinstance(value, int | float) and not (-_LARGEST < value < _LARGEST):  # NaN neither
+        return False
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -98,9 +107,7 @@ def read_checkpoint(folder: Folder) -> dict[str, Any]:
     try:
         content = checkpoint_content(folder.checkpoint)
     except ValueError as error:
-        if str(error) == unreadable(folder.checkpoint):
-            raise damaged(folder) from error
-        raise ValueError(f"{error} {_REMEDY}") from error
+        raise ValueError(f"{str(error).partition(' Run without `resume`')[0]} {_REMEDY}") from error
     except Exception as error:  # its content is of other types than was written
         raise damaged(folder) from error
     told = isinstance(content.get("settings", {}), dict) and _is(content["step"], int, needed=True)
@@ -177,6 +184,19 @@ def append_history(folder: Folder, record: Record | Mapping[str, Any]) -> None:
         except OSError:
             os.ftruncate(handle, end)
             raise
+    finally:
+        os.close(handle)
+
+
+def sync_history(folder: Folder) -> None:
+    """Have the lines of history.jsonl on the disk.
+
+    Raises:
+        OSError: if that cannot be.
+    """
+    handle = os.open(folder.history, os.O_RDWR)  # a handle for reading cannot be synced everywhere
+    try:
+        os.fsync(handle)
     finally:
         os.close(handle)
 

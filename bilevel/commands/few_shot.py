@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
@@ -22,10 +22,12 @@ from bilevel.commands.contents import (
     damaged,
     read_checkpoint,
     read_history,
+    sync_history,
     write_history,
     write_result,
 )
 from bilevel.commands.folder import Folder
+from bilevel.commands.home import Home
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load_experiment
 from bilevel.commands.plan import Request, merge
@@ -41,6 +43,7 @@ from bilevel.few_shot.experiment import Experiment
 from bilevel.few_shot.options import Saving
 from bilevel.few_shot.trained import Progress, Trained
 from bilevel.named.registry import demand_names
+from bilevel.outer.watcher import AbstractWatcher
 
 _LONG = 300  # characters of a description
 _TRIAL = 50  # episodes that tell how long the evaluation will take
@@ -186,9 +189,11 @@ class _Going:
     ) -> None:
         self.plan, self.folder, self.head, self.lines, self.goes_on = plan, folder, head, lines, goes_on
         self.told = False
+        self.home = Home()
 
     def tell(self, progress: Progress) -> None:
         """Write the line of a step."""
+        self.home.back_from(self.plan.request.problem)
         if not self.told:
             write_result(self.folder, self.head | {"status": BEGUN})
         if progress.record.status.ok or progress.record.step > 0:
@@ -199,6 +204,22 @@ class _Going:
         append_history(self.folder, line)
         self.lines.append(line)
         self.told = True
+
+
+@final
+class _Teller(AbstractWatcher):
+    """Writes and shows each step."""
+
+    def __init__(self, going: _Going, show: Callable[[Progress], None]) -> None:
+        self._going, self._show = going, show
+
+    def __call__(self, told: Progress) -> None:
+        self._going.tell(told)
+        self._show(told)
+
+    def before_save(self) -> None:
+        if self._going.told:
+            sync_history(self._going.folder)
 
 
 def _run(going: _Going) -> None:
@@ -216,13 +237,11 @@ def _run(going: _Going) -> None:
         return earlier + time.perf_counter() - began
 
     with training_progress(experiment.settings.max_steps, quiet=request.quiet) as show:
-
-        def callback(progress: Progress) -> None:
-            going.tell(progress)
-            show(progress)
-
         try:
-            trained = experiment.train(plan.seed, out=saving, callback=callback)
+            try:
+                trained = experiment.train(plan.seed, out=saving, callback=_Teller(going, show))
+            finally:
+                going.home.back_from(request.problem)
         except KeyboardInterrupt as error:
             if not going.told and (folder.replaced.is_dir() or not folder.saved):
                 raise
@@ -325,7 +344,7 @@ def _sound(folder: Folder, line: Mapping[str, Any]) -> bool:
         numbers = [line["elapsed"], line["value"], line["grad_norm"]]
         numbers += [] if line["validation"] is None else [line["validation"]["score"]]
         read = list(map(float, numbers)), Stats(**line["stats"]), Status[line["status"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{str(folder.history)!r} is damaged at step {line['step']}. `--overwrite` begins the run anew."
         ) from error

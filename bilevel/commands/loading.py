@@ -15,6 +15,7 @@ from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel._validate import nearest
 from bilevel.commands.arguments import bind, takes
+from bilevel.commands.home import Home
 
 if TYPE_CHECKING:
     from bilevel.few_shot.experiment import Experiment
@@ -96,14 +97,21 @@ def _own(problem: str) -> tuple[ModuleType, Any] | None:
         module = _module(Path(path))
         return module, _member(module, path, name)
     if problem.endswith(".py"):
+        if Path(problem).is_dir():
+            raise ValueError(f"{problem!r} is a folder: name a Python file, and a problem in it, as file.py:NAME.")
         raise ValueError(f"{problem!r} is a file: say which problem in it, as {problem}:NAME.")
     return None
 
 
 def _module(path: Path) -> ModuleType:
     """The file's module: executed once in a process, and again only where it has changed."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name a Python file, and a problem in it, as file.py:NAME.")
     if not path.is_file():
-        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        if path.is_symlink():
+            raise ValueError(f"{str(path)!r} is a link that leads to no file.")
+        others = [file.name for file in path.parent.glob("*.py") if file.is_file()] if path.parent.is_dir() else []
+        near = nearest(path.name, others)
         raise ValueError(f"there is no file {str(path)!r}. {near}".rstrip())
     about = path.stat()
     key = str(path.resolve()), about.st_mtime_ns, about.st_size
@@ -119,6 +127,7 @@ def _executed(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))  # it may import its neighbours, then and later
     sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look there
+    home = Home()
     try:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:
@@ -127,6 +136,8 @@ def _executed(path: Path) -> ModuleType:
         raise ImportError(f"{_where(path, error)}: {error}") from error
     except BaseException as error:  # `sys.exit()` too: it is not for a file that is looked into to end what looks
         raise ValueError(f"{_where(path, error)}: {_said(error)}") from error
+    finally:
+        home.back_from(str(path))
     return module
 
 
@@ -179,7 +190,7 @@ def _built(
     seeded = takes(found, "seed") and seed is not None
     if seeded and "seed" in arguments:
         raise ValueError("the seed was given twice: by `--seed` and by `--set seed=...`. Use `--seed`.")
-    bound = bind(problem, found, arguments, {"seed": seed} if seeded else {})
+    bound, home = bind(problem, found, arguments, {"seed": seed} if seeded else {}), Home()
     try:
         return found(**bound)
     except (ValueError, ImportError, KeyboardInterrupt):  # its own words are the best ones
@@ -187,6 +198,8 @@ def _built(
     except BaseException as error:
         where = "" if module is None else f" ({_where(Path(problem.rpartition(':')[0]), error)})"
         raise ValueError(f"building {problem} failed: {_said(error)}{where}") from error
+    finally:
+        home.back_from(problem)
 
 
 def _complete(problem: str, found: Any, module: ModuleType | None) -> Instance:

@@ -12,6 +12,7 @@ from bilevel._result import Stats
 from bilevel._tree import Tree, ravel
 from bilevel.commands.contents import FINISHING, read_history, read_solution, write_result, write_solution
 from bilevel.commands.folder import Folder
+from bilevel.commands.home import Home
 from bilevel.commands.plan import Plan, Request
 from bilevel.commands.plot import draw
 from bilevel.commands.progress import note, number, table
@@ -90,7 +91,7 @@ def finish(request: Request, made: Plan, folder: Folder, before: Mapping[str, An
     computed, point = before.get("computed"), read_solution(folder)
     try:
         history = tuple(Record.from_dict(_numbers(line)) for line in read_history(folder))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return False
     if not isinstance(computed, dict) or point is None or not history or history[-1].step != before.get("steps"):
         return False
@@ -145,11 +146,14 @@ def _values(record: Record | Best) -> dict[str, Any]:
 
 def _attempt(what: str, action: Callable[[], object], notes: list[str]) -> None:
     """Something without which the run is still a success: if it fails, a note says so."""
+    home = Home()
     try:
         action()
     except (Exception, SystemExit) as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out {what}: {error if missing else f'{type(error).__name__}: {error}'}")
+    finally:
+        home.back_from(f"the code of {what}")
 
 
 def _told(value: Any) -> str:

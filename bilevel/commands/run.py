@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from typing import Literal, final
 
 from bilevel._estimate import Estimate
@@ -21,10 +22,12 @@ from bilevel.commands.contents import (
     damaged,
     read_checkpoint,
     read_records,
+    sync_history,
     write_history,
     write_result,
 )
 from bilevel.commands.folder import Folder
+from bilevel.commands.home import Home
 from bilevel.commands.outcome import RunOutcome, finish, head, write
 from bilevel.commands.plan import Plan, Request, plan
 from bilevel.commands.progress import note, progress
@@ -33,6 +36,7 @@ from bilevel.commands.replaced import bring_back, forget, set_aside
 from bilevel.outer.checkpoint import demand_same
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.watcher import AbstractWatcher
 
 SECONDS = 30.0  # between checkpoints, at most
 
@@ -134,9 +138,11 @@ class _Going:
         self.request, self.made, self.claim = request, made, claim
         self.records: list[Record] = []
         self.told = False
+        self.home = Home()
 
     def tell(self, record: Record) -> None:
         """Write the record of a step."""
+        self.home.back_from(self.request.problem)
         folder = self.claim.folder
         if not self.told:
             write_result(folder, head(self.request, self.made) | {"status": BEGUN})
@@ -150,6 +156,22 @@ class _Going:
         self.told = True
 
 
+@final
+class _Teller(AbstractWatcher):
+    """Writes and shows each record."""
+
+    def __init__(self, going: _Going, show: Callable[[Record], None]) -> None:
+        self._going, self._show = going, show
+
+    def __call__(self, told: Record, estimate: Estimate) -> None:
+        self._going.tell(told)
+        self._show(told)
+
+    def before_save(self) -> None:
+        if self._going.told:
+            sync_history(self._going.claim.folder)
+
+
 def _compute(going: _Going) -> tuple[RunOutcome, BaseException | None]:
     """Run `minimize`, writing the history as it goes; whatever ends it becomes an outcome."""
     request, made, folder = going.request, going.made, going.claim.folder
@@ -159,23 +181,21 @@ def _compute(going: _Going) -> tuple[RunOutcome, BaseException | None]:
     else:  # before anything is computed: who is killed now has said what was to be run
         write_result(folder, head(request, made) | {"status": BEGUN})
     with progress(made.options["max_steps"], quiet=request.quiet) as show:
-
-        def callback(record: Record, _: Estimate) -> None:
-            going.tell(record)
-            show(record)
-
         try:
-            solution = minimize(
-                instance.problem,
-                instance.x0,
-                instance.y0,
-                callback=callback,
-                checkpoint=folder.checkpoint,
-                checkpoint_seconds=request.checkpoint_seconds or SECONDS,
-                resume=resuming(request, goes_on=goes_on),
-                throw=not request.keep_going,
-                **made.options,
-            )
+            try:
+                solution = minimize(
+                    instance.problem,
+                    instance.x0,
+                    instance.y0,
+                    callback=_Teller(going, show),
+                    checkpoint=folder.checkpoint,
+                    checkpoint_seconds=request.checkpoint_seconds or SECONDS,
+                    resume=resuming(request, goes_on=goes_on),
+                    throw=not request.keep_going,
+                    **made.options,
+                )
+            finally:
+                going.home.back_from(request.problem)
         except BilevelError as error:
             if not isinstance(error.partial, Solution):
                 raise

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, final
 
-from bilevel.commands.lock import abandon
+from bilevel.outer.lock import abandon
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is unknown on Windows
 

@@ -137,6 +137,11 @@ class Saving:
         """The file that a run goes on from."""
         return self.path / "checkpoint.pt"
 
+    @property
+    def best(self) -> Path:
+        """The x of the best validation, and all validations."""
+        return self.path / "best.pt"
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ from bilevel.few_shot.trained import Callback as Callback, Progress as Progress,
 from bilevel.few_shot.training_run import Clock, Reporter, TrainingBatches, TrainingRun, Validator
 from bilevel.few_shot.validate import Validations
 from bilevel.outer.checkpoint import read_checkpoint
+from bilevel.outer.lock import held
 from bilevel.outer.minimize import minimize
 from bilevel.outer.partial import attach, tells_partial
 from bilevel.outer.solution import Solution
@@ -77,7 +78,8 @@ def train(
         callback: called with the `Progress` after each estimate; a true return value stops training. Or a `Reporting`.
 
     Raises:
-        ValueError: if a number is out of range, a batch of tasks is malformed, or the estimator does not apply.
+        ValueError: if a number is out of range, a batch of tasks is malformed, the estimator does not apply, or another
+            run has the folder.
         TypeError: if `learner` is none, or a source of tasks has no `sample`.
         ImportError: if TensorBoard is asked for and missing.
         BilevelError: if more than `outer.skip` estimates in a row, or the last three, were not finite or diverged, or
@@ -105,49 +107,51 @@ def train(
     """
     loop, chosen_by, kept_in = outer_loop(outer), validating(validation), saving(out)
     demand_tasks("train", learner, tasks=tasks, validation=None if chosen_by is None else chosen_by.tasks)
-    data = TrainingBatches(learner, batches(tasks, batch, seed), seed)
-    clock = Clock(_earlier_seconds(kept_in), loop.seconds)
-    validator = _validator(learner, chosen_by, kept_in, seed)
-    reporter = Reporter(reporting(callback))
-    run = TrainingRun(data, max_steps, clock, validator, reporter, loop)
-    solution: Solution | None = None
-    try:
+    place = Path(os.path.abspath("." if kept_in is None else kept_in.path))  # also if the current directory changes
+    with held(None if kept_in is None else kept_in.best, "train(out=...)", "folder"):
+        data = TrainingBatches(learner, batches(tasks, batch, seed), seed)
+        clock = Clock(_earlier_seconds(kept_in), loop.seconds)
+        validator = _validator(learner, chosen_by, kept_in, seed)
+        reporter = Reporter(reporting(callback))
+        run = TrainingRun(data, max_steps, clock, validator, reporter, loop)
+        solution: Solution | None = None
         try:
-            solution = minimize(
-                learner.problem,
-                learner.x0,
-                learner.y0,
-                estimator=learner.estimator if loop.estimator is None else loop.estimator,
-                outer=loop.optimizer,
-                max_steps=max_steps,
-                data=data,
-                constraint=loop.constraint,
-                callback=run.after_step,
-                checkpoint=None if kept_in is None else kept_in.checkpoint,
-                checkpoint_every=Saving.every if kept_in is None else kept_in.every,
-                checkpoint_seconds=Saving.seconds if kept_in is None else kept_in.seconds,
-                resume=False if kept_in is None else kept_in.resume,
-                warm_start=False,
-                chunk_size=loop.chunk_size,
-                throw=loop.throw,
-                skip=0 if loop.throw else loop.skip,
-            )
-        finally:
-            reporter.close()
-    except BaseException as error:
-        solution = _left_by(error) if solution is None else solution
-        if not (isinstance(error, BilevelError) and solution is not None and solution.status is error.status):
-            attach(error, None if solution is None else run.interrupted(solution))
-            raise
-        if solution.status is Status.interrupted:  # a checkpoint could not be written
-            raise BilevelError(str(error), error.status, run.interrupted(solution)) from error.__cause__
-    assert solution is not None
-    trained = run.trained(solution)
-    if kept_in is not None:
-        _write_module(kept_in.path / "model.pt", trained)
-    if trained.ended == "failed":
-        raise _failure(trained, solution, loop)
-    return trained
+            try:
+                solution = minimize(
+                    learner.problem,
+                    learner.x0,
+                    learner.y0,
+                    estimator=learner.estimator if loop.estimator is None else loop.estimator,
+                    outer=loop.optimizer,
+                    max_steps=max_steps,
+                    data=data,
+                    constraint=loop.constraint,
+                    callback=run,
+                    checkpoint=None if kept_in is None else kept_in.checkpoint,
+                    checkpoint_every=Saving.every if kept_in is None else kept_in.every,
+                    checkpoint_seconds=Saving.seconds if kept_in is None else kept_in.seconds,
+                    resume=False if kept_in is None else kept_in.resume,
+                    warm_start=False,
+                    chunk_size=loop.chunk_size,
+                    throw=loop.throw,
+                    skip=0 if loop.throw else loop.skip,
+                )
+            finally:
+                reporter.close()
+        except BaseException as error:
+            solution = _left_by(error) if solution is None else solution
+            if not (isinstance(error, BilevelError) and solution is not None and solution.status is error.status):
+                attach(error, None if solution is None else run.interrupted(solution))
+                raise
+            if solution.status is Status.interrupted:  # a checkpoint could not be written
+                raise BilevelError(str(error), error.status, run.interrupted(solution)) from error.__cause__
+        assert solution is not None
+        trained = run.trained(solution)
+        if kept_in is not None:
+            _write_module(place / "model.pt", trained)
+        if trained.ended == "failed":
+            raise _failure(trained, solution, loop)
+        return trained
 
 
 def _left_by(error: BaseException) -> Solution | None:
@@ -187,7 +191,7 @@ def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelEr
 
 def _validator(learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int) -> Validator:
     """Also without validations there may be those of an earlier part of the run."""
-    path: Path | None = None if kept_in is None else kept_in.path / "best.pt"
+    path = None if kept_in is None else Path(os.path.abspath(kept_in.best))
     kept = Validations.begin(path, learner.x0, resume=kept_in is not None and bool(kept_in.resume))
     if given is None:
         return Validator(kept)
@@ -202,5 +206,5 @@ def _earlier_seconds(kept_in: Saving | None) -> float:
         return 0.0  # `minimize` says so where there should be one
     try:
         return float(sum(record["seconds"] for record in read_checkpoint(kept_in.checkpoint)["history"]))
-    except ValueError:
+    except (ValueError, TypeError, LookupError, OverflowError):
         return 0.0  # as above

@@ -19,6 +19,7 @@ from bilevel.few_shot.options import OuterLoop, Reporting
 from bilevel.few_shot.trained import Ended, Progress, Trained
 from bilevel.few_shot.validate import Validation, Validations
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.watcher import AbstractWatcher, before_save
 from bilevel.tasks.ragged import check_batch
 
 _AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
@@ -125,6 +126,10 @@ class Reporter:
             self._board.write(progress.record, progress.score, progress.validation)
         return self._given.callback is not None and bool(self._given.callback(progress))
 
+    def before_save(self) -> None:
+        """Before a checkpoint is written."""
+        before_save(self._given.callback)
+
     def close(self) -> None:
         """Write what is left."""
         if self._board is not None:
@@ -132,7 +137,7 @@ class Reporter:
 
 
 @final
-class TrainingRun:
+class TrainingRun(AbstractWatcher):
     """What happens after each step, and what is left at the end.
 
     Args:
@@ -157,7 +162,11 @@ class TrainingRun:
         self._validator, self._reporter = validator, reporter
         self._ended: Ended = "max_steps"
 
-    def after_step(self, record: Record, estimate: Estimate) -> bool:
+    def before_save(self) -> None:
+        """Before a checkpoint is written."""
+        self._reporter.before_save()
+
+    def __call__(self, record: Record, estimate: Estimate) -> bool:
         """Validate, score and report as this step asks for; whether training ends here."""
         out_of_time, at_end = self._clock.over(), record.step == self._last_step
         validation = self._validator.at(record.step, estimate.x, self._clock, last=at_end or out_of_time)

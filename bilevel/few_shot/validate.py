@@ -167,4 +167,11 @@ def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not readable ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} was not written by this version of bilevel.")
+    try:
+        made = [Validation(**entry) for entry in content["validations"]]
+        sound = [*map(float, (number for each in made for number in (each.seconds, each.own_seconds)))]
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: one of its validations makes no sense.") from error
+    if "x" not in content or not all(0 <= seconds < math.inf for seconds in sound):
+        raise ValueError(f"{str(path)!r} is damaged: it has no `x`, or seconds that make no sense.")
     return content

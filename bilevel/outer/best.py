@@ -29,13 +29,8 @@ class Candidate:
     counts: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, which `sound_best` reads."""
         return {"x": self.x, "y": self.y, "record": self.record.as_dict(), "counts": self.counts}
-
-    @staticmethod
-    def from_dict(content: dict[str, Any]) -> Candidate:
-        """The inverse of :meth:`as_dict`."""
-        return Candidate(content["x"], content["y"], Record.from_dict(content["record"]), content["counts"])
 
 
 @final

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.outer.entries import MISREAD, fault, unreadable
 from bilevel.outer.fingerprint import Fingerprint, differences
 from bilevel.outer.journal import Journal, journal_of
 from bilevel.outside.checkpoints import load_plain
@@ -30,11 +33,16 @@ class Checkpoint:
         path: where it is.
         made_of: what the run is told by.
         forced: whether a run goes on from the file of one that is told to be another.
+        place: where it is, whatever the current directory will be.
     """
 
     path: str | os.PathLike[str]
     made_of: Fingerprint
     forced: bool = False
+    place: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", Path(os.path.abspath(self.path)))
 
     def load(self, x: Tensor, y: Tensor) -> dict[str, Any]:
         """Read what was saved, for a run that begins at x and y: the state and, as `history`, all records.
@@ -62,6 +70,8 @@ class Checkpoint:
     def demand(self, content: Mapping[str, Any], *names: str) -> None:
         """Refuse the checkpoint of another run; what the file does not tell is taken on trust.
 
+        Warns of what cannot be compared.
+
         Args:
             content: what was read.
             names: of the parts that are compared; none: all of them.
@@ -87,6 +97,28 @@ class Checkpoint:
                 f" {'; '.join(changed[:_TOLD])}{more}. Resume it as it was begun, or begin another run, with another"
                 f' file, from its x and y; to go on all the same, say `resume="force"`.'
             )
+        if self.made_of.unread and not names:
+            warnings.warn(
+                f"whether the checkpoint {str(self.path)!r} is of this very run was not compared for"
+                f" {', '.join(self.made_of.unread[:_TOLD])}{' and more' * (len(self.made_of.unread) > _TOLD)}.",
+                stacklevel=2,
+            )
+
+    @contextlib.contextmanager
+    def intact(self, content: Mapping[str, Any]) -> Iterator[None]:
+        """What goes wrong with what was read is one error, that names the file.
+
+        Raises:
+            ValueError: from whatever is raised.
+        """
+        try:
+            yield
+        except MISREAD as error:
+            why = str(error) if isinstance(error, ValueError) else "an entry is of another kind"
+            journal = content.get("journal")
+            if isinstance(journal, Journal) and " of step " in why:
+                raise journal.damaged(why) from error
+            raise ValueError(unreadable(self.path, why)) from error
 
     def foreign(self, what: object) -> ValueError:
         """What to say of a checkpoint whose state is another algorithm's."""
@@ -102,20 +134,15 @@ def read_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
         ValueError: if it is none that this version reads.
     """
     content = _content(path, device)
-    if content is None:
-        raise ValueError(unreadable(path))
     if content.get("format") not in FORMATS or not {"x", "y", "step"} <= content.keys():
         raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
     if "journal" in content:
-        journal = Journal(journal_of(path), content["journal"]["run"])
-        entries = journal.read(content["journal"]["entries"])
+        journal = Journal(journal_of(os.path.abspath(path)), content["journal"]["run"])
+        entries = journal.read(content["journal"]["entries"], ("record",))
         content["journal"] = journal  # where the next ones are added
         content["history"] = [entry["record"] for entry in entries]
         if entries and "evaluation" in entries[0]:
-            content["evaluations"] = [
-                {name: v.to(device) if isinstance(v, Tensor) else v for name, v in entry["evaluation"].items()}
-                for entry in entries
-            ]
+            content["evaluations"] = [_moved(entry.get("evaluation"), device) for entry in entries]
     if "history" not in content:
         raise ValueError(f"{str(path)!r} is not a checkpoint of this version of bilevel.")
     return content
@@ -134,21 +161,22 @@ def demand_same(path: str | os.PathLike[str], problem: Any, data: Any = None) ->
     Raises:
         ValueError: naming what is otherwise; also if the checkpoint cannot be read.
     """
-    content = _content(path, "cpu")
-    if content is None:
-        raise ValueError(unreadable(path))
-    Checkpoint(path, Fingerprint({}, {"problem": problem, "data": data})).demand(content)
+    Checkpoint(path, Fingerprint({}, {"problem": problem, "data": data})).demand(_content(path, "cpu"))
 
 
 def loaders_of(path: str | os.PathLike[str]) -> list[Any] | None:
     """Where the loaders of a run were, which have to be told before they are begun; None where that is not known."""
-    return (_content(path, "cpu") or {}).get("loaders")
+    with contextlib.suppress(ValueError):  # which `Checkpoint.load` reports
+        return _content(path, "cpu").get("loaders")
+    return None
 
 
 def trials_of(path: str | os.PathLike[str]) -> list[Any]:
     """The rows of the sweep that a run began with; empty where it did not, or that is not known."""
-    found = (_content(path, "cpu") or {}).get("trials")
-    return found if isinstance(found, list) else []
+    with contextlib.suppress(ValueError):  # which `Checkpoint.load` reports
+        found = _content(path, "cpu").get("trials")
+        return found if isinstance(found, list) else []
+    return []
 
 
 def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:
@@ -156,20 +184,36 @@ def begun_with(path: str | os.PathLike[str], name: str, setting: str) -> bool:
 
     False where there is none that can be read, which :meth:`Checkpoint.load` reports.
     """
-    content = _content(path, "cpu")
-    if content is None:
+    try:
+        content = _content(path, "cpu")
+    except ValueError:
         return False
     saved = content.get("settings", {}).get(name, setting)
     return bool(saved == setting or (content.get("format") == 1 and saved.split("(")[0] == setting.split("(")[0]))
 
 
-def _content(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Any] | None:
-    """The file without its journal; None where it is no checkpoint that can be read."""
+def _content(path: str | os.PathLike[str], device: torch.device | str) -> dict[str, Any]:
+    """The file without its journal.
+
+    Raises:
+        ValueError: if it is no checkpoint that can be read.
+    """
     try:
         content = load_plain(path, device)
-    except Exception:
-        return None
-    return content if isinstance(content, dict) else {}
+    except Exception as error:
+        raise ValueError(unreadable(path)) from error
+    if not isinstance(content, dict):
+        return {}
+    why = fault(content)
+    if why is not None:
+        raise ValueError(unreadable(path, why))
+    return content
+
+
+def _moved(evaluation: Any, device: torch.device | str) -> Any:
+    if not isinstance(evaluation, dict):
+        return evaluation
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in evaluation.items()}
 
 
 def _alike(saved: str, now: str) -> bool:
@@ -182,11 +226,3 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a file of format 1, as it would be written now."""
     state = {name: content[name] for name in ("x", "y", "v", "memory")}
     return {**content, "state": state, "calls": {}}
-
-
-def unreadable(path: str | os.PathLike[str]) -> str:
-    """What to say of a file that `torch.load` refuses; its own words are long and about something else."""
-    return (
-        f"{str(path)!r} is not a readable checkpoint: it is damaged, or is none. Run without `resume`, or name another"
-        f" file."
-    )

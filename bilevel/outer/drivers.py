@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -15,11 +16,13 @@ from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Report, Status, Tally
 from bilevel.outer.best import Candidate
+from bilevel.outer.entries import MISREAD
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.run import Run
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.sound import demand_alike, sound_records
 
 Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
 
@@ -126,6 +129,7 @@ class _Answers:
         known = self.known[index] if index < len(self.known) else None
         if known is not None and torch.equal(known.x, x):
             self.run.history.append(known.record)
+            self._see(known)
             self._keep(known)
             self.run.reached(index, self.problem, known.x, self.structured(known))
             status = known.record.status
@@ -146,9 +150,10 @@ class _Answers:
         norm = float(torch.linalg.vector_norm(left))
         self.run.record(index, estimate, norm, time.perf_counter() - before)
         answer = _Answer(x.clone(), found, self.run.history[-1])
+        self._see(answer)
+        self.run.reached(index, problem, answer.x, estimate)  # also where the callback raises
         stops = self.run.stops(estimate)
         self._keep(answer)
-        self.run.reached(index, problem, answer.x, estimate)
         if self.run.failed(estimate):
             raise _Stop(estimate.status)
         if stops:
@@ -195,20 +200,26 @@ class _Answers:
         if "evaluations" not in content:
             raise checkpoint.foreign("it holds a state, and this method runs its own loop")
         checkpoint.demand(content)
+        with checkpoint.intact(content):
+            records = sound_records(content["history"], content["step"])
+            if len(content["evaluations"]) != len(records):
+                raise ValueError(f"it has {len(records)} records and {len(content['evaluations'])} evaluations")
+            self.known = [
+                _sound_answer(plain, record, *self.start)
+                for plain, record in zip(content["evaluations"], records, strict=True)
+            ]
         saves.go_on_from(content)
-        self.known = [
-            _answer(plain, Record.from_dict(record))
-            for plain, record in zip(content["evaluations"], content["history"], strict=True)
-        ]
         if "random" in content:
             self.begun, self.go_on = content["begun"], content["random"]
             self.drawn = self.begun
             go_on_from(content["begun"])
 
-    def _keep(self, answer: _Answer) -> None:
+    def _see(self, answer: _Answer) -> None:
         self.latest = answer
         inside = self.bounds is None or torch.equal(answer.x, answer.x.clamp(*self.bounds))
         self.run.best.see(Candidate(answer.x, answer.found.y, answer.record, answer.record.status.ok and inside))
+
+    def _keep(self, answer: _Answer) -> None:
         if self.run.rules.saves is not None:
             self.given.append(answer)
             self.drawn = drawn_so_far() if self.go_on is None else self.go_on
@@ -219,6 +230,30 @@ def _plain(answer: _Answer) -> dict[str, Any]:
     reports = [(r.part, r.status.name, r.residual, r.steps, [s.name for s in r.statuses]) for r in found.reports]
     kept = {field.name: getattr(found, field.name) for field in fields(FlatEstimate)}
     return {**kept, "reports": reports, "at": answer.x}
+
+
+def _sound_answer(plain: Any, record: Record, x: Tensor, y: Tensor) -> _Answer:
+    """An answer from plain data.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    where = f"its evaluation of step {record.step}"
+    try:
+        if not isinstance(plain, dict):
+            raise TypeError("it is no dict")
+        for name, like in (("at", x), ("grad", x), ("y", y)):
+            demand_alike(plain[name], like, f"'{name}'")
+        if plain["v"] is not None:
+            demand_alike(plain["v"], y, "'v'")
+        if plain["at"].shape != x.shape or plain["grad"].shape != x.shape:
+            raise ValueError("'at' and 'grad' are no vectors")
+        answer = _answer(plain, record)
+        if math.isnan(record.value) == (float(answer.found.value) == record.value):
+            raise ValueError("its value is not that of its record")
+    except MISREAD as error:
+        raise ValueError(f"{where} makes no sense: {str(error).partition(chr(10))[0][:200]}") from error
+    return answer
 
 
 def _answer(plain: Mapping[str, Any], record: Record) -> _Answer:

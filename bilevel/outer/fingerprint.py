@@ -22,8 +22,9 @@ class Fingerprint:
     Of functions that the user wrote: their code (without comments, names of files and line numbers), their defaults,
     what they close over, and the globals that they name, functions and classes among them likewise. Of tensors and
     arrays: sizes and a hash of up to 16 MiB of each and 64 MiB in all. Of numbers and texts: themselves, but for
-    absolute paths. Of modules of torch: parameters and buffers. Of what other packages have made: its type. What is
-    made anew in every process, or moved with the same content, is therefore the same.
+    absolute paths. Of modules of torch: parameters and buffers. Of loaders what tells which samples come when. Of what
+    other packages have made: what it would be pickled as. What is made anew in every process, or moved with the same
+    content, is therefore the same. What cannot be told of (open files, more than 20,000 objects) is in `unread`.
 
     A part that changes while the run goes on (a counter, a list that grows) is nothing that a run can be told by:
     :meth:`changing` finds these.
@@ -65,6 +66,7 @@ class Fingerprint:
         for name, value in self._made_of.items():
             walk.in_words = name in self._settings
             walk.visit(name, value)
+        self.unread = [f"{name} ({why})" for name, why in walk.unread.items()]
         return {name: text for name, text in walk.texts.items() if name not in self._settings}
 
     def _code(self, code: CodeType) -> tuple[str, dict[str, set[str]]]:

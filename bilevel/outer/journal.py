@@ -73,30 +73,45 @@ class Journal:
         self.entries += len(lines)
         self._end += sum(map(len, lines))
 
-    def read(self, count: int) -> list[Any]:
+    def read(self, count: int, names: tuple[str, ...] = ()) -> list[Any]:
         """The first `count` entries; the next ones come after them.
 
+        Args:
+            count: how many.
+            names: what each has to have.
+
         Raises:
-            ValueError: if there are not so many, or they are another run's.
+            ValueError: if there are not so many, or they are another run's; naming the line.
         """
         found: list[Any] = []
+        number = 1
         try:
             with self.path.open("rb") as file:
                 header = file.readline()
                 if json.loads(header).get("run") != self.run:
                     raise ValueError(f"{str(self.path)!r} is of another run")
                 self._end = len(header)
-                for _ in range(count):
+                for number in range(2, count + 2):
                     line = file.readline()
+                    if not line:
+                        raise ValueError(f"the file ends there; of {count} records {number - 2} are left")
                     found.append(json.loads(line, object_hook=_tensor))
+                    if names and not (isinstance(found[-1], dict) and found[-1].keys() >= set(names)):
+                        raise ValueError("it is no record")
                     self._end += len(line)
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{str(self.path)!r}, which holds the records of the checkpoint beside it, cannot be read ({error})."
-                f" Put it back where it was, or begin another run."
-            ) from error
+        except OSError as error:
+            raise self.damaged(str(error)) from error
+        except (ValueError, AttributeError, RecursionError, TypeError, LookupError, RuntimeError) as error:
+            raise self.damaged(f"line {number}: {' '.join(str(error).split())[:200]}") from error
         self.entries = count
         return found
+
+    def damaged(self, why: str) -> ValueError:
+        """What to say of a file that is not as it was written."""
+        return ValueError(
+            f"{str(self.path)!r}, which holds the records of the checkpoint beside it, cannot be read ({why}). Put it"
+            f" back as it was, or begin another run, with another file, from the x and y of the checkpoint."
+        )
 
 
 def journal_of(path: str | os.PathLike[str]) -> Path:

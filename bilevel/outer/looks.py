@@ -38,12 +38,16 @@ class Look:
         estimate: there.
         norm: what is recorded as its distance from stationarity.
         measure: what a tolerance is compared with: certified, where it can be.
+        cost: how many calls for samples it took, without those for a certificate.
+        tried: the norm at which the latest certificate was not enough, or that at the start; infinite: none so far.
     """
 
     problem: FlatProblem
     estimate: FlatEstimate
     norm: float
     measure: float
+    cost: int = 0
+    tried: float = math.inf
 
 
 @final
@@ -76,29 +80,39 @@ class Looks:
             return step % self.every == 0
         return spent >= _REST * cost if spent else step % _UNCOUNTED == 0
 
-    def look(self, algorithm: AbstractAlgorithm[Any], oracle: Oracle, state: Any, found: Evaluated) -> Look:
-        """At x and y, and v where the algorithm has one, with f and g on all the data."""
+    def look(
+        self, algorithm: AbstractAlgorithm[Any], oracle: Oracle, state: Any, found: Evaluated, tried: float = math.inf
+    ) -> Look:
+        """At x and y, and v where the algorithm has one, with f and g on all the data.
+
+        A certificate takes as many calls as some ten looks. It is asked for where |D_x| meets the tolerance, and the
+        norm of all directions it too, or is half of what it was when that was last done, or at the start.
+        """
+        before = oracle.like.tally.sampled
         problem, x = oracle.whole(), algorithm.point(state)[0]
         own = algorithm.on_everything(oracle, state, found)
         if own is not None:
             residual = float(oracle.residual(x, own.grad))
             measure = residual + (own.bound or 0.0)
-            return Look(problem, own, measure, measure)
+            return Look(problem, own, measure, measure, oracle.like.tally.sampled - before)
         if not inner_problem(oracle.like.problem).offers >= _SMOOTH:  # y is no stationary point of a smooth g
             value = problem.f(x, found.estimate.y).detach()
             measure = float(algorithm.stationarity(oracle, state, found))
-            return Look(problem, replace(found.estimate, value=value), measure, measure)
+            cost = oracle.like.tally.sampled - before
+            return Look(problem, replace(found.estimate, value=value), measure, measure, cost)
         second = Property.second_derivatives in algorithm.requires
         seen = assessed(problem, x, found.estimate.y, found.estimate.v, second_derivatives=second)
         residual = float(oracle.residual(x, seen.grad))
         norm = joint_norm(residual, seen)
-        if self.tol is None or not residual <= self.tol:
-            return Look(problem, seen, norm, norm)
+        cost = oracle.like.tally.sampled - before
+        worth = norm <= tried / 2 if math.isfinite(tried) else self.tol is not None and norm <= self.tol
+        if self.tol is None or not (residual <= self.tol and worth):
+            return Look(problem, seen, norm, norm, cost, norm if tried == math.inf else tried)
         known = self.constants
         if known is not None and not isinstance(known, Constants):
             known = known(problem.x.unravel(x))
         seen = bounded(problem, x, seen, known)
-        return Look(problem, seen, norm, norm if seen.bound is None else residual + seen.bound)
+        return Look(problem, seen, norm, norm if seen.bound is None else residual + seen.bound, cost, norm)
 
 
 def blown(look: Look, first: float) -> Look:

@@ -42,12 +42,14 @@ from bilevel.outer.batches import expect, first_batch, some_blocks, sources
 from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of, trials_of
 from bilevel.outer.drivers import drive
 from bilevel.outer.fingerprint import Fingerprint
+from bilevel.outer.lock import held
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import tells_partial
 from bilevel.outer.run import Callback, Rules, Run, iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
+from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.requirements.starts import starts_warm
 
@@ -129,7 +131,8 @@ def minimize(
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
             when the run is interrupted or fails. It holds the state of the algorithm; of a driver, which keeps its
             state to itself, all evaluations, that are replayed to it. The records of a long run are in a second file
-            beside it, `checkpoint` + ".history", to whose end the new ones are added.
+            beside it, `checkpoint` + ".history", to whose end the new ones are added. It is this run's alone as long
+            as that lasts: another one, of this process or not, is refused.
         checkpoint_every: how many steps lie between two writes.
         checkpoint_seconds: how much time, at most: it is written after the step in which that is over; None: it does
             not matter.
@@ -159,8 +162,8 @@ def minimize(
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if structures do not match, an estimator or algorithm does not apply, a number is out of range, or
-            arguments exclude each other.
+        ValueError: if structures do not match, an estimator or algorithm does not apply, a number is out of range,
+            arguments exclude each other, or another run has the checkpoint.
         BilevelError: if `throw` and the run did not succeed, or a checkpoint could not be written (a full disk).
         BaseException: whatever f, g or the callback raise, and Ctrl-C, as they are. Every exception that leaves here
             has an attribute `partial`: the solution so far, None if there was none.
@@ -211,80 +214,82 @@ def minimize(
             "`minimize(evaluate_every=...)` is for runs on batches of data that are known as a whole: pass"
             " `data=FiniteSum(...)`, or leave it out: every step is recorded."
         )
-    if resume and checkpoint is not None:
-        expect(batches, loaders_of(checkpoint))
-    x, x_structure = ravel(x0, "x0")
-    first = first_batch(batches)
-    check_signature(problem, first)
-    if y0 is None:
-        y0 = own_start("minimize", problem, x0, first)
-    y, y_structure = ravel(y0, "y0")
-    demand_alike("minimize(x0, y0)", x_structure, y_structure)
-    x, y = x.detach().clone(), y.detach().clone()
-    check_chunks("minimize", problem, chunk_size)
-    flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
-    settings: dict[str, object] = {"constraint": constraint, "x": x_structure.describe(), "y": y_structure.describe()}
-
-    def run(compares: bool) -> Run:
-        saves = None
-        if checkpoint is not None:
-            made_of = settings | {"problem": problem, "data": data, "constants": constants}
-            starts = [*tree_leaves(x0), *tree_leaves(y0)]
-            kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
-            saves = Saves(kept, checkpoint_every, checkpoint_seconds)
-        looks = Looks(evaluate_every, tol, constants)
-        rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks)
-        return Run(rules, structured, compares, note)
-
-    chosen: AbstractAlgorithm[Any]
-    note = ""
-    if algorithm is None or algorithm == DESCENT:
-        named: Any = IMPLICIT if estimator is None else estimator
-        estimates = resolve(named, flat, x, y)
-        if accuracy not in (None, "fixed"):
-            estimates = adaptive(estimates, accuracy, constants, tol)
-        steps: Any = outer
-        if steps is None:
-            steps = default_outer(estimates, is_fixed(batches))
-            steps = _as_begun(steps, checkpoint) if resume and checkpoint is not None else steps
-        settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
-        warm = starts_warm(warm_start, estimates, problem)
-        settings["warm_start"] = warm
-        if isinstance(steps, AbstractOuterDriver):
-            _refuse_data(steps, data)
-            estimate = partial(_estimate, estimates, chunk_size)
-            limits = bounds(constraint, x_structure, x)
-            return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
-        chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
-    else:
-        others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
-        reach = corners(constraint, x_structure, x)
-        setting = Setting(flat.with_tally(Tally()), x, y, others=others, corners=reach)
-        if algorithm == AUTO:
-            choice = choose(setting, batches)
-            chosen, note = choice.algorithm, choice.why
-            if sweep is None and choice.sweep is not None:
-                sweep = choice.sweep
-                rows = math.prod(map(len, sweep.values()))
-                sweep_steps = max(1, max_steps // (3 * rows)) if sweep_steps is None else sweep_steps
-        else:
-            chosen = resolve_algorithm(algorithm, setting)
-        settings = {"algorithm": chosen, **settings}
-    oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
-    begun: Winner | None = None
-    if sweep is not None:
-        _demand_sweep(algorithm, batches)
-        swept_over = ", ".join(f"{name}={[*values]}" for name, values in sweep.items())
-        settings["sweep"] = f"{swept_over}, steps={sweep_steps}"
+    with held(checkpoint, "minimize(checkpoint=...)"):
         if resume and checkpoint is not None:
-            begun = recalled(chosen, batches, trials_of(checkpoint))
-        if begun is None:
-            quarter = max(1, max_steps // 4) if sweep_steps is None else min(sweep_steps, max_steps)
-            begun = swept(chosen, sweep, oracle, x, y, quarter)
-        chosen = begun.algorithm
-        oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
-    compares = on_batches or (oracle.is_fixed and chosen.values_are_phi)
-    return iterate(run(compares), chosen, oracle, x, y, begun)
+            expect(batches, loaders_of(checkpoint))
+        x, x_structure = ravel(x0, "x0")
+        first = first_batch(batches)
+        check_signature(problem, first)
+        if y0 is None:
+            y0 = own_start("minimize", problem, x0, first)
+        y, y_structure = ravel(y0, "y0")
+        demand_alike("minimize(x0, y0)", x_structure, y_structure)
+        x, y = x.detach().clone(), y.detach().clone()
+        check_chunks("minimize", problem, chunk_size)
+        flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
+        structures = {"x": x_structure.describe(), "y": y_structure.describe()}
+        settings: dict[str, object] = {"constraint": constraint, **structures}
+
+        def run(compares: bool) -> Run:
+            saves = None
+            if checkpoint is not None:
+                made_of = settings | {"problem": problem, "data": data, "constants": constants}
+                starts = [*tree_leaves(x0), *tree_leaves(y0)]
+                kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
+                saves = Saves(kept, checkpoint_every, checkpoint_seconds, before=partial(before_save, callback))
+            looks = Looks(evaluate_every, tol, constants)
+            rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks)
+            return Run(rules, structured, compares, note)
+
+        chosen: AbstractAlgorithm[Any]
+        note = ""
+        if algorithm is None or algorithm == DESCENT:
+            named: Any = IMPLICIT if estimator is None else estimator
+            estimates = resolve(named, flat, x, y)
+            if accuracy not in (None, "fixed"):
+                estimates = adaptive(estimates, accuracy, constants, tol)
+            steps: Any = outer
+            if steps is None:
+                steps = default_outer(estimates, is_fixed(batches))
+                steps = _as_begun(steps, checkpoint) if resume and checkpoint is not None else steps
+            settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
+            warm = starts_warm(warm_start, estimates, problem)
+            settings["warm_start"] = warm
+            if isinstance(steps, AbstractOuterDriver):
+                _refuse_data(steps, data)
+                estimate = partial(_estimate, estimates, chunk_size)
+                limits = bounds(constraint, x_structure, x)
+                return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
+            chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
+        else:
+            others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
+            reach = corners(constraint, x_structure, x)
+            setting = Setting(flat.with_tally(Tally()), x, y, others=others, corners=reach)
+            if algorithm == AUTO:
+                choice = choose(setting, batches)
+                chosen, note = choice.algorithm, choice.why
+                if sweep is None and choice.sweep is not None:
+                    sweep = choice.sweep
+                    rows = math.prod(map(len, sweep.values()))
+                    sweep_steps = max(1, max_steps // (3 * rows)) if sweep_steps is None else sweep_steps
+            else:
+                chosen = resolve_algorithm(algorithm, setting)
+            settings = {"algorithm": chosen, **settings}
+        oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
+        begun: Winner | None = None
+        if sweep is not None:
+            _demand_sweep(algorithm, batches)
+            swept_over = ", ".join(f"{name}={[*values]}" for name, values in sweep.items())
+            settings["sweep"] = f"{swept_over}, steps={sweep_steps}"
+            if resume and checkpoint is not None:
+                begun = recalled(chosen, batches, trials_of(checkpoint))
+            if begun is None:
+                quarter = max(1, max_steps // 4) if sweep_steps is None else min(sweep_steps, max_steps)
+                begun = swept(chosen, sweep, oracle, x, y, quarter)
+            chosen = begun.algorithm
+            oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
+        compares = on_batches or (oracle.is_fixed and chosen.values_are_phi)
+        return iterate(run(compares), chosen, oracle, x, y, begun)
 
 
 def _demand_arguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import sys
 from pathlib import Path
 from types import FunctionType
@@ -33,7 +34,8 @@ def origin_of_function(function: FunctionType) -> Origin:
 def origin_of_class(kind: type) -> Origin:
     """By the file of its first method, else of its module."""
     functions = [member for member in vars(kind).values() if isinstance(member, FunctionType)]
-    written = [function for function in functions if not function.__code__.co_filename.startswith("<")]
+    made = ("<", reprlib.__file__)  # by `dataclass`
+    written = [function for function in functions if not function.__code__.co_filename.startswith(made)]
     if written:
         return origin_of_function(written[0])
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)

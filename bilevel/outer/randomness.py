@@ -55,5 +55,25 @@ def go_on_from(state: Randomness) -> None:
         set_state(("MT19937", key.cpu().numpy().astype("uint32"), position, has_gauss, cached))
 
 
+def is_drawn(state: Any) -> bool:
+    """Whether this is what :func:`drawn_so_far` tells, which :func:`go_on_from` can take: tried on other generators."""
+    if not isinstance(state, Mapping) or not {"torch", "python"} <= state.keys():
+        return False
+    try:
+        torch.Generator().set_state(_bytes(state["torch"]))
+        version, numbers, gauss = state["python"]
+        random.Random().setstate((version, tuple(numbers), gauss))
+        if not (gauss is None or isinstance(gauss, float)):
+            return False
+        if "numpy" in state:
+            key, position, has_gauss, cached = state["numpy"]
+            integers = isinstance(position, int) and isinstance(has_gauss, int)
+            if not (integers and key.shape == (624,) and 0 <= position <= 624 and isinstance(cached, float)):
+                return False
+        return all(isinstance(own, Tensor) for own in state.get("cuda", ()))
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError):
+        return False
+
+
 def _bytes(state: Tensor) -> Tensor:
     return state.cpu().to(torch.uint8)

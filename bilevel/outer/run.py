@@ -19,13 +19,14 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.batches import positions, run_forward
 from bilevel.outer.best import Candidate, Keeper
-from bilevel.outer.checkpoint import unreadable
 from bilevel.outer.encoding import decoded, encoded
+from bilevel.outer.entries import MISREAD, unreadable
 from bilevel.outer.looks import BLOWN, Look, Looks, blown, is_finite
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
+from bilevel.outer.sound import demand_point, demand_state, sound_best, sound_records, suspect
 from bilevel.outer.sweep import Winner
 from bilevel.outer.trial import Trial
 from bilevel.requirements.first_look import looked_at
@@ -211,7 +212,8 @@ class _Reached:
     """Where a run is: at `state`, with the oracle calls that led there since the latest record, and the best before.
 
     And with the random numbers that were drawn on the way, as far as there is a file to keep them in; how many records
-    there are of the steps before, and how many calls for samples the latest look at all the data took.
+    there are of the steps before; how many calls for samples the latest look at all the data took, and at which norm a
+    certificate was last tried.
     """
 
     step: int
@@ -222,6 +224,7 @@ class _Reached:
     loaders: Any = None
     records: int = 0
     look: int = 0
+    tried: float = math.inf
 
 
 _UNKEPT = Stats()  # where no file is written, nobody asks for the calls since the latest record
@@ -271,12 +274,13 @@ def _iterate(
         oracle = oracle.at(begun.steps)
     if rules.resume:
         assert rules.saves is not None
-        reached = _resumed(run, rules.saves, initial, algorithm.point(initial))
+        reached = _resumed(run, rules.saves, algorithm, initial, oracle)
         oracle = oracle.at(reached.step)
         tally.clear()
         tally.add(reached.calls)
         go_on(oracle, reached)
     solution: Solution | None = None
+    first_step = reached.step
     try:
         seconds = 0.0
         while True:
@@ -291,7 +295,7 @@ def _iterate(
             seconds = at.seconds + time.perf_counter() - before
             records = len(run.history) if at.estimate is not None else reached.records
             calls = tally.stats() if rules.saves is not None else _UNKEPT
-            kept = run.best.best, *_drawn(rules, oracle), records, at.look
+            kept = run.best.best, *_drawn(rules, oracle), records, at.look, at.tried
             reached = _Reached(reached.step + 1, state, calls, *kept)
             oracle = oracle.at(reached.step)
             if rules.saves is not None and rules.saves.due(reached.step):
@@ -307,6 +311,8 @@ def _iterate(
     except NotSavedError as failure:
         raise run.not_saved(failure, solution) from failure.__cause__
     except BaseException as error:
+        if rules.saves is not None and rules.resume and reached.step <= first_step:
+            suspect(error, rules.saves.checkpoint.path)
         if solution is not None:
             attach(error, solution)
         else:  # the last whole step is kept; its record, if it has one, is written on resuming
@@ -341,6 +347,7 @@ class _At:
     measure: float
     seconds: float = 0.0
     look: int = 0
+    tried: float = math.inf
 
 
 def _seen(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: _Reached, seconds: float) -> _At:
@@ -354,7 +361,7 @@ def _seen(run: Run, algorithm: AbstractAlgorithm[Any], oracle: Oracle, reached: 
     found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
     took = seconds + time.perf_counter() - before
     if is_finite(found.estimate):
-        return _At(x, found, None, math.nan, took, reached.look)
+        return _At(x, found, None, math.nan, took, reached.look, reached.tried)
     here = Look(oracle.first(), found.estimate, math.nan, math.nan)
     return _recorded(run, oracle, reached, x, found, here, took, is_phi=False)
 
@@ -373,9 +380,8 @@ def _look(
     found, x = algorithm.evaluate(oracle, reached.state), algorithm.point(reached.state)[0]
     if not run.history and algorithm.requires:  # else it asks an estimator, which looks itself
         found = replace(found, estimate=looked_at(oracle.first(), x, found.estimate, partial(why_not, algorithm)))
-    spent = oracle.like.tally.sampled
     if on_everything:
-        look = run.rules.looks.look(algorithm, oracle, reached.state, found)
+        look = run.rules.looks.look(algorithm, oracle, reached.state, found, reached.tried)
         noticed = tuple(report for report in found.estimate.reports if not report.status.ok)  # at the first look
         seen = replace(look.estimate, reports=(*look.estimate.reports, *noticed))
         look = blown(replace(look, estimate=seen), run.history[0].grad_norm if run.history else look.norm)
@@ -383,9 +389,8 @@ def _look(
         norm = float(algorithm.stationarity(oracle, reached.state, found))
         look = Look(oracle.first(), found.estimate, norm, norm)
     took = seconds + time.perf_counter() - before
-    cost = max(1, oracle.like.tally.sampled - spent)
     is_phi = not on_everything or algorithm.values_are_phi or reached.step > 0  # else y is where it was put
-    return _recorded(run, oracle, reached, x, found, look, took, cost, is_phi=is_phi)
+    return _recorded(run, oracle, reached, x, found, look, took, is_phi=is_phi)
 
 
 def _recorded(
@@ -396,7 +401,6 @@ def _recorded(
     found: Evaluated,
     look: Look,
     took: float,
-    cost: int = 0,
     *,
     is_phi: bool,
 ) -> _At:
@@ -408,7 +412,7 @@ def _recorded(
     run.best.see(Candidate(x, look.estimate.y, record, estimate.status.ok and is_phi))
     run.reached(len(run.history) - 1, oracle.like, x, estimate)
     oracle.like.tally.clear()
-    return _At(x, found, estimate, look.measure, 0.0, cost or reached.look)
+    return _At(x, found, estimate, look.measure, 0.0, max(1, look.cost), look.tried)
 
 
 def _ended(run: Run, step: int, at: _At, last_step: bool) -> Status | None:
@@ -453,42 +457,36 @@ def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initia
         kept=reached.records,
         trials=[trial.to_dict() for trial in run.trials],
         look=reached.look,
+        tried=reached.tried,
         random=reached.drawn,
         loaders=reached.loaders,
     )
 
 
-def _resumed(run: Run, saves: Saves, initial: Any, point: tuple[Tensor, Tensor]) -> _Reached:
+def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial: Any, oracle: Oracle) -> _Reached:
     """Where the checkpoint is; its records become those of the run."""
-    checkpoint = saves.checkpoint
-    try:
-        content = checkpoint.load(*point)
-        if "state" not in content:
-            raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
-        return _read(run, saves, content, initial)
-    except _DAMAGED as error:  # of an entry that is not what this library writes
-        raise ValueError(unreadable(checkpoint.path)) from error
-
-
-_DAMAGED = (AttributeError, TypeError, LookupError, RuntimeError, ArithmeticError)
-
-
-def _read(run: Run, saves: Saves, content: dict[str, Any], initial: Any) -> _Reached:
-    checkpoint = saves.checkpoint
+    checkpoint, start = saves.checkpoint, algorithm.point(initial)
+    content = checkpoint.load(*start)
+    if "state" not in content:
+        raise checkpoint.foreign("it holds the evaluations of a method that runs its own loop")
     try:
         state = decoded(content["state"], initial)
     except ValueError as error:
         raise checkpoint.foreign(error) from error
+    except MISREAD as error:
+        raise ValueError(unreadable(checkpoint.path, "its state makes no sense")) from error
     checkpoint.demand(content)
+    with checkpoint.intact(content):
+        demand_state(state, initial, (len(start[0]), start[1].shape[-1]))
+        demand_point(algorithm.point(state), content, start)
+        # else there is a record of each look, or of the steps after a sweep
+        each_step = not run.trials and (oracle.is_fixed or not oracle.has_whole)
+        kept = content["step"] if each_step else content.get("kept", content["step"])
+        run.history = sound_records(content["history"], content["step"], kept)
+        if content.get("best") is not None:  # files of earlier versions do not tell
+            run.best.best = sound_best(content["best"], *start, run.history)
+        calls = Stats(**content["calls"])
     saves.go_on_from(content)
-    run.history = [Record.from_dict(record) for record in content["history"]]
-    if content.get("best") is not None:  # files of earlier versions do not tell
-        run.best.best = Candidate.from_dict(content["best"])
-    calls, drawn = Stats(**content["calls"]), content.get("random")
-    kept = content.get("kept", content["step"])  # files of earlier versions have one record a step
-    step = content["step"]
-    counts = isinstance(step, int) and isinstance(kept, int) and kept <= step
-    if not counts or len(run.history) != kept:
-        raise ValueError(unreadable(checkpoint.path))
-    best = run.best.best
-    return _Reached(step, state, calls, best, drawn, content.get("loaders"), kept, content.get("look", 0))
+    drawn, loaders = content.get("random"), content.get("loaders")
+    look, tried = content.get("look", 0), content.get("tried", math.inf)
+    return _Reached(content["step"], state, calls, run.best.best, drawn, loaders, kept, look, tried)

@@ -37,11 +37,18 @@ class Saves:
         every: how many steps lie between two saves.
         seconds: how much time lies between two saves at most, a step more or less.
         clock: tells the time.
+        before: called before each save.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, every: int, seconds: float | None = None, clock: Seconds = time.monotonic
+        self,
+        checkpoint: Checkpoint,
+        every: int,
+        seconds: float | None = None,
+        clock: Seconds = time.monotonic,
+        before: Callable[[], None] | None = None,
     ) -> None:
+        self._before = before
         self.checkpoint, self.every, self.seconds, self.clock = checkpoint, every, seconds, clock
         self._latest, self._count = clock(), 0
         self._journal: Journal | None = None  # where the file on the disk has one
@@ -98,12 +105,14 @@ class Saves:
         }
         held = _HELD if evaluations is None or point[0].numel() + point[1].numel() < _HELD else 0
         try:
+            if self._before is not None:
+                self._before()
             if self._holds_all(kept, held):
                 content |= {"format": 2, "history": [record.as_dict() for record in records[:kept]]}
                 if evaluations is not None:
                     content["evaluations"] = [evaluations(i) for i in range(kept)]
                 self._write(content)
-                remove_journal(self.checkpoint.path)
+                remove_journal(self.checkpoint.place)
                 self._journal = None
             else:
                 self._add(kept, records, evaluations)
@@ -130,9 +139,9 @@ class Saves:
         if self._journal is not None:
             self._journal.add(new)
         else:  # the file on the disk holds its records itself, and needs no other
-            journal = Journal(journal_of(self.checkpoint.path))
+            journal = Journal(journal_of(self.checkpoint.place))
             journal.begin(new)
             self._journal = journal
 
     def _write(self, content: dict[str, Any]) -> None:
-        write_atomically(self.checkpoint.path, lambda file: torch.save(content, file))
+        write_atomically(self.checkpoint.place, lambda file: torch.save(content, file))

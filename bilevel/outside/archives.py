@@ -69,8 +69,8 @@ def opened_zip(path: str | os.PathLike[str], limits: Limits = Limits()) -> Itera
     """Open a zip file and look at its directory, before anything is unpacked.
 
     Refused are archives of more members or bytes than the limits, by what the directory says, which reading does not go
-    beyond; members that are links, encrypted, or compressed by other means than deflate; and names that are absolute or
-    lead out of the archive.
+    beyond; members that are links, encrypted, or compressed by other means than deflate; names that are absolute,
+    lead out of the archive, or are there twice.
 
     Args:
         path: the file.
@@ -123,11 +123,14 @@ def directory_size(file: IO[bytes]) -> int:
 def _demand(path: Path, members: list[zipfile.ZipInfo], limits: Limits) -> None:
     if len(members) > limits.members:
         raise ValueError(f"the archive {str(path)!r} has {len(members)} members; at most {limits.members} are read.")
+    seen: set[str] = set()
     for info in members:
         name, mode = info.filename, info.external_attr >> 16
         parts = name.replace("\\", "/").split("/")
         if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in name:
             why = "has a name that leads out of it"
+        elif name in seen:
+            why = "is there twice, of which programs read the one or the other"
         elif stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
             why = "is a link, or no file"
         elif info.flag_bits & 1:
@@ -137,6 +140,7 @@ def _demand(path: Path, members: list[zipfile.ZipInfo], limits: Limits) -> None:
         elif info.file_size > limits.member:
             why = f"has {info.file_size} bytes when unpacked; at most {limits.member} are read"
         else:
+            seen.add(name)
             continue
         raise ValueError(f"the archive {str(path)!r} has a member {name!r} that {why}. It was not unpacked.")
     total = sum(info.file_size for info in members)

@@ -12,6 +12,8 @@ from bilevel.outside.archives import MIB, Archive, Limits, opened_zip
 BYTES = 8192 * MIB
 """Of one array, and of all that are read from a file."""
 _LIMITS = Limits(members=1000, member=BYTES, total=BYTES)
+FREE, TIMES = 64 * MIB, 100
+"""Of all arrays that are read: so many bytes from any file, and from a larger one so many times its own."""
 _RATIO = 1032  # how much deflate can shrink at most, and so how much a byte can become
 _KINDS = {"b": "booleans", "i": "integers", "u": "integers", "f": "numbers", "c": "complex numbers", "U": "texts"}
 _HEADER = 10_000  # characters, as numpy has it
@@ -23,7 +25,7 @@ def read_arrays(
     """Those arrays of an `.npz` file that are wanted, by name.
 
     The header of each is read first: an array of objects, which would be unpickled, is refused, as is one of more bytes
-    than are there. Nothing in the file is executed.
+    than are there, and arrays that together are more than 64 MiB and 100 times the file. Nothing in it is executed.
 
     Args:
         path: the file.
@@ -43,10 +45,15 @@ def read_arrays(
     with opened_zip(path, _LIMITS) as archive:
         names = {name.removesuffix(".npy"): name for name in archive.names if name.endswith(".npy")}
         chosen = {key: name for key, name in names.items() if wanted(key)}
-        left = most
+        left, held = most, Path(path).stat().st_size
         for key, name in chosen.items():
-            size = _demand_header(npy, archive, name, Path(path), left)
-            left -= size
+            left -= _demand_header(npy, archive, name, Path(path), left)
+            if most - left > max(FREE, TIMES * held):
+                raise ValueError(
+                    f"{str(path)!r} has {held} bytes, and its arrays up to {key!r} have {most - left}: beyond"
+                    f" {FREE // MIB} MiB at most {TIMES} times the file is read. If you trust it, load it yourself"
+                    f" and pass the arrays."
+                )
             found[key] = _read(npy, archive, name, Path(path))
     return found
 

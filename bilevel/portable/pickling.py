@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import functools
 import pickle
 import sys
 from collections import deque
 from collections.abc import Iterator
-from types import FunctionType, MethodType
+from dataclasses import fields, is_dataclass
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 _DEPTH = 20  # of nestings that are looked into
@@ -66,6 +69,38 @@ def hindrance(owner: object, name: str | None = None) -> str | None:
     return None
 
 
+def what_travels(partial: Any) -> tuple[Any, str | None]:
+    """What an error can bring along from a worker: its partial result, or those fields of it that can be pickled.
+
+    Returns:
+        The value itself and None; or a namespace of the fields that pickle takes, None where there are no such, and a
+        sentence about it.
+
+    Example:
+        >>> what_travels([1.0])
+        ([1.0], None)
+        >>> what_travels([lambda: 1.0])[0] is None
+        True
+    """
+    try:
+        pickle.dumps(partial)
+    except Exception as error:
+        taken = {}
+        for each in fields(partial) if is_dataclass(partial) and not isinstance(partial, type) else ():
+            with contextlib.suppress(Exception):
+                own = getattr(partial, each.name)
+                pickle.dumps(own)
+                taken[each.name] = own
+        kind = type(partial).__name__
+        kept = (
+            f"Of its `partial`, a {kind}, {', '.join(taken)} came along, and the rest"
+            if taken
+            else (f"Its `partial`, a {kind},")
+        )
+        return SimpleNamespace(**taken) if taken else None, f"{kept} stayed where it was raised: {error}"
+    return partial, None
+
+
 _REMEDY = (
     "Define it at the top of a module, where pickle finds it by its name; arguments that it needs go into a"
     " `functools.partial`, or into the fields of a class whose method it is."
@@ -99,7 +134,8 @@ def _obstacle(value: Any, seen: set[int], depth: int) -> tuple[str, str] | None:
     kind: Any = type(value)
     if isinstance(value, FunctionType | type | _CACHED):
         return None if _has_its_name(value) else ("", described(value))
-    if "<locals>" in kind.__qualname__ and _says_nothing(kind) and not _has_its_name(kind):
+    written = "__module__" in vars(kind) and kind not in copyreg.dispatch_table
+    if written and _says_nothing(kind) and not _has_its_name(kind):
         return "", f"an instance of {described(kind)}"
     for where, part in _parts(value):
         found = _obstacle(part, seen, depth + 1)

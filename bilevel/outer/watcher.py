@@ -1,0 +1,27 @@
+"""Whoever is told of a run, and keeps what it was told."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class AbstractWatcher(ABC):
+    """A callback that writes what it is told, and has it on the disk before a checkpoint counts it.
+
+    It is called as the callbacks of `minimize` or of `train` are.
+    """
+
+    @abstractmethod
+    def before_save(self) -> None:
+        """Have all of it on the disk.
+
+        Raises:
+            OSError: if that cannot be.
+        """
+
+
+def before_save(callback: Any) -> None:
+    """What is to be done for a callback before a checkpoint is written: for most of them nothing."""
+    if isinstance(callback, AbstractWatcher):
+        callback.before_save()
