@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,7 +14,7 @@ from bilevel._inner import Objective
 from bilevel._linear import LinearOperator
 from bilevel._numerics.lanczos import ritz_ends
 from bilevel._numerics.rows import safe_row_norms
-from bilevel._optimizer import OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import residual_report
@@ -34,7 +34,8 @@ from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
-from bilevel.bounds.bound import Bound
+from bilevel.bounds.bound import Bound, known
+from bilevel.bounds.iterations import gradient_descent
 from bilevel.bounds.weighted import f2sa
 from bilevel.requirements.properties import DoesNotApply, Property
 
@@ -240,16 +241,35 @@ class F2SA(AbstractAlgorithm[Copies]):
         return state.x, state.y
 
     def error_bound(self, about: Beforehand) -> Bound:
-        if callable(self.weight) or self.order is None:
-            raise ValueError(
-                "`error_bound(F2SA(...))` needs the weight as a number, and the order. Pass `weight=` and `order=`."
-            )
+        call = "error_bound(F2SA(...))"
+        if self.order is None:
+            raise ValueError(f"`{call}` needs the order, which is derived at run time. Pass `order=`.")
+        if isinstance(self.inner_step, AbstractOptimizer):
+            raise ValueError(f"no bound is known for `{call}` with an optimizer as `inner_step`. Give a number.")
+        weight, b, given = weight_at(self.weight, 0), about.outer_gradient_norm, about.constants
+        step = self.inner_step * (1.0 if self.schedule is None else self.schedule(0))
+        mu, L, L_fyy, negative = known(call, given, "mu", "L", "L_fyy", "L_f_minus")
+
+        def after(least: float) -> float:
+            """How far a copy is from its minimizer, where f / weight takes at most so much from the curvature of g."""
+            room = mu - least / weight
+            if not room > 0:
+                raise ValueError(f"`{call}` needs a weight above {least / mu:.3g} for a bound. Got {weight:g}.")
+            shift = b / (weight * room)
+            penalized = replace(given, mu=room, L=L + L_fyy / weight, radius=max(0.0, given.radius - shift))
+            return gradient_descent(penalized, step=step, steps=self.inner_steps, distance=about.distance + shift)
+
+        high, low = after(negative), 0.0
+        if self.order == 1:
+            low = gradient_descent(given, step=step, steps=self.inner_steps, distance=about.distance)
         return f2sa(
-            about.constants,
-            weight=self.weight,
-            outer_gradient_norm=about.outer_gradient_norm,
+            given,
+            weight=weight,
+            outer_gradient_norm=b,
             order=self.order,
             quadratic=about.quadratic,
+            distance=low,
+            penalized_distance=high if self.order == 1 else max(high, after(L_fyy)),
         )
 
 
