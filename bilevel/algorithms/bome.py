@@ -185,6 +185,5 @@ def _gap(problem: FlatProblem, x: Tensor, g: Tensor, best: Tensor) -> Tensor:
 def _descent(f: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], size: Tensor, barrier: Tensor) -> Descended:
     """grad f + lambda grad q: gradients in x and in y, |grad q|^2 and phi."""
     along = (f[0] * q[0]).sum() + (f[1] * q[1]).sum()
-    safe = torch.where(size > 0, size, torch.ones_like(size))
-    multiplier = torch.where(size > 0, (barrier - along).clamp_min(0) / safe, torch.zeros_like(size))
+    multiplier = torch.where(size > 0, (barrier - along).clamp_min(0) / size, torch.zeros_like(size))
     return Descended(f[0] + multiplier * q[0], f[1] + multiplier * q[1], *q, multiplier, barrier)
