@@ -10,13 +10,9 @@ from torch import Tensor
 
 from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
-from bilevel._inner import Objective
-from bilevel._linear import LinearOperator
-from bilevel._numerics.lanczos import ritz_ends
-from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._result import Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.engine.curvature import least_curvature, most_data
 from bilevel.algorithms.engine.direction import residual_report
 from bilevel.algorithms.engine.slopes import (
     REQUIRES,
@@ -182,7 +178,7 @@ class F2SA(AbstractAlgorithm[Copies]):
         if self.order == 1:
             return 1, None
         weight = weight_at(self.weight, 0)
-        least, rounding = least_curvature(_most(oracle), x, y, -1 / weight)
+        least, rounding = least_curvature(most_data(oracle), x, y, -1 / weight)
         convex = not least <= rounding  # where it is not a number something else will say so
         if self.order is None:
             return (2 if convex else 1), least
@@ -271,30 +267,3 @@ class F2SA(AbstractAlgorithm[Copies]):
             distance=low,
             penalized_distance=high if self.order == 1 else max(high, after(L_fyy)),
         )
-
-
-def _most(oracle: Oracle) -> FlatProblem:
-    """The problem on all the data where they are known, and on the first batches where not; counting nowhere."""
-    problem = oracle.whole() if oracle.has_whole else oracle.problem()
-    return problem.with_tally(Tally())
-
-
-def least_curvature(problem: FlatProblem, x: Tensor, y: Tensor, nu: float) -> tuple[float, float]:
-    """The least eigenvalue of H_g + nu H_f of all tasks, as 64 Lanczos steps see it, and how large its rounding may be.
-
-    Products are exact, or central differences of gradients where torch has no second derivatives.
-    """
-    objective = Objective(lambda y: problem.g(x, y) + nu * problem.f_each(x, y), problem.tally)
-    try:
-        least, most = ritz_ends(objective.hessian(y)[2], y)
-        digits = 1.0
-    except NotImplementedError:
-        step = torch.finfo(y.dtype).eps ** (1 / 3)
-        t = step * (1 + safe_row_norms(y)).unsqueeze(-1)  # products are with vectors of unit length
-        differences = LinearOperator(
-            lambda v: (objective.gradient(y + t * v) - objective.gradient(y - t * v)) / (2 * t), y.shape[-1]
-        )
-        least, most = ritz_ends(differences, y)
-        digits = 1 / step
-    size = float(torch.maximum(least.abs(), most.abs()).max())
-    return float(least.min()), 10 * digits * torch.finfo(y.dtype).eps * size
