@@ -292,7 +292,7 @@ def test_the_order_is_measured_without_second_derivatives_too() -> None:
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             found: Tensor = 2 * grad_outputs[0] * ctx.saved_tensors[0]
             return found
 
