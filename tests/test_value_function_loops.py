@@ -429,7 +429,7 @@ def test_prox_terms_that_meha_cannot_take_are_refused_with_the_reason() -> None:
 
 
 @given(st.integers(0, 999), st.sampled_from(["gradient", "value"]), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_bome_lets_q_fall_as_its_barrier_says_and_no_faster_than_it_must(seed: int, barrier: Any, full: bool) -> None:
     algorithm = BOME(0.2, 0.1, inner_steps=3, rate=0.5, barrier=barrier)
     x, y = normal(P, seed), 3 * normal(Q, seed + 1)
@@ -609,15 +609,13 @@ EVERY: dict[str, AbstractAlgorithm[Any]] = {
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_run_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
-    whole = run(EVERY[name], BATCHES, 5)
-    for stop in (1, 3):
-        file = tmp_path / f"{stop}.pt"
-        run(EVERY[name], BATCHES, stop, checkpoint=file)
-        found = run(EVERY[name], BATCHES, 5, checkpoint=file, resume=True)
-        assert torch.equal(found.x, whole.x) and torch.equal(found.y, whole.y)
-        assert found.stats == whole.stats
-        assert [record.grad_norm for record in found.history] == [record.grad_norm for record in whole.history]
+def test_a_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(name: str, tmp_path: Path) -> None:
+    whole, file = run(EVERY[name], BATCHES, 4), tmp_path / "state.pt"
+    run(EVERY[name], BATCHES, 2, checkpoint=file)
+    found = run(EVERY[name], BATCHES, 4, checkpoint=file, resume=True)
+    assert torch.equal(found.x, whole.x) and torch.equal(found.y, whole.y)
+    assert found.stats == whole.stats
+    assert [record.grad_norm for record in found.history] == [record.grad_norm for record in whole.history]
 
 
 @pytest.mark.parametrize("name", ["f2sa", "f2sa-2", "pbgd", "g-pbgd", "bome", "meha", "sama", "esj-s", "scalebio"])
@@ -794,7 +792,7 @@ def test_orthonormal_directions_are_at_most_as_many_as_outer_variables() -> None
     st.floats(0, 2),
     st.integers(0, 99),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_first_direction_of_f2sa_is_within_its_bound(
     family: QuadraticFamily, more: float, order: int, steps: int, distance: float, seed: int
 ) -> None:
