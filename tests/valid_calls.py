@@ -351,7 +351,6 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Any": lambda: X,
     "Step": lambda: 0.1,
     "Step | AbstractMinimizer": lambda: 0.1,
-    "AbstractRequiring": lambda: AID(LBFGS(), CG()),
     "AbstractDirection": lambda: bilevel.algorithms.Coupled(),
     "AbstractReduction": lambda: bilevel.algorithms.Plain(),
     "Tensor": lambda: X,
@@ -364,6 +363,7 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "tuple[Status, ...]": lambda: (Status.successful,),
     "tuple[Report, ...]": lambda: (Report("inner solver", Status.successful, 0.0, 1),),
     "AbstractEstimator": lambda: AID(LBFGS(), CG()),
+    "AbstractRequiring": lambda: AID(LBFGS(), CG()),
     "AbstractImplicit": lambda: AID(LBFGS(), CG()),
     "AbstractInnerSolver": lambda: Iterate(GradientDescent(0.5), 3),
     "AbstractLinearSolver": CG,
@@ -436,6 +436,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Best.from_dict": {"content": lambda: solution().best.to_dict()},
     "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
+    "bounds.f2sa": {"weight": lambda: 10.0},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},
     "register_algorithm": {

@@ -1,58 +1,22 @@
-"""Algorithms by name, with safe step lengths derived where the problem is first met."""
+"""Algorithms by name: those of the library, and those that users register."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-from bilevel._calculus import FiniteDifferences
 from bilevel._validate import nearest
 from bilevel.algorithms.algorithm import AbstractAlgorithm
-from bilevel.algorithms.amigo import AmIGO
-from bilevel.algorithms.bsa import BSA, TTSA
-from bilevel.algorithms.fdehbo import FdeHBO
-from bilevel.algorithms.fsla import FSLA
-from bilevel.algorithms.ma_soba import MASOBA
-from bilevel.algorithms.mrbo import MRBO, SUSTAIN
-from bilevel.algorithms.saba import SABA
-from bilevel.algorithms.schedule import Power
-from bilevel.algorithms.soba import SOBA
-from bilevel.algorithms.srba import SPABA, SRBA
-from bilevel.algorithms.step_lengths import REDUCED, inner_step, outer_step
-from bilevel.algorithms.stocbio import StocBiO
-from bilevel.algorithms.vrbo import VRBO
 from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registration import AUTO, demand_registration
 from bilevel.named.setting import Setting
 from bilevel.requirements.properties import DoesNotApply
-from bilevel.requirements.why_not import why_not
 
 Build: TypeAlias = Callable[[Setting], AbstractAlgorithm[Any]]
 
 DESCENT = "descent"  # built by `minimize`, whose `estimator=`, `outer=` and the like are its arguments
-_CONSTANT_FOR = 1000  # steps before the default schedule has much effect: a transient, which needs long steps
-
-
-def stepped(make: Callable[[float, float], AbstractAlgorithm[Any]], share: float = 1.0) -> Build:
-    """A builder of what is made of rho and gamma, derived from the problem; rho is so much of the longest step."""
-
-    def build(s: Setting) -> AbstractAlgorithm[Any]:
-        why = why_not(make(1.0, 1.0), s.problem.problem)  # before curvatures are looked for that may not exist
-        if why:
-            raise ValueError(why)
-        rho = share * inner_step(s)
-        return make(rho, outer_step(s, rho))
-
-    return build
-
-
-def _soba(rho: float, gamma: float) -> SOBA:
-    return SOBA(rho, gamma, schedule=Power(0.5, after=_CONSTANT_FOR))
-
-
-def _differences(kind: Callable[..., AbstractAlgorithm[Any]]) -> Build:
-    return stepped(lambda rho, gamma: kind(rho, gamma, products=FiniteDifferences()), REDUCED)
 
 
 @final
@@ -64,36 +28,18 @@ class NamedAlgorithm:
     build: Build
 
 
-_BUILT_IN = {
-    name: NamedAlgorithm(description, build)
-    for name, build, description in (
-        ("soba", stepped(_soba), "one loop: y, v and x step together, each along a batch; no inner or linear solves"),
-        (
-            "saba",
-            stepped(SABA, REDUCED),
-            "soba with tables of what blocks said: constant steps converge",
-        ),
-        ("ma-soba", stepped(MASOBA), "soba whose outer direction is a moving average"),
-        ("srba", stepped(SRBA, REDUCED), "recursive differences, all the data now and then: converges without tables"),
-        ("srba-fd", _differences(SRBA), "srba from first derivatives only"),
-        ("spaba", stepped(SPABA, REDUCED), "srba that decides by a coin when to see all the data"),
-        ("spaba-fd", _differences(SPABA), "spaba from first derivatives only"),
-        ("fsla", stepped(FSLA), "y, v and x in turns, with recursive momentum on x"),
-        ("amigo", stepped(AmIGO), "ten steps of y, ten of v, one of x, all started warm"),
-        ("stocbio", stepped(StocBiO), "ten steps of y, then a Neumann series over batches, one step of x"),
-        ("bsa", stepped(BSA), "ten steps of y, then a Neumann series of random length"),
-        ("ttsa", stepped(TTSA), "one step of y, a Neumann series of random length, and two time scales"),
-        ("sustain", stepped(SUSTAIN), "recursive momentum on y and x, with a Neumann series of random length"),
-        ("mrbo", stepped(MRBO), "recursive momentum on y and x, with a Neumann series"),
-        ("vrbo", stepped(VRBO), "recursive differences in an inner loop, with a Neumann series"),
-        ("fdehbo", stepped(FdeHBO), "recursive momentum on y, v and x, from first derivatives only"),
-    )
-}
 _REGISTERED: dict[str, NamedAlgorithm] = {}  # by users, in this process
 
 
 def _named() -> dict[str, NamedAlgorithm]:
-    return _BUILT_IN | _REGISTERED
+    return _built_in() | _REGISTERED
+
+
+@functools.cache
+def _built_in() -> dict[str, NamedAlgorithm]:
+    from bilevel.algorithms.table import ROWS  # every algorithm there is, where a name is asked for
+
+    return {name: NamedAlgorithm(description, build) for name, build, description in ROWS}
 
 
 def available() -> dict[str, str]:

@@ -66,6 +66,13 @@ def outer_step(s: Setting, rho: float) -> float:
     return step
 
 
+def least_curvature(s: Setting) -> float:
+    """mu, an estimate of the smallest eigenvalue of d2g/dy2 at y*(x0); at least a thousandth of the largest."""
+    quiet = s.problem.with_tally(Tally())
+    y = s.inner().solve(inner_objective(quiet, s.x), quiet.start(s.x, s.y0).detach()).value
+    return _smallest(quiet, s.x, y)
+
+
 def _hypergradient(s: Setting, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
     """y*(x) and grad_x f - G v, accurately: `(*tasks, q)` and `(p,)`."""
     y = s.inner().solve(inner_objective(problem, x), y0).value

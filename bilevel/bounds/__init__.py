@@ -18,3 +18,4 @@ from bilevel.bounds.iterations import (
 from bilevel.bounds.sampled import esj as esj
 from bilevel.bounds.unrolled import itd as itd, one_step as one_step, truncated_itd as truncated_itd
 from bilevel.bounds.value_function import penalty as penalty
+from bilevel.bounds.weighted import f2sa as f2sa

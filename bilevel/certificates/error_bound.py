@@ -34,7 +34,7 @@ def error_bound(
     quadratic: bool = False,
     linear_distance: float | None = None,
 ) -> Bound:
-    """|estimate - h| <= total, before anything is computed, from the configuration of the estimator.
+    """|estimate - h| <= total, before anything is computed, from the configuration of the estimator or algorithm.
 
     The estimator's own method `error_bound` says it, from those of its solvers (`solution_bound`, `relative_error`) and
     the functions of `bilevel.bounds`: `aid` for `AID` (with `gradient_descent` for `Iterate`, tol / mu for solvers with
@@ -43,8 +43,8 @@ def error_bound(
 
     Of an algorithm it bounds the first direction that x moves along, on all the data, after the steps of y and v that
     come before: `tracking` for those with a linear iterate (`SOBA` and its kin, `AmIGO`), `truncated_series` for those
-    with a Neumann series (`StocBiO`, `MRBO`, `VRBO`, ...), whose `bias` is a floor. At later steps it holds with the
-    distances there. That of `Descent` is its estimator's.
+    with a Neumann series (`StocBiO`, `MRBO`, `VRBO`, ...), `f2sa` for `F2SA`; the `bias` of the latter two is a floor.
+    At later steps it holds with the distances there. That of `Descent` is its estimator's.
 
     Args:
         estimator: an estimator or an algorithm, with all its steps given: what is derived at run time cannot be
@@ -57,7 +57,7 @@ def error_bound(
         third_derivative: for `FiniteDifference`: of Phi along the coordinates.
         value_error: for `FiniteDifference`: the rounding of a value of Phi.
         reach: for `FiniteDifference`: max(1, |x_i|) over i.
-        quadratic: for `Penalty(extrapolate=True)`: f and g are quadratic in y.
+        quadratic: for `Penalty(extrapolate=True)` and `F2SA(order=2)`: f and g are quadratic in y.
         linear_distance: for algorithms with a linear iterate: |v_0 - v*|, v* = H^-1 grad_y f at y*, or a bound on it;
             v_0 is zero at the start of a run.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, final, get_args
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
+from bilevel.hypergrad.directions import Distribution as Distribution, demand_distribution, directions
 from bilevel.hypergrad.held import held
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
 from bilevel.hypergrad.radius import (
@@ -37,8 +38,6 @@ from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
 _MIRRORED = 4  # directions whose other side is looked at: they are exchangeable, so that few tell of all
-
-Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 
 
 @final
@@ -105,11 +104,7 @@ class ESJ(AbstractEstimator):
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, directions=AT_LEAST_1, radius=POSITIVE, chunk=AT_LEAST_1)
-        if self.distribution not in get_args(Distribution):
-            raise ValueError(
-                f"`ESJ(distribution=...)` must be one of {', '.join(get_args(Distribution))}."
-                f" Got {self.distribution!r}."
-            )
+        demand_distribution("ESJ", self.distribution)
 
     @property
     def forgets_start(self) -> bool:
@@ -209,24 +204,8 @@ class ESJ(AbstractEstimator):
         return (Report("slopes of y", Status.one_sided, abs(right - left), 0),)
 
     def _draw(self, x: Tensor, count: int) -> tuple[Tensor, float]:
-        """Directions `(Q, p)` and the factor c; drawn on the CPU, so that every device sees the same ones."""
-        p, k = x.shape[-1], self.directions
-        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + count)
-        if self.distribution == "orthonormal" and k > p:
-            raise ValueError(
-                f"`ESJ(directions=..., distribution='orthonormal')` must be at most the number of outer variables, {p}."
-                f" Got {k}. Use fewer directions, or 'rademacher'."
-            )
-        if self.distribution == "rademacher":
-            u = torch.randint(0, 2, (k, p), generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
-            return u.to(x), 1.0
-        u = torch.randn(k, p, generator=generator, dtype=torch.float64, device="cpu")
-        if self.distribution == "gaussian":
-            return u.to(x), 1.0
-        if self.distribution == "sphere":
-            return (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).to(x), float(p)
-        q, r = torch.linalg.qr(u.T)  # its signs make q uniform over rotations (Mezzadri 2007)
-        return (q * torch.diagonal(r).sign()).T.to(x), float(p)
+        """Directions `(Q, p)` and the factor c."""
+        return directions("ESJ", self.distribution, self.directions, x, self.seed * 1_000_003 + count)
 
     def _solve(
         self, problem: FlatProblem, x: Tensor, u: Tensor, start: Tensor, radius: float

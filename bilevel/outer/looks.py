@@ -102,6 +102,7 @@ class Looks:
             return Look(problem, replace(found.estimate, value=value), measure, measure, cost)
         second = Property.second_derivatives in algorithm.requires
         seen = assessed(problem, x, found.estimate.y, found.estimate.v, second_derivatives=second)
+        seen = replace(seen, note=found.estimate.note)
         residual = float(oracle.residual(x, seen.grad))
         norm = joint_norm(residual, seen)
         cost = oracle.like.tally.sampled - before

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import abc
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.steps import LoopState
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.requirements.properties import Property
 
 
-class AbstractPreset(AbstractAlgorithm[LoopState]):
+class AbstractPreset(AbstractAlgorithm[Any]):
     """An algorithm of the literature as a combination: its fields are the letters of its paper."""
 
     @abc.abstractmethod
-    def combination(self) -> AbstractAlgorithm[LoopState]:
+    def combination(self) -> AbstractAlgorithm[Any]:
         """What it is combined of."""
 
     @cached_property
-    def loop(self) -> AbstractAlgorithm[LoopState]:
+    def loop(self) -> AbstractAlgorithm[Any]:
         """The combination, made once."""
         return self.combination()
 
@@ -35,23 +35,23 @@ class AbstractPreset(AbstractAlgorithm[LoopState]):
     def draws(self) -> Draws:
         return self.loop.draws
 
-    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
+    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Any:
         return self.loop.init(oracle, x, y)
 
-    def evaluate(self, oracle: Oracle, state: LoopState) -> Evaluated:
+    def evaluate(self, oracle: Oracle, state: Any) -> Evaluated:
         return self.loop.evaluate(oracle, state)
 
-    def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
+    def step(self, oracle: Oracle, state: Any, found: Evaluated) -> Any:
         return self.loop.step(oracle, state, found)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
         return self.loop.beside(inner_step, outer_step)
 
-    def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
+    def stationarity(self, oracle: Oracle, state: Any, found: Evaluated) -> Tensor:
         return self.loop.stationarity(oracle, state, found)
 
     def error_bound(self, about: Beforehand) -> Bound:
         return self.loop.error_bound(about)
 
-    def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
-        return state.x, state.y
+    def point(self, state: Any) -> tuple[Tensor, Tensor]:
+        return self.loop.point(state)
