@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_type
+from bilevel.arguments.words import got
 from bilevel.requirements.properties import DoesNotApply
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def _demand_tasks(problem: BilevelProblem) -> None:
     if not isinstance(problem.tasks, bool) and not (isinstance(problem.tasks, str) and problem.tasks == "loop"):
         raise ValueError(
             f'`{type(problem).__name__}(tasks=...)` must be True (all tasks at once), "loop" (one after the other) or'
-            f" False (no tasks). Got {str(problem.tasks)[:100]!r}."
+            f" False (no tasks). Got {got(problem.tasks)}."
         )
 
 

@@ -391,8 +391,9 @@ def fuzzed(count: int, seed: int) -> tuple[Counter[str], Counter[tuple[str, str]
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that are registered on the way go with the test."""
+def nothing_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Names that are registered on the way go with the test, and so do files that hostile paths name."""
+    monkeypatch.chdir(tmp_path)
     for registry in (bilevel.named.registry, bilevel.algorithms.registry):
         monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 

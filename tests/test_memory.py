@@ -349,7 +349,8 @@ def test_a_solution_is_all_that_is_left_of_a_run(outer: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", [*available(), *ALGORITHMS.values()], ids=[*available(), *ALGORITHMS])
 def test_a_solution_is_all_that_is_left_of_an_algorithm(algorithm: Any) -> None:
-    leaves_nothing(solve(algorithm), cycles=not isinstance(algorithm, ScaleBiO))  # which steps by torch's AdamW
+    by_torch = algorithm == "scalebio" or isinstance(algorithm, ScaleBiO)  # by its AdamW
+    leaves_nothing(solve(algorithm), cycles=not by_torch)
 
 
 def test_what_is_asked_of_an_estimate_later_leaves_nothing() -> None:
@@ -674,7 +675,7 @@ PEAKS: dict[str, tuple[AbstractEstimator, str, tuple[int, int, int, int]]] = {
     "ITD": (ITD(_INNER9), "itd", (0, 0, 0, 0)),
     "ITD, checkpointed": (ITD(_INNER9, Checkpointed()), "checkpointed", (0, 0, 0, 0)),
     "ITD, forward": (ITD(_INNER9, Forward()), "forward", (0, 0, 0, 0)),
-    "penalty": (Penalty(Iterate(GradientDescent(0.2), 5), weight=50.0), "penalty", (8, 3, 14, 8)),
+    "penalty": (Penalty(Iterate(GradientDescent(0.2), 5), weight=50.0), "penalty", (8, 3, 15, 8)),
 }
 
 
@@ -731,7 +732,8 @@ CHEAP: dict[str, AbstractEstimator] = {
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [*available(), *CHEAP])
+# "auto" is the default on data that are the same at every step, and ends where it has arrived
+@pytest.mark.parametrize("name", [*(name for name in available() if name != "auto"), *CHEAP])
 def test_a_run_holds_no_more_after_many_steps_than_after_few(name: str, steps: int) -> None:
     algorithm = Descent(CHEAP[name], GradientDescent(1e-3)) if name in CHEAP else name
     if name == "descent":

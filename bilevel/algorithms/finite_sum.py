@@ -71,7 +71,7 @@ class FiniteSum(AbstractData):
         demand_ranges(self, batch_size=AT_LEAST_1, stream=AT_LEAST_0)
         if self.order not in get_args(Order):
             raise ValueError(f"`FiniteSum(order=...)` must be one of {', '.join(get_args(Order))}. Got {self.order!r}.")
-        leaves = tree_leaves(self.tensors)
+        leaves = tree_leaves(self.tensors, "`FiniteSum(tensors=...)`")
         sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves}
         if len(sizes) != 1 or None in sizes or 0 in sizes:
             raise ValueError(

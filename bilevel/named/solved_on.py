@@ -29,6 +29,7 @@ class SolvedOn(AbstractInnerSolver):
         enough: the tolerance that is promised.
 
     Example:
+        >>> import torch
         >>> from bilevel.solvers import LBFGS, Newton
         >>> objective = Objective(lambda y: (y - 3).square().sum() / 2)
         >>> solver = SolvedOn(LBFGS(tol=1e-16, max_steps=1), Newton(tol=1e-12), enough=1e-6)

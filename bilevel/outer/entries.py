@@ -28,6 +28,7 @@ def fault(content: Mapping[str, Any]) -> str | None:
     """What is wrong with the entries of a checkpoint that every run has, in words; None: nothing.
 
     Example:
+        >>> import torch
         >>> fault({"x": torch.ones(1), "y": torch.ones(1), "step": -1})
         "its 'step' is no number of steps"
     """

@@ -9,6 +9,7 @@ from typing import Any, final
 from bilevel._result import Status
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import NUMBERS, demand_ranges
 from bilevel.portable.plain import demanded, number, refused
 
 
@@ -36,6 +37,7 @@ class Trial:
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_ranges(self, value=NUMBERS)
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data; :meth:`from_dict` is the inverse."""

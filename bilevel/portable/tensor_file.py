@@ -63,7 +63,11 @@ def read_tensors(path: str | os.PathLike[str], kind: str, device: torch.device |
     except RuntimeError as error:
         text = str(error).partition("\n")[0][:100]
         raise ValueError(f"`{kind}.load(device=...)` must be a device. Got {str(device)[:100]!r}: {text}") from error
-    if not Path(path).is_file():
+    try:
+        is_there = Path(path).is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero in it
+        raise ValueError(f"`{kind}.load(path=...)` must be the path of a file. {str(error)[:100]}.") from error
+    if not is_there:
         raise FileNotFoundError(f"`{kind}.load(path)`: there is no file {str(path)[:200]!r}.")
     try:
         with package.safe_open(path, framework="pt", device="cpu") as opened:

@@ -69,7 +69,8 @@ def demand_steps(
     call = type(loop).__name__
     for name, step in (("inner_step", inner_step), ("outer_step", outer_step), ("linear_step", linear_step)):
         if isinstance(step, Tensor):
-            if step.dim() != 1 or not step.is_floating_point() or not bool(((step > 0) & step.isfinite()).all()):
+            plain = step.dim() == 1 and step.is_floating_point() and step.device.type != "meta"
+            if not plain or not bool(((step > 0) & step.isfinite()).all()):
                 raise ValueError(f"`{call}({name}=...)` must be one positive finite number for each row. Got {step}.")
         elif not isinstance(step, AbstractOptimizer):
             demand_ranges(loop, None, **{name: POSITIVE})
