@@ -29,7 +29,7 @@ def test_every_name_goes_downhill_with_its_own_steps(name: str) -> None:
 def test_auto_solves_a_finite_sum_to_rounding() -> None:
     found = run("auto", split(), 900)  # type: ignore[arg-type]
     torch.testing.assert_close(found.x, solution(), rtol=0, atol=1e-10)
-    assert "SABA" in found.estimate.note and len(found.sweep) == 4
+    assert "SABA" in found.estimate.note and len(found.sweep) == 5
 
 
 def chosen(problem: BilevelProblem = PROBLEM, data: Any = None, steps: int = 24) -> Any:

@@ -24,7 +24,7 @@ from bilevel.solvers.adam import Adam
 
 TABLES = 2**30  # bytes that the tables of SABA may take: a gibibyte
 _ADAM = 0.01  # of x, where Phi has no curvature to go by: entries that matter are about 1, and move by a hundredth
-_OUTER = (1.0, 3.0, 10.0, 30.0)  # times the cautious gamma, which is the scale of x, and not its best step
+_OUTER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the cautious gamma, which is the scale of x, and not its best step
 
 
 @final
