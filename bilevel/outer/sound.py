@@ -177,7 +177,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_float(value: float) -> bool:
+def _is_float(value: Any) -> bool:
     try:
         float(value)
     except OverflowError:
