@@ -33,7 +33,7 @@ from bilevel.outer.checkpoint import read_checkpoint
 from bilevel.outer.fingerprint import Fingerprint, differences
 from bilevel.outer.journal import Journal, journal_of
 from bilevel.outer.randomness import drawn_so_far, go_on_from
-from bilevel.outer.run import Run
+from bilevel.outer.records import Run
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.solvers import CG, Adam, ClosedForm, GradientDescent, Iterate, ScipyMinimize

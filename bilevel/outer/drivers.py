@@ -19,7 +19,7 @@ from bilevel.outer.best import Candidate
 from bilevel.outer.entries import MISREAD
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
-from bilevel.outer.run import Run
+from bilevel.outer.records import Run
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.sound import demand_alike, sound_records

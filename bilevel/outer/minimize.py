@@ -45,7 +45,8 @@ from bilevel.outer.fingerprint import Fingerprint
 from bilevel.outer.lock import held
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import tells_partial
-from bilevel.outer.run import Callback, Rules, Run, iterate
+from bilevel.outer.records import Callback, Rules, Run
+from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
