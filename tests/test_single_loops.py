@@ -23,6 +23,7 @@ from bilevel.algorithms import (
     AbstractAlgorithm,
     Coupled,
     FdeHBO,
+    Horizon,
     MovingAverage,
     Oracle,
     Plain,
@@ -319,3 +320,24 @@ def test_steps_that_are_none_are_refused_by_the_name_of_the_algorithm() -> None:
 def test_y_and_x_are_stepped_by_optimizers() -> None:
     found = run(SingleLoop(Adam(0.1), Adam(0.05), 0.2, reduction=Plain()), split(order="full"), 800)
     torch.testing.assert_close(found.x, solution(), rtol=0, atol=1e-3)
+
+
+def test_a_callable_of_two_arguments_is_told_the_role() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def batch(role: str, number: int) -> Any:
+        asked.append((role, number))
+        return tuple(part[number % 3 :: 3] for part in (OF_F if role == "f" else OF_G))
+
+    found = run(SOBA(0.1, 0.1), batch, 4)
+    assert {("f", 3), ("g", 3), ("f", 4), ("g", 4)} <= set(asked)
+    one = Split(f=lambda number: batch("f", number), g=lambda number: batch("g", number))
+    assert torch.equal(found.x, run(SOBA(0.1, 0.1), one, 4).x)
+    alike = run(SOBA(0.1, 0.1), lambda number, other=1: batch("f", number), 4)
+    assert torch.equal(alike.y, run(SOBA(0.1, 0.1), Split(f=one.f, g=one.f), 4).y)
+
+
+def test_steps_may_depend_on_how_many_there_are_to_be() -> None:
+    falling = run(SOBA(0.2, 0.1, schedule=Horizon(16, 0.5), outer_schedule=Horizon(16, 0.25)), split(), 16)
+    constant = run(SOBA(0.2 / 4, 0.1 / 2), split(), 16)
+    close((falling.x, falling.y), (constant.x, constant.y))

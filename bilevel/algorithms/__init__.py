@@ -31,7 +31,7 @@ from bilevel.algorithms.registry import available as available, register_algorit
 from bilevel.algorithms.saba import SABA as SABA
 from bilevel.algorithms.sama import SAMA as SAMA
 from bilevel.algorithms.scalebio import ScaleBiO as ScaleBiO
-from bilevel.algorithms.schedule import Power as Power
+from bilevel.algorithms.schedule import Horizon as Horizon, Power as Power
 from bilevel.algorithms.soba import SOBA as SOBA
 from bilevel.algorithms.srba import SPABA as SPABA, SRBA as SRBA
 from bilevel.algorithms.stocbio import StocBiO as StocBiO

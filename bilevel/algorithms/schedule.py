@@ -1,4 +1,4 @@
-"""Step lengths that fall as a power of the number of steps."""
+"""Step lengths that fall as a power of the number of steps: of those taken, or of all that are to be taken."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from bilevel._validate import demand_types
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 
 
 @final
@@ -40,4 +41,36 @@ class Power:
 
     def __call__(self, step: int) -> float:
         factor: float = (1 + step / self.after) ** -self.exponent
+        return factor
+
+
+@final
+@dataclass(frozen=True)
+class Horizon:
+    """t -> T^-exponent: constant, and shorter the more steps T there are to be.
+
+    What theorems of constant steps choose: SOBA's, T^-2/5 for y and v and T^-3/5 for x.
+
+    Args:
+        steps: T.
+        exponent: 0 is one.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if T is below 1, or the exponent is negative.
+
+    Example:
+        >>> Horizon(10_000, exponent=0.5)(0), Horizon(10_000, exponent=0.5)(9_999)
+        (0.01, 0.01)
+    """
+
+    steps: int
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, steps=AT_LEAST_1, exponent=AT_LEAST_0)
+
+    def __call__(self, step: int) -> float:
+        factor: float = self.steps**-self.exponent
         return factor

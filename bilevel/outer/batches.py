@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor
@@ -17,7 +19,8 @@ def sources(data: Any) -> AbstractData | Split:
     """Numbered batches from what `minimize(data=...)` is given; for a `Split` from each of its sides.
 
     A tensor, a mapping or a tuple is one batch, whatever the number. Any other iterable (a list of batches, a
-    DataLoader) yields batches in order and starts again at its end. A callable is called with the number.
+    DataLoader) yields batches in order and starts again at its end. A callable is called with the number, and one of
+    two arguments with the role, "f" or "g", and the number.
 
     Raises:
         TypeError: if `data` is none of these, is an iterator, which cannot be started again, or an array or a list of
@@ -25,9 +28,21 @@ def sources(data: Any) -> AbstractData | Split:
     """
     if isinstance(data, Split):
         return Split(_source(data.f).independent(0), _source(data.g).independent(1))
+    if callable(data) and not isinstance(data, AbstractData | Tensor | Mapping | Iterable) and _takes_roles(data):
+        return Split(_Numbered(partial(data, "f")), _Numbered(partial(data, "g")))
     if isinstance(data, FiniteSum):  # f and g see the same samples, each in an order of its own
         return Split(data.independent(0), data.independent(1))
     return _source(data)
+
+
+def _takes_roles(function: Callable[..., Any]) -> bool:
+    """Whether a callable is one of (role, number): it requires two arguments."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return sum(each.default is each.empty for each in positional) == 2
 
 
 def _source(data: Any) -> AbstractData:

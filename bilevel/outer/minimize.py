@@ -114,10 +114,11 @@ def minimize(
         tol: stop when |h| (with a constraint |x - P(x - h)|), or the algorithm's own measure of stationarity, is at
             most this; missing it is a failure. None: the outer method's own, which may be missed (`QuasiNewton` has
             one, optimizers have none and take all the steps).
-        data: for problems with a third argument: one batch (a tensor, dict or tuple) for every step; a loader (any
-            other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose entries are
-            batches, one a step); a callable step -> batch; or a `Split` of two of these. An algorithm that draws n
-            batches a step takes items n step, ..., n step + n - 1 at each, and a callable is called with these numbers.
+        data: for problems with a third argument: one batch (a tensor, dict or tuple) for every step; a `FiniteSum`; a
+            loader (any other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose
+            entries are batches, one a step); a callable step -> batch, or (role, step) -> batch with the role "f" or
+            "g"; or a `Split` of two of these. An algorithm that draws n batches a step takes items n step, ...,
+            n step + n - 1 at each, and a callable is called with these numbers.
         evaluate_every: of a run on the batches of a `FiniteSum`: how many steps lie between two looks at all the data,
             whose values of f and of the measure of stationarity are what is recorded, told to the callback, compared
             for the best iterate and with `tol`; there is one at the start and at the end. None: so many that looks take
