@@ -107,6 +107,14 @@ def test_a_run_that_began_with_a_sweep_is_resumed_without_it(tmp_path: Path) -> 
     assert Solution.from_dict(found.to_dict()).sweep == found.sweep
 
 
+def test_a_run_that_chose_and_swept_by_itself_goes_on_further_than_it_was_to(tmp_path: Path) -> None:
+    file = tmp_path / "auto.pt"
+    short = run("auto", split(), 25, checkpoint=file)  # type: ignore[arg-type]
+    found = run("auto", split(), 60, checkpoint=file, resume=True)  # type: ignore[arg-type]
+    assert found.sweep == short.sweep and found.history[-1].step == 60
+    assert found.stats.sample_calls > short.stats.sample_calls
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -244,7 +244,7 @@ def minimize(
             return Run(rules, structured, compares, note)
 
         chosen: AbstractAlgorithm[Any]
-        note = ""
+        note, share = "", max(1, max_steps // 4)  # how long a sweep is, where nobody says
         if algorithm is None or algorithm == DESCENT:
             named: Any = IMPLICIT if estimator is None else estimator
             estimates = resolve(named, flat, x, y)
@@ -273,7 +273,7 @@ def minimize(
                 if sweep is None and choice.sweep is not None:
                     sweep = choice.sweep
                     rows = math.prod(map(len, sweep.values()))
-                    sweep_steps = max(1, max_steps // (3 * rows)) if sweep_steps is None else sweep_steps
+                    share = max(1, max_steps // (3 * rows))
             else:
                 chosen = resolve_algorithm(algorithm, setting)
             settings = {"algorithm": chosen, **settings}
@@ -286,8 +286,9 @@ def minimize(
             if resume and checkpoint is not None:
                 begun = recalled(chosen, batches, trials_of(checkpoint))
             if begun is None:
-                quarter = max(1, max_steps // 4) if sweep_steps is None else min(sweep_steps, max_steps)
-                begun = swept(chosen, sweep, oracle, x, y, quarter)
+                begun = swept(
+                    chosen, sweep, oracle, x, y, share if sweep_steps is None else min(sweep_steps, max_steps)
+                )
             chosen = begun.algorithm
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         compares = on_batches or (oracle.is_fixed and chosen.values_are_phi)
