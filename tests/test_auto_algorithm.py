@@ -103,3 +103,26 @@ def test_the_worst_block_decides_the_step_of_y() -> None:
     data = Split(f=FiniteSum(scales, 2), g=FiniteSum(scales, 2))
     found = minimize(problem, one, one, algorithm="saba", data=data, max_steps=1500)
     torch.testing.assert_close(found.x, torch.ones_like(one), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("other", [None, "f", "g"])
+def test_an_isotropic_g_is_no_network_and_one_batch_is_one_block(other: str | None) -> None:
+    all_of_it = torch.zeros(8, dtype=torch.float64)
+    sums = FiniteSum(all_of_it, 2)
+    data = Split(f=all_of_it if other == "f" else sums, g=all_of_it if other == "g" else sums)
+    problem = BilevelProblem(
+        lambda x, y, d: (y - 3 - d).square().mean() / 2, lambda x, y, d: (y - x - d).square().mean() / 2
+    )
+    zero = torch.tensor(0.0, dtype=torch.float64)
+    found = minimize(problem, zero, zero, algorithm="auto", data=data, max_steps=400)
+    assert "SABA" in found.estimate.note and float(found.x) == pytest.approx(3.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_no_name_diverges_on_a_quadratic(name: str) -> None:
+    zero, data = torch.tensor(0.0, dtype=torch.float64), FiniteSum(torch.zeros(8, dtype=torch.float64), 2)
+    problem = BilevelProblem(
+        lambda x, y, d: (y - 3 - d).square().mean() / 2, lambda x, y, d: (y - x - d).square().mean() / 2
+    )
+    found = minimize(problem, zero, zero, algorithm=name, data=data, max_steps={"vrbo": 10}.get(name, 60))
+    assert found.status.ok and abs(float(found.x) - 3) < 3

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, everywhere, objective, run, solution, split
 
-from bilevel import AID, BilevelError, BilevelProblem, Constants, FiniteSum, Split, Status, minimize
+from bilevel import AID, ITD, BilevelError, BilevelProblem, Constants, FiniteSum, Split, Status, minimize
 from bilevel.algorithms import MASOBA, SABA, SOBA, SRBA, Descent, Power
-from bilevel.solvers import CG, LBFGS, GradientDescent
+from bilevel.solvers import CG, LBFGS, GradientDescent, Iterate
 
 TRUTH = solution()
 
@@ -39,7 +39,7 @@ def test_what_is_recorded_is_of_all_the_data() -> None:
         norm = torch.cat([d.x, d.y, d.v]).norm()
         assert record.grad_norm == pytest.approx(float(norm), rel=1e-9)
         torch.testing.assert_close(estimate.grad, d.x)
-    assert found.best.value == min(record.value for record in found.history[1:]) and found.best.compared
+    assert found.best.grad_norm == min(record.grad_norm for record in found.history[1:]) and found.best.compared
     assert found.value == pytest.approx(float(objective(found.x, found.y, OF_F)), rel=1e-12)
 
 
@@ -130,3 +130,38 @@ def test_looks_are_for_data_that_are_known() -> None:
         run(MASOBA(0.1, 0.1), loader, 3, constants=Constants(mu=1.0))
     with pytest.raises(ValueError, match=r"`estimator=` belongs to `Descent`"):
         minimize(PROBLEM, X, Y, algorithm=SOBA(0.1, 0.1), data=split(), estimator="itd")
+
+
+# What a short run, a lagging y or a failed certificate must not pass for
+
+
+_NOTHING = FiniteSum(torch.zeros(8, dtype=torch.float64), 2)
+_ZERO = torch.tensor(0.0, dtype=torch.float64)
+
+
+def _outer(x: torch.Tensor, y: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = (y - 3 - d).square().mean() / 2
+    return found
+
+
+FLAT = BilevelProblem(_outer, lambda x, y, d: 1e-3 * (1 + (y - x - d).square()).sqrt().mean())
+BOWL = BilevelProblem(lambda x, y, d: _outer(x, y, d) + x.square() / 2, lambda x, y, d: (y - x - d).square().mean() / 2)
+
+
+@pytest.mark.parametrize("name", ["auto", "soba", "saba", "fdehbo", "aid-bio"])
+def test_without_a_certificate_no_tolerance_is_met(name: str) -> None:
+    found = minimize(FLAT, _ZERO, _ZERO + 3, algorithm=name, data=_NOTHING, max_steps=60, tol=2e-3, throw=False)
+    assert not found.converged and found.failed
+
+
+def test_a_step_of_y_alone_does_not_meet_a_tolerance() -> None:
+    one = Descent(ITD(Iterate(GradientDescent(1e-3), max_steps=1)), GradientDescent(0.01))
+    found = minimize(BOWL, _ZERO, _ZERO + 3, algorithm=one, data=_NOTHING, max_steps=20, tol=2e-3, throw=False)
+    assert not found.converged
+
+
+def test_the_best_iterate_is_not_that_of_the_luckiest_lag() -> None:
+    found = minimize(BOWL, _ZERO, _ZERO + 3, algorithm=SABA(0.1, 0.05), data=_NOTHING, max_steps=1500)
+    assert min(record.value for record in found.history) < 2.25 - 1e-3  # below Phi*, where y lags
+    assert float(found.best.x) == pytest.approx(1.5, abs=1e-6)
+    assert found.best.grad_norm == min(record.grad_norm for record in found.history[1:])

@@ -11,7 +11,6 @@ from bilevel._calculus import Exact, FiniteDifferences
 from bilevel._problem import Split
 from bilevel._result import Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm
-from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.ma_soba import MASOBA
 from bilevel.algorithms.oracle import AbstractData
 from bilevel.algorithms.saba import SABA
@@ -24,6 +23,7 @@ from bilevel.solvers.adam import Adam
 
 TABLES = 2**30  # bytes that the tables of SABA may take: a gibibyte
 _ADAM = 0.01  # of x, where Phi has no curvature to go by: entries that matter are about 1, and move by a hundredth
+ALIKE = 0.03  # of how far rows of the sweep differ: of those that come so near to the best the most cautious is taken
 _OUTER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the cautious gamma, which is the scale of x, and not its best step
 
 
@@ -94,8 +94,8 @@ def _is_convex(s: Setting) -> bool:
     top = float(inner_objective(quiet, s.x).largest_curvature(y).abs().max())
     if not top > 0:
         return True
-    for _ in range(_LOOKED):  # a power iteration on top I - H: towards the least eigenvalue
-        v = top * v - hessian.mv(v)
+    for _ in range(_LOOKED):  # a power iteration on 2 top I - H, positive definite: towards the least eigenvalue
+        v = 2 * top * v - hessian.mv(v)
         v = v / torch.linalg.vector_norm(v)
     least = float((v * hessian.mv(v)).sum())
     return least > -1e-3 * top
@@ -105,10 +105,11 @@ _LOOKED = 20
 
 
 def _blocks(data: AbstractData | Split) -> tuple[int, int] | None:
-    """How many blocks f and g have; None where one of them has none."""
-    if isinstance(data, Split) and isinstance(data.f, FiniteSum) and isinstance(data.g, FiniteSum):
-        return data.f.blocks, data.g.blocks
-    return None
+    """How many blocks f and g have, one where all samples are one batch; None where one of them has none."""
+    if not isinstance(data, Split):
+        return None
+    first = data.f.block(0, 0), data.g.block(0, 0)
+    return None if any(block.number is None for block in first) else (first[0].count, first[1].count)
 
 
 def _tables(s: Setting, of_f: int, of_g: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 from bilevel._calculus import FiniteDifferences
@@ -35,6 +36,7 @@ Build: TypeAlias = Callable[[Setting], AbstractAlgorithm[Any]]
 Made: TypeAlias = Callable[[float, float], AbstractAlgorithm[Any]]
 
 _CONSTANT_FOR = 1000  # steps before the default schedule has much effect: a transient, which needs long steps
+_WEIGHED = 11.0  # 1 + weight: x descends on f + weight (g - min g) at a y that lags, and not on Phi
 _RATE = 0.01  # of AdamW: entries of networks are about 1 at most, and move by a hundredth of that
 
 
@@ -65,6 +67,15 @@ def _outer(s: Setting, rho: float) -> float:
 
 def _soba(rho: float, gamma: float) -> SOBA:
     return SOBA(rho, gamma, schedule=Power(0.5, after=_CONSTANT_FOR))
+
+
+def _weighed(kind: Callable[..., AbstractAlgorithm[Any]]) -> Build:
+    return stepped(lambda rho, gamma: kind(rho, gamma / _WEIGHED))
+
+
+def _meha(rho: float, gamma: float) -> MEHA:
+    """Its proximal copy descends on g + |theta - y|^2 / 2, whose curvature is L + 1; its weight grows as k^1/4."""
+    return MEHA(rho / (1 + rho), gamma / _WEIGHED, outer_schedule=Power(0.25))
 
 
 def _differences(kind: Callable[..., AbstractAlgorithm[Any]]) -> Build:
@@ -137,10 +148,22 @@ ROWS: tuple[tuple[str, Build, str], ...] = (
     ("esj-s", stepped(ESJS), "dy/dx by random perturbations of ten steps of y on the same batches"),
     ("f2sa", stepped(lambda rho, gamma: F2SA(rho, gamma, order=1)), "two copies of y, first derivatives only"),
     ("f2sa-2", stepped(lambda rho, gamma: F2SA(rho, gamma, order=2)), "the same, central: bias of 1 / weight^2"),
-    ("pbgd", stepped(PBGD), "descent on f + weight (g - min g), first derivatives only"),
-    ("g-pbgd", stepped(lambda rho, gamma: PBGD(rho, gamma, form="gradient")), "descent on f + weight |grad g|^2"),
+    (
+        "pbgd",
+        _weighed(PBGD),
+        "descent on f + weight (g - min g), first derivatives only",
+    ),
+    (
+        "g-pbgd",
+        _weighed(partial(PBGD, form="gradient")),
+        "descent on f + weight |grad g|^2",
+    ),
     ("bome", stepped(BOME), "descent on f as far as g - min g falls too, first derivatives only"),
-    ("meha", stepped(MEHA), "Moreau envelope of g, first derivatives only, also with a prox term"),
+    (
+        "meha",
+        stepped(_meha),
+        "Moreau envelope of g, first derivatives only, also with a prox term",
+    ),
     ("sama", stepped(SAMA), "one difference of gradients with the identity in the place of the inverse Hessian"),
     ("scalebio", _scalebio, "f2sa by AdamW on x and both copies of y: for large networks"),
 )

@@ -39,10 +39,11 @@ class Keeper:
 
     Args:
         compares: whether values of different steps are of one function.
+        by_norm: whether it is the measure of stationarity that is compared, and not the value.
     """
 
-    def __init__(self, compares: bool) -> None:
-        self.compares = compares
+    def __init__(self, compares: bool, by_norm: bool = False) -> None:
+        self.compares, self.by_norm = compares, by_norm
         self.best: Candidate | None = None
 
     def see(self, candidate: Candidate) -> None:
@@ -52,7 +53,8 @@ class Keeper:
             self.best = candidate
         elif candidate.counts:
             first_or_latest = not best.counts or not self.compares
-            if first_or_latest or candidate.record.value <= best.record.value:
+            new, old = candidate.record, best.record
+            if first_or_latest or (new.grad_norm <= old.grad_norm if self.by_norm else new.value <= old.value):
                 self.best = candidate
 
     def told(self, x: Structure, y: Structure) -> Best:

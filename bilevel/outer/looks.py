@@ -90,30 +90,32 @@ class Looks:
         """
         before = oracle.like.tally.sampled
         problem, x = oracle.whole(), algorithm.point(state)[0]
-        own = algorithm.on_everything(oracle, state, found)
-        if own is not None:
-            residual = float(oracle.residual(x, own.grad))
-            measure = residual + (own.bound or 0.0)
-            return Look(problem, own, measure, measure, oracle.like.tally.sampled - before)
-        if not inner_problem(oracle.like.problem).offers >= _SMOOTH:  # y is no stationary point of a smooth g
+        certifiable = inner_problem(oracle.like.problem).offers >= _SMOOTH
+        seen = algorithm.on_everything(oracle, state, found)
+        if seen is not None:
+            residual = norm = float(oracle.residual(x, seen.grad))
+            if not certifiable:  # Phi is what its steps make of it
+                return Look(problem, seen, norm, norm, oracle.like.tally.sampled - before)
+        elif not certifiable:  # y is no stationary point of a smooth g, and what a batch says of it is luck
             value = problem.f(x, found.estimate.y).detach()
-            measure = float(algorithm.stationarity(oracle, state, found))
+            norm = float(algorithm.stationarity(oracle, state, found))
             cost = oracle.like.tally.sampled - before
-            return Look(problem, replace(found.estimate, value=value), measure, measure, cost)
-        second = Property.second_derivatives in algorithm.requires
-        seen = assessed(problem, x, found.estimate.y, found.estimate.v, second_derivatives=second)
-        seen = replace(seen, note=found.estimate.note)
-        residual = float(oracle.residual(x, seen.grad))
-        norm = joint_norm(residual, seen)
+            return Look(problem, replace(found.estimate, value=value), norm, math.inf, cost)
+        else:
+            second = Property.second_derivatives in algorithm.requires
+            seen = assessed(problem, x, found.estimate.y, found.estimate.v, second_derivatives=second)
+            seen = replace(seen, note=found.estimate.note)
+            residual = float(oracle.residual(x, seen.grad))
+            norm = joint_norm(residual, seen)
         cost = oracle.like.tally.sampled - before
         worth = norm <= tried / 2 if math.isfinite(tried) else self.tol is not None and norm <= self.tol
         if self.tol is None or not (residual <= self.tol and worth):
-            return Look(problem, seen, norm, norm, cost, norm if tried == math.inf else tried)
+            return Look(problem, seen, norm, math.inf, cost, norm if tried == math.inf else tried)
         known = self.constants
         if known is not None and not isinstance(known, Constants):
             known = known(problem.x.unravel(x))
         seen = bounded(problem, x, seen, known)
-        return Look(problem, seen, norm, norm if seen.bound is None else residual + seen.bound, cost, norm)
+        return Look(problem, seen, norm, math.inf if seen.bound is None else residual + seen.bound, cost, norm)
 
 
 def blown(look: Look, first: float) -> Look:

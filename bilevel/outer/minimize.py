@@ -25,7 +25,7 @@ from bilevel._sets import Constraint, bounds, corners, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
-from bilevel.algorithms.auto import chosen as choose
+from bilevel.algorithms.auto import ALIKE, chosen as choose
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
@@ -241,10 +241,10 @@ def minimize(
                 saves = Saves(kept, checkpoint_every, checkpoint_seconds, before=partial(before_save, callback))
             looks = Looks(evaluate_every, tol, constants)
             rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks)
-            return Run(rules, structured, compares, note)
+            return Run(rules, structured, compares, note, by_norm)
 
         chosen: AbstractAlgorithm[Any]
-        note, share = "", max(1, max_steps // 4)  # how long a sweep is, where nobody says
+        by_norm, slack, note, share = False, 0.0, "", max(1, max_steps // 4)  # how long a sweep is, where nobody says
         if algorithm is None or algorithm == DESCENT:
             named: Any = IMPLICIT if estimator is None else estimator
             estimates = resolve(named, flat, x, y)
@@ -273,7 +273,7 @@ def minimize(
                 if sweep is None and choice.sweep is not None:
                     sweep = choice.sweep
                     rows = math.prod(map(len, sweep.values()))
-                    share = max(1, max_steps // (3 * rows))
+                    share, slack = max(1, max_steps // (4 * rows)), ALIKE
             else:
                 chosen = resolve_algorithm(algorithm, setting)
             settings = {"algorithm": chosen, **settings}
@@ -286,12 +286,11 @@ def minimize(
             if resume and checkpoint is not None:
                 begun = recalled(chosen, batches, trials_of(checkpoint))
             if begun is None:
-                begun = swept(
-                    chosen, sweep, oracle, x, y, share if sweep_steps is None else min(sweep_steps, max_steps)
-                )
+                length = share if sweep_steps is None else min(sweep_steps, max_steps)
+                begun = swept(chosen, sweep, oracle, x, y, length, slack)
             chosen = begun.algorithm
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
-        compares = on_batches or (oracle.is_fixed and chosen.values_are_phi)
+        compares, by_norm = on_batches or (oracle.is_fixed and chosen.values_are_phi), not chosen.values_are_phi
         return iterate(run(compares), chosen, oracle, x, y, begun)
 
 

@@ -61,13 +61,16 @@ class Run:
         rules: when it ends, who is told.
         structured: how estimates get their structures.
         compares: whether values of different steps are of one function.
+        by_norm: whether the best iterate is that of the least measure of stationarity, and not of the lowest value.
         note: why this algorithm, where it was chosen: of every estimate.
     """
 
-    def __init__(self, rules: Rules, structured: Structured, compares: bool, note: str = "") -> None:
+    def __init__(
+        self, rules: Rules, structured: Structured, compares: bool, note: str = "", by_norm: bool = False
+    ) -> None:
         self.rules, self.structured, self.note = rules, structured, note
         self.history: list[Record] = []
-        self.best = Keeper(compares)
+        self.best = Keeper(compares, by_norm)
         self.trials: tuple[Trial, ...] = ()  # of the sweep that it began with
         self._latest: tuple[int, FlatProblem, Tensor, Estimate] | None = None
 

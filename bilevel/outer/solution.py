@@ -87,7 +87,7 @@ class Best(AbstractResult):
         y: the inner solution there: the structure of y0.
         value: Phi(x).
         grad_norm: as in its record.
-        compared: whether it was chosen by its value.
+        compared: whether it was chosen by its value, or, on batches and where values are not Phi's, by its norm.
     """
 
     step: int

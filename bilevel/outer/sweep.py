@@ -12,7 +12,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Exact, FiniteDifferences
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
@@ -22,6 +21,7 @@ from bilevel.algorithms.engine.direction import rows_of_outer_gradients
 from bilevel.algorithms.engine.rows import row_of
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Oracle
+from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.outer.trial import Trial
 from bilevel.requirements.properties import Property
 
@@ -112,14 +112,25 @@ def swept(
     x: Tensor,
     y: Tensor,
     steps: int,
+    slack: float = 0.0,
 ) -> Winner:
     """Run every combination for so many steps from the same start, and say which one has come furthest.
 
     Combinations that differ in `inner_step`, `outer_step` or `ratio` alone are one batch over a leading axis, where the
     algorithm can be (`AbstractAlgorithm.beside`); what else is swept makes one batch after the other. The best is that
-    of the lowest value on all the data, among those that are numbers.
+    of the lowest Phi on all the data, among those that are numbers.
 
-    Cost: `steps` steps of every combination, and for each a gradient of g and one of f on all the data.
+    Args:
+        algorithm: what is run.
+        sweep: lists of its settings by name.
+        oracle: of step 0.
+        x: the start `(p,)`.
+        y: the start `(q,)`, of one task.
+        steps: how many steps each takes.
+        slack: the first combination is taken that comes so near to the best, as a share of how far rows differ; 0: the
+            best itself. What is best for a while may be too long a step for later.
+
+    Cost: `steps` steps of every combination, and for each a gradient of f, and some ten of g, on all the data.
     """
     found = combinations(algorithm, sweep)
     groups: dict[str, list[int]] = {}
@@ -129,15 +140,15 @@ def swept(
     rows: dict[int, _Row] = {}
     for members in groups.values():
         data = reordered(oracle.data, found[members[0]])
-        for batch in _batches(algorithm, found, members):
+        for batch in _batches(algorithm, found, members, x):
             at = Oracle(oracle.like, data, batch.draws, oracle.region)
             rows |= batch.run(at, x, y, steps)
-    start = _inner_residual(oracle, algorithm, x, y)
-    limit = max(start, _LAGS * min((row.residual for row in rows.values()), default=math.inf))
-    sound = [k for k, row in rows.items() if math.isfinite(row.value) and row.residual <= limit]
+    sound = [k for k, row in rows.items() if math.isfinite(row.value)]
     if not sound:
         raise ValueError("`minimize(sweep=...)`: all combinations diverged within the sweep. Sweep over shorter steps.")
-    best = min(sound, key=lambda k: rows[k].value)
+    least, most = (pick(rows[k].value for k in sound) for pick in (min, max))
+    alike = [k for k in sound if rows[k].value <= least + slack * (most - least)]
+    best = alike[0] if slack else min(sound, key=lambda k: rows[k].value)
     trials = tuple(
         Trial(
             found[k],
@@ -151,30 +162,13 @@ def swept(
     return Winner(configured(algorithm, found[best]), reordered(oracle.data, found[best]), row.state(), steps, trials)
 
 
-# Iterates that follow x lag behind it in proportion to the step of x, which differs by a hundred between rows at most;
-# one that runs away lags by far more than the best of them, and than where it began.
-_LAGS = 100.0
-
-
 @final
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """Where a combination has come to: its value and |grad_y g| on all the data, and how its state is had."""
+    """Where a combination has come to: Phi there, and how its state is had."""
 
     value: float
-    residual: float
     state: Callable[[], Any]
-
-
-def _inner_residual(oracle: Oracle, algorithm: AbstractAlgorithm[Any], x: Tensor, y: Tensor) -> float:
-    """|grad_y g| where the rows begin."""
-    problem = oracle.whole()
-    gradient = _products(algorithm).linearize(problem, x, problem.start(x, y).detach()).gradient
-    return float(safe_row_norms(gradient.reshape(-1)))
-
-
-def _products(algorithm: AbstractAlgorithm[Any]) -> AbstractProducts:
-    return Exact() if Property.second_derivatives in algorithm.requires else FiniteDifferences()
 
 
 def recalled(
@@ -219,35 +213,54 @@ class _Batch:
         for _ in range(steps):
             state = algorithm.step(oracle, state, algorithm.evaluate(oracle, state))
             oracle = oracle.at(oracle.step + 1)
-        values, residuals = _measured(oracle, algorithm, state)
+        values = _phi(oracle, algorithm, state)
         if not self.rows:
-            return {self.members[0]: _Row(float(values), float(residuals), lambda: state)}
-        pairs = zip(values.tolist(), residuals.tolist(), strict=True)
-        return {
-            k: _Row(value, residual, partial(row_of, state, row))
-            for row, (k, (value, residual)) in enumerate(zip(self.members, pairs, strict=True))
-        }
+            return {self.members[0]: _Row(float(values), lambda: state)}
+        pairs = enumerate(zip(self.members, values.tolist(), strict=True))
+        return {k: _Row(value, partial(row_of, state, row)) for row, (k, value) in pairs}
 
 
-def _batches(algorithm: AbstractAlgorithm[Any], found: list[dict[str, Any]], members: list[int]) -> list[_Batch]:
+def _batches(
+    algorithm: AbstractAlgorithm[Any], found: list[dict[str, Any]], members: list[int], like: Tensor
+) -> list[_Batch]:
     each = [configured(algorithm, found[k]) for k in members]
     steps = [[getattr(one, name, None) for one in each] for name in STEPS]
     numbers = all(isinstance(step, int | float) for row in steps for step in row)
     if len(members) > 1 and numbers:
-        columns = [torch.tensor(row, dtype=torch.float64) for row in steps]
+        columns = [torch.tensor(row, dtype=like.dtype, device=like.device) for row in steps]
         beside = each[0].beside(columns[0], columns[1])
         if beside is not None:
             return [_Batch(beside, members, len(members))]
     return [_Batch(one, [k], 0) for one, k in zip(each, members, strict=True)]
 
 
-def _measured(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> tuple[Tensor, Tensor]:
-    """f(x, y) - v'grad_y g and |grad_y g| on all the data, of each row."""
+def _phi(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> Tensor:
+    """Phi(x) of each row, on all the data: where y lags behind x, or runs away from it, f(x, y) may be anything.
+
+    y is solved to some digits from where it is; f(x, y) where y is no minimizer of a smooth g. Infinite for rows that
+    have run away.
+    """
+    from bilevel.solvers.lbfgs import LBFGS
+
     problem: FlatProblem = oracle.whole()
-    found = algorithm.evaluate(oracle, state).estimate
-    x, y, v = algorithm.point(state)[0], found.y, found.v
-    value, _, _ = rows_of_outer_gradients(problem, x, y)
-    gradient = _products(algorithm).linearize(problem, x, y).gradient
+    x, y = algorithm.point(state)
+    if not {Property.minimum, Property.smooth} <= inner_problem(problem.problem).offers:
+        return rows_of_outer_gradients(problem, x, y)[0]
     lead = x.dim() - 1
-    corrected = value if v is None else value - (v * gradient).flatten(lead).sum(-1)
-    return corrected, safe_row_norms(gradient.flatten(lead))
+    lags = safe_row_norms(inner_objective(problem, x).gradient(y).flatten(lead))
+    finite = lags[lags.isfinite()]
+    if not finite.numel():
+        return torch.full_like(lags, math.inf)
+    typical = finite.median()
+    near = lags <= _RUNAWAY * typical
+    if lead:
+        x, y = x[near], y[near]
+    solver = LBFGS(tol=_DIGITS * float(typical), max_steps=_SOLVED)
+    y = solver.solve(inner_objective(problem, x), y).value
+    found = torch.full_like(lags, math.inf)
+    found[near] = rows_of_outer_gradients(problem, x, y)[0]
+    return found
+
+
+_RUNAWAY = 1e3  # times the lag of the median row, which differs from that of other rows by their steps alone
+_DIGITS, _SOLVED = 1e-2, 30  # of the lag, and steps at most: rows differ by more than what these leave

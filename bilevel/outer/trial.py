@@ -20,8 +20,7 @@ class Trial:
 
     Attributes:
         settings: by name: `inner_step`, `outer_step` and what else was swept.
-        value: f(x, y) - v'grad_y g on all the data, Phi(x) up to the square of the error of y; f(x, y) where there is
-            no v. Infinite where it is no number.
+        value: Phi(x) on all the data, to some digits, with y solved anew; infinite where it is no number.
         status: `successful` where the combination is still a number at the end of the sweep, else `diverged`.
         chosen: whether it was gone on with.
 

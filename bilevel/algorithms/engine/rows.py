@@ -20,7 +20,7 @@ class AbstractRows(abc.ABC):
 def row_of(state: Any, k: int) -> Any:
     """Row k of several states side by side, in which every tensor has them along its first axis."""
     if isinstance(state, Tensor):
-        return state[k] if state.dim() else state
+        return state[k] if state.numel() else state  # what is empty belongs to none
     if isinstance(state, dict):
         return {name: row_of(value, k) for name, value in state.items()}
     if isinstance(state, AbstractRows):
