@@ -101,9 +101,14 @@ class FlatProblem:
             x: the outer variable, or several.
             rows: one for each problem, such as y.
         """
-        leaves, build = self._parts(level)
         encode, count = None if self.is_encoded else self.problem.encode, len(rows)
         own, several = self.is_encoded and self.tasks is not None, x.dim() > 1  # own: each task has its part of x
+        if self.tasks is None and not several:  # nothing is side by side
+            outer, given = self._unravelled(x), self._given(level)
+            if encode is not None:
+                outer = called("encode(x, data)", encode, outer, *given)
+            return function(outer, *rows, *given)
+        leaves, build = self._parts(level)
         shared = None if own or several else self._unravelled(x)
 
         def one(*args: Tensor) -> Tensor:
@@ -165,6 +170,14 @@ class FlatProblem:
             self._outer = key, self.x.unravel(x)
         return self._outer[1]
 
+    def _given(self, level: str) -> tuple[Any, ...]:
+        """The arguments after y: none, or the data of a level, of which what a function might change is a copy."""
+        data = getattr(self.data, level) if isinstance(self.data, Split) and level in ("f", "g") else self.data
+        if isinstance(data, Tensor) or (type(data) is tuple and all(isinstance(part, Tensor) for part in data)):
+            return (data,)
+        leaves, build = self._parts(level)
+        return build(leaves)
+
     def _parts(self, level: str) -> tuple[list[Any], Callable[[Sequence[Any]], tuple[Any, ...]]]:
         """The tensors of f's or g's data, and what makes of such tensors the arguments after y: none, or the data."""
         level = level if isinstance(self.data, Split) else "both"
@@ -221,6 +234,14 @@ class FlatProblem:
     def alone(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere, to be kept: it holds nothing of the x that it was met at."""
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
+
+    def on(self, data: Any, tally: Tally) -> FlatProblem:
+        """The same problem with other data, counting elsewhere: what a loop makes at every step, without a check."""
+        found = FlatProblem.__new__(FlatProblem)
+        vars(found).update(vars(self), data=data, tally=tally, _outer=None, _data={})
+        if self.problem.tasks:
+            found.tasks = _task_count(data)
+        return found
 
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""

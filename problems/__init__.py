@@ -11,7 +11,12 @@ from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
-from bilevel.problems.hyper_cleaning import HyperCleaning, hyper_cleaning, hyper_cleaning_synthetic
+from bilevel.problems.hyper_cleaning import (
+    HyperCleaning,
+    hyper_cleaning,
+    hyper_cleaning_batches,
+    hyper_cleaning_synthetic,
+)
 from bilevel.problems.ill_posed import double_well, rank_deficient
 from bilevel.problems.inverse_link import InverseLink, asinh, atanh, cardano, lambert
 from bilevel.problems.log_sum_exp import LogSumExp, log_sum_exp
@@ -76,6 +81,7 @@ __all__ = [
     "catalogue",
     "double_well",
     "hyper_cleaning",
+    "hyper_cleaning_batches",
     "hyper_cleaning_synthetic",
     "ibaml",
     "ibaml_head",

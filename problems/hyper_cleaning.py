@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bilevel._instance import Instance
-from bilevel._problem import BilevelProblem
+from bilevel._problem import BilevelProblem, Split
 from bilevel._tree import Tree, ravel, tree_leaves
 from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
@@ -79,7 +79,27 @@ class HyperCleaning:
     @fitting
     def weighted(self, weights: Tensor, y: Tree) -> Tensor:
         """The inner objective with sample weights w_i in the place of sigmoid(x_i)."""
-        loss = (weights * sample_losses(logits(y, self.X), self.labels)).mean()
+        return self._penalized((weights * sample_losses(logits(y, self.X), self.labels)).mean(), y)
+
+    @fitting
+    def _f_on(self, _: Tensor, y: Tree, batch: Any) -> Tensor:
+        """The outer objective on some validation samples, (inputs, labels): a mean over them."""
+        inputs, labels = batch
+        return sample_losses(logits(y, inputs), labels).mean()
+
+    @fitting
+    def _g_on(self, x: Tensor, y: Tree, batch: Any) -> Tensor:
+        """The inner objective on some training samples, (inputs, labels, their numbers): a mean over them."""
+        inputs, labels, numbers = batch
+        return self._penalized((torch.sigmoid(x[numbers]) * sample_losses(logits(y, inputs), labels)).mean(), y)
+
+    @property
+    def samples(self) -> Split:
+        """All of them: (inputs, labels) for f, (inputs, labels, their numbers) for g."""
+        numbers = torch.arange(len(self.labels), device=self.labels.device)
+        return Split(f=(self.X_val, self.labels_val), g=(self.X, self.labels, numbers))
+
+    def _penalized(self, loss: Tensor, y: Tree) -> Tensor:
         for leaf in tree_leaves(y):
             loss = loss + self.c * leaf.square().sum()
         return loss
@@ -149,29 +169,95 @@ def hyper_cleaning(
         ImportError: if scikit-learn is needed and missing.
         ValueError: if an argument is out of its range.
     """
-    if not 0 < corrupted < 1 or hidden < 0 or not regularization > 0 or min(n_train, n_val) < 1:
-        raise ValueError(
-            "`hyper_cleaning` needs 0 < corrupted < 1, n_train and n_val >= 1, hidden >= 0 and regularization > 0. Got"
-            f" {corrupted}, {n_train}, {n_val}, {hidden} and {regularization}."
-        )
+    family, shown, y0, description = _set_up(corrupted, n_train, n_val, hidden, regularization, data, seed, double)
+    return Instance(
+        problem=BilevelProblem(family.f, family.g),
+        x0=torch.zeros_like(family.X[:, 0]),
+        y0=y0,
+        description=description,
+        constants=None if hidden else family.constants,
+        metrics=shown.metrics,
+        plot=shown.plot,
+        settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": max_steps},
+    )
+
+
+@checked(corrupted=BETWEEN_0_AND_1, n_train=SIZE, n_val=SIZE, hidden=COUNT, regularization=POSITIVE, seed=SEED)
+def hyper_cleaning_batches(
+    *,
+    corrupted: float = 0.4,
+    n_train: int = 900,
+    n_val: int = 400,
+    hidden: int = 0,
+    regularization: float = 5e-3,
+    data: Arrays | None = None,
+    seed: int = 0,
+    double: bool = True,
+) -> tuple[Instance, Split]:
+    """The problem of :func:`hyper_cleaning` as sums over samples, and the samples: for algorithms on batches.
+
+    f and g are called with batches and return means over them; a batch of training samples carries their numbers,
+    which say whose weights they are.
+
+    Returns:
+        The instance, whose problem takes `data`, and all samples: (inputs, labels) for f, (inputs, labels, numbers)
+        for g. A `FiniteSum` of each makes batches of them.
+
+    Args:
+        corrupted: the share of training labels that are replaced.
+        n_train: training samples, each with a weight.
+        n_val: validation samples.
+        hidden: number of hidden units; 0 for a linear model.
+        regularization: c.
+        data: the user's own data, with clean labels; see `bilevel.problems.Arrays`.
+        seed: of the split, of the corruption and of the network's initial weights.
+        double: float64, else float32.
+
+    Raises:
+        ImportError: if scikit-learn is needed and missing.
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> from bilevel import FiniteSum, Split, minimize
+        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+        >>> instance, samples = hyper_cleaning_batches(n_train=30, n_val=20, data=(X, labels))
+        >>> data = Split(f=FiniteSum(samples.f, 10), g=FiniteSum(samples.g, 10))
+        >>> solution = minimize(instance.problem, instance.x0, instance.y0, algorithm="saba", data=data, max_steps=20)
+        >>> solution.x.shape, solution.stats.sample_calls > 0
+        (torch.Size([30]), True)
+    """
+    family, shown, y0, description = _set_up(corrupted, n_train, n_val, hidden, regularization, data, seed, double)
+    instance = Instance(
+        problem=BilevelProblem(family._f_on, family._g_on),
+        x0=torch.zeros_like(family.X[:, 0]),
+        y0=y0,
+        description=description,
+        constants=None if hidden else family.constants,
+        metrics=shown.metrics,
+        plot=shown.plot,
+    )
+    return instance, family.samples
+
+
+def _set_up(
+    corrupted: float,
+    n_train: int,
+    n_val: int,
+    hidden: int,
+    regularization: float,
+    data: Arrays | None,
+    seed: int,
+    double: bool,
+) -> tuple[HyperCleaning, _Shown, Tree, str]:
+    """The objectives, what a person is told, the start of y and a line of description."""
     parts = load(data, "digits", sizes=(n_train, n_val), seed=seed, per_feature=False, double=double)
     generator = torch.Generator().manual_seed(seed + 1)
     labels, wrong = corrupt(parts.y_train, corrupted, parts.classes, generator)
     family = HyperCleaning(parts.X_train, labels, parts.X_val, parts.y_val, outputs(parts.classes), regularization)
     model = f"{hidden} hidden units" if hidden else "a linear model"
     y0 = _initial(family, hidden, generator)
-
-    shown = _Shown(family, parts, labels, wrong, y0)
-    return Instance(
-        problem=BilevelProblem(family.f, family.g),
-        x0=torch.zeros(len(labels), dtype=parts.X_train.dtype, device=parts.X_train.device),
-        y0=y0,
-        description=f"{'digits' if data is None else 'your data'} with {corrupted:.0%} wrong labels, {model}",
-        constants=None if hidden else family.constants,
-        metrics=shown.metrics,
-        plot=shown.plot,
-        settings={"estimator": "aid-cg", "outer_step": 0.1, "max_steps": max_steps},
-    )
+    description = f"{'digits' if data is None else 'your data'} with {corrupted:.0%} wrong labels, {model}"
+    return family, _Shown(family, parts, labels, wrong, y0), y0, description
 
 
 @checked(

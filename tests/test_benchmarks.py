@@ -13,8 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+import bilevel
+import bilevel.algorithms
+from bilevel.solvers import CG, LBFGS
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("_threads", "_harness", "_workloads", "_tasks", "peers", "run_all", "esj", "w4_memory", "omniglot")
+MODULES = (
+    *("_threads", "_harness", "_workloads", "_tasks", "peers", "run_all", "esj", "w4_memory", "omniglot"),
+    *("_stochastic", "stochastic", "stochastic_overhead", "stochastic_cleaning"),
+)
 
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="an installed package comes without its benchmarks")
 
@@ -179,3 +186,87 @@ def test_the_table_of_omniglot_tells_what_the_runs_found(load: Any, tmp_path: Pa
     assert rows == [f"| protonet | 96.9 \u00b1 0.3 | 0.52 | 0.092 | 6000 | 859 | {omniglot.RUNS[0].published} |"]
     page = omniglot.with_results(f"a\n{omniglot.BEGIN}old\n{omniglot.END}b\n", "new")
     assert page == f"a\n{omniglot.BEGIN}\nnew\n{omniglot.END}b\n"
+
+
+# stochastic algorithms
+
+
+def test_the_quadratic_sum_has_the_gradient_that_autograd_finds_through_its_minimizer(load: Any) -> None:
+    w = load("_stochastic").quadratic_sum("tiny", 14, 9, 4, 3, batch=4)
+
+    def phi(x: torch.Tensor) -> torch.Tensor:
+        H = w.g[0].T @ w.g[0] / 14
+        y = -torch.linalg.solve(H, w.g[3].T @ (w.g[2] @ x) / 14 + w.g[4].mean(0))
+        return w.problem.f(x, y, w.f)  # type: ignore[no-any-return]
+
+    x = w.x0.clone().requires_grad_()
+    torch.testing.assert_close(w.gradient(w.x0), torch.autograd.grad(phi(x), x)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_the_logistic_sum_has_the_gradient_that_an_estimate_with_exact_solvers_has(load: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 30, 3, generator=generator, dtype=torch.float64)
+    w = load("_stochastic").logistic_sum("tiny", rows[0], rows[1])
+    data = bilevel.Split(f=w.f, g=w.g)
+    exact = bilevel.AID(LBFGS(tol=1e-13), CG(rtol=1e-13))
+    found = bilevel.hypergradient(w.problem, w.x0, w.y0, data=data, estimator=exact)
+    torch.testing.assert_close(w.gradient(w.x0), found.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_grid_side_by_side_is_its_single_runs(load: Any) -> None:
+    s = load("_stochastic")
+    w = s.quadratic_sum("tiny", 12, 8, 4, 3, batch=4)
+    grid = [(0.1, 0.1), (0.3, 0.05)]
+    entry = s.Entry("SABA", bilevel.algorithms.SABA)
+    together = s.traced(w, entry, grid, 1, [2, 5])
+    for (rho, gamma), row in zip(grid, together, strict=True):
+        alone = s._run(w, bilevel.algorithms.SABA(rho, gamma), 0, 1, [2, 5])[0]
+        assert row.values == pytest.approx(alone.values, rel=1e-9)
+        assert row.steps == alone.steps
+        steps = round(5 * w.samples / 16)  # 4 calls a sample of a batch
+        data = w.data(1)
+        x = bilevel.minimize(
+            w.problem,
+            w.x0,
+            w.y0,
+            algorithm=bilevel.algorithms.SABA(rho, gamma),
+            data=data,
+            max_steps=steps,
+            throw=False,
+        ).x
+        assert w.measure(x) == pytest.approx(alone.values[-1], rel=1e-9)
+
+
+def test_the_loop_by_hand_is_soba(load: Any) -> None:
+    overhead, s = load("stochastic_overhead"), load("_stochastic")
+    w = s.quadratic_sum("tiny", 4, 4, 4, 3, batch=4)
+    twice = [tuple(torch.cat([part, part]) for part in side) for side in (w.f, w.g)]  # two blocks alike, in any order
+    clock = overhead.Clock()
+    loops = overhead.quadratic_loops(replace(w, f=twice[0], g=twice[1]), clock)
+    torch.testing.assert_close(loops["by hand"](7), loops["bilevel"](7), rtol=1e-10, atol=1e-12)
+    assert len(clock.times) == 14
+
+
+def test_results_of_other_algorithms_are_kept(load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stochastic = load("stochastic")
+    stochastic.run("tiny", ["SOBA"], tmp_path, tmp_path)
+    stochastic.run("tiny", ["F2SA"], tmp_path, tmp_path)
+    found = stochastic.read(tmp_path / "stochastic_tiny.json")
+    assert set(found) == {"SOBA", "F2SA"}
+    assert found["SOBA"].seconds(4) > 0
+    text = (tmp_path / "stochastic_tiny.md").read_text()
+    assert "rho in {.3}, gamma in {.1, .3}" in text
+    page = f"a\n{stochastic.BEGIN.format('tiny')}old\n{stochastic.END}b\n"
+    assert stochastic.with_table(page, "tiny", "new") == page.replace("old\n", "\nnew\n")
+    assert "tiny SOBA" in capsys.readouterr().out
+
+
+def test_cleaning_is_followed_by_the_time_to_the_accuracy_of_all_the_data(load: Any) -> None:
+    cleaning = load("stochastic_cleaning")
+    X = torch.randn(90, 3, generator=torch.Generator().manual_seed(0))
+    sizes = {"n_train": 40, "n_val": 20, "batch": 10, "steps": 4, "full_steps": 2, "every": 2}
+    found = cleaning.curves((X, (X[:, 0] > 0).long()), **sizes, names=["full batch", "SABA"])
+    assert [curve.name for curve in found] == ["full batch", "SABA"]
+    assert [len(curve.points) for curve in found] == [3, 3]
+    shown = cleaning.table(found)
+    assert float(shown.rows[0].cells[1]) == 1.0 or shown.rows[0].cells[0] == "0.0"

@@ -574,6 +574,30 @@ def test_network_has_no_constants_and_the_stated_shapes() -> None:
     assert float(difference) == pytest.approx(5e-3 * 3 * 4.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_hyper_cleaning_as_sums_is_hyper_cleaning(hidden: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    arrays = torch.randn(40, 4, generator=generator), torch.arange(40) % 3
+    options: dict[str, Any] = {"n_train": 14, "n_val": 9, "hidden": hidden, "data": arrays, "seed": 2}
+    whole = problems.hyper_cleaning(**options)
+    instance, samples = problems.hyper_cleaning_batches(**options)
+    assert len(samples.f[0]) == 9
+    assert len(samples.g[0]) == 14
+    x = torch.randn(14, generator=generator, dtype=torch.float64)
+    y, structure = ravel(instance.y0)
+    tree = structure.unravel(y + 0.3)
+    for name, level in (("f", samples.f), ("g", samples.g)):
+        of_sum, of_all = getattr(instance.problem, name), getattr(whole.problem, name)
+        torch.testing.assert_close(of_sum(x, tree, level), of_all(x, tree), rtol=1e-13, atol=1e-15)
+        size = len(level[0])
+        batches = [tuple(part[k : k + 4] for part in level) for k in range(0, size, 4)]
+        mean = sum(len(batch[0]) / size * of_sum(x, tree, batch) for batch in batches)
+        torch.testing.assert_close(mean, of_all(x, tree), rtol=1e-13, atol=1e-15)
+    assert instance.metrics is not None
+    assert whole.metrics is not None
+    assert instance.metrics(x, tree) == whole.metrics(x, tree)
+
+
 # --- all of them
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -537,6 +537,11 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "n_val": lambda: 3,
         "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
     },
+    "hyper_cleaning_batches": {
+        "n_train": lambda: 3,
+        "n_val": lambda: 3,
+        "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
+    },
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},
     **{
         f"BayesianRegression.{name}": {"y": lambda: {"mean": X, "log_variance": Y}}

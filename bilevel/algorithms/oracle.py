@@ -164,7 +164,9 @@ class Oracle:
     def at(self, step: int) -> Oracle:
         """The oracle of another step; what this one has handed out is not used any more."""
         self.like.tally.settle()
-        return Oracle(self.like, self.data, self.draws, self.region, step)
+        found = Oracle.__new__(Oracle)  # at every step of a run: what has been checked is not checked again
+        vars(found).update(vars(self), step=step, _drawn={}, _problems={})
+        return found
 
     def draw(self, role: Role, number: int = 0) -> Any:
         """Batch `number` of this step, for f or for g.
@@ -255,4 +257,4 @@ class Oracle:
         like, tally = self.like, self.like.tally
         if f_samples or g_samples:
             tally = tally.part(f_samples, g_samples)
-        return FlatProblem(like.problem, like.x, like.y, data, tally, given=like.given)
+        return like.on(data, tally)
