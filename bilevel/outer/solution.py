@@ -79,7 +79,8 @@ class Best(AbstractResult):
 
     Values are compared only where they are of one function Phi: the data are the same at every step, and the algorithm
     solves the inner problem at each. Those of different batches, and those of a single loop such as `SOBA`, at whose
-    inner iterate f may be anything, tell nothing: there it is the last iterate whose estimate succeeded.
+    inner iterate f may be anything, tell nothing: there it is the last iterate whose estimate succeeded, or, on the
+    batches of a `FiniteSum`, the one of the least measure of stationarity on all the data.
 
     Attributes:
         step: the step of its record.
