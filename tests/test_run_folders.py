@@ -211,8 +211,16 @@ def test_a_folder_that_was_made_for_a_run_that_is_refused_is_removed() -> None:
 # Signals
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGHUP as it is where nobody has said `nohup`, which a run heeds."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "heard")
 def test_a_signal_ends_a_run_after_its_checkpoint(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     file = mine(f"""
         calls = []

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,7 @@ else:
     _locks = _fcntl
 
 NAME = ".lock"
+_LISTENS = 20  # hundredths of a second, to who holds a file
 _TRIES = 10  # to lock a file in a folder that others, who leave it, remove
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that has none
 
@@ -149,7 +151,7 @@ def _taken(path: Path, words: _Words) -> int:
                     os.write(handle, _who())
                 return handle
         except BlockingIOError:
-            text = os.read(handle, 4096)
+            text = _told(handle)
             os.close(handle)
             raise ValueError(_refusal(words, text)) from None
         except BaseException:
@@ -228,6 +230,16 @@ def _is(path: Path, handle: int) -> bool:
 def _who() -> bytes:
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     return json.dumps({"pid": os.getpid(), "host": platform.node(), "since": now}).encode()
+
+
+def _told(handle: int) -> bytes:
+    """Who holds a file; one that has taken it this very instant has not said so yet."""
+    for _ in range(_LISTENS):
+        text = os.pread(handle, 4096, 0)
+        if text:
+            return text
+        time.sleep(0.01)
+    return b""
 
 
 def _refusal(words: _Words, text: bytes) -> str:
