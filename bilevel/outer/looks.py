@@ -23,9 +23,8 @@ BLOWN = "the iterates"
 # Between two looks nine times as many calls as the latest one took: looks are then at most a tenth of the work.
 _REST = 9
 _UNCOUNTED = 100  # steps between two looks, where batches are not counted by sample
-_GROWTH = (
-    1e6  # the measure of stationarity, relative to that at the start, of a run that is lost: growth is exponential
-)
+# Of the measure of stationarity since the start, in a run that is lost: growth is exponential, no noise is so large.
+_GROWTH = 1e6
 
 
 @final
