@@ -16,6 +16,7 @@ from bilevel._tree import Tree
 from bilevel._validate import demand_types
 from bilevel.certificates.certificate import Constants
 from bilevel.inner_problems.activity import Activity
+from bilevel.inner_problems.polytope import padded
 from bilevel.requirements.properties import Feature
 
 _FAR = 1e-3  # of |y|: between what rounding and a y found elsewhere are off by, and a formula that is another one
@@ -103,6 +104,8 @@ def _missed(objective: Objective, y: Tensor, gradient: Tensor) -> Tensor:
         other = safe_row_norms(objective.gradient(2 * y - nearby) - gradient)
         return missed & (safe_row_norms(gradient) > other)
     A, b, lower, upper = objective.constraints.tensors()
+    y = objective.constraints.with_slacks(y)
+    gradient, change = padded(gradient, y), padded(change, y)
     found = Activity.of(objective.constraints, y, gradient, change, None)
     pull = gradient + matrix_times(A.mT, found.multipliers)
     outwards = torch.where(found.upper, pull, -pull).clamp_min(0.0)  # as held entries are to push

@@ -15,17 +15,17 @@ from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import BELOW_1, demand_ranges
 from bilevel.requirements.properties import Feature
-from bilevel.solvers.quadratic_program import program_of
+from bilevel.solvers.quadratic_program import program_of, returned
 
 
 @final
 @dataclass(frozen=True)
 class Cvxpy(AbstractInnerSolver):
-    """argmin {y'Qy / 2 + q'y : A y = b, lower <= y <= upper} by a solver of cvxpy, one row of a batch after the other.
+    """argmin {y'Qy / 2 + q'y : A y = b, G y <= h, lower <= y <= upper} by a solver of cvxpy.
 
-    An independent check of `QuadraticProgram`, which is faster on batches. g must be quadratic: success is decided by
-    the violation of the optimality conditions at the returned point, as it is there. Solutions are accurate to the
-    solver's own tolerance, and held entries off their bounds by as much.
+    One row of a batch after the other. An independent check of `QuadraticProgram`, which is faster on batches. g must
+    be quadratic: success is decided by the violation of the optimality conditions at the returned point, as it is
+    there. Solutions are accurate to the solver's own tolerance, and held entries off their bounds by as much.
 
     Cost: q Hessian products and two gradients, and the solver's. Needs `pip install "bilevel[convex]"`.
 
@@ -57,9 +57,7 @@ class Cvxpy(AbstractInnerSolver):
         program = program_of(objective, y0)
         rows = [self._solve_row(program, i) for i in range(len(program.q))]
         multipliers = torch.stack([row[1] for row in rows])
-        y = torch.stack([row[0] for row in rows]).reshape(y0.shape).to(y0)
-        flat = y.reshape(program.q.shape).to(program.q)
-        gradient = objective.last_gradient(y).reshape(flat.shape).to(flat)
+        y, flat, gradient = returned(objective, program, torch.stack([row[0] for row in rows]), y0)
         error = violation(program, flat, multipliers, gradient)
         statuses = tuple(
             judged(e, self.tol, Status.stagnated) if status is None else status

@@ -15,7 +15,7 @@ from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved, Status, judged
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, BELOW_1, demand_ranges
-from bilevel.inner_problems.polytope import FlatPolytope
+from bilevel.inner_problems.polytope import FlatPolytope, padded
 from bilevel.requirements.properties import Feature
 
 # What another model must reduce the error to. Newton's method converges quadratically: where a model gains less than a
@@ -26,12 +26,13 @@ _LESS = 0.9
 @final
 @dataclass(frozen=True)
 class QuadraticProgram(AbstractInnerSolver):
-    """argmin {y'Qy / 2 + q'y : A y = b, lower <= y <= upper}: interior-point steps, then the equations of the free set.
+    """argmin {y'Qy / 2 + q'y : A y = b, G y <= h, lower <= y <= upper}: interior points, then the free set's equations.
 
-    Mehrotra's predictor-corrector method finds which bounds hold, in some 10 to 20 steps whatever the size. The
-    optimality conditions with these bounds as equalities are then solved directly; where that lowers the error, which
-    it does unless many bounds hold only just, y is exact to rounding, and held entries are on their bounds exactly.
-    Q positive definite on the null space of A on the free entries gives a unique y.
+    An inequality is an equality with a slack, one more unknown of the program. Mehrotra's predictor-corrector method
+    finds which bounds hold, in some 10 to 20 steps whatever the size. The optimality conditions with these bounds as
+    equalities are then solved directly; where that lowers the error, which it does unless many bounds hold only just, y
+    is exact to rounding, and held entries are on their bounds exactly. Q positive definite on the null space of A on
+    the free entries gives a unique y.
 
     A smooth g that is not quadratic is replaced by its quadratic model at y, again and again (Newton's method under
     constraints, without line search: it converges from a start that is near enough), as long as the error decreases.
@@ -91,9 +92,7 @@ class QuadraticProgram(AbstractInnerSolver):
             models += 1
             program = program_of(objective, y)
             found = solve_program(program, tol, self.max_steps)
-            y = found.y.reshape(y0.shape).to(y0)
-            flat = y.reshape(found.y.shape).to(found.y)
-            gradient = objective.last_gradient(y).reshape(flat.shape).to(flat)
+            y, flat, gradient = returned(objective, program, found.y, y0)
             error = violation(program, flat, found.multipliers, gradient)
             steps += int(found.steps.max())
             objective.tally.inner_steps += int(found.steps.sum())
@@ -123,8 +122,20 @@ class QuadraticProgram(AbstractInnerSolver):
         return replace(self, max_steps=steps)
 
 
+def returned(objective: Objective, program: Program, found: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The solution like y0, and (y, s) with the gradient of g there as rows of the program."""
+    q = y0.shape[-1]
+    y = found[..., :q].reshape(y0.shape).to(y0)
+    gradient = objective.last_gradient(y).reshape(-1, q).to(found)
+    flat = program.with_slacks(y.reshape(-1, q).to(found))
+    return y, flat, padded(gradient, flat)
+
+
 def program_of(objective: Objective, y0: Tensor) -> Program:
-    """The quadratic g at y0 and its constraints, with one axis of rows, in float64; q Hessian products."""
+    """The quadratic g at y0 and its constraints, with one axis of rows, in float64; q Hessian products.
+
+    Its entries are those of y and, after them, the slacks of inequalities.
+    """
     _, gradient, hessian = objective.hessian(y0)
     polytope = objective.constraints
     if polytope is None:
@@ -144,4 +155,6 @@ def program_of(objective: Objective, y0: Tensor) -> Program:
         for part, k in zip(polytope.tensors(), (2, 1, 1, 1), strict=True)
     )
     q = gradient.reshape(rows, n).to(dtype) - matrix_times(Q, y0.reshape(rows, n).to(dtype))
-    return Program(Q, q, A, b, lower, upper)
+    slacks = A.shape[-1] - n
+    Q = torch.nn.functional.pad(Q, (0, slacks, 0, slacks)) if slacks else Q
+    return Program(Q, padded(q, lower), A, b, lower, upper)

@@ -31,6 +31,13 @@ class Program:
     lower: Tensor
     upper: Tensor
 
+    def with_slacks(self, y: Tensor) -> Tensor:
+        """The first entries of a point completed by those that the last equalities leave: `(batch, q)`."""
+        k = self.q.shape[-1] - y.shape[-1]
+        if not k:
+            return y
+        return torch.cat([y, self.b[:, -k:] - matrix_times(self.A[:, -k:, :-k], y)], -1)
+
     def gradient(self, y: Tensor) -> Tensor:
         """Q y + q."""
         return matrix_times(self.Q, y) + self.q

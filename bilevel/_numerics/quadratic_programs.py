@@ -132,10 +132,13 @@ def _inconsistent(program: Program) -> Tensor:
 def _farkas(program: Program, point: Point) -> Tensor:
     """Whether the multipliers prove that no point satisfies the constraints.
 
-    A'm + z_upper - z_lower = 0 with z >= 0 and b'm + upper'z_upper - lower'z_lower < 0 cannot be if one does.
+    A'm + z_upper - z_lower = 0 with z >= 0 and b'm + upper'z_upper - lower'z_lower < 0 cannot be if one does. The z are
+    those that m leaves: those of the iterate may be far from it where a step came to an end.
     """
-    up, down = point.z.unbind(-2)
-    left = row_moduli(matrix_times(program.A.mT, point.multipliers) + up - down).squeeze(-1)
+    pull = matrix_times(program.A.mT, point.multipliers)
+    up = torch.where(program.upper.isfinite(), (-pull).clamp_min(0), 0.0)
+    down = torch.where(program.lower.isfinite(), pull.clamp_min(0), 0.0)
+    left = row_moduli(pull + up - down).squeeze(-1)
     bounded = torch.where(program.upper.isfinite(), program.upper, 0) * up
     bounded = bounded - torch.where(program.lower.isfinite(), program.lower, 0) * down
     gap = -((program.b * point.multipliers).sum(-1) + bounded.sum(-1))

@@ -22,9 +22,10 @@ from bilevel.solvers.saddle_cholesky import SaddleCholesky
 @final
 @dataclass(frozen=True)
 class KKT(AbstractEstimator):
-    """KKT: the hypergradient of y*(x) = argmin_y {g(x, y) : A y = b, lower <= y <= upper}.
+    """KKT: the hypergradient of y*(x) = argmin_y {g(x, y) : A y = b, G y <= h, lower <= y <= upper}.
 
-    With F the entries that no bound holds, u = 0 off F, and [[H_FF, A_F'], [A_F, 0]] (u, s) = (grad_F f, 0):
+    Inequalities count as equalities with slacks s = h - G y >= 0, which are entries of y. With F those that no bound
+    holds, u = 0 off F, and [[H_FF, A_F'], [A_F, 0]] (u, s) = (grad_F f, 0):
 
         h = grad_x f - (d2g/dxdy) u - d/dx [nu'A u + s'(A y - b) + t'(y - bound)],
 

@@ -1,4 +1,4 @@
-"""Minimization under linear constraints: y*(x) = argmin_y {g(x, y) : A y = b, lower <= y <= upper}."""
+"""Minimization under linear constraints: y*(x) = argmin_y {g(x, y) : A y = b, G y <= h, lower <= y <= upper}."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from bilevel._result import Solved
 from bilevel._tree import Tree
 from bilevel.inner_problems.activity import Activity, default_margin
 from bilevel.inner_problems.kind import AbstractInnerProblem
-from bilevel.inner_problems.polytope import FlatPolytope, Polytope
+from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class LinearlyConstrained(AbstractInnerProblem):
-    """y*(x) = argmin_y {g(x, y) : A y = b, lower <= y <= upper}; A, b and the bounds may depend on x.
+    """y*(x) = argmin_y {g(x, y) : A y = b, G y <= h, lower <= y <= upper}; all of it may depend on x.
 
-    F are the optimality conditions on the entries that no bound holds. With u = 0 on the others, the unknowns are
-    (u, s) of q + m entries, b = (grad_F f, 0), and
+    Inequalities are equalities with slacks, G y + s = h, s >= 0, which stand among the entries of y in what follows; g
+    and f know nothing of them. F are the optimality conditions on the entries that no bound holds. With u = 0 on the
+    others, the unknowns are (u, s) of q + m entries (k inequalities: q + m + 2 k), b = (grad_F f, 0), and
 
         (dF/dy)' = [[H_FF, A_F'], [A_F, 0]],  (dF/dx)'(u, s) = G u + d/dx [nu'A u + s'(A y - b) + t'(y - bound)],
 
@@ -112,44 +113,47 @@ class LinearlyConstrained(AbstractInnerProblem):
         moves = any(part.requires_grad for part in moving.tensors())
         polytope = FlatPolytope(*(part.detach() for part in moving.tensors()))
         curved, in_x = at.products(y)
+        y, gradient = polytope.with_slacks(y), at.gradient  # what follows is of (y, s), of whose s g knows nothing
+        gradient, curved = padded(gradient, y), padded(curved, y)
         if in_x is None and not moves and problem.problem.init is not None:
             raise DoesNotApply(
                 "neither g nor the constraints depend on x, so y depends on x only through its start `init(x)`, which"
                 " the optimality conditions do not see. Use `ESJ`."
             )
-        activity = Activity.of(polytope, y, at.gradient, curved, solved.multipliers)
+        activity = Activity.of(polytope, y, gradient, curved, solved.multipliers)
         free = activity.free
         A = polytope.A.expand(*y.shape[:-1], *polytope.A.shape[-2:])
-        A_F, (m, q) = A * free.unsqueeze(-2), A.shape[-2:]
+        A_F, (m, n), q = A * free.unsqueeze(-2), A.shape[-2:], solved.value.shape[-1]
         seen: list[tuple[Tensor, int, Tensor]] = []  # the latest (u, s), and H u there
 
         def inside(u: Tensor, hu: Tensor) -> Tensor:
             return torch.where(free, hu, u)  # the identity where a bound holds
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
-            u, s = torch.where(free, v[..., :q], 0.0), v[..., q:]
-            hu, gu = at.products(u)
+            u, s = torch.where(free, v[..., :n], 0.0), v[..., n:]
+            hu, gu = at.products(u[..., :q])
+            hu = padded(hu, u)
             seen[:] = [(v, v._version, hu)]
-            top = inside(v[..., :q], hu) + matrix_times(A_F.mT, s)
+            top = inside(v[..., :n], hu) + matrix_times(A_F.mT, s)
             return torch.cat([top, matrix_times(A_F, u)], dim=-1), gu
 
         def leading(u: Tensor) -> Tensor:
-            return inside(u, at.operator.mv(torch.where(free, u, 0.0)))
+            return inside(u, padded(at.operator.mv(torch.where(free, u, 0.0)[..., :q]), u))
 
         def mv(v: Tensor) -> Tensor:
-            top = leading(v[..., :q]) + matrix_times(A_F.mT, v[..., q:])
-            return torch.cat([top, matrix_times(A_F, v[..., :q])], dim=-1)
+            top = leading(v[..., :n]) + matrix_times(A_F.mT, v[..., n:])
+            return torch.cat([top, matrix_times(A_F, v[..., :n])], dim=-1)
 
         def pull(v: Tensor) -> Tensor | None:
-            return at.cross(torch.where(free, v[..., :q], 0.0))
+            return at.cross(torch.where(free, v[..., :n], 0.0)[..., :q])
 
         def moved(v: Tensor, fy: Tensor) -> Tensor:
             if not moves:
                 return torch.zeros_like(x)
-            u, s = torch.where(free, v[..., :q], 0.0), v[..., q:]
+            u, s = torch.where(free, v[..., :n], 0.0), v[..., n:]
             known = bool(seen) and seen[0][0] is v and seen[0][1] == v._version
-            hu = seen[0][2] if known else at.operator.mv(u)
-            t = (fy - hu - matrix_times(A.mT, s)) * ~free
+            hu = seen[0][2] if known else padded(at.operator.mv(u[..., :q]), u)
+            t = (padded(fy, u) - hu - matrix_times(A.mT, s)) * ~free
             A_x, b, lower, upper = moving.tensors()
             bound = torch.where(free, y, torch.where(activity.upper, upper, lower))
             total = (activity.multipliers * matrix_times(A_x, u)).sum() + (s * (matrix_times(A_x, y) - b)).sum()
@@ -160,16 +164,16 @@ class LinearlyConstrained(AbstractInnerProblem):
             return found
 
         def right_hand_side(fy: Tensor) -> Tensor:
-            return torch.cat([fy * free, fy.new_zeros(*fy.shape[:-1], m)], dim=-1)
+            return torch.cat([padded(fy, y) * free, fy.new_zeros(*fy.shape[:-1], m)], dim=-1)
 
-        blocks = SaddleBlocks(LinearOperator(leading, q), A_F, free)
+        blocks = SaddleBlocks(LinearOperator(leading, n), A_F, free)
         return Linearization(
-            y,
+            solved.value,
             at.gradient,
             mv,
             products,
             pull,
-            operator=LinearOperator(mv, q + m, blocks=blocks),
+            operator=LinearOperator(mv, n + m, blocks=blocks),
             right_hand_side=right_hand_side,
             moved=moved,
             reports=(activity.report(default_margin(y) if margin is None else margin),),

@@ -1,4 +1,4 @@
-"""Linear constraints on the inner variable: equalities and bounds."""
+"""Linear constraints on the inner variable: equalities, inequalities and bounds."""
 
 from __future__ import annotations
 
@@ -8,55 +8,68 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.rows import matrix_times, positive_or_one
 from bilevel._tree import Structure, Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import FINITE, demand_ranges
+from bilevel.arguments.ranges import FINITE, NUMBERS, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Polytope:
-    """{y : A y = b, lower <= y <= upper}, what `BilevelProblem(constraints=...)` returns at x.
+    """{y : A y = b, G y <= h, lower <= y <= upper}, what `BilevelProblem(constraints=...)` returns at x.
 
     Args:
         A: the rows of the equalities `(m, q)`, for y as one vector (see `bilevel.ravel`); None: no equality.
         b: their right-hand sides `(m,)`, or one number.
         lower: lower bounds: a structure like y, or a number for all entries; None or -inf: unbounded.
         upper: upper bounds, likewise. Entries with equal bounds are fixed.
+        G: the rows of the inequalities `(k, q)`, likewise; None: no inequality. A bound on one entry is better said by
+            `lower` and `upper`, which cost no unknown.
+        h: their right-hand sides `(k,)`, or one number; inf: this one is none.
 
     Raises:
-        ValueError: if A is not a matrix.
+        ValueError: if A or G is not a matrix.
 
     Example:
         >>> simplex = Polytope(A=torch.ones(1, 3), b=1.0, lower=0.0)
         >>> simplex.A.shape
         torch.Size([1, 3])
+        >>> below_the_diagonal = Polytope(G=torch.tensor([[-1.0, 1.0]]), h=0.0)  # y_2 <= y_1
     """
 
     A: Tensor | None = None
     b: Tensor | float = 0.0
     lower: Tree | None = None
     upper: Tree | None = None
+    G: Tensor | None = None
+    h: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_shapes("Polytope", {"A": Shape("m q"), "b": Shape()}, vars(self))
+        shapes = {"A": Shape("m q"), "b": Shape(), "G": Shape("k q"), "h": Shape(finite=False)}
+        demand_shapes("Polytope", shapes, vars(self))
         if isinstance(self.b, float):
             demand_ranges(self, b=FINITE)
+        if isinstance(self.h, float):
+            demand_ranges(self, h=NUMBERS)
 
     @checked()
     def flat(self, y: Structure) -> FlatPolytope:
         """The same in vectors, for y of this structure; differentiable.
 
         Raises:
-            ValueError: if the number of columns of A, or the structure of a bound, is not that of y.
+            ValueError: if the number of columns of A or G, or the structure of a bound, is not that of y.
         """
         like = torch.zeros((), dtype=y.dtype, device=y.device)
-        A = like.new_zeros(0, y.size) if self.A is None else self.A.to(like)
-        if A.shape[1] != y.size:
-            raise ValueError(f"`Polytope(A=...)` must have {y.size} columns, as y has entries. Got {A.shape[1]}.")
+        A, G = (like.new_zeros(0, y.size) if rows is None else rows.to(like) for rows in (self.A, self.G))
+        for name, rows in (("A", A), ("G", G)):
+            if rows.shape[1] != y.size:
+                raise ValueError(
+                    f"`Polytope({name}=...)` must have {y.size} columns, as y has entries. Got {rows.shape[1]}."
+                )
         limits = []
         for name, bound, none in (("lower", self.lower, -torch.inf), ("upper", self.upper, torch.inf)):
             scalar = bound is None or isinstance(bound, float | int) or (isinstance(bound, Tensor) and not bound.dim())
@@ -66,27 +79,63 @@ class Polytope:
                 limits.append(_like(none if bound is None else bound, like).reshape(1))
             else:
                 limits.append(y.ravel(bound, f"Polytope({name}=...)"))
-        return FlatPolytope(A, _like(self.b, like).expand(len(A)), *limits)
+        equalities = A, _like(self.b, like).expand(len(A))
+        return FlatPolytope.lifted(*equalities, *limits, G, _like(self.h, like).expand(len(G)))
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class FlatPolytope:
-    """A polytope in vectors: A `(*batch, m, q)`, b `(*batch, m)`, lower and upper `(*batch, q)`; see `Polytope`."""
+    """A polytope in vectors, inequalities as equalities with slacks: {y : A (y, s) = b, lower <= (y, s) <= upper}.
+
+    G y <= h is G y + s = h, s >= 0, each row over its length, so that a slack is a distance. With k inequalities A is
+    `(*batch, m + k, q + k)`, the slacks the last columns, and b, lower and upper are vectors alike.
+    """
 
     A: Tensor
     b: Tensor
     lower: Tensor
     upper: Tensor
 
+    @staticmethod
+    def lifted(A: Tensor, b: Tensor, lower: Tensor, upper: Tensor, G: Tensor, h: Tensor) -> FlatPolytope:
+        """With a slack for each inequality: A `(m, q)`, G `(k, q)`, the rest vectors."""
+        k = len(G)
+        if not k:
+            return FlatPolytope(A, b, lower, upper)
+        length = positive_or_one(torch.linalg.vector_norm(G, dim=-1))
+        none = h == torch.inf  # such a row has a slack without a bound
+        G = torch.where(none.unsqueeze(-1), 0.0, G) / length.unsqueeze(-1)
+        h = torch.where(none, 0.0, h) / length
+        slack = torch.eye(k, dtype=A.dtype, device=A.device)
+        rows = torch.cat([torch.cat([A, A.new_zeros(len(A), k)], -1), torch.cat([G, slack], -1)])
+        least = torch.where(none, -torch.inf, torch.zeros_like(h))
+        return FlatPolytope(
+            rows, torch.cat([b, h]), torch.cat([lower, least]), torch.cat([upper, torch.full_like(h, torch.inf)])
+        )
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, b, lower, upper."""
         return self.A, self.b, self.lower, self.upper
 
+    def with_slacks(self, y: Tensor) -> Tensor:
+        """(y, s) for y `(*batch, q)`, with the slacks that the inequalities leave."""
+        k = self.A.shape[-1] - y.shape[-1]
+        if not k:
+            return y
+        G, h = self.A[..., -k:, : y.shape[-1]], self.b[..., -k:]
+        return torch.cat([y, h - matrix_times(G, y)], -1)
+
     @property
     def fixed(self) -> Tensor:
-        """Which entries have one value only: `(*batch, q)`."""
+        """Which entries have one value only: `(*batch, q + k)`."""
         return self.lower >= self.upper
+
+
+def padded(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector `(*batch, q)` with zeros for the slacks of another, `(*batch, q + k)`."""
+    k = like.shape[-1] - vector.shape[-1]
+    return torch.nn.functional.pad(vector, (0, k)) if k else vector
 
 
 def _like(value: float | Tensor, like: Tensor) -> Tensor:
