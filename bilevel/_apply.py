@@ -18,7 +18,7 @@ from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.kinks import kink_reports
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
-from bilevel.requirements.why_not import refusal, why_not
+from bilevel.requirements.why_not import refusal, why_iteration, why_not
 
 
 def apply_estimator(
@@ -48,12 +48,12 @@ def apply_estimator(
             demand_padding_unseen(problem, x, start.y)
         if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
             found = _encoded(estimator, problem, x, start)
-            found = found if start.count else looked_at(problem, x, found, partial(why_not, estimator))
+            found = found if start.count else _looked_at(estimator, problem, x, found)
         else:
             found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
         if start.count == 0 and all(report.status is not Status.not_repeatable for report in found.reports):
             found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
-        return found
+        return replace(found, of_steps=True) if why_iteration(estimator) else found
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
 
@@ -70,7 +70,7 @@ def _chunked(
         y = start.y if start.y.dim() == 1 else start.y[rows]
         some = problem.part(rows)
         found = _encoded(estimator, some, x, FlatStart(y, v, start.count))
-        parts.append((share, found if start.count or begin else looked_at(some, x, found, partial(why_not, estimator))))
+        parts.append((share, found if start.count or begin else _looked_at(estimator, some, x, found)))
     return _mean(parts)
 
 
@@ -90,6 +90,10 @@ def check_chunks(call: str, problem: BilevelProblem, chunk_size: int | None) -> 
         raise ValueError(
             f"`{call}(chunk_size=...)` must be at least 1, for a `BilevelProblem(tasks=True)`. Got {got}. Leave it out."
         )
+
+
+def _looked_at(estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, found: FlatEstimate) -> FlatEstimate:
+    return looked_at(problem, x, found, partial(why_not, estimator), bool(why_iteration(estimator)))
 
 
 def _encoded(estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:

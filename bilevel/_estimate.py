@@ -302,7 +302,8 @@ class FlatEstimate:
     """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`.
 
     `value_error` is how far the value may be from Phi(x) to first order, which is |v'grad_y g|, where that is known:
-    what a line search must not take for a change of Phi.
+    what a line search must not take for a change of Phi. With `of_steps` y is what steps with settings in x make of a
+    start, whatever the inner problem is.
     """
 
     grad: Tensor
@@ -316,6 +317,7 @@ class FlatEstimate:
     note: str = ""
     bias: float | None = None
     value_error: float | None = None
+    of_steps: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)

@@ -13,9 +13,11 @@ from torch import Tensor
 from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator, total
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
+from bilevel._numerics.learned_settings import settings_at
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import eigenvalue_ends
+from bilevel._optimizer import Setting
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
@@ -62,6 +64,7 @@ class Objective:
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
+        settings: setting -> the value of a setting of an optimizer that is a function of x; see `setting`.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -81,13 +84,14 @@ class Objective:
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
         solves: bool = True,
+        settings: Callable[[Setting], Tensor] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
         self.constraints, self.prox, self.own = constraints, prox, own
         self.linearization: Linearization | None = None
-        self._linearize, self._oracle = linearize, oracle
+        self._linearize, self._oracle, self._settings = linearize, oracle, settings
 
     @property
     def is_plain(self) -> bool:
@@ -108,6 +112,21 @@ class Objective:
             return factor * value, factor * gradient
 
         return Objective(lambda y: factor * self.function(y), self.tally, oracle=None if oracle is None else scaled)
+
+    def setting(self, setting: Setting) -> Tensor:
+        """The value at x of a setting that is a function of x: `(*batch, 1)` or `(*batch, q)`, differentiable in x.
+
+        NaN where it is out of its range.
+
+        Raises:
+            ValueError: if this objective has no x.
+        """
+        if self._settings is None:
+            raise ValueError(
+                f"`{setting.owner}({setting.name}=...)` is a function of x, and this objective one of y alone: pass a"
+                f" number. Functions of x are for `ITD`, `ESJ` and `FiniteDifference`."
+            )
+        return self._settings(setting)
 
     def value(self, y: Tensor) -> Tensor:
         """g(x, y): `(*batch,)`, without a graph."""
@@ -199,6 +218,15 @@ class AbstractInnerSolver(AbstractPortable, abc.ABC):
         One that says nothing is taken to remember it: a run of estimates then starts it at y0 each time.
         """
         return False
+
+    @property
+    def why_iteration(self) -> str:
+        """Why the inner problem, solved by it, is an iteration: y what its steps make of a start. A clause; else empty.
+
+        Such as settings of its steps that are functions of x, which move y_N with x in a way that no optimality
+        condition sees. Estimators that require one are then refused. One that says nothing solves the inner problem.
+        """
+        return ""
 
     @abc.abstractmethod
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
@@ -335,6 +363,7 @@ def smooth_objective(
         prox,
         own,
         solves,
+        settings_at(problem, x),
     )
 
 

@@ -29,6 +29,7 @@ from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
+from bilevel.requirements.why_not import why_iteration
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -127,6 +128,12 @@ class _Comparer:
         """Why `check` says that it does not apply."""
         if isinstance(estimator, str):
             return why_not_applicable(estimator, self.subject, self.findings)
+        own = why_iteration(estimator)
+        if own and self.subject.stationary:
+            return (
+                f"{own}, so that its Phi is another than that of the reference, which solves the inner problem. Compare"
+                f" it with `FiniteDifference` with the same inner solver."
+            )
         return why_not_here(lambda: estimator, self.subject, self.findings)
 
     def make_reference(self) -> None:

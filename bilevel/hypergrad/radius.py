@@ -81,7 +81,7 @@ def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: 
         inner: the inner solver.
     """
     solves = inner.forgets_start or inner.tolerance is not None
-    if not solves or not residual > 0:
+    if not solves or not residual > 0 or inner.why_iteration:
         return None
     objective = inner_objective(problem, x)
     finer = inner.with_tolerance(math.ulp(0.0))  # 0 would be no tolerance at all

@@ -17,6 +17,7 @@ from bilevel.certificates.certificate import Constants
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.outer.assessment import assessed, bounded, joint_norm
 from bilevel.requirements.properties import Property
+from bilevel.requirements.why_not import why_iteration
 
 _SMOOTH = frozenset({Property.stationary, Property.minimum, Property.smooth})
 BLOWN = "the iterates"
@@ -89,7 +90,7 @@ class Looks:
         """
         before = oracle.like.tally.sampled
         problem, x = oracle.whole(), algorithm.point(state)[0]
-        certifiable = inner_problem(oracle.like.problem).offers >= _SMOOTH
+        certifiable = inner_problem(oracle.like.problem).offers >= _SMOOTH and not why_iteration(algorithm)
         seen = algorithm.on_everything(oracle, state, found)
         if seen is not None:
             residual = norm = float(oracle.residual(x, seen.grad))

@@ -37,6 +37,9 @@ def why_not(
     if not isinstance(estimator, AbstractRequiring):
         return ""
     kind = inner_problem(problem)
+    own = why_iteration(estimator)
+    if own and (needed := estimator.requires & _OF_SOLUTIONS):
+        return refusal(estimator, _OWN.format(own=own, needed=min(needed, key=list(Property).index).value))
     missing = estimator.requires - kind.offers - FOUND
     if problem.init is not None:
         missing -= {Property.start_in_x}
@@ -54,6 +57,25 @@ def why_not(
     return next((why for why in whys if why), "")
 
 
+def why_iteration(estimator: object) -> str:
+    """Why the inner problem is an iteration to an estimator or algorithm, by its inner solver; empty: it is not.
+
+    Such as a step length that is a function of x. What implicit estimators, references and certificates are about,
+    y*(x), is then not what y is.
+    """
+    if isinstance(estimator, AbstractInnerSolver):
+        return estimator.why_iteration
+    if not isinstance(estimator, AbstractRequiring):
+        return ""
+    parts = (getattr(estimator, name) for name in _fields(type(estimator)))
+    return next((why for why in map(why_iteration, parts) if why), "")
+
+
+_OF_SOLUTIONS = frozenset({Property.stationary, Property.minimum})
+_OWN = (
+    "{own}, so that y is what the steps make of their start, while it is required that {needed}. Use `ITD`, `ESJ` or"
+    " `FiniteDifference`, or settings that are numbers."
+)
 _NO_START = "the start of y does not depend on x. Give the problem `init=lambda x: x`, or use another estimator."
 
 
