@@ -27,6 +27,8 @@ from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Sim
 from bilevel._tree import ravel as ravel
 from bilevel.algorithms.finite_sum import FiniteSum as FiniteSum
 from bilevel.algorithms.registry import register_algorithm as register_algorithm
+from bilevel.attribution.influence import influence as influence
+from bilevel.attribution.scores import Influence as Influence
 from bilevel.certificates.certificate import (
     Assumption as Assumption,
     Certificate as Certificate,

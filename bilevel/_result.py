@@ -98,6 +98,11 @@ class Status(enum.Enum):
         "The given formula is not the solution of the inner problem: its residual is far above what rounding or a small"
         " error leaves. Check `ClosedForm(solution=...)` against g, or let a solver find y (`LBFGS()`)."
     )
+    not_stationary = (
+        "The parameters are no minimizer of the training objective: its gradient there is large beside those of single"
+        " samples, so that what the first order says of leaving one out is not about them. Train on, to a small"
+        " gradient (`LBFGS`, or a falling step), with the `l2` that is passed here; or raise `tol` to accept it."
+    )
     infeasible = (
         "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
         " `constraints` returns at this x."

@@ -112,7 +112,7 @@ def network(x: Any, y: Any) -> Tensor:
 
 PROBLEMS = {
     name: BilevelProblem(
-        lambda x, y: (y["w"].sin() + y["w"].square()).sum() + y["b"].square().sum() * (1 + x["raw"][0] ** 2), g
+        lambda x, y: (y["w"].sin() + y["w"].square()).sum() + y["b"].square().sum() * (1 + x["reg"] ** 2), g
     )
     for name, g in (("quadratic", quadratic), ("network", network))
 }
@@ -143,8 +143,8 @@ def test_every_form_of_itd_gives_the_slopes_of_phi_in_learned_settings(name: str
         found = hypergradient(PROBLEMS[g], x, y0, estimator=ITD(inner, form))
         assert off(found.grad, expected.grad) <= 1e-6
         assert off(found.y, expected.y) <= 1e-14
-    used = expected.grad["log_step"] if "step" in name else expected.grad["raw"] if "mom" in name else torch.ones(1)
-    assert bool(used.abs().min() > 1e-4)  # of the settings there is something to find
+    learned = sum(float(expected.grad[name].norm()) for name in ("log_step", "raw", "factors"))
+    assert learned > 1e-3  # these occur in the settings alone
 
 
 @pytest.mark.parametrize("name", ["step of each layer", "adam", "weight decay of adam"])
@@ -262,11 +262,10 @@ def test_a_setting_out_of_its_range_is_a_status_of_that_solve_alone() -> None:
         hypergradient(
             problem, torch.tensor(-1.0), torch.tensor(0.0), estimator=ITD(Iterate(GradientDescent(lambda x: x), 3))
         )
-    # The perturbed solve on one side of x = 0 fails, and the others of its batch do not.
-    inner = Iterate(GradientDescent(lambda x: x), 3)
-    esj = ESJ(inner, directions=1, radius=1e-3, distribution="rademacher")
-    report = hypergradient(problem, torch.zeros(1).double(), y0, estimator=esj, throw=False).reports[0]
-    assert report.statuses[0] is Status.successful
+    # A perturbed solve on one side of x = 0 fails, and the others of its batch do not.
+    esj = ESJ(Iterate(GradientDescent(lambda x: x), 3), directions=1, radius=1e-3, distribution="rademacher", seed=1)
+    found_there = hypergradient(problem, torch.zeros(1).double(), y0, estimator=esj, throw=False)
+    assert found_there.y == 0 and found_there.value == 0
 
 
 # Who refuses
@@ -289,7 +288,7 @@ def constant(name: str) -> AbstractOptimizer:
 @pytest.mark.parametrize("name", ["step", "heavy ball", "schedule", "weight decay"])
 def test_implicit_estimators_refuse_learned_settings_and_no_constant_ones(name: str, make: Any) -> None:
     x, y0 = start()
-    with pytest.raises(ValueError, match="of its optimizer (is a|are) functions? of x, so that y is what the steps"):
+    with pytest.raises(ValueError, match=r"of its optimizer (is a|are) functions? of x, so that y is what the steps"):
         hypergradient(PROBLEMS["quadratic"], x, y0, estimator=make(Iterate(LEARNED[name], 200, tol=1e-9)))
     steps = Iterate(constant(name), 2000, tol=1e-9)
     estimator = make(steps)
@@ -329,8 +328,8 @@ def test_settings_of_another_form_than_y_are_refused_with_both_forms() -> None:
     for wrong in (lambda x: {"w": 0.1}, lambda x: torch.ones(2).double(), lambda x: {"w": torch.ones(2), "b": 0.1}):
         with pytest.raises(ValueError, match=r"GradientDescent\(step=function\)\(x\)` must return a number, or the"):
             hypergradient(PROBLEMS["network"], x, y0, estimator=ITD(Iterate(GradientDescent(wrong), 2)))
+    schedule = Scheduled(GradientDescent(0.1), factors=lambda x: 0.1)
     with pytest.raises(ValueError, match="one number for each step"):
-        schedule = Scheduled(GradientDescent(0.1), factors=lambda x: 0.1)
         hypergradient(PROBLEMS["network"], x, y0, estimator=ITD(Iterate(schedule, 2)))
     for given in ({}, {"schedule": Cosine(3), "factors": factors}):
         with pytest.raises(ValueError, match="takes one of `schedule=`"):
