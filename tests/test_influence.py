@@ -21,10 +21,11 @@ from bilevel import (
     hypergradient,
     influence,
 )
+from bilevel._inner import Objective
 from bilevel._result import Status
 from bilevel._tree import ravel
 from bilevel.attribution import KFAC
-from bilevel.solvers import CG, MINRES, ClosedForm, Dense
+from bilevel.solvers import CG, LBFGS, MINRES, ClosedForm, Dense
 
 L2 = 0.02
 
@@ -38,8 +39,9 @@ def logistic(y: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return binary_cross_entropy_with_logits(inputs @ y, labels, reduction="none")
 
 
-def trained(inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def trained(data: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
     """argmin (1/n) sum_i w_i loss_i(y) + L2/2 |y|^2 by Newton's method, the weights `(..., n)`."""
+    inputs, labels = data
     y = inputs.new_zeros(*weights.shape[:-1], inputs.shape[1])
     for _ in range(12):
         p = (y @ inputs.T).sigmoid()
@@ -56,7 +58,7 @@ def classification() -> tuple[Any, Any, Tensor]:
     inputs, others = normal(60, 5, seed=1), normal(30, 5, seed=2)
     labels, targets = ((x @ truth + normal(len(x), seed=3) > 0).double() for x in (inputs, others))
     labels[::9] = 1 - labels[::9]
-    return (inputs, labels), (others, targets), trained(inputs, labels, torch.ones(60).double())
+    return (inputs, labels), (others, targets), trained((inputs, labels), torch.ones(60).double())
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -67,13 +69,13 @@ def spearman(a: Tensor, b: Tensor) -> float:
 def test_scores_of_logistic_regression_are_those_of_retraining_without_each_sample() -> None:
     train, test, y = classification()
     n = len(train[0])
-    without = trained(*train, torch.ones(n, n).double() - torch.eye(n).double())
+    without = trained(train, torch.ones(n, n).double() - torch.eye(n).double())
     targets = test[1].expand(n, -1)
     losses = binary_cross_entropy_with_logits(without @ test[0].T, targets, reduction="none").mean(-1)
     found = influence(logistic, y, train, test, l2=L2, solver=CG(rtol=1e-10))
     retrained = losses - logistic(y, test).mean()
     assert spearman(found.scores, retrained) >= 0.99
-    assert float((found.scores - retrained).norm() / retrained.norm()) <= 0.1  # of the order of the leverages, 1 / n
+    assert float((found.scores - retrained).norm() / retrained.norm()) <= 0.2  # of the order of the leverages, 5 / 60
     assert found.value == pytest.approx(float(logistic(y, test).mean()))
     assert found.stationarity <= 1e-10
 
@@ -84,7 +86,7 @@ def test_scores_are_minus_the_hypergradient_in_the_weights() -> None:
         lambda w, y: logistic(y, test).mean(),
         lambda w, y: (w * logistic(y, train)).mean() + L2 / 2 * y.square().sum(),
     )
-    aid = AID(ClosedForm(lambda w: trained(*train, w)), Dense())
+    aid = AID(ClosedForm(lambda w: trained(train, w)), Dense())
     ones = torch.ones(len(train[0])).double()
     expected = hypergradient(problem, ones, y, estimator=aid).grad
     found = influence(logistic, y, train, test, l2=L2, solver=Dense())
@@ -103,17 +105,12 @@ def network() -> tuple[Any, Any, Any, Any]:
     train = normal(24, 3, seed=4), torch.arange(24) % 3
     test = normal(7, 3, seed=5), torch.arange(7) % 3
     vector, structure = ravel(dict(net.params))
-    vector = vector.detach().requires_grad_()
-    optimizer = torch.optim.LBFGS([vector], max_iter=40, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = of_network(structure.unravel(vector), train).mean() + L2 / 2 * vector.square().sum()
-        loss.backward()
-        return loss
+    def g(y: Tensor) -> Tensor:
+        return of_network(structure.unravel(y), train).mean() + L2 / 2 * y.square().sum()
 
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return net, structure.unravel(vector.detach()), train, test
+    solved = LBFGS(tol=1e-8).solve(Objective(g), vector.detach())
+    return net, structure.unravel(solved.value), train, test
 
 
 def of_network(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -127,11 +124,13 @@ def dense(damping: float) -> Tensor:
     _, params, train, test = network()
     y, structure = ravel(params)
     losses = lambda y: of_network(structure.unravel(y), train)  # noqa: E731
-    hessian = torch.autograd.functional.hessian(lambda y: losses(y).mean() + L2 / 2 * y.square().sum(), y)
-    slopes = torch.autograd.functional.jacobian(losses, y)
-    sides = torch.autograd.functional.jacobian(lambda y: of_network(structure.unravel(y), test), y)
+    derivatives: Any = torch.autograd.functional
+    hessian = derivatives.hessian(lambda y: losses(y).mean() + L2 / 2 * y.square().sum(), y)
+    slopes = derivatives.jacobian(losses, y)
+    sides = derivatives.jacobian(lambda y: of_network(structure.unravel(y), test), y)
     system = hessian + damping * torch.eye(len(y)).double()
-    return (slopes @ torch.linalg.solve(system, sides.T)).T / len(train[0])
+    scores: Tensor = (slopes @ torch.linalg.solve(system, sides.T)).T / len(train[0])
+    return scores
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.05])
@@ -177,10 +176,10 @@ def test_products_of_differences_give_nearly_the_same_scores() -> None:
 def test_errors_are_those_of_the_linear_system_and_the_bound_holds() -> None:
     train, test, y = classification()
     exact = influence(logistic, y, train, test, l2=L2, solver=Dense()).scores
-    for rtol in (0.3, 1e-2, 1e-4):
+    for rtol in (0.3, 1e-2):  # of five unknowns there is nothing left after five steps
         found = influence(logistic, y, train, test, l2=L2, solver=CG(rtol=rtol), certify=True)
         off = (found.scores - exact).abs()
-        assert float((found.errors - off).norm()) <= 0.3 * float(off.norm())
+        assert float((found.errors - off).norm()) <= 0.2 * float(off.norm())
         assert found.bound is not None and bool((off <= found.bound).all())
         assert float(found.bound.max()) <= 100 * float(off.max())
     known = influence(logistic, y, train, test, l2=L2, certify=True, mu=2 * L2)
@@ -252,20 +251,37 @@ def test_removing_a_sample_of_a_mean_moves_it_as_the_example_says() -> None:
 # Curvature of curvlinops
 
 
-def test_kfac_is_a_preconditioner_that_leaves_the_scores_and_saves_steps() -> None:
+def test_kfac_is_a_preconditioner_that_leaves_the_scores() -> None:
     pytest.importorskip("curvlinops")
     net, params, train, test = network()
-    plain = influence(of_network, params, train, test, l2=L2, damping=0.01, solver=CG(rtol=1e-8))
-    kfac = KFAC(net.load(params), nn.CrossEntropyLoss(), [train], damping=L2 + 0.01)
-    solver = CG(rtol=1e-8, preconditioner=kfac)
+    given: dict[str, Any] = {"l2": L2, "damping": 0.05}
+    kfac = KFAC(net.load(params), nn.CrossEntropyLoss(), [train], damping=L2 + 0.05)
     for per_test in (False, True):
-        plain = influence(of_network, params, train, test, l2=L2, damping=0.01, solver=CG(rtol=1e-8), per_test=per_test)
-        found = influence(of_network, params, train, test, l2=L2, damping=0.01, solver=solver, per_test=per_test)
-        torch.testing.assert_close(found.scores, plain.scores, rtol=1e-5, atol=1e-9)
-        assert found.stats.linear_steps < plain.stats.linear_steps
+        plain = influence(of_network, params, train, test, **given, solver=CG(rtol=1e-9), per_test=per_test)
+        solver = CG(rtol=1e-9, preconditioner=kfac)
+        found = influence(of_network, params, train, test, **given, solver=solver, per_test=per_test)
+        torch.testing.assert_close(found.scores, plain.scores, rtol=1e-6, atol=1e-9)
     linear = KFAC(nn.Linear(3, 3).double(), nn.CrossEntropyLoss(), [train], damping=0.1)
     with pytest.raises(ValueError, match=r"must have the parameters of the system, 31 of them\. Got 12"):
         influence(of_network, params, train, test, l2=L2, solver=CG(preconditioner=linear))
+
+
+def test_kfac_saves_two_steps_of_three_where_curvature_is_a_kronecker_product() -> None:
+    """Of one linear layer with equal probabilities, up to what couples weights and bias."""
+    pytest.importorskip("curvlinops")
+    net = functional(nn.Linear(6, 3).double())
+    params = {name: torch.zeros_like(p) for name, p in net.params.items()}
+    train = normal(40, 6, seed=1) * torch.logspace(-1, 1, 6).double(), torch.arange(40) % 3
+
+    def loss(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(net(params, batch[0]), batch[1], reduction="none")
+
+    def steps(preconditioner: AbstractPreconditioner | None) -> int:
+        solver = CG(rtol=1e-8, preconditioner=preconditioner)
+        return influence(loss, params, train, train, damping=1e-3, solver=solver, tol=1e9).stats.linear_steps
+
+    kfac = KFAC(net.load(params), nn.CrossEntropyLoss(), [train], damping=1e-3)
+    assert 3 * steps(kfac) <= steps(None)
 
 
 def test_kfac_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

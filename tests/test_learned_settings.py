@@ -53,15 +53,15 @@ FORMS: list[AbstractUnrolling] = [Reverse(), Forward(), Checkpointed(), Truncate
 # x is {"log_step": (), "raw": (2,), "factors": (3,), "reg": ()}
 
 
-def step(x: Any) -> Tensor:
+def step(x: Any) -> Any:
     return 0.3 * x["log_step"].exp()
 
 
-def first(x: Any) -> Tensor:
+def first(x: Any) -> Any:
     return x["raw"][0].sigmoid()
 
 
-def second(x: Any) -> Tensor:
+def second(x: Any) -> Any:
     return x["raw"][1].sigmoid()
 
 
@@ -73,7 +73,7 @@ def by_entry(x: Any) -> Any:
     return {"b": 0.2, "w": 0.1 * (x["raw"][0] * torch.arange(6.0).double()).sin().square().reshape(2, 3) + 0.1}
 
 
-def factors(x: Any) -> Tensor:
+def factors(x: Any) -> Any:
     return x["factors"].exp()
 
 
@@ -100,12 +100,12 @@ INPUTS = torch.tensor([[0.5, -1.0, 0.3], [1.5, 0.2, -0.4], [-0.7, 0.9, 1.1], [0.
 TARGETS = torch.tensor([0.3, -0.8, 1.2, 0.4]).double()
 
 
-def quadratic(x: Any, y: Any) -> Tensor:
+def quadratic(x: Any, y: Any) -> Any:
     curvature = torch.linspace(0.5, 2.0, 6).double().reshape(2, 3)
     return (curvature * (y["w"] - 0.7).square()).sum() / 2 + (y["b"] - y["w"].sum() / 6 + x["reg"]).square().sum()
 
 
-def network(x: Any, y: Any) -> Tensor:
+def network(x: Any, y: Any) -> Any:
     outputs = (INPUTS @ y["w"].T).tanh().sum(1) * y["b"].sum() + y["b"][0]
     return (outputs - TARGETS).square().mean() + x["reg"].exp() * y["w"].square().mean()
 
@@ -181,10 +181,10 @@ def test_truncated_unrolling_sees_the_settings_of_the_last_steps_alone() -> None
 def test_tasks_side_by_side_share_the_settings(name: str, tasks: Any) -> None:
     x, y0 = start()
 
-    def g(x: Any, y: Any, task: Tensor) -> Tensor:
+    def g(x: Any, y: Any, task: Tensor) -> Any:
         return quadratic(x, y) + (task * y["w"]).sum()
 
-    def f(x: Any, y: Any, task: Tensor) -> Tensor:
+    def f(x: Any, y: Any, task: Tensor) -> Any:
         return (y["w"] - task).square().sum() + y["b"].sum()
 
     data = torch.linspace(-1, 1, 3).double().reshape(3, 1, 1)

@@ -38,8 +38,9 @@ def why_not(
         return ""
     kind = inner_problem(problem)
     own = why_iteration(estimator)
-    if own and (needed := estimator.requires & _OF_SOLUTIONS):
-        return refusal(estimator, _OWN.format(own=own, needed=min(needed, key=list(Property).index).value))
+    if own and estimator.requires & _OF_SOLUTIONS:
+        first = min(estimator.requires & _OF_SOLUTIONS, key=list(Property).index)
+        return refusal(estimator, _OWN.format(own=own, needed=first.value))
     missing = estimator.requires - kind.offers - FOUND
     if problem.init is not None:
         missing -= {Property.start_in_x}

@@ -47,12 +47,12 @@ def measured(outer_steps: int) -> tuple[dict[str, list[float]], Any, tuple[float
     learned = Scheduled(ball, factors=lambda x: x["log_factors"].exp())
     problem = BilevelProblem(lambda _, y: loss(y, held_out), lambda _, y: loss(y, train))
     x0 = {
-        "log_steps": {name: torch.tensor(-1.0) for name in net.params},
+        "log_steps": {name: torch.tensor(-2.0) for name in net.params},
         "raw": torch.tensor(0.0),
         "log_factors": torch.zeros(STEPS),
     }
     itd = ITD(Iterate(learned, max_steps=STEPS))
-    x = minimize(problem, x0, dict(net.params), estimator=itd, outer=Adam(0.1), max_steps=outer_steps).x
+    x = minimize(problem, x0, dict(net.params), estimator=itd, outer=Adam(0.05), max_steps=outer_steps).x
 
     def curve(settings: Any, batch: tuple[Tensor, Tensor]) -> list[float]:
         """The loss on a batch after each step."""
