@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bilevel import (
     AID,
+    AbstractPreconditioner,
     BilevelError,
     BilevelProblem,
     FiniteDifferences,
