@@ -124,7 +124,10 @@ def dense(damping: float) -> Tensor:
     """The scores for each test sample `(m, n)`, by a dense system."""
     _, params, train, test = network()
     y, structure = ravel(params)
-    losses = lambda y: of_network(structure.unravel(y), train)  # noqa: E731
+
+    def losses(y: Tensor) -> Tensor:
+        return of_network(structure.unravel(y), train)
+
     derivatives: Any = torch.autograd.functional
     hessian = derivatives.hessian(lambda y: losses(y).mean() + L2 / 2 * y.square().sum(), y)
     slopes = derivatives.jacobian(losses, y)
