@@ -212,7 +212,7 @@ class Iterate(AbstractUnrollable):
     def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
         assert gradient is not None
         y, *entries = state
-        optimizer = self.optimizer.at(objective.setting)
+        optimizer = self.optimizer.at(objective.setting) if self.optimizer.settings else self.optimizer
         keys = optimizer.init(y.detach()).keys() if entries else ()
         point, new = optimizer.step(gradient, y, dict(zip(keys, entries, strict=True)))
         return (point, *new.values())

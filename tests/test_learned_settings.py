@@ -27,6 +27,7 @@ from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Status
 from bilevel._tree import ravel
 from bilevel.algorithms import SOBA, Descent
+from bilevel.few_shot import OuterLoop
 from bilevel.hypergrad import Certified, FirstOrder
 from bilevel.hypergrad.unrolling.checkpointed import Checkpointed
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling
@@ -315,6 +316,8 @@ def test_what_moves_x_has_no_settings_that_are_functions_of_it() -> None:
         minimize(problem, at, at, outer=Adam(lambda x: 0.1))
     with pytest.raises(ValueError, match=r"`Descent\(outer=...\)`: the momentum of `HeavyBall`"):
         Descent(AID(Iterate(GradientDescent(0.1), 3), CG()), HeavyBall(0.1, lambda x: 0.1))
+    with pytest.raises(ValueError, match=r"`OuterLoop\(optimizer=...\)`: the step of `Adam`"):
+        OuterLoop(Clipped(Adam(lambda x: 0.1), max_norm=1.0))
     with pytest.raises(ValueError, match=r"`SOBA\(inner_step=...\)`: the step of `GradientDescent`"):
         minimize(problem, at, at, algorithm=SOBA(GradientDescent(lambda x: 0.1), 0.1, 0.1))
     with pytest.raises(ValueError, match=r"`GradientDescent\(step=...\)` is a function of x"):
