@@ -36,7 +36,7 @@ def apply_estimator(
         ValueError: if the estimator does not apply to the problem, naming it and the reason; at the first estimate of
             a run, if what pads tasks of different sizes changes their values.
     """
-    why = why_not(estimator, problem.problem)
+    why, of_steps = why_not(estimator, problem.problem), bool(why_iteration(estimator))
     if why:
         raise ValueError(why)
     try:
@@ -51,9 +51,13 @@ def apply_estimator(
             found = found if start.count else _looked_at(estimator, problem, x, found)
         else:
             found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
-        if start.count == 0 and all(report.status is not Status.not_repeatable for report in found.reports):
+        if (
+            start.count == 0
+            and not of_steps
+            and all(report.status is not Status.not_repeatable for report in found.reports)
+        ):
             found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
-        return replace(found, of_steps=True) if why_iteration(estimator) else found
+        return replace(found, of_steps=True) if of_steps else found
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
 

@@ -12,7 +12,6 @@ from bilevel._inner import Objective
 from bilevel._result import Report, Status, Tally
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.properties import Property
-from bilevel.requirements.why_not import why_iteration
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.minres import MINRES
 
@@ -38,8 +37,6 @@ def kink_reports(
     """
     kind = inner_problem(problem.problem)
     if not estimator.requires & SEEN_BY or Property.stationary not in kind.offers or kind.g is None:
-        return ()
-    if why_iteration(estimator):
         return ()
     if problem.problem.init is not None and Property.stationary not in estimator.requires:
         return ()  # it differentiates steps from a start that is part of the problem
