@@ -51,11 +51,8 @@ def apply_estimator(
             found = found if start.count else _looked_at(estimator, problem, x, found)
         else:
             found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
-        if (
-            start.count == 0
-            and not of_steps
-            and all(report.status is not Status.not_repeatable for report in found.reports)
-        ):
+        are_functions = all(report.status is not Status.not_repeatable for report in found.reports)
+        if start.count == 0 and are_functions and not of_steps:
             found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
         return replace(found, of_steps=True) if of_steps else found
     except DoesNotApply as error:
