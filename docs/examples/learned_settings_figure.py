@@ -106,4 +106,4 @@ def draw(path: Path, outer_steps: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     folder = Path(__file__).resolve().parent.parent / "images"
-    print(draw(folder / "learned_settings.png", int(sys.argv[1]) if len(sys.argv) > 1 else 100))
+    print(draw(folder / "learned_settings.png", int(sys.argv[1]) if len(sys.argv) > 1 else 60))
