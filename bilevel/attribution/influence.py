@@ -200,7 +200,7 @@ def _worst(solved: list[Report]) -> Report:
 
 @final
 class _Hessian:
-    """H of g at y, by passes over the training samples; of one batch the graph is kept."""
+    """The Hessian of g at y, by passes over the training samples; of one batch the graph is kept."""
 
     def __init__(
         self,

@@ -60,12 +60,17 @@ class Samples:
         Raises:
             ValueError: if they are not one for each sample.
         """
-        found = called("loss(params, batch)", self.loss, self.structure.unravel(y), batch)
+        try:
+            found = called("loss(params, batch)", self.loss, self.structure.unravel(y), batch)
+        except Exception as error:
+            error.add_note(f"In `influence(loss, params, {self.name}=...)`, of a batch of `{self.name}`.")
+            raise
         if not isinstance(found, Tensor) or found.dim() != 1 or not found.is_floating_point():
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"`influence(loss=...)` must return one loss for each sample of the batch, shape (n,). Got {got}. Pass"
-                f" `reduction='none'`, and take the mean over whatever else a sample has."
+                f"`influence(loss=...)` must return one loss for each sample of the batch, shape (n,). Got {got}, for"
+                f" these params and a batch of {self.name}. Pass `reduction='none'`, and take the mean over whatever"
+                f" else a sample has."
             )
         return found
 
