@@ -57,7 +57,10 @@ class KFAC(AbstractPreconditioner):
 
     def build(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
         try:
-            from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
+            from curvlinops import (  # pyright: ignore[reportMissingImports]
+                KFACInverseLinearOperator,
+                KFACLinearOperator,
+            )
         except ImportError as error:
             raise ImportError(
                 '`KFAC` needs the package curvlinops. Install it: `pip install "bilevel[curvature]"`.'
