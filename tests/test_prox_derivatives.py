@@ -14,7 +14,7 @@ from bilevel import ravel
 from bilevel.prox import ProxDerivative
 
 DOUBLE = torch.float64
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
+EXACT: Any = {"rtol": 1e-9, "atol": 1e-9}
 WITH = {name: case for name, case in CASES.items() if case.has_derivative}
 with_derivative = pytest.mark.parametrize("case", WITH.values(), ids=WITH)
 
@@ -39,7 +39,7 @@ def jacobian(case: Case, v: Any, step: float) -> Tensor:
     def at(flat: Tensor) -> Tensor:
         return ravel(case.term().prox(structure.unravel(flat), step))[0]
 
-    found: Tensor = torch.autograd.functional.jacobian(at, flat)
+    found: Tensor = torch.autograd.functional.jacobian(at, flat)  # type: ignore[no-untyped-call]
     return found
 
 

@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._tree import Tree, ravel, tree_map
-from bilevel.arguments.fits import demand_types
+from bilevel._tree import Tree, ravel, tree_leaves, tree_map
+from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import Parts, ProxDerivative
@@ -50,6 +50,8 @@ class Affine(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        for leaf in tree_leaves(self.b, "`Affine(b=...)`"):
+            demand_type("Affine", "b", leaf, float | Tensor)
         if isinstance(self.A, Tensor):
             axes = "m q" if self.A.dim() else ""
             demand_shapes("Affine", {"A": Shape(axes, kind="number", finite=False)}, vars(self))
@@ -97,7 +99,8 @@ class Affine(AbstractProxTerm):
         A = self._matrix(flat)
         z = A @ flat / self._square()
         off = torch.linalg.vector_norm(flat - A.mT @ z)
-        return self.term.conjugate().value(z) - z @ self._shift(z) + outside(off, flat.abs().sum(), len(flat))
+        value: Tensor = self.term.conjugate().value(z) - z @ self._shift(z) + outside(off, flat.abs().sum(), len(flat))
+        return value
 
     @property
     def separable(self) -> bool:
@@ -148,7 +151,8 @@ def _demand_tight(A: Tensor) -> None:
 def _rotated(product: Any, parts: Parts, w: Tensor) -> Tensor:
     E = parts[-1]
     z = E @ w
-    return w + E.mT @ (product(parts[:-1], z) - z)
+    found: Tensor = w + E.mT @ (product(parts[:-1], z) - z)
+    return found
 
 
 def _inside(product: Any, parts: Parts, w: Tensor) -> Tensor:

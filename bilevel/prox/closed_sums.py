@@ -72,7 +72,7 @@ class Closed:
             if P is None:
                 return None
             found = composed(P, found)
-        return scaled(found, self._factor(step))
+        return scaled(found, self._factor(step), tree_leaves(v)[0])
 
     def _factor(self, step: Tensor | float) -> Any:
         return 1 / (1 + step * sum(each.Q for each in self.squares))

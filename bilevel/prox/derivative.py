@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Tree, tree_leaves, tree_parts
+from bilevel.arguments.fits import demand_types
 
 Parts: TypeAlias = tuple[Tensor, ...]
 
@@ -43,6 +44,9 @@ class ProxDerivative:
     times: Callable[[Parts, Tree], Tree]
     inverse: Callable[[Parts, Tree], Tree]
     co_inverse: Callable[[Parts, Tree], Tree] | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     def onto(self, parts: Parts, w: Tree) -> Tree:
         """P P^+ w: the orthogonal projection of w onto the range of P, tangent to the active manifold."""
@@ -87,16 +91,15 @@ def composed(outer: ProxDerivative, inner: ProxDerivative) -> ProxDerivative:
     return ProxDerivative((*outer.parts, *inner.parts), partial(both, 0), partial(both, 1))
 
 
-def scaled(P: ProxDerivative, factor: Tensor | float) -> ProxDerivative:
-    """The derivative times a number in (0, 1]."""
-    like = P.parts[0]
-    number = torch.as_tensor(factor, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+def scaled(P: ProxDerivative, factor: Tensor | float, like: Tensor) -> ProxDerivative:
+    """The derivative times a number in (0, 1], of the dtype of `like`."""
+    number = torch.as_tensor(factor, dtype=like.dtype, device=like.device)
     return ProxDerivative((*P.parts, number), partial(_scaled, P.times, 1), partial(_scaled, P.inverse, -1))
 
 
 def _scaled(product: Callable[[Parts, Tree], Tree], power: int, parts: Parts, w: Tree) -> Tree:
     leaves, build = tree_parts(product(parts[:-1], w))
-    return build([leaf * parts[-1].to(leaf.dtype) ** power for leaf in leaves])
+    return build([leaf * parts[-1] ** power for leaf in leaves])
 
 
 def _rest(times: Callable[[Parts, Tree], Tree], parts: Parts, w: Tree) -> Tree:

@@ -166,9 +166,9 @@ def _checked(call: str, name: str, weight: float | Tensor, groups: Groups) -> Te
                 f"`{call}(groups=...)` must hold each index of an entry of y, 0, 1, ... Got no group with {missing}."
             )
         labels = torch.tensor([owners[k] for k in range(len(owners))], device="cpu")
-    counts = torch.bincount(labels)
-    if not bool((counts > 0).all()):
-        empty = int((counts == 0).nonzero()[0])
+    present = set(labels.tolist())
+    if max(present) >= len(present):
+        empty = next(g for g in range(len(present)) if g not in present)
         raise ValueError(f"`{call}(groups=...)` must have entries in every group. Got none in group {empty}.")
     return labels
 

@@ -138,7 +138,8 @@ def _clipped(s: Tensor, threshold: Tensor) -> Tensor:
 
 def _decomposed(leaf: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
     """U, s, V', A, B, f(s) / s, of the matrix or, if it is wide, of its transpose: the parts with s."""
-    tall = leaf if leaf.shape[0] >= leaf.shape[1] else leaf.mT
+    whole = torch.where(leaf.isfinite().all(), leaf, 0.0)  # which LAPACK demands
+    tall = whole if leaf.shape[0] >= leaf.shape[1] else whole.mT
     U, s, V = torch.linalg.svd(tall, full_matrices=False)
     dead, f = below(s, threshold), soft(s, threshold)
     alike = dead.unsqueeze(0) == dead.unsqueeze(1)
@@ -156,7 +157,7 @@ def _mapped(leaf: Tensor, threshold: Tensor | float, of: Callable[..., Tensor], 
     r = torch.as_tensor(threshold, dtype=leaf.dtype, device=leaf.device)
     with torch.no_grad():
         whole = _matrix(leaf).isfinite().all()
-        U, s, V, *differences = _decomposed(torch.where(whole, leaf, 0.0), r)
+        U, s, V, *differences = _decomposed(leaf, r)
         value = torch.where(whole, (U * of(s, r)) @ V, torch.nan)
         in_r = (U * (s > r).to(s.dtype)) @ V
         if leaf.shape[0] < leaf.shape[1]:

@@ -8,8 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._tree import Structure, Tree, ravel
-from bilevel.arguments.fits import demand_types
+from bilevel._tree import Structure, Tree, ravel, tree_leaves
+from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import Parts, ProxDerivative, diagonal
@@ -42,6 +42,8 @@ class Quadratic(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        for leaf in tree_leaves(self.c, "`Quadratic(c=...)`"):
+            demand_type("Quadratic", "c", leaf, float | Tensor)
         if isinstance(self.Q, Tensor):
             axes = ("", "q", "q q")
             shape = Shape(axes[min(self.Q.dim(), 2)] if self.Q.dim() < 2 else "q r", kind="number", finite=False)
@@ -75,7 +77,7 @@ class Quadratic(AbstractProxTerm):
         Q, _ = self._tensors(structure)
         if Q.dim() < 2:
             return diagonal(structure.unravel(1 / (1 + step * Q.expand(len(flat)))))
-        q, V = torch.linalg.eigh(Q)
+        q, V = torch.linalg.eigh(torch.where(Q.isfinite(), Q, 0.0))
         p = 1 / (1 + step * q)
         rest = torch.where(q.abs() > _rounding(q), step * q * p, 0.0)
         return ProxDerivative((V, p, rest), on_vector(_times), on_vector(_inverse), on_vector(_co_inverse))
