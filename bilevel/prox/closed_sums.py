@@ -75,7 +75,8 @@ class Closed:
         return scaled(found, self._factor(step), tree_leaves(v)[0])
 
     def _factor(self, step: Tensor | float) -> Any:
-        return 1 / (1 + step * sum(each.Q for each in self.squares))
+        whole = 1 + step * sum(each.Q for each in self.squares)
+        return 1 / whole if isinstance(whole, Tensor) or whole else torch.nan
 
     def _images(self, v: Tree, step: Tensor | float) -> list[Tree]:
         for each in self.squares:

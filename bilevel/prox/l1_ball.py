@@ -56,7 +56,8 @@ class L1Ball(AbstractProxTerm):
         size = flat.abs()
         within, at_bound = below(size.sum(), self.radius), relative_gap(size.sum(), self.radius)
         gaps = relative_gap(size, threshold(size, self.radius).clamp_min(0)).min()
-        return torch.where(within, at_bound, torch.minimum(at_bound, gaps))
+        found = torch.where(within, at_bound, torch.minimum(at_bound, gaps))
+        return torch.where(torch.as_tensor(self.radius, device=flat.device) == 0, torch.ones_like(found), found)
 
     def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
         flat = ravel(v, "v")[0]

@@ -58,8 +58,8 @@ class TV1D(AbstractProxTerm):
 
     def prox(self, v: Tree, step: Tensor | float) -> Tree:
         flat, structure = ravel(v, "v")
-        s = self._jumps(flat, step)
-        return structure.unravel(means((pieces(s),), flat - pulled_back(step * self._weights(flat) * s)))
+        s, labels = self._pieces(flat, step)
+        return structure.unravel(means((labels,), flat - pulled_back(step * self._weights(flat) * s)))
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         flat = ravel(v, "v")[0]
@@ -71,10 +71,10 @@ class TV1D(AbstractProxTerm):
         return torch.cat([gaps, torch.ones_like(flat[:1])]).min()
 
     def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
-        return projection((pieces(self._jumps(ravel(v, "v")[0], step)),), on_vector(means))
+        return projection((self._pieces(ravel(v, "v")[0], step)[1],), on_vector(means))
 
     def active(self, v: Tree, step: Tensor | float) -> Tensor:
-        return self._jumps(ravel(v, "v")[0], step)
+        return self._pieces(ravel(v, "v")[0], step)[0]
 
     def conjugate(self) -> Conjugate:
         return Conjugate(self)
@@ -93,13 +93,11 @@ class TV1D(AbstractProxTerm):
             )
         return w.expand(len(flat) - 1)
 
-    def _jumps(self, flat: Tensor, step: Tensor | float) -> Tensor:
-        return for_every_row(jumps, flat, step * self._weights(flat))
-
-
-def pieces(s: Tensor) -> Tensor:
-    """The number of the piece that each entry is in `(q,)`, from the signs of the jumps between them."""
-    return torch.cat([torch.zeros_like(s[:1]) if len(s) else s.new_zeros(1), (s != 0).long().cumsum(0)])
+    def _pieces(self, flat: Tensor, step: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The signs of the jumps `(q - 1,)`, and the number of the piece of each entry; weight zero ties none."""
+        w = step * self._weights(flat)
+        s = for_every_row(jumps, flat, w)
+        return s, torch.cat([s.new_zeros(1), ((s != 0) | (w == 0)).long().cumsum(0)])
 
 
 def pulled_back(z: Tensor) -> Tensor:
