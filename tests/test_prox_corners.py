@@ -59,8 +59,8 @@ TERMS: dict[str, tuple[Any, Any]] = {
         lambda cp, y: (0.5 * cp.norm1(y) + 0.4 * cp.norm1(y[1:] - y[:-1]), [y >= -0.2]),
     ),
     "Sum-split": (
-        Sum((L2(0.5), TV1D(0.4))),
-        lambda cp, y: (0.5 * cp.norm2(y) + 0.4 * cp.norm1(y[1:] - y[:-1]), []),
+        Sum((Quadratic(Q), TV1D(0.4))),
+        lambda cp, y: (cp.quad_form(y, Q.numpy()) / 2 + 0.4 * cp.norm1(y[1:] - y[:-1]), []),
     ),
 }
 

@@ -10,7 +10,7 @@ from prox_cases import ITERATED, Case
 from torch import Tensor
 
 from bilevel import ravel
-from bilevel.prox import L1, TV1D, TV2D, Box, L2Ball, Simplex, Sum
+from bilevel.prox import L1, L2, TV1D, TV2D, Box, L2Ball, Simplex, Sum
 from bilevel.prox.grid_dual import differences, pulled_back
 from bilevel.prox.splitting import Split, split_derivative, split_prox
 
@@ -117,6 +117,12 @@ def test_what_composes_is_what_splitting_finds() -> None:
     assert P is not None and Q is not None
     torch.testing.assert_close(P.times(P.parts, w), Q.times(Q.parts, w), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(P.inverse(P.parts, w), Q.inverse(Q.parts, w), rtol=1e-8, atol=1e-8)
+
+
+def test_a_norm_after_a_positively_homogeneous_term_is_what_splitting_finds() -> None:
+    """prox_{|.| + h} = prox_{|.|} o prox_h for such an h (Yu 2013), which no rule of `Sum` knows for `TV1D`."""
+    expected = L2(0.5).prox(TV1D(0.4).prox(V, 0.7), 0.7)
+    torch.testing.assert_close(Sum((L2(0.5), TV1D(0.4))).prox(V, 0.7), expected, rtol=0, atol=1e-9)
 
 
 def test_sets_that_do_not_meet_have_no_margin_and_sets_that_do_have_one() -> None:

@@ -60,7 +60,7 @@ class TV2D(AbstractProxTerm):
 
     weight: float | Tensor = 1.0
     isotropic: bool = False
-    tol: float = 1e-10
+    tol: float = 1e-11
     max_steps: int = 20_000
 
     def __post_init__(self) -> None:
@@ -129,7 +129,8 @@ class TV2D(AbstractProxTerm):
             z = for_every_row(solve, v, radius)
             y = v - pulled_back(z)
             g, spread = differences(y), v.max() - v.min()
-            flat_or_slack = (self._sizes(z) < radius) | (self._sizes(g) <= _ALIKE * spread)
+            within = radius * (1 - 16 * torch.finfo(v.dtype).eps)  # to which a projection onto the bound rounds
+            flat_or_slack = (self._sizes(z) < within) | (self._sizes(g) <= _ALIKE * spread)
             labels = for_every_row(components, self._on_edges(flat_or_slack & (radius > 0)))
             across = differences(labels.reshape(v.shape).to(v.dtype)) != 0
             signs = torch.where(across, g, 0.0)
