@@ -136,7 +136,8 @@ class _Linear:
 
     def maps(self, parts: Parts) -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
         """P_i and P_i^+ for each term."""
-        found, start = [], 0
+        found: list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = []
+        start = 0
         for count, times, inverse in self.products:
             own = parts[start : start + count]
             found.append((partial(self._flat, times, own), partial(self._flat, inverse, own)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import final
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def same_sides(parts: Parts, w: Tensor) -> Tensor:
     return w - centered(parts, w)
 
 
-@dataclass(frozen=True)
+@final
+@dataclass(frozen=True, eq=False)
 class Shrinkage:
     """v_g -> max(1 - r_g / |v_g|, 0) v_g for groups g of the entries of a vector.
 
