@@ -16,7 +16,7 @@ from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import Parts, ProxDerivative
 from bilevel.prox.quadratic import as_vector
 from bilevel.prox.structured import on_vector
-from bilevel.prox.term import AbstractProxTerm, on_leaves, outside, total
+from bilevel.prox.term import AbstractProxTerm, demand_number, on_leaves, outside, total
 
 
 @final
@@ -50,6 +50,7 @@ class Affine(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("Affine", "A", self.A)
         for leaf in tree_leaves(self.b, "`Affine(b=...)`"):
             demand_type("Affine", "b", leaf, float | Tensor)
         if isinstance(self.A, Tensor):

@@ -14,7 +14,7 @@ from bilevel.arguments.fits import demand_types
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.derivative import ProxDerivative, complement
 from bilevel.prox.structured import group_derivative, norms_of, shrinkage
-from bilevel.prox.term import AbstractProxTerm, outside, relative_gap
+from bilevel.prox.term import AbstractProxTerm, demand_number, outside, relative_gap
 
 Groups: TypeAlias = Tensor | Sequence[Sequence[int]] | Literal["rows", "leaves", "all"]
 
@@ -49,6 +49,7 @@ class GroupLasso(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("GroupLasso", "weight", self.weight)
         object.__setattr__(self, "groups", _checked("GroupLasso", "weight", self.weight, self.groups))
 
     def value(self, y: Tree) -> Tensor:
@@ -102,6 +103,7 @@ class GroupBall(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("GroupBall", "radius", self.radius)
         object.__setattr__(self, "groups", _checked("GroupBall", "radius", self.radius, self.groups))
 
     def value(self, y: Tree) -> Tensor:

@@ -14,7 +14,7 @@ from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.derivative import ProxDerivative, complement, projection
 from bilevel.prox.simplex import threshold
 from bilevel.prox.structured import centered, on_vector
-from bilevel.prox.term import AbstractProxTerm, below, outside, relative_gap
+from bilevel.prox.term import AbstractProxTerm, below, demand_number, outside, relative_gap
 
 
 @final
@@ -41,6 +41,7 @@ class L1Ball(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("L1Ball", "radius", self.radius)
         demand_shapes("L1Ball", {"radius": Shape("", kind="number", finite=False)}, vars(self))
 
     def value(self, y: Tree) -> Tensor:
@@ -95,6 +96,7 @@ class LInf(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("LInf", "weight", self.weight)
         demand_shapes("LInf", {"weight": Shape("", kind="number", finite=False)}, vars(self))
 
     def value(self, y: Tree) -> Tensor:

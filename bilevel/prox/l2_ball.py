@@ -12,7 +12,7 @@ from bilevel.arguments.fits import demand_types
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.derivative import ProxDerivative
 from bilevel.prox.group_lasso import GroupBall, GroupLasso
-from bilevel.prox.term import AbstractProxTerm
+from bilevel.prox.term import AbstractProxTerm, demand_number
 
 
 @final
@@ -36,6 +36,7 @@ class L2Ball(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("L2Ball", "radius", self.radius)
         demand_shapes("L2Ball", {"radius": Shape("", kind="number", finite=False)}, vars(self))
 
     def value(self, y: Tree) -> Tensor:
@@ -77,6 +78,7 @@ class L2(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("L2", "weight", self.weight)
         demand_shapes("L2", {"weight": Shape("", kind="number", finite=False)}, vars(self))
 
     def value(self, y: Tree) -> Tensor:

@@ -14,7 +14,7 @@ from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import Parts, ProxDerivative, diagonal
 from bilevel.prox.structured import on_vector
-from bilevel.prox.term import AbstractProxTerm
+from bilevel.prox.term import AbstractProxTerm, demand_number
 
 
 @final
@@ -42,6 +42,7 @@ class Quadratic(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("Quadratic", "Q", self.Q)
         for leaf in tree_leaves(self.c, "`Quadratic(c=...)`"):
             demand_type("Quadratic", "c", leaf, float | Tensor)
         if isinstance(self.Q, Tensor):

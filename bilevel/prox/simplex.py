@@ -14,7 +14,7 @@ from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import ProxDerivative, projection
 from bilevel.prox.structured import centered, on_vector
-from bilevel.prox.term import AbstractProxTerm, outside, tiny
+from bilevel.prox.term import AbstractProxTerm, demand_number, outside, tiny
 
 
 @final
@@ -41,6 +41,7 @@ class Simplex(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("Simplex", "total", self.total)
         demand_shapes("Simplex", {"total": Shape("", kind="number", finite=False)}, vars(self))
 
     def value(self, y: Tree) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._numerics.nesting import aligned, flatten
 from bilevel._tree import Tree, tree_leaves, tree_map, tree_parts
+from bilevel.arguments.ranges import NUMBERS, demand_range
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.prox.derivative import ProxDerivative
 
@@ -71,6 +72,16 @@ class AbstractProxTerm(AbstractPortable, abc.ABC):
     def separable(self) -> bool:
         """Whether h is a sum over entries, so that the derivative of the map is diagonal. False unless it says so."""
         return False
+
+
+def demand_number(call: str, name: str, value: float | Tensor) -> None:
+    """Refuse a number that is none; the entries of tensors are for `margin` to tell.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not isinstance(value, Tensor):
+        demand_range(call, name, value, NUMBERS)
 
 
 def on_leaves(function: Callable[[Tensor, Any], Tensor], y: Tree, parameter: Any) -> Tree:

@@ -16,7 +16,7 @@ from bilevel.prox.derivative import Parts, ProxDerivative, projection
 from bilevel.prox.every_row import for_every_row
 from bilevel.prox.structured import on_vector
 from bilevel.prox.taut_string import jumps
-from bilevel.prox.term import AbstractProxTerm, outside, tiny
+from bilevel.prox.term import AbstractProxTerm, demand_number, outside, tiny
 
 
 @final
@@ -48,6 +48,7 @@ class TV1D(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("TV1D", "weight", self.weight)
         if isinstance(self.weight, Tensor):
             axes = "k" if self.weight.dim() else ""
             demand_shapes("TV1D", {"weight": Shape(axes, kind="number", finite=False)}, vars(self))

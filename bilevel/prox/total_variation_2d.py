@@ -19,7 +19,7 @@ from bilevel.prox.derivative import Parts, ProxDerivative
 from bilevel.prox.differentiated import differentiated
 from bilevel.prox.every_row import for_every_row
 from bilevel.prox.grid_dual import bottleneck, components, differences, dual, pulled_back
-from bilevel.prox.term import AbstractProxTerm, tiny
+from bilevel.prox.term import AbstractProxTerm, demand_number, tiny
 from bilevel.prox.total_variation import means
 
 _ALIKE = 1e-6  # relative to the range of v: neighbors that differ by less are on one piece
@@ -65,6 +65,7 @@ class TV2D(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("TV2D", "weight", self.weight)
         demand_ranges(self, tol=POSITIVE, max_steps=SIZE)
         demand_shapes("TV2D", {"weight": Shape("", kind="number", finite=False)}, vars(self))
 
