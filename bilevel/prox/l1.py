@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel._tree import Tree, tree_leaves
 from bilevel.arguments.fits import demand_type
-from bilevel.prox.term import AbstractProxTerm, least, on_leaves, relative_gap, total
+from bilevel.prox.derivative import ProxDerivative, diagonal
+from bilevel.prox.term import AbstractProxTerm, codes, least, on_leaves, relative_gap, total
 
 
 @final
@@ -44,6 +45,12 @@ class L1(AbstractProxTerm):
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         return least(on_leaves(lambda leaf, w: relative_gap(leaf.abs(), step * w), v, self.weight))
+
+    def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
+        return diagonal(on_leaves(lambda leaf, w: (leaf.abs() > step * w).to(leaf.dtype), v, self.weight))
+
+    def active(self, v: Tree, step: Tensor | float) -> Tensor:
+        return codes(on_leaves(lambda leaf, w: leaf.sign() * (leaf.abs() > step * w), v, self.weight))
 
     def conjugate(self) -> LInfBall:
         return LInfBall(self.weight)
@@ -85,6 +92,12 @@ class LInfBall(AbstractProxTerm):
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         return least(on_leaves(lambda leaf, r: relative_gap(leaf.abs(), r), v, self.radius))
+
+    def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
+        return diagonal(on_leaves(lambda leaf, r: (leaf.abs() <= r).to(leaf.dtype), v, self.radius))
+
+    def active(self, v: Tree, step: Tensor | float) -> Tensor:
+        return codes(on_leaves(lambda leaf, r: leaf.sign() * (leaf.abs() > r), v, self.radius))
 
     def conjugate(self) -> L1:
         return L1(self.radius)

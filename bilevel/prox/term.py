@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel._numerics.nesting import aligned, flatten
 from bilevel._tree import Tree, tree_leaves, tree_map, tree_parts
 from bilevel.portable.pickling import AbstractPortable
+from bilevel.prox.derivative import ProxDerivative
 
 
 class AbstractProxTerm(AbstractPortable, abc.ABC):
@@ -36,6 +37,22 @@ class AbstractProxTerm(AbstractPortable, abc.ABC):
     @abc.abstractmethod
     def conjugate(self) -> AbstractProxTerm:
         """h*(u) = sup_y <u, y> - h(y), so that prox_{t h}(v) + t prox_{h*/t}(v/t) = v (Moreau)."""
+
+    def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative | None:
+        """The derivative of v -> prox_{step h}(v) at v in closed form; None, which is the default: there is none.
+
+        Where there is one, y*(x) is differentiated on the active manifold, by a symmetric system; else by that of the
+        fixed point.
+        """
+        return None
+
+    def active(self, v: Tree, step: Tensor | float) -> Tensor:
+        """Which manifold prox_{step h}(v) is on: integer codes `(k,)`, equal where the manifold is the same one.
+
+        The support and its signs, the active groups, the rank, the pieces. Inner solvers go on until it stays. A term
+        that says nothing has one manifold: no codes.
+        """
+        return torch.cat([leaf.new_zeros(0, dtype=torch.int64) for leaf in tree_leaves(v)])
 
     @property
     def separable(self) -> bool:
@@ -69,6 +86,11 @@ def on_leaves(function: Callable[[Tensor, Any], Tensor], y: Tree, parameter: Any
 
 def _shown(tree: Tree) -> str:
     return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, tree))
+
+
+def codes(parts: Tree) -> Tensor:
+    """All entries of all leaves, as integers `(k,)`: what `active` returns."""
+    return torch.cat([leaf.reshape(-1).long() for leaf in tree_leaves(parts)])
 
 
 def total(parts: Tree) -> Tensor:

@@ -1,0 +1,71 @@
+"""The derivative of a proximal map at a point, as products that can be taken many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from bilevel._tree import Tree, tree_leaves, tree_parts
+
+Parts: TypeAlias = tuple[Tensor, ...]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ProxDerivative:
+    """P, the derivative of v -> prox_{t h}(v) at v: a symmetric matrix with 0 <= P <= I.
+
+    At a kink of the map it is one element of the generalized derivative, that of autograd.
+
+    Everything that P is made of is in `parts`, and computed once; the functions hold sizes and labels only. So a
+    derivative can be made inside of `torch.vmap`: its parts leave that as results, and the functions take them, or
+    one row of them, anywhere. They do not depend on values: neither on those of the parts nor of w.
+
+    Args:
+        parts: tensors that P is made of.
+        times: (parts, w) -> P w, for w a structure like y.
+        inverse: (parts, w) -> P^+ w, the pseudo-inverse: zero on what is orthogonal to the range of P.
+
+    Example:
+        >>> from bilevel.prox import L1
+        >>> P = L1(1.0).derivative(torch.tensor([3.0, 0.5]), 1.0)
+        >>> P.times(P.parts, torch.ones(2))
+        tensor([1., 0.])
+    """
+
+    parts: Parts
+    times: Callable[[Parts, Tree], Tree]
+    inverse: Callable[[Parts, Tree], Tree]
+
+    def onto(self, parts: Parts, w: Tree) -> Tree:
+        """P P^+ w: the orthogonal projection of w onto the range of P, tangent to the active manifold."""
+        return self.times(parts, self.inverse(parts, w))
+
+
+def diagonal(entries: Tree) -> ProxDerivative:
+    """P = diag(entries), entries a structure like y with values in [0, 1].
+
+    Example:
+        >>> P = diagonal(torch.tensor([0.5, 0.0]))
+        >>> P.inverse(P.parts, torch.ones(2))
+        tensor([2., 0.])
+    """
+    return ProxDerivative(tuple(tree_leaves(entries)), _times, _inverse)
+
+
+def _times(parts: Parts, w: Tree) -> Tree:
+    leaves, build = tree_parts(w)
+    return build([leaf * part for leaf, part in zip(leaves, parts, strict=True)])
+
+
+def _inverse(parts: Parts, w: Tree) -> Tree:
+    leaves, build = tree_parts(w)
+    return build([_quotient(leaf, part) for leaf, part in zip(leaves, parts, strict=True)])
+
+
+def _quotient(leaf: Tensor, part: Tensor) -> Tensor:
+    return torch.where(part > 0, leaf / torch.where(part > 0, part, 1.0), 0.0)
