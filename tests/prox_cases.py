@@ -10,7 +10,25 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel.prox import L1, AbstractProxTerm, LInfBall
+from bilevel.prox import (
+    L1,
+    L2,
+    AbstractProxTerm,
+    Affine,
+    Box,
+    ElasticNet,
+    GroupBall,
+    GroupLasso,
+    L1Ball,
+    L2Ball,
+    LInf,
+    LInfBall,
+    Nonnegative,
+    NuclearNorm,
+    Quadratic,
+    Simplex,
+    SpectralBall,
+)
 
 DOUBLE = torch.float64
 
@@ -62,6 +80,9 @@ def points(size: int = 12) -> st.SearchStrategy[Tensor]:
 
 
 TWO = {"a": (3,), "b": (2, 2)}
+LABELS = torch.tensor([0, 1, 0, 2])
+GRAM = torch.tensor([[2.0, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]], dtype=DOUBLE)
+TIGHT = torch.tensor([[1.0, 1, 0, 0], [1, -1, 0, 0]], dtype=DOUBLE)
 
 CASES: dict[str, Case] = {
     "L1": Case(L1, (number(0.9),)),
@@ -69,4 +90,29 @@ CASES: dict[str, Case] = {
     "L1-leaves": Case(lambda a, b: L1({"a": a, "b": b}), (number(0.9), numbers(0.3, 2.0)), TWO),
     "LInfBall": Case(LInfBall, (number(0.9),)),
     "LInfBall-radii": Case(LInfBall, (numbers(0.9, 0.0, 2.0, 0.3),)),
+    "ElasticNet": Case(ElasticNet, (number(0.9), numbers(0.5, 0.0, 2.0, 1.0))),
+    "ElasticNet-conjugate": Case(lambda a, b: ElasticNet(a, b).conjugate(), (number(0.9), number(2.0))),
+    "Nonnegative": Case(Nonnegative, (), TWO),
+    "Nonpositive": Case(lambda: Nonnegative().conjugate(), ()),
+    "Box": Case(Box, (number(-0.7), numbers(0.9, 0.0, 2.0, -0.7))),
+    "Box-conjugate": Case(lambda a, b: Box(a, b).conjugate(), (number(-0.7), number(0.8))),
+    "GroupLasso": Case(lambda w: GroupLasso(w, LABELS), (numbers(2.0, 0.0, 0.6),)),
+    "GroupLasso-rows": Case(lambda w: GroupLasso(w, "rows"), (number(2.0),), (3, 2)),
+    "GroupLasso-leaves": Case(lambda w: GroupLasso(w, "leaves"), (numbers(2.0, 1.5),), TWO),
+    "GroupBall": Case(lambda r: GroupBall(r, [[0, 2], [1], [3]]), (numbers(2.0, 0.0, 0.6),)),
+    "Simplex": Case(Simplex, (number(1.7),), TWO),
+    "Simplex-conjugate": Case(lambda s: Simplex(s).conjugate(), (number(1.7),)),
+    "L1Ball": Case(L1Ball, (number(1.7),)),
+    "LInf": Case(LInf, (number(1.7),), TWO),
+    "L2Ball": Case(L2Ball, (number(1.7),)),
+    "L2": Case(L2, (number(1.7),), TWO),
+    "NuclearNorm": Case(NuclearNorm, (number(1.7),), (3, 2)),
+    "NuclearNorm-wide": Case(NuclearNorm, (number(1.7),), {"a": (2, 4), "b": (2, 2)}),
+    "SpectralBall": Case(SpectralBall, (number(1.7),), (2, 3)),
+    "Quadratic": Case(Quadratic, (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
+    "Quadratic-diagonal": Case(Quadratic, (numbers(1.0, 0.0, 2.0, 3.0), number(0.3))),
+    "Quadratic-conjugate": Case(lambda Q, c: Quadratic(Q, c).conjugate(), (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
+    "Affine-number": Case(lambda w, s, b: Affine(L1(w), s, b), (number(0.9), number(-1.5), number(0.4)), TWO),
+    "Affine-matrix": Case(lambda w, b: Affine(L1(w), TIGHT, b), (number(0.9), numbers(0.3, -0.2))),
+    "Affine-conjugate": Case(lambda w, b: Affine(L1(w), TIGHT, b).conjugate(), (number(0.9), numbers(0.3, -0.2))),
 }
