@@ -62,6 +62,8 @@ class Objective:
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
+        active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
+            the support and its signs, say. Solvers go on until they stay.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -81,11 +83,12 @@ class Objective:
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
         solves: bool = True,
+        active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
-        self.constraints, self.prox, self.own = constraints, prox, own
+        self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle = linearize, oracle
 
@@ -278,6 +281,10 @@ class AbstractUnrollable(AbstractInnerSolver):
         """
         return None
 
+    def moved(self, state: State, new: State) -> Tensor:
+        """What `tol` is compared with, times `residual_step` where there is one: y_k - y_{k+1} `(*tasks, q)`."""
+        return state[0] - new[0]
+
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
@@ -319,6 +326,7 @@ def smooth_objective(
     prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     own: OwnStep | None = None,
     solves: bool = True,
+    active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -335,6 +343,7 @@ def smooth_objective(
         prox,
         own,
         solves,
+        active,
     )
 
 
