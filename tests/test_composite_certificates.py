@@ -163,7 +163,9 @@ def test_neighbours_of_what_is_refused_are_certified() -> None:
             found = hypergradient(kind, x, y0, estimator=AID(FISTA(tol=1e-12), GMRES(1e-12)))
             certificate = certify(kind, x, found, constants)
             assert certificate.bound < 1e-9 and certificate.proven
-    wrong = certify(quadratic(lambda x: L1(x)), x, found, replace(constants, mu=1.5, L=2.0))
+    lasso = quadratic(lambda x: L1(x))
+    found = hypergradient(lasso, x, y0, estimator=FINE)
+    wrong = certify(lasso, x, found, replace(constants, mu=1.5, L=2.0))
     assert wrong.bound == math.inf and "mu = 1.5 does not hold" in wrong.reason
     with pytest.raises(ValueError, match="is for smooth inner problems"):
         certify(quadratic(term), x, found, constants, refine=True)

@@ -100,16 +100,20 @@ def test_rows_of_a_batch_are_independent_problems(solver: AbstractInnerSolver) -
     torch.testing.assert_close(lost.value[0], whole.value[0], rtol=0, atol=1e-9)
 
 
-def test_momentum_with_restarts_takes_fewer_steps_than_without_and_a_budget_is_kept() -> None:
-    A, b = least_squares(5, n=30, q=30)
-    plain, fast = (
-        kind(tol=1e-4, max_steps=100_000).solve(objective(A, b, L1(0.2)), torch.zeros(30, dtype=DOUBLE))
-        for kind in (ProximalGradient, FISTA)
-    )
-    assert plain.status.ok and fast.status.ok and 3 * fast.steps < plain.steps
-    for kind in (ProximalGradient, FISTA, PrimalDual, ADMM):
-        short = kind(tol=1e-12, max_steps=7).solve(objective(A, b, L1(0.2)), torch.zeros(30, dtype=DOUBLE))
-        assert (short.status, short.steps) == (Status.max_steps, 7)
+def test_momentum_with_restarts_takes_some_square_root_of_the_condition_number_of_steps() -> None:
+    """Curvatures from 1e-3 to 1: 437 steps; without restarts 3498, without momentum 11508."""
+    D = torch.logspace(0, -3, 12, dtype=DOUBLE)
+    b = torch.linspace(1, 2, 12, dtype=DOUBLE) * D
+    made = Objective(lambda y: (D * y * y).sum(-1) / 2 - (b * y).sum(-1), prox=L1(1e-3).prox)  # type: ignore[arg-type]
+    found = FISTA(step=1.0, tol=1e-8, max_steps=2000).solve(made, torch.zeros(12, dtype=DOUBLE))
+    assert found.status.ok and found.steps < 20 * 1000**0.5
+
+
+@pytest.mark.parametrize("kind", [ProximalGradient, FISTA, PrimalDual, ADMM])
+def test_no_more_steps_are_taken_than_were_allowed(kind: Any) -> None:
+    A, b = least_squares(5, q=30)
+    short = kind(tol=1e-12, max_steps=7).solve(objective(A, b, L1(0.2)), torch.zeros(30, dtype=DOUBLE))
+    assert (short.status, short.steps) == (Status.max_steps, 7)
 
 
 def test_a_support_that_still_changes_is_waited_for_and_one_that_does_not_is_not() -> None:

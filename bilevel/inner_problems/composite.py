@@ -29,25 +29,28 @@ class Composite(AbstractInnerProblem):
 
         y = prox_{t h}(v), v = y - t grad_y g(x, y).
 
-    For a separable h the derivative P of the map at v is diagonal, with entries in [0, 1]. On the support S, where
-    P_ii > 0, with u = 0 off S, the condition F(x, y) = 0 has to first order
+    The derivative P of the map at v is symmetric, 0 <= P <= I, and its range is tangent to the manifold that y* moves
+    on: the entries of the support, the active groups, the rank. There, with P^+ the pseudo-inverse and u = 0 off the
+    range, the condition F(x, y) = 0 has to first order
 
-        (dF/dy)' u = (H + h'')_SS u = grad_S f,  h''_ii = (1 / P_ii - 1) / t,
-        (dF/dx)' u = G u - (d prox / dx)' w,  w = u / (t P) on S, w = grad_y f - H u off S,
+        (dF/dy)' u = (H + (P^+ - I) / t) u = grad_y f, projected onto the range,
+        (dF/dx)' u = G u - (d prox / dx)' w,  w = P^+ u / t on the range, w = grad_y f - H u off it,
 
     symmetric, and positive definite where y* is locally unique, so that conjugate gradients apply. The naive system
     with the derivative of the fixed-point map itself is not symmetric, and conjugate gradients on it are wrong
-    without a word.
+    without a word. A term that does not know products with P and P^+ in closed form (`AbstractProxTerm.derivative`),
+    and is not separable, gets that system, declared as it is: see `ProximalFixedPoint`. Solvers that need symmetry are
+    then refused, and "implicit" stands for "aid-gmres".
 
-    Valid where v is at no kink of the map (strict complementarity): the support is then locally constant. How far it
-    is from one is reported (`Status.weakly_active`). Before the inner solver has found the support the gradient is
-    wrong by O(1); afterwards its error is O(|y - y*|).
+    Cost: one Hessian product a step of the linear solver, two products with P and P^+ each, and one backward pass
+    through the map for the part of x in it.
+
+    Valid where v is at no kink of the map (strict complementarity): the manifold is then locally constant. How far it
+    is from one is reported (`Status.weakly_active`), and its dimension. Before the inner solver has found the manifold
+    the gradient is wrong by O(1); afterwards its error is O(|y - y*|).
 
     Source: Bertrand et al., "Implicit differentiation for fast hyperparameter selection in non-smooth convex learning",
-    JMLR 23 (2022).
-
-    Raises:
-        DoesNotApply: from `linearize`, if the term is not separable.
+    JMLR 23 (2022); for partly smooth h Lewis, "Active sets, nonsmoothness, and sensitivity", SIAM J. Optim. 13 (2002).
 
     Args:
         objective_function: g, `g(x, y) -> scalar`, or `g(x, y, data)`; twice differentiable.
@@ -82,7 +85,7 @@ class Composite(AbstractInnerProblem):
     def refusal(self) -> str:
         return (
             "the inner problem has a non-smooth term, so that grad_y g(x, y*) is not zero. Use `AID` with an inner"
-            " solver that heeds it, such as `ProximalGradient`, or `ITD`, `ESJ` or `FiniteDifference`."
+            " solver that heeds it, such as `FISTA`, or `ITD`, `ESJ` or `FiniteDifference`."
         )
 
     @property
