@@ -65,6 +65,8 @@ class Objective:
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
         settings: setting -> the value of a setting of an optimizer that is a function of x; see `setting`.
+        active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
+            the support and its signs, say. Solvers go on until they stay.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -85,11 +87,12 @@ class Objective:
         own: OwnStep | None = None,
         solves: bool = True,
         settings: Callable[[Setting], Tensor] | None = None,
+        active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
-        self.constraints, self.prox, self.own = constraints, prox, own
+        self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings = linearize, oracle, settings
 
@@ -306,6 +309,10 @@ class AbstractUnrollable(AbstractInnerSolver):
         """
         return None
 
+    def moved(self, state: State, new: State) -> Tensor:
+        """What `tol` is compared with, times `residual_step` where there is one: y_k - y_{k+1} `(*tasks, q)`."""
+        return state[0] - new[0]
+
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
@@ -347,6 +354,7 @@ def smooth_objective(
     prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     own: OwnStep | None = None,
     solves: bool = True,
+    active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -364,6 +372,7 @@ def smooth_objective(
         own,
         solves,
         settings_at(problem, x),
+        active,
     )
 
 

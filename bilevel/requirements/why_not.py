@@ -13,7 +13,7 @@ from bilevel._linear import AbstractLinearSolver, unmet
 from bilevel._problem import BilevelProblem
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.requirements.properties import FOUND, Feature, Property
+from bilevel.requirements.properties import FOUND, Feature, Property, implied
 
 
 def why_not(
@@ -41,7 +41,7 @@ def why_not(
     if own and estimator.requires & _OF_SOLUTIONS:
         first = min(estimator.requires & _OF_SOLUTIONS, key=list(Property).index)
         return refusal(estimator, _OWN.format(own=own, needed=first.value))
-    missing = estimator.requires - kind.offers - FOUND
+    missing = estimator.requires - implied(kind.offers) - FOUND
     if problem.init is not None:
         missing -= {Property.start_in_x}
     if lacking:
