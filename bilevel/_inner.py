@@ -25,6 +25,7 @@ from bilevel.requirements.properties import Feature
 if TYPE_CHECKING:
     from bilevel.certificates.certificate import Constants
     from bilevel.inner_problems.polytope import FlatPolytope
+    from bilevel.inner_problems.separable import SeparableObjective
 
 State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
 
@@ -62,6 +63,7 @@ class Objective:
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
+        separable: what coordinate descent reads, where the problem is so.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -81,12 +83,14 @@ class Objective:
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
         solves: bool = True,
+        separable: SeparableObjective | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
         self.constraints, self.prox, self.own = constraints, prox, own
         self.linearization: Linearization | None = None
+        self.separable = separable
         self._linearize, self._oracle = linearize, oracle
 
     @property
@@ -139,6 +143,18 @@ class Objective:
             return self.gradient(y)
         self.linearization = self._linearize(y)
         return self.linearization.gradient
+
+    def known_at(self, separable: SeparableObjective, y: Tensor, z: Tensor, gradient: Tensor) -> None:
+        """Keep what a solver that reads the structure knows at the point that it is about to return.
+
+        Args:
+            separable: the structure.
+            y: the point.
+            z: X y.
+            gradient: grad_y g there.
+        """
+        if self._linearize is not None:
+            self.linearization = separable.linearized(y, z, gradient)
 
     def hessian(self, y: Tensor) -> tuple[Tensor, Tensor, LinearOperator]:
         """g, grad_y g and the operator of d2g/dy2 at y; the gradient's graph is built once and kept."""
@@ -319,6 +335,7 @@ def smooth_objective(
     prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     own: OwnStep | None = None,
     solves: bool = True,
+    separable: SeparableObjective | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -335,6 +352,7 @@ def smooth_objective(
         prox,
         own,
         solves,
+        separable,
     )
 
 

@@ -18,8 +18,14 @@ from bilevel._result import Solved
 from bilevel._tree import Tree
 from bilevel.inner_problems.activity import default_margin, kink_report
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.linear_model import LinearModel
+from bilevel.inner_problems.separable import SeparableObjective
 from bilevel.prox.term import AbstractProxTerm
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
+
+
+class _NoPiecesError(Exception):
+    """A term is not of the form that coordinate descent reads."""
 
 
 @final
@@ -110,7 +116,28 @@ class Composite(AbstractInnerProblem):
         def prox(v: Tensor, step: Tensor | float) -> Tensor:
             return self._prox(problem, x, v, step)
 
-        return smooth_objective(problem, x, products, prox=prox)
+        return smooth_objective(problem, x, products, prox=prox, separable=self._separable(problem, x))
+
+    def _separable(self, problem: FlatProblem, x: Tensor) -> SeparableObjective | None:
+        """What coordinate descent reads: a linear model and the pieces of the term, where they are that."""
+        model = self.objective_function
+        if not isinstance(model, LinearModel) or len(problem.y.shapes) != 1:
+            return None
+        y = model.X.new_zeros(()).expand(problem.y.shapes[0])
+
+        def pieces(x: Tree, *data: Any) -> Tensor:
+            found = self._term(x, *data).pieces(y)
+            if found is None:
+                raise _NoPiecesError
+            return found
+
+        with torch.no_grad():
+            try:
+                rows = problem.map(pieces, "g", x)
+            except _NoPiecesError:
+                return None
+            weights = problem.map(lambda x, *data: model.sample_weights(*data), "g", x)
+        return SeparableObjective(model, weights, rows, problem.tally)
 
     def _term(self, x: Tree, *data: Any) -> AbstractProxTerm:
         found = called("prox(x, data)", self.prox, x, *data)
@@ -176,6 +203,8 @@ class Composite(AbstractInnerProblem):
 
         seen: list[tuple[Tensor, int, Tensor]] = []  # the latest u, and H u there
 
+        on_support = None if at.on is None else at.on(S)
+
         def products(u: Tensor) -> tuple[Tensor, Tensor | None]:
             hu, gu = at.products(on(u))
             seen[:] = [(u, u._version, hu)]
@@ -188,7 +217,7 @@ class Composite(AbstractInnerProblem):
             return -torch.autograd.grad(image, leaf, weights, retain_graph=True)[0]
 
         def mv(u: Tensor) -> Tensor:
-            return whole(u, at.operator.mv(on(u)))
+            return whole(u, at.operator.mv(on(u)) if on_support is None else on_support(on(u)))
 
         margins = self._margin(problem, x, v.detach(), t)
         return Linearization(

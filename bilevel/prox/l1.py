@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._tree import Tree, tree_leaves
 from bilevel.arguments.fits import demand_type
-from bilevel.prox.term import AbstractProxTerm, least, on_leaves, relative_gap, total
+from bilevel.prox.term import AbstractProxTerm, least, on_leaves, piece_rows, relative_gap, total
 
 
 @final
@@ -44,6 +44,9 @@ class L1(AbstractProxTerm):
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         return least(on_leaves(lambda leaf, w: relative_gap(leaf.abs(), step * w), v, self.weight))
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        return piece_rows(y, a=self.weight)
 
     def conjugate(self) -> LInfBall:
         return LInfBall(self.weight)
@@ -85,6 +88,9 @@ class LInfBall(AbstractProxTerm):
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         return least(on_leaves(lambda leaf, r: relative_gap(leaf.abs(), r), v, self.radius))
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        return None if isinstance(self.radius, dict | list | tuple) else piece_rows(y, lower=-self.radius, upper=self.radius)
 
     def conjugate(self) -> L1:
         return L1(self.radius)
