@@ -1,0 +1,118 @@
+"""Every non-smooth term, in one table: what it takes, where it is evaluated, what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bilevel.prox import (
+    L1,
+    L2,
+    AbstractProxTerm,
+    Affine,
+    Box,
+    ElasticNet,
+    GroupBall,
+    GroupLasso,
+    L1Ball,
+    L2Ball,
+    LInf,
+    LInfBall,
+    Nonnegative,
+    NuclearNorm,
+    Quadratic,
+    Simplex,
+    SpectralBall,
+)
+
+DOUBLE = torch.float64
+
+
+@final
+@dataclass(frozen=True)
+class Case:
+    """A term, as a function of its parameters.
+
+    Attributes:
+        make: parameters -> the term.
+        parameters: those that it is made of in the tests.
+        shape: of y, or a dict of shapes.
+        has_derivative: in closed form.
+    """
+
+    make: Callable[..., AbstractProxTerm]
+    parameters: tuple[Tensor, ...]
+    shape: Any = (4,)
+    has_derivative: bool = True
+
+    def term(self) -> AbstractProxTerm:
+        return self.make(*self.parameters)
+
+    def point(self, entries: Tensor) -> Any:
+        """A structure like y of these entries, repeated as often as it takes."""
+        if isinstance(self.shape, dict):
+            return {name: _shaped(entries.roll(k), shape) for k, (name, shape) in enumerate(self.shape.items())}
+        return _shaped(entries, self.shape)
+
+
+def _shaped(entries: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = torch.Size(shape).numel()
+    return entries.repeat(-(-count // len(entries)))[:count].reshape(shape)
+
+
+def numbers(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=DOUBLE)
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=DOUBLE)
+
+
+def points(size: int = 12) -> st.SearchStrategy[Tensor]:
+    """Entries of v: shrinks to zero, with ties and zeros."""
+    entry = st.one_of(st.sampled_from([0.0, 1.0, -1.0]), st.floats(-4, 4, width=32))
+    return st.lists(entry, min_size=size, max_size=size).map(lambda v: torch.tensor(v, dtype=DOUBLE))
+
+
+TWO = {"a": (3,), "b": (2, 2)}
+LABELS = torch.tensor([0, 1, 0, 2])
+GRAM = torch.tensor([[2.0, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]], dtype=DOUBLE)
+TIGHT = torch.tensor([[1.0, 1, 0, 0], [1, -1, 0, 0]], dtype=DOUBLE)
+
+CASES: dict[str, Case] = {
+    "L1": Case(L1, (number(0.9),)),
+    "L1-weights": Case(L1, (numbers(0.9, 0.0, 2.0, 0.3),)),
+    "L1-leaves": Case(lambda a, b: L1({"a": a, "b": b}), (number(0.9), numbers(0.3, 2.0)), TWO),
+    "LInfBall": Case(LInfBall, (number(0.9),)),
+    "LInfBall-radii": Case(LInfBall, (numbers(0.9, 0.0, 2.0, 0.3),)),
+    "ElasticNet": Case(ElasticNet, (number(0.9), numbers(0.5, 0.0, 2.0, 1.0))),
+    "ElasticNet-conjugate": Case(lambda a, b: ElasticNet(a, b).conjugate(), (number(0.9), number(2.0))),
+    "Nonnegative": Case(Nonnegative, (), TWO),
+    "Nonpositive": Case(lambda: Nonnegative().conjugate(), ()),
+    "Box": Case(Box, (number(-0.7), numbers(0.9, 0.0, 2.0, -0.7))),
+    "Box-conjugate": Case(lambda a, b: Box(a, b).conjugate(), (number(-0.7), number(0.8))),
+    "GroupLasso": Case(lambda w: GroupLasso(w, LABELS), (numbers(2.0, 0.0, 0.6),)),
+    "GroupLasso-rows": Case(lambda w: GroupLasso(w, "rows"), (number(2.0),), (3, 2)),
+    "GroupLasso-leaves": Case(lambda w: GroupLasso(w, "leaves"), (numbers(2.0, 1.5),), TWO),
+    "GroupBall": Case(lambda r: GroupBall(r, [[0, 2], [1], [3]]), (numbers(2.0, 0.0, 0.6),)),
+    "Simplex": Case(Simplex, (number(1.7),), TWO),
+    "Simplex-conjugate": Case(lambda s: Simplex(s).conjugate(), (number(1.7),)),
+    "L1Ball": Case(L1Ball, (number(1.7),)),
+    "LInf": Case(LInf, (number(1.7),), TWO),
+    "L2Ball": Case(L2Ball, (number(1.7),)),
+    "L2": Case(L2, (number(1.7),), TWO),
+    "NuclearNorm": Case(NuclearNorm, (number(1.7),), (3, 2)),
+    "NuclearNorm-wide": Case(NuclearNorm, (number(1.7),), {"a": (2, 4), "b": (2, 2)}),
+    "SpectralBall": Case(SpectralBall, (number(1.7),), (2, 3)),
+    "Quadratic": Case(Quadratic, (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
+    "Quadratic-diagonal": Case(Quadratic, (numbers(1.0, 0.0, 2.0, 3.0), number(0.3))),
+    "Quadratic-conjugate": Case(lambda Q, c: Quadratic(Q, c).conjugate(), (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
+    "Affine-number": Case(lambda w, s, b: Affine(L1(w), s, b), (number(0.9), number(-1.5), number(0.4)), TWO),
+    "Affine-matrix": Case(lambda w, b: Affine(L1(w), TIGHT, b), (number(0.9), numbers(0.3, -0.2))),
+    "Affine-conjugate": Case(lambda w, b: Affine(L1(w), TIGHT, b).conjugate(), (number(0.9), numbers(0.3, -0.2))),
+}
