@@ -21,6 +21,7 @@ _INSIDE = 0.1  # of the tolerance, for the problem on the working set
 _SWEEPS = 1000  # on a working set
 _NEWTON = 50  # quadratic models on a working set, where the loss is no quadratic
 _HALVINGS = 30
+_SHORT, _DAMPING = 0.1, 1e-3  # a step that is this short calls for a damping of that, relative to a curvature of 1
 _DECREASE = 1e-4  # of what the model promises, for a step to be taken
 
 
@@ -102,12 +103,14 @@ class CoordinateDescent(AbstractInnerSolver):
             )
         batch = y0.shape[:-1]
         rows = y0.reshape(-1, y0.shape[-1])
-        weights = structure.weights.expand(*batch, -1).reshape(rows.shape[0], -1)
+        targets, weights = (
+            part.expand(*batch, -1).reshape(rows.shape[0], -1) for part in (structure.targets, structure.weights)
+        )
         pieces = structure.pieces.expand(*batch, -1, -1).reshape(rows.shape[0], 4, -1)
         with torch.no_grad():
             ends = [
-                self._row(replace(structure, weights=w, pieces=h), y.detach())
-                for y, w, h in zip(rows, weights, pieces, strict=True)
+                self._row(SeparableObjective(structure.model, b, w, h, structure.tally), y.detach())
+                for y, b, w, h in zip(rows, targets, weights, pieces, strict=True)
             ]
             y, z, gradient, residual = (torch.stack(part) for part in list(zip(*ends, strict=True))[:4])
         y, z, gradient = (part.reshape(*batch, -1) for part in (y, z, gradient))
@@ -189,9 +192,11 @@ class _WorkingSet:
     def solve(self, y: Tensor, z: Tensor, gradient: Tensor, tol: float) -> tuple[Tensor, Tensor]:
         """The minimizer over the working set, and X y there."""
         h, u, s = self.h.on(self.index), y[self.index], gradient[self.index]
-        quadratic = self.at.model.loss.is_quadratic
+        quadratic, damping = self.at.model.loss.is_quadratic, 0.0
         for _ in range(1 if quadratic else _NEWTON):
             G = self._model(z)
+            if damping:  # where there is hardly a curvature, its minimizer is far beyond where the model holds
+                G = G + damping * torch.diag(self.at.weights @ self.rows.mT.square())
             to = minimize(G, s - torch.mv(G, u), h, u, tol, _SWEEPS)[0]
             step = to - u
             dz = torch.mv(self.rows.mT, step)
@@ -199,10 +204,14 @@ class _WorkingSet:
                 u, z = to, z + dz
                 break
             t = self._length(u, to, z, dz, s, h)
-            if t == 0.0:
+            if t < _SHORT:
+                damping = max(10 * damping, _DAMPING)
+            elif t == 1.0:
+                damping = damping / 10 if damping > _DAMPING else 0.0
+            if t == 0.0 and damping > 1 / _DAMPING:
                 break
             u, z = (to if t == 1.0 else u + t * step), z + t * dz
-            slopes = self.at.weights * self.at.model.loss.slope(z, self.at.model.targets)
+            slopes = self.at.weights * self.at.model.loss.slope(z, self.at.targets)
             s = torch.mv(self.rows, slopes)
             s = s if self.at.model.linear is None else s + self.at.model.linear[self.index]
             if float(torch.linalg.vector_norm(h.subgradient(u, s))) <= tol:
@@ -213,13 +222,13 @@ class _WorkingSet:
         """How far towards `to`: the longest of 1, 1/2, ... at which the objective falls enough; 0: none is."""
         model = self.at.model
         loss, step = model.loss, to - u
-        before = loss.value(z, model.targets)
+        before = loss.value(z, self.at.targets)
         h0, q = h.value(u), None if model.linear is None else model.linear[self.index]
         promised = float(s @ step + h.value(to) - h0)
         t = 1.0
         for _ in range(_HALVINGS):
             # differences sample by sample: less is lost to rounding
-            change = self.at.weights @ (loss.value(z + t * dz, model.targets) - before)
+            change = self.at.weights @ (loss.value(z + t * dz, self.at.targets) - before)
             change = change + h.value(u + t * step) - h0 + (0.0 if q is None else t * (q @ step))
             if float(change) <= _DECREASE * t * promised:
                 return t

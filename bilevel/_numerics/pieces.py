@@ -64,6 +64,15 @@ class Pieces:
         """Which piece each entry is on."""
         return u.sign() * (self.a > 0) + 2.0 * ((u >= self.upper).to(u) - (u <= self.lower).to(u))
 
+    def clamped(self, to: Tensor, nearest: Tensor, end: float) -> Tensor:
+        """`to` within the bounds, where end < 1 with the entry that came to its bound first exactly on it."""
+        inside = to.clamp(self.lower, self.upper)
+        if end < 1:
+            j = int(nearest)
+            bounds = torch.stack([self.lower[j], self.upper[j]])
+            inside[j] = bounds[(bounds - to[j]).abs().argmin()]
+        return inside
+
     def beyond(self, u: Tensor, to: Tensor) -> Tensor:
         """`to`, with entries that left their piece put back to the kink that they came to first."""
         crossed = (self.a > 0) & (u * to < 0)
@@ -145,8 +154,7 @@ def _faces(G: Tensor, p: Tensor, h: Pieces, u: Tensor) -> Tensor:
         if not new < at:
             if whole:  # to rounding it is the minimizer of the piece
                 return moved if new <= at + 4 * torch.finfo(u.dtype).eps * abs(at) else u
-            t = _first_crossing(u[F], to, part)  # straight ahead to the first kink: the objective falls on the way
-            moved = u.index_copy(0, F, part.beyond(u[F], u[F] + t * (to - u[F])))
+            moved = u.index_copy(0, F, _along(G, p, h, u, F, to))
             new = value(moved)
             if not new < at:
                 return u
@@ -156,11 +164,31 @@ def _faces(G: Tensor, p: Tensor, h: Pieces, u: Tensor) -> Tensor:
     return u
 
 
-def _first_crossing(u: Tensor, to: Tensor, h: Pieces) -> Tensor:
-    """How far along u -> to, at most 1, until an entry comes to a kink; a little beyond, so that it is put there."""
-    d = to - u
-    one = torch.ones_like(u)
-    zero = torch.where((h.a > 0) & (u * to < 0), -u / d, one)
-    low = torch.where((d < 0) & (to < h.lower), (h.lower - u) / d, one)
-    up = torch.where((d > 0) & (to > h.upper), (h.upper - u) / d, one)
-    return torch.stack([zero, low, up]).amin() * (1 + 4 * torch.finfo(u.dtype).eps)
+def _along(G: Tensor, p: Tensor, h: Pieces, u: Tensor, F: Tensor, to: Tensor) -> Tensor:
+    """The minimizer on the segment from u_F to `to`, as far as bounds allow; at a kink, exactly there."""
+    part, start = h.on(F), u[F]
+    d = to - start
+    most = torch.where(d > 0, (part.upper - start) / d, torch.where(d < 0, (part.lower - start) / d, torch.inf))
+    nearest = most.argmin()
+    end = min(1.0, float(most[nearest]))
+    Gd = torch.mv(G.index_select(1, F), d)
+    slope = (torch.mv(G, u) + p)[F] @ d + (part.c * start + part.a * start.sign()) @ d
+    bend = Gd[F] @ d + part.c @ d.square()
+    kinks = torch.where((part.a > 0) & (start * d < 0), -start / d, torch.inf)
+    order = kinks.argsort()
+    times = kinks[order]
+    jumps = torch.cumsum(2 * part.a[order] * d[order].abs(), 0)
+    before = slope + times * bend  # the slope just before each kink, without the jumps of those passed
+    passed = torch.cat([torch.zeros_like(jumps[:1]), jumps[:-1]])
+    stops = (before + jumps >= 0) & (times < end)
+    if bool(stops.any()):
+        k = int(stops.to(torch.int8).argmax())
+        free = float(-(slope + passed[k]) / bend)
+        if free < float(times[k]):
+            return start + free * d
+        return (start + times[k] * d).index_fill(0, order[k], 0.0)
+    count = int((times < end).sum())
+    free = float(-(slope + (jumps[count - 1] if count else 0.0)) / bend) if float(bend) > 0 else end
+    if free < end:
+        return start + free * d
+    return part.clamped(start + end * d, nearest, end)

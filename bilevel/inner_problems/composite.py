@@ -136,8 +136,9 @@ class Composite(AbstractInnerProblem):
                 rows = problem.map(pieces, "g", x)
             except _NoPiecesError:
                 return None
-            weights = problem.map(lambda x, *data: model.sample_weights(*data), "g", x)
-        return SeparableObjective(model, weights, rows, problem.tally)
+            targets = problem.map(lambda _, *data: model.sample_targets(*data), "g", x)
+            weights = problem.map(lambda _, *data: model.sample_weights(*data), "g", x)
+        return SeparableObjective(model, targets, weights, rows, problem.tally)
 
     def _term(self, x: Tree, *data: Any) -> AbstractProxTerm:
         found = called("prox(x, data)", self.prox, x, *data)

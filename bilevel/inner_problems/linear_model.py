@@ -128,10 +128,10 @@ class LinearModel(AbstractPortable):
 
     Args:
         X: inputs `(n, d)`.
-        targets: b `(n,)`.
+        targets: b `(n,)`; or a function of the data of the problem, or of the task.
         loss: l.
-        weights: w `(n,)`; None: 1/n each, the mean; or a function of the data of the problem, or of the task, such
-            as the samples that a fold trains on: folds of a cross-validation are tasks that share X.
+        weights: w `(n,)`; None: 1/n each, the mean; or a function of the data, such as the samples that a fold trains
+            on: folds of a cross-validation are tasks that share X.
         linear: q `(d,)`; None: zero.
 
     Raises:
@@ -144,14 +144,14 @@ class LinearModel(AbstractPortable):
     """
 
     X: Tensor
-    targets: Tensor
+    targets: Tensor | Callable[[Any], Tensor]
     loss: AbstractSampleLoss = Squared()
     weights: Tensor | Callable[[Any], Tensor] | None = None
     linear: Tensor | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
-        axes = {"X": Shape("n d"), "targets": Shape("n")}
+        axes = {"X": Shape("n d")} | ({"targets": Shape("n")} if isinstance(self.targets, Tensor) else {})
         axes |= {"weights": Shape("n")} if isinstance(self.weights, Tensor) else {}
         axes |= {"linear": Shape("d")} if self.linear is not None else {}
         demand_shapes("LinearModel", axes, {name: getattr(self, name) for name in axes})
@@ -159,12 +159,19 @@ class LinearModel(AbstractPortable):
     def sample_weights(self, *data: Any) -> Tensor:
         """w `(n,)`, of the data of a problem or of a task."""
         if self.weights is None:
-            return torch.full_like(self.targets, 1 / max(self.targets.numel(), 1), dtype=self.X.dtype)
+            return self.X.new_full((self.X.shape[0],), 1 / self.X.shape[0])
         if isinstance(self.weights, Tensor):
             return self.weights
         return called("LinearModel(weights=...)(data)", self.weights, *data)
 
+    def sample_targets(self, *data: Any) -> Tensor:
+        """b `(n,)`, of the data of a problem or of a task."""
+        if isinstance(self.targets, Tensor):
+            return self.targets
+        return called("LinearModel(targets=...)(data)", self.targets, *data)
+
     def __call__(self, x: Any, y: Tensor, *data: Any) -> Tensor:
         """The value at y: a scalar, twice differentiable where l is."""
-        total = self.sample_weights(*data) @ self.loss.value(torch.mv(self.X, y), self.targets)
+        z = torch.nn.functional.linear(self.X, y)
+        total = self.sample_weights(*data) @ self.loss.value(z, self.sample_targets(*data))
         return total if self.linear is None else total + self.linear @ y

@@ -21,13 +21,15 @@ class SeparableObjective:
     """sum_i w_i l(X_i y, b_i) + q'y + sum_j a_j |y_j| + c_j y_j^2 / 2 on l <= y <= u, for each problem of a batch.
 
     Attributes:
-        model: X, b, l and q, which all problems share.
+        model: X, l and q, which all problems share.
+        targets: b `(*batch, n)`.
         weights: w `(*batch, n)`.
         pieces: a, c, l, u `(*batch, 4, d)`; see `AbstractProxTerm.pieces`.
         tally: where calls are counted.
     """
 
     model: LinearModel
+    targets: Tensor
     weights: Tensor
     pieces: Tensor
     tally: Tally
@@ -48,13 +50,13 @@ class SeparableObjective:
     def gradient(self, z: Tensor) -> Tensor:
         """X' (w l'(z)) + q `(*batch, d)`, where z = X y."""
         self.tally.gradients += z.shape[:-1].numel()
-        slopes = self.weights * self.model.loss.slope(z, self.model.targets)
+        slopes = self.weights * self.model.loss.slope(z, self.targets)
         found = slopes @ self.model.X
         return found if self.model.linear is None else found + self.model.linear
 
     def curvatures(self, z: Tensor) -> Tensor:
         """w l''(z) `(*batch, n)`."""
-        return self.weights * self.model.loss.curvature(z, self.model.targets)
+        return self.weights * self.model.loss.curvature(z, self.targets)
 
     def linearized(self, y: Tensor, z: Tensor, gradient: Tensor) -> Linearization:
         """grad_y g to first order at y; products on a set S cost n |S|."""
