@@ -1,4 +1,4 @@
-"""The lasso's hyperparameter: hypergradients against a warm-started path, and against sparse-ho's algorithm in numba."""
+"""The lasso's penalty by hypergradients, against a warm-started path and against sparse-ho's algorithm in numba."""
 
 from __future__ import annotations
 

@@ -48,6 +48,17 @@ from bilevel.problems.nested import nested
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
+from bilevel.problems.sparse_regression import (
+    SparseData,
+    elastic_net_diabetes,
+    group_lasso,
+    highest_penalty,
+    lasso,
+    lasso_diabetes,
+    sparse_logistic,
+    weighted_lasso,
+)
+from bilevel.problems.support_vectors import svm, svr
 from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 
 __all__ = [
@@ -71,6 +82,7 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
+    "SparseData",
     "WeightedLogit",
     "abml",
     "anil",
@@ -80,6 +92,9 @@ __all__ = [
     "cardano",
     "catalogue",
     "double_well",
+    "elastic_net_diabetes",
+    "group_lasso",
+    "highest_penalty",
     "hyper_cleaning",
     "hyper_cleaning_batches",
     "hyper_cleaning_synthetic",
@@ -87,6 +102,8 @@ __all__ = [
     "ibaml_head",
     "imaml",
     "lambert",
+    "lasso",
+    "lasso_diabetes",
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
@@ -107,7 +124,11 @@ __all__ = [
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
     "shared_embedding",
+    "sparse_logistic",
+    "svm",
     "svm_head",
+    "svr",
+    "weighted_lasso",
     "weighted_logit",
 ]
 
@@ -145,6 +166,14 @@ _ENTRIES = (
     Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),
     Entry("ridge", "ridge regression with learned penalties, random data", ridge),
     Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
+    Entry("lasso", "lasso with one learned penalty: held-out loss, cross-validation or SURE, generated data", lasso),
+    Entry("weighted-lasso", "lasso with a learned penalty for each of a hundred features", weighted_lasso),
+    Entry("lasso-diabetes", "lasso with learned penalties, diabetes data", lasso_diabetes),
+    Entry("elastic-net-diabetes", "elastic net with both penalties learned, diabetes data", elastic_net_diabetes),
+    Entry("group-lasso", "group lasso with a learned penalty, generated data", group_lasso),
+    Entry("sparse-logistic", "logistic regression with a learned L1 penalty, breast cancer data", sparse_logistic),
+    Entry("svm", "support vector machine with a learned cost, by its dual, breast cancer data", svm),
+    Entry("svr", "support vector regression with learned cost and tube, by its dual, diabetes data", svr),
     Entry("proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks),
     Entry(
         "bayesian-regression",

@@ -1,10 +1,10 @@
 """The lasso's hyperparameter by coordinate descent in numba: what sparse-ho does, written from the paper.
 
 Bertrand, Klopfenstein, Massias, Blondel, Vaiter, Gramfort, Salmon, "Implicit differentiation for fast hyperparameter
-selection in non-smooth convex learning", JMLR 23 (2022): cyclic coordinate descent on y with its residual, from the last
-solution (`cyclic=True`, their algorithm 1), or on working sets (what they use celer for); the implicit derivative
-db_S / d log lambda = -lambda n (X_S'X_S)^-1 sign(b_S) on the support; gradient descent on log lambda whose step is halved
-where the criterion grew and raised by a fifth where it fell.
+selection in non-smooth convex learning", JMLR 23 (2022): cyclic coordinate descent on y with its residual, from the
+last solution (`cyclic=True`, their algorithm 1), or on working sets (what they use celer for); the implicit derivative
+db_S / d log lambda = -lambda n (X_S'X_S)^-1 sign(b_S) on the support; gradient descent on log lambda whose step is
+halved where the criterion grew and raised by a fifth where it fell.
 """
 
 from __future__ import annotations
