@@ -350,7 +350,7 @@ def _cross_validated(data: SparseData, x0: Tensor, folds: int, name: str) -> Ins
 def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -> Instance:
     """SURE = |b - X y|^2 - n s + 2 s dof, dof = <X y(b + e u) - X y(b), u> / e: two lassos side by side, over 2 n."""
     X, b = data.train.X, data.train.sample_targets()
-    n, generator = X.shape[0], torch.Generator().manual_seed(seed)
+    n, generator = X.shape[0], torch.Generator().manual_seed((seed + 1_000_003) % 2**63)  # not that of X
     u = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
     e = 2 * variance**0.5 / n**0.3
     both = {
