@@ -195,7 +195,7 @@ class Linearization:
         *,
         operator: LinearOperator | None = None,
         right_hand_side: Callable[[Tensor], Tensor] | None = None,
-        moved: Callable[[Tensor, Tensor], Tensor] | None = None,
+        moved: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         reports: tuple[Report, ...] = (),
         start_in_x: bool = False,
         on: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
@@ -210,7 +210,7 @@ class Linearization:
             pull: v -> (dF/dx)' v alone, where that is cheaper; None: it is not.
             operator: what `mv` is, where it is not symmetric positive definite of the size of y.
             right_hand_side: grad_y f -> b; None: b = grad_y f.
-            moved: (v, grad_y f) -> what belongs to (dF/dx)' v and depends on grad_y f itself; None: nothing.
+            moved: (v, grad_y f) -> what belongs to (dF/dx)' v and depends on grad_y f itself, or None; None: nothing.
             reports: what was found out about the point.
             start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
             on: S -> (v -> (dF/dy)' v on S, zero elsewhere), for v that are zero off S, where that is cheaper.
@@ -253,7 +253,7 @@ class Linearization:
             found = self.products(v)[1] if self._pull is None else self._pull(v)
         if self._moved is not None and fy is not None:
             moved = self._moved(v, fy)
-            found = moved if found is None else found + moved
+            found = moved if found is None else found if moved is None else found + moved
         if found is None and self._start_in_x:
             raise DoesNotApply(START_ONLY)
         return found

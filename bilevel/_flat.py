@@ -56,6 +56,7 @@ class FlatProblem:
     ) -> None:
         self.problem, self.x, self.y, self.data, self.is_encoded = problem, x, y, data, is_encoded
         self.given = given
+        self.own_data = frozenset[str]()  # the levels whose data have an axis of directions, a batch for each
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
         self._each = looped if problem.tasks == "loop" else batched
@@ -127,7 +128,7 @@ class FlatProblem:
             dims.append(in_x + (0,) * (count + len(leaves)))
             run = self._each(one, self.tasks, dims[-1])
         if several:
-            dims.append((0,) * (1 + count) + (None,) * len(leaves))
+            dims.append((0,) * (1 + count) + (0 if level in self.own_data else None,) * len(leaves))
             run = self._each(run, x.shape[0], dims[-1])
         try:
             found: Tensor = run(*inputs)
@@ -235,17 +236,20 @@ class FlatProblem:
         """The same problem counting elsewhere, to be kept: it holds nothing of the x that it was met at."""
         return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
 
-    def on(self, data: Any, tally: Tally) -> FlatProblem:
+    def on(self, data: Any, tally: Tally, own_data: frozenset[str] = frozenset()) -> FlatProblem:
         """The same problem with other data, counting elsewhere: what a loop makes at every step, without a check."""
         found = FlatProblem.__new__(FlatProblem)
-        vars(found).update(vars(self), data=data, tally=tally, _outer=None, _data={})
+        vars(found).update(vars(self), data=data, tally=tally, own_data=own_data, _outer=None, _data={})
         if self.problem.tasks:
             found.tasks = _task_count(data)
         return found
 
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
-        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=self.given)
+        given, own_data = self.given, self.own_data
+        found = FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=given)
+        found.own_data = own_data
+        return found
 
 
 def _made(

@@ -63,6 +63,8 @@ class Objective:
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
+        active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
+            the support and its signs, say. Solvers go on until they stay.
         separable: what coordinate descent reads, where the problem is so.
 
     Example:
@@ -83,12 +85,13 @@ class Objective:
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
         solves: bool = True,
+        active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         separable: SeparableObjective | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
-        self.constraints, self.prox, self.own = constraints, prox, own
+        self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self.separable = separable
         self._linearize, self._oracle = linearize, oracle
@@ -294,6 +297,10 @@ class AbstractUnrollable(AbstractInnerSolver):
         """
         return None
 
+    def moved(self, state: State, new: State) -> Tensor:
+        """What `tol` is compared with, times `residual_step` where there is one: y_k - y_{k+1} `(*tasks, q)`."""
+        return state[0] - new[0]
+
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
@@ -335,6 +342,7 @@ def smooth_objective(
     prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     own: OwnStep | None = None,
     solves: bool = True,
+    active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     separable: SeparableObjective | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
@@ -352,6 +360,7 @@ def smooth_objective(
         prox,
         own,
         solves,
+        active,
         separable,
     )
 

@@ -104,7 +104,8 @@ class Status(enum.Enum):
     )
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
-        " the largest curvature, or pass `step=None` to have the step derived from an estimate of L."
+        " the largest curvature, or have it derived from an estimate of L: `step=None` of a solver, an algorithm by its"
+        " name."
     )
     not_repeatable = (
         "Its value changes from call to call, so that there is no Phi to differentiate. Fix the random numbers"

@@ -13,6 +13,8 @@ from torch import Tensor
 from bilevel.prox import (
     L1,
     L2,
+    TV1D,
+    TV2D,
     AbstractProxTerm,
     Affine,
     BoundedL1,
@@ -29,6 +31,7 @@ from bilevel.prox import (
     Quadratic,
     Simplex,
     SpectralBall,
+    Sum,
 )
 
 DOUBLE = torch.float64
@@ -111,10 +114,31 @@ CASES: dict[str, Case] = {
     "NuclearNorm": Case(NuclearNorm, (number(1.7),), (3, 2)),
     "NuclearNorm-wide": Case(NuclearNorm, (number(1.7),), {"a": (2, 4), "b": (2, 2)}),
     "SpectralBall": Case(SpectralBall, (number(1.7),), (2, 3)),
+    "TV1D": Case(TV1D, (number(0.7),), (7,)),
+    "TV1D-weights": Case(TV1D, (numbers(0.7, 0.0, 2.0, 0.3, 0.5, 1.0),), TWO),
+    "TV1D-conjugate": Case(lambda w: TV1D(w).conjugate(), (number(0.7),), (5,)),
+    "Sum-L1-Nonnegative": Case(lambda w: Sum((L1(w), Nonnegative())), (numbers(0.9, 0.0, 2.0, 0.3),)),
+    "Sum-quadratic-Box": Case(
+        lambda q, c, r: Sum((Quadratic(q, c), L1(0.4), Box(-r, r))),
+        (number(0.5), numbers(1.0, -0.5, 0.2, 0.0), number(0.8)),
+    ),
+    "Sum-TV1D-L1": Case(lambda w, a: Sum((L1(a), TV1D(w), Nonnegative())), (number(0.7), number(0.2)), (7,)),
+    "Sum-groups-L1": Case(lambda w, a: Sum((GroupLasso(w, LABELS), L1(a))), (number(1.1), number(0.4))),
     "Quadratic": Case(Quadratic, (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
     "Quadratic-diagonal": Case(Quadratic, (numbers(1.0, 0.0, 2.0, 3.0), number(0.3))),
     "Quadratic-conjugate": Case(lambda Q, c: Quadratic(Q, c).conjugate(), (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
     "Affine-number": Case(lambda w, s, b: Affine(L1(w), s, b), (number(0.9), number(-1.5), number(0.4)), TWO),
     "Affine-matrix": Case(lambda w, b: Affine(L1(w), TIGHT, b), (number(0.9), numbers(0.3, -0.2))),
     "Affine-conjugate": Case(lambda w, b: Affine(L1(w), TIGHT, b).conjugate(), (number(0.9), numbers(0.3, -0.2))),
+}
+
+# By iterations to a tolerance, a call of which takes milliseconds.
+ITERATED: dict[str, Case] = {
+    "TV2D": Case(TV2D, (number(0.4),), (3, 4)),
+    "TV2D-isotropic": Case(lambda w: TV2D(w, isotropic=True), (number(0.4),), (3, 4)),
+    "Sum-TV2D-L1": Case(lambda w, a: Sum((L1(a), TV2D(w))), (number(0.4), number(0.2)), (3, 4)),
+    "Sum-split": Case(
+        lambda w, q: Sum((L1(w), L2(0.5), Quadratic(q * GRAM))), (numbers(0.7, 0.2, 0.6, 0.4), number(1.0))
+    ),
+    "Sum-split-sets": Case(lambda r, s: Sum((L2Ball(r), Simplex(s))), (number(0.9), number(1.3))),
 }

@@ -221,7 +221,7 @@ def test_the_whole_data_are_given_where_they_are_known_and_refused_where_not() -
     split = oracle_of(Split(f=both, g=both + 1), Draws()).whole().data
     assert torch.equal(split.g, both + 1)
     for data, kind in (([both], "a loader"), (lambda step: both, "a callable"), (Split(f=both, g=[both]), "a loader")):
-        with pytest.raises(ValueError, match=f"asks for the whole data.*{kind}.*Pass all samples as one batch"):
+        with pytest.raises(ValueError, match=f"asks for the whole data.*{kind}.*or all samples as one batch"):
             oracle_of(data, Draws()).whole()
 
 

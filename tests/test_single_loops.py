@@ -341,3 +341,26 @@ def test_steps_may_depend_on_how_many_there_are_to_be() -> None:
     falling = run(SOBA(0.2, 0.1, schedule=Horizon(16, 0.5), outer_schedule=Horizon(16, 0.25)), split(), 16)
     constant = run(SOBA(0.2 / 4, 0.1 / 2), split(), 16)
     close((falling.x, falling.y), (constant.x, constant.y))
+
+
+def test_blocks_of_tasks_are_refused_and_all_tasks_are_not() -> None:
+    """Each task has a y of its own, which the blocks of other tasks would be taken for."""
+    tasks = BilevelProblem(lambda x, y, t: (y - t).square().sum(), lambda x, y, t: (y - x).square().sum(), tasks=True)
+    one, data = torch.zeros(2).double(), torch.arange(12.0).double().reshape(6, 2)
+    for blocks in (FiniteSum(data, 2), Split(f=FiniteSum(data, 3), g=data)):
+        with pytest.raises(ValueError, match=r"other tasks at every step: blocks of [23] of 6"):
+            minimize(tasks, one, one, algorithm=SOBA(0.1, 0.1), data=blocks, max_steps=2)
+    for whole in (data, FiniteSum(data, 6), FiniteSum(data, 2, order="full")):
+        found = minimize(tasks, one, one, algorithm=SOBA(0.2, 0.05), data=whole, max_steps=400)
+        torch.testing.assert_close(found.x, data.mean(0), rtol=1e-6, atol=1e-6)
+        if isinstance(whole, FiniteSum):
+            assert found.stats.sample_calls == 401 * 6 * 4  # three of g and one of f, of each task
+    for estimator in ("aid-cg", "itd"):
+        found = minimize(tasks, one, one, estimator=estimator, data=[data[:3], data[3:]], max_steps=2)
+        assert found.y.shape == (3, 2)
+
+
+def test_what_asks_for_all_the_data_says_who_it_is() -> None:
+    loader = [tuple(part[:4] for part in OF_G)]
+    with pytest.raises(ValueError, match="`SRBA` does not apply: it asks for the whole data"):
+        run(SRBA(0.1, 0.1), loader, 2)

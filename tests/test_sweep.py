@@ -8,12 +8,34 @@ from typing import Any
 
 import pytest
 import torch
-from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, split
+from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, samples, split
 
-from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Solution, Status, minimize
-from bilevel.algorithms import FSLA, MASOBA, SABA, SOBA, SPABA, SRBA, AmIGO, FdeHBO, Power
+from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Solution, Split, Status, minimize
+from bilevel._flat import FlatProblem
+from bilevel._tree import ravel
+from bilevel.algorithms import (
+    BSA,
+    F2SA,
+    FSLA,
+    MASOBA,
+    MRBO,
+    SABA,
+    SOBA,
+    SPABA,
+    SRBA,
+    SUSTAIN,
+    VRBO,
+    AmIGO,
+    FdeHBO,
+    Power,
+    StocBiO,
+)
+from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.several_orders import SeveralOrders
+from bilevel.outer import sweep
 from bilevel.solvers import Adam
 
+EVEN_G, EVEN_F = samples(20, 0), samples(16, 1)
 STEPS: dict[str, Any] = {"inner_step": [0.05, 0.2], "outer_step": [0.02, 0.1, 0.2]}
 
 ALGORITHMS = {
@@ -26,13 +48,35 @@ ALGORITHMS = {
     "differences": SRBA(1.0, 1.0, period=3, products=FiniteDifferences()),
     "amigo": AmIGO(1.0, 1.0, inner_steps=2, linear_steps=2),
     "fsla": FSLA(1.0, 1.0),
+    "stocbio": StocBiO(1.0, 1.0, inner_steps=2, linear_steps=3),
+    "stocbio with a step of its own": StocBiO(1.0, 1.0, linear_step=0.1, linear_steps=3),
+    "bsa": BSA(1.0, 1.0, linear_steps=3),
+    "mrbo": MRBO(1.0, 1.0, linear_steps=3),
+    "sustain": SUSTAIN(1.0, 1.0, linear_steps=3),
+    "vrbo": VRBO(1.0, 1.0, inner_steps=2, linear_steps=3, period=3),
+    "f2sa": F2SA(1.0, 1.0, order=1),
+    "f2sa-2": F2SA(1.0, 1.0, weight=20.0, inner_steps=2),
 }
 
 
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each batch of a sweep has, as they are run; 0: one alone."""
+    rows, whole = [], sweep._Batch.run
+
+    def run(batch: Any, *given: Any) -> Any:
+        rows.append(batch.rows)
+        return whole(batch, *given)
+
+    monkeypatch.setattr(sweep._Batch, "run", run)
+    return rows
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_best_goes_on_as_if_it_had_run_alone(name: str) -> None:
+def test_the_best_goes_on_as_if_it_had_run_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm: Any = ALGORITHMS[name]
+    rows = together(monkeypatch)
     found = run(algorithm, split(), 24, sweep=STEPS, sweep_steps=9)
+    assert rows == [6]
     assert len(found.sweep) == 6 and sum(trial.chosen for trial in found.sweep) == 1
     chosen = next(trial for trial in found.sweep if trial.chosen)
     assert chosen.value == min(trial.value for trial in found.sweep)
@@ -93,6 +137,37 @@ def test_ratios_and_seeds_are_swept_too() -> None:
     chosen = next(trial for trial in found.sweep if trial.chosen).settings
     alone = run(SOBA(0.1, 0.1 / chosen["ratio"]), split(seed=chosen["seed"]), 6)
     torch.testing.assert_close(found.x, alone.x, rtol=1e-11, atol=1e-11)
+
+
+OWN_COINS = ("spaba", "bsa")
+REDUCED = ("soba", "saba", "srba", "spaba", "ma-soba", "fsla", "bsa", "mrbo", "vrbo", "f2sa")
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_orders_of_the_data_run_side_by_side_where_blocks_are_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: Any = ALGORITHMS[name]
+    algorithm: Any = replace(given, inner_step=0.1)
+    swept = {"outer_step": [0.02, 0.1], "seed": [0, 1, 2]}
+
+    def data(seed: int = 0) -> Split:
+        return Split(g=FiniteSum(EVEN_G, 4, seed=seed), f=FiniteSum(EVEN_F, 4, seed=seed))
+
+    rows = together(monkeypatch)
+    found = run(algorithm, data(), 24, sweep=swept, sweep_steps=9)  # of which any row may be the best
+    assert rows == ([2, 2, 2] if name in OWN_COINS else [6])
+    chosen = dict(next(trial for trial in found.sweep if trial.chosen).settings)
+    own = {"seed": chosen["seed"]} if name in OWN_COINS else {}
+    single: Any = replace(algorithm, outer_step=chosen["outer_step"], **own)
+    alone = run(single, data(chosen["seed"]), 24)
+    tolerance = 1e-7 if name in ("fdehbo", "differences") else 1e-11
+    torch.testing.assert_close(found.x, alone.x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.y, alone.y, rtol=tolerance, atol=tolerance)
+
+
+def test_orders_whose_blocks_differ_in_size_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = together(monkeypatch)
+    run(SOBA(0.1, 0.1), split(), 6, sweep={"seed": [0, 1]}, sweep_steps=3)
+    assert rows == [0, 0]
 
 
 def test_what_cannot_run_side_by_side_runs_one_after_the_other() -> None:
@@ -163,3 +238,26 @@ def test_a_sweep_is_of_an_algorithm_on_data_that_are_known() -> None:
         run(SOBA(0.1, 0.1), loader, 10, sweep={"outer_step": [0.1]})
     with pytest.raises(ValueError, match="Pass `algorithm=`"):
         minimize(PROBLEM, X, Y, data=split(), sweep={"outer_step": [0.1]})
+
+
+@pytest.mark.parametrize("algorithm", [SABA(0.1, 0.1), SOBA(0.1, 0.1), F2SA(0.1, 0.1)], ids=lambda a: type(a).__name__)
+def test_each_row_sees_the_order_of_its_own(algorithm: Any) -> None:
+    orders = [FiniteSum(EVEN_G, 4, seed=seed) for seed in (0, 5, 9)]
+    stacked, f = SeveralOrders.of(tuple(orders)), FiniteSum(EVEN_F, 16)
+    assert isinstance(stacked, SeveralOrders)
+    x, y = ravel(X)[1], ravel(Y)[1]
+    like, steps = FlatProblem(PROBLEM, x, y), torch.full((3,), 0.1).double()
+
+    def after(algorithm: Any, g: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        oracle = Oracle(like, Split(f=f, g=g), algorithm.draws)
+        state = algorithm.init(oracle, x, y)
+        for k in range(12):
+            oracle = oracle.at(k)
+            state = algorithm.step(oracle, state, algorithm.evaluate(oracle, state))
+        found: torch.Tensor = algorithm.point(state)[0]
+        return found
+
+    rows = after(algorithm.beside(steps, steps), stacked, X.expand(3, -1), Y.expand(3, -1))
+    alone = [after(algorithm, order, X, Y) for order in orders]
+    torch.testing.assert_close(rows, torch.stack(alone), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(alone[0], alone[1])

@@ -482,6 +482,9 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Neumann": {"step": lambda: 0.5},
     "Batches": {"size": lambda: 2},
     "Bound": {},
+    "check_composite": {
+        "problem": lambda: bilevel.BilevelProblem(lambda x, y: y.sum(), g, prox=lambda x: bilevel.prox.L1(0.1))
+    },
     "LInfBall": {"radius": lambda: 1.0},
     "L1": {"weight": lambda: 1.0},
     # problems

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
+
+from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel.algorithms.engine.neumann import RandomizedNeumann
+from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.engine.neumann import RandomizedNeumann, series_beside
 from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.steps import Schedule, Step, demand_steps, number
 from bilevel.algorithms.engine.turns import Turns
@@ -84,6 +87,9 @@ class BSA(AbstractPreset):
             outer_schedule=self.outer_schedule,
         )
 
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+        return series_beside(self.loop, self.linear_step, inner_step, outer_step)
+
 
 @final
 @dataclass(frozen=True)
@@ -148,3 +154,6 @@ class TTSA(AbstractPreset):
             schedule=self.schedule,
             outer_schedule=self.outer_schedule,
         )
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+        return series_beside(self.loop, self.linear_step, inner_step, outer_step)

@@ -25,7 +25,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, is_optimizer, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
@@ -135,8 +135,8 @@ class F2SA(AbstractAlgorithm[Copies]):
         (3.0, 3.0)
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     weight: Weight = 10.0
     inner_steps: int = 1
     order: int | None = None
@@ -229,6 +229,11 @@ class F2SA(AbstractAlgorithm[Copies]):
             oracle.project(x), kept.low, kept.high, state.order, state.curvature, outer, kept.of_low, kept.of_high
         )
 
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Copies] | None:
+        if is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
+
     def stationarity(self, oracle: Oracle, state: Copies, found: Evaluated) -> Tensor:
         _, d_low, d_high = found.kept
         return arrival(oracle.residual(state.x, found.estimate.grad), d_low, d_high)
@@ -242,6 +247,8 @@ class F2SA(AbstractAlgorithm[Copies]):
             raise ValueError(f"`{call}` needs the order, which is derived at run time. Pass `order=`.")
         if isinstance(self.inner_step, AbstractOptimizer):
             raise ValueError(f"no bound is known for `{call}` with an optimizer as `inner_step`. Give a number.")
+        if isinstance(self.inner_step, Tensor):
+            raise ValueError(f"no bound is known for `{call}` with several runs side by side.")
         weight, b, given = weight_at(self.weight, 0), about.outer_gradient_norm, about.constants
         step = self.inner_step * (1.0 if self.schedule is None else self.schedule(0))
         mu, L, L_fyy, negative = known(call, given, "mu", "L", "L_fyy", "L_f_minus")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
+
+from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel.algorithms.engine.neumann import Neumann, RandomizedNeumann
+from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.engine.neumann import Neumann, RandomizedNeumann, series_beside
 from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.recursive import Storm
 from bilevel.algorithms.engine.single_loop import SingleLoop
@@ -82,6 +85,9 @@ class MRBO(AbstractPreset):
             outer_schedule=self.outer_schedule,
         )
 
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+        return series_beside(self.loop, self.linear_step, inner_step, outer_step)
+
 
 @final
 @dataclass(frozen=True)
@@ -148,3 +154,6 @@ class SUSTAIN(AbstractPreset):
             self.schedule,
             self.outer_schedule,
         )
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+        return series_beside(self.loop, self.linear_step, inner_step, outer_step)

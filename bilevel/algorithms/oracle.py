@@ -32,6 +32,8 @@ class Block:
         count: N, how many blocks there are.
         samples: how many samples it has; 0: that is not known.
         weight: its share w of all samples.
+        numbers: of runs side by side, each of which has a block of its own, which these are `(runs,)`; the data then
+            have one axis of runs more. None: all see the same.
     """
 
     data: Any
@@ -39,6 +41,7 @@ class Block:
     count: int = 1
     samples: int = 0
     weight: float = 1.0
+    numbers: Tensor | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -213,7 +216,8 @@ class Oracle:
             of_f, of_g = self.block("f", f), self.block("g", g)
             alike = of_f.data is of_g.data and not isinstance(self.data, Split)
             data = of_f.data if alike else Split(f=of_f.data, g=of_g.data)
-            self._problems[f, g] = self._with(data, of_f.samples, of_g.samples)
+            own = {role for role, block in (("f", of_f), ("g", of_g)) if block.numbers is not None}
+            self._problems[f, g] = self._with(data, of_f.samples, of_g.samples, frozenset(own))
         return self._problems[f, g]
 
     def first(self) -> FlatProblem:
@@ -253,8 +257,10 @@ class Oracle:
         """Whether all the data are known, of f and of g."""
         return has_whole(self.data)
 
-    def _with(self, data: Any, f_samples: int, g_samples: int) -> FlatProblem:
+    def _with(self, data: Any, f_samples: int, g_samples: int, own_data: frozenset[str] = frozenset()) -> FlatProblem:
         like, tally = self.like, self.like.tally
+        if like.problem.tasks:  # which the rows of y count already
+            f_samples, g_samples = min(f_samples, 1), min(g_samples, 1)
         if f_samples or g_samples:
             tally = tally.part(f_samples, g_samples)
-        return like.on(data, tally)
+        return like.on(data, tally, own_data)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
+
+from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact
+from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.engine.nested import Nested
-from bilevel.algorithms.engine.neumann import Neumann
+from bilevel.algorithms.engine.neumann import Neumann, series_beside
 from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.steps import Schedule, Step, demand_steps, number
 from bilevel.arguments.fits import demand_types
@@ -82,3 +85,6 @@ class VRBO(AbstractPreset):
             schedule=self.schedule,
             outer_schedule=self.outer_schedule,
         )
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+        return series_beside(self.loop, self.linear_step, inner_step, outer_step)

@@ -102,7 +102,7 @@ def compare(
     names = [name for name in named_estimators() if name != IMPLICIT] if estimators is None else list(estimators)
     demand_names(*names)
     for name in names:
-        why = comparer.why_not(implicit_name(flat) if name == IMPLICIT else name)
+        why = comparer.why_not(implicit_name(flat, comparer.x, comparer.y0) if name == IMPLICIT else name)
         for budget in (None,) if budgets is None else budgets:
             setting = Setting(flat, comparer.x, comparer.y0, budget)
             rows.append(comparer.row(name, budget, lambda n=name, s=setting: build(n, s), why))  # type: ignore[misc]

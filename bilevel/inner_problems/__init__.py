@@ -15,5 +15,6 @@ from bilevel.inner_problems.linear_model import (
     Squared as Squared,
 )
 from bilevel.inner_problems.polytope import Polytope as Polytope
+from bilevel.inner_problems.proximal_fixed_point import ProximalFixedPoint as ProximalFixedPoint
 from bilevel.inner_problems.smooth import SmoothMinimization as SmoothMinimization
 from bilevel.requirements.properties import Property as Property

@@ -30,6 +30,11 @@ class AbstractDeclaredKind(AbstractPortable, abc.ABC):
         """What it is, for an estimator that requires more, and what to use instead: a sentence or two."""
 
     @property
+    def without_symmetry(self) -> str:
+        """Why (dF/dy)' may lack a declared property where it is formed: what is said to a solver that needs it."""
+        return "the optimality condition of the inner problem lacks a property here."
+
+    @property
     def g(self) -> Callable[..., Tensor] | None:
         """The smooth objective g(x, y), where there is one; it becomes that of the problem."""
         return None

@@ -130,7 +130,7 @@ def _fallback(s: Setting) -> str:
     """The most accurate name that applies: an iteration has no condition to differentiate implicitly."""
     kind = inner_problem(s.problem.problem)
     if kind.implicit or {Property.stationary, Property.smooth} <= kind.offers:
-        return implicit_name(s.problem)
+        return implicit_name(s.problem, s.x, s.y0)
     return "itd" if Property.steps in kind.offers else "finite-difference"
 
 

@@ -46,7 +46,7 @@ class NamedEstimator:
 
 def _implicit(s: Setting) -> AbstractEstimator:
     """The estimator of another name, by the kind of inner problem."""
-    return _named()[implicit_name(s.problem)].build(s)
+    return _named()[implicit_name(s.problem, s.x, s.y0)].build(s)
 
 
 _TABLE: dict[str, tuple[Builder, str]] = {

@@ -20,7 +20,7 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Status, Tally
 from bilevel.arguments.fits import demand_types
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
-from bilevel.requirements.properties import DoesNotApply, Feature, Property
+from bilevel.requirements.properties import DoesNotApply, Feature, Property, implied
 
 # Of an unrolled iteration: at condition numbers beyond about 300 it ends before 1e-7, which is reported, and a name
 # does not take minutes.
@@ -187,15 +187,15 @@ class Setting:
 
     def _stepwise(self, steps: int | None, min_steps: int) -> AbstractInnerSolver:
         """For a non-smooth term and for steps of the problem's own: differentiable steps that heed them."""
+        from bilevel.solvers.fista import FISTA
         from bilevel.solvers.own_steps import OwnSteps
-        from bilevel.solvers.proximal_gradient import ProximalGradient
 
         if Feature.own_steps in self.features:
             return OwnSteps()
         if steps is not None:
-            return ProximalGradient(max_steps=steps, tol=None)
+            return FISTA(max_steps=steps, tol=None)
         # Ten times as many as of gradient descent: where columns are correlated, the support is settled late.
-        return ProximalGradient(max_steps=10 * MOST_STEPS, tol=self.inner_tol(), min_steps=min_steps)
+        return FISTA(max_steps=10 * MOST_STEPS, tol=self.inner_tol(), min_steps=min_steps)
 
     def linear(self, per_step: int = 2) -> AbstractLinearSolver:
         """For implicit estimators: conjugate gradients; a budget is by default half inner steps, half linear ones."""
@@ -310,7 +310,7 @@ class Setting:
         the bias is that of the least curvatures which grad_y f has a part in, and these are not known here.
         1 where there is no g to be weighed, or y is not its minimizer: the estimator is then refused by name.
         """
-        if not {Property.minimum, Property.smooth} <= inner_problem(self.problem.problem).offers:
+        if Property.valued not in implied(inner_problem(self.problem.problem).offers):
             return 1.0
         quiet = self.problem.with_tally(Tally())
         y0 = self.problem.start(self.x, self.y0).detach()
@@ -331,8 +331,7 @@ class Setting:
 
         Cost: one estimate where `first` will do, which is the rule up to condition numbers of some hundred.
         """
-        offers = inner_problem(self.problem.problem).offers
-        if self.budget is not None or not {Property.minimum, Property.smooth} <= offers:
+        if self.budget is not None or Property.valued not in implied(inner_problem(self.problem.problem).offers):
             return first
         quiet = self.problem.with_tally(Tally())
         y = self.problem.start(self.x, self.y0).detach()

@@ -13,6 +13,7 @@ from bilevel._problem import Split
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Block, Draws
 from bilevel.outer.randomness import drawn_so_far, go_on_from
+from bilevel.requirements.properties import DoesNotApply
 
 
 def sources(data: Any) -> AbstractData | Split:
@@ -85,7 +86,7 @@ _SEEN = 8  # blocks whose curvature is looked at: the worst of a few tells about
 
 def some_blocks(data: AbstractData | Split) -> list[Any]:
     """Some blocks of g beside the first batch, where it has blocks, as what f and g are called with."""
-    if not isinstance(data, Split) or not isinstance(data.g, FiniteSum):
+    if not isinstance(data, Split) or not isinstance(data.g, FiniteSum) or data.g.is_fixed:
         return []
     step = -(-data.g.blocks // _SEEN)
     return [Split(data.f.batch(0, 0), data.g.block_number(k).data) for k in range(0, data.g.blocks, step)]
@@ -210,9 +211,24 @@ def _sides(data: AbstractData | Split) -> tuple[AbstractData, ...]:
     return (data.f, data.g) if isinstance(data, Split) else (data,)
 
 
-def _only_batches(kind: str, data: Any) -> ValueError:
-    return ValueError(
-        f"the algorithm asks for the whole data, and `minimize(data=...)` has only batches of them: {kind}"
-        f" ({type(data).__name__}). Pass all samples as one batch (a tensor, dict or tuple), or choose an algorithm"
-        f" that needs batches only."
+def _only_batches(kind: str, data: Any) -> DoesNotApply:
+    return DoesNotApply(
+        f"it asks for the whole data, and `minimize(data=...)` has only batches of them: {kind}"
+        f" ({type(data).__name__}). Pass `data=FiniteSum(tensors, batch_size)`, or all samples as one batch (a tensor,"
+        f" dict or tuple), or use an algorithm that needs batches only, such as 'soba' or 'ma-soba'."
     )
+
+
+def demand_all_tasks(data: AbstractData | Split) -> None:
+    """Refuse blocks of tasks, of which every step would see others: f and g must see the same, and y is one of each.
+
+    Raises:
+        ValueError: if a side is a `FiniteSum` of several blocks.
+    """
+    for side in _sides(data):
+        if isinstance(side, FiniteSum) and not side.is_fixed:
+            raise ValueError(
+                f"`minimize(data=FiniteSum(...))` of a problem with tasks would give f and g other tasks at every step:"
+                f" blocks of {side.batch_size} of {side.samples}. Pass all tasks as one batch (a tensor, dict or"
+                f" tuple), or, with `estimator=`, batches of tasks as a list or a loader, which both see."
+            )

@@ -38,7 +38,7 @@ from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registration import AUTO
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
-from bilevel.outer.batches import expect, first_batch, some_blocks, sources
+from bilevel.outer.batches import demand_all_tasks, expect, first_batch, some_blocks, sources
 from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of, trials_of
 from bilevel.outer.drivers import drive
 from bilevel.outer.fingerprint import Fingerprint
@@ -125,8 +125,8 @@ def minimize(
             at most a tenth of the calls.
         sweep: lists of settings of the algorithm by name, such as `{"inner_step": [0.1, 1.0], "ratio": [1.0, 10.0]}`,
             with `ratio` that of inner_step to outer_step and `seed` that of the order of a `FiniteSum`: every
-            combination is run for `sweep_steps` steps, those that differ in steps alone side by side in one batch, and
-            the best is gone on with as if it had run alone. `Solution.sweep` has a row for each; calls are counted.
+            combination is run for `sweep_steps` steps, those that differ in steps or seeds side by side in one batch,
+            and the best is gone on with as if it had run alone. `Solution.sweep` has a row for each; calls are counted.
         sweep_steps: how long; None: a quarter of `max_steps`.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
         callback: called with the record and the estimate of each step; a true return value stops the run.
@@ -204,6 +204,8 @@ def minimize(
         "constants": constants,
     }
     batches = sources(data)
+    if problem.tasks:
+        demand_all_tasks(batches)
     on_batches = has_whole(batches) and not is_fixed(batches)
     if algorithm == AUTO and is_fixed(batches):
         algorithm = DESCENT

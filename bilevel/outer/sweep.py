@@ -21,6 +21,7 @@ from bilevel.algorithms.engine.direction import rows_of_outer_gradients
 from bilevel.algorithms.engine.rows import row_of
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Oracle
+from bilevel.algorithms.several_orders import SeveralOrders
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.outer.trial import Trial
 from bilevel.requirements.properties import Property
@@ -83,10 +84,15 @@ def configured(algorithm: AbstractAlgorithm[Any], settings: Mapping[str, Any]) -
         if not isinstance(changed.inner_step, int | float):
             raise ValueError("`minimize(sweep={'ratio': ...})` needs an `inner_step` that is a number.")
         changed = replace(changed, outer_step=changed.inner_step / settings["ratio"])
-    if "seed" in settings and any(field.name == "seed" for field in fields(changed)):
+    if "seed" in settings and _has_seed(changed):
         changed = replace(changed, seed=settings["seed"])
     found: AbstractAlgorithm[Any] = changed
     return found
+
+
+def _has_seed(algorithm: Any) -> bool:
+    """Whether it draws random numbers of its own, beside the order of the data."""
+    return any(field.name == "seed" for field in fields(algorithm))
 
 
 def reordered(data: AbstractData | Split, settings: Mapping[str, Any]) -> AbstractData | Split:
@@ -105,6 +111,20 @@ def reordered(data: AbstractData | Split, settings: Mapping[str, Any]) -> Abstra
     raise ValueError("`minimize(sweep={'seed': ...})` is the seed of a `FiniteSum`. Pass `data=FiniteSum(...)`.")
 
 
+def _side_by_side(data: AbstractData | Split, each: Sequence[Mapping[str, Any]]) -> AbstractData | Split | None:
+    """The data for several runs at once, each in the order of its settings; None: they cannot be stacked."""
+    orders = [reordered(data, settings) for settings in each]
+    if not isinstance(data, Split) or "seed" not in each[0]:
+        return data
+
+    def stacked(sides: list[AbstractData]) -> AbstractData | None:
+        sums = tuple(side for side in sides if isinstance(side, FiniteSum))
+        return SeveralOrders.of(sums) if sums else sides[0]
+
+    f, g = (stacked([getattr(order, side) for order in orders]) for side in ("f", "g"))
+    return None if f is None or g is None else Split(f=f, g=g)
+
+
 def swept(
     algorithm: AbstractAlgorithm[Any],
     sweep: Mapping[str, Sequence[Any]],
@@ -116,9 +136,10 @@ def swept(
 ) -> Winner:
     """Run every combination for so many steps from the same start, and say which one has come furthest.
 
-    Combinations that differ in `inner_step`, `outer_step` or `ratio` alone are one batch over a leading axis, where the
-    algorithm can be (`AbstractAlgorithm.beside`); what else is swept makes one batch after the other. The best is that
-    of the lowest Phi on all the data, among those that are numbers.
+    Combinations that differ in `inner_step`, `outer_step`, `ratio` or the order of the data alone are one batch over a
+    leading axis, where the algorithm can be (`AbstractAlgorithm.beside`) and blocks are of one size; what else is
+    swept, and the seed of an algorithm's own coins, makes one batch after the other. The best is that of the lowest Phi
+    on all the data, among those that are numbers.
 
     Args:
         algorithm: what is run.
@@ -134,21 +155,21 @@ def swept(
     """
     found = combinations(algorithm, sweep)
     groups: dict[str, list[int]] = {}
+    alike = STEPS if oracle.like.problem.tasks or _has_seed(algorithm) else (*STEPS, "seed")
     for k, settings in enumerate(found):
-        rest = {name: value for name, value in settings.items() if name not in (*STEPS, "ratio")}
+        rest = {name: value for name, value in settings.items() if name not in (*alike, "ratio")}
         groups.setdefault(repr(rest), []).append(k)
     rows: dict[int, _Row] = {}
     for members in groups.values():
-        data = reordered(oracle.data, found[members[0]])
-        for batch in _batches(algorithm, found, members, x):
-            at = Oracle(oracle.like, data, batch.draws, oracle.region)
+        for batch in _batches(algorithm, found, members, oracle.data, x):
+            at = Oracle(oracle.like, batch.data, batch.draws, oracle.region)
             rows |= batch.run(at, x, y, steps)
     sound = [k for k, row in rows.items() if math.isfinite(row.value)]
     if not sound:
         raise ValueError("`minimize(sweep=...)`: all combinations diverged within the sweep. Sweep over shorter steps.")
     least, most = (pick(rows[k].value for k in sound) for pick in (min, max))
-    alike = [k for k in sound if rows[k].value <= least + slack * (most - least)]
-    best = alike[0] if slack else min(sound, key=lambda k: rows[k].value)
+    near = [k for k in sound if rows[k].value <= least + slack * (most - least)]
+    best = near[0] if slack else min(sound, key=lambda k: rows[k].value)
     trials = tuple(
         Trial(
             found[k],
@@ -195,6 +216,7 @@ class _Batch:
     """Combinations that run side by side; one alone without a leading axis."""
 
     algorithm: AbstractAlgorithm[Any]
+    data: AbstractData | Split
     members: list[int]
     rows: int  # 0: one, without an axis
 
@@ -221,17 +243,22 @@ class _Batch:
 
 
 def _batches(
-    algorithm: AbstractAlgorithm[Any], found: list[dict[str, Any]], members: list[int], like: Tensor
+    algorithm: AbstractAlgorithm[Any],
+    found: list[dict[str, Any]],
+    members: list[int],
+    data: AbstractData | Split,
+    like: Tensor,
 ) -> list[_Batch]:
     each = [configured(algorithm, found[k]) for k in members]
     steps = [[getattr(one, name, None) for one in each] for name in STEPS]
     numbers = all(isinstance(step, int | float) for row in steps for step in row)
-    if len(members) > 1 and numbers:
+    together = _side_by_side(data, [found[k] for k in members]) if len(members) > 1 and numbers else None
+    if together is not None:
         columns = [torch.tensor(row, dtype=like.dtype, device=like.device) for row in steps]
         beside = each[0].beside(columns[0], columns[1])
         if beside is not None:
-            return [_Batch(beside, members, len(members))]
-    return [_Batch(one, [k], 0) for one, k in zip(each, members, strict=True)]
+            return [_Batch(beside, together, members, len(members))]
+    return [_Batch(one, reordered(data, found[k]), [k], 0) for one, k in zip(each, members, strict=True)]
 
 
 def _phi(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> Tensor:

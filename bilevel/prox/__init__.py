@@ -13,4 +13,7 @@ from bilevel.prox.l2_ball import L2 as L2, L2Ball as L2Ball
 from bilevel.prox.nuclear_norm import NuclearNorm as NuclearNorm, SpectralBall as SpectralBall
 from bilevel.prox.quadratic import Quadratic as Quadratic
 from bilevel.prox.simplex import Simplex as Simplex
+from bilevel.prox.sums import Sum as Sum
 from bilevel.prox.term import AbstractProxTerm as AbstractProxTerm
+from bilevel.prox.total_variation import TV1D as TV1D
+from bilevel.prox.total_variation_2d import TV2D as TV2D

@@ -52,6 +52,10 @@ class Box(AbstractProxTerm):
         return on_leaves(lambda leaf, bound: torch.where(leaf > bound, bound, leaf), above, self._bound(self.upper, 1))
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
+        return least(self.gaps(v))
+
+    def gaps(self, v: Tree) -> Tree:
+        """How far each entry is from a kink, relative to the largest one: a structure like v; for `Sum`."""
         largest = torch.stack([leaf.abs().max() for leaf in tree_leaves(v)]).max()
 
         def gap(leaf: Tensor, bound: Tensor | float) -> Tensor:
@@ -60,8 +64,7 @@ class Box(AbstractProxTerm):
 
         gaps = [on_leaves(gap, v, bound) for bound in (self._bound(self.lower, -1), self._bound(self.upper, 1))]
         nearest = on_leaves(torch.minimum, *gaps)
-        free = on_leaves(lambda leaf, wide: torch.where(wide > 0, leaf, wide.abs()), nearest, self._wide(v))
-        return least(free)
+        return on_leaves(lambda leaf, wide: torch.where(wide > 0, leaf, wide.abs()), nearest, self._wide(v))
 
     def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
         inside = on_leaves(lambda leaf, where: (where == 0).to(leaf.dtype), v, self._where(v))

@@ -87,6 +87,18 @@ def composed(outer: ProxDerivative, inner: ProxDerivative) -> ProxDerivative:
     return ProxDerivative((*outer.parts, *inner.parts), partial(both, 0), partial(both, 1))
 
 
+def scaled(P: ProxDerivative, factor: Tensor | float) -> ProxDerivative:
+    """The derivative times a number in (0, 1]."""
+    like = P.parts[0]
+    number = torch.as_tensor(factor, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+    return ProxDerivative((*P.parts, number), partial(_scaled, P.times, 1), partial(_scaled, P.inverse, -1))
+
+
+def _scaled(product: Callable[[Parts, Tree], Tree], power: int, parts: Parts, w: Tree) -> Tree:
+    leaves, build = tree_parts(product(parts[:-1], w))
+    return build([leaf * parts[-1].to(leaf.dtype) ** power for leaf in leaves])
+
+
 def _rest(times: Callable[[Parts, Tree], Tree], parts: Parts, w: Tree) -> Tree:
     leaves, build = tree_parts(w)
     return build([leaf - own for leaf, own in zip(leaves, tree_leaves(times(parts, w)), strict=True)])

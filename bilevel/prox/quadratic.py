@@ -80,6 +80,11 @@ class Quadratic(AbstractProxTerm):
         rest = torch.where(q.abs() > _rounding(q), step * q * p, 0.0)
         return ProxDerivative((V, p, rest), on_vector(_times), on_vector(_inverse), on_vector(_co_inverse))
 
+    def shift(self, v: Tree, step: Tensor | float) -> Tree:
+        """t c, as a structure like v."""
+        structure = ravel(v, "v")[1]
+        return structure.unravel(step * self._tensors(structure)[1])
+
     def conjugate(self) -> Conjugate:
         return Conjugate(self)
 

@@ -13,7 +13,7 @@ from bilevel._linear import AbstractLinearSolver, unmet
 from bilevel._problem import BilevelProblem
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.requirements.properties import FOUND, Feature, Property
+from bilevel.requirements.properties import FOUND, Feature, Property, implied
 
 
 def why_not(
@@ -37,7 +37,7 @@ def why_not(
     if not isinstance(estimator, AbstractRequiring):
         return ""
     kind = inner_problem(problem)
-    missing = estimator.requires - kind.offers - FOUND
+    missing = estimator.requires - implied(kind.offers) - FOUND
     if problem.init is not None:
         missing -= {Property.start_in_x}
     if lacking:

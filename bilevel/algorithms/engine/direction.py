@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bilevel._numerics.second_derivatives import explained
 from bilevel._result import Report, Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.portable.pickling import AbstractPortable
@@ -144,6 +145,11 @@ class AbstractDirection(AbstractPortable, abc.ABC):
         """Whether there is a linear iterate."""
         return self.linear_start(torch.zeros(0, device="cpu")) is not None
 
+    @property
+    def goes_beside(self) -> bool:
+        """Whether it is formed for several (x, y, v) side by side as well as for one. No, unless it says so."""
+        return False
+
     @abc.abstractmethod
     def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
         """All of it, and f on its batch, from the data that are drawn."""
@@ -200,6 +206,10 @@ class Coupled(AbstractDirection):
     @property
     def draws(self) -> Draws:
         return Draws(f=1, g=1)
+
+    @property
+    def goes_beside(self) -> bool:
+        return True
 
     def linear_start(self, y: Tensor) -> Tensor | None:
         return torch.zeros_like(y)
@@ -270,6 +280,21 @@ def linear_distance(about: Beforehand) -> float:
             " H^-1 grad_y f at y*. Got None. At the start v is zero, so that |grad_y f| / mu bounds it."
         )
     return about.linear_distance
+
+
+def demand_row_step(loop: Any, name: str, step: float | Tensor | None) -> None:
+    """Refuse a step that is none: a number, or one for each of several runs at once `(rows,)`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not isinstance(step, Tensor):
+        demand_ranges(loop, None, **{name: POSITIVE})
+        return
+    plain = step.dim() == 1 and step.is_floating_point() and step.device.type != "meta"
+    if not plain or not bool(((step > 0) & step.isfinite()).all()):
+        call = f"{type(loop).__name__}({name}=...)"
+        raise ValueError(f"`{call}` must be one positive finite number for each row. Got {step}.")
 
 
 def minus(fx: Tensor, cross: Tensor | None, factor: float) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from bilevel._estimate import FlatEstimate
@@ -13,12 +12,14 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint
 from bilevel.algorithms.engine.steps import (
     LoopState,
+    RowStep,
     Schedule,
-    Step,
+    along,
     begun,
     demand_steps,
+    is_optimizer,
+    lengths,
     moved,
-    number,
     reports,
     required,
     size,
@@ -75,6 +76,7 @@ class Nested(AbstractAlgorithm[LoopState]):
             optimizer; from `minimize`, if the data are batches only.
 
     Example:
+        >>> import torch
         >>> from bilevel import BilevelProblem, minimize
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
@@ -83,8 +85,8 @@ class Nested(AbstractAlgorithm[LoopState]):
         3.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     linear_step: float | None = None
     inner_steps: int = 1
     direction: AbstractDirection = field(default_factory=Coupled)
@@ -136,9 +138,14 @@ class Nested(AbstractAlgorithm[LoopState]):
                 y, inner = moved(self.inner_step, rho, d.y, at.y, inner)
                 v = at.v
                 if v is not None and d.v is not None:
-                    v = torch.sub(v, d.v, alpha=rho * number(self.inner_step, self.linear_step))
+                    v = along(v, d.v, rho, lengths(self.inner_step, self.linear_step))
                 at = Joint(at.x, y, v)
         return LoopState(*at, Carried(*d, value), outer, inner)
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
+        if not self.direction.goes_beside or is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         d: Joint = found.kept

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias, final
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact
+from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.engine.direction import (
     AbstractDirection,
     Drawn,
     Joint,
     Known,
     demand_exact,
+    demand_row_step,
     minus,
     rows_of_outer_gradients,
 )
 from bilevel.algorithms.oracle import Draws
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.directions import truncated_series
@@ -42,7 +44,8 @@ class Neumann(AbstractDirection):
 
     Args:
         terms: K; K - 1 products.
-        step: of the series; below 2 / L with L the largest eigenvalue of the H_k for it to converge.
+        step: of the series; below 2 / L with L the largest eigenvalue of the H_k for it to converge. A tensor `(rows,)`
+            has one for each of several runs at once.
         products: of second derivatives; `FiniteDifferences()` where operations have no double backward.
 
     Raises:
@@ -51,16 +54,21 @@ class Neumann(AbstractDirection):
     """
 
     terms: int
-    step: float
+    step: float | Tensor
     products: AbstractProducts = Exact()
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, terms=AT_LEAST_1, step=POSITIVE)
+        demand_ranges(self, terms=AT_LEAST_1)
+        demand_row_step(self, "step", self.step)
 
     @property
     def draws(self) -> Draws:
         return Draws(f=1, g=self.terms)
+
+    @property
+    def goes_beside(self) -> bool:
+        return True
 
     def linear_start(self, y: Tensor) -> Tensor | None:
         return None
@@ -75,9 +83,10 @@ class Neumann(AbstractDirection):
         return _bound(self, self.terms, self.step, about)
 
     def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
-        v = r = self.step * b
+        step = _step_of_rows(self.step, b)
+        v = r = step * b
         for k in range(1, self.terms):
-            r = torch.sub(r, product(k, r), alpha=self.step)
+            r = _less(r, product(k, r), step)
             v = v + r
         return v
 
@@ -94,7 +103,7 @@ class RandomizedNeumann(AbstractDirection):
 
     Args:
         terms: K.
-        step: of the series.
+        step: of the series, or one for each of several runs at once `(rows,)`.
         seed: of k, a function of it and the number of the step.
         products: of second derivatives; `FiniteDifferences()` where operations have no double backward.
 
@@ -104,17 +113,22 @@ class RandomizedNeumann(AbstractDirection):
     """
 
     terms: int
-    step: float
+    step: float | Tensor
     seed: int = 0
     products: AbstractProducts = Exact()
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, terms=AT_LEAST_1, step=POSITIVE)
+        demand_ranges(self, terms=AT_LEAST_1)
+        demand_row_step(self, "step", self.step)
 
     @property
     def draws(self) -> Draws:
         return Draws(f=1, g=self.terms)
+
+    @property
+    def goes_beside(self) -> bool:
+        return True
 
     def linear_start(self, y: Tensor) -> Tensor | None:
         return None
@@ -131,10 +145,32 @@ class RandomizedNeumann(AbstractDirection):
     def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
         if drawn.chance is None:
             return Neumann(self.terms, self.step)._v(drawn, product, b)
-        v = self.terms * self.step * b
+        step = _step_of_rows(self.step, b)
+        v = self.terms * step * b
         for k in range(1, 1 + drawn.chance(self.seed, self.terms)):
-            v = torch.sub(v, product(k, v), alpha=self.step)
+            v = _less(v, product(k, v), step)
         return v
+
+
+def _step_of_rows(step: float | Tensor, like: Tensor) -> float | Tensor:
+    return step.reshape(-1, *(1 for _ in like.shape[1:])) if isinstance(step, Tensor) else step
+
+
+def _less(r: Tensor, product: Tensor, step: float | Tensor) -> Tensor:
+    """r - step H r."""
+    return r - step * product if isinstance(step, Tensor) else torch.sub(r, product, alpha=step)
+
+
+def series_beside(
+    loop: AbstractAlgorithm[Any], linear_step: float | None, inner_step: Tensor, outer_step: Tensor
+) -> AbstractAlgorithm[Any] | None:
+    """A loop for several runs at once, whose series has the steps of y where it has none of its own."""
+    beside: Any = loop.beside(inner_step, outer_step)
+    own = beside is None or linear_step is not None
+    found: AbstractAlgorithm[Any] | None = (
+        beside if own else replace(beside, direction=replace(beside.direction, step=inner_step))
+    )
+    return found
 
 
 Series: TypeAlias = Callable[[Drawn, Product, Tensor], Tensor]
@@ -161,8 +197,10 @@ def _outer(
     return minus(drawn.of_f * fx, cross, drawn.of_g(0)), value
 
 
-def _bound(direction: AbstractDirection, terms: int, step: float, about: Beforehand) -> Bound:
+def _bound(direction: AbstractDirection, terms: int, step: float | Tensor, about: Beforehand) -> Bound:
     demand_exact(direction)
+    if isinstance(step, Tensor):
+        raise ValueError(f"no bound is known for `{type(direction).__name__}` with several runs side by side.")
     return truncated_series(
         about.constants,
         step=step,

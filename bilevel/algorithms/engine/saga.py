@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -23,13 +23,14 @@ class Table(AbstractRows):
     Attributes:
         rows: `(N, *several, width)`; modified in place, by `write`.
         mean: A = sum_k w_k rows_k.
-        number: of the row to write; -1: none.
+        number: of the row to write; -1: none. Of several runs side by side that each see a block of their own, one for
+            each `(runs,)`.
         row: it.
     """
 
     rows: Tensor
     mean: Tensor
-    number: int
+    number: int | Tensor
     row: Tensor
 
     @staticmethod
@@ -39,20 +40,27 @@ class Table(AbstractRows):
         return Table(like.new_zeros(blocks, *like.shape), zero, -1, zero)
 
     def of_run(self, k: int) -> Table:
-        return Table(self.rows[:, k].clone(), self.mean[k], self.number, self.row[k])
+        number = int(self.number[k]) if isinstance(self.number, Tensor) else self.number
+        return Table(self.rows[:, k].clone(), self.mean[k], number, self.row[k])
 
     def write(self) -> None:
         """Put the row where it belongs; writing it again changes nothing, as a step that is taken again does."""
-        if self.number >= 0:
-            self.rows[self.number] = self.row
+        if isinstance(self.number, Tensor) or self.number >= 0:
+            self.rows[_place(self.number)] = self.row
 
     def see(self, new: Tensor, block: Block) -> tuple[Tensor, Table]:
         """A + (w N) (new - rows_k), unbiased whatever the rows are, and the table with the new row."""
         self.write()
-        assert block.number is not None
-        change = new - self.rows[block.number]
+        number = block.number if block.numbers is None else block.numbers
+        assert number is not None
+        change = new - self.rows[_place(number)]
         reduced = self.mean + block.scale * change
-        return reduced, Table(self.rows, self.mean + block.weight * change, block.number, new)
+        return reduced, Table(self.rows, self.mean + block.weight * change, number, new)
+
+
+def _place(number: int | Tensor) -> Any:
+    """Where the rows of a block are in a table: of block k, or of block k_r for each run r."""
+    return (number, torch.arange(len(number), device="cpu")) if isinstance(number, Tensor) else number
 
 
 @final
@@ -86,7 +94,7 @@ class Saga(AbstractReduction):
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Tables:
         of_g, of_f = oracle.block("g"), oracle.block("f")
-        if of_g.number is None or of_f.number is None or not isinstance(direction, Coupled):
+        if _without(of_g) or _without(of_f) or not isinstance(direction, Coupled):
             raise DoesNotApply(
                 "it keeps a table of what every block of the data said, and the data have batches of no identity. Pass"
                 " `data=FiniteSum(tensors, batch_size)`, or a `Split` of two, or use an algorithm without tables such"
@@ -103,6 +111,11 @@ class Saga(AbstractReduction):
         g, table_g = memory.g.see(of_g, oracle.block("g"))
         f, table_f = memory.f.see(of_f, oracle.block("f"))
         return Reduced(_together(g, f, pieces).joint(), value, Tables(table_g, table_f))
+
+
+def _without(block: Block) -> bool:
+    """Whether a batch has no identity."""
+    return block.number is None and block.numbers is None
 
 
 def _apart(pieces: Pieces) -> tuple[Tensor, Tensor]:

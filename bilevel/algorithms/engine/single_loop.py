@@ -19,6 +19,7 @@ from bilevel.algorithms.engine.steps import (
     along,
     begun,
     demand_steps as demand_steps,
+    is_optimizer,
     lengths,
     moved,
     reports,
@@ -121,7 +122,7 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
         return LoopState(oracle.project(x), y, v, reduced.memory, outer, inner)
 
     def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
-        if not isinstance(self.direction, Coupled):
+        if not self.direction.goes_beside or is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 

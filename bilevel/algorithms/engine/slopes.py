@@ -14,7 +14,8 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained
 from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Tally
-from bilevel.algorithms.engine.steps import Step
+from bilevel.algorithms.engine.direction import demand_row_step
+from bilevel.algorithms.engine.steps import RowStep
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import Property
@@ -42,7 +43,7 @@ def demand_weight(loop: Any, weight: Weight) -> None:
         demand_ranges(loop, None, weight=POSITIVE)
 
 
-def demand_own_steps(loop: Any, **steps: Step | None) -> None:
+def demand_own_steps(loop: Any, **steps: RowStep | None) -> None:
     """Refuse steps that are none, each by its name; None: it is left open.
 
     Raises:
@@ -54,7 +55,7 @@ def demand_own_steps(loop: Any, **steps: Step | None) -> None:
                 f"`{type(loop).__name__}({name}={type(step).__name__}())` needs a step size: pass `step=...`."
             )
         if not isinstance(step, AbstractOptimizer):
-            demand_ranges(loop, None, **{name: POSITIVE})
+            demand_row_step(loop, name, step)
 
 
 def demand_in_g(oracle: Oracle, x: Tensor, y: Tensor) -> None:
@@ -86,7 +87,7 @@ def slope(problem: FlatProblem, x: Tensor, y: Tensor, of_g: float, of_f: float =
 
 
 def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: float) -> tuple[Tensor, Tensor]:
-    """f `()`, and of_f grad_x f + of_g grad_x g `(p,)`, both means over tasks.
+    """f `(*several,)`, and of_f grad_x f + of_g grad_x g `(*several, p)`, both means over tasks.
 
     Cost: one gradient of g, and one of f unless `of_f` is zero (f is then not evaluated, and 0), by one backward pass.
     """
@@ -94,12 +95,12 @@ def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: f
     problem.tally.gradients += rows
     with torch.enable_grad(), explained():
         x, y = x.detach().requires_grad_(), y.detach()
-        value = of_g / rows * total(problem.g(x, y))
-        f = torch.zeros_like(value)
+        value = of_g / (problem.tasks or 1) * total(problem.g(x, y))
+        f = value.new_zeros(x.shape[:-1])
         if of_f:
             problem.tally.outer_gradients += rows
             f = problem.f(x, y)
-            value = value + of_f * f
+            value = value + of_f * total(f)
         return f.detach(), grad(value, x)
 
 

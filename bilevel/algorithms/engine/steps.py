@@ -13,9 +13,8 @@ from bilevel._calculus import Exact
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel._result import Report
-from bilevel.algorithms.engine.direction import AbstractDirection, Joint, residual_report
+from bilevel.algorithms.engine.direction import AbstractDirection, Joint, demand_row_step, residual_report
 from bilevel.algorithms.oracle import Oracle
-from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.requirements.properties import Property
 
 Schedule: TypeAlias = Callable[[int], float]  # step -> factor
@@ -68,16 +67,17 @@ def demand_steps(
     """
     call = type(loop).__name__
     for name, step in (("inner_step", inner_step), ("outer_step", outer_step), ("linear_step", linear_step)):
-        if isinstance(step, Tensor):
-            plain = step.dim() == 1 and step.is_floating_point() and step.device.type != "meta"
-            if not plain or not bool(((step > 0) & step.isfinite()).all()):
-                raise ValueError(f"`{call}({name}=...)` must be one positive finite number for each row. Got {step}.")
-        elif not isinstance(step, AbstractOptimizer):
-            demand_ranges(loop, None, **{name: POSITIVE})
+        if not isinstance(step, AbstractOptimizer):
+            demand_row_step(loop, name, step)
         elif step.needs_curvature:
             raise ValueError(f"`{call}({name}={type(step).__name__}())` needs a step size: pass `step=...`.")
     if linear and linear_step is None and isinstance(inner_step, AbstractOptimizer):
         raise ValueError(f"`{call}(inner_step=<an optimizer>)` needs `linear_step=`, a number, for v.")
+
+
+def is_optimizer(step: RowStep) -> bool:
+    """Whether an iterate is stepped by an optimizer, which has no step for each of several runs."""
+    return isinstance(step, AbstractOptimizer)
 
 
 def lengths(inner_step: RowStep, linear_step: float | None) -> float | Tensor:

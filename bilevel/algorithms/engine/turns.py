@@ -29,6 +29,7 @@ from bilevel.algorithms.engine.steps import (
     along,
     begun,
     demand_steps,
+    is_optimizer,
     lengths,
     moved,
     reports,
@@ -159,7 +160,7 @@ class Turns(AbstractAlgorithm[LoopState]):
         return LoopState(oracle.project(x), made.at.y, made.at.v, made.reduced.memory, outer, made.inner)
 
     def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
-        if not isinstance(self.direction, Coupled):
+        if not self.direction.goes_beside or is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 
