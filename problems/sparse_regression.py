@@ -153,7 +153,7 @@ def weighted_lasso(
         torch.Size([8])
     """
     data, _ = generated(n, d, nonzeros, rho, snr, seed)
-    shown = _Shown(data, l1_term)
+    shown = _Shown(data, l1_term, (highest_penalty(data.train) / _START).log())
     x0 = shown.grid[shown.path.best].expand(d).clone()
     return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=60)
 
@@ -308,7 +308,8 @@ def clipped(x0: Tensor) -> Box:
 def _instance(
     data: SparseData, x0: Tensor, term: Callable[..., AbstractProxTerm], name: str, steps: int = 30
 ) -> Instance:
-    shown = _Shown(data, term)
+    start = x0 if x0.dim() == 0 else (highest_penalty(data.train) / _START).log()
+    shown = _Shown(data, term, start)
     return Instance(
         problem=BilevelProblem(data.held, data.train, prox=term),
         x0=x0,
@@ -316,12 +317,8 @@ def _instance(
         description=name,
         metrics=shown.metrics,
         plot=shown.plot,
-        settings={"constraint": clipped(_scalar_start(data)), "max_steps": steps},
+        settings={"constraint": clipped(start), "max_steps": steps},
     )
-
-
-def _scalar_start(data: SparseData) -> Tensor:
-    return (highest_penalty(data.train) / _START).log()
 
 
 def _cross_validated(data: SparseData, x0: Tensor, folds: int, name: str) -> Instance:
@@ -335,7 +332,7 @@ def _cross_validated(data: SparseData, x0: Tensor, folds: int, name: str) -> Ins
     }
     train = LinearModel(data.train.X, data.train.targets, weights=lambda fold: fold["train"])
     left_out = LinearModel(data.train.X, data.train.targets, weights=lambda fold: fold["held"])
-    shown = _Shown(data, l1_term)
+    shown = _Shown(data, l1_term, x0)
     return Instance(
         problem=BilevelProblem(left_out, train, prox=l1_term, tasks=True),
         x0=x0,
@@ -364,7 +361,7 @@ def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -
         fit = part["fits"] * ((z - b).square().sum() - n * variance)
         return (fit + part["sign"] * (2 * variance / e) * (z @ u)) / n  # the mean over the two is half of the sum
 
-    shown = _Shown(data, l1_term)
+    shown = _Shown(data, l1_term, x0)
     return Instance(
         problem=BilevelProblem(risk, LinearModel(X, lambda part: part["targets"]), prox=l1_term, tasks=True),
         x0=x0,
@@ -379,21 +376,29 @@ def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -
 @final
 @dataclass(frozen=True, eq=False)
 class _Shown:
-    """What a person is told: losses at (x, y), and those of the best of a grid with one penalty for all."""
+    """What a person is told: losses at (x, y), and those of the best of a grid with one penalty for all.
+
+    Attributes:
+        data: the parts.
+        term: what is learned.
+        start: log lambda_max / 10.
+    """
 
     data: SparseData
     term: Callable[..., AbstractProxTerm]
+    start: Tensor
 
     @functools.cached_property
     def grid(self) -> Tensor:
         """log lambda from lambda_max to lambda_max / 1000."""
-        top = float(highest_penalty(self.data.train).log())
+        top = float(self.start) + math.log(_START)
         return torch.linspace(top, top - math.log(_LOW), _GRID, dtype=self.data.train.X.dtype, device="cpu")
 
     @functools.cached_property
     def path(self) -> Any:
-        """The lasso's path over that grid."""
-        problem = BilevelProblem(self.data.held, self.data.train, prox=l1_term)
+        """The path over that grid: of the term, where it has one penalty, else of the lasso."""
+        term = l1_term if self.term is elastic_net_term else self.term
+        problem = BilevelProblem(self.data.held, self.data.train, prox=term)
         return solution_path(problem, list(self.grid), torch.zeros_like(self.data.train.X[0]))
 
     def refitted(self, x: Tensor) -> Tensor:
