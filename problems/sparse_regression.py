@@ -114,7 +114,7 @@ def lasso(
     Example:
         >>> from bilevel import minimize
         >>> instance = lasso()
-        >>> found = minimize(instance.problem, instance.x0, instance.y0, max_steps=10, **instance.settings)
+        >>> found = minimize(instance.problem, instance.x0, instance.y0, **instance.settings)
         >>> found.value < found.history[0].value
         True
     """
@@ -155,7 +155,7 @@ def weighted_lasso(
     data, _ = generated(n, d, nonzeros, rho, snr, seed)
     shown = _Shown(data, l1_term, (highest_penalty(data.train) / _START).log())
     x0 = shown.grid[shown.path.best].expand(d).clone()
-    return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=60)
+    return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=40)
 
 
 @checked(seed=SEED)
@@ -306,7 +306,7 @@ def clipped(x0: Tensor) -> Box:
 
 
 def _instance(
-    data: SparseData, x0: Tensor, term: Callable[..., AbstractProxTerm], name: str, steps: int = 30
+    data: SparseData, x0: Tensor, term: Callable[..., AbstractProxTerm], name: str, steps: int = 12
 ) -> Instance:
     start = x0 if x0.dim() == 0 else (highest_penalty(data.train) / _START).log()
     shown = _Shown(data, term, start)
@@ -340,7 +340,7 @@ def _cross_validated(data: SparseData, x0: Tensor, folds: int, name: str) -> Ins
         description=f"{name} in {folds} folds",
         metrics=lambda x, _: shown.metrics(x, shown.refitted(x)),
         plot=lambda figure, x, _: shown.plot(figure, x, shown.refitted(x)),
-        settings={"constraint": clipped(x0), "max_steps": 30, "data": data_of_folds},
+        settings={"constraint": clipped(x0), "max_steps": 12, "data": data_of_folds},
     )
 
 
@@ -369,7 +369,7 @@ def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -
         description=name,
         metrics=lambda x, _: shown.metrics(x, shown.refitted(x)),
         plot=lambda figure, x, _: shown.plot(figure, x, shown.refitted(x)),
-        settings={"constraint": clipped(x0), "max_steps": 30, "data": both},
+        settings={"constraint": clipped(x0), "max_steps": 12, "data": both},
     )
 
 

@@ -72,7 +72,7 @@ def svm(*, data: Arrays | None = None, seed: int = 0) -> Instance:
         description=f"linear support vector machine on {'breast cancer' if data is None else 'your data'}",
         metrics=shown.metrics,
         plot=shown.plot,
-        settings={"constraint": Range(*_RANGE), "max_steps": 30},
+        settings={"constraint": Range(*_RANGE), "max_steps": 12},
     )
 
 
@@ -108,7 +108,7 @@ def svr(*, data: Arrays | None = None, seed: int = 0) -> Instance:
         description=f"linear support vector regression on {'diabetes' if data is None else 'your data'}",
         metrics=shown.metrics,
         plot=shown.plot,
-        settings={"constraint": Range(*_RANGE), "max_steps": 30},
+        settings={"constraint": Range(*_RANGE), "max_steps": 12},
     )
 
 

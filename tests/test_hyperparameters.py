@@ -158,3 +158,16 @@ def test_the_derivative_is_that_of_cvxpylayers() -> None:
     )
     assert torch.allclose(est.y, found.detach(), atol=1e-6)
     assert float(est.grad) == pytest.approx(float(truth), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["lasso-cross-validation", "lasso-sure", "lasso-diabetes", "group-lasso", "svm", "svr"]
+)
+def test_runs_by_the_settings_of_a_problem_succeed_and_tell_losses(name: str) -> None:
+    if name in ("lasso-diabetes", "svm", "svr"):
+        pytest.importorskip("sklearn")
+    instance = catalogue()[name].build() if name in catalogue() else built(name)
+    found = minimize(instance.problem, instance.x0, instance.y0, **instance.settings)
+    assert found.best.value < found.history[0].value
+    assert instance.metrics is not None
+    assert {"validation_loss", "test_loss"} <= set(instance.metrics(found.x, found.y))
