@@ -10,6 +10,7 @@ from bilevel._instance import Instance
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
+from bilevel.problems._sparse import SparseData, highest_penalty
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.hyper_cleaning import (
     HyperCleaning,
@@ -49,10 +50,8 @@ from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
 from bilevel.problems.sparse_regression import (
-    SparseData,
     elastic_net_diabetes,
     group_lasso,
-    highest_penalty,
     lasso,
     lasso_diabetes,
     sparse_logistic,

@@ -2,76 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel._sets import Box
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, COUNT, POSITIVE, SEED, SIZE
-from bilevel.diagnostics.path import solution_path
 from bilevel.inner_problems.linear_model import LinearModel, LogLoss
 from bilevel.problems._data import Arrays, load
-from bilevel.problems._plots import COLORS
-from bilevel.prox.elastic_net import ElasticNet
+from bilevel.problems._sparse import (
+    START,
+    Shown,
+    SparseData,
+    clipped,
+    elastic_net_term,
+    generated,
+    highest_penalty,
+    l1_term,
+    signs,
+)
 from bilevel.prox.group_lasso import GroupLasso
-from bilevel.prox.l1 import L1
 from bilevel.prox.term import AbstractProxTerm
 
-_DEEP, _HIGH = 12.0, math.log(0.9)  # log lambda within [log lambda_max - 12, log lambda_max + log 0.9]
-_START, _GRID, _LOW = 10.0, 30, 1e3  # from lambda_max / 10; points of a grid down to lambda_max / 1000
 Criterion: TypeAlias = Literal["held-out", "cross-validation", "sure"]
-
-
-@checked()
-def highest_penalty(model: LinearModel) -> Tensor:
-    """lambda_max = max_j |grad_j g(0)|, from which on y* = 0 solves the lasso with g: a scalar.
-
-    Above it Phi is constant and the hypergradient exactly zero, so that searches are kept below.
-
-    Example:
-        >>> highest_penalty(LinearModel(torch.eye(2), torch.tensor([3.0, -4.0])))
-        tensor(2.)
-    """
-    z = model.X.new_zeros(model.X.shape[0])
-    slopes = (model.sample_weights() * model.loss.slope(z, model.sample_targets())) @ model.X
-    slopes = slopes if model.linear is None else slopes + model.linear
-    return slopes.abs().max()
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class SparseData:
-    """What a sparse model is fitted to, validated and tested on.
-
-    Attributes:
-        train: the objective of the inner problem, without its term.
-        held: the held-out loss.
-        test: the loss on the test part.
-        name: of the data.
-    """
-
-    train: LinearModel
-    held: LinearModel
-    test: LinearModel
-    name: str
-
-
-def l1_term(x: Tensor, *_: Any) -> L1:
-    """exp(x) |y|_1, or sum_j exp(x_j) |y_j|."""
-    return L1(x.exp())
-
-
-def elastic_net_term(x: Tensor, *_: Any) -> ElasticNet:
-    """exp(x_0) |y|_1 + exp(x_1) |y|^2 / 2."""
-    return ElasticNet(x[0].exp(), x[1].exp())
 
 
 @checked(n=SIZE, d=SIZE, nonzeros=COUNT, rho=AT_LEAST_0, snr=POSITIVE, seed=SEED)
@@ -119,7 +76,7 @@ def lasso(
         True
     """
     data, variance = generated(n, d, nonzeros, rho, snr, seed)
-    x0 = (highest_penalty(data.train) / _START).log()
+    x0 = (highest_penalty(data.train) / START).log()
     name = f"lasso on generated data, {criterion}"
     if criterion == "cross-validation":
         return _cross_validated(data, x0, folds, name)
@@ -153,7 +110,7 @@ def weighted_lasso(
         torch.Size([8])
     """
     data, _ = generated(n, d, nonzeros, rho, snr, seed)
-    shown = _Shown(data, l1_term, (highest_penalty(data.train) / _START).log())
+    shown = Shown(data, l1_term, (highest_penalty(data.train) / START).log())
     x0 = shown.grid[shown.path.best].expand(d).clone()
     return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=40)
 
@@ -173,7 +130,7 @@ def lasso_diabetes(*, per_feature: bool = False, data: Arrays | None = None, see
         ImportError: if scikit-learn is needed and missing.
     """
     parts = _diabetes(data, seed)
-    x0 = (highest_penalty(parts.train) / _START).log()
+    x0 = (highest_penalty(parts.train) / START).log()
     x0 = x0.expand(parts.train.X.shape[1]).clone() if per_feature else x0
     return _instance(parts, x0, l1_term, f"lasso on {parts.name}")
 
@@ -190,7 +147,7 @@ def elastic_net_diabetes(*, data: Arrays | None = None, seed: int = 0) -> Instan
         ImportError: if scikit-learn is needed and missing.
     """
     parts = _diabetes(data, seed)
-    x0 = (highest_penalty(parts.train) / _START).log().expand(2).clone()
+    x0 = (highest_penalty(parts.train) / START).log().expand(2).clone()
     return _instance(parts, x0, elastic_net_term, f"elastic net on {parts.name}")
 
 
@@ -214,7 +171,7 @@ def sparse_logistic(*, data: Arrays | None = None, seed: int = 0) -> Instance:
         for X, y in ((parts.X_train, parts.y_train), (parts.X_val, parts.y_val), (parts.X_test, parts.y_test))
     )
     found = SparseData(train, held, test, "breast cancer" if data is None else "your data")
-    x0 = (highest_penalty(train) / _START).log()
+    x0 = (highest_penalty(train) / START).log()
     return _instance(found, x0, l1_term, f"sparse logistic regression on {found.name}")
 
 
@@ -247,45 +204,7 @@ def group_lasso(
     def term(x: Tensor, *_: Any) -> GroupLasso:
         return GroupLasso(x.exp(), labels)
 
-    return _instance(data, (top / _START).log(), term, "group lasso on generated data")
-
-
-def generated(
-    n: int, d: int, nonzeros: int, rho: float, snr: float, seed: int, blocks: int = 1
-) -> tuple[SparseData, float]:
-    """Three parts of n samples each, and the variance of the noise; nonzero entries in blocks of so many."""
-    if not rho < 1:
-        raise ValueError(f"`rho=...` must be at least 0 and less than 1. Got {rho}.")
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-
-    columns = normal(d, 3 * n)
-    for j in range(1, d):
-        columns[j].mul_((1 - rho**2) ** 0.5).add_(columns[j - 1], alpha=rho)
-    chosen = torch.randperm(d // blocks, generator=generator, device="cpu")[: max(nonzeros // blocks, 1)]
-    truth = torch.zeros(d // blocks, blocks, dtype=torch.float64, device="cpu")
-    truth[chosen] = normal(len(chosen), blocks)
-    signal = truth.reshape(-1) @ columns
-    noise = normal(3 * n)
-    noise = noise * (torch.linalg.vector_norm(signal) / (snr * torch.linalg.vector_norm(noise)))
-    targets = signal + noise
-    parts = [
-        LinearModel(columns[:, k * n : (k + 1) * n].contiguous().mT, targets[k * n : (k + 1) * n]) for k in range(3)
-    ]
-    return SparseData(parts[0], parts[1], parts[2], "generated data"), float(noise.square().mean())
-
-
-def signs(labels: Tensor, classes: int) -> Tensor:
-    """Labels 0 and 1 as -1 and 1.
-
-    Raises:
-        ValueError: if there are more classes.
-    """
-    if classes != 2:
-        raise ValueError(f"`data=...` must have two classes. Got {classes}.")
-    return (2 * labels - 1).double()
+    return _instance(data, (top / START).log(), term, "group lasso on generated data")
 
 
 def _diabetes(data: Arrays | None, seed: int) -> SparseData:
@@ -299,17 +218,11 @@ def _diabetes(data: Arrays | None, seed: int) -> SparseData:
     )
 
 
-def clipped(x0: Tensor) -> Box:
-    """The range of log lambda around a start at lambda_max / 10 for which the search makes sense."""
-    top = float(x0.max()) + math.log(_START)
-    return Box(top - _DEEP, top + _HIGH)
-
-
 def _instance(
     data: SparseData, x0: Tensor, term: Callable[..., AbstractProxTerm], name: str, steps: int = 12
 ) -> Instance:
-    start = x0 if x0.dim() == 0 else (highest_penalty(data.train) / _START).log()
-    shown = _Shown(data, term, start)
+    start = x0 if x0.dim() == 0 else (highest_penalty(data.train) / START).log()
+    shown = Shown(data, term, start)
     return Instance(
         problem=BilevelProblem(data.held, data.train, prox=term),
         x0=x0,
@@ -332,7 +245,7 @@ def _cross_validated(data: SparseData, x0: Tensor, folds: int, name: str) -> Ins
     }
     train = LinearModel(data.train.X, data.train.targets, weights=lambda fold: fold["train"])
     left_out = LinearModel(data.train.X, data.train.targets, weights=lambda fold: fold["held"])
-    shown = _Shown(data, l1_term, x0)
+    shown = Shown(data, l1_term, x0)
     return Instance(
         problem=BilevelProblem(left_out, train, prox=l1_term, tasks=True),
         x0=x0,
@@ -361,7 +274,7 @@ def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -
         fit = part["fits"] * ((z - b).square().sum() - n * variance)
         return (fit + part["sign"] * (2 * variance / e) * (z @ u)) / n  # the mean over the two is half of the sum
 
-    shown = _Shown(data, l1_term, x0)
+    shown = Shown(data, l1_term, x0)
     return Instance(
         problem=BilevelProblem(risk, LinearModel(X, lambda part: part["targets"]), prox=l1_term, tasks=True),
         x0=x0,
@@ -371,74 +284,3 @@ def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -
         plot=lambda figure, x, _: shown.plot(figure, x, shown.refitted(x)),
         settings={"constraint": clipped(x0), "max_steps": 12, "data": both},
     )
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Shown:
-    """What a person is told: losses at (x, y), and those of the best of a grid with one penalty for all.
-
-    Attributes:
-        data: the parts.
-        term: what is learned.
-        start: log lambda_max / 10.
-    """
-
-    data: SparseData
-    term: Callable[..., AbstractProxTerm]
-    start: Tensor
-
-    @functools.cached_property
-    def grid(self) -> Tensor:
-        """log lambda from lambda_max to lambda_max / 1000."""
-        top = float(self.start) + math.log(_START)
-        return torch.linspace(top, top - math.log(_LOW), _GRID, dtype=self.data.train.X.dtype, device="cpu")
-
-    @functools.cached_property
-    def path(self) -> Any:
-        """The path over that grid: of the term, where it has one penalty, else of the lasso."""
-        term = l1_term if self.term is elastic_net_term else self.term
-        problem = BilevelProblem(self.data.held, self.data.train, prox=term)
-        return solution_path(problem, list(self.grid), torch.zeros_like(self.data.train.X[0]))
-
-    def refitted(self, x: Tensor) -> Tensor:
-        """y*(x) on all training samples."""
-        problem = BilevelProblem(self.data.held, self.data.train, prox=self.term)
-        y: Tensor = solution_path(problem, [x], torch.zeros_like(self.data.train.X[0])).y[0]
-        return y
-
-    def metrics(self, _: Tensor, y: Tensor) -> dict[str, float]:
-        best = self.path.y[self.path.best]
-        return {
-            "validation_loss": float(self.data.held(None, y)),
-            "test_loss": float(self.data.test(None, y)),
-            "nonzeros": float((y != 0).sum()),
-            "validation_loss_grid": float(self.data.held(None, best)),
-            "test_loss_grid": float(self.data.test(None, best)),
-            "nonzeros_grid": float((best != 0).sum()),
-        }
-
-    def plot(self, figure: Any, x: Tensor, y: Tensor) -> None:
-        left, right = figure.subplots(1, 2)
-        draw_path(left, right, self.grid, self.path, [float(self.data.test(None, each)) for each in self.path.y])
-        value = float(self.data.held(None, y))
-        if x.numel() == 1:
-            for axes in (left, right):
-                axes.axvline(float(x), color=COLORS[1], linestyle=":")
-            right.plot([float(x)], [value], "o", color=COLORS[1], label="learned")
-        else:
-            right.axhline(value, color=COLORS[1], linestyle=":", label="learned, several penalties")
-        right.legend()
-        figure.tight_layout()
-
-
-def draw_path(left: Any, right: Any, grid: Tensor, path: Any, test: list[float]) -> None:
-    """Coefficients, and the criterion and the test loss, over log lambda."""
-    entries = torch.stack(path.y)
-    for j in entries.abs().amax(0).topk(min(12, entries.shape[1])).indices.tolist():
-        left.plot(grid.tolist(), entries[:, j].tolist(), linewidth=1)
-    left.set_xlabel("log penalty")
-    left.set_ylabel("coefficients (the 12 largest)")
-    right.plot(grid.tolist(), list(path.values), color=COLORS[0], label="held-out loss")
-    right.plot(grid.tolist(), test, color=COLORS[3], label="test loss")
-    right.set_xlabel("log penalty")

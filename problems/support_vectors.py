@@ -16,7 +16,7 @@ from bilevel.arguments.ranges import SEED
 from bilevel.inner_problems.linear_model import LinearModel, LogLoss
 from bilevel.problems._data import Arrays, load
 from bilevel.problems._plots import COLORS, draw_bars
-from bilevel.problems.sparse_regression import signs
+from bilevel.problems._sparse import signs
 from bilevel.prox.bounded_l1 import BoundedL1
 from bilevel.prox.box import Box
 

@@ -13,7 +13,7 @@ from bilevel import AID, BilevelProblem, FiniteDifference, Instance, hypergradie
 from bilevel._result import Status
 from bilevel.inner_problems import LinearModel
 from bilevel.problems import catalogue, highest_penalty, lasso, weighted_lasso
-from bilevel.problems.sparse_regression import generated, l1_term
+from bilevel.problems._sparse import generated, l1_term
 from bilevel.prox import L1
 from bilevel.solvers import CG, CoordinateDescent
 

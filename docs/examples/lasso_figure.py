@@ -13,7 +13,7 @@ import torch
 
 from bilevel import minimize, solution_path
 from bilevel.problems import highest_penalty, lasso
-from bilevel.problems.sparse_regression import generated
+from bilevel.problems._sparse import generated
 
 CRITERIA = {"held-out": "#4c72b0", "cross-validation": "#55a868", "sure": "#8172b2"}
 
