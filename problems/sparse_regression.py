@@ -112,7 +112,7 @@ def weighted_lasso(
     data, _ = generated(n, d, nonzeros, rho, snr, seed)
     shown = Shown(data, l1_term, (highest_penalty(data.train) / START).log())
     x0 = shown.grid[shown.path.best].expand(d).clone()
-    return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=40)
+    return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=100)
 
 
 @checked(seed=SEED)
@@ -272,7 +272,8 @@ def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -
     def risk(_: Tensor, y: Tensor, part: dict[str, Tensor]) -> Tensor:
         z = torch.nn.functional.linear(X, y)
         fit = part["fits"] * ((z - b).square().sum() - n * variance)
-        return (fit + part["sign"] * (2 * variance / e) * (z @ u)) / n  # the mean over the two is half of the sum
+        total: Tensor = fit + part["sign"] * (2 * variance / e) * (z @ u)
+        return total / n  # the mean over the two is half of the sum
 
     shown = Shown(data, l1_term, x0)
     return Instance(

@@ -75,7 +75,10 @@ def knot(g: LinearModel) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         problem = BilevelProblem(g, g, prox=l1_term)
-        (y,) = solution_path(problem, [torch.tensor(middle, dtype=DOUBLE)], torch.zeros(g.X.shape[1], dtype=DOUBLE)).y
+        at_middle = [torch.tensor(middle, dtype=DOUBLE)]
+        (y,) = solution_path(
+            problem, at_middle, g.X.new_zeros(g.X.shape[1]), inner=CoordinateDescent(1e-14), throw=False
+        ).y
         low, high = (low, middle) if int((y != 0).sum()) > 1 else (middle, high)
     return high
 
@@ -116,7 +119,7 @@ def test_a_scalar_search_is_within_a_percent_of_a_grid_in_ten_solves_and_many_pe
     top = float(highest_penalty(data.train).log())
     grid = [torch.tensor(top - math.log(1e3) * k / 29, dtype=DOUBLE) for k in range(30)]
     best = min(solution_path(instance.problem, grid, instance.y0).values)
-    settings = instance.settings | {"max_steps": 9}
+    settings = {**instance.settings, "max_steps": 9}
     found = minimize(instance.problem, instance.x0, instance.y0, throw=False, **settings)
     assert len(found.history) <= 10
     assert found.best.value <= 1.01 * best

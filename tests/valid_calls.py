@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import bilevel
 import bilevel.algorithms
 import bilevel.extending
+import bilevel.inner_problems
 import bilevel.few_shot
 import bilevel.problems
 import bilevel.testing

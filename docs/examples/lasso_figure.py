@@ -37,7 +37,7 @@ def main(path: Path) -> None:
         samples = instance.settings.get("data")
         values = solution_path(instance.problem, grid, instance.y0, data=samples)
         right.plot(over, values.values, color=color, label=name)
-        settings = instance.settings | {"max_steps": 8}
+        settings = {**instance.settings, "max_steps": 8}
         seen: list[tuple[float, float]] = []
 
         def callback(_: object, estimate: object, seen: list[tuple[float, float]] = seen) -> None:
