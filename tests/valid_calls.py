@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import bilevel
 import bilevel.algorithms
 import bilevel.extending
-import bilevel.inner_problems
 import bilevel.few_shot
+import bilevel.inner_problems
 import bilevel.problems
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
