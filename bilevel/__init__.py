@@ -40,6 +40,7 @@ from bilevel.certificates.estimate_constants import estimate_constants as estima
 from bilevel.diagnostics.check import check as check
 from bilevel.diagnostics.compare import compare as compare
 from bilevel.diagnostics.comparison import Comparison as Comparison, Row as Row
+from bilevel.diagnostics.path import SolutionPath as SolutionPath, solution_path as solution_path
 from bilevel.diagnostics.verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.certified import Certified as Certified

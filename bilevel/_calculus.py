@@ -198,6 +198,7 @@ class Linearization:
         moved: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         reports: tuple[Report, ...] = (),
         start_in_x: bool = False,
+        on: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         """Put it together.
 
@@ -212,11 +213,13 @@ class Linearization:
             moved: (v, grad_y f) -> what belongs to (dF/dx)' v and depends on grad_y f itself, or None; None: nothing.
             reports: what was found out about the point.
             start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
+            on: S -> (v -> (dF/dy)' v on S, zero elsewhere), for v that are zero off S, where that is cheaper.
         """
         if not y.dim():
             raise ValueError("`Linearization(y=...)` must have an axis of entries. Got a tensor without axes.")
         self.y, self.gradient, self.products, self.reports = y, gradient, products, reports
         self._pull, self._right_hand_side, self._moved, self._start_in_x = pull, right_hand_side, moved, start_in_x
+        self.on = on
         self._last: list[tuple[Tensor, int, Tensor | None]] = []  # shared, and not self: nothing refers to its owner
         last = self._last
 

@@ -27,6 +27,7 @@ from bilevel.requirements.properties import Feature
 if TYPE_CHECKING:
     from bilevel.certificates.certificate import Constants
     from bilevel.inner_problems.polytope import FlatPolytope
+    from bilevel.inner_problems.separable import SeparableObjective
 
 State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
 
@@ -67,6 +68,7 @@ class Objective:
         settings: setting -> the value of a setting of an optimizer that is a function of x; see `setting`.
         active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
             the support and its signs, say. Solvers go on until they stay.
+        separable: what coordinate descent reads, where the problem is so.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -88,6 +90,7 @@ class Objective:
         solves: bool = True,
         settings: Callable[[Setting], Tensor] | None = None,
         active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
+        separable: SeparableObjective | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
@@ -95,6 +98,7 @@ class Objective:
         self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings = linearize, oracle, settings
+        self.separable = separable
 
     @property
     def is_plain(self) -> bool:
@@ -161,6 +165,18 @@ class Objective:
             return self.gradient(y)
         self.linearization = self._linearize(y)
         return self.linearization.gradient
+
+    def known_at(self, separable: SeparableObjective, y: Tensor, z: Tensor, gradient: Tensor) -> None:
+        """Keep what a solver that reads the structure knows at the point that it is about to return.
+
+        Args:
+            separable: the structure.
+            y: the point.
+            z: X y.
+            gradient: grad_y g there.
+        """
+        if self._linearize is not None:
+            self.linearization = separable.linearized(y, z, gradient)
 
     def hessian(self, y: Tensor) -> tuple[Tensor, Tensor, LinearOperator]:
         """g, grad_y g and the operator of d2g/dy2 at y; the gradient's graph is built once and kept."""
@@ -355,6 +371,7 @@ def smooth_objective(
     own: OwnStep | None = None,
     solves: bool = True,
     active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
+    separable: SeparableObjective | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -373,6 +390,7 @@ def smooth_objective(
         solves,
         settings_at(problem, x),
         active,
+        separable,
     )
 
 

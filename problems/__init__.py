@@ -10,6 +10,7 @@ from bilevel._instance import Instance
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
+from bilevel.problems._sparse import SparseData, highest_penalty
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.hyper_cleaning import (
     HyperCleaning,
@@ -48,6 +49,15 @@ from bilevel.problems.nested import nested
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
+from bilevel.problems.sparse_regression import (
+    elastic_net_diabetes,
+    group_lasso,
+    lasso,
+    lasso_diabetes,
+    sparse_logistic,
+    weighted_lasso,
+)
+from bilevel.problems.support_vectors import svm, svr
 from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 
 __all__ = [
@@ -71,6 +81,7 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
+    "SparseData",
     "WeightedLogit",
     "abml",
     "anil",
@@ -80,6 +91,9 @@ __all__ = [
     "cardano",
     "catalogue",
     "double_well",
+    "elastic_net_diabetes",
+    "group_lasso",
+    "highest_penalty",
     "hyper_cleaning",
     "hyper_cleaning_batches",
     "hyper_cleaning_synthetic",
@@ -87,6 +101,8 @@ __all__ = [
     "ibaml_head",
     "imaml",
     "lambert",
+    "lasso",
+    "lasso_diabetes",
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
@@ -107,7 +123,11 @@ __all__ = [
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
     "shared_embedding",
+    "sparse_logistic",
+    "svm",
     "svm_head",
+    "svr",
+    "weighted_lasso",
     "weighted_logit",
 ]
 
@@ -145,6 +165,14 @@ _ENTRIES = (
     Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),
     Entry("ridge", "ridge regression with learned penalties, random data", ridge),
     Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
+    Entry("lasso", "lasso with one learned penalty: held-out loss, cross-validation or SURE, generated data", lasso),
+    Entry("weighted-lasso", "lasso with a learned penalty for each of a hundred features", weighted_lasso),
+    Entry("lasso-diabetes", "lasso with learned penalties, diabetes data", lasso_diabetes),
+    Entry("elastic-net-diabetes", "elastic net with both penalties learned, diabetes data", elastic_net_diabetes),
+    Entry("group-lasso", "group lasso with a learned penalty, generated data", group_lasso),
+    Entry("sparse-logistic", "logistic regression with a learned L1 penalty, breast cancer data", sparse_logistic),
+    Entry("svm", "support vector machine with a learned cost, by its dual, breast cancer data", svm),
+    Entry("svr", "support vector regression with learned cost and tube, by its dual, diabetes data", svr),
     Entry("proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks),
     Entry(
         "bayesian-regression",

@@ -7,6 +7,7 @@ from bilevel.solvers.bicgstab import BiCGStab as BiCGStab
 from bilevel.solvers.cg import CG as CG
 from bilevel.solvers.clipped import Clipped as Clipped
 from bilevel.solvers.closed_form import ClosedForm as ClosedForm
+from bilevel.solvers.coordinate_descent import CoordinateDescent as CoordinateDescent
 from bilevel.solvers.cvxpy_program import Cvxpy as Cvxpy
 from bilevel.solvers.dense import Dense as Dense
 from bilevel.solvers.fista import FISTA as FISTA

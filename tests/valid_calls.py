@@ -23,6 +23,7 @@ import bilevel
 import bilevel.algorithms
 import bilevel.extending
 import bilevel.few_shot
+import bilevel.inner_problems
 import bilevel.problems
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
@@ -342,6 +343,11 @@ def saved(value: Any) -> Path:
     return folder() / "held.safetensors"
 
 
+def linear_model() -> Any:
+    """A regression."""
+    return bilevel.inner_problems.LinearModel(matrix(3, 2), torch.ones(3, **D))
+
+
 # By the annotation, as it is written; what is not here has no example.
 BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "float": lambda: 0.5,
@@ -546,6 +552,20 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "learner": lambda: anil_learner(),
         "features": lambda: lambda x, images: images,
         "classes": lambda: 2,
+    },
+    "solution_path": {"x": lambda: [X], "y0": lambda: Y},
+    "SolutionPath": {"x": lambda: (X,), "y": lambda: (Y,), "values": lambda: (1.0,), "steps": lambda: (1,)},
+    "CoordinateDescent": {"max_steps": lambda: 5},
+    "BoundedL1": {"radius": lambda: 0.5},
+    "LinearModel": {"X": lambda: matrix(3, 2), "targets": lambda: torch.ones(3, **D)},
+    "SparseData": dict.fromkeys(("train", "held", "test"), lambda: linear_model()),
+    "highest_penalty": {"model": lambda: linear_model()},
+    "lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "weighted_lasso": {"n": lambda: 4, "d": lambda: 3},
+    "group_lasso": {"n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
+    **{
+        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))}
+        for name in ("lasso_diabetes", "elastic_net_diabetes", "sparse_logistic", "svm", "svr")
     },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},

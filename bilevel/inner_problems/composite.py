@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Linearization
@@ -15,6 +16,8 @@ from bilevel._linear import POSITIVE_DEFINITE, OperatorProperties
 from bilevel._result import Solved
 from bilevel.inner_problems.flat_term import FlatTerm
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.linear_model import LinearModel
+from bilevel.inner_problems.separable import SeparableObjective
 from bilevel.inner_problems.stationary_point import StationaryPoint, balanced_step, contracting
 from bilevel.prox.term import AbstractProxTerm
 from bilevel.requirements.properties import Feature, Property
@@ -125,8 +128,26 @@ class Composite(AbstractInnerProblem):
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
         term = self.term(problem)
         return smooth_objective(
-            problem, x, products, prox=lambda v, t: term.prox(x, v, t), active=lambda v, t: term.active(x, v, t)
+            problem,
+            x,
+            products,
+            prox=lambda v, t: term.prox(x, v, t),
+            active=lambda v, t: term.active(x, v, t),
+            separable=self._separable(problem, x),
         )
+
+    def _separable(self, problem: FlatProblem, x: Tensor) -> SeparableObjective | None:
+        """What coordinate descent reads: a linear model and the pieces of the term, where they are that."""
+        model = self.objective_function
+        if not isinstance(model, LinearModel):
+            return None
+        pieces = self.term(problem).pieces(x.detach())
+        if pieces is None:
+            return None
+        with torch.no_grad():
+            targets = problem.map(lambda _, *data: model.sample_targets(*data), "g", x.detach())
+            weights = problem.map(lambda _, *data: model.sample_weights(*data), "g", x.detach())
+        return SeparableObjective(model, targets, weights, pieces, problem.tally)
 
     def linearize(
         self, problem: FlatProblem, x: Tensor, solved: Solved, smooth: Callable[[], Linearization], margin: float | None

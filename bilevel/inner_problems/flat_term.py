@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from bilevel.prox.term import AbstractProxTerm
 
 
+class _NoPiecesError(Exception):
+    """A term is not of the form that coordinate descent reads."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class FlatDerivative:
@@ -101,6 +105,23 @@ class FlatTerm:
             return self._diagonal(x, v, step) if term.separable else None
         parts = tuple(part.detach() for part in made[1:])
         return FlatDerivative(self._rows(found.times, parts), self._rows(found.inverse, parts))
+
+    def pieces(self, x: Tensor) -> Tensor | None:
+        """Rows a, c, l, u of `AbstractProxTerm.pieces`, `(*batch, 4, q)`; None where the term has none."""
+        structure = self.problem.y
+        y = structure.unravel(x.new_zeros(sum(shape.numel() for shape in structure.shapes)))
+
+        def one(x: Tree, *data: Any) -> Tensor:
+            found = self._at(x, *data).pieces(y)
+            if found is None:
+                raise _NoPiecesError
+            return found
+
+        with torch.no_grad():
+            try:
+                return self.problem.map(one, "g", x)
+            except _NoPiecesError:
+                return None
 
     def is_separable(self, x: Tensor) -> bool:
         """Whether the term at x says that it is a sum over entries."""

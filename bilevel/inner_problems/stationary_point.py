@@ -90,8 +90,11 @@ class StationaryPoint:
             weights = steep / t + (off - P.onto(off))  # off the range y moves as the map itself does
             return _minus(torch.autograd.grad(image, leaf, weights, retain_graph=True, allow_unused=True)[0])
 
+        # Of a diagonal P what is off its support is dropped, and need not be computed.
+        product = at.operator.mv if at.on is None else at.on(P.onto(torch.ones_like(self.y)) > 0.5)
+
         def mv(u: Tensor) -> Tensor:
-            return whole(u, at.operator.mv)
+            return whole(u, product)
 
         operator = LinearOperator(mv, self.y.shape[-1], positive_definite=True)
         return self._made(mv, products, operator, P.onto, moved, (self._kinks(), self._dimension(P)))

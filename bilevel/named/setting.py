@@ -102,6 +102,11 @@ class Setting:
         """What inner solvers must heed."""
         return inner_problem(self.problem.problem).features
 
+    @property
+    def _is_separable(self) -> bool:
+        """Whether coordinate descent can read the inner problem."""
+        return inner_objective(self.problem.with_tally(Tally()), self.x).separable is not None
+
     def steps(self, per_step: int) -> int | None:
         """How many steps the budget is enough for, at so many gradients and products a step; None without a budget.
 
@@ -124,6 +129,8 @@ class Setting:
     def inner(self, per_step: int = 1, over: float = 1.0) -> AbstractInnerSolver:
         """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
+        That is coordinate descent for a linear model with a separable term.
+
         One for constraints takes its own steps, some tens of systems in y, whatever the budget.
 
         A residual r leaves |y - y*| <= r / mu. Where the condition number of H, as seen by some 14 products with it at
@@ -135,6 +142,7 @@ class Setting:
             over: of estimators that take differences of y, their length: its error is divided by that.
         """
         from bilevel.named.solved_on import SolvedOn
+        from bilevel.solvers.coordinate_descent import CoordinateDescent
         from bilevel.solvers.lbfgs import LBFGS
         from bilevel.solvers.newton import Newton
         from bilevel.solvers.quadratic_program import QuadraticProgram
@@ -142,6 +150,8 @@ class Setting:
         steps = self.steps(per_step)
         if Feature.constraints in self.features:
             return QuadraticProgram()
+        if steps is None and self._is_separable:
+            return CoordinateDescent(self.inner_tol())
         if self.features:
             return self._stepwise(steps, 0)
         if steps is not None:

@@ -1,6 +1,7 @@
 """Non-smooth terms of inner problems, known by their proximal maps: `BilevelProblem(f, g, prox=...)`."""
 
 from bilevel.prox.affine import Affine as Affine
+from bilevel.prox.bounded_l1 import BoundedL1 as BoundedL1
 from bilevel.prox.box import Box as Box, Nonnegative as Nonnegative
 from bilevel.prox.conjugate import Conjugate as Conjugate
 from bilevel.prox.derivative import ProxDerivative as ProxDerivative

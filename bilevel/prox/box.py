@@ -12,7 +12,7 @@ from bilevel._tree import Tree, tree_leaves, tree_map
 from bilevel.arguments.fits import demand_type
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import ProxDerivative, diagonal
-from bilevel.prox.term import AbstractProxTerm, codes, least, on_leaves, outside, tiny, total
+from bilevel.prox.term import AbstractProxTerm, codes, least, on_leaves, outside, piece_rows, tiny, total
 
 
 @final
@@ -72,6 +72,9 @@ class Box(AbstractProxTerm):
 
     def active(self, v: Tree, step: Tensor | float) -> Tensor:
         return codes(self._where(v))
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        return piece_rows(y, lower=self._bound(self.lower, -1), upper=self._bound(self.upper, 1))
 
     def conjugate(self) -> AbstractProxTerm:
         return Conjugate(self)
@@ -136,6 +139,9 @@ class Nonnegative(AbstractProxTerm):
 
     def active(self, v: Tree, step: Tensor | float) -> Tensor:
         return Box(0.0).active(v, step)
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        return Box(0.0).pieces(y)
 
     def conjugate(self) -> Box:
         return Box(None, 0.0)

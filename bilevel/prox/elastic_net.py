@@ -13,7 +13,7 @@ from bilevel.arguments.fits import demand_type
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import ProxDerivative, diagonal
 from bilevel.prox.l1 import L1, soft
-from bilevel.prox.term import AbstractProxTerm, least, on_leaves, total
+from bilevel.prox.term import AbstractProxTerm, least, on_leaves, piece_rows, total
 
 
 @final
@@ -61,6 +61,9 @@ class ElasticNet(AbstractProxTerm):
 
     def active(self, v: Tree, step: Tensor | float) -> Tensor:
         return L1(self.l1).active(v, step)
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        return piece_rows(y, a=self.l1, c=self.l2)
 
     def conjugate(self) -> Conjugate:
         return Conjugate(self)

@@ -11,7 +11,18 @@ from torch import Tensor
 from bilevel._tree import Tree, tree_leaves
 from bilevel.arguments.fits import demand_type
 from bilevel.prox.derivative import ProxDerivative, diagonal
-from bilevel.prox.term import AbstractProxTerm, above, below, codes, least, on_leaves, outside, relative_gap, total
+from bilevel.prox.term import (
+    AbstractProxTerm,
+    above,
+    below,
+    codes,
+    least,
+    on_leaves,
+    outside,
+    piece_rows,
+    relative_gap,
+    total,
+)
 
 
 @final
@@ -45,6 +56,9 @@ class L1(AbstractProxTerm):
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         return least(on_leaves(lambda leaf, w: relative_gap(leaf.abs(), step * w), v, self.weight))
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        return piece_rows(y, a=self.weight)
 
     def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
         return diagonal(on_leaves(lambda leaf, w: (~below(leaf.abs(), step * w)).to(leaf.dtype), v, self.weight))
@@ -89,6 +103,11 @@ class LInfBall(AbstractProxTerm):
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         return least(on_leaves(lambda leaf, r: relative_gap(leaf.abs(), r), v, self.radius))
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        if not isinstance(self.radius, Tensor | float | int):
+            return None
+        return piece_rows(y, lower=-self.radius, upper=self.radius)
 
     def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative:
         return diagonal(on_leaves(lambda leaf, r: below(leaf.abs(), r).to(leaf.dtype), v, self.radius))

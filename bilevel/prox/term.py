@@ -68,6 +68,13 @@ class AbstractProxTerm(AbstractPortable, abc.ABC):
         """
         return torch.cat([leaf.new_zeros(0, dtype=torch.int64) for leaf in tree_leaves(v)])
 
+    def pieces(self, y: Tree) -> Tensor | None:
+        """h(y) = sum_i a_i |y_i| + c_i y_i^2 / 2 on l <= y <= u, as rows a, c, l, u `(4, q)`; None: it is not so.
+
+        What coordinate descent reads. The bounds may be infinite; y is one tensor, and only its shape is read.
+        """
+        return None
+
     @property
     def separable(self) -> bool:
         """Whether h is a sum over entries, so that the derivative of the map is diagonal. False unless it says so."""
@@ -110,6 +117,14 @@ def on_leaves(function: Callable[[Tensor, Any], Tensor], y: Tree, parameter: Any
 
 def _shown(tree: Tree) -> str:
     return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, tree))
+
+
+def piece_rows(y: Tree, a: Any = 0.0, c: Any = 0.0, lower: Any = -torch.inf, upper: Any = torch.inf) -> Tensor | None:
+    """The rows of `AbstractProxTerm.pieces`, of numbers or tensors that broadcast to y; None where y is no tensor."""
+    if not isinstance(y, Tensor) or not all(isinstance(part, Tensor | float | int) for part in (a, c, lower, upper)):
+        return None
+    rows = [torch.as_tensor(part, dtype=y.dtype, device=y.device).expand(y.shape) for part in (a, c, lower, upper)]
+    return torch.stack([row.reshape(-1) for row in rows])
 
 
 def codes(parts: Tree) -> Tensor:
