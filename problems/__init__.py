@@ -45,9 +45,9 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
-from bilevel.problems.networks.learned_augmentation import LearnedAugmentation, learned_augmentation
-from bilevel.problems.networks.mixed_operations import MixedOperations, mixed_operations
-from bilevel.problems.networks.noisy_labels import NoisyLabels, noisy_labels
+from bilevel.problems.networks.learned_augmentation import learned_augmentation
+from bilevel.problems.networks.mixed_operations import mixed_operations
+from bilevel.problems.networks.noisy_labels import noisy_labels
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -66,12 +66,9 @@ __all__ = [
     "KLDiagonal",
     "KLProducts",
     "KLSystem",
-    "LearnedAugmentation",
     "LogSumExp",
     "Logistic",
-    "MixedOperations",
     "MonteCarlo",
-    "NoisyLabels",
     "OuterObjective",
     "PosteriorDescent",
     "ProximalTasks",
