@@ -141,11 +141,11 @@ def by_hand_augmentation(steps: int) -> Tensor:
     outer, of_f, of_g = torch.optim.Adam([x], lr=0.02), iter(data.f), iter(data.g)
     inner = [torch.optim.Adam(list(y.values()), lr=3e-3) for y in copies]
     for k in range(steps):
-        bf, bg = next(of_f), next(of_g)
+        last, (bf, bg) = (next(of_f), next(of_g)), (next(of_f), next(of_g))
         for j, (y, optimizer) in enumerate(zip(copies, inner, strict=True)):
             value = g(x.detach(), y, bg) + (f(y, bf) / weight if j else 0.0)
             stepped(optimizer, list(y.values()), torch.autograd.grad(value, list(y.values())))
-        bf, bg = next(of_f), next(of_g)
+        bf, bg = last
         low, high = ({name: leaf.detach() for name, leaf in y.items()} for y in copies)
         f(high, bf)  # its value is that of the record
         (up,) = torch.autograd.grad(g(x, high, bg), x)
