@@ -58,10 +58,15 @@ def convolutions(side: int, classes: int, channels: int, dropout: float) -> nn.M
 
 
 def made(make: Callable[[], Made], seed: int) -> Made:
-    """What is made with torch's global random numbers at a seed; they are put back."""
+    """What is made in float32 with torch's global random numbers at a seed; both defaults are put back."""
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return make()
+        torch.set_default_dtype(torch.float32)  # in another type the same seed would be other numbers
+        try:
+            return make()
+        finally:
+            torch.set_default_dtype(before)
 
 
 def trained(net: Functional, y: Tree, inputs: Tensor) -> nn.Module:

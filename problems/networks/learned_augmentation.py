@@ -171,7 +171,7 @@ def learned_augmentation(
     if shift:
         X_val, X_test = (_shifted(each, seed + k) for k, each in enumerate((X_val, X_test), start=1))
     training = loader((X, parts.y_train), batch, seed + 1, _drawn)
-    start, least, most = (torch.tensor(each).log().to(X) for each in (_START, _LEAST, _MOST))
+    start, least, most = (torch.tensor(each, dtype=torch.float64).log().to(X) for each in (_START, _LEAST, _MOST))
     shown = _Shown(family, parts, X, X_val, X_test, training, max_steps, start, shift, grid)
     return Instance(
         problem=BilevelProblem(family.f, family.g),

@@ -235,10 +235,14 @@ def _task(n: int, vocabulary: int, length: int, width: int, noise: float, seed: 
         for name, weight in source.named_parameters():
             if name.startswith("edges") and weight.dim() > 1:
                 weight.mul_(_SHARP)  # so that attention attends and convolutions bend
-        targets = source(tokens, one_hot(planted, len(OPERATIONS)).float())
+        targets = source(tokens, one_hot(planted, len(OPERATIONS)).to(torch.float32))
     deviation, mean = torch.std_mean(targets, (0, 1))
     targets = (targets - mean) / deviation.clamp(min=1e-6)
-    return planted, tokens, targets + noise * torch.randn(targets.shape, generator=generator, device="cpu")
+    return (
+        planted,
+        tokens,
+        targets + noise * torch.randn(targets.shape, generator=generator, dtype=targets.dtype, device="cpu"),
+    )
 
 
 @final
