@@ -158,7 +158,7 @@ def by_hand_augmentation(steps: int) -> Tensor:
 
 
 PAIRS = (
-    Pair("noisy-labels", ours(noisy_labels), by_hand_labels, steps=40),
-    Pair("learned-augmentation", ours(learned_augmentation), by_hand_augmentation, steps=140),
-    Pair("mixed-operations", ours(mixed_operations), by_hand_operations, steps=30),
+    Pair("noisy-labels", ours(noisy_labels), by_hand_labels, steps=20),
+    Pair("learned-augmentation", ours(learned_augmentation), by_hand_augmentation, steps=110),
+    Pair("mixed-operations", ours(mixed_operations), by_hand_operations, steps=15),
 )
