@@ -46,6 +46,9 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks.learned_augmentation import learned_augmentation
+from bilevel.problems.networks.mixed_operations import mixed_operations
+from bilevel.problems.networks.noisy_labels import noisy_labels
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -103,14 +106,17 @@ __all__ = [
     "lambert",
     "lasso",
     "lasso_diabetes",
+    "learned_augmentation",
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
     "maml",
     "minimax",
+    "mixed_operations",
     "multinomial_digits",
     "nested",
     "no_inner_loop",
+    "noisy_labels",
     "proto_net",
     "proximal_tasks",
     "quadratic",
@@ -188,6 +194,15 @@ _ENTRIES = (
     Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
     Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
     Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
+    Entry("noisy-labels", "weights of training samples with wrong labels, a convolutional network", noisy_labels),
+    Entry(
+        "learned-augmentation",
+        "strengths of augmentations and parameters of the loss, a convolutional network",
+        learned_augmentation,
+    ),
+    Entry(
+        "mixed-operations", "which of the candidate operations made the data: mixing weights (DARTS)", mixed_operations
+    ),
     Entry(
         "rank-deficient",
         "singular inner Hessian: the hypergradient does not exist (a failure test)",

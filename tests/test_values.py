@@ -123,7 +123,10 @@ def build_problem(name: str) -> Any:
     sizes: dict[str, dict[str, Any]] = {
         "hyper-cleaning": {**data, "n_train": 12, "n_val": 6},
         "hyper-cleaning-synthetic": {"n_train": 12, "n_val": 6, "d": 3, "classes": 2},
+        "mixed-operations": {"n_train": 12, "n_val": 6, "width": 2, "batch": 4},
     }
+    for recipe in ("noisy-labels", "learned-augmentation"):
+        sizes[recipe] = {"n_train": 12, "n_val": 6, "channels": 2, "batch": 4, "data": (X[:, :1].expand(-1, 16), y)}
     own = data if name.endswith(("-diabetes", "-cancer", "-digits")) else {}
     return catalogue()[name].build(**sizes.get(name, own))
 

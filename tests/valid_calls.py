@@ -581,6 +581,16 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "n_val": lambda: 3,
         "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
     },
+    **{
+        name: {
+            "n_train": lambda: 4,
+            "n_val": lambda: 3,
+            "channels": lambda: 1,
+            "data": lambda: (torch.rand(9, 16), torch.arange(9) % 3),
+        }
+        for name in ("noisy_labels", "learned_augmentation")
+    },
+    "mixed_operations": {"n_train": lambda: 4, "n_val": lambda: 3, "width": lambda: 2, "vocabulary": lambda: 3},
     "hyper_cleaning_batches": {
         "n_train": lambda: 3,
         "n_val": lambda: 3,
