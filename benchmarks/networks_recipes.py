@@ -8,9 +8,10 @@ a limit is passed.
 
 from __future__ import annotations
 
-from _by_hand import Pair, main
+from _by_hand import main
+from _loops_b import PAIRS as B
 
-PAIRS: tuple[Pair, ...] = ()
+PAIRS = B
 
 if __name__ == "__main__":
     raise SystemExit(main(__file__, __doc__ or "", PAIRS))

@@ -45,6 +45,9 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks.distillation import distillation
+from bilevel.problems.networks.replay import replay
+from bilevel.problems.networks.representation import representation
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -79,6 +82,7 @@ __all__ = [
     "bayesian_regression",
     "cardano",
     "catalogue",
+    "distillation",
     "double_well",
     "hyper_cleaning",
     "hyper_cleaning_batches",
@@ -100,6 +104,8 @@ __all__ = [
     "quadratic",
     "random_quadratic",
     "rank_deficient",
+    "replay",
+    "representation",
     "reptile",
     "ridge",
     "ridge_diabetes",
@@ -160,6 +166,13 @@ _ENTRIES = (
     Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
     Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
     Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
+    Entry("distillation", "ten synthetic digits that train a fresh network", distillation),
+    Entry("replay", "samples of earlier tasks that keep a network from forgetting them", replay),
+    Entry(
+        "representation",
+        "ten million weights under a linear head, learned by forward passes and one backward",
+        representation,
+    ),
     Entry(
         "rank-deficient",
         "singular inner Hessian: the hypergradient does not exist (a failure test)",
