@@ -122,6 +122,9 @@ def build_problem(name: str) -> Any:
     sizes: dict[str, dict[str, Any]] = {
         "hyper-cleaning": {**data, "n_train": 12, "n_val": 6},
         "hyper-cleaning-synthetic": {"n_train": 12, "n_val": 6, "d": 3, "classes": 2},
+        "distillation": {**data, "n_train": 12, "hidden": 2},
+        "replay": {**data, "n_train": 12, "hidden": 2},
+        "representation": {**data, "n_train": 12, "n_val": 6, "width": 2, "features": 2},
     }
     own = data if name.endswith(("-diabetes", "-cancer", "-digits")) else {}
     return catalogue()[name].build(**sizes.get(name, own))

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
+# A run of seed s takes the seeds from s UNSEEN on; networks that no run has seen, those right before (s + 1) UNSEEN.
+UNSEEN = 10**6
+
 
 @final
 class Shuffled(Sampler[list[int]]):
     """Numbers of samples, `size` at a time, each epoch in an order of its own; an incomplete batch is left out.
 
-    A batch sampler of a `DataLoader`. Every pass over it is the same: the order of epoch k is that of the seed and k.
+    A batch sampler of a `DataLoader`, practically without end. Every pass over it is the same: the order of epoch k
+    is that of the seed and k.
     """
 
-    def __init__(self, samples: int, size: int, batches: int, seed: int) -> None:
+    def __init__(self, samples: int, size: int, seed: int, batches: int = UNSEEN) -> None:
         self.samples, self.size, self.batches, self.seed = samples, min(size, samples), batches, seed
 
     def __len__(self) -> int:
@@ -37,11 +41,11 @@ class Shuffled(Sampler[list[int]]):
 class Initializations(Dataset[dict[str, Tensor]]):
     """What a module's parameters start from, one draw a number; that of number k has the seed `first` + k."""
 
-    def __init__(self, make: Callable[[], nn.Module], count: int, first: int) -> None:
-        self.make, self.count, self.first = make, count, first
+    def __init__(self, make: Callable[[], nn.Module], first: int) -> None:
+        self.make, self.first = make, first
 
     def __len__(self) -> int:
-        return self.count
+        return UNSEEN
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         return initial(self.make, self.first + number)

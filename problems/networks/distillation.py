@@ -23,13 +23,12 @@ from bilevel.modules.functional import Functional, functional
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._losses import accuracy
 from bilevel.problems._plots import draw_bars
-from bilevel.problems.networks._loaders import Initializations, Rows, Shuffled, initial
+from bilevel.problems.networks._loaders import UNSEEN, Initializations, Rows, Shuffled, initial
 from bilevel.problems.networks._networks import Made, Network, trained
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
-_UNSEEN = 10**6  # the seeds of networks that a run does not train on begin here
 _FRESH = 5  # networks that the result is tested with
 
 
@@ -100,19 +99,23 @@ def distillation(
     """
     parts = load(data, "digits", sizes=(n_train, 1), seed=seed, per_feature=False, bias=False, double=double)
     X, labels = torch.cat([parts.X_train, parts.X_val]), torch.cat([parts.y_train, parts.y_val])
+    if networks > len(X):
+        raise ValueError(
+            f"`distillation(networks=...)` needs at least as many training samples as networks. Got {networks} networks"
+            f" and {len(X)} samples."
+        )
     make = Made(network, (X.shape[1], hidden, parts.classes), X.dtype)
     like = initial(make, seed)
     own = _Distilled(functional(make()), torch.arange(parts.classes, device="cpu").repeat_interleave(per_class))
     generator = torch.Generator("cpu").manual_seed(seed)
     images = torch.randn(len(own.labels), X.shape[1], generator=generator, device="cpu").to(X)
-    tests = networks * batch
     loaders = Split(
         f=DataLoader(
             TensorDataset(X, labels),
-            batch_sampler=Shuffled(len(X), min(tests, len(X) // networks * networks), max_steps + 1, seed),
+            batch_sampler=Shuffled(len(X), networks * min(batch, len(X) // networks), seed),
             collate_fn=Rows(networks),
         ),
-        g=DataLoader(Initializations(make, networks * (max_steps + 1), seed * _UNSEEN), batch_size=networks),
+        g=DataLoader(Initializations(make, seed * UNSEEN), batch_size=networks),
     )
     told = _Told(own, make, parts, X, labels, inner_steps, seed)
     of = "digits" if data is None else "your data"
@@ -184,7 +187,7 @@ class _Told:
         return {"test_accuracy_real": sum(few) / _FRESH, "test_accuracy_all": self._on(everything, 0)}
 
     def _drawn(self, k: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(_UNSEEN + self.seed * _FRESH + k)
+        generator = torch.Generator("cpu").manual_seed(UNSEEN + self.seed * _FRESH + k)
         order = torch.randperm(len(self.labels), generator=generator, device="cpu")
         each = len(self.own.labels) // self.parts.classes
         return torch.cat([order[self.labels[order] == c][:each] for c in range(self.parts.classes)])
@@ -198,7 +201,7 @@ class _Told:
         return max(self._test(trained(loss, self._start(k), length, 100)) for length in (0.1, 0.3, 1.0))
 
     def _start(self, k: int) -> dict[str, Tensor]:
-        return initial(self.make, _UNSEEN * (self.seed + 1) - 1 - k)  # the last ones before the next seed's
+        return initial(self.make, UNSEEN * (self.seed + 1) - 1 - k)  # the last ones before the next seed's
 
     def _test(self, y: dict[str, Tensor]) -> float:
         with torch.no_grad():

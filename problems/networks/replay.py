@@ -23,12 +23,11 @@ from bilevel.hypergrad.unrolling.checkpointed import Checkpointed
 from bilevel.modules.functional import Functional, functional
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._losses import accuracy, sample_losses
-from bilevel.problems.networks._loaders import initial
+from bilevel.problems.networks._loaders import UNSEEN, initial
 from bilevel.problems.networks._networks import Made, Network, trained
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
-_UNSEEN = 10**6  # the seeds of networks that a run does not train on begin here
 _LEARNERS = 5  # by which a selection is judged
 _COLORS = {"learned": "#0072b2", "random": "#d55e00"}
 
@@ -121,7 +120,7 @@ def replay(
     past = torch.stack([task < t for t in range(1, stages + 1)])
     steps = memory if max_steps is None else max_steps
     own = _Replayed(functional(make()), X, labels)
-    starts = Stages(make, task, stages, networks * stages * (steps + 1), seed * _UNSEEN)
+    starts = Stages(make, task, stages, seed * UNSEEN)
     learner = Learner(own, make, parts, task, stages, learner_steps, learner_step, batch)
     told = _Told(learner, parts, past, memory, seed)
     return Instance(
@@ -180,8 +179,8 @@ class Stages(Samples[dict[str, Any]]):
     those until its end.
     """
 
-    def __init__(self, make: Made, task: Tensor, stages: int, count: int, first: int) -> None:
-        self.make, self.count, self.first = make, count, first
+    def __init__(self, make: Made, task: Tensor, stages: int, first: int) -> None:
+        self.make, self.first = make, first
         self.rows = torch.eye(stages, dtype=make.dtype, device="cpu")
         numbers = torch.arange(1, stages + 1, device="cpu").unsqueeze(1)
         self.now, self.seen = (
@@ -189,7 +188,7 @@ class Stages(Samples[dict[str, Any]]):
         )
 
     def __len__(self) -> int:
-        return self.count
+        return UNSEEN
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         k = number % len(self.rows)
@@ -294,7 +293,7 @@ class _Told:
         return _summary("random", [self.learner.learn(self.random(k), self._seed(k)) for k in range(_LEARNERS)])
 
     def _seed(self, k: int) -> int:
-        return _UNSEEN * (self.seed + 1) - 1 - k  # the last ones before the next seed's
+        return UNSEEN * (self.seed + 1) - 1 - k  # the last ones before the next seed's
 
     def random(self, k: int) -> Tensor:
         """A random memory `(stages, n)`."""

@@ -117,7 +117,7 @@ def representation(
     weights = sum(leaf.numel() for leaf in x0.values())
 
     def loader(X: Tensor, labels: Tensor, size: int) -> Any:
-        return DataLoader(TensorDataset(X, labels), batch_sampler=Shuffled(len(X), size, max_steps + 1, seed))
+        return DataLoader(TensorDataset(X, labels), batch_sampler=Shuffled(len(X), size, seed))
 
     return Instance(
         problem=BilevelProblem(own.f, own.g, encode=own.encode),
