@@ -241,3 +241,21 @@ def test_an_encoding_is_evaluated_once_at_each_point_and_once_for_f(split: bool)
     )
     written = hypergradient(plain, X, torch.zeros(5), estimator=esj, data=data, start=start).grad
     torch.testing.assert_close(found, written, rtol=1e-8, atol=1e-10)
+
+
+def test_an_encoding_that_draws_random_numbers_draws_the_same_at_every_point() -> None:
+    """Phi(x) = sum m x with a random m: the exact slope, whatever the radius, where all solves see one m."""
+    problem = BilevelProblem(
+        lambda z, y, _: y.sum(),
+        lambda z, y, _: (y - z).square().sum() / 2,
+        encode=lambda x, _: torch.rand(P) * x,
+    )
+    exact = Iterate(GradientDescent(1.0), max_steps=1)
+    torch.manual_seed(0)
+    m = torch.rand(P)
+    start = Start(y=torch.zeros(P), count=1)
+    for chunk in (None, 2):
+        torch.manual_seed(0)
+        esj = ESJ(exact, P, radius=0.1, chunk=chunk)
+        found = hypergradient(problem, X, torch.zeros(P), estimator=esj, data=torch.zeros(1), start=start, throw=False)
+        torch.testing.assert_close(found.grad, m)

@@ -171,6 +171,12 @@ def test_what_cannot_be_is_refused(build: Callable[[], object], message: str) ->
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_network_is_made_by_a_function(name: str) -> None:
+    with pytest.raises(TypeError, match=r"`network=` must make a torch.nn.Module. Got int"):
+        SMALL[name](network=lambda: 3)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_pictures_are_drawn(name: str) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     instance = SMALL[name](data=(torch.rand(48, 16), DATA[1]))

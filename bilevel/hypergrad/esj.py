@@ -54,7 +54,9 @@ class ESJ(AbstractEstimator):
     the first direction is looked at as well, an inner solve that is not counted, and two more where it gives reason to:
     `Status.one_sided`.
 
-    Cost: Q + 1 inner solves and one gradient of f; memory (Q + 1) q (in batches of `chunk`, less).
+    Cost: Q + 1 inner solves and one gradient of f. An `encode` is evaluated Q + 1 times for g, without a graph and
+    outside of the solves, and once for f: a network under a head takes forward passes and one backward pass. Memory:
+    (Q + 1)(p + q), with `chunk` = k (k + 1)(p + q) and Q q, where orthonormal directions are held all the same.
 
     Error where y_N is affine in x, w = J_N' grad_y f: unbiased for `ITD` at any radius, with mean squared deviation
     (p + 1)/Q |w|^2 for gaussian, (p - 1)/Q |w|^2 for rademacher and sphere, (p/Q - 1) |w|^2 for orthonormal
@@ -76,7 +78,7 @@ class ESJ(AbstractEstimator):
             float32, 0.2 in bfloat16. An estimate that is then off by more than a tenth is reported as `Status.biased`.
         distribution: of the directions.
         seed: of the random directions; call k of a warm-started sequence draws its own from (seed, k).
-        chunk: solve at most so many perturbed problems at a time; None: all at once.
+        chunk: draw and solve at most so many perturbed problems at a time; None: all at once.
 
     Raises:
         ValueError: if a number is out of range, or more orthonormal directions than outer variables are asked for.
@@ -143,7 +145,8 @@ class ESJ(AbstractEstimator):
         radius = fitting(x) if self.radius is None else self.radius
         quiet, near = problem.with_tally(Tally()), Perturbed(problem, self.inner, x, start.y, radius)
         moved, verdicts, slopes, sizes = list[Tensor](), list[Solved](), list[Tensor](), list[Tensor]()
-        back, finer, kinks, distorted = list[Tensor](), list[Tensor](), tuple[Report, ...](), 0.0
+        back, some, finer = list[Tensor](), list[Tensor](), list[Tensor]()
+        kinks, distorted = tuple[Report, ...](), 0.0
         y = fx = fy = value = implicit = torch.zeros_like(x[:0])
         for u in blocks:  # all that is held of the directions is one block of them
             at, found, solved = near.moved(problem, u)
@@ -159,7 +162,9 @@ class ESJ(AbstractEstimator):
             if start.count == 0 and left > 0:  # further on it would cost inner solves at each step
                 back.append(near.moved(quiet, -u[:left])[1])
                 more = near.further(quiet, u[:left], y, found[:left], float(solved.residual.max()))
-                finer += [] if more is None else [more]
+                if more is not None:
+                    some.append(found[:left])
+                    finer.append(more)
                 if len(back) == 1:
                     kinks = self._kink(
                         lambda v, r: near.moved(quiet, v.unsqueeze(0), r)[1][0],
@@ -175,7 +180,7 @@ class ESJ(AbstractEstimator):
         if back:
             measured = bent(every, _together(back), fy, share, radius)
         if finer:
-            unfinished = changed(every, _together(finer), fy, share, radius)
+            unfinished = changed(_together(some), _together(finer), fy, share, radius)
         size, short = size_of((h, fx, implicit), spread(every, fy, share, radius)), radius < fitting(x)
         undone = unfinished / size if size > 0 else math.inf if unfinished > 0 else 0.0
         if self.inner.forgets_start and start.count == 0 and not bool((every != 0).any()):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
+from bilevel._numerics.batched import RANDOM, random_state, set_random_state
 from bilevel._result import Solved
 from bilevel.hypergrad.held import held
 from bilevel.hypergrad.radius import refined
@@ -36,7 +37,9 @@ class Perturbed:
     ) -> None:
         self.inner, self.x, self.radius = inner, x, radius
         self.y0 = problem.spread(start)
-        self.center, self.inside = encoded(problem, x)
+        with RANDOM:
+            self.random = random_state(x)
+            self.center, self.inside = encoded(problem, x)
 
     def moved(self, problem: FlatProblem, u: Tensor, radius: float | None = None) -> tuple[Tensor, Tensor, Solved]:
         """y_N(x), the differences for a block of directions `(k, p)`, and the verdict on its solves."""
@@ -56,7 +59,11 @@ class Perturbed:
         """x and x + r u_j in rows, or their encodings, and the problem as a function of them."""
         if self.inside is None:
             return problem, self.x + radius * torch.cat([torch.zeros_like(u[:1]), u])
-        around = [encoded(problem, torch.add(self.x, row, alpha=radius))[0] for row in u]
+        around = []
+        for row in u:
+            with RANDOM:  # an encoding that draws random numbers draws those that it drew at x
+                set_random_state(self.random)
+                around.append(encoded(problem, torch.add(self.x, row, alpha=radius))[0])
         return self.inside.with_tally(problem.tally), torch.stack([self.center, *around])
 
     def _solve(self, problem: FlatProblem, points: Tensor) -> Solved:

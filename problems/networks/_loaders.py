@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset as Samples, Sampler
 
 # A run of seed s takes the seeds from s UNSEEN on; networks that no run has seen, those right before (s + 1) UNSEEN.
 UNSEEN = 10**6
@@ -38,7 +38,7 @@ class Shuffled(Sampler[list[int]]):
 
 
 @final
-class Initializations(Dataset[dict[str, Tensor]]):
+class Initializations(Samples[dict[str, Tensor]]):
     """What a module's parameters start from, one draw a number; that of number k has the seed `first` + k."""
 
     def __init__(self, make: Callable[[], nn.Module], first: int) -> None:
@@ -56,6 +56,11 @@ def initial(make: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {name: each.detach() for name, each in make().named_parameters() if each.requires_grad}
+
+
+def loader(samples: Samples[Any], **how: Any) -> DataLoader[Any]:
+    """A `DataLoader` that draws from a generator of its own: one that has none draws a seed from the global one."""
+    return DataLoader(samples, generator=torch.Generator("cpu"), **how)
 
 
 @final

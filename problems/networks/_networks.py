@@ -24,7 +24,13 @@ class Made:
 
     def __call__(self) -> nn.Module:
         if self.network is not None:
-            return self.network().to(self.dtype)
+            module = self.network()
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    f"`network=` must make a torch.nn.Module. Got {type(module).__name__}. Pass a function such as"
+                    f" `lambda: nn.Linear(64, 10)`."
+                )
+            return module.to(self.dtype)
         layers: list[nn.Module] = []
         for inputs, outputs in zip(self.widths, self.widths[1:], strict=False):
             layers += [nn.Linear(inputs, outputs), nn.Tanh()]
@@ -43,3 +49,8 @@ def trained(
             for leaf, grad in zip(y.values(), grads, strict=True):
                 leaf.sub_(grad, alpha=step)
     return {name: leaf.detach() for name, leaf in y.items()}
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropies `(n,)` of logits `(n, classes)`: torch's own go through Python, and a long import, under vmap."""
+    return logits.logsumexp(-1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)

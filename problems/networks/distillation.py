@@ -9,8 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem, Split
@@ -23,8 +22,8 @@ from bilevel.modules.functional import Functional, functional
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._losses import accuracy
 from bilevel.problems._plots import draw_bars
-from bilevel.problems.networks._loaders import UNSEEN, Initializations, Rows, Shuffled, initial
-from bilevel.problems.networks._networks import Made, Network, trained
+from bilevel.problems.networks._loaders import UNSEEN, Initializations, Rows, Shuffled, initial, loader
+from bilevel.problems.networks._networks import Made, Network, losses, trained
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
@@ -110,12 +109,12 @@ def distillation(
     generator = torch.Generator("cpu").manual_seed(seed)
     images = torch.randn(len(own.labels), X.shape[1], generator=generator, device="cpu").to(X)
     loaders = Split(
-        f=DataLoader(
+        f=loader(
             TensorDataset(X, labels),
             batch_sampler=Shuffled(len(X), networks * min(batch, len(X) // networks), seed),
             collate_fn=Rows(networks),
         ),
-        g=DataLoader(Initializations(make, seed * UNSEEN), batch_size=networks),
+        g=loader(Initializations(make, seed * UNSEEN), batch_size=networks),
     )
     told = _Told(own, make, parts, X, labels, inner_steps, seed)
     of = "digits" if data is None else "your data"
@@ -145,11 +144,11 @@ class _Distilled:
 
     def f(self, x: Tree, y: Tree, samples: Any) -> Tensor:
         inputs, labels = samples
-        return cross_entropy(self.net(y, inputs), labels)
+        return losses(self.net(y, inputs), labels).mean()
 
     def g(self, x: Tree, y: Tree, start: Tree) -> Tensor:
         step: Tensor = x["log_step"]
-        return step.exp() * cross_entropy(self.net(y, x["images"]), self.labels)
+        return step.exp() * losses(self.net(y, x["images"]), self.labels).mean()
 
     def init(self, x: Tree, start: Tree) -> Tree:
         return start
@@ -196,7 +195,7 @@ class _Told:
         """The test accuracy of network k, trained on these samples with the step that is best for it."""
 
         def loss(y: dict[str, Tensor], _: int) -> Tensor:
-            return cross_entropy(self.own.net(y, self.X[chosen]), self.labels[chosen])
+            return losses(self.own.net(y, self.X[chosen]), self.labels[chosen]).mean()
 
         return max(self._test(trained(loss, self._start(k), length, 100)) for length in (0.1, 0.3, 1.0))
 

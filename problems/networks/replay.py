@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset as Samples
+from torch.utils.data import Dataset as Samples
 
 from bilevel._instance import Instance
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
@@ -22,9 +22,9 @@ from bilevel.hypergrad.itd import ITD
 from bilevel.hypergrad.unrolling.checkpointed import Checkpointed
 from bilevel.modules.functional import Functional, functional
 from bilevel.problems._data import Arrays, Dataset, load
-from bilevel.problems._losses import accuracy, sample_losses
-from bilevel.problems.networks._loaders import UNSEEN, initial
-from bilevel.problems.networks._networks import Made, Network, trained
+from bilevel.problems._losses import accuracy
+from bilevel.problems.networks._loaders import UNSEEN, initial, loader
+from bilevel.problems.networks._networks import Made, Network, losses, trained
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
@@ -49,7 +49,7 @@ def replay(
     *,
     memory: int = 2,
     hidden: int = 64,
-    inner_steps: int = 30,
+    inner_steps: int = 60,
     inner_step: float = 0.5,
     networks: int = 2,
     learner_steps: int = 150,
@@ -134,7 +134,7 @@ def replay(
             "estimator": ITD(Iterate(GradientDescent(inner_step), inner_steps), Checkpointed()),
             "outer": Greedy(torch.where(past, labels, -1)),
             "max_steps": steps,
-            "data": DataLoader(starts, batch_size=networks * stages),
+            "data": loader(starts, batch_size=networks * stages),
         },
     )
 
@@ -208,12 +208,12 @@ class _Replayed:
 
     def f(self, x: Tensor, y: Tree, stage: Any) -> Tensor:
         seen: Tensor = stage["seen"]
-        return seen @ sample_losses(self.net(y, self.X), self.labels)
+        return seen @ losses(self.net(y, self.X), self.labels)
 
     def g(self, x: Tensor, y: Tree, stage: Any) -> Tensor:
-        weights, losses = stage["row"] @ x, sample_losses(self.net(y, self.X), self.labels)
-        kept = weights @ losses / weights.sum().clamp_min(1.0)
-        value: Tensor = (stage["now"] @ losses + stage["earlier"] * kept) / (stage["earlier"] + 1)
+        weights, each = stage["row"] @ x, losses(self.net(y, self.X), self.labels)
+        kept = weights @ each / weights.sum().clamp_min(1.0)
+        value: Tensor = (stage["now"] @ each + stage["earlier"] * kept) / (stage["earlier"] + 1)
         return value
 
     def init(self, x: Tensor, stage: Any) -> Tree:
@@ -261,8 +261,8 @@ class Learner:
         """g_t on some samples of task t, drawn anew, and on all that is kept."""
         drawn = now[torch.randint(len(now), (self.batch,), generator=generator, device="cpu")]
         both = torch.cat([drawn, kept])
-        losses = sample_losses(self.own.net(y, self.own.X[both]), self.own.labels[both])
-        return (losses[: self.batch].mean() + t * (weights @ losses[self.batch :])) / (t + 1)
+        each = losses(self.own.net(y, self.own.X[both]), self.own.labels[both])
+        return (each[: self.batch].mean() + t * (weights @ each[self.batch :])) / (t + 1)
 
     def _accuracy(self, y: dict[str, Tensor], t: int) -> float:
         some = self.parts.y_test // 2 == t

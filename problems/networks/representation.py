@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem, Split
@@ -21,7 +21,7 @@ from bilevel.modules.functional import Functional, functional
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._losses import accuracy
 from bilevel.problems._plots import draw_bars
-from bilevel.problems.networks._loaders import Shuffled, initial
+from bilevel.problems.networks._loaders import Shuffled, initial, loader
 from bilevel.problems.networks._networks import Made, Network
 from bilevel.solvers.closed_form import ClosedForm
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -116,8 +116,8 @@ def representation(
     told = _Told(own, parts, x0)
     weights = sum(leaf.numel() for leaf in x0.values())
 
-    def loader(X: Tensor, labels: Tensor, size: int) -> Any:
-        return DataLoader(TensorDataset(X, labels), batch_sampler=Shuffled(len(X), size, seed))
+    def batches(X: Tensor, labels: Tensor, size: int) -> Any:
+        return loader(TensorDataset(X, labels), batch_sampler=Shuffled(len(X), size, seed))
 
     return Instance(
         problem=BilevelProblem(own.f, own.g, encode=own.encode),
@@ -130,7 +130,7 @@ def representation(
             "estimator": ESJ(ClosedForm(own.solution), directions, radius, "rademacher", seed, chunk=1),
             "outer": GradientDescent(step),
             "max_steps": max_steps,
-            "data": Split(f=loader(parts.X_val, parts.y_val, batch), g=loader(parts.X_train, parts.y_train, support)),
+            "data": Split(f=batches(parts.X_val, parts.y_val, batch), g=batches(parts.X_train, parts.y_train, support)),
         },
     )
 
