@@ -17,7 +17,6 @@ from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import COUNT, POSITIVE, SEED, SIZE
 from bilevel.hypergrad.itd import ITD
-from bilevel.hypergrad.unrolling.checkpointed import Checkpointed
 from bilevel.modules.functional import Functional, functional
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._losses import accuracy
@@ -25,6 +24,7 @@ from bilevel.problems._plots import draw_bars
 from bilevel.problems.networks._loaders import UNSEEN, Initializations, Rows, Shuffled, initial, loader
 from bilevel.problems.networks._networks import Made, Network, losses, trained
 from bilevel.solvers.adam import Adam
+from bilevel.solvers.clipped import Clipped
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 
@@ -62,11 +62,11 @@ def distillation(
     The synthetic images, `per_class` for each class in turn, are to teach a network whatever weights it starts from:
     every outer step draws `networks` new starts y_0, trains each for N steps and tests it on real samples of its own.
     The starts are data, of which `init` makes y_0; y is what the steps make of them, and no minimizer, so that the
-    derivative is that of the steps: `ITD`, in the form that keeps sqrt(N) states. The learned s multiplies the inner
-    loss.
+    derivative is that of the steps: `ITD`. The learned s multiplies the inner loss.
 
-    Cost of an outer step: with T networks and N steps, 2 T N gradients and T N Hessian and cross products on the
-    synthetic samples, and T gradients on `batch` real samples. Memory: 2 sqrt(N) times the weights of T networks.
+    Cost of an outer step: with T networks and N steps, T N gradients, Hessian products and cross products on the
+    synthetic samples, and T gradients on `batch` real samples. Memory: N graphs of T networks on the synthetic samples;
+    where these are many, `ITD(..., Checkpointed())` keeps one.
 
     Source: Wang, Zhu, Torralba, Efros, "Dataset distillation", arXiv:1811.10959 (2018), with random starts.
 
@@ -126,8 +126,8 @@ def distillation(
         metrics=told.metrics,
         plot=told.plot,
         settings={
-            "estimator": ITD(Iterate(GradientDescent(1.0), inner_steps), Checkpointed()),
-            "outer": Adam(0.05),
+            "estimator": ITD(Iterate(GradientDescent(1.0), inner_steps)),
+            "outer": Clipped(Adam(0.05), max_norm=0.2),  # of 0.1 mostly, and 1e4 at times
             "max_steps": max_steps,
             "data": loaders,
         },

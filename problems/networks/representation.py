@@ -47,7 +47,7 @@ def representation(
     features: int = 64,
     regularization: float = 0.1,
     directions: int = 4,
-    radius: float = 5e-4,
+    radius: float = 1e-4,
     step: float = 0.003,
     support: int = 150,
     batch: int = 150,
