@@ -41,7 +41,7 @@ def distilled(steps: int) -> Any:
     data, module, labels = instance.settings["data"], Made(None, (64, 64, 10), torch.float32)(), torch.arange(10)
     images = instance.x0["images"].clone().requires_grad_()
     log_step = instance.x0["log_step"].clone().requires_grad_()
-    optimizer = torch.optim.Adam([images, log_step], lr=0.05)
+    optimizer = torch.optim.Adam([images, log_step], lr=0.02)
 
     def loss(y: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         return cross_entropies(functional_call(module, y, (inputs,)), labels).mean()
@@ -63,6 +63,8 @@ def distilled(steps: int) -> Any:
             if slope is not None:
                 slope.mul_((0.2 / norm).clamp(max=1.0))
         optimizer.step()
+        with torch.no_grad():
+            log_step.clamp_(max=0.0)
     return {"images": images.detach(), "log_step": log_step.detach()}
 
 

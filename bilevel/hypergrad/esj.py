@@ -153,7 +153,11 @@ class ESJ(AbstractEstimator):
             if not moved:
                 y, (value, fx, fy), implicit = at, outer_gradients(problem, x, at), torch.zeros_like(x)
             slopes.append((found * fy).flatten(1).sum(1) / radius)
-            implicit += (c / self.directions) * slopes[-1] @ u  # of samples c <...> u_j, unbiased for J_N' grad_y f
+            share = c / self.directions  # of samples c <...> u_j, each an unbiased estimate of J_N' grad_y f
+            if len(u) == 1:  # in place
+                implicit.add_(u[0], alpha=share * float(slopes[-1]))
+            else:
+                implicit += share * slopes[-1] @ u
             sizes.append(torch.linalg.vector_norm(u, dim=-1))
             distorted = max(distorted, distortion(x, u, radius))
             moved.append(found)
@@ -175,13 +179,13 @@ class ESJ(AbstractEstimator):
                         [found[0], back[0][0]],
                     )
         every, lengths, solved = _together(moved), torch.cat(sizes), joined(verdicts, y)
-        share = c / math.sqrt(self.directions) * float(lengths.mean())
-        h, noise, measured, unfinished = fx + implicit, rounding(y, every, fy, share, radius), None, 0.0
+        spreads = c / math.sqrt(self.directions) * float(lengths.mean())
+        h, noise, measured, unfinished = fx + implicit, rounding(y, every, fy, spreads, radius), None, 0.0
         if back:
-            measured = bent(every, _together(back), fy, share, radius)
+            measured = bent(every, _together(back), fy, spreads, radius)
         if finer:
-            unfinished = changed(_together(some), _together(finer), fy, share, radius)
-        size, short = size_of((h, fx, implicit), spread(every, fy, share, radius)), radius < fitting(x)
+            unfinished = changed(_together(some), _together(finer), fy, spreads, radius)
+        size, short = size_of((h, fx, implicit), spread(every, fy, spreads, radius)), radius < fitting(x)
         undone = unfinished / size if size > 0 else math.inf if unfinished > 0 else 0.0
         if self.inner.forgets_start and start.count == 0 and not bool((every != 0).any()):
             # No y moved though grad_y g did, within a tolerance, or at a maximum that no step leaves.

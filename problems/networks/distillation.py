@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem, Split
+from bilevel._sets import Box
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import COUNT, POSITIVE, SEED, SIZE
@@ -51,7 +52,7 @@ def distillation(
     networks: int = 4,
     batch: int = 64,
     n_train: int = 1300,
-    max_steps: int = 200,
+    max_steps: int = 300,
     network: Network | None = None,
     data: Arrays | None = None,
     seed: int = 0,
@@ -62,7 +63,8 @@ def distillation(
     The synthetic images, `per_class` for each class in turn, are to teach a network whatever weights it starts from:
     every outer step draws `networks` new starts y_0, trains each for N steps and tests it on real samples of its own.
     The starts are data, of which `init` makes y_0; y is what the steps make of them, and no minimizer, so that the
-    derivative is that of the steps: `ITD`. The learned s multiplies the inner loss.
+    derivative is that of the steps: `ITD`. The learned s multiplies the inner loss; left
+    free it would grow to where training is hardly stable, and derivatives through it explode, so that it is at most 1.
 
     Cost of an outer step: with T networks and N steps, T N gradients, Hessian products and cross products on the
     synthetic samples, and T gradients on `batch` real samples. Memory: N graphs of T networks on the synthetic samples;
@@ -127,9 +129,10 @@ def distillation(
         plot=told.plot,
         settings={
             "estimator": ITD(Iterate(GradientDescent(1.0), inner_steps)),
-            "outer": Clipped(Adam(0.05), max_norm=0.2),  # of 0.1 mostly, and 1e4 at times
+            "outer": Clipped(Adam(0.02), max_norm=0.2),
             "max_steps": max_steps,
             "data": loaders,
+            "constraint": {"log_step": Box(upper=0.0)},
         },
     )
 
