@@ -58,9 +58,21 @@ def initial(make: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
         return {name: each.detach() for name, each in make().named_parameters() if each.requires_grad}
 
 
-def loader(samples: Samples[Any], **how: Any) -> DataLoader[Any]:
-    """A `DataLoader` that draws from a generator of its own: one that has none draws a seed from the global one."""
-    return DataLoader(samples, generator=torch.Generator("cpu"), **how)
+def loader(
+    samples: Samples[Any],
+    *,
+    batch_size: int = 1,
+    batch_sampler: Shuffled | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
+    """A `DataLoader` with a generator of its own: one that has none draws a seed from the global random numbers."""
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        batch_sampler=batch_sampler,
+        collate_fn=collate_fn,
+        generator=torch.Generator("cpu"),
+    )
 
 
 @final

@@ -98,7 +98,7 @@ def distillation(
         >>> solution.x["images"].shape
         torch.Size([3, 2])
     """
-    parts = load(data, "digits", sizes=(n_train, 1), seed=seed, per_feature=False, bias=False, double=double)
+    parts = load(data, "digits", sizes=(n_train - 1, 1), seed=seed, per_feature=False, bias=False, double=double)
     X, labels = torch.cat([parts.X_train, parts.X_val]), torch.cat([parts.y_train, parts.y_val])
     if networks > len(X):
         raise ValueError(
