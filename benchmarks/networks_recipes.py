@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from _by_hand import main
 from _loops_a import PAIRS as A
+from _loops_b import PAIRS as B
 
-PAIRS = (*A,)
+PAIRS = (*A, *B)
 
 if __name__ == "__main__":
     raise SystemExit(main(__file__, __doc__ or "", PAIRS))

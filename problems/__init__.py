@@ -46,9 +46,12 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks.distillation import distillation
 from bilevel.problems.networks.learned_augmentation import learned_augmentation
 from bilevel.problems.networks.mixed_operations import mixed_operations
 from bilevel.problems.networks.noisy_labels import noisy_labels
+from bilevel.problems.networks.replay import replay
+from bilevel.problems.networks.representation import representation
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -93,6 +96,7 @@ __all__ = [
     "bayesian_regression",
     "cardano",
     "catalogue",
+    "distillation",
     "double_well",
     "elastic_net_diabetes",
     "group_lasso",
@@ -122,6 +126,8 @@ __all__ = [
     "quadratic",
     "random_quadratic",
     "rank_deficient",
+    "replay",
+    "representation",
     "reptile",
     "ridge",
     "ridge_diabetes",
@@ -202,6 +208,13 @@ _ENTRIES = (
     ),
     Entry(
         "mixed-operations", "which of the candidate operations made the data: mixing weights (DARTS)", mixed_operations
+    ),
+    Entry("distillation", "ten synthetic digits that train a fresh network", distillation),
+    Entry("replay", "samples of earlier tasks that keep a network from forgetting them", replay),
+    Entry(
+        "representation",
+        "ten million weights under a linear head, learned by forward passes and one backward",
+        representation,
     ),
     Entry(
         "rank-deficient",

@@ -124,6 +124,9 @@ def build_problem(name: str) -> Any:
         "hyper-cleaning": {**data, "n_train": 12, "n_val": 6},
         "hyper-cleaning-synthetic": {"n_train": 12, "n_val": 6, "d": 3, "classes": 2},
         "mixed-operations": {"n_train": 12, "n_val": 6, "width": 2, "batch": 4},
+        "distillation": {**data, "n_train": 12, "hidden": 2},
+        "replay": {**data, "n_train": 12, "hidden": 2},
+        "representation": {**data, "n_train": 12, "n_val": 6, "width": 2, "features": 2},
     }
     for recipe in ("noisy-labels", "learned-augmentation"):
         sizes[recipe] = {"n_train": 12, "n_val": 6, "channels": 2, "batch": 4, "data": (X[:, :1].expand(-1, 16), y)}

@@ -596,6 +596,23 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "n_val": lambda: 3,
         "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
     },
+    "distillation": {
+        "n_train": lambda: 8,
+        "hidden": lambda: 2,
+        "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
+    },
+    "replay": {
+        "n_train": lambda: 8,
+        "hidden": lambda: 2,
+        "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
+    },
+    "representation": {
+        "n_train": lambda: 6,
+        "n_val": lambda: 3,
+        "width": lambda: 2,
+        "features": lambda: 2,
+        "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
+    },
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},
     **{
         f"BayesianRegression.{name}": {"y": lambda: {"mean": X, "log_variance": Y}}
