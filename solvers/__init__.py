@@ -27,3 +27,4 @@ from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, 
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim
+from bilevel.solvers.truncated_cg import TruncatedCG as TruncatedCG

@@ -10,4 +10,5 @@ from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerPro
 from bilevel.inner_problems.kinds import inner_problem as inner_problem
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.inner_problems.smooth import SmoothMinimization as SmoothMinimization
+from bilevel.inner_problems.supervised_training import SupervisedTraining as SupervisedTraining
 from bilevel.requirements.properties import Property as Property

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from bilevel._calculus import Exact
 from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
+from bilevel.inner_problems.kinds import inner_problem
 
 if TYPE_CHECKING:
     from bilevel.named.setting import Setting
 
 PENALTY_ACCURACY = 0.01, 0.05  # in float64 and in others: what a named penalty promises, or says that it misses
+_FROM_COLD, _FROM_WARM = (100, 50), (10, 10)  # steps and products of "network": to train, and to follow x
+_DAMPING, _ENOUGH = 1e-4, 1e-3  # of it, relative: to the largest curvature, and where fewer products will do
 _DIRECTIONS = 20  # of `ESJ`, as many as it takes by default; where x has fewer entries all, which leaves no variance
 
 
@@ -147,6 +151,31 @@ def finite_difference(s: Setting) -> AbstractEstimator:
     # a budget take the same steps at both ends, and None is the step for rounding.
     step = None if s.budget is not None else s.rounding**0.25
     return FiniteDifference(inner, step=step)
+
+
+def network(s: Setting) -> AbstractEstimator:
+    """`Online`: a hundred steps of L-BFGS from a cold start, ten from a warm one, and truncated conjugate gradients.
+
+    With `GaussNewton` products where the inner problem declares its outputs and loss, and exact ones elsewhere; both
+    are damped by 1e-4 of the largest curvature at the start, below which directions of networks are flat.
+    """
+    from bilevel.hypergrad.aid import AID
+    from bilevel.hypergrad.gauss_newton import GaussNewton
+    from bilevel.hypergrad.online import Online
+    from bilevel.solvers.lbfgs import LBFGS
+    from bilevel.solvers.truncated_cg import TruncatedCG
+
+    products = Exact() if inner_problem(s.problem.problem).composition is None else GaussNewton()
+    damping = s.relative_damping(_DAMPING)
+
+    def aid(inner: AbstractInnerSolver, products_of_h: int) -> AID:
+        return AID(inner, TruncatedCG(products_of_h, rtol=_ENOUGH), damping, products)
+
+    if s.budget is not None:
+        return aid(s.inner(per_step=2), s.steps(2) or 1)
+    return Online(
+        *(aid(LBFGS(tol=0.0, max_steps=steps), products_of_h) for steps, products_of_h in (_FROM_COLD, _FROM_WARM))
+    )
 
 
 def _as_posed(s: Setting, per_step: int, over: float = 1.0) -> AbstractInnerSolver:
