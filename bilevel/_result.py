@@ -79,7 +79,8 @@ class Status(enum.Enum):
     negative_curvature = (
         "A direction of negative or zero curvature was met: the inner Hessian is not positive definite here, so"
         " y is not a strict minimum of g(x, .). Solve the inner problem more accurately, add a regularizer to g,"
-        " pass `damping=`, or use `MINRES`, which needs no definiteness."
+        " pass `damping=`, or use `MINRES`, which needs no definiteness. Where y are the weights of a network, take"
+        " 'network', `GaussNewton()` products, or an algorithm of first order such as 'f2sa'."
     )
     not_positive_definite = (
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"

@@ -45,6 +45,7 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks.small_network import SmallNetwork, small_network
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -71,6 +72,7 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
+    "SmallNetwork",
     "WeightedLogit",
     "abml",
     "anil",
@@ -107,6 +109,7 @@ __all__ = [
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
     "shared_embedding",
+    "small_network",
     "svm_head",
     "weighted_logit",
 ]
@@ -140,6 +143,7 @@ _ENTRIES = (
         logistic_breast_cancer,
     ),
     Entry("multinomial-digits", "multinomial logistic regression with learned penalties, digits", multinomial_digits),
+    Entry("small-network", "sample weights and decay of an MLP, a conv net or a transformer, digits", small_network),
     Entry("logistic", "logistic regression with learned penalties, random data of any size", logistic),
     Entry("ridge-diabetes", "ridge regression with one learned penalty, diabetes data", ridge_diabetes),
     Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),

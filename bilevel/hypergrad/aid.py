@@ -14,7 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.rows import safe_row_norms
-from bilevel._result import report
+from bilevel._result import Status, report
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
@@ -62,6 +62,8 @@ class AID(AbstractImplicit):
         products: how second derivatives are formed: `Exact()`, or `FiniteDifferences()` where g has operations
             without a second derivative, `CompiledProducts()` for small networks, `GaussNewton()` where H is not
             positive definite.
+        otherwise: the products to solve with instead, once a direction of negative curvature was met, such as
+            `GaussNewton()`: one gradient and a second linear solve. None: the answer of the linear solver stands.
         target_error: `AID(inner, linear, target_error=..., relative_error=..., constants=...)` is the older form of
             `Certified(AID(inner, linear), ...)`, and does as that does.
         relative_error: see `Certified`.
@@ -91,6 +93,7 @@ class AID(AbstractImplicit):
     relative_error: float | None = None
     constants: Constants | Callable[[Tree], Constants] | None = None
     margin: float | None = None
+    otherwise: AbstractProducts | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -130,7 +133,7 @@ class AID(AbstractImplicit):
         if self._certified is not None:
             return self._certified.accurate
         exact = not isinstance(self.products, FiniteDifferences)
-        exact = exact and not self.products.stands_in
+        exact = exact and not self.products.stands_in and self.otherwise is None
         return self.forgets_start and exact and not self.damping and not self.linear.is_approximate
 
     def certified(
@@ -172,11 +175,18 @@ class AID(AbstractImplicit):
         b = at.right_hand_side(fy)
         system = self.linear.solve(at.operator.shifted(self.damping), b, start.v)
         problem.tally.linear_steps += system.steps
+        used: AbstractImplicit = self
+        if self.otherwise is not None and (system.concave or Status.negative_curvature in system.statuses):
+            used = replace(self, products=self.otherwise, otherwise=None)
+            at = used.products.linearize(problem, x, y)
+            b = at.right_hand_side(fy)
+            system = replace(self.linear.solve(at.operator.shifted(self.damping), b, None), concave=True)
+            problem.tally.linear_steps += system.steps
         v = system.value
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
         reports = (ended, *at.reports, report("linear solver", system))
-        substitute = substituted(self, at, b, system)
+        substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
             return FlatEstimate(h, value, y, reports, substitute=substitute)
         error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g

@@ -32,10 +32,10 @@ class GaussNewton(AbstractProducts):
     fitted. Cross products are exact.
 
     The estimate is biased, and says by how much: `Estimate.substitute.residual` is |grad_y f - H v| / |grad_y f| with H
-    itself, from an exact product at v, in the pass that gives the cross product.
+    itself: an exact product at v, in the pass of the cross product.
 
-    Cost: one graph, that of exact products; a product is a pass to the outputs, J v, one through the loss, and one back:
-    about an exact one. Memory: as `Exact`, and one vector. Tasks side by side as well.
+    Cost: one graph, that of exact products; a product is a pass to the outputs, J v, one through the loss, and one
+    back: about an exact one. Memory: as `Exact`, and one vector. Tasks side by side as well.
 
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation
     14 (2002). J v is the derivative of J'u in u, which needs no forward mode.

@@ -156,8 +156,9 @@ def finite_difference(s: Setting) -> AbstractEstimator:
 def network(s: Setting) -> AbstractEstimator:
     """`Online`: a hundred steps of L-BFGS from a cold start, ten from a warm one, and truncated conjugate gradients.
 
-    With `GaussNewton` products where the inner problem declares its outputs and loss, and exact ones elsewhere; both
-    are damped by 1e-4 of the largest curvature at the start, below which directions of networks are flat.
+    Where the inner problem declares its outputs and loss, a cold start takes `GaussNewton` products once it has met
+    negative curvature, and a warm one always: between them y is in training. Elsewhere both end there. All are damped
+    by 1e-4 of the largest curvature at the start, below which directions of networks are flat.
     """
     from bilevel.hypergrad.aid import AID
     from bilevel.hypergrad.gauss_newton import GaussNewton
@@ -165,17 +166,17 @@ def network(s: Setting) -> AbstractEstimator:
     from bilevel.solvers.lbfgs import LBFGS
     from bilevel.solvers.truncated_cg import TruncatedCG
 
-    products = Exact() if inner_problem(s.problem.problem).composition is None else GaussNewton()
-    damping = s.relative_damping(_DAMPING)
-
-    def aid(inner: AbstractInnerSolver, products_of_h: int) -> AID:
-        return AID(inner, TruncatedCG(products_of_h, rtol=_ENOUGH), damping, products)
-
+    declared = inner_problem(s.problem.problem).composition is not None
+    damping, otherwise = s.relative_damping(_DAMPING), GaussNewton() if declared else None
     if s.budget is not None:
-        return aid(s.inner(per_step=2), s.steps(2) or 1)
-    return Online(
-        *(aid(LBFGS(tol=0.0, max_steps=steps), products_of_h) for steps, products_of_h in (_FROM_COLD, _FROM_WARM))
-    )
+        return AID(s.inner(per_step=2), TruncatedCG(s.steps(2) or 1, _ENOUGH), damping, otherwise=otherwise)
+
+    def linear(products: int) -> TruncatedCG:
+        return TruncatedCG(products, _ENOUGH)
+
+    (steps, products), (few, few_products) = _FROM_COLD, _FROM_WARM
+    first = AID(LBFGS(0.0, steps), linear(products), damping, otherwise=otherwise)
+    return Online(first, AID(LBFGS(0.0, few), linear(few_products), damping, otherwise or Exact()))
 
 
 def _as_posed(s: Setting, per_step: int, over: float = 1.0) -> AbstractInnerSolver:
