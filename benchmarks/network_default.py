@@ -2,7 +2,9 @@
 
 Time and memory of outer steps from a warm start (ten steps of L-BFGS, ten Gauss-Newton products, one exact one, Adam),
 by `minimize` and by a loop in plain torch with `torch.optim.LBFGS`, which evaluates g as often or nearly so: the
-gradients of both are in the table. Accuracy: at y trained to a small gradient in float64, against conjugate gradients on the Hessian
+gradients of both are in the table.
+
+Accuracy: at y trained to a small gradient in float64, against conjugate gradients on the Hessian
 itself to 1e-8, and that against a central difference of Phi along one direction.
 """
 

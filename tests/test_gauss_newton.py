@@ -33,6 +33,8 @@ from bilevel.inner_problems import SupervisedTraining
 from bilevel.solvers import CG, LBFGS, Adam, Dense, GradientDescent, Iterate, TruncatedCG
 
 D = torch.float64
+jacobian: Any = torch.autograd.functional.jacobian
+hessian: Any = torch.autograd.functional.hessian
 GEN = torch.Generator().manual_seed(0)
 A, T = torch.randn(7, 3, generator=GEN, dtype=D), torch.randn(7, 2, generator=GEN, dtype=D)
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0, 0])
@@ -54,11 +56,13 @@ def outputs(x: Any, y: Any) -> Tensor:
 
 def loss(x: Any, z: Tensor) -> Tensor:
     each = nn.functional.cross_entropy(z, LABELS, reduction="none")
-    return (x.sigmoid() * each).sum()
+    found: Tensor = (x.sigmoid() * each).sum()
+    return found
 
 
 def regularizer(x: Any, y: Any) -> Tensor:
-    return (x[0].exp() / 100) * sum(w.square().sum() + (w - 0.1).cosh().sum() for w in y.values())  # not quadratic
+    found: Tensor = (x[0].exp() / 100) * sum(w.square().sum() + (w - 0.1).cosh().sum() for w in y.values())
+    return found  # and not quadratic
 
 
 def flat(problem: BilevelProblem, x: Any, y: Any, data: Any = None) -> tuple[FlatProblem, Tensor, Tensor]:
@@ -77,9 +81,9 @@ def test_products_are_those_of_the_dense_matrix_and_the_cross_product_is_exact()
     def z(y: Tensor) -> Tensor:
         return outputs(x, of.y.unravel(y)).reshape(-1)
 
-    J = torch.autograd.functional.jacobian(z, y)
-    L = torch.autograd.functional.hessian(lambda z: loss(x, z.reshape(7, 2)), z(y))
-    R = torch.autograd.functional.hessian(lambda y: regularizer(x, of.y.unravel(y)), y)
+    J = jacobian(z, y)
+    L = hessian(lambda z: loss(x, z.reshape(7, 2)), z(y))
+    R = hessian(lambda y: regularizer(x, of.y.unravel(y)), y)
     dense = J.T @ L @ J + R
     torch.testing.assert_close(at.operator.dense(y), dense, rtol=1e-12, atol=1e-13)
     v = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=D)
@@ -135,7 +139,8 @@ def test_given_parts_are_those_of_the_kind_and_a_missing_term_is_refused() -> No
 
 def test_tasks_side_by_side_are_each_their_own() -> None:
     def of_task(x: Tensor, y: Tensor, data: Any) -> Tensor:
-        return (data[0] @ y).tanh()
+        found: Tensor = (data[0] @ y).tanh()
+        return found
 
     kind = SupervisedTraining(
         of_task, lambda x, z, data: (z - data[1]).square().sum(), lambda x, y, data: x.exp() * y.square().sum()
@@ -162,7 +167,7 @@ def test_the_bias_is_measured_against_the_hessian_itself(products: Any, damping:
     found = hypergradient(PROBLEM, X, NET.params, estimator=aid)
     of, x, _ = flat(PROBLEM, X, NET.params)
     y, v = ravel(found.y, "y")[0], ravel(found.v, "v")[0]
-    fy = torch.autograd.functional.jacobian(lambda y: of.f(x, y), y)
+    fy = jacobian(lambda y: of.f(x, y), y)
     H = Exact().linearize(of, x, y).operator.dense(y)
     if not damping and isinstance(products, Exact):
         assert found.substitute is None
@@ -195,10 +200,10 @@ def test_the_certificate_holds_with_the_residual_of_the_hessian_itself() -> None
     assert not certify(problem, X, exact, constants).remark
 
 
-def test_compare_and_a_checkpointed_driver_tell_of_the_other_system() -> None:
-    table = compare(PROBLEM, X, NET.params, estimators=[AID(LBFGS(0.0, 20), CG(1e-8), damping=0.1), "itd-truncated"])
-    assert "damping 0.1" in table.rows[0].substitute and not table.rows[1].substitute
-    assert "solves another system: damping 0.1" in str(table)
+def test_compare_tells_of_the_other_system() -> None:
+    table = compare(PROBLEM, X, NET.params, estimators=["network", "one-step"])
+    assert "damping" in table.rows[0].substitute and not table.rows[1].substitute
+    assert "network solves another system: " in str(table)
 
 
 def test_truncated_cg_ends_where_curvature_does_and_says_so() -> None:
@@ -271,7 +276,8 @@ def test_bfloat16_is_told_where_a_tolerance_is_below_it() -> None:
 
     def rough(x: Any, y: Any) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return NET32(y, A32).float()
+            found: Tensor = NET32(y, A32).float()
+        return found
 
     net = mlp()
     NET32 = bilevel.functional(net.load(net.params).float())

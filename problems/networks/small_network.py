@@ -65,7 +65,8 @@ class SmallNetwork:
     def loss(self, x: Any, z: Tensor) -> Tensor:
         """The weighted loss of outputs."""
         each = cross_entropy(z.to(self.X.dtype), self.labels, reduction="none")
-        return (x["weights"].sigmoid() * each).mean()
+        found: Tensor = (x["weights"].sigmoid() * each).mean()
+        return found
 
     def regularizer(self, x: Any, y: Any) -> Tensor:
         """The decay towards the initial weights."""
