@@ -22,6 +22,7 @@ from bilevel._result import (
     Solved as Solved,
     Stats as Stats,
     Status as Status,
+    Substitute as Substitute,
 )
 from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
@@ -49,8 +50,10 @@ from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProd
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
+from bilevel.hypergrad.gauss_newton import GaussNewton as GaussNewton
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.kkt import KKT as KKT
+from bilevel.hypergrad.online import Online as Online
 from bilevel.hypergrad.penalty import Penalty as Penalty
 from bilevel.hypergrad.unrolling.checkpointed import Checkpointed as Checkpointed
 from bilevel.hypergrad.unrolling.forward import Forward as Forward

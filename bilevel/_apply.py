@@ -13,7 +13,7 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
-from bilevel._result import Report, Status, Tally
+from bilevel._result import Report, Status, Substitute, Tally
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.kinks import kink_reports
 from bilevel.requirements.padding import demand_padding_unseen
@@ -136,6 +136,7 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         bias=sum_of([estimate.bias for estimate in found]),
         note=found[0].note,
         value_error=sum_of([estimate.value_error for estimate in found]),
+        substitute=Substitute.worst(estimate.substitute for estimate in found),
     )
 
 

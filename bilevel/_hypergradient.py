@@ -180,6 +180,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         second_level=None if found.of_steps else _SecondLevel(quiet, x, y, v, h, as_found),
         x=problem.x.unravel(x),
         warm=_Warm(quiet.y, y, v, count + 1, as_found),
+        substitute=found.substitute,
     )
 
 

@@ -52,6 +52,7 @@ from bilevel.problems.networks.mixed_operations import mixed_operations
 from bilevel.problems.networks.noisy_labels import noisy_labels
 from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
+from bilevel.problems.networks.small_network import SmallNetwork, small_network
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -87,6 +88,7 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
+    "SmallNetwork",
     "SparseData",
     "WeightedLogit",
     "abml",
@@ -135,6 +137,7 @@ __all__ = [
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
     "shared_embedding",
+    "small_network",
     "sparse_logistic",
     "svm",
     "svm_head",
@@ -172,6 +175,7 @@ _ENTRIES = (
         logistic_breast_cancer,
     ),
     Entry("multinomial-digits", "multinomial logistic regression with learned penalties, digits", multinomial_digits),
+    Entry("small-network", "sample weights and decay of an MLP, a conv net or a transformer, digits", small_network),
     Entry("logistic", "logistic regression with learned penalties, random data of any size", logistic),
     Entry("ridge-diabetes", "ridge regression with one learned penalty, diabetes data", ridge_diabetes),
     Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),

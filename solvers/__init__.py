@@ -33,4 +33,5 @@ from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, 
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim
+from bilevel.solvers.truncated_cg import TruncatedCG as TruncatedCG
 from bilevel.solvers.weight_decay import WeightDecay as WeightDecay

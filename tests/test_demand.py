@@ -59,6 +59,8 @@ VALID |= {
     "rank": 2,
     "schedule": lambda step: 1.0,
     "estimator": AID(LBFGS(), CG()),
+    "first": AID(LBFGS(), CG()),
+    "then": AID(LBFGS(), CG()),
     "factory": lambda params: None,
     "decay": 0.1,
 }

@@ -604,6 +604,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "hyper-cleaning": {"n_train": 40, "n_val": 20, "hidden": 3},
     "hyper-cleaning-synthetic": {"n_train": 20, "n_val": 10, "d": 5, "classes": 3, "double": True},
     "multinomial-digits": {"per_feature": True},
+    "small-network": {"n_train": 20, "n_val": 10, "width": 2, "double": True},
     "logistic-breast-cancer": {"smoothed_l1": True},
 }
 # Recipes for networks take batches, and have tests of their own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
+from bilevel._result import Substitute
 from bilevel._tree import Structure, Tree, ravel
 from bilevel.arguments.checked import checked
 from bilevel.certificates.applies import no_certificate, no_certificate_at
@@ -39,7 +41,8 @@ def certify(
     """A bound on |z - h(x)| for any estimate z of h = grad Phi(x), from one implicit gradient at its y.
 
     With e = grad_y g, r = grad_y f - H v and the implicit gradient h_v = grad_x f - G v, all recomputed at the
-    estimate's y and v, and d = |e| / mu >= |y - y*|:
+    estimate's y and v (H itself, also where the estimate solved another system by design, `Estimate.substitute`), and
+    d = |e| / mu >= |y - y*|:
 
         |z - h| <= |z - h_v| + d (L_fxy + M_xy |v|) + (C_G / mu) (|r| + d (L_fyy + M_yy |v|)).
 
@@ -138,7 +141,14 @@ def certify(
         except DoesNotApply as error:
             raise ValueError(f"`certify` does not apply: {error.reason}") from error
     solver = accurate_cg(y) if linear is None else linear
-    return certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
+    found = certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
+    return found if estimate.substitute is None else replace(found, remark=_of_another(estimate.substitute, found))
+
+
+def _of_another(substitute: Substitute, found: Certificate) -> str:
+    """The remark of a certificate for an estimate that solved another system, whose residual is part of the bound."""
+    text = f"v is that of another system by design ({substitute}); that residual is the part 'linear' of the bound."
+    return f"{text} {found.remark}".strip()
 
 
 def _first_order(

@@ -181,6 +181,7 @@ class _Comparer:
             memory=held,
             status=status.name,
             reason=" ".join(str(report) for report in found.reports if not report.status.ok),
+            substitute="" if found.substitute is None else str(found.substitute),
         )
 
     def comparison(self, rows: list[Row]) -> Comparison:

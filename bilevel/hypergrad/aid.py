@@ -25,6 +25,7 @@ from bilevel.certificates.certificate import Constants
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit import solution
 from bilevel.hypergrad.one_sided import moved_to
+from bilevel.hypergrad.substituted import substituted
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import DoesNotApply, Property
 
@@ -50,7 +51,8 @@ class AID(AbstractImplicit):
 
     Error: with d = y - y*, r = grad_y f - H v and J = dy*/dx, exactly (d2f/dxdy) d + J'((d2f/dy2) d - r) where f
     and g are quadratic; in general first order in |d| and |r|. With damping the system solved is another one, and
-    the bias is O(damping / mu).
+    the bias is O(damping / mu); with `GaussNewton()` products it is another one as well. The estimate then says so, and
+    how far its v is from solving H v = grad_y f: `Estimate.substitute`.
 
     Source: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, algorithm 1; Ji, Yang,
     Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, equation (3).
@@ -60,7 +62,10 @@ class AID(AbstractImplicit):
         linear: solves the linear system.
         damping: solve with H + damping I instead of H.
         products: how second derivatives are formed: `Exact()`, or `FiniteDifferences()` where g has operations
-            without a second derivative, `CompiledProducts()` for small networks.
+            without a second derivative, `CompiledProducts()` for small networks, `GaussNewton()` where H is not
+            positive definite.
+        otherwise: the products to solve with instead, once a direction of negative curvature was met, such as
+            `GaussNewton()`: one gradient and a second linear solve. None: the answer of the linear solver stands.
         target_error: `AID(inner, linear, target_error=..., relative_error=..., constants=...)` is the older form of
             `Certified(AID(inner, linear), ...)`, and does as that does.
         relative_error: see `Certified`.
@@ -95,6 +100,7 @@ class AID(AbstractImplicit):
     constants: Constants | Callable[[Tree], Constants] | None = None
     margin: float | None = None
     side: Literal["left", "right"] | None = None
+    otherwise: AbstractProducts | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -134,6 +140,7 @@ class AID(AbstractImplicit):
         if self._certified is not None:
             return self._certified.accurate
         exact = not isinstance(self.products, FiniteDifferences)
+        exact = exact and not self.products.stands_in and self.otherwise is None
         return self.forgets_start and exact and not self.damping and not self.linear.is_approximate
 
     def certified(
@@ -180,13 +187,22 @@ class AID(AbstractImplicit):
                 f"{inner_problem(problem.problem).without_symmetry} `{type(self.linear).__name__}` {lacks}"
             )
         value, fx, fy = outer_gradients(problem, x, y)
-        system = self.linear.solve(at.operator.shifted(self.damping), at.right_hand_side(fy), start.v)
+        b = at.right_hand_side(fy)
+        system = self.linear.solve(at.operator.shifted(self.damping), b, start.v)
         problem.tally.linear_steps += system.steps
+        used: AbstractImplicit = self
+        if self.otherwise is not None and (system.concave or Status.negative_curvature in system.statuses):
+            used = replace(self, products=self.otherwise, otherwise=None)
+            at = used.products.linearize(problem, x, y)
+            b = at.right_hand_side(fy)
+            system = replace(self.linear.solve(at.operator.shifted(self.damping), b, None), concave=True)
+            problem.tally.linear_steps += system.steps
         v = system.value
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
         reports = (ended, *at.reports, report("linear solver", system), *beside)
+        substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
-            return FlatEstimate(h, value, y, reports)
+            return FlatEstimate(h, value, y, reports, substitute=substitute)
         error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
-        return FlatEstimate(h, value, y, reports, v, value_error=error)
+        return FlatEstimate(h, value, y, reports, v, value_error=error, substitute=substitute)

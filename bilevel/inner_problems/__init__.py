@@ -17,4 +17,5 @@ from bilevel.inner_problems.linear_model import (
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.inner_problems.proximal_fixed_point import ProximalFixedPoint as ProximalFixedPoint
 from bilevel.inner_problems.smooth import SmoothMinimization as SmoothMinimization
+from bilevel.inner_problems.supervised_training import SupervisedTraining as SupervisedTraining
 from bilevel.requirements.properties import Property as Property

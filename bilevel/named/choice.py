@@ -32,6 +32,7 @@ _PASSED_OVER = {
     "itd-checkpointed": "the number of itd for more calls",
     "aid-gmres": "the number of aid-minres for the same calls and more memory, as the inner Hessian is symmetric",
     "first-order": "an error that no budget makes smaller",
+    "network": "an error that damping leaves, and y that is not solved for",
     "kkt": "for constraints, where nothing is chosen",
     IMPLICIT: "another name of one that is tried",
 }

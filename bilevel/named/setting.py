@@ -266,6 +266,11 @@ class Setting:
         least = math.ulp(0.0)  # 0 would be no tolerance at all
         return max(tol, least) if math.isfinite(tol) else least  # what is not finite is reported by the solver
 
+    def relative_damping(self, share: float) -> float:
+        """A share of the largest curvature of g in y at the start; the share itself where g is flat. 14 products."""
+        top = float(self._ends[0].abs().max())
+        return share * top if 0 < top < math.inf else share
+
     def derivative_steps(self) -> int:
         """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
 
