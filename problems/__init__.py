@@ -45,6 +45,7 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks import LanguageSources, SourceBatches, byte_gpt, language_sources, python_texts
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -63,6 +64,7 @@ __all__ = [
     "KLDiagonal",
     "KLProducts",
     "KLSystem",
+    "LanguageSources",
     "LogSumExp",
     "Logistic",
     "MonteCarlo",
@@ -71,12 +73,14 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
+    "SourceBatches",
     "WeightedLogit",
     "abml",
     "anil",
     "asinh",
     "atanh",
     "bayesian_regression",
+    "byte_gpt",
     "cardano",
     "catalogue",
     "double_well",
@@ -87,6 +91,7 @@ __all__ = [
     "ibaml_head",
     "imaml",
     "lambert",
+    "language_sources",
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
@@ -97,6 +102,7 @@ __all__ = [
     "no_inner_loop",
     "proto_net",
     "proximal_tasks",
+    "python_texts",
     "quadratic",
     "random_quadratic",
     "rank_deficient",
@@ -150,6 +156,11 @@ _ENTRIES = (
         "bayesian-regression",
         "small Bayesian regressions with a learned Gaussian prior (iBaML's form)",
         bayesian_regression,
+    ),
+    Entry(
+        "language-sources",
+        "which sources of text, one of them corrupted, a byte-level GPT should be trained on",
+        language_sources,
     ),
     Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
     Entry("nested", "quadratic objectives with x and y in nested structures", nested),

@@ -1,0 +1,220 @@
+"""Data weights of a language model: shares over a run, and hypergradients against the exact unroll.
+
+    python benchmarks/language_sources.py runs --out benchmarks/results --picture docs/images/networks_language.png
+    python benchmarks/language_sources.py hypergradients --out benchmarks/results
+
+`runs`: each algorithm on the problem of `bilevel run language-sources`; the share of every source at every step.
+
+`hypergradients`: x is held at equal shares and the data are one batch of g and one of f. The network is first trained
+by Adam on other batches. From there y takes N steps on the batch, and the exact hypergradient is that of f(y_N(x)) by
+`ITD(..., Checkpointed())`. A method's is its D_x after N of its own steps with x held: by then its second copy of y
+(F2SA, ScaleBiO), or its v (SOBA), has followed for N steps as well. Methods that step by Adam are compared with the
+unroll of Adam, the others with that of gradient descent. Cosine, and relative error |h - exact| / |exact|.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import _threads  # noqa: F401
+import torch
+from _harness import Row, Table, machine, markdown, write
+from torch import Tensor
+
+from bilevel import (
+    ITD,
+    BilevelProblem,
+    Checkpointed,
+    FiniteDifferences,
+    Instance,
+    Split,
+    hypergradient,
+    minimize,
+)
+from bilevel.algorithms import F2SA, SAMA, SOBA, ScaleBiO
+from bilevel.problems import language_sources
+from bilevel.problems.networks.language_sources import CORRUPTED, NAMES_OF_ALGORITHMS
+from bilevel.solvers import Adam, GradientDescent, Iterate
+
+TITLES = {"f2sa": "F2SA", "soba-fd": "SOBA, differences", "sama": "SAMA", "scalebio": "ScaleBiO"}
+HELD = 1e-30  # a step of x that changes nothing
+
+
+def run(algorithm: str, steps: int, **settings: Any) -> dict[str, Any]:
+    """One run: shares `(steps + 1, S)`, values of f on batches, metrics and seconds."""
+    instance = language_sources(algorithm=algorithm, max_steps=steps, **settings)
+    problem, seen = instance.problem, []
+
+    def g(x: Tensor, y: Any, batch: Any) -> Tensor:
+        seen.append(x.detach().clone())
+        return problem.g(x, y, batch)
+
+    shares: list[list[float]] = []
+    values: list[float] = []
+
+    def tell(record: Any, _: Any) -> None:
+        shares.append(torch.softmax(seen[-1], 0).tolist())
+        values.append(record.value)
+
+    began = time.perf_counter()
+    solution = minimize(
+        BilevelProblem(problem.f, g), instance.x0, instance.y0, callback=tell, **instance.settings
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    assert instance.metrics is not None
+    found = dict(instance.metrics(solution.x, solution.y))
+    return {"algorithm": algorithm, "seconds": seconds, "shares": shares, "values": values, "metrics": found}
+
+
+def draw(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Shares over steps, a panel for each algorithm, and f on batches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), dpi=90, layout="constrained")
+    panels = figure.subplots(1, len(runs) + 1)
+    names = [name.removeprefix("share_") for name in runs[0]["metrics"] if name.startswith("share_")]
+    for axes, found in zip(panels, runs, strict=False):
+        for name, curve in zip(names, zip(*found["shares"], strict=True), strict=True):
+            bad = name == CORRUPTED
+            axes.plot(curve, label=name, color="#c44e52" if bad else None, linewidth=2.2 if bad else 1.1)
+        axes.axhline(0.05, color="#8c8c8c", linewidth=0.8, linestyle=":")
+        axes.set_title(TITLES[found["algorithm"]], fontsize=10, loc="left")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("step")
+        panels[-1].plot(smoothed(found["values"]), label=TITLES[found["algorithm"]], linewidth=1.1)
+    panels[0].set_ylabel("share")
+    panels[0].legend(fontsize=7)
+    panels[-1].set_title("loss on clean text", fontsize=10, loc="left")
+    panels[-1].set_xlabel("step")
+    panels[-1].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def smoothed(values: list[float], over: int = 9) -> list[float]:
+    """Means over the last few steps."""
+    windows = [values[max(0, k + 1 - over) : k + 1] for k in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def table_of_runs(runs: list[dict[str, Any]]) -> Table:
+    rows = []
+    for found in runs:
+        metrics = found["metrics"]
+        clean = min(v for k, v in metrics.items() if k.startswith("share_") and not k.endswith(CORRUPTED))
+        bad, learned, equal = metrics[f"share_{CORRUPTED}"], metrics["test_loss_learned"], metrics["test_loss_equal"]
+        cells = [f"{bad:.3f}", f"{clean:.3f}", f"{learned:.3f}", f"{equal:.3f}", f"{found['seconds']:.0f}"]
+        numbers = {"corrupted": bad, "least_clean": clean, "learned": learned, "equal": equal, "s": found["seconds"]}
+        rows.append(Row(TITLES[found["algorithm"]], cells, numbers))
+    columns = ["algorithm", "share of the corrupted", "least of the others", "test loss", "with equal shares", "s"]
+    return Table("Shares of sources", columns, rows, ["Losses in nats a byte, on text that no run sees."])
+
+
+def trained(instance: Instance, steps: int, step: float) -> dict[str, Tensor]:
+    """The network after so many steps of Adam with equal shares."""
+    y = {name: leaf.clone().requires_grad_() for name, leaf in instance.y0.items()}
+    adam = torch.optim.Adam(y.values(), lr=step)
+    for number in range(steps):
+        adam.zero_grad()
+        instance.problem.g(instance.x0, y, instance.settings["data"]("g", number)).backward()
+        adam.step()
+    return {name: leaf.detach() for name, leaf in y.items()}
+
+
+def estimate(instance: Instance, y0: dict[str, Tensor], data: Split, algorithm: Any, steps: int) -> Tensor:
+    """D_x of an algorithm after so many steps with x held."""
+    found: list[Tensor] = []
+    minimize(
+        instance.problem,
+        instance.x0,
+        y0,
+        algorithm=algorithm,
+        data=data,
+        max_steps=steps,
+        callback=lambda _, estimate: found.append(estimate.grad) and None,
+        throw=False,
+    )
+    return found[steps - 1 if isinstance(algorithm, F2SA | SAMA | ScaleBiO) else steps]
+
+
+def hypergradients(instance: Instance, y0: dict[str, Tensor], steps: int, gd: float, adam: float) -> list[Row]:
+    """Each method's hypergradient of the logits against the exact one."""
+    batches = instance.settings["data"]
+    data = Split(f=batches("f", 10**6), g=batches("g", 10**6))
+    references = {}
+    rows = []
+    for name, optimizer in (("gradient descent", GradientDescent(gd)), ("Adam", Adam(adam))):
+        exact = ITD(Iterate(optimizer, max_steps=steps), Checkpointed())
+        references[name] = hypergradient(instance.problem, instance.x0, y0, data=data, estimator=exact).grad
+    methods: tuple[tuple[str, str, Any], ...] = (
+        *((f"F2SA, weight {w:g}", "gradient descent", F2SA(gd, HELD, weight=w, order=1)) for w in (2.0, 10.0, 100.0)),
+        ("SOBA, differences", "gradient descent", SOBA(gd, HELD, products=FiniteDifferences())),
+        ("SOBA, exact products", "gradient descent", SOBA(gd, HELD)),
+        ("SAMA", "gradient descent", SAMA(gd, HELD)),
+        ("SAMA", "Adam", SAMA(Adam(adam), HELD)),
+        *((f"ScaleBiO, weight {w:g}", "Adam", ScaleBiO(adam, HELD, weight=w)) for w in (2.0, 10.0)),
+    )
+    for name, of, algorithm in methods:
+        began = time.perf_counter()
+        h, exact_h = estimate(instance, y0, data, algorithm, steps), references[of]
+        cosine = float(torch.nn.functional.cosine_similarity(h.double(), exact_h.double(), dim=0))
+        error = float((h - exact_h).norm() / exact_h.norm())
+        scaled = math.sqrt(max(0.0, 1 - cosine * cosine))
+        cells = [of, f"{cosine:.3f}", f"{error:.3f}", f"{scaled:.3f}"]
+        numbers = {"cosine": cosine, "error": error, "best_scaled": scaled, "s": time.perf_counter() - began}
+        rows.append(Row(name, cells, numbers))
+        print(name, *cells, flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("runs", "hypergradients"))
+    parser.add_argument("--algorithms", default=",".join(NAMES_OF_ALGORITHMS))
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=150, help="of a run, or of the unroll")
+    parser.add_argument("--trained", type=int, default=150, help="steps before the hypergradient is taken")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gd", type=float, default=0.1, help="step of gradient descent")
+    parser.add_argument("--out", type=Path, help="write JSON and Markdown there")
+    parser.add_argument("--picture", type=Path)
+    given = parser.parse_args()
+    settings = {"width": given.width, "depth": given.depth, "seed": given.seed}
+    content: dict[str, Any] = {}
+    if given.what == "runs":
+        runs: list[dict[str, Any]] = []
+        for name in given.algorithms.split(","):
+            runs.append(run(name, given.steps, **settings))
+            print(name, {k: round(v, 3) for k, v in runs[-1]["metrics"].items()}, f"{runs[-1]['seconds']:.0f} s")
+        content["runs"], table = runs, table_of_runs(runs)
+        if given.picture is not None:
+            draw(given.picture, runs)
+    else:
+        instance = language_sources(**settings)
+        y0 = trained(instance, given.trained, 3e-3)
+        rows = hypergradients(instance, y0, given.steps, given.gd, 3e-4)
+        title = f"Hypergradients after {given.steps} steps from a network trained for {given.trained}"
+        table = Table(title, ["method", "steps by", "cosine", "relative error", "at the best scale"], rows, [])
+    command = (
+        f"python benchmarks/language_sources.py {given.what} --width {given.width} --depth {given.depth}"
+        f" --steps {given.steps} --seed {given.seed}"
+    )
+    text = f"`{command}`\n\n{markdown(table)}"
+    print(text)
+    if given.out is not None:
+        name = f"language_sources_{given.what}"
+        record = {"command": command, "machine": machine(), "tables": [asdict(table)], **content}
+        write(given.out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+        write(given.out / f"{name}.md", text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
