@@ -1,0 +1,16 @@
+"""Each recipe for networks against a loop by hand: memory and time at most 1.15 times, in the same run.
+
+    python benchmarks/networks_recipes.py --out benchmarks/results
+
+One module holds the loops of some recipes, as `PAIRS`; see `_by_hand.py` for what is measured. The exit code is 1 where
+a limit is passed.
+"""
+
+from __future__ import annotations
+
+from _by_hand import Pair, main
+
+PAIRS: tuple[Pair, ...] = ()
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__, __doc__ or "", PAIRS))
