@@ -2,6 +2,7 @@
 
     python benchmarks/language_sources.py runs --out benchmarks/results --picture docs/images/networks_language.png
     python benchmarks/language_sources.py hypergradients --out benchmarks/results
+    python benchmarks/language_sources.py head --out benchmarks/results
 
 `runs`: each algorithm on the problem of `bilevel run language-sources`; the share of every source at every step.
 
@@ -9,7 +10,8 @@
 by Adam on other batches. From there y takes N steps on the batch, and the exact hypergradient is that of f(y_N(x)) by
 `ITD(..., Checkpointed())`. A method's is its D_x after N of its own steps with x held: by then its second copy of y
 (F2SA, ScaleBiO), or its v (SOBA), has followed for N steps as well. Methods that step by Adam are compared with the
-unroll of Adam, the others with that of gradient descent. Cosine, and relative error |h - exact| / |exact|.
+unroll of Adam, the others with that of gradient descent. `head`: the same for the last layer alone, with a penalty, on
+constant features, where y* is unique and all have converged. Cosine, and relative error |h - exact| / |exact|.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +30,24 @@ from _harness import Row, Table, machine, markdown, write
 from torch import Tensor
 
 from bilevel import (
+    AID,
     ITD,
     BilevelProblem,
     Checkpointed,
     FiniteDifferences,
     Instance,
     Split,
+    estimate_constants,
     hypergradient,
     minimize,
 )
 from bilevel.algorithms import F2SA, SAMA, SOBA, ScaleBiO
-from bilevel.problems import language_sources
+from bilevel.problems import byte_gpt, language_sources
 from bilevel.problems.networks.language_sources import CORRUPTED, NAMES_OF_ALGORITHMS
-from bilevel.solvers import Adam, GradientDescent, Iterate
+from bilevel.solvers import CG, LBFGS, Adam, GradientDescent, Iterate
 
 TITLES = {"f2sa": "F2SA", "soba-fd": "SOBA, differences", "sama": "SAMA", "scalebio": "ScaleBiO"}
+PENALTY = 0.01  # of the head
 HELD = 1e-30  # a step of x that changes nothing
 
 
@@ -162,36 +167,87 @@ def hypergradients(instance: Instance, y0: dict[str, Tensor], steps: int, gd: fl
     )
     for name, of, algorithm in methods:
         began = time.perf_counter()
-        h, exact_h = estimate(instance, y0, data, algorithm, steps), references[of]
-        cosine = float(torch.nn.functional.cosine_similarity(h.double(), exact_h.double(), dim=0))
-        error = float((h - exact_h).norm() / exact_h.norm())
-        scaled = math.sqrt(max(0.0, 1 - cosine * cosine))
-        cells = [of, f"{cosine:.3f}", f"{error:.3f}", f"{scaled:.3f}"]
-        numbers = {"cosine": cosine, "error": error, "best_scaled": scaled, "s": time.perf_counter() - began}
-        rows.append(Row(name, cells, numbers))
-        print(name, *cells, flush=True)
+        h = estimate(instance, y0, data, algorithm, steps)
+        rows.append(compared(name, of, h, references[of], s=time.perf_counter() - began))
     return rows
+
+
+def head(instance: Instance, y0: dict[str, Tensor], steps: int) -> list[Row]:
+    """The same where y* is unique and reached: the last layer with a penalty, on features of the trained network."""
+    batches = instance.settings["data"]
+    net = byte_gpt(width=y0["norm.weight"].numel(), depth=len(y0) // 12, context=batches.context).double()
+    net.load_state_dict({name: leaf.double() for name, leaf in y0.items()})
+    net.requires_grad_(False)
+    (windows, sources), clean = batches("g", 10**6), batches("f", 10**6)
+    scale = y0["norm.weight"].numel() ** -0.5
+
+    def losses(y: Tensor, seen: Tensor, following: Tensor) -> Tensor:
+        logits = (seen @ y.T).transpose(1, 2)
+        return torch.nn.functional.cross_entropy(logits, following, reduction="none").mean(1)
+
+    def f(_: Tensor, y: Tensor, batch: Any) -> Tensor:
+        return losses(y, *batch).mean()
+
+    def g(x: Tensor, y: Tensor, batch: Any) -> Tensor:
+        *inputs, of = batch
+        loss = x.numel() * (torch.softmax(x, 0)[of] * losses(y, *inputs)).mean()
+        return loss + PENALTY / 2 * y.square().sum()
+
+    data = Split(
+        f=(scale * net.features(clean[:, :-1]), clean[:, 1:]),
+        g=(scale * net.features(windows[:, :-1]), windows[:, 1:], sources),
+    )
+    x, y = instance.x0.double(), torch.zeros(256, round(scale**-2), dtype=torch.float64)
+    problem = BilevelProblem(f, g)
+    step = 1 / (estimate_constants(problem, x, y, data=data).L or 1.0)
+    unroll = ITD(Iterate(GradientDescent(step), max_steps=steps), Checkpointed())
+    exact = hypergradient(problem, x, y, data=data, estimator=unroll).grad
+    implicit = hypergradient(problem, x, y, data=data, estimator=AID(LBFGS(1e-8), CG(1e-8))).grad
+    print(f"step {step:.3g}; the unroll is {float((exact - implicit).norm() / implicit.norm()):.1e} from AID")
+    methods: tuple[tuple[str, Any], ...] = (
+        *(
+            (f"F2SA of order {order}, weight {w:g}", F2SA(step, HELD, weight=w, order=order))
+            for order in (1, 2)
+            for w in (10.0, 100.0)
+        ),
+        ("SOBA, differences", SOBA(step, HELD, products=FiniteDifferences())),
+        ("SAMA", SAMA(step, HELD)),
+    )
+    rows = []
+    for name, algorithm in methods:
+        h = estimate(replace(instance, problem=problem, x0=x), y, data, algorithm, steps)
+        rows.append(compared(name, "gradient descent", h, exact))
+    return rows
+
+
+def compared(name: str, of: str, h: Tensor, exact: Tensor, **more: float) -> Row:
+    cosine = float(torch.nn.functional.cosine_similarity(h.double(), exact.double(), dim=0))
+    error, scaled = float((h - exact).norm() / exact.norm()), math.sqrt(max(0.0, 1 - cosine * cosine))
+    cells = [of, f"{cosine:.4f}", f"{error:.4f}", f"{scaled:.4f}"]
+    print(name, *cells, flush=True)
+    return Row(name, cells, {"cosine": cosine, "error": error, "best_scaled": scaled, **more})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("runs", "hypergradients"))
+    parser.add_argument("what", choices=("runs", "hypergradients", "head"))
     parser.add_argument("--algorithms", default=",".join(NAMES_OF_ALGORITHMS))
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150, help="of a run, or of the unroll")
+    parser.add_argument("--steps", type=int, help="of a run (150), or of the unroll (50; of the head 1000)")
     parser.add_argument("--trained", type=int, default=150, help="steps before the hypergradient is taken")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gd", type=float, default=0.1, help="step of gradient descent")
     parser.add_argument("--out", type=Path, help="write JSON and Markdown there")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
+    steps = given.steps if given.steps is not None else {"runs": 150, "hypergradients": 50, "head": 1000}[given.what]
     settings = {"width": given.width, "depth": given.depth, "seed": given.seed}
     content: dict[str, Any] = {}
     if given.what == "runs":
         runs: list[dict[str, Any]] = []
         for name in given.algorithms.split(","):
-            runs.append(run(name, given.steps, **settings))
+            runs.append(run(name, steps, **settings))
             print(name, {k: round(v, 3) for k, v in runs[-1]["metrics"].items()}, f"{runs[-1]['seconds']:.0f} s")
         content["runs"], table = runs, table_of_runs(runs)
         if given.picture is not None:
@@ -199,12 +255,15 @@ def main() -> int:
     else:
         instance = language_sources(**settings)
         y0 = trained(instance, given.trained, 3e-3)
-        rows = hypergradients(instance, y0, given.steps, given.gd, 3e-4)
-        title = f"Hypergradients after {given.steps} steps from a network trained for {given.trained}"
+        if given.what == "head":
+            rows, where = head(instance, y0, steps), "of the head, on features of a network"
+        else:
+            rows, where = hypergradients(instance, y0, steps, given.gd, 3e-4), "from a network"
+        title = f"Hypergradients after {steps} steps {where} trained for {given.trained}"
         table = Table(title, ["method", "steps by", "cosine", "relative error", "at the best scale"], rows, [])
     command = (
         f"python benchmarks/language_sources.py {given.what} --width {given.width} --depth {given.depth}"
-        f" --steps {given.steps} --seed {given.seed}"
+        f" --steps {steps} --seed {given.seed}"
     )
     text = f"`{command}`\n\n{markdown(table)}"
     print(text)

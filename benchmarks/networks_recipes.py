@@ -9,8 +9,9 @@ a limit is passed.
 from __future__ import annotations
 
 from _by_hand import Pair, main
+from _loops_c import PAIRS as C
 
-PAIRS: tuple[Pair, ...] = ()
+PAIRS: tuple[Pair, ...] = (*C,)
 
 if __name__ == "__main__":
     raise SystemExit(main(__file__, __doc__ or "", PAIRS))

@@ -45,7 +45,7 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
-from bilevel.problems.networks import LanguageSources, SourceBatches, byte_gpt, language_sources, python_texts
+from bilevel.problems.networks import byte_gpt, language_sources, python_texts
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -64,7 +64,6 @@ __all__ = [
     "KLDiagonal",
     "KLProducts",
     "KLSystem",
-    "LanguageSources",
     "LogSumExp",
     "Logistic",
     "MonteCarlo",
@@ -73,7 +72,6 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
-    "SourceBatches",
     "WeightedLogit",
     "abml",
     "anil",

@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from bilevel import BilevelProblem, functional, hypergradient  # noqa: E402
+from bilevel import ITD, BilevelProblem, functional, hypergradient  # noqa: E402
+from bilevel.solvers import GradientDescent, Iterate  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
 
@@ -68,9 +69,6 @@ def test_with_attention_written_out_second_derivatives_are_those_of_differences(
         loss = (x.sigmoid() * example.losses(net(y, input_ids=tokens).logits, tokens)).mean()
         return loss + sum(p.square().sum() for p in y.values())
 
-    from bilevel import ITD
-    from bilevel.solvers import GradientDescent, Iterate
-
     x, itd = torch.zeros(3, dtype=torch.float64), ITD(Iterate(GradientDescent(0.1), max_steps=2))
     problem = BilevelProblem(f, step)
     h = hypergradient(problem, x, start, estimator=itd).grad
@@ -80,6 +78,7 @@ def test_with_attention_written_out_second_derivatives_are_those_of_differences(
         assert (up - down) / 2e-4 == pytest.approx(float(h[k]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_gets_the_smaller_weights_and_what_was_trained_is_saved(examples: Any, tmp_path: Path) -> None:
     example = examples("lora_weights")
     assert example.main(str(tmp_path)) > 0.9
@@ -92,6 +91,7 @@ def test_noise_gets_the_smaller_weights_and_what_was_trained_is_saved(examples: 
     assert all(float(p.abs().max()) > 0 for name, p in again.named_parameters() if name in names)
 
 
+@pytest.mark.slow
 def test_a_callback_of_the_trainer_finds_noise_as_well(examples: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     assert examples("trainer_weights").main(str(tmp_path)) > 0.9
