@@ -115,7 +115,7 @@ PAIRS = (
         "language sources, F2SA",
         lambda steps: by_library(F2SA(Adam(INNER), Adam(OUTER), weight=WEIGHT, order=1), steps),
         f2sa,
-        steps=4,
+        steps=10,
     ),
-    Pair("language sources, SAMA", lambda steps: by_library(SAMA(Adam(INNER), Adam(OUTER)), steps), sama, steps=4),
+    Pair("language sources, SAMA", lambda steps: by_library(SAMA(Adam(INNER), Adam(OUTER)), steps), sama, steps=10),
 )

@@ -23,6 +23,7 @@ from bilevel import (
     functional,
     hypergradient,
     minimize,
+    ravel,
 )
 from bilevel.algorithms import F2SA, SOBA
 from bilevel.problems import byte_gpt, language_sources, python_texts
@@ -135,7 +136,7 @@ def test_every_algorithm_takes_steps_that_leave_the_mean_of_the_logits_alone(nam
 
 
 def test_a_few_steps_take_share_from_the_corrupted_source(tiny: Instance) -> None:
-    made = language_sources(algorithm="sama", **(TINY | {"each": 8}), max_steps=40)
+    made = language_sources(algorithm="sama", **(TINY | {"each": 8}), outer_step=0.1, max_steps=20)
     solution = minimize(made.problem, made.x0, made.y0, **made.settings)
     assert made.metrics is not None
     metrics = made.metrics(solution.x, solution.y)
@@ -186,12 +187,12 @@ def held(problem: BilevelProblem, x: Tensor, y: Tensor, data: Split, algorithm: 
 
 
 def test_on_a_converged_head_f2sa_of_order_2_and_soba_by_differences_are_within_5_percent_of_the_exact_unroll() -> None:
-    ((problem, x, y, data),) = head(penalty=0.05)
-    step, steps = 0.25, 250
+    ((problem, x, y, data),) = head(penalty=0.1)
+    step, steps = 0.4, 120
     unroll = ITD(Iterate(GradientDescent(step), max_steps=steps), Checkpointed())
     exact = hypergradient(problem, x, y, data=data, estimator=unroll).grad
     implicit = hypergradient(problem, x, y, data=data, estimator=AID(LBFGS(1e-9), CG(1e-9))).grad
-    assert float((exact - implicit).norm()) < 1e-3 * float(implicit.norm())  # it has converged
+    assert float((exact - implicit).norm()) < 1e-4 * float(implicit.norm())  # it has converged
     for algorithm in (
         F2SA(step, 1e-30, weight=100.0, order=2),
         SOBA(step, 1e-30, products=FiniteDifferences()),
@@ -215,24 +216,17 @@ def test_the_corrupted_source_ends_below_a_twentieth_for_at_least_three_of_four_
 def test_the_network_has_second_derivatives_that_are_those_of_differences(tiny: Instance) -> None:
     net = functional(byte_gpt(width=8, depth=1, heads=2, context=6).double())
     windows = tiny.settings["data"]("f", 0)[:2, :7]
-    flat = torch.cat([p.reshape(-1) for p in net.params.values()])
-    shapes = {name: p.shape for name, p in net.params.items()}
+    start, structure = ravel(net.params)
 
-    def gradient(vector: Tensor) -> Tensor:
-        vector = vector.detach().requires_grad_()
-        parts = dict(zip(shapes, vector.split([s.numel() for s in shapes.values()]), strict=True))
-        loss = source_loss(net, {k: parts[k].view(s) for k, s in shapes.items()}, windows).mean()
-        (found,) = torch.autograd.grad(loss, vector, create_graph=True)
-        return found
+    def gradient(vector: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = vector.detach().requires_grad_()
+        loss = source_loss(net, structure.unravel(leaf), windows).mean()
+        (found,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return found, leaf
 
-    def product(v: Tensor) -> Tensor:
-        leaf = flat.detach().requires_grad_()
-        parts = dict(zip(shapes, leaf.split([s.numel() for s in shapes.values()]), strict=True))
-        loss = source_loss(net, {k: parts[k].view(s) for k, s in shapes.items()}, windows).mean()
-        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        (found,) = torch.autograd.grad(first, leaf, v)
-        return found
-
-    v = torch.randn(len(flat), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    by_differences = (gradient(flat + 1e-5 * v) - gradient(flat - 1e-5 * v)) / 2e-5
-    torch.testing.assert_close(product(v), by_differences.detach(), rtol=1e-5, atol=1e-7)
+    v = torch.randn(len(start), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, h = v / v.norm(), 1e-5
+    first, leaf = gradient(start)
+    (product,) = torch.autograd.grad(first, leaf, v)
+    by_differences = (gradient(start + h * v)[0] - gradient(start - h * v)[0]).detach() / (2 * h)
+    assert float((product - by_differences).norm()) < 1e-7 * float(product.norm())

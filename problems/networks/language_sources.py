@@ -164,6 +164,8 @@ class LanguageSources:
 Method: TypeAlias = Literal["f2sa", "soba-fd", "sama", "scalebio"]
 NAMES_OF_ALGORITHMS: tuple[Method, ...] = get_args(Method)
 
+_OUTER_STEP: dict[Method, float] = {"f2sa": 0.02, "soba-fd": 0.05, "sama": 0.05, "scalebio": 0.02}
+
 
 @checked(
     width=SIZE,
@@ -187,7 +189,7 @@ def language_sources(
     each: int = 8,
     noise: float = 0.5,
     inner_step: float = 3e-3,
-    outer_step: float = 0.05,
+    outer_step: float | None = None,
     max_steps: int = 150,
     seed: int = 0,
 ) -> Instance:
@@ -208,7 +210,7 @@ def language_sources(
         each: windows of each source in a batch of g, and of each clean one in a batch of f.
         noise: the share of noise among the windows of the corrupted source.
         inner_step: the learning rate of y.
-        outer_step: that of x.
+        outer_step: that of x; None: 0.05, but 0.02 of F2SA and ScaleBiO, whose directions are noisier.
         max_steps: of a run.
         seed: of the weights and of the batches.
 
@@ -237,7 +239,9 @@ def language_sources(
         metrics=family.metrics,
         plot=family.plot,
         settings={
-            "algorithm": _algorithm(algorithm, inner_step, outer_step),
+            "algorithm": _algorithm(
+                algorithm, inner_step, _OUTER_STEP[algorithm] if outer_step is None else outer_step
+            ),
             "data": batches,
             "max_steps": max_steps,
         },
