@@ -15,11 +15,12 @@ from bilevel.algorithms import F2SA, SAMA
 from bilevel.problems import byte_gpt, language_sources
 from bilevel.solvers import Adam
 
+SIZE = {"width": 64, "depth": 2}
 INNER, OUTER, WEIGHT = 3e-3, 0.05, 2.0
 
 
 def by_library(algorithm: Any, steps: int) -> Tensor:
-    made = language_sources()
+    made = language_sources(**SIZE)
     found = minimize(
         made.problem, made.x0, made.y0, algorithm=algorithm, data=made.settings["data"], max_steps=steps - 1
     )  # whose last evaluation is a step of y
@@ -35,15 +36,11 @@ def weighted(x: Tensor, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return len(x) * (torch.softmax(x, 0)[sources] * losses(net, windows)).mean()
 
 
-def frozen(net: nn.Module) -> nn.Module:
-    return net.requires_grad_(False)
-
-
 def f2sa(steps: int) -> Tensor:
     """Two copies of the network; the losses of both on one batch for the direction of x."""
-    data = language_sources().settings["data"]
+    data = language_sources(**SIZE).settings["data"]
     x = torch.zeros(5, requires_grad=True)
-    low = byte_gpt(context=data.context)
+    low = byte_gpt(context=data.context, **SIZE)
     high = copy.deepcopy(low)
     nets = (low, high)
     adams = [torch.optim.Adam(net.parameters(), lr=INNER) for net in nets]
@@ -71,9 +68,9 @@ def f2sa(steps: int) -> Tensor:
 
 def sama(steps: int) -> Tensor:
     """A step of Adam, then losses at two points along its preconditioner times the gradient of f."""
-    data = language_sources().settings["data"]
+    data = language_sources(**SIZE).settings["data"]
     x = torch.zeros(5, requires_grad=True)
-    net = byte_gpt(context=data.context)
+    net = byte_gpt(context=data.context, **SIZE)
     weights = list(net.parameters())
     adam = torch.optim.Adam(weights, lr=INNER)
     outer = torch.optim.Adam([x], lr=OUTER)

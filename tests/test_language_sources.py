@@ -188,7 +188,7 @@ def held(problem: BilevelProblem, x: Tensor, y: Tensor, data: Split, algorithm: 
 
 def test_on_a_converged_head_f2sa_of_order_2_and_soba_by_differences_are_within_5_percent_of_the_exact_unroll() -> None:
     ((problem, x, y, data),) = head(penalty=0.1)
-    step, steps = 0.4, 120
+    step, steps = 0.4, 200
     unroll = ITD(Iterate(GradientDescent(step), max_steps=steps), Checkpointed())
     exact = hypergradient(problem, x, y, data=data, estimator=unroll).grad
     implicit = hypergradient(problem, x, y, data=data, estimator=AID(LBFGS(1e-9), CG(1e-9))).grad

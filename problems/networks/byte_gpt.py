@@ -17,7 +17,7 @@ BYTES = 256
 
 
 @checked(width=SIZE, depth=SIZE, heads=SIZE, context=SIZE, seed=SEED)
-def byte_gpt(*, width: int = 128, depth: int = 5, heads: int = 4, context: int = 64, seed: int = 0) -> ByteGPT:
+def byte_gpt(*, width: int = 200, depth: int = 2, heads: int = 4, context: int = 32, seed: int = 0) -> ByteGPT:
     """Bytes `(n, t)`, t <= context, to the logits `(n, t, 256)` of the byte that follows each of them.
 
     Layer normalization before attention and before a hidden layer of 4 `width` GELU units, `depth` times; learned
@@ -40,7 +40,7 @@ def byte_gpt(*, width: int = 128, depth: int = 5, heads: int = 4, context: int =
         >>> net(torch.zeros(3, 5, dtype=torch.long)).shape
         torch.Size([3, 5, 256])
         >>> sum(p.numel() for p in byte_gpt().parameters())
-        1032576
+        1023200
     """
     if width % heads:
         raise ValueError(f"`byte_gpt(width=...)` must be a multiple of heads={heads}. Got {width}.")

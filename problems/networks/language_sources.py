@@ -164,7 +164,7 @@ class LanguageSources:
 Method: TypeAlias = Literal["f2sa", "soba-fd", "sama", "scalebio"]
 NAMES_OF_ALGORITHMS: tuple[Method, ...] = get_args(Method)
 
-_OUTER_STEP: dict[Method, float] = {"f2sa": 0.02, "soba-fd": 0.05, "sama": 0.05, "scalebio": 0.02}
+_OUTER_STEP: dict[Method, float] = {"f2sa": 0.03, "soba-fd": 0.05, "sama": 0.05, "scalebio": 0.03}
 
 
 @checked(
@@ -182,15 +182,15 @@ _OUTER_STEP: dict[Method, float] = {"f2sa": 0.02, "soba-fd": 0.05, "sama": 0.05,
 def language_sources(
     *,
     algorithm: Method = "scalebio",
-    width: int = 128,
-    depth: int = 5,
+    width: int = 200,
+    depth: int = 2,
     heads: int = 4,
     context: int = 32,
     each: int = 8,
     noise: float = 0.5,
-    inner_step: float = 3e-3,
+    inner_step: float = 2e-3,
     outer_step: float | None = None,
-    max_steps: int = 150,
+    max_steps: int = 120,
     seed: int = 0,
 ) -> Instance:
     """Which sources a language model should be trained on; see :class:`LanguageSources` and `python_texts`.
@@ -210,7 +210,7 @@ def language_sources(
         each: windows of each source in a batch of g, and of each clean one in a batch of f.
         noise: the share of noise among the windows of the corrupted source.
         inner_step: the learning rate of y.
-        outer_step: that of x; None: 0.05, but 0.02 of F2SA and ScaleBiO, whose directions are noisier.
+        outer_step: that of x; None: 0.05, but 0.03 of F2SA and ScaleBiO, whose directions are noisier.
         max_steps: of a run.
         seed: of the weights and of the batches.
 
@@ -221,7 +221,7 @@ def language_sources(
     Example:
         >>> instance = language_sources(width=8, depth=1, heads=1, context=4, each=2)
         >>> instance.x0.shape, instance.settings["max_steps"]
-        (torch.Size([5]), 150)
+        (torch.Size([5]), 120)
     """
     texts = python_texts()
     train, held_out, test = ([_part(text, k) for text in texts.values()] for k in range(3))
