@@ -47,7 +47,7 @@ from bilevel.problems.networks.language_sources import CORRUPTED, NAMES_OF_ALGOR
 from bilevel.solvers import CG, LBFGS, Adam, GradientDescent, Iterate
 
 TITLES = {"f2sa": "F2SA", "soba-fd": "SOBA, differences", "sama": "SAMA", "scalebio": "ScaleBiO"}
-PENALTY = 0.01  # of the head
+PENALTY = 0.02  # of the head
 HELD = 1e-30  # a step of x that changes nothing
 
 
@@ -156,7 +156,9 @@ def hypergradients(instance: Instance, y0: dict[str, Tensor], steps: int, gd: fl
     rows = []
     for name, optimizer in (("gradient descent", GradientDescent(gd)), ("Adam", Adam(adam))):
         exact = ITD(Iterate(optimizer, max_steps=steps), Checkpointed())
-        references[name] = hypergradient(instance.problem, instance.x0, y0, data=data, estimator=exact).grad
+        found = hypergradient(instance.problem, instance.x0, y0, data=data, estimator=exact)
+        references[name] = found.grad
+        print(f"exact, by {name}: f = {found.value:.3f}, |h| = {float(found.grad.norm()):.3g}", flush=True)
     methods: tuple[tuple[str, str, Any], ...] = (
         *((f"F2SA, weight {w:g}", "gradient descent", F2SA(gd, HELD, weight=w, order=1)) for w in (2.0, 10.0, 100.0)),
         ("SOBA, differences", "gradient descent", SOBA(gd, HELD, products=FiniteDifferences())),
@@ -234,14 +236,14 @@ def main() -> int:
     parser.add_argument("--algorithms", default=",".join(NAMES_OF_ALGORITHMS))
     parser.add_argument("--width", type=int, default=200)
     parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="of a run (120), or of the unroll (50; of the head 1000)")
+    parser.add_argument("--steps", type=int, help="of a run (200), or of the unroll (50; of the head 250)")
     parser.add_argument("--trained", type=int, default=120, help="steps before the hypergradient is taken")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gd", type=float, default=0.1, help="step of gradient descent")
+    parser.add_argument("--gd", type=float, default=0.02, help="step of gradient descent")
     parser.add_argument("--out", type=Path, help="write JSON and Markdown there")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    steps = given.steps if given.steps is not None else {"runs": 120, "hypergradients": 50, "head": 1000}[given.what]
+    steps = given.steps if given.steps is not None else {"runs": 200, "hypergradients": 50, "head": 250}[given.what]
     settings = {"width": given.width, "depth": given.depth, "seed": given.seed}
     content: dict[str, Any] = {}
     if given.what == "runs":

@@ -190,7 +190,7 @@ def language_sources(
     noise: float = 0.5,
     inner_step: float = 2e-3,
     outer_step: float | None = None,
-    max_steps: int = 120,
+    max_steps: int = 200,
     seed: int = 0,
 ) -> Instance:
     """Which sources a language model should be trained on; see :class:`LanguageSources` and `python_texts`.
@@ -221,7 +221,7 @@ def language_sources(
     Example:
         >>> instance = language_sources(width=8, depth=1, heads=1, context=4, each=2)
         >>> instance.x0.shape, instance.settings["max_steps"]
-        (torch.Size([5]), 120)
+        (torch.Size([5]), 200)
     """
     texts = python_texts()
     train, held_out, test = ([_part(text, k) for text in texts.values()] for k in range(3))
