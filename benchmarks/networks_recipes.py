@@ -11,8 +11,9 @@ from __future__ import annotations
 from _by_hand import main
 from _loops_a import PAIRS as A
 from _loops_b import PAIRS as B
+from _loops_c import PAIRS as C
 
-PAIRS = (*A, *B)
+PAIRS = (*A, *B, *C)
 
 if __name__ == "__main__":
     raise SystemExit(main(__file__, __doc__ or "", PAIRS))

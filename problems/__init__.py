@@ -46,6 +46,7 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks import byte_gpt, language_sources, python_texts
 from bilevel.problems.networks.distillation import distillation
 from bilevel.problems.networks.learned_augmentation import learned_augmentation
 from bilevel.problems.networks.mixed_operations import mixed_operations
@@ -96,6 +97,7 @@ __all__ = [
     "asinh",
     "atanh",
     "bayesian_regression",
+    "byte_gpt",
     "cardano",
     "catalogue",
     "distillation",
@@ -110,6 +112,7 @@ __all__ = [
     "ibaml_head",
     "imaml",
     "lambert",
+    "language_sources",
     "lasso",
     "lasso_diabetes",
     "learned_augmentation",
@@ -125,6 +128,7 @@ __all__ = [
     "noisy_labels",
     "proto_net",
     "proximal_tasks",
+    "python_texts",
     "quadratic",
     "random_quadratic",
     "rank_deficient",
@@ -194,6 +198,11 @@ _ENTRIES = (
         "bayesian-regression",
         "small Bayesian regressions with a learned Gaussian prior (iBaML's form)",
         bayesian_regression,
+    ),
+    Entry(
+        "language-sources",
+        "which sources of text, one of them corrupted, a byte-level GPT should be trained on",
+        language_sources,
     ),
     Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
     Entry("nested", "quadratic objectives with x and y in nested structures", nested),

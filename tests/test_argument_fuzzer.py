@@ -331,7 +331,7 @@ def calls(count: int, seed: int) -> Iterator[Call]:
 
 # Of these a call that succeeds takes long.
 HEAVY = re.compile(
-    r"testing|digits$|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$"
+    r"testing|digits$|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$|language_sources$|python_texts$"
 )
 
 

@@ -122,6 +122,7 @@ def build_problem(name: str) -> Any:
     data = {"data": (X, X.sum(1) if name.startswith("ridge") else y)}
     sizes: dict[str, dict[str, Any]] = {
         "hyper-cleaning": {**data, "n_train": 12, "n_val": 6},
+        "language-sources": {"width": 8, "depth": 1, "heads": 2, "context": 4, "each": 2},
         "hyper-cleaning-synthetic": {"n_train": 12, "n_val": 6, "d": 3, "classes": 2},
         "mixed-operations": {"n_train": 12, "n_val": 6, "width": 2, "batch": 4},
         "distillation": {**data, "n_train": 12, "hidden": 2},

@@ -630,6 +630,9 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "features": lambda: 2,
         "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
     },
+    "byte_gpt": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2},
+    "language_sources": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2}
+    | {"each": lambda: 2, "max_steps": lambda: 1},
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},
     **{
         f"BayesianRegression.{name}": {"y": lambda: {"mean": X, "log_variance": Y}}
