@@ -11,11 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._problem import BilevelProblem
 from bilevel._sets import Box
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.diagnostics.path import solution_path
 from bilevel.inner_problems.linear_model import LinearModel
 from bilevel.problems._plots import COLORS
 from bilevel.prox.elastic_net import ElasticNet
@@ -119,6 +117,37 @@ def clipped(x0: Tensor) -> Box:
 
 @final
 @dataclass(frozen=True, eq=False)
+class Fits:
+    """Solutions along a grid, and their held-out losses."""
+
+    y: tuple[Tensor, ...]
+    values: tuple[float, ...]
+
+    @property
+    def best(self) -> int:
+        """Which has the least loss."""
+        return min(range(len(self.values)), key=self.values.__getitem__)
+
+
+def fitted(model: LinearModel, term: AbstractProxTerm, y: Tensor, tol: float = 1e-5, most: int = 1000) -> Tensor:
+    """A minimizer for baselines and pictures, to some digits: proximal steps with momentum that begins again."""
+    w, b = model.sample_weights(), model.sample_targets()
+    steep = float(model.loss.curvature(torch.zeros_like(w), b).max())
+    t = 1 / (steep * float(torch.linalg.matrix_norm(w.sqrt().unsqueeze(1) * model.X, 2)) ** 2)
+    z, k = y, 0
+    for _ in range(most):
+        slope = (w * model.loss.slope(model.X @ z, b)) @ model.X
+        moved = term.prox(z - t * slope, t)
+        assert isinstance(moved, Tensor)
+        if float(torch.linalg.vector_norm(moved - z)) <= tol * t:
+            return moved
+        k = 0 if float((z - moved) @ (moved - y)) > 0 else k + 1
+        z, y = moved + k / (k + 3) * (moved - y), moved
+    return y
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Shown:
     """What a person is told: losses at (x, y), and those of the best of a grid with one penalty for all.
 
@@ -139,17 +168,18 @@ class Shown:
         return torch.linspace(top, top - math.log(_LOW), _GRID, dtype=self.data.train.X.dtype, device="cpu")
 
     @functools.cached_property
-    def path(self) -> Any:
+    def path(self) -> Fits:
         """The path over that grid: of the term, where it has one penalty, else of the lasso."""
         term = l1_term if self.term is elastic_net_term else self.term
-        problem = BilevelProblem(self.data.held, self.data.train, prox=term)
-        return solution_path(problem, list(self.grid), torch.zeros_like(self.data.train.X[0]))
+        y, found = torch.zeros_like(self.data.train.X[0]), list[Tensor]()
+        for x in self.grid:
+            y = fitted(self.data.train, term(x), y)
+            found.append(y)
+        return Fits(tuple(found), tuple(float(self.data.held(None, each)) for each in found))
 
     def refitted(self, x: Tensor) -> Tensor:
         """y*(x) on all training samples."""
-        problem = BilevelProblem(self.data.held, self.data.train, prox=self.term)
-        y: Tensor = solution_path(problem, [x], torch.zeros_like(self.data.train.X[0])).y[0]
-        return y
+        return fitted(self.data.train, self.term(x), torch.zeros_like(self.data.train.X[0]))
 
     def metrics(self, _: Tensor, y: Tensor) -> dict[str, float]:
         best = self.path.y[self.path.best]
@@ -176,9 +206,9 @@ class Shown:
         figure.tight_layout()
 
 
-def draw_path(left: Any, right: Any, grid: Tensor, path: Any, test: list[float]) -> None:
+def draw_path(left: Any, right: Any, grid: Tensor, path: Fits, test: list[float]) -> None:
     """Coefficients, and the criterion and the test loss, over log lambda."""
-    entries = torch.stack(path.y)
+    entries = torch.stack(list(path.y))
     for j in entries.abs().amax(0).topk(min(12, entries.shape[1])).indices.tolist():
         left.plot(grid.tolist(), entries[:, j].tolist(), linewidth=1)
     left.set_xlabel("log penalty")

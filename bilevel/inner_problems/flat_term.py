@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bilevel.prox.term import AbstractProxTerm
 
 
+@final
 class _NoPiecesError(Exception):
     """A term is not of the form that coordinate descent reads."""
 
