@@ -45,7 +45,7 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
-from bilevel.problems.networks.small_network import SmallNetwork, small_network
+from bilevel.problems.networks.small_network import small_network
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -72,7 +72,6 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
-    "SmallNetwork",
     "WeightedLogit",
     "abml",
     "anil",
