@@ -136,7 +136,7 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         bias=sum_of([estimate.bias for estimate in found]),
         note=found[0].note,
         value_error=sum_of([estimate.value_error for estimate in found]),
-        substitute=Substitute.worst(estimate.substitute for estimate in found),
+        substitute=_worst_substitute([estimate.substitute for estimate in found]),
     )
 
 
@@ -149,3 +149,9 @@ def _worst(reports: tuple[Report, ...]) -> Report:
         max(report.steps for report in reports),
         tuple(status for report in reports for status in report.statuses),
     )
+
+
+def _worst_substitute(parts: list[Substitute | None]) -> Substitute | None:
+    """That of the largest residual; None where there is none."""
+    found = [part for part in parts if part is not None]
+    return max(found, key=lambda part: (part.residual != part.residual, part.residual), default=None)

@@ -466,12 +466,6 @@ class Substitute:
         """The same as plain data."""
         return {"system": self.system, "residual": self.residual, "concave": self.concave}
 
-    @staticmethod
-    def worst(parts: Iterable[Substitute | None]) -> Substitute | None:
-        """That of the largest residual; None where there is none."""
-        found = [part for part in parts if part is not None]
-        return max(found, key=lambda part: (part.residual != part.residual, part.residual), default=None)
-
     def __str__(self) -> str:
         concave = ", ended at a direction of no positive curvature" if self.concave else ""
         return f"{self.system}{concave}: |grad_y f - H v| is {self.residual:.2g} of |grad_y f|"

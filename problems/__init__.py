@@ -53,7 +53,7 @@ from bilevel.problems.networks.mixed_operations import mixed_operations
 from bilevel.problems.networks.noisy_labels import noisy_labels
 from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
-from bilevel.problems.networks.small_network import SmallNetwork, small_network
+from bilevel.problems.networks.small_network import small_network
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -89,7 +89,6 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
-    "SmallNetwork",
     "SparseData",
     "WeightedLogit",
     "abml",

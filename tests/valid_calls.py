@@ -370,7 +370,6 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Stats": Stats,
     "Status": lambda: Status.successful,
     "tuple[Status, ...]": lambda: (Status.successful,),
-    "Iterable[Substitute | None]": lambda: [None, bilevel.Substitute("damping 0.1", 0.5)],
     "tuple[Report, ...]": lambda: (Report("inner solver", Status.successful, 0.0, 1),),
     "AbstractEstimator": lambda: AID(LBFGS(), CG()),
     "AbstractRequiring": lambda: AID(LBFGS(), CG()),
@@ -578,13 +577,6 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "n_val": lambda: 4,
         "width": lambda: 1,
         "data": lambda: (torch.rand(10, 64), torch.tensor([0, 1] * 5)),
-    },
-    "SmallNetwork": {
-        "net": lambda: bilevel.functional(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))),
-        "X": lambda: torch.rand(3, 8, 8),
-        "labels": lambda: torch.tensor([0, 1, 1]),
-        "X_val": lambda: torch.rand(3, 8, 8),
-        "labels_val": lambda: torch.tensor([0, 1, 1]),
     },
     # tasks and few-shot learning
     "ImageClasses": {"images": lambda: torch.rand(6, 4, 2, 2)},

@@ -27,7 +27,7 @@ Architecture: TypeAlias = Literal["mlp", "conv", "transformer"]
 
 @final
 @dataclass(frozen=True, eq=False)
-class SmallNetwork:
+class _SmallNetwork:
     """g = mean_i sigmoid(w_i) CE(net(y; z_i), b_i) + e^decay |y - y_0|^2 / 2,  f = mean CE on clean validation data.
 
     x = {"weights": w `(n,)`, "decay": `()`}. The decay is towards the initial weights y_0: one towards zero has no
@@ -94,7 +94,9 @@ def small_network(
     double: bool = False,
     declared: bool = True,
 ) -> Instance:
-    """Sample weights and weight decay of a small network, on scikit-learn's digits (8 x 8); see :class:`SmallNetwork`.
+    """Sample weights and weight decay of a small network, on scikit-learn's digits (8 x 8).
+
+    g = mean_i sigmoid(w_i) CE(net(y; z_i), b_i) + e^decay |y - y_0|^2 / 2,  f = mean CE on clean validation data.
 
     Args:
         network: "mlp" (one hidden layer of tanh units), "conv" (two convolutions with batch normalization) or
@@ -133,7 +135,7 @@ def small_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = _MODULES[network](width, parts.classes).to(parts.X_train.dtype)
-    family = SmallNetwork(functional(module), _images(parts.X_train), labels, _images(parts.X_val), parts.y_val, half)
+    family = _SmallNetwork(functional(module), _images(parts.X_train), labels, _images(parts.X_val), parts.y_val, half)
     kind = SupervisedTraining(family.outputs, family.loss, family.regularizer)
     problem = BilevelProblem(family.f, inner=kind) if declared else BilevelProblem(family.f, kind.g)
     X_test, y_test = _images(parts.X_test), parts.y_test
