@@ -37,7 +37,6 @@ from bilevel import (
     FiniteDifferences,
     Instance,
     Split,
-    estimate_constants,
     hypergradient,
     minimize,
 )
@@ -87,7 +86,7 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
     for axes, found in zip(panels, runs, strict=False):
         for name, curve in zip(names, zip(*found["shares"], strict=True), strict=True):
             bad = name == CORRUPTED
-            axes.plot(curve, label=name, color="#c44e52" if bad else None, linewidth=2.2 if bad else 1.1)
+            axes.plot(curve, label=name, color="black" if bad else None, linewidth=2.2 if bad else 1.1)
         axes.axhline(0.05, color="#8c8c8c", linewidth=0.8, linestyle=":")
         axes.set_title(TITLES[found["algorithm"]], fontsize=10, loc="left")
         axes.set_ylim(0, 1)
@@ -201,7 +200,8 @@ def head(instance: Instance, y0: dict[str, Tensor], steps: int) -> list[Row]:
     )
     x, y = instance.x0.double(), torch.zeros(256, round(scale**-2), dtype=torch.float64)
     problem = BilevelProblem(f, g)
-    step = 1 / (estimate_constants(problem, x, y, data=data).L or 1.0)
+    rows = data.g[0].reshape(-1, y.shape[1])  # the curvature of softmax is at most 1/2
+    step = 1 / (float(torch.linalg.matrix_norm(rows.T @ rows / len(rows), 2)) / 2 + PENALTY)
     unroll = ITD(Iterate(GradientDescent(step), max_steps=steps), Checkpointed())
     exact = hypergradient(problem, x, y, data=data, estimator=unroll).grad
     implicit = hypergradient(problem, x, y, data=data, estimator=AID(LBFGS(1e-8), CG(1e-8))).grad
@@ -215,11 +215,11 @@ def head(instance: Instance, y0: dict[str, Tensor], steps: int) -> list[Row]:
         ("SOBA, differences", SOBA(step, HELD, products=FiniteDifferences())),
         ("SAMA", SAMA(step, HELD)),
     )
-    rows = []
+    found = []
     for name, algorithm in methods:
         h = estimate(replace(instance, problem=problem, x0=x), y, data, algorithm, steps)
-        rows.append(compared(name, "gradient descent", h, exact))
-    return rows
+        found.append(compared(name, "gradient descent", h, exact))
+    return found
 
 
 def compared(name: str, of: str, h: Tensor, exact: Tensor, **more: float) -> Row:

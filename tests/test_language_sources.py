@@ -136,7 +136,7 @@ def test_every_algorithm_takes_steps_that_leave_the_mean_of_the_logits_alone(nam
 
 
 def test_a_few_steps_take_share_from_the_corrupted_source(tiny: Instance) -> None:
-    made = language_sources(algorithm="sama", **(TINY | {"each": 8}), outer_step=0.1, max_steps=20)
+    made = language_sources(algorithm="sama", **(TINY | {"each": 16}), outer_step=0.1, max_steps=20)
     solution = minimize(made.problem, made.x0, made.y0, **made.settings)
     assert made.metrics is not None
     metrics = made.metrics(solution.x, solution.y)
