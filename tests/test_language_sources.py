@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,15 @@ TINY: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, "context": 12, "eac
 @pytest.fixture(scope="module")
 def tiny() -> Instance:
     return language_sources(**TINY)
+
+
+def kept(found: list[Tensor]) -> Callable[[Any, Any], None]:
+    """A callback that keeps the directions of x."""
+
+    def keep(record: Any, estimate: Any) -> None:
+        found.append(estimate.grad)
+
+    return keep
 
 
 def test_a_byte_is_predicted_from_those_before_it_alone() -> None:
@@ -127,7 +136,7 @@ def test_every_algorithm_takes_steps_that_leave_the_mean_of_the_logits_alone(nam
     made = language_sources(algorithm=name, **TINY, max_steps=2)
     found: list[Tensor] = []
     minimize(
-        made.problem, made.x0, made.y0, callback=lambda _, est: found.append(est.grad) and None, **made.settings
+        made.problem, made.x0, made.y0, callback=kept(found), **made.settings
     )  # fmt: skip
     assert len(found) == 3
     assert float(found[-1].abs().max()) > 0
@@ -181,7 +190,7 @@ def held(problem: BilevelProblem, x: Tensor, y: Tensor, data: Split, algorithm: 
         algorithm=algorithm,
         data=data,
         max_steps=steps,
-        callback=lambda _, est: found.append(est.grad) and None,
+        callback=kept(found),
     )  # fmt: skip
     return found[-1]
 

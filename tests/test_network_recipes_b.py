@@ -33,17 +33,40 @@ def noisy() -> nn.Module:
 
 
 def distilled(**options: Any) -> Instance:
-    given = {"inner_steps": 3, "networks": 2, "batch": 8, "n_train": 32, "data": DATA, "max_steps": 4, "double": True}
+    given: dict[str, Any] = {
+        "inner_steps": 3,
+        "networks": 2,
+        "batch": 8,
+        "n_train": 32,
+        "data": DATA,
+        "max_steps": 4,
+        "double": True,
+    }
     return distillation(**given | options)
 
 
 def replayed(**options: Any) -> Instance:
-    given = {"inner_steps": 3, "n_train": 32, "learner_steps": 5, "batch": 4, "data": DATA, "double": True}
+    given: dict[str, Any] = {
+        "inner_steps": 3,
+        "n_train": 32,
+        "learner_steps": 5,
+        "batch": 4,
+        "data": DATA,
+        "double": True,
+    }
     return replay(**given | options)
 
 
 def represented(**options: Any) -> Instance:
-    given = {"width": 3, "features": 2, "support": 12, "batch": 8, "n_train": 24, "n_val": 12, "max_steps": 3}
+    given: dict[str, Any] = {
+        "width": 3,
+        "features": 2,
+        "support": 12,
+        "batch": 8,
+        "n_train": 24,
+        "n_val": 12,
+        "max_steps": 3,
+    }
     return representation(**given | {"data": DATA, "double": True} | options)
 
 
@@ -77,7 +100,7 @@ def test_hypergradients_are_those_of_the_steps(name: str, network: Any) -> None:
     assert found == pytest.approx(truth, rel=1e-6)
 
 
-@pytest.mark.parametrize("network", [None, lambda: noisy()[:3]])
+@pytest.mark.parametrize("network", [None, lambda: nn.Sequential(*list(noisy().children())[:3])])
 def test_a_representation_s_hypergradient_is_that_of_a_head_which_follows(network: Any) -> None:
     """As many orthonormal directions as weights: the estimate is Phi's derivative but for the radius."""
     instance = represented(network=network)

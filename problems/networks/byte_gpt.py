@@ -98,4 +98,5 @@ class _Block(nn.Module):
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         later = torch.ones(t, t, dtype=torch.bool, device=joint.device).triu(1)
         mixed = scores.masked_fill(later, -math.inf).softmax(-1) @ value
-        return mixed.transpose(1, 2).reshape(n, t, -1)
+        together: Tensor = mixed.transpose(1, 2).reshape(n, t, -1)
+        return together

@@ -109,7 +109,8 @@ class LearnedAugmentation:
         logits = self.net(y, augmented(inputs, strengths, Draws(*draws)))
         logs = torch.log_softmax(logits / temperature, 1)
         right = logs.gather(1, labels.unsqueeze(1)).mean()
-        return decay * sum(leaf.square().sum() for leaf in tree_leaves(y)) - torch.lerp(right, logs.mean(), smoothing)
+        size = torch.stack([leaf.square().sum() for leaf in tree_leaves(y)]).sum()
+        return decay * size - torch.lerp(right, logs.mean(), smoothing)
 
 
 @checked(n_train=SIZE, n_val=SIZE, channels=SIZE, dropout=BETWEEN_0_AND_1, batch=SIZE, max_steps=COUNT, seed=SEED)

@@ -100,7 +100,7 @@ class Supernet(nn.Module):
                 weight * self.norm(operation(nodes[begin]))
                 for (begin, end), row, candidates in zip(EDGES, weights, self.edges, strict=True)
                 if end == node
-                for weight, operation in zip(row, candidates, strict=True)
+                for weight, operation in zip(row, candidates.children(), strict=True)
             ]
             nodes.append(self.norm(torch.stack(parts).sum(0)))
         return torch.cat([head(self.dropout(node)) for head, node in zip(self.heads, nodes[1:], strict=True)], -1)
@@ -139,7 +139,9 @@ class MixedOperations:
         """The inner objective."""
         tokens, targets = batch
         loss = mse_loss(self.net(y, tokens, torch.softmax(x, 1)), targets)
-        return loss + self.c * sum(leaf.square().sum() for leaf in tree_leaves(y))
+        for leaf in tree_leaves(y):
+            loss = loss + self.c * leaf.square().sum()
+        return loss
 
 
 @checked(

@@ -75,7 +75,9 @@ class NoisyLabels:
     def weighted(self, weights: Tensor, y: Tree, inputs: Tensor, labels: Tensor) -> Tensor:
         """The inner objective with weights `(n,)` in the place of sigmoid(x_i)."""
         loss = (weights * cross_entropy(self.net(y, inputs), labels, reduction="none")).mean()
-        return loss + self.c * sum(leaf.square().sum() for leaf in tree_leaves(y))
+        for leaf in tree_leaves(y):
+            loss = loss + self.c * leaf.square().sum()
+        return loss
 
 
 @checked(

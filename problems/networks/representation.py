@@ -162,7 +162,8 @@ class _Head:
     def solution(self, z: Tensor, samples: Any) -> Tensor:
         """(Z'Z / n + c)^-1 Z'T / n."""
         gram = z.T @ z / len(z) + self.c * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        return torch.linalg.solve(gram, z.T @ one_hot(samples[1], self.classes).to(z) / len(z))
+        found: Tensor = torch.linalg.solve(gram, z.T @ one_hot(samples[1], self.classes).to(z) / len(z))
+        return found
 
 
 @final
