@@ -110,7 +110,8 @@ class LearnedAugmentation:
         logs = torch.log_softmax(logits / temperature, 1)
         right = logs.gather(1, labels.unsqueeze(1)).mean()
         size = torch.stack([leaf.square().sum() for leaf in tree_leaves(y)]).sum()
-        return decay * size - torch.lerp(right, logs.mean(), smoothing)
+        found: Tensor = decay * size - torch.lerp(right, logs.mean(), smoothing)
+        return found
 
 
 @checked(n_train=SIZE, n_val=SIZE, channels=SIZE, dropout=BETWEEN_0_AND_1, batch=SIZE, max_steps=COUNT, seed=SEED)
