@@ -129,7 +129,7 @@ class Fits:
         return min(range(len(self.values)), key=self.values.__getitem__)
 
 
-def fitted(model: LinearModel, term: AbstractProxTerm, y: Tensor, tol: float = 1e-5, most: int = 1000) -> Tensor:
+def fitted(model: LinearModel, term: AbstractProxTerm, y: Tensor, tol: float = 1e-5, most: int = 300) -> Tensor:
     """A minimizer for baselines and pictures, to some digits: proximal steps with momentum that begins again."""
     w, b = model.sample_weights(), model.sample_targets()
     steep = float(model.loss.curvature(torch.zeros_like(w), b).max())
