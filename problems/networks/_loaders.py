@@ -8,7 +8,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset as Samples, Sampler
+from torch.utils.data import DataLoader, Dataset as TorchDataset, Sampler
 
 # A run of seed s takes the seeds from s UNSEEN on; networks that no run has seen, those right before (s + 1) UNSEEN.
 UNSEEN = 10**6
@@ -38,7 +38,7 @@ class Shuffled(Sampler[list[int]]):
 
 
 @final
-class Initializations(Samples[dict[str, Tensor]]):
+class Initializations(TorchDataset[dict[str, Tensor]]):
     """What a module's parameters start from, one draw a number; that of number k has the seed `first` + k."""
 
     def __init__(self, make: Callable[[], nn.Module], first: int) -> None:

@@ -97,6 +97,5 @@ class _Block(nn.Module):
         query, key, value = joint.view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         later = torch.ones(t, t, dtype=torch.bool, device=joint.device).triu(1)
-        mixed = scores.masked_fill(later, -math.inf).softmax(-1) @ value
-        together: Tensor = mixed.transpose(1, 2).reshape(n, t, -1)
-        return together
+        mixed: Tensor = scores.masked_fill(later, -math.inf).softmax(-1) @ value
+        return mixed.transpose(1, 2).reshape(n, t, -1)

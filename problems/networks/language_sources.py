@@ -196,7 +196,8 @@ def language_sources(
     """Which sources a language model should be trained on; see :class:`LanguageSources` and `python_texts`.
 
     A byte-level GPT is trained on four texts that come with Python and on a corrupted copy of one of them, half of
-    whose windows are noise; f is the loss on held-out parts of the four. The share of the copy falls below 0.05.
+    whose windows are noise; f is the loss on held-out parts of the four. The share of the copy falls: with
+    `width=64` below 0.05 for all four (seed 0: 0.003 to 0.015).
 
     All algorithms step y and x together, each step on new batches, by Adam; none of them takes second derivatives.
     F2SA takes order 1: order 2 needs g - f / weight to be strongly convex in y, and the loss of a network is not.

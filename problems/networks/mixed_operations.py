@@ -33,7 +33,7 @@ class Convolution(nn.Module):
     """gelu of three neighbors, `dilation` apart: `(batch, length, width)` to the same."""
 
     def __init__(self, width: int, dilation: int = 1) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.along = nn.Conv1d(width, width, 3, padding=dilation, dilation=dilation)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     """softmax(q k' / sqrt(width)) v, one head, written out: the fused operation has no second derivative."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class RunningMean(nn.Module):
     """A linear layer of the mean of all tokens up to each."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.linear = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Supernet(nn.Module):
     """
 
     def __init__(self, vocabulary: int, length: int, width: int, dropout: float) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.embedding, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.edges = nn.ModuleList(nn.ModuleList(make(width) for make in OPERATIONS.values()) for _ in EDGES)
         self.norm, self.dropout = nn.LayerNorm(width, elementwise_affine=False), nn.Dropout(dropout)
