@@ -15,10 +15,11 @@ from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Substitute, Tally
 from bilevel.requirements.first_look import looked_at
+from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.kinks import kink_reports
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
-from bilevel.requirements.why_not import refusal, why_iteration, why_not
+from bilevel.requirements.why_not import refusal, why_not
 
 
 def apply_estimator(

@@ -17,7 +17,6 @@ from bilevel._numerics.learned_settings import settings_at
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import eigenvalue_ends
-from bilevel._optimizer import Setting
 from bilevel._result import Solved, Tally
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
@@ -25,6 +24,7 @@ from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Feature
 
 if TYPE_CHECKING:
+    from bilevel._optimizer import Setting
     from bilevel.certificates.certificate import Constants
     from bilevel.inner_problems.polytope import FlatPolytope
     from bilevel.inner_problems.separable import SeparableObjective

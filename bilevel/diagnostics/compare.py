@@ -29,7 +29,7 @@ from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
-from bilevel.requirements.why_not import why_iteration
+from bilevel.requirements.iterations import why_iteration
 from bilevel.solvers.cg import accurate_cg
 
 

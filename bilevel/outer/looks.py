@@ -16,8 +16,8 @@ from bilevel.algorithms.oracle import Oracle
 from bilevel.certificates.certificate import Constants
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.outer.assessment import assessed, bounded, joint_norm
+from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.properties import Property
-from bilevel.requirements.why_not import why_iteration
 
 _SMOOTH = frozenset({Property.stationary, Property.minimum, Property.smooth})
 BLOWN = "the iterates"

@@ -24,8 +24,8 @@ from bilevel.algorithms.oracle import AbstractData, Oracle
 from bilevel.algorithms.several_orders import SeveralOrders
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.outer.trial import Trial
+from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.properties import Property
-from bilevel.requirements.why_not import why_iteration
 
 STEPS = ("inner_step", "outer_step")  # what runs side by side may differ in
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from functools import cache
 from types import MappingProxyType
 
@@ -13,6 +12,7 @@ from bilevel._linear import AbstractLinearSolver, unmet
 from bilevel._problem import BilevelProblem
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem
+from bilevel.requirements.iterations import parts_of, why_iteration
 from bilevel.requirements.properties import FOUND, Feature, Property, implied
 
 
@@ -51,25 +51,11 @@ def why_not(
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
     if Property.stationary in kind.offers and any(unmet(each.demands, kind.operator) for each in estimator.solves_with):
         return refusal(estimator, kind.refusal)
-    parts = [(name, getattr(estimator, name)) for name in _fields(type(estimator))]
+    parts = [(name, getattr(estimator, name)) for name in parts_of(type(estimator))]
     whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if _requires(part.__class__)]
     if indefinite or kind.features or not kind.operator.positive_definite:  # or any solver will do
         whys += sorted((_why_not_part(estimator, *part, kind, indefinite) for part in parts), key=_wholly)
     return next((why for why in whys if why), "")
-
-
-def why_iteration(estimator: object) -> str:
-    """Why the inner problem is an iteration to an estimator or algorithm, by its inner solver; empty: it is not.
-
-    Such as a step length that is a function of x. What implicit estimators, references and certificates are about,
-    y*(x), is then not what y is.
-    """
-    if isinstance(estimator, AbstractInnerSolver):
-        return estimator.why_iteration
-    if not isinstance(estimator, AbstractRequiring):
-        return ""
-    parts = (getattr(estimator, name) for name in _fields(type(estimator)))
-    return next((why for why in map(why_iteration, parts) if why), "")
 
 
 _OF_SOLUTIONS = frozenset({Property.stationary, Property.minimum})
@@ -126,9 +112,3 @@ def _name(value: object) -> str:
 def _requires(kind: type) -> bool:
     """Whether it is a class of what declares what it requires; kept, as it is asked before every estimate."""
     return issubclass(kind, AbstractRequiring)
-
-
-@cache
-def _fields(kind: type) -> tuple[str, ...]:
-    """The names of what a dataclass is made of."""
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -59,7 +59,7 @@ def initial(make: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
 
 
 def loader(
-    samples: Samples[Any],
+    samples: TorchDataset[Any],
     *,
     batch_size: int = 1,
     batch_sampler: Shuffled | None = None,
