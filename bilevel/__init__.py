@@ -22,11 +22,14 @@ from bilevel._result import (
     Solved as Solved,
     Stats as Stats,
     Status as Status,
+    Substitute as Substitute,
 )
 from bilevel._sets import AbstractSet as AbstractSet, Box as Box, Simplex as Simplex
 from bilevel._tree import ravel as ravel
 from bilevel.algorithms.finite_sum import FiniteSum as FiniteSum
 from bilevel.algorithms.registry import register_algorithm as register_algorithm
+from bilevel.attribution.influence import influence as influence
+from bilevel.attribution.scores import Influence as Influence
 from bilevel.certificates.certificate import (
     Assumption as Assumption,
     Certificate as Certificate,
@@ -38,6 +41,7 @@ from bilevel.certificates.estimate_constants import estimate_constants as estima
 from bilevel.diagnostics.check import check as check
 from bilevel.diagnostics.compare import compare as compare
 from bilevel.diagnostics.comparison import Comparison as Comparison, Row as Row
+from bilevel.diagnostics.path import SolutionPath as SolutionPath, solution_path as solution_path
 from bilevel.diagnostics.verdict import Check as Check, Outcome as Outcome, Verdict as Verdict
 from bilevel.hypergrad.aid import AID as AID
 from bilevel.hypergrad.certified import Certified as Certified
@@ -46,8 +50,10 @@ from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProd
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
+from bilevel.hypergrad.gauss_newton import GaussNewton as GaussNewton
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.kkt import KKT as KKT
+from bilevel.hypergrad.online import Online as Online
 from bilevel.hypergrad.penalty import Penalty as Penalty
 from bilevel.hypergrad.unrolling.checkpointed import Checkpointed as Checkpointed
 from bilevel.hypergrad.unrolling.forward import Forward as Forward

@@ -13,8 +13,9 @@ from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
-from bilevel._result import Report, Status, Tally
+from bilevel._result import Report, Status, Substitute, Tally
 from bilevel.requirements.first_look import looked_at
+from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.kinks import kink_reports
 from bilevel.requirements.padding import demand_padding_unseen
 from bilevel.requirements.properties import STRICTEST, DoesNotApply
@@ -36,7 +37,7 @@ def apply_estimator(
         ValueError: if the estimator does not apply to the problem, naming it and the reason; at the first estimate of
             a run, if what pads tasks of different sizes changes their values.
     """
-    why = why_not(estimator, problem.problem)
+    why, of_steps = why_not(estimator, problem.problem), bool(why_iteration(estimator))
     if why:
         raise ValueError(why)
     try:
@@ -48,12 +49,13 @@ def apply_estimator(
             demand_padding_unseen(problem, x, start.y)
         if problem.tasks is None or chunk_size is None or chunk_size >= problem.tasks:
             found = _encoded(estimator, problem, x, start)
-            found = found if start.count else looked_at(problem, x, found, partial(why_not, estimator))
+            found = found if start.count else _looked_at(estimator, problem, x, found)
         else:
             found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
-        if start.count == 0 and all(report.status is not Status.not_repeatable for report in found.reports):
+        are_functions = all(report.status is not Status.not_repeatable for report in found.reports)
+        if start.count == 0 and are_functions and not of_steps:
             found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
-        return found
+        return replace(found, of_steps=True) if of_steps else found
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
 
@@ -70,7 +72,7 @@ def _chunked(
         y = start.y if start.y.dim() == 1 else start.y[rows]
         some = problem.part(rows)
         found = _encoded(estimator, some, x, FlatStart(y, v, start.count))
-        parts.append((share, found if start.count or begin else looked_at(some, x, found, partial(why_not, estimator))))
+        parts.append((share, found if start.count or begin else _looked_at(estimator, some, x, found)))
     return _mean(parts)
 
 
@@ -90,6 +92,10 @@ def check_chunks(call: str, problem: BilevelProblem, chunk_size: int | None) -> 
         raise ValueError(
             f"`{call}(chunk_size=...)` must be at least 1, for a `BilevelProblem(tasks=True)`. Got {got}. Leave it out."
         )
+
+
+def _looked_at(estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, found: FlatEstimate) -> FlatEstimate:
+    return looked_at(problem, x, found, partial(why_not, estimator), bool(why_iteration(estimator)))
 
 
 def _encoded(estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
@@ -131,6 +137,7 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         bias=sum_of([estimate.bias for estimate in found]),
         note=found[0].note,
         value_error=sum_of([estimate.value_error for estimate in found]),
+        substitute=_worst_substitute([estimate.substitute for estimate in found]),
     )
 
 
@@ -143,3 +150,9 @@ def _worst(reports: tuple[Report, ...]) -> Report:
         max(report.steps for report in reports),
         tuple(status for report in reports for status in report.statuses),
     )
+
+
+def _worst_substitute(parts: list[Substitute | None]) -> Substitute | None:
+    """That of the largest residual; None where there is none."""
+    found = [part for part in parts if part is not None]
+    return max(found, key=lambda part: (part.residual != part.residual, part.residual), default=None)

@@ -180,6 +180,7 @@ class Linearization:
         y: the point `(*batch, q)`.
         gradient: grad_y g there.
         operator: (dF/dy)', with its declared properties; its `last_mv` prepares the cross product as well.
+        exact: v -> H v, where the operator is another matrix by design, free at the vector of `last_mv`; or None.
         products: v -> ((dF/dy)' v, (dF/dx)' v) in one pass; the latter is None where F does not depend on x.
         reports: what was found out about the point on the way, such as which bounds hold.
     """
@@ -195,9 +196,11 @@ class Linearization:
         *,
         operator: LinearOperator | None = None,
         right_hand_side: Callable[[Tensor], Tensor] | None = None,
-        moved: Callable[[Tensor, Tensor], Tensor] | None = None,
+        moved: Callable[[Tensor, Tensor], Tensor | None] | None = None,
         reports: tuple[Report, ...] = (),
         start_in_x: bool = False,
+        on: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
+        exact: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Put it together.
 
@@ -209,14 +212,17 @@ class Linearization:
             pull: v -> (dF/dx)' v alone, where that is cheaper; None: it is not.
             operator: what `mv` is, where it is not symmetric positive definite of the size of y.
             right_hand_side: grad_y f -> b; None: b = grad_y f.
-            moved: (v, grad_y f) -> what belongs to (dF/dx)' v and depends on grad_y f itself; None: nothing.
+            moved: (v, grad_y f) -> what belongs to (dF/dx)' v and depends on grad_y f itself, or None; None: nothing.
             reports: what was found out about the point.
             start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
+            on: S -> (v -> (dF/dy)' v on S, zero elsewhere), for v that are zero off S, where that is cheaper.
+            exact: v -> H v, where `mv` stands for another matrix than the derivative of F; None: it does not.
         """
         if not y.dim():
             raise ValueError("`Linearization(y=...)` must have an axis of entries. Got a tensor without axes.")
-        self.y, self.gradient, self.products, self.reports = y, gradient, products, reports
+        self.y, self.gradient, self.products, self.reports, self.exact = y, gradient, products, reports, exact
         self._pull, self._right_hand_side, self._moved, self._start_in_x = pull, right_hand_side, moved, start_in_x
+        self.on = on
         self._last: list[tuple[Tensor, int, Tensor | None]] = []  # shared, and not self: nothing refers to its owner
         last = self._last
 
@@ -250,7 +256,7 @@ class Linearization:
             found = self.products(v)[1] if self._pull is None else self._pull(v)
         if self._moved is not None and fy is not None:
             moved = self._moved(v, fy)
-            found = moved if found is None else found + moved
+            found = moved if found is None else found if moved is None else found + moved
         if found is None and self._start_in_x:
             raise DoesNotApply(START_ONLY)
         return found
@@ -258,6 +264,11 @@ class Linearization:
 
 class AbstractProducts(AbstractPortable, abc.ABC):
     """How products with second derivatives of g are formed."""
+
+    @property
+    def stands_in(self) -> str:
+        """What H is replaced by, in words; empty: nothing, products are with H itself, up to rounding and steps."""
+        return ""
 
     @abc.abstractmethod
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:

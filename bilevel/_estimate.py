@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from bilevel._result import Report, Stats, Status
+from bilevel._result import Report, Stats, Status, Substitute
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
@@ -109,6 +109,8 @@ class Estimate(AbstractResult):
         second_level: how `error_estimate` is computed.
         x: where: the structure of x.
         warm: how `start` is made.
+        substitute: the system that was solved in the place of H v = grad_y f by design (Gauss-Newton products,
+            damping, a truncated linear solver), with its residual against H itself; None: it was H v = grad_y f.
     """
 
     grad: Tree = field(repr=False)
@@ -126,6 +128,7 @@ class Estimate(AbstractResult):
     second_level: Callable[[], float] | None = field(default=None, repr=False)
     x: Tree = field(default=None, repr=False)
     warm: Callable[[], Start] = field(default=_nowhere, repr=False)
+    substitute: Substitute | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -191,6 +194,7 @@ class Estimate(AbstractResult):
             "note": self.note,
             "penalized": plain(self.penalized, "penalized"),
             "x": plain(self.x, "x"),
+            "substitute": None if self.substitute is None else self.substitute.as_dict(),
             "start": {name: part for name, part in start.items() if name == "count" or name in moved},
         }
 
@@ -219,6 +223,7 @@ class Estimate(AbstractResult):
                 penalized=penalized,
                 second_level=LeftBehind("it was read from a file, or made of plain data"),
                 x=restored(content["x"]),
+                substitute=_substitute(content.get("substitute")),
                 warm=_Remade({"y": content["y"], "v": content["v"], **demanded(content, "start", dict)}),
                 **{name: optional_number(content, name) for name in _NUMBERS},
             )
@@ -253,6 +258,10 @@ class Estimate(AbstractResult):
             return Estimate.from_dict(read_tensors(path, "Estimate", device))
 
 
+def _substitute(content: Mapping[str, Any] | None) -> Substitute | None:
+    return None if content is None else Substitute(**checked(content, **_SUBSTITUTE))
+
+
 def _report(content: Mapping[str, Any]) -> Report:
     return Report.from_dict(checked(content, **_REPORT))
 
@@ -265,6 +274,7 @@ _REPORT: dict[str, type | tuple[type, ...]] = {
     "steps": int,
     "statuses": list,
 }
+_SUBSTITUTE: dict[str, type | tuple[type, ...]] = {"system": str, "residual": (float, int), "concave": bool}
 _NUMBERS = ("standard_error", "bias", "bound")
 
 
@@ -302,7 +312,8 @@ class FlatEstimate:
     """An estimate in vectors: grad `(p,)`, value `()`, y `(*tasks, q)`; see `Estimate`.
 
     `value_error` is how far the value may be from Phi(x) to first order, which is |v'grad_y g|, where that is known:
-    what a line search must not take for a change of Phi.
+    what a line search must not take for a change of Phi. With `of_steps` y is what steps with settings in x make of a
+    start, whatever the inner problem is.
     """
 
     grad: Tensor
@@ -316,6 +327,8 @@ class FlatEstimate:
     note: str = ""
     bias: float | None = None
     value_error: float | None = None
+    of_steps: bool = False
+    substitute: Substitute | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -378,6 +391,15 @@ class AbstractEstimator(AbstractRequiring):
         A run of estimates then starts each where the one before ended, which saves work and changes nothing. Where the
         start is part of the answer (a fixed number of steps), it begins each at y0. One that says nothing is taken to
         remember its start.
+        """
+        return False
+
+    @property
+    def online(self) -> bool:
+        """Whether a run of `minimize` goes on with y and v by itself, although what it finds depends on where they are.
+
+        For estimators of few steps, that never solve the inner problem to the end: y follows x as x moves. One that
+        says nothing begins each estimate at y0, unless it forgets its start. Either can be asked for by `warm_start`.
         """
         return False
 

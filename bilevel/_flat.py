@@ -200,11 +200,15 @@ class FlatProblem:
                 self._data[level] = [leaves[k] for k in places], place
         return self._data[level]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, FlatProblem]:
-        """The encodings z of all tasks side by side, differentiable, and the problem as a function of them."""
+    def encode(self, x: Tensor, *, only_g: bool = False) -> tuple[Tensor, FlatProblem]:
+        """The encodings z of all tasks side by side, differentiable, and the problem as a function of them.
+
+        With separate data for f and g each has a z of its own, and there is no such function; `only_g`: z is that of
+        g, and the problem is asked for g, init and the like alone.
+        """
         encode = self.problem.encode
         found: list[Structure] = []
-        if encode is None or self.is_encoded or isinstance(self.data, Split):  # f and g see two z, each its own
+        if encode is None or self.is_encoded or (isinstance(self.data, Split) and not only_g):
             return x, self
 
         outer = self.x.unravel(x)

@@ -177,9 +177,10 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         bound=found.bound,
         note=found.note,
         penalized=None if found.penalized is None else (problem.y.unravel(found.penalized[0]), found.penalized[1]),
-        second_level=_SecondLevel(quiet, x, y, v, h, as_found),
+        second_level=None if found.of_steps else _SecondLevel(quiet, x, y, v, h, as_found),
         x=problem.x.unravel(x),
         warm=_Warm(quiet.y, y, v, count + 1, as_found),
+        substitute=found.substitute,
     )
 
 

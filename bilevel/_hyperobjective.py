@@ -102,7 +102,7 @@ class HyperObjective:
         if self._throw and not self.last.status.ok:
             raise BilevelError(f"`hyperobjective` did not succeed. {self.last.message}", self.last.status, self.last)
         count = start.count + 1
-        warm = starts_warm(self._warm_start, self._chosen, self._problem)
+        warm = starts_warm(self._warm_start, self._chosen, self._problem, run=False)
         self._start = FlatStart(found.y, found.v, count) if warm else FlatStart(y0, None, count)
         return found.value.detach(), found.grad.detach()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator, total
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
+from bilevel._numerics.learned_settings import settings_at
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import eigenvalue_ends
@@ -23,8 +24,10 @@ from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Feature
 
 if TYPE_CHECKING:
+    from bilevel._optimizer import Setting
     from bilevel.certificates.certificate import Constants
     from bilevel.inner_problems.polytope import FlatPolytope
+    from bilevel.inner_problems.separable import SeparableObjective
 
 State: TypeAlias = tuple[Tensor, ...]  # an inner iteration's state; its first entry is y
 
@@ -62,6 +65,10 @@ class Objective:
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
+        settings: setting -> the value of a setting of an optimizer that is a function of x; see `setting`.
+        active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
+            the support and its signs, say. Solvers go on until they stay.
+        separable: what coordinate descent reads, where the problem is so.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -81,13 +88,17 @@ class Objective:
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
         solves: bool = True,
+        settings: Callable[[Setting], Tensor] | None = None,
+        active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
+        separable: SeparableObjective | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
-        self.constraints, self.prox, self.own = constraints, prox, own
+        self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
-        self._linearize, self._oracle = linearize, oracle
+        self._linearize, self._oracle, self._settings = linearize, oracle, settings
+        self.separable = separable
 
     @property
     def is_plain(self) -> bool:
@@ -108,6 +119,21 @@ class Objective:
             return factor * value, factor * gradient
 
         return Objective(lambda y: factor * self.function(y), self.tally, oracle=None if oracle is None else scaled)
+
+    def setting(self, setting: Setting) -> Tensor:
+        """The value at x of a setting that is a function of x: `(*batch, 1)` or `(*batch, q)`, differentiable in x.
+
+        NaN where it is out of its range.
+
+        Raises:
+            ValueError: if this objective has no x.
+        """
+        if self._settings is None:
+            raise ValueError(
+                f"`{setting.owner}({setting.name}=...)` is a function of x, and this objective one of y alone: pass a"
+                f" number. Functions of x are for `ITD`, `ESJ` and `FiniteDifference`."
+            )
+        return self._settings(setting)
 
     def value(self, y: Tensor) -> Tensor:
         """g(x, y): `(*batch,)`, without a graph."""
@@ -139,6 +165,18 @@ class Objective:
             return self.gradient(y)
         self.linearization = self._linearize(y)
         return self.linearization.gradient
+
+    def known_at(self, separable: SeparableObjective, y: Tensor, z: Tensor, gradient: Tensor) -> None:
+        """Keep what a solver that reads the structure knows at the point that it is about to return.
+
+        Args:
+            separable: the structure.
+            y: the point.
+            z: X y.
+            gradient: grad_y g there.
+        """
+        if self._linearize is not None:
+            self.linearization = separable.linearized(y, z, gradient)
 
     def hessian(self, y: Tensor) -> tuple[Tensor, Tensor, LinearOperator]:
         """g, grad_y g and the operator of d2g/dy2 at y; the gradient's graph is built once and kept."""
@@ -199,6 +237,15 @@ class AbstractInnerSolver(AbstractPortable, abc.ABC):
         One that says nothing is taken to remember it: a run of estimates then starts it at y0 each time.
         """
         return False
+
+    @property
+    def why_iteration(self) -> str:
+        """Why the inner problem, solved by it, is an iteration: y what its steps make of a start. A clause; else empty.
+
+        Such as settings of its steps that are functions of x, which move y_N with x in a way that no optimality
+        condition sees. Estimators that require one are then refused. One that says nothing solves the inner problem.
+        """
+        return ""
 
     @abc.abstractmethod
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
@@ -278,6 +325,10 @@ class AbstractUnrollable(AbstractInnerSolver):
         """
         return None
 
+    def moved(self, state: State, new: State) -> Tensor:
+        """What `tol` is compared with, times `residual_step` where there is one: y_k - y_{k+1} `(*tasks, q)`."""
+        return state[0] - new[0]
+
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
@@ -319,6 +370,8 @@ def smooth_objective(
     prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     own: OwnStep | None = None,
     solves: bool = True,
+    active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
+    separable: SeparableObjective | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -335,6 +388,9 @@ def smooth_objective(
         prox,
         own,
         solves,
+        settings_at(problem, x),
+        active,
+        separable,
     )
 
 

@@ -26,6 +26,7 @@ class OperatorProperties:
     Attributes:
         symmetric: A = A'.
         positive_definite: symmetric, and v'Av > 0 for v != 0.
+        transposed: products with A' can be formed; symmetric implies it.
 
     Example:
         >>> OperatorProperties(symmetric=True).admits(OperatorProperties(positive_definite=True))
@@ -34,6 +35,7 @@ class OperatorProperties:
 
     symmetric: bool = False
     positive_definite: bool = False
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -42,11 +44,17 @@ class OperatorProperties:
         """Whether a matrix with these properties has all that are demanded."""
         demand_type("OperatorProperties.admits", "demanded", demanded, OperatorProperties)
         symmetric = self.symmetric or self.positive_definite
-        return (symmetric or not demanded.symmetric) and (self.positive_definite or not demanded.positive_definite)
+        transposed = self.transposed or symmetric
+        return (
+            (symmetric or not demanded.symmetric)
+            and (self.positive_definite or not demanded.positive_definite)
+            and (transposed or not demanded.transposed)
+        )
 
 
 ANY = OperatorProperties()
 SYMMETRIC = OperatorProperties(symmetric=True)
+TRANSPOSED = OperatorProperties(transposed=True)
 POSITIVE_DEFINITE = OperatorProperties(symmetric=True, positive_definite=True)
 
 
@@ -84,6 +92,9 @@ class LinearOperator(AbstractPortable):
             may prepare there what its owner needs at that vector. None: the same as `mv`.
         diagonal: a positive diagonal near A, of the shape of a vector, where its owner knows one; for preconditioners.
         blocks: those of a saddle-point matrix, where it is one.
+        transposed_mv: the product A' v, where there is one and A is not symmetric.
+        contraction: the spectral radius of I - A, `()` or `(batch,)`, where its owner has estimated it: what decides
+            whether the series of its powers converges.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
@@ -99,6 +110,8 @@ class LinearOperator(AbstractPortable):
     last_mv: Callable[[Tensor], Tensor] | None = None
     diagonal: Tensor | None = None
     blocks: SaddleBlocks | None = None
+    transposed_mv: Callable[[Tensor], Tensor] | None = None
+    contraction: Tensor | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -106,7 +119,21 @@ class LinearOperator(AbstractPortable):
     @property
     def properties(self) -> OperatorProperties:
         """What is declared of A."""
-        return OperatorProperties(self.symmetric or self.positive_definite, self.positive_definite)
+        symmetric = self.symmetric or self.positive_definite
+        return OperatorProperties(symmetric, self.positive_definite, symmetric or self.transposed_mv is not None)
+
+    @property
+    def transposed(self) -> Callable[[Tensor], Tensor]:
+        """The product with A'.
+
+        Raises:
+            ValueError: if none is known.
+        """
+        if self.symmetric or self.positive_definite:
+            return self.mv
+        if self.transposed_mv is None:
+            raise ValueError("`LinearOperator.transposed` needs a symmetric A, or `transposed_mv=`. Got neither.")
+        return self.transposed_mv
 
     def residual(self, b: Tensor, v: Tensor) -> Tensor:
         """The true residual b - A v at a vector that is about to be returned; one product."""
@@ -117,6 +144,7 @@ class LinearOperator(AbstractPortable):
         if damping == 0.0:
             return self
         last = self.mv if self.last_mv is None else self.last_mv
+        other = self.transposed_mv
         return LinearOperator(
             lambda v: self.mv(v).add(v, alpha=damping),
             self.size,
@@ -124,6 +152,7 @@ class LinearOperator(AbstractPortable):
             self.symmetric,
             lambda v: last(v).add(v, alpha=damping),
             None if self.diagonal is None else self.diagonal + damping,
+            transposed_mv=None if other is None else lambda v: other(v).add(v, alpha=damping),
         )
 
     def dense(self, like: Tensor) -> Tensor:
@@ -248,7 +277,9 @@ def unmet(demanded: OperatorProperties, declared: OperatorProperties) -> str:
             "requires an operator declared symmetric positive definite. Got one that is not."
             " Use `MINRES` if it is symmetric, `GMRES` or `Dense` otherwise."
         )
-    return "requires an operator declared symmetric. Got one that is not. Use `GMRES` or `Dense`."
+    if demanded.symmetric:
+        return "requires an operator declared symmetric. Got one that is not. Use `GMRES` or `Dense`."
+    return "requires products with the transpose. Got an operator without. Use `GMRES`, `BiCGStab` or `Dense`."
 
 
 def demand(operator: LinearOperator, solver: str, demanded: OperatorProperties) -> None:

@@ -5,16 +5,42 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, TypeVar, final
 
 from torch import Tensor
 
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import Range
 from bilevel.portable.pickling import AbstractPortable
 
 OptimizerState: TypeAlias = dict[str, Any]  # tensors and numbers: what torch.save(weights_only=True) reads back
+OfX: TypeAlias = Callable[[Any], Any]  # a setting as a function of x, in the user's structure
+Made = TypeVar("Made")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A setting of an optimizer that is a function of x.
+
+    Attributes:
+        owner: whose, as one writes it.
+        name: of the argument.
+        function: x -> a number, or the structure of y; with `by_step` a vector.
+        allowed: the numbers that it may be.
+        by_step: whether it has one number for each step.
+    """
+
+    owner: str
+    name: str
+    function: OfX
+    allowed: Range
+    by_step: bool = False
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 class AbstractOptimizer(AbstractPortable, abc.ABC):
@@ -47,6 +73,77 @@ class AbstractOptimizer(AbstractPortable, abc.ABC):
         One that says nothing is taken to have none: `bilevel run --step` then asks for `--outer NAME`.
         """
         return None
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Its settings that are functions of x: none unless it says otherwise."""
+        return ()
+
+    def at(self, value: Callable[[Setting], Tensor]) -> AbstractOptimizer:
+        """This optimizer with each of `settings` replaced by its value: `(*batch, 1)` or `(*batch, n)`, differentiable.
+
+        One that says nothing has none.
+        """
+        return self
+
+    @property
+    def why_iteration(self) -> str:
+        """Why y is what its steps make of a start, and not a minimizer of g: a clause; empty: it tends to be one.
+
+        As here where settings are functions of x: how y_N moves with x is then not what grad_y g = 0 says.
+        """
+        return learned(self.settings)
+
+
+def learned(settings: tuple[Setting, ...]) -> str:
+    """That these settings are functions of x, as a clause; empty: there are none."""
+    names = list(dict.fromkeys(setting.name for setting in settings))
+    told = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    return f"{told} of its optimizer {'are functions' if names[1:] else 'is a function'} of x" if names else ""
+
+
+def demand_numbers(call: str, argument: str, optimizer: AbstractOptimizer) -> None:
+    """Refuse an optimizer with settings that are functions of x, where there is no inner problem to give them x.
+
+    Raises:
+        ValueError: naming the call, the setting and where it may be a function.
+    """
+    for setting in optimizer.settings[:1]:
+        raise ValueError(
+            f"`{call}({argument}=...)`: the {setting.name} of `{setting.owner}` must be a number. Got a function of x,"
+            f" which only inner solvers of unrolled or perturbed solves are given. Pass a number here, and learned"
+            f" settings by `ITD(Iterate({setting.owner}({setting.name}=function), max_steps=N))`."
+        )
+
+
+def settings_of(owner: str, **given: tuple[Any, Range]) -> tuple[Setting, ...]:
+    """Those of some settings, by name, that are functions of x, for `AbstractOptimizer.settings`."""
+    return tuple(Setting(owner, name, value, allowed) for name, (value, allowed) in given.items() if callable(value))
+
+
+def with_values(optimizer: Made, settings: tuple[Setting, ...], value: Callable[[Setting], Tensor]) -> Made:
+    """A copy of an optimizer whose fields, named like its settings, have their values; no ranges are looked at."""
+    if not settings:
+        return optimizer
+    made = object.__new__(type(optimizer))
+    vars(made).update(vars(optimizer))
+    for setting in settings:
+        vars(made)["step_size" if setting.name == "step" else setting.name] = value(setting)
+    return made
+
+
+def number(owner: str, name: str, setting: Any) -> Any:
+    """A setting where a step is taken: a number or a tensor.
+
+    Raises:
+        ValueError: if it is a function of x still.
+    """
+    if callable(setting):
+        raise ValueError(
+            f"`{owner}({name}=...)` is a function of x, which only the steps of an inner problem are given: pass"
+            f" `ITD(Iterate({owner}(...), max_steps=N))`, `ESJ` or `FiniteDifference`, or a number."
+        )
+    return setting
 
 
 @final

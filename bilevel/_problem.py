@@ -156,6 +156,11 @@ class BilevelProblem(AbstractPortable):
             raise DoesNotApply("the inner problem has no objective g. Use `ITD`, `ESJ` or `FiniteDifference`.")
         return g(x, y, *data)
 
+    @property
+    def g_as_given(self) -> Callable[..., Tensor]:
+        """The value that was given as g, of which more than values may be known; the method of a class that has one."""
+        return self.g if self._g is None or _overridden(self, "g") else self._g
+
     def __repr__(self) -> str:
         given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
         given += "".join(f", {name}={getattr(self, name)!r}" for name in ("iterative", "tasks") if getattr(self, name))

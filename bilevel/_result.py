@@ -79,7 +79,8 @@ class Status(enum.Enum):
     negative_curvature = (
         "A direction of negative or zero curvature was met: the inner Hessian is not positive definite here, so"
         " y is not a strict minimum of g(x, .). Solve the inner problem more accurately, add a regularizer to g,"
-        " pass `damping=`, or use `MINRES`, which needs no definiteness."
+        " pass `damping=`, or use `MINRES`, which needs no definiteness. Where y are the weights of a network, take"
+        " 'network', `GaussNewton()` products, or an algorithm of first order such as 'f2sa'."
     )
     not_positive_definite = (
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
@@ -97,6 +98,11 @@ class Status(enum.Enum):
     not_a_solution = (
         "The given formula is not the solution of the inner problem: its residual is far above what rounding or a small"
         " error leaves. Check `ClosedForm(solution=...)` against g, or let a solver find y (`LBFGS()`)."
+    )
+    not_stationary = (
+        "The parameters are no minimizer of the training objective: its gradient there is large beside those of single"
+        " samples, so that what the first order says of leaving one out is not about them. Train on, to a small"
+        " gradient (`LBFGS`, or a falling step), with the `l2` that is passed here; or raise `tol` to accept it."
     )
     infeasible = (
         "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
@@ -347,6 +353,7 @@ class Solved:
             stationary point of the objective.
         multipliers: of linear equality constraints A y = b, where there are any: grad g + A' multipliers = 0 on the
             entries that no bound holds.
+        concave: whether a linear solver that ends there by design met a direction of curvature at most zero.
     """
 
     value: Tensor
@@ -355,6 +362,7 @@ class Solved:
     steps: int
     at_bounds: int = 0
     multipliers: Tensor | None = None
+    concave: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -432,6 +440,35 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
         residual = torch.linalg.vector_norm(gradient / unit, dim=-1) * unit.squeeze(-1)
     worst = float(residual.max()) if residual.numel() else 0.0
     return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
+
+
+@final
+@dataclass(frozen=True)
+class Substitute:
+    """The linear system that an estimate solved, by design, in the place of H v = grad_y f: a bias, and its size.
+
+    Attributes:
+        system: in words, such as "Gauss-Newton, damping 0.01".
+        residual: |grad_y f - H v| / |grad_y f| with H itself, at the v that was found: 0 is no bias, and 1 that of
+            v = 0. Measured by an exact product, or bounded by the triangle inequality where only damping is in the way;
+            the largest of all tasks. NaN where it is not known.
+        concave: whether a direction of curvature at most zero ended the solve: y is no strict minimum of g.
+    """
+
+    system: str
+    residual: float
+    concave: bool = False
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {"system": self.system, "residual": self.residual, "concave": self.concave}
+
+    def __str__(self) -> str:
+        concave = ", ended at a direction of no positive curvature" if self.concave else ""
+        return f"{self.system}{concave}: |grad_y f - H v| is {self.residual:.2g} of |grad_y f|"
 
 
 class BilevelError(RuntimeError):

@@ -98,6 +98,7 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
         " Experiment",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
+    add("--from", dest="source", metavar="FILE", help="an .npz file with data for the problem: `--set data=FILE`")
 
 
 def _add_check(command: argparse.ArgumentParser) -> None:
@@ -227,20 +228,22 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from bilevel.commands.arguments import with_data
     from bilevel.commands.check import check
 
-    check(options.problem, options.set, options.seed, as_json=options.json)
+    check(options.problem, with_data(options.set, options.source), options.seed, as_json=options.json)
     return SUCCESS
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from bilevel.commands.arguments import with_data
     from bilevel.commands.compare import Wish, compare
 
     wish = Wish(
         problem=options.problem,
         estimator=tuple(options.estimator),
         budgets=tuple(options.budgets),
-        arguments=tuple(options.set),
+        arguments=with_data(options.set, options.source),
         seed=options.seed,
         out=options.out,
         json=options.json,
@@ -258,13 +261,15 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from bilevel.commands.arguments import with_data
     from bilevel.commands.few_shot import run_experiment
     from bilevel.commands.loading import is_experiment
     from bilevel.commands.plan import Request
     from bilevel.commands.run import run
 
-    wanted = {name: value for name, value in vars(options).items() if name not in ("command", "parser", "debug", "set")}
-    request = Request(**wanted, arguments=tuple(options.set))
+    apart = ("command", "parser", "debug", "set", "source")
+    wanted = {name: value for name, value in vars(options).items() if name not in apart}
+    request = Request(**wanted, arguments=with_data(options.set, options.source))
     if is_experiment(options.problem):
         run_experiment(request)
     else:

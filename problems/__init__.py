@@ -10,6 +10,7 @@ from bilevel._instance import Instance
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
+from bilevel.problems._sparse import SparseData, highest_penalty
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.hyper_cleaning import (
     HyperCleaning,
@@ -45,9 +46,26 @@ from bilevel.problems.meta_learning import (
 )
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
+from bilevel.problems.networks import byte_gpt, language_sources, python_texts
+from bilevel.problems.networks.distillation import distillation
+from bilevel.problems.networks.learned_augmentation import learned_augmentation
+from bilevel.problems.networks.mixed_operations import mixed_operations
+from bilevel.problems.networks.noisy_labels import noisy_labels
+from bilevel.problems.networks.replay import replay
+from bilevel.problems.networks.representation import representation
+from bilevel.problems.networks.small_network import small_network
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
+from bilevel.problems.sparse_regression import (
+    elastic_net_diabetes,
+    group_lasso,
+    lasso,
+    lasso_diabetes,
+    sparse_logistic,
+    weighted_lasso,
+)
+from bilevel.problems.support_vectors import svm, svr
 from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 
 __all__ = [
@@ -71,15 +89,21 @@ __all__ = [
     "ProximalTasks",
     "QuadraticFamily",
     "Ridge",
+    "SparseData",
     "WeightedLogit",
     "abml",
     "anil",
     "asinh",
     "atanh",
     "bayesian_regression",
+    "byte_gpt",
     "cardano",
     "catalogue",
+    "distillation",
     "double_well",
+    "elastic_net_diabetes",
+    "group_lasso",
+    "highest_penalty",
     "hyper_cleaning",
     "hyper_cleaning_batches",
     "hyper_cleaning_synthetic",
@@ -87,19 +111,28 @@ __all__ = [
     "ibaml_head",
     "imaml",
     "lambert",
+    "language_sources",
+    "lasso",
+    "lasso_diabetes",
+    "learned_augmentation",
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
     "maml",
     "minimax",
+    "mixed_operations",
     "multinomial_digits",
     "nested",
     "no_inner_loop",
+    "noisy_labels",
     "proto_net",
     "proximal_tasks",
+    "python_texts",
     "quadratic",
     "random_quadratic",
     "rank_deficient",
+    "replay",
+    "representation",
     "reptile",
     "ridge",
     "ridge_diabetes",
@@ -107,7 +140,12 @@ __all__ = [
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
     "shared_embedding",
+    "small_network",
+    "sparse_logistic",
+    "svm",
     "svm_head",
+    "svr",
+    "weighted_lasso",
     "weighted_logit",
 ]
 
@@ -140,16 +178,30 @@ _ENTRIES = (
         logistic_breast_cancer,
     ),
     Entry("multinomial-digits", "multinomial logistic regression with learned penalties, digits", multinomial_digits),
+    Entry("small-network", "sample weights and decay of an MLP, a conv net or a transformer, digits", small_network),
     Entry("logistic", "logistic regression with learned penalties, random data of any size", logistic),
     Entry("ridge-diabetes", "ridge regression with one learned penalty, diabetes data", ridge_diabetes),
     Entry("ridge-per-feature-diabetes", "the same with a penalty for each feature", ridge_per_feature_diabetes),
     Entry("ridge", "ridge regression with learned penalties, random data", ridge),
     Entry("ridge-orthonormal", "ridge regression whose best penalties are known", ridge_orthonormal),
+    Entry("lasso", "lasso with one learned penalty: held-out loss, cross-validation or SURE, generated data", lasso),
+    Entry("weighted-lasso", "lasso with a learned penalty for each of a hundred features", weighted_lasso),
+    Entry("lasso-diabetes", "lasso with learned penalties, diabetes data", lasso_diabetes),
+    Entry("elastic-net-diabetes", "elastic net with both penalties learned, diabetes data", elastic_net_diabetes),
+    Entry("group-lasso", "group lasso with a learned penalty, generated data", group_lasso),
+    Entry("sparse-logistic", "logistic regression with a learned L1 penalty, breast cancer data", sparse_logistic),
+    Entry("svm", "support vector machine with a learned cost, by its dual, breast cancer data", svm),
+    Entry("svr", "support vector regression with learned cost and tube, by its dual, diabetes data", svr),
     Entry("proximal-tasks", "small regressions with a learned prior mean and precision (iMAML's form)", proximal_tasks),
     Entry(
         "bayesian-regression",
         "small Bayesian regressions with a learned Gaussian prior (iBaML's form)",
         bayesian_regression,
+    ),
+    Entry(
+        "language-sources",
+        "which sources of text, one of them corrupted, a byte-level GPT should be trained on",
+        language_sources,
     ),
     Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
     Entry("nested", "quadratic objectives with x and y in nested structures", nested),
@@ -160,6 +212,22 @@ _ENTRIES = (
     Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
     Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
     Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
+    Entry("noisy-labels", "weights of training samples with wrong labels, a convolutional network", noisy_labels),
+    Entry(
+        "learned-augmentation",
+        "strengths of augmentations and parameters of the loss, a convolutional network",
+        learned_augmentation,
+    ),
+    Entry(
+        "mixed-operations", "which of the candidate operations made the data: mixing weights (DARTS)", mixed_operations
+    ),
+    Entry("distillation", "ten synthetic digits that train a fresh network", distillation),
+    Entry("replay", "samples of earlier tasks that keep a network from forgetting them", replay),
+    Entry(
+        "representation",
+        "ten million weights under a linear head, learned by forward passes and one backward",
+        representation,
+    ),
     Entry(
         "rank-deficient",
         "singular inner Hessian: the hypergradient does not exist (a failure test)",

@@ -45,6 +45,7 @@ def draw_cleaning(
     inputs: Tensor,
     labels: Tensor,
     truth: Tensor,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """The learned weights of clean and of corrupted samples, the accuracies, and the most suspicious samples.
 
@@ -56,6 +57,7 @@ def draw_cleaning(
         inputs: the samples before scaling, shown as pictures if their number of features is a square.
         labels: the labels that were trained on.
         truth: those before the corruption.
+        names: which accuracies are shown, and how they are called; None: everything, learned, oracle.
     """
     side = math.isqrt(inputs.shape[1])
     pictures = side >= 4 and side * side == inputs.shape[1]
@@ -68,7 +70,8 @@ def draw_cleaning(
     left.set_ylabel("training samples")
     left.set_title(f"AUC {metrics['auc']:.3f}, precision {metrics['precision_at_true_count']:.3f}")
     left.legend()
-    names = {"everything": "everything", "learned": "learned weights", "oracle": "clean only (oracle)"}
+    if names is None:
+        names = {"everything": "everything", "learned": "learned weights", "oracle": "clean only (oracle)"}
     draw_bars(right, {label: metrics[f"test_accuracy_{name}"] for name, label in names.items()}, "test accuracy")
     right.set_xlim(0, 1.15)
     if pictures:

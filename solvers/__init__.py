@@ -1,12 +1,16 @@
 """How sub-problems are solved: linear systems, inner minimizations, outer steps; one algorithm a file."""
 
 from bilevel.solvers.adam import Adam as Adam
+from bilevel.solvers.admm import ADMM as ADMM
 from bilevel.solvers.armijo import Armijo as Armijo
+from bilevel.solvers.bicgstab import BiCGStab as BiCGStab
 from bilevel.solvers.cg import CG as CG
 from bilevel.solvers.clipped import Clipped as Clipped
 from bilevel.solvers.closed_form import ClosedForm as ClosedForm
+from bilevel.solvers.coordinate_descent import CoordinateDescent as CoordinateDescent
 from bilevel.solvers.cvxpy_program import Cvxpy as Cvxpy
 from bilevel.solvers.dense import Dense as Dense
+from bilevel.solvers.fista import FISTA as FISTA
 from bilevel.solvers.gmres import GMRES as GMRES
 from bilevel.solvers.gradient_descent import GradientDescent as GradientDescent
 from bilevel.solvers.heavy_ball import HeavyBall as HeavyBall
@@ -17,8 +21,10 @@ from bilevel.solvers.minres import MINRES as MINRES
 from bilevel.solvers.nesterov import Nesterov as Nesterov
 from bilevel.solvers.neumann import Neumann as Neumann
 from bilevel.solvers.newton import Newton as Newton
+from bilevel.solvers.normal_cg import NormalCG as NormalCG
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
 from bilevel.solvers.own_steps import OwnSteps as OwnSteps
+from bilevel.solvers.primal_dual import PrimalDual as PrimalDual
 from bilevel.solvers.proximal_gradient import ProximalGradient as ProximalGradient
 from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
 from bilevel.solvers.quasi_newton import QuasiNewton as QuasiNewton
@@ -27,3 +33,5 @@ from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, 
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim
+from bilevel.solvers.truncated_cg import TruncatedCG as TruncatedCG
+from bilevel.solvers.weight_decay import WeightDecay as WeightDecay

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, number, settings_of, with_values
 from bilevel._validate import demand_type
-from bilevel.arguments.ranges import AT_LEAST_0, Range, demand_range, demand_step
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, demand_range, demand_step
 
 
 @final
@@ -31,6 +32,8 @@ class Adam(AbstractOptimizer):
 
     Source: Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
 
+    Inside `Iterate` the step and the decays may be functions of x: learned ones.
+
     Args:
         step: the step length.
         beta1: the decay of the mean of gradients, in [0, 1).
@@ -49,26 +52,29 @@ class Adam(AbstractOptimizer):
         tensor([ 1.9000, -2.9000])
     """
 
-    step_size: float | Tensor  # given as `step=`; as an attribute that is the method's name
-    beta1: float
-    beta2: float
+    step_size: float | Tensor | OfX  # given as `step=`; as an attribute that is the method's name
+    beta1: float | OfX
+    beta2: float | OfX
     eps: float
     eps_root: float
 
     def __init__(
         self,
-        step: float | Tensor,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
+        step: float | Tensor | OfX,
+        beta1: float | OfX = 0.9,
+        beta2: float | OfX = 0.999,
         eps: float = 1e-8,
         eps_root: float = 1e-24,
     ) -> None:
-        demand_type("Adam", "step", step, float | Tensor)
-        demand_step("Adam", step)
-        for name, value in (("beta1", beta1), ("beta2", beta2), ("eps", eps), ("eps_root", eps_root)):
+        demand_type("Adam", "step", step, float | Tensor | OfX)
+        if not callable(step):
+            demand_step("Adam", step)
+        for name, value in (("beta1", beta1), ("beta2", beta2)):
+            demand_type("Adam", name, value, float | OfX)
+        for name, value in (("eps", eps), ("eps_root", eps_root)):
             demand_type("Adam", name, value, float)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
-            demand_range("Adam", name, value, Range(below=1.0))
+            demand_range("Adam", name, value, BELOW_1)
         for name, value in (("eps", eps), ("eps_root", eps_root)):
             demand_range("Adam", name, value, AT_LEAST_0)
         for name, field in (
@@ -87,11 +93,15 @@ class Adam(AbstractOptimizer):
         return {"m": zero, "v": zero, "count": torch.zeros((), dtype=point.dtype, device=point.device)}
 
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        step, beta1, beta2 = (
+            number("Adam", name, value)
+            for name, value in (("step", self.step_size), ("beta1", self.beta1), ("beta2", self.beta2))
+        )
         count = state["count"] + 1
-        m = self.beta1 * state["m"] + (1 - self.beta1) * grad
-        v = self.beta2 * state["v"] + (1 - self.beta2) * grad.square()
-        mhat, vhat = m / _one_minus_power(self.beta1, count), v / _one_minus_power(self.beta2, count)
-        moved = point - self.step_size * mhat / ((vhat + self.eps_root).sqrt() + self.eps)
+        m = beta1 * state["m"] + (1 - beta1) * grad
+        v = beta2 * state["v"] + (1 - beta2) * grad.square()
+        mhat, vhat = m / _one_minus_power(beta1, count), v / _one_minus_power(beta2, count)
+        moved = point - step * mhat / ((vhat + self.eps_root).sqrt() + self.eps)
         return moved, {"m": m, "v": v, "count": count}
 
     @property
@@ -104,7 +114,17 @@ class Adam(AbstractOptimizer):
     def with_step(self, step: float) -> Adam:
         return Adam(step, self.beta1, self.beta2, self.eps, self.eps_root)
 
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        decays = {"beta1": (self.beta1, BELOW_1), "beta2": (self.beta2, BELOW_1)}
+        return settings_of("Adam", step=(self.step_size, AT_LEAST_0), **decays)
 
-def _one_minus_power(beta: float, count: Tensor) -> Tensor:
+    def at(self, value: Callable[[Setting], Tensor]) -> Adam:
+        return with_values(self, self.settings, value)
+
+
+def _one_minus_power(beta: float | Tensor, count: Tensor) -> Tensor:
     """1 - beta^k without the cancellation that costs float32 four digits at beta = 0.999, k = 1."""
+    if isinstance(beta, Tensor):  # by powers, which have a derivative at beta = 0 as well
+        return (1 - beta.double() ** count.double()).to(beta.dtype)
     return -torch.expm1(count * (math.log(beta) if beta else -math.inf))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OptimizerState, Setting
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import Range, demand_ranges
 
@@ -77,3 +78,14 @@ class Clipped(AbstractOptimizer):
     def with_step(self, step: float) -> Clipped | None:
         moved = self.optimizer.with_step(step)
         return None if moved is None else Clipped(moved, self.max_norm, self.max_value)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return self.optimizer.settings
+
+    def at(self, value: Callable[[Setting], Tensor]) -> Clipped:
+        return Clipped(self.optimizer.at(value), self.max_norm, self.max_value)
+
+    @property
+    def why_iteration(self) -> str:
+        return self.optimizer.why_iteration

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, number, settings_of, with_values
 from bilevel._validate import demand_type
-from bilevel.arguments.ranges import demand_step
+from bilevel.arguments.ranges import AT_LEAST_0, demand_step
 
 
 @final
@@ -22,7 +23,7 @@ class GradientDescent(AbstractOptimizer):
 
     Args:
         step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
-            and, where that fails, on the whole way.
+            and, where that fails, on the whole way. A function of x (inside `Iterate` only): a learned one.
 
     Raises:
         ValueError: if the step is not positive and finite, or a tensor of integers or with NaN.
@@ -34,11 +35,11 @@ class GradientDescent(AbstractOptimizer):
         tensor([0.])
     """
 
-    step_size: float | Tensor | None  # given as `step=`; as an attribute that is the method's name
+    step_size: float | Tensor | OfX | None  # given as `step=`; as an attribute that is the method's name
 
-    def __init__(self, step: float | Tensor | None = None) -> None:
-        demand_type("GradientDescent", "step", step, float | Tensor | None)
-        if step is not None:
+    def __init__(self, step: float | Tensor | OfX | None = None) -> None:
+        demand_type("GradientDescent", "step", step, float | Tensor | OfX | None)
+        if step is not None and not callable(step):
             demand_step("GradientDescent", step)
         object.__setattr__(self, "step_size", step)
 
@@ -50,7 +51,7 @@ class GradientDescent(AbstractOptimizer):
 
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         assert self.step_size is not None, "call `tuned` first"
-        return point - self.step_size * grad, state
+        return point - number("GradientDescent", "step", self.step_size) * grad, state
 
     @property
     def needs_curvature(self) -> bool:
@@ -61,3 +62,10 @@ class GradientDescent(AbstractOptimizer):
 
     def with_step(self, step: float) -> GradientDescent:
         return GradientDescent(step)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return settings_of("GradientDescent", step=(self.step_size, AT_LEAST_0))
+
+    def at(self, value: Callable[[Setting], Tensor]) -> GradientDescent:
+        return with_values(self, self.settings, value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, number, settings_of, with_values
 from bilevel._validate import demand_type
-from bilevel.arguments.ranges import Range, demand_range, demand_step
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, demand_range, demand_step
 
 
 @final
@@ -29,8 +30,8 @@ class HeavyBall(AbstractOptimizer):
 
     Args:
         step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
-            and, where that fails, on the whole way.
-        momentum: how much of the last move is repeated, in [0, 1).
+            and, where that fails, on the whole way. A function of x (inside `Iterate` only): a learned one.
+        momentum: how much of the last move is repeated, in [0, 1); or a function of x (inside `Iterate` only).
 
     Raises:
         ValueError: if the step is not positive and finite, or a tensor of integers or with NaN, or the momentum is
@@ -43,15 +44,15 @@ class HeavyBall(AbstractOptimizer):
         tensor([0.2500])
     """
 
-    step_size: float | Tensor | None  # given as `step=`; as an attribute that is the method's name
-    momentum: float
+    step_size: float | Tensor | OfX | None  # given as `step=`; as an attribute that is the method's name
+    momentum: float | OfX
 
-    def __init__(self, step: float | Tensor | None = None, momentum: float = 0.9) -> None:
-        demand_type("HeavyBall", "step", step, float | Tensor | None)
-        demand_type("HeavyBall", "momentum", momentum, float)
-        if step is not None:
+    def __init__(self, step: float | Tensor | OfX | None = None, momentum: float | OfX = 0.9) -> None:
+        demand_type("HeavyBall", "step", step, float | Tensor | OfX | None)
+        demand_type("HeavyBall", "momentum", momentum, float | OfX)
+        if step is not None and not callable(step):
             demand_step("HeavyBall", step)
-        demand_range("HeavyBall", "momentum", momentum, Range(below=1.0))
+        demand_range("HeavyBall", "momentum", momentum, BELOW_1)
         object.__setattr__(self, "step_size", step)
         object.__setattr__(self, "momentum", momentum)
 
@@ -63,7 +64,8 @@ class HeavyBall(AbstractOptimizer):
 
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         assert self.step_size is not None, "call `tuned` first"
-        move = self.momentum * state["move"] - self.step_size * grad
+        step, momentum = number("HeavyBall", "step", self.step_size), number("HeavyBall", "momentum", self.momentum)
+        move = momentum * state["move"] - step * grad
         return point + move, {"move": move}
 
     @property
@@ -75,3 +77,10 @@ class HeavyBall(AbstractOptimizer):
 
     def with_step(self, step: float) -> HeavyBall:
         return HeavyBall(step, self.momentum)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return settings_of("HeavyBall", step=(self.step_size, AT_LEAST_0), momentum=(self.momentum, BELOW_1))
+
+    def at(self, value: Callable[[Setting], Tensor]) -> HeavyBall:
+        return with_values(self, self.settings, value)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._inner import AbstractUnrollable, Objective, State, unbounded
 from bilevel._numerics.rows import norms_beside, safe_row_norms
-from bilevel._optimizer import AbstractOptimizer
+from bilevel._optimizer import AbstractOptimizer, number
 from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
@@ -42,6 +42,8 @@ class Iterate(AbstractUnrollable):
             solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products. Where they
             fail, by divergence or by making no way towards the tolerance, the solve is repeated with step sizes from
             the largest curvature on the way, which takes about as many gradients to find as the solve has steps.
+            Settings that are functions of x take their values at the x of the solve; the inner problem is then an
+            iteration, whatever g is, and a value that is out of its range ends the solve with `Status.nonfinite`.
         max_steps: how many steps.
         tol: stop when the gradient norm is at most this; None or 0: take all the steps.
         line_search: finds the step length at each step, for `GradientDescent` (whose step, if it has one, multiplies
@@ -76,15 +78,21 @@ class Iterate(AbstractUnrollable):
             raise ValueError(
                 f"`Iterate(line_search=...)` applies to `GradientDescent` only. Got {type(self.optimizer).__name__}."
             )
+        if self.line_search is not None and self.optimizer.settings:
+            raise ValueError("`Iterate(line_search=...)` finds the step length itself: the step must be no function.")
 
     @property
     def forgets_start(self) -> bool:
-        return bool(self.tol)
+        return bool(self.tol) and not self.why_iteration
+
+    @property
+    def why_iteration(self) -> str:
+        return self.optimizer.why_iteration
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         if self.line_search is not None:
             assert isinstance(self.optimizer, GradientDescent)
-            step = self.optimizer.step_size
+            step = number("Iterate", "optimizer", self.optimizer.step_size)
             return descend(
                 self.line_search, 1.0 if step is None else step, objective, y0, self.max_steps, self.tol or 0.0
             )
@@ -109,7 +117,9 @@ class Iterate(AbstractUnrollable):
         """The steps, and the norms of the gradients where they are compared with a tolerance."""
         # The steps are those of `advance`, not called through it nor through the walk of `ITD`: an optimizer of any
         # state, such as `TorchOptim`, can be run though it cannot be unrolled.
-        optimizer, tol, norms = self.optimizer, self.tol or 0.0, list[Tensor]()
+        tol, norms = self.tol or 0.0, list[Tensor]()
+        with torch.no_grad():
+            optimizer = self.optimizer.at(objective.setting)
         size = norms_beside(y0.dtype, tol)
         y = y0.detach().clone()
         state = optimizer.init(y)
@@ -156,6 +166,8 @@ class Iterate(AbstractUnrollable):
         if not isinstance(self.optimizer, GradientDescent) or self.line_search is not None:
             raise unbounded(self, call)
         step = self.optimizer.step_size
+        if callable(step):
+            raise unbounded(self, call)
         if not isinstance(step, int | float):
             raise ValueError(
                 f"`GradientDescent(step=None)` derives its step at run time. Call `{call}` with that step."
@@ -200,8 +212,9 @@ class Iterate(AbstractUnrollable):
     def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
         assert gradient is not None
         y, *entries = state
-        keys = self.optimizer.init(y.detach()).keys() if entries else ()
-        point, new = self.optimizer.step(gradient, y, dict(zip(keys, entries, strict=True)))
+        optimizer = self.optimizer.at(objective.setting) if self.optimizer.settings else self.optimizer
+        keys = optimizer.init(y.detach()).keys() if entries else ()
+        point, new = optimizer.step(gradient, y, dict(zip(keys, entries, strict=True)))
         return (point, *new.values())
 
 

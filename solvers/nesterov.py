@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, number, settings_of, with_values
 from bilevel._validate import demand_type
-from bilevel.arguments.ranges import Range, demand_range, demand_step
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, demand_range, demand_step
 
 
 @final
@@ -30,8 +31,8 @@ class Nesterov(AbstractOptimizer):
 
     Args:
         step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
-            and, where that fails, on the whole way.
-        momentum: b_k in [0, 1) for all k; None is (k - 1) / (k + 2).
+            and, where that fails, on the whole way. A function of x (inside `Iterate` only): a learned one.
+        momentum: b_k in [0, 1) for all k; None is (k - 1) / (k + 2). Or a function of x (inside `Iterate` only).
 
     Raises:
         ValueError: if the step is not positive and finite, or a tensor of integers or with NaN, or the momentum is
@@ -43,15 +44,15 @@ class Nesterov(AbstractOptimizer):
         tensor([0.2500])
     """
 
-    step_size: float | Tensor | None  # given as `step=`; as an attribute that is the method's name
-    momentum: float | None
+    step_size: float | Tensor | OfX | None  # given as `step=`; as an attribute that is the method's name
+    momentum: float | OfX | None
 
-    def __init__(self, step: float | Tensor | None = None, momentum: float | None = None) -> None:
-        demand_type("Nesterov", "step", step, float | Tensor | None)
-        demand_type("Nesterov", "momentum", momentum, float | None)
-        if step is not None:
+    def __init__(self, step: float | Tensor | OfX | None = None, momentum: float | OfX | None = None) -> None:
+        demand_type("Nesterov", "step", step, float | Tensor | OfX | None)
+        demand_type("Nesterov", "momentum", momentum, float | OfX | None)
+        if step is not None and not callable(step):
             demand_step("Nesterov", step)
-        demand_range("Nesterov", "momentum", momentum, Range(below=1.0))
+        demand_range("Nesterov", "momentum", momentum, BELOW_1)
         object.__setattr__(self, "step_size", step)
         object.__setattr__(self, "momentum", momentum)
 
@@ -64,8 +65,9 @@ class Nesterov(AbstractOptimizer):
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         assert self.step_size is not None, "call `tuned` first"
         count = state["count"] + 1
-        momentum = (count - 1) / (count + 2) if self.momentum is None else self.momentum
-        u = point - self.step_size * grad
+        given = number("Nesterov", "momentum", self.momentum)
+        momentum = (count - 1) / (count + 2) if given is None else given
+        u = point - number("Nesterov", "step", self.step_size) * grad
         return u + momentum * (u - state["u"]), {"u": u, "count": count}
 
     @property
@@ -77,3 +79,10 @@ class Nesterov(AbstractOptimizer):
 
     def with_step(self, step: float) -> Nesterov:
         return Nesterov(step, self.momentum)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return settings_of("Nesterov", step=(self.step_size, AT_LEAST_0), momentum=(self.momentum, BELOW_1))
+
+    def at(self, value: Callable[[Setting], Tensor]) -> Nesterov:
+        return with_values(self, self.settings, value)

@@ -44,6 +44,9 @@ class Neumann(AbstractLinearSolver):
     Cost: `terms` - 1 products from zero, `terms` from a guess, and one for the true residual; `step=None` adds
     those of an estimate of L, about 14. Memory 4n.
 
+    Where the owner of A has estimated that the spectral radius of I - A is not below 1 (`LinearOperator.contraction`),
+    with `step=1.0` the series diverges: no term is taken, v stays where it was, and the status is `Status.diverged`.
+
     A residual that grows, which those of a symmetric A cannot for a safe step, is reported as `Status.diverged`,
     with the iterate of least residual.
 
@@ -117,7 +120,11 @@ class Neumann(AbstractLinearSolver):
     def _steps(self, operator: LinearOperator, b: Tensor, zero: Tensor) -> tuple[Tensor, tuple[Status, ...]]:
         """The step of each row, zero where there is none, and why."""
         if self.step is not None:
-            return torch.full_like(zero, self.step, dtype=b.dtype), (Status.successful,) * zero.numel()
+            step = torch.full_like(zero, self.step, dtype=b.dtype)
+            if operator.contraction is None or self.step != 1.0:
+                return step, (Status.successful,) * zero.numel()
+            apart = (operator.contraction >= 1) & ~zero  # the series of I - A diverges: none of its terms is taken
+            return torch.where(apart, 0.0, step), first_statuses((apart, Status.diverged))
         demand(operator, "Neumann(step=None)", SYMMETRIC)
         largest = largest_eigenvalue(operator, b)
         refusals = first_statuses(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, learned, number, with_values
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SHARE, demand_ranges
 
@@ -23,15 +23,20 @@ class Scheduled(AbstractOptimizer):
     For optimizers whose move is a multiple of their step length, which all of this library are: `Adam`,
     `GradientDescent`, `HeavyBall`, `Nesterov`. Their own state (momentum, running means) does not see the factor.
 
+    A learned schedule is `factors`, a function of x (inside `Iterate` only) whose entry k is c(k): a vector with one
+    for each step; steps beyond its end take the last.
+
     Cost: nothing beside the wrapped optimizer's. The number of steps so far is part of the state, so that a run that is
     resumed from a checkpoint goes on where its schedule was.
 
     Args:
         optimizer: whose moves are scaled.
         schedule: k -> c(k), the factor of step k = 0, 1, ...: `Cosine`, `StepDecay`, or any function.
+        factors: in its place: x -> (c(0), c(1), ...), at least 0 each.
 
     Raises:
         TypeError: if the schedule cannot be called, or the optimizer is none.
+        ValueError: if there are both or neither of `schedule` and `factors`.
 
     Example:
         >>> from bilevel.solvers import GradientDescent
@@ -44,10 +49,16 @@ class Scheduled(AbstractOptimizer):
     """
 
     optimizer: AbstractOptimizer
-    schedule: Callable[[int], float]
+    schedule: Callable[[int], float] | None = None
+    factors: OfX | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
+        if (self.schedule is None) == (self.factors is None):
+            raise ValueError(
+                "`Scheduled` takes one of `schedule=`, a function of the number of the step, and `factors=`, a function"
+                f" of x. Got {'neither' if self.schedule is None else 'both'}."
+            )
 
     def init(self, point: Tensor) -> OptimizerState:
         wrapped = {f"scheduled.{key}": entry for key, entry in self.optimizer.init(point).items()}
@@ -56,20 +67,42 @@ class Scheduled(AbstractOptimizer):
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         wrapped = {key.removeprefix("scheduled."): entry for key, entry in state.items() if key != "steps"}
         moved, wrapped = self.optimizer.step(grad, point, wrapped)
-        factor = float(self.schedule(int(state["steps"])))
-        point = moved if factor == 1 else point + factor * (moved - point)
+        factor = self._factor(int(state["steps"]))
+        point = moved if isinstance(factor, float) and factor == 1 else point + factor * (moved - point)
         return point, {"steps": state["steps"] + 1, **{f"scheduled.{key}": entry for key, entry in wrapped.items()}}
+
+    def _factor(self, k: int) -> float | Tensor:
+        if self.schedule is not None:
+            return float(self.schedule(k))
+        factors: Tensor = number("Scheduled", "factors", self.factors)
+        return factors[..., min(k, factors.shape[-1] - 1)].unsqueeze(-1)
 
     @property
     def needs_curvature(self) -> bool:
         return self.optimizer.needs_curvature
 
     def tuned(self, largest_curvature: Tensor) -> Scheduled:
-        return Scheduled(self.optimizer.tuned(largest_curvature), self.schedule)
+        return replace(self, optimizer=self.optimizer.tuned(largest_curvature))
 
     def with_step(self, step: float) -> Scheduled | None:
         moved = self.optimizer.with_step(step)
-        return None if moved is None else Scheduled(moved, self.schedule)
+        return None if moved is None else replace(self, optimizer=moved)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return self._own + self.optimizer.settings
+
+    @property
+    def _own(self) -> tuple[Setting, ...]:
+        factors = self.factors
+        return () if factors is None else (Setting("Scheduled", "factors", factors, AT_LEAST_0, by_step=True),)
+
+    def at(self, value: Callable[[Setting], Tensor]) -> Scheduled:
+        return with_values(replace(self, optimizer=self.optimizer.at(value)), self._own, value)
+
+    @property
+    def why_iteration(self) -> str:
+        return learned(self.settings) or self.optimizer.why_iteration
 
 
 @final

@@ -284,7 +284,15 @@ NAN_IS_AN_ANSWER = (  # results say by NaN what could not be computed
 # None for an argument that is a group is its default; so it is for the scale of images, which then fits their dtype.
 GROUPED = {"abml", "ibaml", "ibaml_head", "train", "ImageClasses"}
 OLD_FORMS = {("Experiment", "settings"), ("Experiment", "evaluation"), ("ImageClasses", "names")}  # what is converted
-DRAWN = {"quadratics", "spd_matrices", "spectra", "structures", "smooth_problems", "logistics"}  # by hypothesis
+DRAWN = {
+    "composites",
+    "quadratics",
+    "spd_matrices",
+    "spectra",
+    "structures",
+    "smooth_problems",
+    "logistics",
+}  # by hypothesis
 
 
 def may_be_taken(entry: Public, name: str, value: Any) -> bool:
@@ -323,7 +331,7 @@ def calls(count: int, seed: int) -> Iterator[Call]:
 
 # Of these a call that succeeds takes long.
 HEAVY = re.compile(
-    r"testing|digits$|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$"
+    r"testing|digits$|compare|read_best|draw_reliability|hyper_cleaning$|Experiment\.|multinomial|breast|\.train$|language_sources$|python_texts$"
 )
 
 

@@ -314,7 +314,7 @@ def test_x_in_a_non_smooth_term_is_seen_and_its_gradient_is_that_of_the_differen
     assert found.ok, str(found)
     assert found.dependence == "inner objective"
     assert outcome(found, "hypergradient") is Outcome.passed
-    assert [name for name, why in found.estimators.items() if why] == ["first-order", "penalty"]
+    assert [name for name, why in found.estimators.items() if why] == ["first-order"]
 
 
 def test_a_weight_that_is_detached_from_x_fails() -> None:

@@ -59,7 +59,10 @@ VALID |= {
     "rank": 2,
     "schedule": lambda step: 1.0,
     "estimator": AID(LBFGS(), CG()),
+    "first": AID(LBFGS(), CG()),
+    "then": AID(LBFGS(), CG()),
     "factory": lambda params: None,
+    "decay": 0.1,
 }
 
 
@@ -133,7 +136,8 @@ LOOSE: Any = lambda kind: kind  # noqa: E731  (what a type checker would refuse 
         ),
         (
             lambda: GradientDescent(LOOSE("a")),
-            "`GradientDescent(step=...)` must be a number or a tensor or None. Got 'a' (str).",
+            "`GradientDescent(step=...)` must be a number or a tensor or a function of 1 argument or None."
+            " Got 'a' (str).",
         ),
         (lambda: Newton(linear=LOOSE(LBFGS())), "`Newton(linear=...)` must be a linear solver such as `CG()` or None."),
         (lambda: ESJ(LBFGS(), seed=LOOSE(torch.Generator())), "`ESJ(seed=...)` must be an integer. Got Generator."),

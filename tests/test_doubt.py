@@ -51,7 +51,7 @@ from bilevel.solvers import (
 )
 
 COUNT = int(os.environ.get("DOUBT_CASES", "250"))
-BIASED = {"itd-truncated", "one-step", "first-order", "aid-nystrom"}  # by construction, and named so
+BIASED = {"itd-truncated", "one-step", "first-order", "aid-nystrom", "network"}  # by construction, and named so
 SLOW = {"itd", "itd-forward", "itd-checkpointed", "auto"}  # tens of thousands of steps where conditions are bad
 EXACT_NAMES = [*sorted(set(estimators()) - BIASED), "auto"]
 # What a success states: 1 % for what is unrolled, sampled, penalized or differenced, and a tenth of it for the implicit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bilevel_strategies import normal
 
-from bilevel import ESJ, ITD, BilevelProblem, hypergradient
+from bilevel import ESJ, ITD, BilevelProblem, Split, Start, hypergradient
 from bilevel.hypergrad.esj import Distribution
 from bilevel.problems.quadratic import random_quadratic
 from bilevel.solvers.gradient_descent import GradientDescent
@@ -135,8 +135,6 @@ def test_seed_and_count_choose_the_directions() -> None:
 
 
 def hypergradient_start(count: int) -> Any:
-    from bilevel import Start
-
     return Start(y=Y0, count=count)
 
 
@@ -192,6 +190,71 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: st
 )
 def test_the_standard_error_of_one_direction_follows_its_law_exactly(distribution: Any, a: float) -> None:
     """A / (1 + a) |mean|^2 with a = (p + 1) / Q for Gaussian directions, (p - 1) / Q or p / Q - 1 for the others."""
-    samples = torch.tensor([[3.0, 0.0, 0.0, 0.0, 4.0]])
-    found = ESJ(INNER, 1, distribution=distribution)._error(samples, samples[0])
+    sample = torch.tensor([3.0, 0.0, 0.0, 0.0, 4.0])
+    found = ESJ(INNER, 1, distribution=distribution)._error(torch.tensor([5.0]), sample)
     assert found == pytest.approx(5 * math.sqrt(a / (1 + a)), rel=1e-12)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "sphere"])
+def test_large_directions_are_drawn_one_at_a_time_and_the_same_for_any_chunk(
+    distribution: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilevel.hypergrad.directions._WHOLE", 0)
+    whole, c = ESJ(INNER, 5, distribution=distribution)._draw(X, 3)
+    assert whole.shape == (5, P)
+    assert len({tuple(row) for row in whole.tolist()}) > 1
+    for chunk in (1, 2, 9):
+        blocks, factor = ESJ(INNER, 5, distribution=distribution, chunk=chunk)._blocks(X, 3)
+        held = list(blocks)
+        assert max(map(len, held)) == min(chunk, 5)
+        assert torch.equal(torch.cat(held), whole)
+        assert factor == c
+    if distribution != "gaussian":
+        assert float((whole.norm(dim=1) - (1.0 if distribution == "sphere" else 2.0)).abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_encoding_is_evaluated_once_at_each_point_and_once_for_f(split: bool) -> None:
+    """With Q directions Q + 1 times for g, whatever the steps; the value is that of g with the encoding written out."""
+    A, calls = normal(5, P, seed=3), list[bool]()
+
+    def encode(x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return data * (A @ x).tanh()
+
+    def f(z: torch.Tensor, y: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        return (y @ z - 1).square() / 2
+
+    def g(z: torch.Tensor, y: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        return (y - z).square().sum() / 2 + y.cosh().sum()
+
+    data: Any = Split(f=torch.tensor(2.0), g=torch.tensor(0.5)) if split else torch.tensor(0.5)
+    esj = ESJ(INNER, 3, radius=1e-4, distribution="rademacher", chunk=2)
+    start = Start(y=torch.zeros(5), count=1)
+    found = hypergradient(
+        BilevelProblem(f, g, encode=encode), X, torch.zeros(5), estimator=esj, data=data, start=start
+    ).grad
+    assert len(calls) == 3 + 1 + 1
+    plain = BilevelProblem(
+        lambda x, y, data: f(encode(x, data), y, data), lambda x, y, data: g(encode(x, data), y, data)
+    )
+    written = hypergradient(plain, X, torch.zeros(5), estimator=esj, data=data, start=start).grad
+    torch.testing.assert_close(found, written, rtol=1e-8, atol=1e-10)
+
+
+def test_an_encoding_that_draws_random_numbers_draws_the_same_at_every_point() -> None:
+    """Phi(x) = sum m x with a random m: the exact slope, whatever the radius, where all solves see one m."""
+    problem = BilevelProblem(
+        lambda z, y, _: y.sum(),
+        lambda z, y, _: (y - z).square().sum() / 2,
+        encode=lambda x, _: torch.rand(P) * x,
+    )
+    exact = Iterate(GradientDescent(1.0), max_steps=1)
+    torch.manual_seed(0)
+    m = torch.rand(P)
+    start = Start(y=torch.zeros(P), count=1)
+    for chunk in (None, 2):
+        torch.manual_seed(0)
+        esj = ESJ(exact, P, radius=0.1, chunk=chunk)
+        found = hypergradient(problem, X, torch.zeros(P), estimator=esj, data=torch.zeros(1), start=start, throw=False)
+        torch.testing.assert_close(found.grad, m)

@@ -206,7 +206,7 @@ def test_an_open_step_is_one_over_the_curvature_and_safe(make: Any, momentum: fl
     tuned = optimizer.tuned(torch.tensor(9.0, dtype=torch.float64))
     assert not tuned.needs_curvature
     assert isinstance(tuned, GradientDescent | HeavyBall | Nesterov)
-    assert tuned.step_size is not None
+    assert isinstance(tuned.step_size, Tensor)
     assert float(tuned.step_size) == pytest.approx(1 / 9, rel=1e-15)
     assert type(tuned) is type(optimizer)
     assert getattr(tuned, "momentum", None) == getattr(optimizer, "momentum", None)

@@ -29,6 +29,7 @@ STATED = {
     "aid-gmres": (1e-7, 2e-3),
     "aid-neumann": (1e-4, 2e-2),
     "aid-nystrom": (0.1, 0.1),
+    "network": (0.02, 0.05),
     "itd": (1e-4, 2e-2),
     "itd-forward": (1e-4, 2e-2),
     "itd-checkpointed": (1e-4, 2e-2),
@@ -86,7 +87,8 @@ def test_ill_conditioning_is_mastered_or_reported(name: str) -> None:
     found = hypergradient(instance.problem, x, instance.y0, estimator=name, throw=False)
     assert instance.gradient is not None
     good = distance(found.grad, instance.gradient(x)) <= max(1e-2, STATED[name][0])
-    assert good or not found.status.ok
+    told = found.substitute is not None and found.substitute.residual > 1e-2  # biased by design, and by how much
+    assert good or told or not found.status.ok
 
 
 # the others differentiate their iteration, the value function or the damped system, which have derivatives

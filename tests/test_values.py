@@ -52,6 +52,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
 from bilevel._tree import tree_map
 from bilevel.algorithms import Descent, FiniteSum
+from bilevel.attribution import KFAC, Influence
 from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
 from bilevel.few_shot import Validating, adapt, calibration_of, evaluate, mlp, train
@@ -78,7 +79,7 @@ from bilevel.problems import (
 )
 from bilevel.prox import L1
 from bilevel.requirements.properties import DoesNotApply
-from bilevel.solvers import CG, LBFGS, Clipped, GradientDescent, Iterate, Jacobi, TorchOptim
+from bilevel.solvers import CG, LBFGS, Clipped, Cosine, GradientDescent, Iterate, Jacobi, Scheduled, TorchOptim
 from bilevel.tasks import Episodes, ImageClasses, ImageFiles, Sinusoid, Splits, batches
 from bilevel.testing import Logistic
 
@@ -121,8 +122,15 @@ def build_problem(name: str) -> Any:
     data = {"data": (X, X.sum(1) if name.startswith("ridge") else y)}
     sizes: dict[str, dict[str, Any]] = {
         "hyper-cleaning": {**data, "n_train": 12, "n_val": 6},
+        "language-sources": {"width": 8, "depth": 1, "heads": 2, "context": 4, "each": 2},
         "hyper-cleaning-synthetic": {"n_train": 12, "n_val": 6, "d": 3, "classes": 2},
+        "mixed-operations": {"n_train": 12, "n_val": 6, "width": 2, "batch": 4},
+        "distillation": {**data, "n_train": 12, "hidden": 2},
+        "replay": {**data, "n_train": 12, "hidden": 2},
+        "representation": {**data, "n_train": 12, "n_val": 6, "width": 2, "features": 2},
     }
+    for recipe in ("noisy-labels", "learned-augmentation"):
+        sizes[recipe] = {"n_train": 12, "n_val": 6, "channels": 2, "batch": 4, "data": (X[:, :1].expand(-1, 16), y)}
     own = data if name.endswith(("-diabetes", "-cancer", "-digits")) else {}
     return catalogue()[name].build(**sizes.get(name, own))
 
@@ -271,6 +279,9 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "ITD": lambda: ITD(Iterate(GradientDescent(0.1), 2), Truncated(1)),
         "Certified": lambda: Certified(AID(LBFGS(), CG()), target_error=0.1),
         "Clipped": lambda: Clipped(GradientDescent(0.1), max_norm=1.0),
+        "Scheduled": lambda: Scheduled(GradientDescent(0.1), Cosine(3)),
+        "KFAC": lambda: KFAC(torch.nn.Linear(1, 1), torch.nn.MSELoss(), [], damping=0.1),
+        "Influence": lambda: Influence(torch.ones(3), torch.zeros(3), None, 0.5, 0.0, Status.successful, (), Stats()),
         "Descent": lambda: Descent(AID(LBFGS(), CG()), GradientDescent(0.1)),
         "Iteration": lambda: Iteration(portable_cases.f),
         "TorchOptim": lambda: TorchOptim(torch.optim.SGD),

@@ -23,6 +23,7 @@ import bilevel
 import bilevel.algorithms
 import bilevel.extending
 import bilevel.few_shot
+import bilevel.inner_problems
 import bilevel.problems
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
@@ -99,6 +100,7 @@ PROTOCOLS: tuple[Any, ...] = (
     bilevel.extending.AbstractDirection,
     bilevel.extending.AbstractReduction,
     bilevel.prox.AbstractProxTerm,
+    bilevel.prox.ProxDerivative,
     FlatProblem,
     bilevel.LinearOperator,
     bilevel.extending.Objective,
@@ -341,6 +343,11 @@ def saved(value: Any) -> Path:
     return folder() / "held.safetensors"
 
 
+def linear_model() -> Any:
+    """A regression."""
+    return bilevel.inner_problems.LinearModel(matrix(3, 2), torch.ones(3, **D))
+
+
 # By the annotation, as it is written; what is not here has no example.
 BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "float": lambda: 0.5,
@@ -381,6 +388,8 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "FlatProblem": flat,
     "FlatEstimate": lambda: bilevel.extending.FlatEstimate(X, torch.zeros((), **D), Y, ()),
     "float | Tensor": lambda: 0.1,
+    "float | OfX": lambda: 0.1,
+    "float | Tensor | OfX": lambda: 0.1,
     "Objective": lambda: bilevel.extending.Objective(lambda y: y.square().sum()),
     "OperatorProperties": bilevel.extending.OperatorProperties,
     "Gaussian": lambda: {"mean": X, "log_variance": Y},
@@ -393,6 +402,7 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Callable[[Tensor], Tensor]": lambda: torch.clone,
     "Callable[..., Tree]": lambda: lambda x: x,
     "Callable[..., Polytope]": lambda: lambda x: Polytope(lower=0.0),
+    "AbstractProxTerm": lambda: bilevel.prox.L1(1.0),
     "Callable[..., AbstractProxTerm]": lambda: lambda x: bilevel.prox.L1(1.0),
     "Callable[[int], float]": lambda: Cosine(10),
     "Instance": lambda: quadratic(p=2, q=2),
@@ -473,12 +483,32 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "TorchOptim": {"factory": lambda: lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
     "ClosedForm": {"solution": lambda: lambda x: x},
     "Clipped": {"max_norm": lambda: 1.0},
+    "Scheduled": {"schedule": lambda: Cosine(10)},
+    "influence": {"loss": lambda: lambda y, batch: (y - batch).square(), "params": lambda: X.mean()}
+    | {"train": lambda: X, "test": lambda: Y},
+    "Influence": {"bound": lambda: None},
     "Nystrom": {"damping": lambda: 0.1},
     "Neumann": {"step": lambda: 0.5},
     "Batches": {"size": lambda: 2},
     "Bound": {},
+    "check_composite": {
+        "problem": lambda: bilevel.BilevelProblem(lambda x, y: y.sum(), g, prox=lambda x: bilevel.prox.L1(0.1))
+    },
     "LInfBall": {"radius": lambda: 1.0},
     "L1": {"weight": lambda: 1.0},
+    "ElasticNet": {"l1": lambda: 1.0, "l2": lambda: 1.0},
+    "prox.Box": {"lower": lambda: 0.0, "upper": lambda: 1.0},
+    "GroupLasso": {"groups": lambda: "all"},
+    "GroupBall": {"groups": lambda: "all"},
+    "ProxDerivative": {
+        "parts": lambda: (X,),
+        "times": lambda: lambda parts, w: parts[0] * w,
+        "inverse": lambda: lambda parts, w: w / parts[0],
+    },
+    "SpectralBall": {"radius": lambda: 1.0},
+    "prox.Quadratic": {"Q": lambda: 1.0},
+    "Affine": {"b": lambda: 0.0},
+    "prox.Sum": {"terms": lambda: (bilevel.prox.L1(1.0),)},
     # problems
     "InverseLink": {"potential": Sinh, "B": lambda: matrix(2, 2)},
     "InverseLink.instance": {"description": lambda: "links"},
@@ -523,8 +553,31 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "features": lambda: lambda x, images: images,
         "classes": lambda: 2,
     },
+    "solution_path": {"x": lambda: [X], "y0": lambda: Y},
+    "SolutionPath": {"x": lambda: (X,), "y": lambda: (Y,), "values": lambda: (1.0,), "steps": lambda: (1,)},
+    "CoordinateDescent": {"max_steps": lambda: 5},
+    "BoundedL1": {"radius": lambda: 0.5},
+    "LinearModel": {"X": lambda: matrix(3, 2), "targets": lambda: torch.ones(3, **D)},
+    "SparseData": dict.fromkeys(("train", "held", "test"), lambda: linear_model()),
+    "highest_penalty": {"model": lambda: linear_model()},
+    "lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "weighted_lasso": {"n": lambda: 4, "d": lambda: 3},
+    "group_lasso": {"n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
+    **{
+        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))}
+        for name in ("lasso_diabetes", "elastic_net_diabetes", "sparse_logistic", "svm", "svr")
+    },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},
+    "GaussNewton": {"outputs": lambda: lambda x, y: y, "loss": lambda: lambda x, z: z.sum()},
+    "TruncatedCG": {"max_steps": lambda: 3},
+    "small_network": {
+        "network": lambda: "mlp",
+        "n_train": lambda: 4,
+        "n_val": lambda: 4,
+        "width": lambda: 1,
+        "data": lambda: (torch.rand(10, 64), torch.tensor([0, 1] * 5)),
+    },
     # tasks and few-shot learning
     "ImageClasses": {"images": lambda: torch.rand(6, 4, 2, 2)},
     "ImageFiles": {"files": lambda: ((picture(),),), "names": lambda: ("class",), "size": lambda: 2},
@@ -537,11 +590,41 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "n_val": lambda: 3,
         "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
     },
+    **{
+        name: {
+            "n_train": lambda: 4,
+            "n_val": lambda: 3,
+            "channels": lambda: 1,
+            "data": lambda: (torch.rand(9, 16), torch.arange(9) % 3),
+        }
+        for name in ("noisy_labels", "learned_augmentation")
+    },
+    "mixed_operations": {"n_train": lambda: 4, "n_val": lambda: 3, "width": lambda: 2, "vocabulary": lambda: 3},
     "hyper_cleaning_batches": {
         "n_train": lambda: 3,
         "n_val": lambda: 3,
         "data": lambda: (torch.rand(8, 4), torch.tensor([0, 1] * 4)),
     },
+    "distillation": {
+        "n_train": lambda: 8,
+        "hidden": lambda: 2,
+        "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
+    },
+    "replay": {
+        "n_train": lambda: 8,
+        "hidden": lambda: 2,
+        "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
+    },
+    "representation": {
+        "n_train": lambda: 6,
+        "n_val": lambda: 3,
+        "width": lambda: 2,
+        "features": lambda: 2,
+        "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
+    },
+    "byte_gpt": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2},
+    "language_sources": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2}
+    | {"each": lambda: 2, "max_steps": lambda: 1},
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},
     **{
         f"BayesianRegression.{name}": {"y": lambda: {"mean": X, "log_variance": Y}}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
-from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, Move, OptimizerState, Told
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, Move, OptimizerState, Told, demand_numbers
 from bilevel._result import Status
 from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
@@ -80,6 +80,8 @@ class Descent(AbstractAlgorithm[DescentState]):
 
     def __post_init__(self) -> None:
         demand_types(self, {"estimator": "an estimator such as `AID(LBFGS(), CG())`"})
+        if isinstance(self.outer, AbstractOptimizer):
+            demand_numbers("Descent", "outer", self.outer)
         if isinstance(self.outer, AbstractOptimizer) and self.outer.needs_curvature:
             raise ValueError(f"`Descent(outer={type(self.outer).__name__}())` needs a step size: pass `step=...`.")
 

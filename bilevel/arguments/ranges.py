@@ -51,9 +51,12 @@ class Range:
         """The same of a tensor."""
         if entries.device.type == "meta" or not entries.is_floating_point():
             return "a number, or a tensor of floating point numbers"
+        return "" if bool(self.holds(entries).all()) else self.refuses(math.nan)
+
+    def holds(self, entries: Tensor) -> Tensor:
+        """Which entries of a tensor are in it."""
         upper = entries <= self.below if self.closed or self.infinite else entries < self.below
-        inside = upper & (entries > self.least if self.open else entries >= self.least)
-        return "" if bool(inside.all()) else self.refuses(math.nan)
+        return upper & (entries > self.least if self.open else entries >= self.least)
 
     def _under(self, number: float) -> bool:
         return number <= self.below if self.closed else number < self.below

@@ -31,6 +31,23 @@ def split(settings: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def with_data(settings: Sequence[str], source: str | None) -> tuple[str, ...]:
+    """The settings, and after `--from FILE` data=FILE.
+
+    Raises:
+        ValueError: if they say where the data are as well.
+
+    Example:
+        >>> with_data(["seed=1"], "mine.npz")
+        ('seed=1', 'data=mine.npz')
+    """
+    if source is None:
+        return tuple(settings)
+    if "data" in split(settings):
+        raise ValueError("the data were given twice: by `--from` and by `--set data=...`. Leave one of them out.")
+    return (*settings, f"data={source}")
+
+
 def signature(function: Callable[..., Any]) -> inspect.Signature:
     """The signature with its annotations as types where they can be found, else as they are."""
     try:

@@ -25,6 +25,7 @@ from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.graphs import graphs_are_whole
 from bilevel.diagnostics.solution import g_is_smooth_there, inner_problem_is_solved, minimum_is_strict, scales_are_even
 from bilevel.diagnostics.subject import Subject
+from bilevel.diagnostics.support import support_is_clear
 from bilevel.diagnostics.values import values_are_finite, values_are_repeatable
 from bilevel.diagnostics.verdict import Check
 from bilevel.named.implicit import IMPLICIT, implicit_name
@@ -38,6 +39,7 @@ _OF_THE_PROBLEM: tuple[Test, ...] = (
     inner_problem_is_solved,
     g_is_smooth_there,
     minimum_is_strict,
+    support_is_clear,
     y_depends_on_x,
     scales_are_even,
     graphs_are_whole,
@@ -60,9 +62,10 @@ def check(
     Values and dtypes; whether f and g give the same value twice; Taylor remainders of f and g in x and y, and of
     grad_y g, which vanish like t^2 where a function is smooth and its derivative right; second derivatives: whether
     torch has them, and the symmetry of the Hessian; how far the inner solver gets; the sign of the curvature there and
-    its condition number; whether g has a kink there; whether y depends on x, and by which way; the scales of x and y;
-    and, where all of that is sound, the implicit gradient, or the derivative of the steps of an iteration, against
-    differences of Phi to both sides along a random direction.
+    its condition number, with a non-smooth term those on the support, and how far that is from changing; whether g has
+    a kink there; whether y depends on x, and by which way; the scales of x and y; and, where all of that is sound, the
+    implicit gradient, or the derivative of the steps of an iteration, against differences of Phi to both sides along a
+    random direction.
 
     An estimator that is wrong by what was found is not listed as one that applies; `compare` leaves out the same ones
     for the same reasons.
@@ -97,9 +100,17 @@ def check(
     flat = FlatProblem(problem, x_structure, y_structure, data, Tally())
     subject = subject_at(flat, x_vector.detach().clone(), y_vector.detach().clone(), inner, seed)
     found = examined(subject)
-    names = {name: implicit_name(flat) if name == IMPLICIT else name for name in estimators()}
+    names = {name: _meant(subject) if name == IMPLICIT else name for name in estimators()}
     applicable = {name: why_not_applicable(meant, subject, found) for name, meant in names.items()}
     return Check(found.verdicts, found.dependence, applicable)
+
+
+def _meant(subject: Subject) -> str:
+    """What "implicit" stands for; where the user's functions do not run, which is a verdict, what their kind says."""
+    try:
+        return implicit_name(subject.problem, subject.x, subject.given)
+    except Exception:
+        return subject.kind.implicit or "aid-cg"
 
 
 def subject_at(

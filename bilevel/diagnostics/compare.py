@@ -29,6 +29,7 @@ from bilevel.named.implicit import IMPLICIT, implicit_name
 from bilevel.named.reference import reference
 from bilevel.named.registry import build, demand_names, estimators as named_estimators
 from bilevel.named.setting import Setting
+from bilevel.requirements.iterations import why_iteration
 from bilevel.solvers.cg import accurate_cg
 
 
@@ -102,7 +103,7 @@ def compare(
     names = [name for name in named_estimators() if name != IMPLICIT] if estimators is None else list(estimators)
     demand_names(*names)
     for name in names:
-        why = comparer.why_not(implicit_name(flat) if name == IMPLICIT else name)
+        why = comparer.why_not(implicit_name(flat, comparer.x, comparer.y0) if name == IMPLICIT else name)
         for budget in (None,) if budgets is None else budgets:
             setting = Setting(flat, comparer.x, comparer.y0, budget)
             rows.append(comparer.row(name, budget, lambda n=name, s=setting: build(n, s), why))  # type: ignore[misc]
@@ -127,6 +128,12 @@ class _Comparer:
         """Why `check` says that it does not apply."""
         if isinstance(estimator, str):
             return why_not_applicable(estimator, self.subject, self.findings)
+        own = why_iteration(estimator)
+        if own and self.subject.stationary:
+            return (
+                f"{own}, so that its Phi is another than that of the reference, which solves the inner problem. Compare"
+                f" it with `FiniteDifference` with the same inner solver."
+            )
         return why_not_here(lambda: estimator, self.subject, self.findings)
 
     def make_reference(self) -> None:
@@ -174,6 +181,7 @@ class _Comparer:
             memory=held,
             status=status.name,
             reason=" ".join(str(report) for report in found.reports if not report.status.ok),
+            substitute="" if found.substitute is None else str(found.substitute),
         )
 
     def comparison(self, rows: list[Row]) -> Comparison:

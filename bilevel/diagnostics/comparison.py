@@ -28,6 +28,8 @@ class Row:
         memory: the most bytes of tensors held at once.
         status: the name of the estimate's status.
         reason: why it does not apply, or what did not succeed; empty otherwise.
+        substitute: which linear system it solved by design in the place of H v = grad_y f, and with which residual
+            against H itself; empty: none.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Row:
     memory: int | None = None
     status: str = ""
     reason: str = ""
+    substitute: str = ""
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -103,6 +106,7 @@ class Comparison:
         lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, {known}")
         if any(row.certificate is not None and self.norm < row.certificate < math.inf for row in self.rows):
             lines.append("certified errors above 1 are valid and say little: the remark of `certify(...)` says why")
+        lines += [f"{row.name} solves another system: {row.substitute}" for row in self.rows if row.substitute]
         for row in self.rows:
             if not row.applies:
                 lines.append(f"not {row.name}: {row.reason}")

@@ -95,7 +95,10 @@ def minimum_is_strict(subject: Subject, found: Findings) -> Findings:
             "curvature",
             False,
             f"{kind} curvature at the inner solution: eigenvalues from {least:.3g} to {most:.3g}",
-            "y*(x) is not a strict minimum: add a regularizer in y to g, or use 'aid-minres', ITD or ESJ knowingly",
+            "y*(x) is not a strict minimum: add a regularizer in y to g, or use 'aid-minres', ITD or ESJ knowingly;"
+            " where y are the weights of a network, take 'network' (`GaussNewton()` products where g is declared as"
+            " `SupervisedTraining(outputs, loss)`, else damped and truncated ones), which says how biased it is, or the"
+            " algorithm 'f2sa', which takes no second derivatives",
         )
     kappa = most / least if least > 0 else float("inf")
     steps = int(kappa**0.5 * 5) + 1

@@ -68,7 +68,8 @@ class Subject:
     @property
     def stationary(self) -> bool:
         """Whether y solves an equation, from wherever a solver starts; else it is what the steps make of its start."""
-        return Property.stationary in self.kind.offers
+        own = "" if self.inner is None else self.inner.why_iteration
+        return Property.stationary in self.kind.offers and not own
 
     @property
     def minimizes_g(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from bilevel._estimate import AbstractEstimator
-from bilevel._optimizer import AbstractOptimizer
+from bilevel._optimizer import AbstractOptimizer, demand_numbers
 from bilevel._sets import Constraint
 from bilevel._validate import Group
 from bilevel.arguments.fits import demand_types
@@ -61,6 +61,7 @@ class OuterLoop:
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, chunk_size=SIZE, seconds=Range(open=True, infinite=True), skip=COUNT)
+        demand_numbers("OuterLoop", "optimizer", self.optimizer)
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
 from torch import Tensor
 
@@ -12,9 +12,9 @@ from bilevel._calculus import AbstractProducts, Exact, FiniteDifferences, outer_
 from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
-from bilevel._linear import AbstractLinearSolver
+from bilevel._linear import AbstractLinearSolver, unmet
 from bilevel._numerics.rows import safe_row_norms
-from bilevel._result import report
+from bilevel._result import Report, Status, report
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
@@ -24,7 +24,10 @@ from bilevel.bounds.implicit import aid
 from bilevel.certificates.certificate import Constants
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit import solution
-from bilevel.requirements.properties import Property
+from bilevel.hypergrad.one_sided import moved_to
+from bilevel.hypergrad.substituted import substituted
+from bilevel.inner_problems.kinds import inner_problem
+from bilevel.requirements.properties import DoesNotApply, Property
 
 if TYPE_CHECKING:
     from bilevel.hypergrad.certified import Certified
@@ -48,7 +51,8 @@ class AID(AbstractImplicit):
 
     Error: with d = y - y*, r = grad_y f - H v and J = dy*/dx, exactly (d2f/dxdy) d + J'((d2f/dy2) d - r) where f
     and g are quadratic; in general first order in |d| and |r|. With damping the system solved is another one, and
-    the bias is O(damping / mu).
+    the bias is O(damping / mu); with `GaussNewton()` products it is another one as well. The estimate then says so, and
+    how far its v is from solving H v = grad_y f: `Estimate.substitute`.
 
     Source: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, algorithm 1; Ji, Yang,
     Liang, "Bilevel optimization: convergence analysis and enhanced design", ICML 2021, equation (3).
@@ -58,13 +62,20 @@ class AID(AbstractImplicit):
         linear: solves the linear system.
         damping: solve with H + damping I instead of H.
         products: how second derivatives are formed: `Exact()`, or `FiniteDifferences()` where g has operations
-            without a second derivative, `CompiledProducts()` for small networks.
+            without a second derivative, `CompiledProducts()` for small networks, `GaussNewton()` where H is not
+            positive definite.
+        otherwise: the products to solve with instead, once a direction of negative curvature was met, such as
+            `GaussNewton()`: one gradient and a second linear solve. None: the answer of the linear solver stands.
         target_error: `AID(inner, linear, target_error=..., relative_error=..., constants=...)` is the older form of
             `Certified(AID(inner, linear), ...)`, and does as that does.
         relative_error: see `Certified`.
         constants: see `Certified`.
         margin: the relative distance from a kink of y*(x), where a bound or a support changes, below which it is
             reported as `Status.weakly_active`; None: 1e-10, or 1e-6 in float32.
+        side: at a kink of y*(x) there are two derivatives: "right" takes that towards larger entries of x, "left" that
+            towards smaller ones, all entries together. It is the implicit gradient at x (1 + 9e-8) (float32: 8e-4), or
+            as much less, whose distance to that at x itself is of that order, and which a report names. The inner
+            solver has to be accurate to less than that: 1e-10 or so. None: at x.
 
     Raises:
         ValueError: from `estimate`, if bounds on y are active that the problem does not know of, or if y depends on x
@@ -88,6 +99,8 @@ class AID(AbstractImplicit):
     relative_error: float | None = None
     constants: Constants | Callable[[Tree], Constants] | None = None
     margin: float | None = None
+    side: Literal["left", "right"] | None = None
+    otherwise: AbstractProducts | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -107,7 +120,7 @@ class AID(AbstractImplicit):
 
     @property
     def takes_encoding(self) -> bool:
-        return self._certified is None  # a certificate is of the error in x
+        return self._certified is None and self.side is None  # a certificate is of the error in x, and a side one of x
 
     @property
     def forgets_start(self) -> bool:
@@ -127,6 +140,7 @@ class AID(AbstractImplicit):
         if self._certified is not None:
             return self._certified.accurate
         exact = not isinstance(self.products, FiniteDifferences)
+        exact = exact and not self.products.stands_in and self.otherwise is None
         return self.forgets_start and exact and not self.damping and not self.linear.is_approximate
 
     def certified(
@@ -159,19 +173,36 @@ class AID(AbstractImplicit):
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         if (certified := self._certified) is not None:
             return certified.estimate(problem, x, start)
+        beside: tuple[Report, ...] = ()
+        if self.side is not None:
+            x, distance = moved_to(x, self.side)
+            beside = (Report(f"the {self.side} side of x", Status.successful, distance, 0),)
         # A name for the start would keep it beyond the inner solve.
         solved, at, ended = solution(
             problem, x, problem.start(x, start.y).detach(), self.inner, self.products, self.margin
         )
         y = solved.value
+        if lacks := unmet(self.linear.demands, at.operator.properties):
+            raise DoesNotApply(
+                f"{inner_problem(problem.problem).without_symmetry} `{type(self.linear).__name__}` {lacks}"
+            )
         value, fx, fy = outer_gradients(problem, x, y)
-        system = self.linear.solve(at.operator.shifted(self.damping), at.right_hand_side(fy), start.v)
+        b = at.right_hand_side(fy)
+        system = self.linear.solve(at.operator.shifted(self.damping), b, start.v)
         problem.tally.linear_steps += system.steps
+        used: AbstractImplicit = self
+        if self.otherwise is not None and (system.concave or Status.negative_curvature in system.statuses):
+            used = replace(self, products=self.otherwise, otherwise=None)
+            at = used.products.linearize(problem, x, y)
+            b = at.right_hand_side(fy)
+            system = replace(self.linear.solve(at.operator.shifted(self.damping), b, None), concave=True)
+            problem.tally.linear_steps += system.steps
         v = system.value
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
-        reports = (ended, *at.reports, report("linear solver", system))
+        reports = (ended, *at.reports, report("linear solver", system), *beside)
+        substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
-            return FlatEstimate(h, value, y, reports)
+            return FlatEstimate(h, value, y, reports, substitute=substitute)
         error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
-        return FlatEstimate(h, value, y, reports, v, value_error=error)
+        return FlatEstimate(h, value, y, reports, v, value_error=error, substitute=substitute)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
+
+_WHOLE = 2**22  # numbers; what is more is drawn a direction at a time, in the dtype of x
 
 
 def demand_distribution(call: str, distribution: str) -> None:
@@ -36,6 +39,50 @@ def directions(call: str, distribution: Distribution, k: int, x: Tensor, seed: i
     Raises:
         ValueError: if more orthonormal ones than outer variables are asked for.
     """
+    blocks, c = in_blocks(call, distribution, k, x, seed, None)
+    return next(blocks), c
+
+
+def in_blocks(
+    call: str, distribution: Distribution, k: int, x: Tensor, seed: int, size: int | None
+) -> tuple[Iterator[Tensor], float]:
+    """The same directions, the same for any `size`, so many at a time: `(size, p)` each, the last one what is left.
+
+    Where all of them are large, only a block is held, but for orthonormal ones.
+
+    Args:
+        call: as in :func:`directions`, as are the others.
+        distribution: of them.
+        k: how many.
+        x: a vector `(p,)`.
+        seed: of all of them.
+        size: of a block; None: all are one.
+
+    Raises:
+        ValueError: as :func:`directions` does.
+    """
+    if distribution == "orthonormal" or k * x.shape[-1] <= _WHOLE:
+        u, c = _at_once(call, distribution, k, x, seed)
+        return iter(torch.split(u, size or k)), c
+    return _one_by_one(distribution, k, x, seed, size or k), float(x.shape[-1]) if distribution == "sphere" else 1.0
+
+
+def _one_by_one(distribution: Distribution, k: int, x: Tensor, seed: int, size: int) -> Iterator[Tensor]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for begin in range(0, k, size):
+        u = torch.empty(min(size, k - begin), x.shape[-1], dtype=dtype, device="cpu")
+        for row in u:
+            if distribution == "rademacher":
+                row.random_(0, 2, generator=generator).mul_(2).sub_(1)
+            else:
+                row.normal_(generator=generator)
+            if distribution == "sphere":
+                row.div_(torch.linalg.vector_norm(row))
+        yield u.to(x)
+
+
+def _at_once(call: str, distribution: Distribution, k: int, x: Tensor, seed: int) -> tuple[Tensor, float]:
     p = x.shape[-1]
     generator = torch.Generator("cpu").manual_seed(seed)
     if distribution == "orthonormal" and k > p:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -20,21 +20,19 @@ from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.sampled import esj
-from bilevel.hypergrad.directions import Distribution as Distribution, demand_distribution, directions
-from bilevel.hypergrad.held import held
+from bilevel.hypergrad.directions import Distribution as Distribution, demand_distribution, directions, in_blocks
 from bilevel.hypergrad.one_sided import FARTHER, one_sided
+from bilevel.hypergrad.perturbed import Perturbed, joined
 from bilevel.hypergrad.radius import (
     bent,
     changed,
     distortion,
     fitting,
-    refined,
     rounding,
     size_of,
     spread,
     verdict,
 )
-from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import Property
 
 _MIRRORED = 4  # directions whose other side is looked at: they are exchangeable, so that few tell of all
@@ -56,7 +54,9 @@ class ESJ(AbstractEstimator):
     the first direction is looked at as well, an inner solve that is not counted, and two more where it gives reason to:
     `Status.one_sided`.
 
-    Cost: Q + 1 inner solves and one gradient of f; memory (Q + 1) q (in batches of `chunk`, less).
+    Cost: Q + 1 inner solves and one gradient of f. An `encode` is evaluated Q + 1 times for g, without a graph and
+    outside of the solves, and once for f: a network under a head takes forward passes and one backward pass. Memory:
+    (Q + 1)(p + q), with `chunk` = k (k + 1)(p + q) and Q q, where orthonormal directions are held all the same.
 
     Error where y_N is affine in x, w = J_N' grad_y f: unbiased for `ITD` at any radius, with mean squared deviation
     (p + 1)/Q |w|^2 for gaussian, (p - 1)/Q |w|^2 for rademacher and sphere, (p/Q - 1) |w|^2 for orthonormal
@@ -78,7 +78,7 @@ class ESJ(AbstractEstimator):
             float32, 0.2 in bfloat16. An estimate that is then off by more than a tenth is reported as `Status.biased`.
         distribution: of the directions.
         seed: of the random directions; call k of a warm-started sequence draws its own from (seed, k).
-        chunk: solve at most so many perturbed problems at a time; None: all at once.
+        chunk: draw and solve at most so many perturbed problems at a time; None: all at once.
 
     Raises:
         ValueError: if a number is out of range, or more orthonormal directions than outer variables are asked for.
@@ -141,47 +141,64 @@ class ESJ(AbstractEstimator):
         )
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
-        u, c = self._draw(x, start.count)
+        blocks, c = self._blocks(x, start.count)
         radius = fitting(x) if self.radius is None else self.radius
-        y, moved, solved = self._solve(problem, x, u, start.y, radius)
-        value, fx, fy = outer_gradients(problem, x, y)
-        slopes = (moved * fy).flatten(1).sum(1) / radius
-        samples = c * slopes.unsqueeze(-1) * u  # (Q, p), each an unbiased estimate of J_N' grad_y f
-        implicit = samples.mean(0)
-        h = fx + implicit
-        noise, measured = rounding(y, moved, fy, u, c, radius), None
-        kinks, unfinished = tuple[Report, ...](), 0.0
-        if start.count == 0:  # further on it would cost inner solves at each step
-            quiet = problem.with_tally(Tally())
-            _, back, _ = self._solve(quiet, x, -u[:_MIRRORED], start.y, radius)
-            measured = bent(moved, back, fy, u, c, radius)
-            some, left = moved[:_MIRRORED], float(solved.residual.max())
-            points = torch.cat([x.unsqueeze(0), x + radius * u[:_MIRRORED]])
-            found = refined(quiet, points, torch.cat([y.unsqueeze(0), y + some]), left, self.inner)
-            unfinished = 0.0 if found is None else changed(some, found[1:] - found[0], fy, u, c, radius)
-            kinks = self._kink(
-                lambda u, r: self._solve(quiet, x, u.unsqueeze(0), start.y, r)[1][0],
-                u[0],
-                y,
-                fy,
-                radius,
-                [moved[0], back[0]],
-            )
-        size, short = size_of((h, fx, implicit), spread(moved, fy, u, c, radius)), radius < fitting(x)
+        quiet, near = problem.with_tally(Tally()), Perturbed(problem, self.inner, x, start.y, radius)
+        moved, verdicts, slopes, sizes = list[Tensor](), list[Solved](), list[Tensor](), list[Tensor]()
+        back, some, finer = list[Tensor](), list[Tensor](), list[Tensor]()
+        kinks, distorted = tuple[Report, ...](), 0.0
+        y = fx = fy = value = implicit = torch.zeros_like(x[:0])
+        for u in blocks:  # all that is held of the directions is one block of them
+            at, found, solved = near.moved(problem, u)
+            if not moved:
+                y, (value, fx, fy), implicit = at, outer_gradients(problem, x, at), torch.zeros_like(x)
+            slopes.append((found * fy).flatten(1).sum(1) / radius)
+            share = c / self.directions  # of samples c <...> u_j, each an unbiased estimate of J_N' grad_y f
+            if len(u) == 1:  # in place
+                implicit.add_(u[0], alpha=share * float(slopes[-1]))
+            else:
+                implicit += share * slopes[-1] @ u
+            sizes.append(torch.linalg.vector_norm(u, dim=-1))
+            distorted = max(distorted, distortion(x, u, radius))
+            moved.append(found)
+            verdicts.append(Solved(at, solved.statuses, solved.residual, solved.steps))
+            left = _MIRRORED - sum(map(len, back))
+            if start.count == 0 and left > 0:  # further on it would cost inner solves at each step
+                back.append(near.moved(quiet, -u[:left])[1])
+                more = near.further(quiet, u[:left], y, found[:left], float(solved.residual.max()))
+                if more is not None:
+                    some.append(found[:left])
+                    finer.append(more)
+                if len(back) == 1:
+                    kinks = self._kink(
+                        lambda v, r: near.moved(quiet, v.unsqueeze(0), r)[1][0],
+                        u[0],
+                        y,
+                        fy,
+                        radius,
+                        [found[0], back[0][0]],
+                    )
+        every, lengths, solved = _together(moved), torch.cat(sizes), joined(verdicts, y)
+        spreads = c / math.sqrt(self.directions) * float(lengths.mean())
+        h, noise, measured, unfinished = fx + implicit, rounding(y, every, fy, spreads, radius), None, 0.0
+        if back:
+            measured = bent(every, _together(back), fy, spreads, radius)
+        if finer:
+            unfinished = changed(_together(some), _together(finer), fy, spreads, radius)
+        size, short = size_of((h, fx, implicit), spread(every, fy, spreads, radius)), radius < fitting(x)
         undone = unfinished / size if size > 0 else math.inf if unfinished > 0 else 0.0
-        if self.inner.forgets_start and start.count == 0 and not bool((moved != 0).any()):
+        if self.inner.forgets_start and start.count == 0 and not bool((every != 0).any()):
             # No y moved though grad_y g did, within a tolerance, or at a maximum that no step leaves.
             most, least = float(solved.residual.max()), float(solved.residual.min())
             undone = math.inf if most > 2 * least else undone
-        distorted = max(undone, distortion(x, u, radius))
-        told = verdict(noise, measured, size, distorted, short, self.radius is not None)
+        told = verdict(noise, measured, size, max(undone, distorted), short, self.radius is not None)
         reports = (report("inner solver", solved), told, *kinks)
         return FlatEstimate(
             h,
             value,
             y,
             reports,
-            standard_error=self._error(samples, implicit),
+            standard_error=self._error(c * torch.cat(slopes) * lengths, implicit),
             bias=None if measured is None else measured + noise + unfinished,
         )
 
@@ -207,39 +224,23 @@ class ESJ(AbstractEstimator):
         """Directions `(Q, p)` and the factor c."""
         return directions("ESJ", self.distribution, self.directions, x, self.seed * 1_000_003 + count)
 
-    def _solve(
-        self, problem: FlatProblem, x: Tensor, u: Tensor, start: Tensor, radius: float
-    ) -> tuple[Tensor, Tensor, Solved]:
-        """y_N(x), the Q differences y_N(x + r u_j) - y_N(x), and the verdict on all the solves."""
-        y0 = problem.spread(start)
-        y: Tensor | None = None
-        differences, statuses, residuals, steps = [], list[Status](), [], 0
-        for block in torch.split(u, self.chunk or len(u)):
-            points = x + radius * torch.cat([torch.zeros_like(u[:1]), block])  # the unperturbed one comes first
-            has_init = problem.problem.init is not None
-            objective = inner_objective(problem, points)
-            solved = self.inner.solve(  # of starts that are not named, so that the solver can let go of them
-                objective,
-                problem.start(points, y0).detach() if has_init else y0.expand(len(points), *y0.shape).clone(),
-            )
-            solved = held(objective, solved, self.inner.tolerance)
-            y = solved.value[0].clone() if y is None else y  # and not a view, which would hold all of them
-            differences.append(solved.value[1:] - solved.value[:1])
-            statuses += solved.statuses
-            residuals.append(solved.residual.reshape(-1))
-            steps = max(steps, solved.steps)
-            del solved
-        assert y is not None
-        moved = differences[0] if len(differences) == 1 else torch.cat(differences)
-        return y, moved, Solved(y, tuple(statuses), torch.cat(residuals), steps)
+    def _blocks(self, x: Tensor, count: int) -> tuple[Iterator[Tensor], float]:
+        """The same, `chunk` at a time."""
+        seed = self.seed * 1_000_003 + count
+        return in_blocks("ESJ", self.distribution, self.directions, x, seed, self.chunk)
 
-    def _error(self, samples: Tensor, implicit: Tensor) -> float:
-        """The root-mean-square deviation of the mean: from the sample, or where it cannot tell, from the law.
+    def _error(self, sizes: Tensor, implicit: Tensor) -> float:
+        """The root-mean-square deviation of the mean: from the samples of these sizes, or else from the law.
 
         With E|mean - w|^2 = a |w|^2 also E|mean|^2 = (1 + a) |w|^2, so that a / (1 + a) |mean|^2 estimates it.
         """
-        k, p = samples.shape
+        k, p, mean = len(sizes), implicit.shape[-1], float(torch.linalg.vector_norm(implicit))
         if self.distribution != "orthonormal" and k > 1:
-            return math.sqrt(float((samples - implicit).square().sum()) / (k * (k - 1)))
+            deviations = float(sizes.square().sum()) - k * mean**2
+            return math.sqrt(max(deviations, 0.0) / (k * (k - 1)))
         a = p / k - 1 if self.distribution == "orthonormal" else (p + 1 if self.distribution == "gaussian" else p - 1)
-        return math.sqrt(a / (1 + a)) * float(torch.linalg.vector_norm(implicit))
+        return math.sqrt(a / (1 + a)) * mean
+
+
+def _together(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

@@ -11,9 +11,9 @@ from torch import Tensor
 from bilevel._calculus import outer_gradients
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._inner import AbstractInnerSolver
+from bilevel._inner import AbstractInnerSolver, AbstractUnrollable
 from bilevel._numerics.second_derivatives import explained
-from bilevel._result import report
+from bilevel._result import Tally, report
 from bilevel._validate import demand_types
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.properties import DoesNotApply, Property
@@ -26,11 +26,13 @@ class FirstOrder(AbstractEstimator):
 
     What `ITD` gives with every gradient of g held constant. Where the start is x itself this is first-order MAML,
     h = grad f(y_N). Where the problem has no `init` nothing would be left of J' grad_y f, and the problem is refused.
+    Settings of the inner solver that are functions of x are differentiated through its steps, gradients held constant.
 
     Biased, whatever N. For MAML on a quadratic with inner Hessian H the true gradient is (I - step H)^N h: near h only
     while N step |H| is small.
 
-    Cost: the inner solve and one gradient of f. Memory O(q), whatever N.
+    Cost: the inner solve and one gradient of f. Memory O(q), whatever N. With settings in x the steps are
+    taken twice, and memory is N times that of their elementwise operations.
 
     Source: Finn, Abbeel, Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017.
 
@@ -72,6 +74,8 @@ class FirstOrder(AbstractEstimator):
         y0, leaf = start_at(problem, x, start)
         solved = self.inner.solve(inner_objective(problem, x), y0.detach())
         value, fx, fy = outer_gradients(problem, x, solved.value)
+        if self.inner.why_iteration and isinstance(self.inner, AbstractUnrollable):
+            y0 = _held_constant(self.inner, problem, leaf, y0, solved.steps)
         return FlatEstimate(fx + pulled_back(y0, leaf, fy), value, solved.value, (report("inner solver", solved),))
 
 
@@ -137,6 +141,17 @@ class Reptile(AbstractEstimator):
             value = problem.f(x, y)
         direction = (y0.detach() - y) / (problem.tasks or 1)
         return FlatEstimate(pulled_back(y0, leaf, direction), value, y, (report("inner solver", solved),))
+
+
+def _held_constant(inner: AbstractUnrollable, problem: FlatProblem, leaf: Tensor, y0: Tensor, steps: int) -> Tensor:
+    """y_N again, differentiable in the leaf x through the start and the settings of the steps."""
+    at, fixed = inner_objective(problem, leaf), inner_objective(problem.with_tally(Tally()), leaf.detach())
+    inner = inner.tuned(fixed, y0.detach())
+    with torch.enable_grad():
+        state = inner.begin(y0)
+        for k in range(steps):
+            state = inner.advance(at, fixed.gradient(state[0].detach()), state, k)
+    return state[0]
 
 
 def start_at(problem: FlatProblem, x: Tensor, start: FlatStart) -> tuple[Tensor, Tensor]:

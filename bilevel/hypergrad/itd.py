@@ -51,6 +51,9 @@ class ITD(AbstractEstimator):
     start again from y_N, twice as many, until the derivative is right or `max_steps` are taken. Nothing of it is asked
     where there is no tolerance or an `init`: the steps are then what is to be differentiated.
 
+    Settings of the steps may be functions of x (`GradientDescent(step=lambda x: x["log_step"].exp())`): learned ones.
+    They are differentiated as part of the steps, and y is then what the steps make of a start.
+
     Where a step length that was left open fails (it is 1 / L at the start), the steps are taken again with one that
     suits the curvature all along the way.
 
@@ -155,7 +158,7 @@ class ITD(AbstractEstimator):
                 return problem.start(leaf, start.y)
 
         def walked(inner: AbstractUnrollable, y0: Tensor, least: int | None = None, gives_up: bool = False) -> _Walked:
-            to_converge = bool(inner.tol) and Property.stationary in kind.offers
+            to_converge = bool(inner.tol) and Property.stationary in kind.offers and not inner.why_iteration
             walk = Walk(problem, inner, objective, fixed, leaf, y0, to_converge, linearized, least, gives_up)
             unrolled = self.unrolling.differentiate(walk)
             verdict = solved(walk, unrolled.end)

@@ -19,7 +19,8 @@ from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.value_function import penalty
 from bilevel.hypergrad.penalty_error import PenaltyError, Point, error_of
-from bilevel.inner_problems.kinds import inner_objective
+from bilevel.hypergrad.penalty_term import penalty_with_term
+from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.properties import Property
 
 _DIGIT = 0.1  # of h: where rounding and tolerances are more than that, hardly a digit is left
@@ -49,6 +50,11 @@ class Penalty(AbstractEstimator):
     rounding, or what the inner solver left, times w is more than a tenth of h (more than `accuracy`, where there is
     one), and `Status.negative_curvature` that y is no minimum of g: g falls from y to y_w. Of a solver that takes the
     steps which were asked for, and has no tolerance, rounding alone is held against h.
+
+    With a non-smooth term h_x both problems keep it, and grad_x g stands for the derivative of the least value of the
+    inner problem: grad_x g at y, and that of the Moreau envelope of h_x at the v of its proximal step, with v held,
+    which is d/dx h_x(y) where h has one, and right as well for sets whose size depends on x. Its bias is |h_2w - h_w|
+    of the first estimate of a run, by one inner solve more, and its verdict that of rounding and residuals.
 
     Source: Kwon, Kwon, Wright, Nowak, "A fully first-order method for stochastic bilevel optimization", ICML 2023.
 
@@ -88,9 +94,7 @@ class Penalty(AbstractEstimator):
 
     @property
     def requires(self) -> frozenset[Property]:
-        return frozenset(
-            {Property.stationary, Property.minimum, Property.smooth, Property.beyond_start, Property.outer_gradient}
-        )
+        return frozenset({Property.stationary, Property.valued, Property.beyond_start, Property.outer_gradient})
 
     @property
     def takes_encoding(self) -> bool:
@@ -126,6 +130,10 @@ class Penalty(AbstractEstimator):
         return exact if reached == late == 0 else bound(reached, late)
 
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
+        if (term := inner_problem(problem.problem).term(problem)) is not None:
+            weights = (self.weight, 2 * self.weight)
+            accuracy = _DIGIT if self.accuracy is None else self.accuracy
+            return penalty_with_term(problem, term, x, start, self.inner, weights, self.extrapolate, accuracy)
         solved = self.inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
         y = Point.at(problem, x, solved.value)
         reports = [report("inner solver", solved)]

@@ -14,6 +14,7 @@ from bilevel._result import Report, Status
 from bilevel.inner_problems.kinds import inner_objective
 
 DIGIT = 0.1  # of the estimate: where rounding and tolerances are more than that, hardly a digit is left
+_LOOKED_AT = 2**18  # entries
 _STEPS = 50  # towards the rounding floor: what would change a digit shows earlier
 _PART = 0.1  # of |dy| |grad_y f|: what counts as the size of an estimate whose parts cancel, as they do at an optimum
 
@@ -25,45 +26,49 @@ def fitting(x: Tensor) -> float:
 
 
 def distortion(x: Tensor, u: Tensor, radius: float) -> float:
-    """The largest relative error of a displacement r u once it has been added to x; infinite where it is lost."""
+    """The largest relative error of a displacement r u once it has been added to x; infinite where it is lost.
+
+    Of a long x every so many entries are looked at.
+    """
+    stride = -(-x.shape[-1] // _LOOKED_AT)
+    x, u = x[..., ::stride], u[..., ::stride]
     wanted = radius * u
     sizes = safe_row_norms(wanted)
     off = safe_row_norms((x + wanted) - x - wanted) / positive_or_one(sizes)
     return float(torch.where((sizes > 0) | (safe_row_norms(u) == 0), off, math.inf).max())
 
 
-def spread(moved: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+def spread(moved: Tensor, fy: Tensor, share: float, radius: float) -> float:
     """What the implicit part of an estimate is where nothing cancels: (c / sqrt(Q)) |u| |dy| |grad_y f| / r."""
     length = float(safe_row_norms(moved.flatten(1)).max())
-    return _share(u, c) * length * float(safe_row_norms(fy.reshape(-1))) / radius
+    return share * length * float(safe_row_norms(fy.reshape(-1))) / radius
 
 
-def rounding(y: Tensor, moved: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+def rounding(y: Tensor, moved: Tensor, fy: Tensor, share: float, radius: float) -> float:
     """What rounding of y alone makes of the estimate; 0 where y is seen not to move at all."""
     if not bool((moved != 0).any()):
         return 0.0
-    return _share(u, c) * 2 * torch.finfo(y.dtype).eps * float(safe_row_norms((y * fy).reshape(-1))) / radius
+    return share * 2 * torch.finfo(y.dtype).eps * float(safe_row_norms((y * fy).reshape(-1))) / radius
 
 
-def bent(moved: Tensor, back: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+def bent(moved: Tensor, back: Tensor, fy: Tensor, share: float, radius: float) -> float:
     """Half the second differences along u over r, in the estimate: its truncation, and rounding and tolerances in it.
 
     Args:
         moved: y(x + r u) - y(x) `(Q, *tasks, q)`, of all directions.
         back: y(x - r u) - y(x), of the first few of them, which tell of all.
         fy: grad_y f.
-        u: the directions.
-        c: their factor.
+        share: (c / sqrt(Q)) |u|: what an error of size 1 in each slope, with a sign of its own, is in the estimate.
         radius: r.
     """
     halves = ((moved[: len(back)] + back) * fy).flatten(1).sum(1) / (2 * radius)
-    return _share(u, c) * float(safe_row_norms(halves)) / math.sqrt(len(back))
+    return share * float(safe_row_norms(halves)) / math.sqrt(len(back))
 
 
-def changed(moved: Tensor, finer: Tensor, fy: Tensor, u: Tensor, c: float, radius: float) -> float:
+def changed(moved: Tensor, finer: Tensor, fy: Tensor, share: float, radius: float) -> float:
     """What another y(x + r u) - y(x) makes of an estimate, `(k, *tasks, q)` along the first few directions."""
     slopes = ((finer - moved) * fy).flatten(1).sum(1) / radius
-    return _share(u, c) * float(safe_row_norms(slopes)) / math.sqrt(len(moved))
+    return share * float(safe_row_norms(slopes)) / math.sqrt(len(moved))
 
 
 def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: AbstractInnerSolver) -> Tensor | None:
@@ -81,7 +86,7 @@ def refined(problem: FlatProblem, x: Tensor, y: Tensor, residual: float, inner: 
         inner: the inner solver.
     """
     solves = inner.forgets_start or inner.tolerance is not None
-    if not solves or not residual > 0:
+    if not solves or not residual > 0 or inner.why_iteration:
         return None
     objective = inner_objective(problem, x)
     finer = inner.with_tolerance(math.ulp(0.0))  # 0 would be no tolerance at all
@@ -113,8 +118,3 @@ def verdict(noise: float, measured: float | None, size: float, distorted: float,
 def size_of(parts: tuple[Tensor, ...], uncancelled: float) -> float:
     """What errors of an estimate are compared with: the largest of its parts."""
     return max(*(float(safe_row_norms(part)) for part in parts), _PART * uncancelled)
-
-
-def _share(u: Tensor, c: float) -> float:
-    """What errors of one size in the slopes along u, each with a sign of its own, are in the estimate."""
-    return c / math.sqrt(len(u)) * float(safe_row_norms(u).mean())

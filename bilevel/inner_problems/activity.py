@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel._numerics.rows import matrix_times, positive_or_one
 from bilevel._numerics.saddle_point import pseudo_inverse
-from bilevel._result import Report, Status
+from bilevel._result import Report
+from bilevel.inner_problems.margins import kink_report
 from bilevel.inner_problems.polytope import FlatPolytope
 
 # A bound is taken at its word by distance alone where that is beyond rounding; multipliers decide after that.
@@ -62,22 +63,8 @@ class Activity:
         return kink_report("active bounds", self.margin, margin)
 
 
-def kink_report(part: str, margins: Tensor, least: float) -> Report:
-    """How far y*(x) is from a kink, `(*batch,)`, in words."""
-    statuses = tuple(
-        Status.nonfinite if margin != margin else Status.successful if margin > least else Status.weakly_active
-        for margin in margins.reshape(-1).tolist()
-    )
-    return Report(part, Status.worst(statuses), float(margins.min()), 0, statuses if margins.dim() else ())
-
-
 def _fitted(A: Tensor, gradient: Tensor, free: Tensor, near: Tensor) -> Tensor:
     """The multipliers nearest to given ones that minimize |grad_F g + A_F' nu|."""
     A_F = A * free.unsqueeze(-2)
     left = (gradient + matrix_times(A.mT, near)) * free
     return near - matrix_times(pseudo_inverse(A_F @ A_F.mT), matrix_times(A_F, left))
-
-
-def default_margin(like: Tensor) -> float:
-    """The relative distance from a kink that rounding and the tolerances of solvers leave uncertain."""
-    return 1e-10 if like.dtype == torch.float64 else 1e-6

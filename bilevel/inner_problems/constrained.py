@@ -17,8 +17,9 @@ from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import matrix_times
 from bilevel._result import Solved
 from bilevel._tree import Tree
-from bilevel.inner_problems.activity import Activity, default_margin
+from bilevel.inner_problems.activity import Activity
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.margins import default_margin
 from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
 

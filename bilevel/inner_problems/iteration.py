@@ -30,6 +30,7 @@ class Iteration(AbstractInnerProblem):
     reading what it wants of it; forms of unrolling that take a step again start from the same y_k, and so choose alike.
 
     Without a `step`, the steps are those of the estimator's inner solver on g: `BilevelProblem(f, g, iterative=True)`.
+    Those whose settings are functions of x (`GradientDescent(step=lambda x: ...)`) need no such declaration.
 
     `ITD` in all its forms, `ESJ` and `FiniteDifference` apply, with `OwnSteps()` as the inner solver where there is a
     step; implicit estimators refuse: there is no condition F(x, y) = 0.

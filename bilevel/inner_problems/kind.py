@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a problem holds its kind, and a kind is given the problem
     from bilevel._flat import FlatProblem
     from bilevel._inner import Objective
     from bilevel._result import Solved
+    from bilevel.inner_problems.flat_term import FlatTerm
 
 
 class AbstractInnerProblem(AbstractDeclaredKind):
@@ -37,6 +38,20 @@ class AbstractInnerProblem(AbstractDeclaredKind):
             products: how to linearize where the solver stops, and to evaluate gradients; None: not at all, and by
                 autograd.
         """
+
+    def implicit_at(self, problem: FlatProblem, x: Tensor, y: Tensor) -> str:
+        """`implicit` at x, where it depends on what the functions of the problem return there.
+
+        Args:
+            problem: the problem in vectors.
+            x: the outer variable.
+            y: the inner variable `(*tasks, q)`, anywhere.
+        """
+        return self.implicit
+
+    def term(self, problem: FlatProblem) -> FlatTerm | None:
+        """The non-smooth term h in y*(x) = argmin_y g(x, y) + h_x(y), where it is such a problem; None: it is not."""
+        return None
 
     def linearize(
         self,

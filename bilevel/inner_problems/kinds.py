@@ -31,7 +31,7 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     if problem.constraints is not None:
         return LinearlyConstrained(problem.g, problem.constraints)
     if problem.prox is not None:
-        return Composite(problem.g, problem.prox)
+        return Composite(problem.g_as_given, problem.prox)
     return SmoothMinimization(problem.g)
 
 

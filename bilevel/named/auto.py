@@ -86,6 +86,10 @@ class Chosen(AbstractEstimator):
         return self.estimator.forgets_start
 
     @property
+    def online(self) -> bool:
+        return self.estimator.online
+
+    @property
     def accurate(self) -> bool:
         return self.estimator.accurate
 

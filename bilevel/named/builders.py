@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from bilevel._calculus import Exact
 from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
+from bilevel.inner_problems.kinds import inner_problem
 
 if TYPE_CHECKING:
     from bilevel.named.setting import Setting
 
 PENALTY_ACCURACY = 0.01, 0.05  # in float64 and in others: what a named penalty promises, or says that it misses
+_FROM_COLD, _FROM_WARM = (100, 50), (10, 10)  # steps and products of "network": to train, and to follow x
+_DAMPING, _ENOUGH = 1e-4, 1e-3  # of it, relative: to the largest curvature, and where fewer products will do
 _DIRECTIONS = 20  # of `ESJ`, as many as it takes by default; where x has fewer entries all, which leaves no variance
 
 
@@ -147,6 +151,32 @@ def finite_difference(s: Setting) -> AbstractEstimator:
     # a budget take the same steps at both ends, and None is the step for rounding.
     step = None if s.budget is not None else s.rounding**0.25
     return FiniteDifference(inner, step=step)
+
+
+def network(s: Setting) -> AbstractEstimator:
+    """`Online`: a hundred steps of L-BFGS from a cold start, ten from a warm one, and truncated conjugate gradients.
+
+    Where the inner problem declares its outputs and loss, a cold start takes `GaussNewton` products once it has met
+    negative curvature, and a warm one always: between them y is in training. Elsewhere both end there. All are damped
+    by 1e-4 of the largest curvature at the start, below which directions of networks are flat.
+    """
+    from bilevel.hypergrad.aid import AID
+    from bilevel.hypergrad.gauss_newton import GaussNewton
+    from bilevel.hypergrad.online import Online
+    from bilevel.solvers.lbfgs import LBFGS
+    from bilevel.solvers.truncated_cg import TruncatedCG
+
+    declared = inner_problem(s.problem.problem).composition is not None
+    damping, otherwise = s.relative_damping(_DAMPING), GaussNewton() if declared else None
+    if s.budget is not None:
+        return AID(s.inner(per_step=2), TruncatedCG(s.steps(2) or 1, _ENOUGH), damping, otherwise=otherwise)
+
+    def linear(products: int) -> TruncatedCG:
+        return TruncatedCG(products, _ENOUGH)
+
+    (steps, products), (few, few_products) = _FROM_COLD, _FROM_WARM
+    first = AID(LBFGS(0.0, steps), linear(products), damping, otherwise=otherwise)
+    return Online(first, AID(LBFGS(0.0, few), linear(few_products), damping, otherwise or Exact()))
 
 
 def _as_posed(s: Setting, per_step: int, over: float = 1.0) -> AbstractInnerSolver:

@@ -32,6 +32,7 @@ _PASSED_OVER = {
     "itd-checkpointed": "the number of itd for more calls",
     "aid-gmres": "the number of aid-minres for the same calls and more memory, as the inner Hessian is symmetric",
     "first-order": "an error that no budget makes smaller",
+    "network": "an error that damping leaves, and y that is not solved for",
     "kkt": "for constraints, where nothing is chosen",
     IMPLICIT: "another name of one that is tried",
 }
@@ -130,7 +131,7 @@ def _fallback(s: Setting) -> str:
     """The most accurate name that applies: an iteration has no condition to differentiate implicitly."""
     kind = inner_problem(s.problem.problem)
     if kind.implicit or {Property.stationary, Property.smooth} <= kind.offers:
-        return implicit_name(s.problem)
+        return implicit_name(s.problem, s.x, s.y0)
     return "itd" if Property.steps in kind.offers else "finite-difference"
 
 

@@ -109,13 +109,15 @@ def _implicit(s: Setting) -> tuple[FlatEstimate, str]:
     from bilevel.solvers.newton import Newton
 
     start = FlatStart(s.y0)
-    if implicit_name(s.problem) == "kkt":
+    name = implicit_name(s.problem, s.x, s.y0)
+    if name == "kkt":
         return apply_estimator(KKT(s.inner()), s.problem, s.x, start), "the implicit gradient under constraints"
     kind = inner_problem(s.problem.problem)
     dense = s.y0.shape[-1] <= _DENSE
     linear: AbstractLinearSolver = Dense() if dense else CG(rtol=1e-13 if s.double else 1e-6)  # some roundings
     if Property.smooth not in kind.offers:
-        general = linear if dense or kind.operator.positive_definite else GMRES(rtol=1e-13 if s.double else 1e-6)
+        definite = kind.operator.positive_definite and name != "aid-gmres"
+        general = linear if dense or definite else GMRES(rtol=1e-13 if s.double else 1e-6)
         found = apply_estimator(AID(s.inner(), general), s.problem, s.x, start)
         return found, "the implicit gradient of the inner problem"
     tol = s.inner_tol() * 1e-2  # two digits beyond the names' own tolerance, which are measured against it

@@ -25,6 +25,7 @@ from bilevel.named.builders import (
     itd,
     kkt,
     minres,
+    network,
     neumann,
     nystrom,
     penalty,
@@ -46,7 +47,7 @@ class NamedEstimator:
 
 def _implicit(s: Setting) -> AbstractEstimator:
     """The estimator of another name, by the kind of inner problem."""
-    return _named()[implicit_name(s.problem)].build(s)
+    return _named()[implicit_name(s.problem, s.x, s.y0)].build(s)
 
 
 _TABLE: dict[str, tuple[Builder, str]] = {
@@ -57,6 +58,10 @@ _TABLE: dict[str, tuple[Builder, str]] = {
     "aid-minres": (aid(minres), "implicit gradient, MINRES: symmetric systems, definite or not"),
     "aid-gmres": (aid(gmres), "implicit gradient, GMRES: any invertible system"),
     "aid-nystrom": (aid(nystrom), "implicit gradient, Nystrom approximation of low rank with damping (biased)"),
+    "network": (
+        network,
+        "for modules: few warm inner steps, damped Gauss-Newton or Hessian, truncated (biased; online)",
+    ),
     "itd": (itd(), "reverse mode through the inner steps; memory grows with them"),
     "itd-truncated": (truncated(20), "reverse mode through the last 20 inner steps (biased)"),
     "itd-forward": (itd(forward=True), "forward mode through the inner steps; cost grows with the number of x"),

@@ -20,7 +20,7 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._result import Status, Tally
 from bilevel.arguments.fits import demand_types
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
-from bilevel.requirements.properties import DoesNotApply, Feature, Property
+from bilevel.requirements.properties import DoesNotApply, Feature, Property, implied
 
 # Of an unrolled iteration: at condition numbers beyond about 300 it ends before 1e-7, which is reported, and a name
 # does not take minutes.
@@ -102,6 +102,11 @@ class Setting:
         """What inner solvers must heed."""
         return inner_problem(self.problem.problem).features
 
+    @property
+    def _is_separable(self) -> bool:
+        """Whether coordinate descent can read the inner problem."""
+        return inner_objective(self.problem.with_tally(Tally()), self.x).separable is not None
+
     def steps(self, per_step: int) -> int | None:
         """How many steps the budget is enough for, at so many gradients and products a step; None without a budget.
 
@@ -124,6 +129,8 @@ class Setting:
     def inner(self, per_step: int = 1, over: float = 1.0) -> AbstractInnerSolver:
         """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
+        That is coordinate descent for a linear model with a separable term.
+
         One for constraints takes its own steps, some tens of systems in y, whatever the budget.
 
         A residual r leaves |y - y*| <= r / mu. Where the condition number of H, as seen by some 14 products with it at
@@ -135,6 +142,7 @@ class Setting:
             over: of estimators that take differences of y, their length: its error is divided by that.
         """
         from bilevel.named.solved_on import SolvedOn
+        from bilevel.solvers.coordinate_descent import CoordinateDescent
         from bilevel.solvers.lbfgs import LBFGS
         from bilevel.solvers.newton import Newton
         from bilevel.solvers.quadratic_program import QuadraticProgram
@@ -142,6 +150,8 @@ class Setting:
         steps = self.steps(per_step)
         if Feature.constraints in self.features:
             return QuadraticProgram()
+        if steps is None and self._is_separable:
+            return CoordinateDescent(self.inner_tol())
         if self.features:
             return self._stepwise(steps, 0)
         if steps is not None:
@@ -177,15 +187,15 @@ class Setting:
 
     def _stepwise(self, steps: int | None, min_steps: int) -> AbstractInnerSolver:
         """For a non-smooth term and for steps of the problem's own: differentiable steps that heed them."""
+        from bilevel.solvers.fista import FISTA
         from bilevel.solvers.own_steps import OwnSteps
-        from bilevel.solvers.proximal_gradient import ProximalGradient
 
         if Feature.own_steps in self.features:
             return OwnSteps()
         if steps is not None:
-            return ProximalGradient(max_steps=steps, tol=None)
+            return FISTA(max_steps=steps, tol=None)
         # Ten times as many as of gradient descent: where columns are correlated, the support is settled late.
-        return ProximalGradient(max_steps=10 * MOST_STEPS, tol=self.inner_tol(), min_steps=min_steps)
+        return FISTA(max_steps=10 * MOST_STEPS, tol=self.inner_tol(), min_steps=min_steps)
 
     def linear(self, per_step: int = 2) -> AbstractLinearSolver:
         """For implicit estimators: conjugate gradients; a budget is by default half inner steps, half linear ones."""
@@ -256,6 +266,11 @@ class Setting:
         least = math.ulp(0.0)  # 0 would be no tolerance at all
         return max(tol, least) if math.isfinite(tol) else least  # what is not finite is reported by the solver
 
+    def relative_damping(self, share: float) -> float:
+        """A share of the largest curvature of g in y at the start; the share itself where g is flat. 14 products."""
+        top = float(self._ends[0].abs().max())
+        return share * top if 0 < top < math.inf else share
+
     def derivative_steps(self) -> int:
         """How many steps of gradient descent the derivative of its iterates needs, wherever y starts.
 
@@ -300,7 +315,7 @@ class Setting:
         the bias is that of the least curvatures which grad_y f has a part in, and these are not known here.
         1 where there is no g to be weighed, or y is not its minimizer: the estimator is then refused by name.
         """
-        if not {Property.minimum, Property.smooth} <= inner_problem(self.problem.problem).offers:
+        if Property.valued not in implied(inner_problem(self.problem.problem).offers):
             return 1.0
         quiet = self.problem.with_tally(Tally())
         y0 = self.problem.start(self.x, self.y0).detach()
@@ -321,8 +336,7 @@ class Setting:
 
         Cost: one estimate where `first` will do, which is the rule up to condition numbers of some hundred.
         """
-        offers = inner_problem(self.problem.problem).offers
-        if self.budget is not None or not {Property.minimum, Property.smooth} <= offers:
+        if self.budget is not None or Property.valued not in implied(inner_problem(self.problem.problem).offers):
             return first
         quiet = self.problem.with_tally(Tally())
         y = self.problem.start(self.x, self.y0).detach()

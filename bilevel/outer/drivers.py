@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel._estimate import Estimate, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOuterDriver
-from bilevel._result import Report, Status, Tally
+from bilevel._result import Report, Status, Substitute, Tally
 from bilevel.outer.best import Candidate
 from bilevel.outer.entries import MISREAD
 from bilevel.outer.partial import attach
@@ -229,7 +229,8 @@ def _plain(answer: _Answer) -> dict[str, Any]:
     found = answer.found
     reports = [(r.part, r.status.name, r.residual, r.steps, [s.name for s in r.statuses]) for r in found.reports]
     kept = {field.name: getattr(found, field.name) for field in fields(FlatEstimate)}
-    return {**kept, "reports": reports, "at": answer.x}
+    substitute = None if found.substitute is None else found.substitute.as_dict()
+    return {**kept, "reports": reports, "at": answer.x, "substitute": substitute}
 
 
 def _sound_answer(plain: Any, record: Record, x: Tensor, y: Tensor) -> _Answer:
@@ -261,5 +262,7 @@ def _answer(plain: Mapping[str, Any], record: Record) -> _Answer:
         Report(part, Status[status], residual, steps, tuple(Status[each] for each in statuses))
         for part, status, residual, steps, statuses in plain["reports"]
     )
-    kept = {name: value for name, value in plain.items() if name not in ("at", "reports")}
+    kept = {name: value for name, value in plain.items() if name not in ("at", "reports", "substitute")}
+    substitute = plain.get("substitute")
+    kept["substitute"] = None if substitute is None else Substitute(**substitute)
     return _Answer(plain["at"], FlatEstimate(**kept, reports=reports), record)

@@ -16,6 +16,7 @@ from bilevel.algorithms.oracle import Oracle
 from bilevel.certificates.certificate import Constants
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.outer.assessment import assessed, bounded, joint_norm
+from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.properties import Property
 
 _SMOOTH = frozenset({Property.stationary, Property.minimum, Property.smooth})
@@ -89,7 +90,7 @@ class Looks:
         """
         before = oracle.like.tally.sampled
         problem, x = oracle.whole(), algorithm.point(state)[0]
-        certifiable = inner_problem(oracle.like.problem).offers >= _SMOOTH
+        certifiable = inner_problem(oracle.like.problem).offers >= _SMOOTH and not why_iteration(algorithm)
         seen = algorithm.on_everything(oracle, state, found)
         if seen is not None:
             residual = norm = float(oracle.residual(x, seen.grad))

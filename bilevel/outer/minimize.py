@@ -18,7 +18,7 @@ from bilevel._files import demand_regular
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
 from bilevel._numerics.transforms import demand_autograd
-from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
+from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver, demand_numbers
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, corners, region
@@ -377,6 +377,7 @@ def _optimizer(outer: Any) -> AbstractOptimizer | AbstractMinimizer:
             f"`minimize(outer=...)` must be an optimizer such as `Adam(0.05)`. Got {type(outer).__name__}."
             f" Wrap a torch optimizer as `TorchOptim(lambda params: torch.optim.SGD(params, lr=0.1))`."
         )
+    demand_numbers("minimize", "outer", outer)
     if outer.needs_curvature:
         raise ValueError(f"`minimize(outer={type(outer).__name__}())` needs a step size: pass `step=...`.")
     return outer

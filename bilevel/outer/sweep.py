@@ -24,6 +24,7 @@ from bilevel.algorithms.oracle import AbstractData, Oracle
 from bilevel.algorithms.several_orders import SeveralOrders
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.outer.trial import Trial
+from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.properties import Property
 
 STEPS = ("inner_step", "outer_step")  # what runs side by side may differ in
@@ -271,7 +272,8 @@ def _phi(oracle: Oracle, algorithm: AbstractAlgorithm[Any], state: Any) -> Tenso
 
     problem: FlatProblem = oracle.whole()
     x, y = algorithm.point(state)
-    if not {Property.minimum, Property.smooth} <= inner_problem(problem.problem).offers:
+    solved = {Property.minimum, Property.smooth} <= inner_problem(problem.problem).offers
+    if not solved or why_iteration(algorithm):
         return rows_of_outer_gradients(problem, x, y)[0]
     lead = x.dim() - 1
     lags = safe_row_norms(inner_objective(problem, x).gradient(y).flatten(lead))

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bilevel._numerics.nesting import aligned, flatten
 from bilevel._tree import Tree, tree_leaves, tree_map, tree_parts
+from bilevel.arguments.ranges import NUMBERS, demand_range
 from bilevel.portable.pickling import AbstractPortable
+from bilevel.prox.derivative import ProxDerivative
 
 
 class AbstractProxTerm(AbstractPortable, abc.ABC):
@@ -35,12 +37,58 @@ class AbstractProxTerm(AbstractPortable, abc.ABC):
 
     @abc.abstractmethod
     def conjugate(self) -> AbstractProxTerm:
-        """h*(u) = sup_y <u, y> - h(y), so that prox_{t h}(v) + t prox_{h*/t}(v/t) = v (Moreau)."""
+        """h*(u) = sup_y <u, y> - h(y), so that prox_{t h}(v) + t prox_{h*/t}(v/t) = v (Moreau).
+
+        Where no class is it, `Conjugate(self)`, which works through that equation.
+        """
+
+    def conjugate_value(self, u: Tree) -> Tensor:
+        """h*(u), for `Conjugate(self)`.
+
+        Raises:
+            NotImplementedError: if there is no closed form, which is the default.
+        """
+        raise NotImplementedError(
+            f"the conjugate of `{type(self).__name__}` has a proximal map, and no value in closed form."
+        )
+
+    def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative | None:
+        """The derivative of v -> prox_{step h}(v) at v in closed form; None, which is the default: there is none.
+
+        Where there is one, y*(x) is differentiated on the active manifold, by a symmetric system; else by that of the
+        fixed point.
+        """
+        return None
+
+    def active(self, v: Tree, step: Tensor | float) -> Tensor:
+        """Which manifold prox_{step h}(v) is on: integer codes `(k,)`, equal where the manifold is the same one.
+
+        The support and its signs, the active groups, the rank, the pieces. Inner solvers go on until it stays. A term
+        that says nothing has one manifold: no codes.
+        """
+        return torch.cat([leaf.new_zeros(0, dtype=torch.int64) for leaf in tree_leaves(v)])
+
+    def pieces(self, y: Tree) -> Tensor | None:
+        """h(y) = sum_i a_i |y_i| + c_i y_i^2 / 2 on l <= y <= u, as rows a, c, l, u `(4, q)`; None: it is not so.
+
+        What coordinate descent reads. The bounds may be infinite; y is one tensor, and only its shape is read.
+        """
+        return None
 
     @property
     def separable(self) -> bool:
         """Whether h is a sum over entries, so that the derivative of the map is diagonal. False unless it says so."""
         return False
+
+
+def demand_number(call: str, name: str, value: float | Tensor) -> None:
+    """Refuse a number that is none; the entries of tensors are for `margin` to tell.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not isinstance(value, Tensor):
+        demand_range(call, name, value, NUMBERS)
 
 
 def on_leaves(function: Callable[[Tensor, Any], Tensor], y: Tree, parameter: Any) -> Tree:
@@ -71,6 +119,19 @@ def _shown(tree: Tree) -> str:
     return str(tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, tree))
 
 
+def piece_rows(y: Tree, a: Any = 0.0, c: Any = 0.0, lower: Any = -torch.inf, upper: Any = torch.inf) -> Tensor | None:
+    """The rows of `AbstractProxTerm.pieces`, of numbers or tensors that broadcast to y; None where y is no tensor."""
+    if not isinstance(y, Tensor) or not all(isinstance(part, Tensor | float | int) for part in (a, c, lower, upper)):
+        return None
+    rows = [torch.as_tensor(part, dtype=y.dtype, device=y.device).expand(y.shape) for part in (a, c, lower, upper)]
+    return torch.stack([row.reshape(-1) for row in rows])
+
+
+def codes(parts: Tree) -> Tensor:
+    """All entries of all leaves, as integers `(k,)`: what `active` returns."""
+    return torch.cat([leaf.reshape(-1).long() for leaf in tree_leaves(parts)])
+
+
 def total(parts: Tree) -> Tensor:
     """The sum of all entries of all leaves: a scalar."""
     return torch.stack([leaf.sum() for leaf in tree_leaves(parts)]).sum()
@@ -82,8 +143,34 @@ def least(parts: Tree) -> Tensor:
 
 
 def relative_gap(size: Tensor, threshold: Tensor | float) -> Tensor:
-    """|size - threshold| over the larger of the two, entry by entry; zero where both are, NaN for a threshold below."""
+    """|size - threshold| over the larger of the two, entry by entry: how far a size is from a threshold.
+
+    One for a threshold of zero, which is none; NaN for one below: such a weight is of no convex term, and an estimate
+    with it must not succeed.
+    """
     other = torch.as_tensor(threshold, dtype=size.dtype, device=size.device)
-    largest = torch.maximum(size, other.expand_as(size))
-    gap = (size - other).abs() / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.where(other < 0, torch.nan, gap)  # such a weight is of no convex term: the estimate must not succeed
+    gap = (size - other).abs() / torch.maximum(size, other.expand_as(size)).clamp_min(tiny(size))
+    return torch.where(other > 0, gap, torch.where(other < 0, torch.nan, torch.ones_like(gap)))
+
+
+def below(size: Tensor, threshold: Tensor | float) -> Tensor:
+    """Whether size <= threshold, for a threshold that is not zero: which of two sides of a kink, itself below."""
+    other = torch.as_tensor(threshold, dtype=size.dtype, device=size.device)
+    return (size <= other) & (other != 0)
+
+
+def above(size: Tensor, threshold: Tensor | float) -> Tensor:
+    """Whether size > threshold, or both are zero; NaN is not."""
+    other = torch.as_tensor(threshold, dtype=size.dtype, device=size.device)
+    return (size > other) | ((size == other) & (other == 0))
+
+
+def outside(excess: Tensor, size: Tensor | float, count: int) -> Tensor:
+    """Zero where an excess over a bound of this size is rounding of a sum over so many entries, infinite elsewhere."""
+    slack = 4 * count * torch.finfo(excess.dtype).eps * size
+    return torch.where(excess <= slack, torch.zeros_like(excess), torch.inf)
+
+
+def tiny(like: Tensor) -> float:
+    """The least normal number of a dtype."""
+    return torch.finfo(like.dtype).tiny

@@ -49,7 +49,9 @@ class Seen:
     lacking: Mapping[Property, str] = field(default_factory=dict)
 
 
-def first_look(problem: FlatProblem, x: Tensor, y: Tensor, h: Tensor | None = None) -> Seen:
+def first_look(
+    problem: FlatProblem, x: Tensor, y: Tensor, h: Tensor | None = None, settings_see_x: bool = False
+) -> Seen:
     """Whether f and g are functions, and whether their derivatives in x and y are there.
 
     Numbers do not decide. A graph without a path to x or y makes values be compared at another point, and only values
@@ -63,12 +65,13 @@ def first_look(problem: FlatProblem, x: Tensor, y: Tensor, h: Tensor | None = No
         x: where `(p,)`.
         y: where, alike; a solution.
         h: the hypergradient that was found there; None: none was, and everything is looked at.
+        settings_see_x: whether settings of the inner solver are functions of x, beside what the problem is made of.
 
     Raises:
         DoesNotApply: if g does not see y, if a function uses a captured x instead of its argument, or if h is zero
             since no path leads from x to anything, and the problem does not allow it.
     """
-    look = _Look(problem.with_tally(Tally()), x, y)
+    look = _Look(problem.with_tally(Tally()), x, y, settings_see_x)
     return Seen(look.unrepeatable) if look.unrepeatable else Seen("", look.lacking(h))
 
 
@@ -77,6 +80,7 @@ def looked_at(
     x: Tensor,
     found: FlatEstimate,
     why_not: Callable[[BilevelProblem, Mapping[Property, str]], str],
+    settings_see_x: bool = False,
 ) -> FlatEstimate:
     """The first estimate of a run, with a report if f or g is no function.
 
@@ -85,6 +89,7 @@ def looked_at(
         x: alike.
         found: the estimate.
         why_not: why what made it does not apply to a problem that lacks something; empty: it does.
+        settings_see_x: see `first_look`.
 
     Raises:
         DoesNotApply: see `first_look`.
@@ -92,7 +97,7 @@ def looked_at(
     """
     y = found.y if bool(found.y.isfinite().all()) else problem.start(x, torch.zeros_like(found.y)).detach()
     failed = any(not report.status.ok for report in found.reports)
-    seen = first_look(problem, x, y, None if failed and bool(found.grad.any()) else found.grad)
+    seen = first_look(problem, x, y, None if failed and bool(found.grad.any()) else found.grad, settings_see_x)
     if seen.unrepeatable:
         told = Report(seen.unrepeatable, Status.not_repeatable, math.nan, 0)
         return replace(found, reports=(told, *found.reports))
@@ -115,8 +120,8 @@ class _Part:
 class _Look:
     """The functions of a problem at a point, and what their graphs and values say."""
 
-    def __init__(self, problem: FlatProblem, x: Tensor, y: Tensor) -> None:
-        self.problem, self.x, self.y = problem, x.detach(), y.detach()
+    def __init__(self, problem: FlatProblem, x: Tensor, y: Tensor, settings_see_x: bool) -> None:
+        self.problem, self.x, self.y, self.settings_see_x = problem, x.detach(), y.detach(), settings_see_x
         inner = problem.problem.inner
         self.has_g = inner is None or inner.g is not None
         self.f, self.g = _Part("f", problem.f_each), _Part("g", problem.g)
@@ -182,7 +187,8 @@ class _Look:
             if self._changes(part, "x"):
                 reason = _detached(part.name, "x")
                 lacking |= {Property.second_derivatives: reason, Property.beyond_start: reason}
-        if not lacking and (h is None or not h.any()) and not self.problem.problem.allow_unused:
+        allowed = self.problem.problem.allow_unused or self.settings_see_x
+        if not lacking and (h is None or not h.any()) and not allowed:
             self._refuse_unused(parts)
         return lacking
 

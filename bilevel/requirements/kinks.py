@@ -15,7 +15,9 @@ from bilevel.requirements.properties import Property
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.minres import MINRES
 
-SEEN_BY = frozenset({Property.second_derivatives, Property.minimum})  # who requires one of them relies on a smooth g
+SEEN_BY = frozenset(
+    {Property.second_derivatives, Property.minimum, Property.valued}
+)  # who requires one of them relies on a smooth g
 
 _PART = 0.1  # between one probe and the next nearer one
 _UNEVEN = 0.01  # of two slopes: what smooth functions stay below by orders of magnitude, so near to y

@@ -9,7 +9,7 @@ from typing import Any, final
 class Property(enum.Enum):
     """A property of an inner problem; the value says it in words.
 
-    A kind of inner problem declares which of the first four it offers, an estimator which of all it requires, and one
+    A kind of inner problem declares which of the first five it offers, an estimator which of all it requires, and one
     place compares them before every estimate (`bilevel.requirements.why_not`). The last is whether the problem has an
     `init`; those between are taken for granted until they are found missing, where a derivative is formed or by
     `check`.
@@ -22,6 +22,7 @@ class Property(enum.Enum):
     stationary = "y solves an optimality condition F(x, y) = 0"
     minimum = "y minimizes a function g(x, .) that can be evaluated"
     smooth = "g alone describes y: there are no constraints, no non-smooth term and no steps of the problem's own"
+    valued = "the least value of the inner problem has a derivative in x"  # what is a minimum of g alone has one
     steps = "differentiable steps lead to y"
     second_derivatives = "g has second derivatives in torch"
     beyond_start = "y depends on x by more than the start of the inner iteration"
@@ -40,7 +41,21 @@ class Feature(enum.Enum):
     own_steps = "the steps that the inner problem consists of"
 
 
-STRICTEST = frozenset(Property) - {Property.start_in_x}  # what an estimator that declares nothing requires
+STRICTEST = frozenset(Property) - {
+    Property.start_in_x,
+    Property.valued,
+}  # what an estimator that declares nothing requires
+
+
+def implied(offers: frozenset[Property]) -> frozenset[Property]:
+    """What is offered, and what follows from it: the least value of a g that is minimized alone has a derivative.
+
+    Example:
+        >>> Property.valued in implied(frozenset({Property.minimum, Property.smooth}))
+        True
+    """
+    return offers | {Property.valued} if {Property.minimum, Property.smooth} <= offers else offers
+
 
 START_ONLY = (
     "g does not depend on x, so y depends on x only through its start `init(x)`, which the implicit function theorem"

@@ -8,18 +8,20 @@ from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import Property
 
 
-def starts_warm(asked: bool | None, estimator: AbstractEstimator, problem: BilevelProblem) -> bool:
+def starts_warm(asked: bool | None, estimator: AbstractEstimator, problem: BilevelProblem, *, run: bool = True) -> bool:
     """Whether each estimate of a run starts where the one before ended.
 
     A warm start saves work where y solves an equation and the estimator forgets its start. Anywhere else (so many steps
     without a tolerance, an inner problem that is an iteration) the start is a part of the function: Phi would have
     another value at each call for the same x. There it is warm only where that is asked for, which is known as online
-    unrolling.
+    unrolling, or where the estimator declares that it is made for that (`AbstractEstimator.online`) and x is moved by
+    the library itself.
 
     Args:
         asked: what the user says; None: nothing.
         estimator: what makes the estimates.
         problem: the problem.
+        run: whether the estimates are those of one run of `minimize`, and not of a function that is called at any x.
 
     Example:
         >>> from bilevel.hypergrad import AID
@@ -30,4 +32,6 @@ def starts_warm(asked: bool | None, estimator: AbstractEstimator, problem: Bilev
     """
     if asked is not None:
         return asked
+    if run and estimator.online:
+        return True
     return estimator.forgets_start and Property.stationary in inner_problem(problem).offers

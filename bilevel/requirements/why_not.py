@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from functools import cache
 from types import MappingProxyType
 
@@ -13,7 +12,8 @@ from bilevel._linear import AbstractLinearSolver, unmet
 from bilevel._problem import BilevelProblem
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem
-from bilevel.requirements.properties import FOUND, Feature, Property
+from bilevel.requirements.iterations import parts_of, why_iteration
+from bilevel.requirements.properties import FOUND, Feature, Property, implied
 
 
 def why_not(
@@ -37,7 +37,11 @@ def why_not(
     if not isinstance(estimator, AbstractRequiring):
         return ""
     kind = inner_problem(problem)
-    missing = estimator.requires - kind.offers - FOUND
+    own = why_iteration(estimator)
+    if own and estimator.requires & _OF_SOLUTIONS:
+        first = min(estimator.requires & _OF_SOLUTIONS, key=list(Property).index)
+        return refusal(estimator, _OWN.format(own=own, needed=first.value))
+    missing = estimator.requires - implied(kind.offers) - FOUND
     if problem.init is not None:
         missing -= {Property.start_in_x}
     if lacking:
@@ -47,13 +51,18 @@ def why_not(
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
     if Property.stationary in kind.offers and any(unmet(each.demands, kind.operator) for each in estimator.solves_with):
         return refusal(estimator, kind.refusal)
-    parts = [(name, getattr(estimator, name)) for name in _fields(type(estimator))]
+    parts = [(name, getattr(estimator, name)) for name in parts_of(type(estimator))]
     whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if _requires(part.__class__)]
     if indefinite or kind.features or not kind.operator.positive_definite:  # or any solver will do
         whys += sorted((_why_not_part(estimator, *part, kind, indefinite) for part in parts), key=_wholly)
     return next((why for why in whys if why), "")
 
 
+_OF_SOLUTIONS = frozenset({Property.stationary, Property.minimum})
+_OWN = (
+    "{own}, so that y is what the steps make of their start, while it is required that {needed}. Use `ITD`, `ESJ` or"
+    " `FiniteDifference`, or settings that are numbers."
+)
 _NO_START = "the start of y does not depend on x. Give the problem `init=lambda x: x`, or use another estimator."
 
 
@@ -103,9 +112,3 @@ def _name(value: object) -> str:
 def _requires(kind: type) -> bool:
     """Whether it is a class of what declares what it requires; kept, as it is asked before every estimate."""
     return issubclass(kind, AbstractRequiring)
-
-
-@cache
-def _fields(kind: type) -> tuple[str, ...]:
-    """The names of what a dataclass is made of."""
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()

@@ -1,11 +1,12 @@
 """Property tests for your own estimators, algorithms and problems.
 
-`check_estimator`, `check_algorithm` and `check_problem` are one call each; the properties behind them are functions of
-their own. Only `bilevel.testing.strategies` needs hypothesis: `pip install "bilevel[test]"`.
+`check_estimator`, `check_algorithm`, `check_problem` and `check_composite` are one call each; the properties behind
+them are functions of their own. Only `bilevel.testing.strategies` needs hypothesis: `pip install "bilevel[test]"`.
 """
 
 from bilevel.testing import properties as properties, strategies as strategies
 from bilevel.testing.algorithms import algorithm_checks as algorithm_checks, check_algorithm as check_algorithm
+from bilevel.testing.composite import check_composite as check_composite
 from bilevel.testing.estimators import (
     check_estimator as check_estimator,
     estimator_checks as estimator_checks,

@@ -6,17 +6,22 @@ Needs hypothesis, which is imported when a strategy is first made: `pip install 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from bilevel._flat import FlatProblem
 from bilevel._problem import BilevelProblem
+from bilevel._tree import ravel
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import COUNT, SEED, SIZE
 from bilevel.arguments.shapes import Shape
+from bilevel.inner_problems.kinds import inner_objective
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
+from bilevel.prox import L1, AbstractProxTerm, LInfBall
+from bilevel.solvers.fista import FISTA
 from bilevel.testing.logistic import Logistic
 
 if TYPE_CHECKING:
@@ -119,6 +124,62 @@ def smooth_problems(draw: DrawFn) -> tuple[BilevelProblem, Tensor, Tensor]:
         return BilevelProblem(family.f, family.g), x, torch.zeros_like(family.c)
     data, x, y0 = draw(logistics())
     return BilevelProblem(data.f, data.g), x, y0
+
+
+@_composite
+def composites(
+    draw: DrawFn,
+    max_p: int = 4,
+    max_q: int = 6,
+    kappa: float = 30.0,
+    margin: float = 1e-3,
+    terms: Sequence[Callable[[Tensor], AbstractProxTerm]] = (),
+) -> tuple[BilevelProblem, Tensor, Tensor]:
+    """Strongly convex quadratics g with a non-smooth term, an outer point and an inner start, away from kinks.
+
+    The eigenvalues of d2g/dy2 are in [mu, kappa mu], mu of every scale. At x the relative distance of y* from a kink is
+    at least `margin`: what is nearer is not drawn.
+
+    Args:
+        draw: of hypothesis, given by it.
+        max_p: the most entries of x.
+        max_q: the most entries of y.
+        kappa: the largest condition number.
+        margin: the least distance.
+        terms: x -> a term for y `(q,)`; none: weighted L1 norms and boxes whose sizes depend on x, of the size of y.
+    """
+    from hypothesis import assume
+
+    st = _hypothesis()
+    family = draw(quadratics(max_p, max_q, kappa))
+    x = gaussian(family.s.numel(), seed=draw(st.integers(0, 99)))
+    y0 = torch.zeros_like(family.c)
+    part = 10.0 ** -draw(st.integers(0, 2))
+    smooth = BilevelProblem(family.f, family.g)
+    flat = FlatProblem(smooth, ravel(x)[1], ravel(y0)[1])
+    force = float(torch.linalg.vector_norm(_gradient_of(flat, x, y0))) + 1e-3
+    weights = force * part * (0.5 + torch.rand(len(y0), generator=torch.Generator().manual_seed(1)).double())
+    size = part * float(torch.linalg.vector_norm(family.solution(x))) + 1e-3
+    own: list[Callable[[Tensor], AbstractProxTerm]] = [
+        lambda x: L1(force * part * x[0].sigmoid()),
+        lambda x: L1(weights * (x.sum() / 4).exp()),
+        lambda x: LInfBall(size * x[-1].sigmoid()),
+    ]
+    term = draw(st.sampled_from(list(terms) or own))
+    problem = BilevelProblem(family.f, family.g, prox=term)
+    solved = FISTA(tol=1e-12 * force, max_steps=20_000).solve(
+        inner_objective(FlatProblem(problem, flat.x, flat.y), x), y0
+    )
+    y = solved.value
+    gradient = _gradient_of(flat, x, y)
+    t = float(y.abs().max() / gradient.abs().max()) if bool((y != 0).any() & (gradient != 0).any()) else 1.0
+    assume(solved.status.ok and float(term(x).margin(y - t * gradient, t)) > margin)
+    return problem, x, y0
+
+
+def _gradient_of(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
+    """grad_y g(x, y)."""
+    return inner_objective(problem, x).gradient(y)
 
 
 @_composite

@@ -41,9 +41,9 @@ def maml(
     out; `AID` and `Penalty` do not, and say so.
 
     With `learn_steps` each entry of the parameters has its own step a = exp(log_steps), learned with them (Meta-SGD,
-    whose steps may be negative; these may not). Then y = params + sqrt(a) u and the inner variable is u, from 0: plain
-    gradient descent with step 1 on u is y <- y - a grad L(y). `FirstOrder` gives half of the derivative in log_steps
-    there, that at constant u.
+    whose steps may be negative; these may not): y_{k+1} = y_k - a grad L(y_k), an instance of learned optimizer
+    settings, `GradientDescent(step=lambda x: {name: log_step.exp(), ...})`. An estimator of your own needs that inner
+    solver, `learner.estimator.inner`, since the steps are no part of the problem's functions.
 
     Cost of one hypergradient for T tasks, N steps: T N gradients of the support loss and as many Hessian products;
     memory of N graphs of the support loss of all tasks (`ITD(checkpoint=True)`: of one, and of 2 sqrt(N) copies of y).
@@ -82,7 +82,7 @@ def maml(
     """
     steps = inner_steps if evaluation_steps is None else evaluation_steps
     net = as_functional(module)
-    descent = GradientDescent(1.0 if learn_steps else step)
+    descent = GradientDescent(_steps if learn_steps else step)
     inner = Iterate(descent, inner_steps)
     estimator: AbstractEstimator = FirstOrder(inner) if first_order else ITD(inner)
 
@@ -98,12 +98,17 @@ def maml(
         name="FOMAML" if first_order else "MAML",
         problem=BilevelProblem(own.f, own.g, init=own.init, iterative=learn_steps, tasks=True),
         x0=x0,
-        y0={name: torch.zeros_like(p) for name, p in net.params.items()} if learn_steps else dict(net.params),
+        y0=dict(net.params),
         estimator=estimator,
         adapt=Iterate(descent, steps),
         predict=own.predict,
         export=own.export,
     )
+
+
+def _steps(x: Tree) -> Tree:
+    """The learned steps of Meta-SGD."""
+    return {name: log_step.exp() for name, log_step in x["log_steps"].items()}
 
 
 @final
@@ -115,24 +120,17 @@ class _Adapted:
     loss: Loss
     learn_steps: bool
 
-    def parameters(self, x: Tree, y: Tree) -> dict[str, Tensor]:
-        """The parameters that y stands for."""
-        if not self.learn_steps:
-            given: dict[str, Tensor] = y
-            return given
-        return {name: start + (x["log_steps"][name] / 2).exp() * y[name] for name, start in x["params"].items()}
-
     def f(self, x: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(self.loss, outputs_of(self.net, self.parameters(x, y), task, "query"), task, "query")
+        return task_loss(self.loss, outputs_of(self.net, y, task, "query"), task, "query")
 
     def g(self, x: Tree, y: Tree, task: Any) -> Tensor:
-        return task_loss(self.loss, outputs_of(self.net, self.parameters(x, y), task, "support"), task, "support")
+        return task_loss(self.loss, outputs_of(self.net, y, task, "support"), task, "support")
 
     def init(self, x: Tree, task: Any) -> Tree:
-        return {name: torch.zeros_like(start) for name, start in x["params"].items()} if self.learn_steps else x
+        return x["params"] if self.learn_steps else x
 
     def predict(self, x: Tree, y: Tree, task: Any) -> Tensor:
-        return prediction(self.loss, outputs_of(self.net, self.parameters(x, y), task, "query"))
+        return prediction(self.loss, outputs_of(self.net, y, task, "query"))
 
     def export(self, x: Tree) -> nn.Module:
         return self.net.load(x["params"] if self.learn_steps else x)

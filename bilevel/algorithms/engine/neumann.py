@@ -165,11 +165,11 @@ def series_beside(
     loop: AbstractAlgorithm[Any], linear_step: float | None, inner_step: Tensor, outer_step: Tensor
 ) -> AbstractAlgorithm[Any] | None:
     """A loop for several runs at once, whose series has the steps of y where it has none of its own."""
-    beside: Any = loop.beside(inner_step, outer_step)
-    own = beside is None or linear_step is not None
-    found: AbstractAlgorithm[Any] | None = (
-        beside if own else replace(beside, direction=replace(beside.direction, step=inner_step))
-    )
+    beside = loop.beside(inner_step, outer_step)
+    if beside is None or linear_step is not None:
+        return beside
+    rows: Any = beside
+    found: AbstractAlgorithm[Any] = replace(rows, direction=replace(rows.direction, step=inner_step))
     return found
 
 

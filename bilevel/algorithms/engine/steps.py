@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact
 from bilevel._numerics.rows import safe_row_norms
-from bilevel._optimizer import AbstractOptimizer, OptimizerState
+from bilevel._optimizer import AbstractOptimizer, OptimizerState, demand_numbers
 from bilevel._result import Report
 from bilevel.algorithms.engine.direction import AbstractDirection, Joint, demand_row_step, residual_report
 from bilevel.algorithms.oracle import Oracle
@@ -69,7 +69,9 @@ def demand_steps(
     for name, step in (("inner_step", inner_step), ("outer_step", outer_step), ("linear_step", linear_step)):
         if not isinstance(step, AbstractOptimizer):
             demand_row_step(loop, name, step)
-        elif step.needs_curvature:
+            continue
+        demand_numbers(call, name, step)
+        if step.needs_curvature:
             raise ValueError(f"`{call}({name}={type(step).__name__}())` needs a step size: pass `step=...`.")
     if linear and linear_step is None and isinstance(inner_step, AbstractOptimizer):
         raise ValueError(f"`{call}(inner_step=<an optimizer>)` needs `linear_step=`, a number, for v.")

@@ -118,7 +118,7 @@ class Walk:
 
     def moved(self, state: State, new: State) -> Tensor:
         """The residual (y_k - y_{k+1}) / a of a step, without a graph: `(*tasks, q)`."""
-        return (state[0].detach() - new[0].detach()) / (1.0 if self.length is None else self.length)
+        return self.inner.moved(state, new).detach() / (1.0 if self.length is None else self.length)
 
     def moving(self, residual: Tensor, value: Tensor, index: int) -> Tensor | None:
         """The rows that take step number `index`: those above the tolerance, or all of them at first; None: all."""

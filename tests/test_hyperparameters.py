@@ -1,0 +1,176 @@
+"""Hyperparameters of non-smooth models: hypergradients, knots, and searches against grids."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import AID, BilevelProblem, FiniteDifference, Instance, hypergradient, minimize, solution_path
+from bilevel._result import Status
+from bilevel.inner_problems import LinearModel
+from bilevel.problems import catalogue, highest_penalty, lasso, weighted_lasso
+from bilevel.problems._sparse import generated, l1_term
+from bilevel.prox import L1
+from bilevel.solvers import CG, CoordinateDescent
+
+DOUBLE = torch.float64
+EXACT = AID(CoordinateDescent(1e-12), CG(rtol=1e-12))
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "lasso": {},
+    "lasso-cross-validation": {"criterion": "cross-validation", "n": 40, "d": 20},
+    "lasso-sure": {"criterion": "sure", "n": 40, "d": 20},
+    "weighted-lasso": {"n": 40, "d": 20},
+    "lasso-diabetes": {},
+    "elastic-net-diabetes": {},
+    "sparse-logistic": {},
+    "svm": {},
+    "svr": {},
+}
+
+
+def built(name: str) -> Instance:
+    arguments = PROBLEMS[name]
+    return catalogue()[name if name in catalogue() else "lasso"].build(**arguments)
+
+
+def at(instance: Instance, x: Tensor, **settings: Any) -> Any:
+    data = instance.settings.get("data")
+    return hypergradient(instance.problem, x, instance.y0, data=data, **settings)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_hypergradients_are_finite_differences_of_accurate_solves(name: str) -> None:
+    if name not in ("lasso", "lasso-cross-validation", "lasso-sure", "weighted-lasso"):
+        pytest.importorskip("sklearn")
+    instance = built(name)
+    h = at(instance, instance.x0, estimator=EXACT).grad
+    differences = FiniteDifference(CoordinateDescent(1e-13), step=1e-6)
+    truth = at(instance, instance.x0, estimator=differences, throw=False).grad
+    assert float((h - truth).norm()) <= 1e-6 * float(truth.norm())
+
+
+def small(n: int = 30, d: int = 8) -> tuple[BilevelProblem, LinearModel, LinearModel]:
+    data, _ = generated(n, d, 3, 0.5, 3.0, 0)
+    return BilevelProblem(data.held, data.train, prox=l1_term), data.train, data.held
+
+
+def test_the_derivative_of_a_lasso_is_that_of_its_formula() -> None:
+    problem, g, f = small()
+    x = (highest_penalty(g) / 10).log()
+    est = hypergradient(problem, x, torch.zeros(8, dtype=DOUBLE), estimator=EXACT)
+    S = est.y != 0
+    X_S, n = g.X[:, S], g.X.shape[0]
+    moved = -n * torch.linalg.solve(X_S.T @ X_S, est.y[S].sign()) * x.exp()
+    left = f.X.T @ (f.X @ est.y - f.sample_targets()) / n
+    assert float(est.grad) == pytest.approx(float(left[S] @ moved), rel=1e-10)
+
+
+def knot(g: LinearModel) -> float:
+    """log lambda where the second feature enters: the support changes there and nowhere near."""
+    low, high = (float((highest_penalty(g) * share).log()) for share in (0.05, 0.999))
+    for _ in range(60):
+        middle = (low + high) / 2
+        problem = BilevelProblem(g, g, prox=l1_term)
+        at_middle = [torch.tensor(middle, dtype=DOUBLE)]
+        (y,) = solution_path(
+            problem, at_middle, g.X.new_zeros(g.X.shape[1]), inner=CoordinateDescent(1e-14), throw=False
+        ).y
+        low, high = (low, middle) if int((y != 0).sum()) > 1 else (middle, high)
+    return high
+
+
+def test_at_a_knot_each_side_has_its_own_derivative_and_a_status_says_where_it_is() -> None:
+    problem, g, _ = small()
+    y0, x = torch.zeros(8, dtype=DOUBLE), knot(g)
+    slopes = []
+    for side in (-1, 1):
+        near = torch.tensor(x + side * 1e-7, dtype=DOUBLE)
+        h = float(hypergradient(problem, near, y0, estimator=EXACT).grad)
+        values = solution_path(
+            problem, [near, near + side * 1e-5], y0, inner=CoordinateDescent(1e-14), throw=False
+        ).values
+        assert h == pytest.approx(side * (values[1] - values[0]) / 1e-5, rel=1e-3)
+        slopes.append(h)
+    assert abs(slopes[0] - slopes[1]) > 1e-2 * abs(slopes[0])
+    there = hypergradient(problem, torch.tensor(x, dtype=DOUBLE), y0, estimator=EXACT, throw=False)
+    assert there.status is Status.weakly_active
+
+
+def test_above_the_highest_penalty_y_and_the_derivative_are_zero_and_the_report_says_why() -> None:
+    problem, g, _ = small()
+    above = hypergradient(problem, (1.5 * highest_penalty(g)).log(), torch.ones(8, dtype=DOUBLE), estimator=EXACT)
+    assert not bool(above.y.any())
+    assert float(above.grad) == 0.0
+    assert above.status is Status.successful
+    assert [r.residual for r in above.reports if r.part == "dimension of the support"] == [0.0]
+    below = hypergradient(problem, (0.9 * highest_penalty(g)).log(), torch.ones(8, dtype=DOUBLE), estimator=EXACT)
+    assert float(below.grad) != 0.0
+    assert [r.residual for r in below.reports if r.part == "dimension of the support"] != [0.0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_scalar_search_is_within_a_percent_of_a_grid_in_ten_solves_and_many_penalties_are_better(seed: int) -> None:
+    instance = lasso(seed=seed)
+    data, _ = generated(150, 100, 10, 0.5, 5.0, seed)
+    top = float(highest_penalty(data.train).log())
+    grid = [torch.tensor(top - math.log(1e3) * k / 29, dtype=DOUBLE) for k in range(30)]
+    best = min(solution_path(instance.problem, grid, instance.y0).values)
+    settings = {**instance.settings, "max_steps": 9}
+    found = minimize(instance.problem, instance.x0, instance.y0, throw=False, **settings)
+    assert len(found.history) <= 10
+    assert found.best.value <= 1.01 * best
+    start = found.best.x.expand(100).clone()
+    many = weighted_lasso(seed=seed)
+    weighted = minimize(many.problem, start, many.y0, throw=False, **many.settings)
+    (scalar,) = solution_path(instance.problem, [found.best.x], instance.y0).y
+    assert weighted.best.value <= 0.7 * found.best.value
+    assert float(data.test(None, weighted.y)) <= float(data.test(None, scalar))
+
+
+def test_degrees_of_freedom_by_finite_differences_are_the_number_of_nonzeros() -> None:
+    n, d = 150, 100
+    instance, (data, variance) = lasso(criterion="sure", n=n, d=d), generated(n, d, 10, 0.5, 5.0, 0)
+    both = instance.settings["data"]
+    for shift in (0.0, -1.0, -2.0):
+        path = solution_path(instance.problem, [instance.x0 + shift], instance.y0, data=both)
+        y = path.y[0][0]
+        fit = float((data.train.X @ y - data.train.sample_targets()).square().sum()) - n * variance
+        freedom = (2 * n * path.values[0] - fit) / (2 * variance)
+        nonzeros = int((y != 0).sum())
+        assert abs(freedom - nonzeros) <= 3 * (2 * nonzeros) ** 0.5
+
+
+def test_the_derivative_is_that_of_cvxpylayers() -> None:
+    """cvxpylayers, dense and by SCS to 1e-10: other modes are wrong without a word."""
+    cvxpy, layers = pytest.importorskip("cvxpy"), pytest.importorskip("cvxpylayers.torch")
+    _, g, f = small()
+    x = (highest_penalty(g) / 5).detach().requires_grad_()
+    y, weight = cvxpy.Variable(8), cvxpy.Parameter(nonneg=True)
+    loss = cvxpy.sum_squares(g.X.numpy() @ y - g.sample_targets().numpy()) / (2 * g.X.shape[0])
+    layer = layers.CvxpyLayer(
+        cvxpy.Problem(cvxpy.Minimize(loss + weight * cvxpy.norm1(y))), parameters=[weight], variables=[y]
+    )
+    (found,) = layer(x, solver_args={"eps": 1e-10, "mode": "dense"})
+    (truth,) = torch.autograd.grad(f(None, found), x)
+    est = hypergradient(
+        BilevelProblem(f, g, prox=lambda x: L1(x)), x.detach(), torch.zeros(8, dtype=DOUBLE), estimator=EXACT
+    )
+    assert torch.allclose(est.y, found.detach(), atol=1e-6)
+    assert float(est.grad) == pytest.approx(float(truth), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["lasso-cross-validation", "lasso-sure", "lasso-diabetes", "group-lasso", "svm", "svr"]
+)
+def test_runs_by_the_settings_of_a_problem_succeed_and_tell_losses(name: str) -> None:
+    if name in ("lasso-diabetes", "svm", "svr"):
+        pytest.importorskip("sklearn")
+    instance = catalogue()[name].build() if name in catalogue() else built(name)
+    found = minimize(instance.problem, instance.x0, instance.y0, **instance.settings)
+    assert found.best.value < found.history[0].value
+    assert instance.metrics is not None
+    assert {"validation_loss", "test_loss"} <= set(instance.metrics(found.x, found.y))
