@@ -127,7 +127,7 @@ def test_every_algorithm_takes_steps_that_leave_the_mean_of_the_logits_alone(nam
     made = language_sources(algorithm=name, **TINY, max_steps=2)
     found: list[Tensor] = []
     minimize(
-        made.problem, made.x0, made.y0, callback=lambda _, est: found.append(est.grad) and None, **made.settings
+        made.problem, made.x0, made.y0, callback=lambda _, est: found.append(est.grad), **made.settings
     )  # fmt: skip
     assert len(found) == 3
     assert float(found[-1].abs().max()) > 0
@@ -181,7 +181,7 @@ def held(problem: BilevelProblem, x: Tensor, y: Tensor, data: Split, algorithm: 
         algorithm=algorithm,
         data=data,
         max_steps=steps,
-        callback=lambda _, est: found.append(est.grad) and None,
+        callback=lambda _, est: found.append(est.grad),
     )  # fmt: skip
     return found[-1]
 
