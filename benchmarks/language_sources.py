@@ -141,7 +141,7 @@ def estimate(instance: Instance, y0: dict[str, Tensor], data: Split, algorithm: 
         algorithm=algorithm,
         data=data,
         max_steps=steps,
-        callback=lambda _, estimate: found.append(estimate.grad) and None,
+        callback=lambda _, estimate: found.append(estimate.grad),
         throw=False,
     )
     return found[steps - 1 if isinstance(algorithm, F2SA | SAMA | ScaleBiO) else steps]
