@@ -27,23 +27,46 @@ pytest.importorskip("sklearn")
 DATA = torch.randn(48, 3, generator=torch.Generator().manual_seed(0)), torch.arange(48) % 4
 
 
-def noisy() -> nn.Module:
+def noisy() -> nn.Sequential:
     """With what a module in train mode does at each call otherwise."""
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 4))
 
 
 def distilled(**options: Any) -> Instance:
-    given = {"inner_steps": 3, "networks": 2, "batch": 8, "n_train": 32, "data": DATA, "max_steps": 4, "double": True}
+    given: dict[str, Any] = {
+        "inner_steps": 3,
+        "networks": 2,
+        "batch": 8,
+        "n_train": 32,
+        "data": DATA,
+        "max_steps": 4,
+        "double": True,
+    }
     return distillation(**given | options)
 
 
 def replayed(**options: Any) -> Instance:
-    given = {"inner_steps": 3, "n_train": 32, "learner_steps": 5, "batch": 4, "data": DATA, "double": True}
+    given: dict[str, Any] = {
+        "inner_steps": 3,
+        "n_train": 32,
+        "learner_steps": 5,
+        "batch": 4,
+        "data": DATA,
+        "double": True,
+    }
     return replay(**given | options)
 
 
 def represented(**options: Any) -> Instance:
-    given = {"width": 3, "features": 2, "support": 12, "batch": 8, "n_train": 24, "n_val": 12, "max_steps": 3}
+    given: dict[str, Any] = {
+        "width": 3,
+        "features": 2,
+        "support": 12,
+        "batch": 8,
+        "n_train": 24,
+        "n_val": 12,
+        "max_steps": 3,
+    }
     return representation(**given | {"data": DATA, "double": True} | options)
 
 

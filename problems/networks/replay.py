@@ -304,7 +304,7 @@ class _Told:
         labels = self.learner.own.labels
         for row, past in zip(chosen, self.past, strict=True):
             order = torch.randperm(len(labels), generator=generator, device="cpu")
-            for c in labels[past].unique():
+            for c in sorted(set(labels[past].tolist())):
                 row[order[(labels[order] == c)][: self.memory]] = 1.0
         return chosen
 
@@ -338,7 +338,7 @@ class _Told:
 
 
 def _summary(which: str, found: list[tuple[float, float]]) -> dict[str, float]:
-    summary = {}
+    summary: dict[str, float] = {}
     for name, values in zip(("forgetting", "accuracy"), zip(*found, strict=True), strict=True):
         summary |= {
             f"{name}_{which}": statistics.fmean(values),
