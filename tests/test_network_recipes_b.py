@@ -27,7 +27,7 @@ pytest.importorskip("sklearn")
 DATA = torch.randn(48, 3, generator=torch.Generator().manual_seed(0)), torch.arange(48) % 4
 
 
-def noisy() -> nn.Module:
+def noisy() -> nn.Sequential:
     """With what a module in train mode does at each call otherwise."""
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 4))
 

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Dataset as Samples
 
 from bilevel._instance import Instance
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
@@ -172,7 +172,7 @@ class Greedy(AbstractOptimizer):
 
 
 @final
-class Stages(TorchDataset[dict[str, Any]]):
+class Stages(Samples[dict[str, Any]]):
     """What the inner problems are made of, t = 1, ..., `stages` in turn: fresh weights, and which samples are whose.
 
     `row` says which row of x holds the weights, `now` and `seen` are weights of sum 1 of the samples of task t and of
@@ -304,7 +304,7 @@ class _Told:
         labels = self.learner.own.labels
         for row, past in zip(chosen, self.past, strict=True):
             order = torch.randperm(len(labels), generator=generator, device="cpu")
-            for c in torch.unique(labels[past]):
+            for c in sorted(set(labels[past].tolist())):
                 row[order[(labels[order] == c)][: self.memory]] = 1.0
         return chosen
 

@@ -154,7 +154,8 @@ class _Head:
         return self.features(x, samples[0])
 
     def f(self, z: Tensor, y: Tensor, samples: Any) -> Tensor:
-        return (z @ y - one_hot(samples[1], self.classes)).square().sum() / len(z)
+        value: Tensor = (z @ y - one_hot(samples[1], self.classes)).square().sum() / len(z)
+        return value
 
     def g(self, z: Tensor, y: Tensor, samples: Any) -> Tensor:
         return self.f(z, y, samples) + self.c * y.square().sum()
@@ -162,8 +163,8 @@ class _Head:
     def solution(self, z: Tensor, samples: Any) -> Tensor:
         """(Z'Z / n + c)^-1 Z'T / n."""
         gram = z.T @ z / len(z) + self.c * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        found: Tensor = torch.linalg.solve(gram, z.T @ one_hot(samples[1], self.classes).to(z) / len(z))
-        return found
+        head: Tensor = torch.linalg.solve(gram, z.T @ one_hot(samples[1], self.classes).to(z) / len(z))
+        return head
 
 
 @final
