@@ -37,7 +37,7 @@ def solved(x: dict[str, Tensor]) -> Tensor:
         rows = torch.cat([A, x["G"][list(held)]])
         n = len(rows)
         K = torch.cat([torch.cat([x["Q"], rows.T], 1), torch.cat([rows, torch.zeros(n, n).double()], 1)])
-        both = torch.linalg.solve(K, torch.cat([-x["c"], b, x["h"][list(held)]]))
+        both: Tensor = torch.linalg.solve(K, torch.cat([-x["c"], b, x["h"][list(held)]]))
         y, multipliers = both[:q], both[q + len(b) :]
         if bool((x["G"] @ y <= x["h"] + 1e-10).all()) and bool((multipliers >= 0).all()):
             return y

@@ -79,8 +79,8 @@ class Polytope:
                 limits.append(_like(none if bound is None else bound, like).reshape(1))
             else:
                 limits.append(y.ravel(bound, f"Polytope({name}=...)"))
-        equalities = A, _like(self.b, like).expand(len(A))
-        return FlatPolytope.lifted(*equalities, *limits, G, _like(self.h, like).expand(len(G)))
+        b, h = _like(self.b, like).expand(len(A)), _like(self.h, like).expand(len(G))
+        return FlatPolytope.lifted(A, b, limits[0], limits[1], G, h)
 
 
 @final
