@@ -173,7 +173,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     chosen = parser.parse_args()
     rounds, steps, samples = (1, 2, 40) if chosen.quick else (chosen.rounds, 5, 300)
-    rows = [compared(name, rounds, steps, samples) for name in chosen.networks]
+    rows = []
+    for name in chosen.networks:
+        rows.append(compared(name, rounds, steps, samples))
+        print(json.dumps(rows[-1]), flush=True)
     lines = [
         "| network | weights | by hand, ms | `minimize`, ms | gradients | time | memory |",
         "|---|---|---|---|---|---|---|",
@@ -184,7 +187,10 @@ def main() -> None:
             f"| {row['network']} | {row['weights']} | {ms['by hand']:.1f} | {ms['minimize']:.1f} |"
             f" {count['by hand']} / {count['minimize']} | {row['time']:.2f} | {row['memory']:.2f} |"
         )
-    truths = [accuracy(name, 30 if chosen.quick else 100) for name in chosen.networks]
+    truths = []
+    for name in chosen.networks:
+        truths.append(accuracy(name, 30 if chosen.quick else 100))
+        print(json.dumps(truths[-1]), flush=True)
     for each in truths:
         lines += ["", f"{each['network']}: |grad_y g| = {each['residual']:.1g}, difference {each['difference']:.1g}"]
         lines += [f"- {name}: {each[name]}" for name in ("declared", "not declared", "declared, warm", "bf16")]
