@@ -47,7 +47,7 @@ def test_adapters_and_the_head_are_the_parameters_and_dropout_in_them_is_fixed(e
 
 
 def test_a_head_tied_to_the_embedding_is_one_parameter(examples: Any) -> None:
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
     example = examples("lora_weights")
     config = example.adapted(0, n_embd=16, tie_word_embeddings=True).config
@@ -83,7 +83,7 @@ def test_with_attention_written_out_second_derivatives_are_those_of_differences(
 def test_noise_gets_the_smaller_weights_and_what_was_trained_is_saved(examples: Any, tmp_path: Path) -> None:
     example = examples("lora_weights")
     assert example.main(str(tmp_path)) > 0.9
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
     base = GPT2LMHeadModel(example.adapted(0).get_base_model().config)
     again = peft.PeftModel.from_pretrained(base, str(tmp_path))

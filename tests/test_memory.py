@@ -86,16 +86,20 @@ from bilevel.algorithms import (
     available,
 )
 from bilevel.few_shot import Validating, adapt, evaluate, mlp, train
+from bilevel.hypergrad.online import Online
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling
 from bilevel.inner_problems import Iteration
 from bilevel.problems import imaml, maml
 from bilevel.solvers import (
+    ADMM,
     CG,
+    FISTA,
     GMRES,
     LBFGS,
     MINRES,
     Adam,
     Armijo,
+    BiCGStab,
     Clipped,
     ClosedForm,
     Cosine,
@@ -107,9 +111,11 @@ from bilevel.solvers import (
     Nesterov,
     Neumann,
     Newton,
+    NormalCG,
     Nystrom,
     NystromPreconditioner,
     OwnSteps,
+    PrimalDual,
     ProximalGradient,
     QuadraticProgram,
     QuasiNewton,
@@ -119,6 +125,8 @@ from bilevel.solvers import (
     ScipyMinimize,
     StepDecay,
     TorchOptim,
+    TruncatedCG,
+    WeightDecay,
 )
 from bilevel.tasks import Sinusoid
 
@@ -194,6 +202,7 @@ BUILT: dict[str, tuple[AbstractEstimator, str]] = {
     "FirstOrder": (FirstOrder(STEPS), "start in x"),
     "Reptile": (Reptile(STEPS), "start in x"),
     "KKT": (KKT(QuadraticProgram()), "constrained"),
+    "Online": (Online(AID(LBFGS(), CG()), AID(LBFGS(0.0, 2), TruncatedCG(2))), "plain"),
     "Penalty": (Penalty(LBFGS(), extrapolate=True), "tasks"),
 }
 # torch compiles, and keeps what it compiled
@@ -207,6 +216,9 @@ INNER: dict[str, tuple[AbstractInnerSolver, str]] = {
     "Scipy": (Scipy(), "plain"),
     "QuadraticProgram": (QuadraticProgram(), "constrained"),
     "ProximalGradient": (ProximalGradient(), "composite"),
+    "FISTA": (FISTA(), "composite"),
+    "ADMM": (ADMM(), "composite"),
+    "PrimalDual": (PrimalDual(), "composite"),
     "OwnSteps": (OwnSteps(), "own steps"),
 }
 LINEAR: dict[str, AbstractLinearSolver] = {
@@ -219,6 +231,9 @@ LINEAR: dict[str, AbstractLinearSolver] = {
     "Dense": Dense(),
     "Neumann": Neumann(None, 20),
     "Nystrom": Nystrom(2),
+    "NormalCG": NormalCG(),
+    "BiCGStab": BiCGStab(),
+    "TruncatedCG": TruncatedCG(3),
 }
 OUTER: dict[str, AbstractOptimizer | AbstractMinimizer | AbstractOuterDriver] = {
     "GradientDescent": GradientDescent(0.1),
@@ -226,6 +241,7 @@ OUTER: dict[str, AbstractOptimizer | AbstractMinimizer | AbstractOuterDriver] = 
     "Nesterov": Nesterov(0.1),
     "Adam": Adam(0.1),
     "Clipped": Clipped(Adam(0.1), 1.0),
+    "WeightDecay": WeightDecay(Adam(0.1), 0.01),
     "Scheduled": Scheduled(Adam(0.1), Cosine(10)),
     "Scheduled, decay": Scheduled(Adam(0.1), StepDecay(3)),
     "QuasiNewton": QuasiNewton(),
@@ -267,7 +283,10 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
     assert built == whole(bilevel, AbstractEstimator) - ELSEWHERE
     forms = {type(each.unrolling) for each, _ in BUILT.values() if isinstance(each, ITD)}
     assert forms == whole(bilevel, AbstractUnrolling)
-    assert {type(each) for each, _ in INNER.values()} == whole(solvers, AbstractInnerSolver) - {solvers.Cvxpy}
+    assert {type(each) for each, _ in INNER.values()} == whole(solvers, AbstractInnerSolver) - {
+        solvers.Cvxpy,
+        solvers.CoordinateDescent,
+    }
     others = {type(each) for each in LINEAR.values()} | {SaddleCholesky}  # which is that of KKT
     assert others == whole(solvers, AbstractLinearSolver)
     preconditioners = {type(each.preconditioner) for each in LINEAR.values() if isinstance(each, CG)} - {type(None)}

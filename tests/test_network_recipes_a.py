@@ -123,7 +123,7 @@ def test_a_run_takes_its_steps_by_loaders_at_both_levels_and_repeats_itself(name
 @pytest.mark.parametrize("name", SMALL)
 def test_a_resumed_run_is_the_whole_run_to_the_bit(name: str, tmp_path: Path) -> None:
     whole, first, second = (SMALL[name]() for _ in range(3))  # each as a process of its own would build it
-    settings = dict(whole.settings) | {"max_steps": 4}
+    settings: dict[str, Any] = dict(whole.settings) | {"max_steps": 4}
     expected = minimize(whole.problem, whole.x0, whole.y0, **settings)
     file = tmp_path / "checkpoint.pt"
     minimize(first.problem, first.x0, first.y0, **first.settings, checkpoint=file)

@@ -77,7 +77,7 @@ from bilevel.problems import (
     shared_embedding,
     svm_head,
 )
-from bilevel.prox import L1
+from bilevel.prox import L1, GroupBall, GroupLasso, Nonnegative, ProxDerivative, Sum
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers import CG, LBFGS, Clipped, Cosine, GradientDescent, Iterate, Jacobi, Scheduled, TorchOptim
 from bilevel.tasks import Episodes, ImageClasses, ImageFiles, Sinusoid, Splits, batches
@@ -277,6 +277,10 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         return list(kind)[-1]
     rows: dict[str, Callable[[], Any]] = {
         "ITD": lambda: ITD(Iterate(GradientDescent(0.1), 2), Truncated(1)),
+        "ProxDerivative": lambda: ProxDerivative((torch.ones(2),), portable_cases.f, portable_cases.f),
+        "GroupLasso": lambda: GroupLasso(1.0, [[0, 1]]),
+        "GroupBall": lambda: GroupBall(1.0, [[0, 1]]),
+        "Sum": lambda: Sum((L1(1.0), Nonnegative())),
         "Certified": lambda: Certified(AID(LBFGS(), CG()), target_error=0.1),
         "Clipped": lambda: Clipped(GradientDescent(0.1), max_norm=1.0),
         "Scheduled": lambda: Scheduled(GradientDescent(0.1), Cosine(3)),

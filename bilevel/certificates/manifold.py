@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -117,8 +118,7 @@ def certify_on_manifold(
     g has to be convex in y.
     """
 
-    def certificate(problem: FlatProblem, to: object, doubled: bool) -> Certificate:  # noqa: ARG001  (T(y) is in the dtype of y)
-        assert callable(to)
+    def certificate(problem: FlatProblem, to: Callable[[Any], Any], doubled: bool) -> Certificate:  # noqa: ARG001  (T(y) is in the dtype of y)
         inner = FlatTerm(problem, term.function)
         try:
             return _certify(problem, inner, to(x), to(z), to(y), to(v), constants, linear)

@@ -15,6 +15,7 @@ from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import BilevelError, Status
 from bilevel._tree import Tree, demand_alike, ravel
 from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.named.setting import Setting
 
@@ -37,6 +38,9 @@ class SolutionPath:
     values: tuple[float, ...]
     statuses: tuple[Status, ...]
     steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def best(self) -> int:

@@ -49,7 +49,7 @@ class Perturbed:
 
     def further(self, problem: FlatProblem, u: Tensor, y: Tensor, moved: Tensor, residual: float) -> Tensor | None:
         """The differences if no tolerance ended the solves; see `refined`."""
-        if self.inner.with_tolerance(1.0) is None:
+        if self.inner.with_tolerance(0.5) is None:
             return None
         seen, points = self._points(problem, u, self.radius)
         found = refined(seen, points, torch.cat([y.unsqueeze(0), y + moved]), residual, self.inner)

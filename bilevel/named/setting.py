@@ -268,6 +268,8 @@ class Setting:
 
     def relative_damping(self, share: float) -> float:
         """A share of the largest curvature of g in y at the start; the share itself where g is flat. 14 products."""
+        if inner_problem(self.problem.problem).g is None:  # the estimator is refused, and says why
+            return share
         top = float(self._ends[0].abs().max())
         return share * top if 0 < top < math.inf else share
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from bilevel._tree import Tree, tree_leaves, tree_parts
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.pickling import AbstractPortable
 
 Parts: TypeAlias = tuple[Tensor, ...]
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class ProxDerivative:
+class ProxDerivative(AbstractPortable):
     """P, the derivative of v -> prox_{t h}(v) at v: a symmetric matrix with 0 <= P <= I.
 
     At a kink of the map it is one element of the generalized derivative, that of autograd.

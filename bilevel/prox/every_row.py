@@ -33,7 +33,9 @@ class _EveryRow(torch.autograd.Function):
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch declares it without arguments of its own)
+        info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
         rows = [
             each.expand(info.batch_size, *each.shape) if dim is None else each.movedim(dim, 0)
             for each, dim in zip(tensors, in_dims[1:], strict=True)

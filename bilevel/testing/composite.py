@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -74,8 +76,7 @@ def check_composite(problem: BilevelProblem, x: Tree, y0: Tree, *, tol: float = 
     close("central differences of Phi", found.grad, differences.grad, 100 * tol, " Expected are the differences.")
 
 
-def _mapped(prox: object, v: Tensor, t: float) -> Tensor:
-    assert callable(prox)
+def _mapped(prox: Callable[..., Tensor] | None, v: Tensor, t: float) -> Tensor:
+    assert prox is not None
     with torch.no_grad():
-        image: Tensor = prox(v, t)
-    return image
+        return prox(v, t)
