@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.misfits import called
+from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
@@ -48,12 +49,15 @@ class Squared(AbstractSampleLoss):
         tensor(2.)
     """
 
+    @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:
         return (z - b).square() / 2
 
+    @fitting
     def slope(self, z: Tensor, b: Tensor) -> Tensor:
         return z - b
 
+    @fitting
     def curvature(self, z: Tensor, b: Tensor) -> Tensor:
         return torch.ones_like(z)
 
@@ -72,12 +76,15 @@ class LogLoss(AbstractSampleLoss):
         tensor(0.6931)
     """
 
+    @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:
         return torch.nn.functional.softplus(-b * z)
 
+    @fitting
     def slope(self, z: Tensor, b: Tensor) -> Tensor:
         return -b * torch.sigmoid(-b * z)
 
+    @fitting
     def curvature(self, z: Tensor, b: Tensor) -> Tensor:
         p = torch.sigmoid(b * z)
         return p * (1 - p)
@@ -104,13 +111,16 @@ class Huber(AbstractSampleLoss):
         demand_types(self)
         demand_ranges(self, delta=POSITIVE)
 
+    @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:
         small = (z - b).clamp(-self.delta, self.delta)
         return (z - b) * small - small.square() / 2
 
+    @fitting
     def slope(self, z: Tensor, b: Tensor) -> Tensor:
         return (z - b).clamp(-self.delta, self.delta)
 
+    @fitting
     def curvature(self, z: Tensor, b: Tensor) -> Tensor:
         return ((z - b).abs() <= self.delta).to(z.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel._tree import Tree, tree_map
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import NUMBERS, demand_range
 from bilevel.prox.box import Box
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import ProxDerivative, diagonal
@@ -39,6 +40,9 @@ class BoundedL1(AbstractProxTerm):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        for name, value in (("weight", self.weight), ("radius", self.radius)):
+            if not isinstance(value, Tensor):
+                demand_range("BoundedL1", name, value, NUMBERS)
 
     @property
     def _parts(self) -> tuple[L1, Box]:
