@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as Samples
+from torch.utils.data import Dataset as TorchDataset
 
 from bilevel._instance import Instance
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
@@ -172,7 +172,7 @@ class Greedy(AbstractOptimizer):
 
 
 @final
-class Stages(Samples[dict[str, Any]]):
+class Stages(TorchDataset[dict[str, Any]]):
     """What the inner problems are made of, t = 1, ..., `stages` in turn: fresh weights, and which samples are whose.
 
     `row` says which row of x holds the weights, `now` and `seen` are weights of sum 1 of the samples of task t and of
