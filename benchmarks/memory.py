@@ -23,7 +23,7 @@ from torch import Tensor
 from bilevel import AID, ITD, BilevelProblem, Checkpointed, Penalty, hypergradient
 from bilevel.solvers import CG, LBFGS, GradientDescent, Iterate, Neumann
 
-STEP, INNER, LINEAR, UNROLLED = 0.2, 5, 8, 9
+STEP, INNER, LINEAR, UNROLLED, WEIGHT = 0.2, 5, 8, 9, 50.0
 Call = Callable[[], Any]
 
 
@@ -46,7 +46,7 @@ ESTIMATORS = {
     "AID-Neumann": AID(DESCENT, Neumann(STEP, LINEAR)),
     "ITD": ITD(Iterate(GradientDescent(STEP), UNROLLED)),
     "ITD, checkpointed": ITD(Iterate(GradientDescent(STEP), UNROLLED), Checkpointed()),
-    "penalty": Penalty(DESCENT, weight=50.0),
+    "penalty": Penalty(DESCENT, weight=WEIGHT),
 }
 
 
@@ -58,10 +58,12 @@ def ours(name: str, n: int) -> Call:
 # By hand
 
 
-def descended(at: BilevelProblem, x: Tensor, y: Tensor) -> Tensor:
+def descended(at: BilevelProblem, x: Tensor, y: Tensor, weight: float = 0.0) -> Tensor:
     for _ in range(INNER):
         leaf = y.detach().requires_grad_()
-        y = leaf.detach() - STEP * torch.autograd.grad(at.g(x, leaf), leaf)[0]
+        value = at.g(x, leaf) + weight * at.f(x, leaf) if weight else at.g(x, leaf)
+        y = leaf.detach() - STEP * torch.autograd.grad(value, leaf)[0]
+        del value
         del leaf
     return y
 
@@ -95,7 +97,18 @@ def conjugate_gradients(H: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
     return v
 
 
-def implicit(inner: Callable[[BilevelProblem, Tensor, Tensor], Tensor]) -> Callable[[int], Call]:
+def neumann(H: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
+    v, p = STEP * b, STEP * b
+    for _ in range(LINEAR - 1):
+        p.sub_(H(p), alpha=STEP)
+        v.add_(p)
+    return v
+
+
+def implicit(
+    inner: Callable[[BilevelProblem, Tensor, Tensor], Tensor],
+    linear: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = conjugate_gradients,
+) -> Callable[[int], Call]:
     def build(n: int) -> Call:
         at, x0, y0 = problem(n)
 
@@ -103,7 +116,7 @@ def implicit(inner: Callable[[BilevelProblem, Tensor, Tensor], Tensor]) -> Calla
             y, x = inner(at, x0, y0).requires_grad_(), x0.detach().requires_grad_()
             fx, b = torch.autograd.grad(at.f(x, y), (x, y), materialize_grads=True, allow_unused=True)
             gy = torch.autograd.grad(at.g(x, y), y, create_graph=True)[0]
-            v = conjugate_gradients(lambda p: torch.autograd.grad(gy, y, p, retain_graph=True)[0], b)
+            v = linear(lambda p: torch.autograd.grad(gy, y, p, retain_graph=True)[0], b)
             return fx - torch.autograd.grad(gy, x, v)[0]
 
         return call
@@ -123,10 +136,26 @@ def unrolled(n: int) -> Call:
     return call
 
 
+def penalized(n: int) -> Call:
+    at, x0, y0 = problem(n)
+
+    def call() -> Tensor:
+        y = descended(at, x0, y0)
+        y_w = descended(at, x0, y, 1 / WEIGHT)
+        x = x0.detach().requires_grad_()
+        apart = torch.autograd.grad(at.g(x, y_w), x)[0]
+        apart -= torch.autograd.grad(at.g(x, y), x)[0]
+        return apart.mul_(WEIGHT)
+
+    return call
+
+
 HAND: dict[str, Callable[[int], Call]] = {
     "AID-CG": implicit(descended),
     "AID-CG, L-BFGS": implicit(by_lbfgs),
+    "AID-Neumann": implicit(descended, neumann),
     "ITD": unrolled,
+    "penalty": penalized,
 }
 
 

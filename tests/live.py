@@ -49,15 +49,16 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # else the first operation would import torch's compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # pytree's own walk leaves a cycle of references behind at each call
-        known = {each.untyped_storage()._cdata for each in _tensors((args, kwargs))}
         found = func(*args, **(kwargs or {}))
         grown = False
+        # pytree's own walk leaves a cycle of references behind at each call
         for each in _tensors(found):
             storage = each.untyped_storage()
-            if storage.nbytes() >= self.least and storage._cdata not in known:
-                weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                self._seen[storage._cdata] = weak, storage.nbytes()
+            key, size = storage._cdata, storage.nbytes()
+            if size < self.least or (key in self._seen and not self._seen[key][0].expired()):  # type: ignore[no-untyped-call]
+                continue
+            if not any(given.untyped_storage()._cdata == key for given in _tensors((args, kwargs))):
+                self._seen[key] = StorageWeakRef(storage), size  # type: ignore[no-untyped-call]
                 grown = True
         if grown and self.peaks:
             self.peak = max(self.peak, self.bytes)
