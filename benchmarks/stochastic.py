@@ -2,8 +2,8 @@
 
     python benchmarks/stochastic.py --workloads q20,q100,a9a --data PATH --out benchmarks/results
 
-runs everything (half an hour on one core); `--algorithms SABA,SRBA` some of them, the others' results are kept. Steps
-are those of a grid that is stated with every table, tuned for every budget; numbers of Q20 are medians over three
+runs everything (an hour on one core); `--algorithms SABA,SRBA` some of them, the others' results are kept. Steps
+are those of a grid that is stated with every table, tuned for every budget; numbers are medians over three
 orders of the data. Algorithms that have no form side by side are tuned on the first order only. `PATH` is a folder
 with a9a.npz.
 
@@ -119,6 +119,7 @@ RACES = {
         "rho in {.1, .3, 1}, rho / gamma in {.3, 1, 3, 10}",
         [1, 3, 10, 30],
         [1, 3, 10, 30],
+        (0, 1, 2),
     ),
     "a9a": Race(
         "a9a: logistic regression, a penalty for each of 123 features",
@@ -131,6 +132,7 @@ RACES = {
         "rho in {.1, .3}, gamma in {10, 30, 100}",
         [1, 3, 10],
         [3, 10],
+        (0, 1, 2),
     ),
     "tiny": Race(  # does it run?
         "A tiny quadratic sum",
