@@ -755,7 +755,7 @@ FEWER = {"vrbo": VRBO(0.2, 0.02, None, 2, 2, period=2)}  # by name it takes 22 i
 # "auto" is the default on data that are the same at every step, and ends where it has arrived
 @pytest.mark.parametrize("name", [*(name for name in available() if name != "auto"), *CHEAP])
 def test_a_run_holds_no_more_after_many_steps_than_after_few(name: str, steps: int) -> None:
-    algorithm = Descent(CHEAP[name], GradientDescent(1e-3)) if name in CHEAP else name
+    algorithm: Any = Descent(CHEAP[name], GradientDescent(1e-3)) if name in CHEAP else name
     if name == "descent":
         algorithm = Descent(CHEAP["AID"], Adam(1e-3))
     if steps < 100:

@@ -10,15 +10,18 @@ import pytest
 import torch
 from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, samples, split
 
-from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Solution, Split, Status, minimize
+from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Solution, Split, Status, minimize, prox
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
+    BOME,
     BSA,
     F2SA,
     FSLA,
     MASOBA,
+    MEHA,
     MRBO,
+    PBGD,
     SABA,
     SOBA,
     SPABA,
@@ -56,6 +59,12 @@ ALGORITHMS = {
     "vrbo": VRBO(1.0, 1.0, inner_steps=2, linear_steps=3, period=3),
     "f2sa": F2SA(1.0, 1.0, order=1),
     "f2sa-2": F2SA(1.0, 1.0, weight=20.0, inner_steps=2),
+    "pbgd": PBGD(1.0, 1.0, weight=5.0, inner_steps=2),
+    "pbgd by gradients": PBGD(1.0, 1.0, weight=5.0, form="gradient"),
+    "bome": BOME(1.0, 1.0, inner_steps=3),
+    "bome by values": BOME(1.0, 1.0, inner_steps=3, barrier="value"),
+    "meha": MEHA(1.0, 1.0, weight=5.0),
+    "meha with a step of its own": MEHA(1.0, 1.0, 0.1, weight=5.0),
 }
 
 
@@ -240,7 +249,11 @@ def test_a_sweep_is_of_an_algorithm_on_data_that_are_known() -> None:
         minimize(PROBLEM, X, Y, data=split(), sweep={"outer_step": [0.1]})
 
 
-@pytest.mark.parametrize("algorithm", [SABA(0.1, 0.1), SOBA(0.1, 0.1), F2SA(0.1, 0.1)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm",
+    [SABA(0.1, 0.1), SOBA(0.1, 0.1), F2SA(0.1, 0.1), PBGD(0.1, 0.1), BOME(0.1, 0.1), MEHA(0.1, 0.1)],
+    ids=lambda a: type(a).__name__,
+)
 def test_each_row_sees_the_order_of_its_own(algorithm: Any) -> None:
     orders = [FiniteSum(EVEN_G, 4, seed=seed) for seed in (0, 5, 9)]
     stacked, f = SeveralOrders.of(tuple(orders)), FiniteSum(EVEN_F, 16)
@@ -261,3 +274,41 @@ def test_each_row_sees_the_order_of_its_own(algorithm: Any) -> None:
     alone = [after(algorithm, order, X, Y) for order in orders]
     torch.testing.assert_close(rows, torch.stack(alone), rtol=1e-12, atol=1e-12)
     assert not torch.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "of"),
+    [
+        (F2SA(0.1, 0.1, order=1), "tasks"),
+        (PBGD(0.1, 0.1), "tasks"),
+        (PBGD(0.1, 0.1, form="gradient"), "tasks"),
+        (BOME(0.1, 0.1), "tasks"),
+        (MEHA(0.1, 0.1), "tasks"),
+        (MEHA(0.1, 0.1), "a term"),  # of which the others know nothing
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_each_row_is_its_own_run_with_tasks_and_with_a_term(
+    algorithm: Any, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = together(monkeypatch)
+    data: Any = {"data": torch.tensor([[0.5, -1.0], [1.0, 0.3], [-0.2, 0.4]]).double()} if of == "tasks" else {}
+    weights = torch.tensor([1.0, 2.0]).double()
+
+    def f(x: Any, y: Any, *shift: Any) -> Any:
+        return (y - 1).square().sum() / 2 + sum((y * d).sum() for d in shift) + 0.1 * x.square().sum()
+
+    def g(x: Any, y: Any, *shift: Any) -> Any:
+        return (weights * (y - x).square()).sum() / 2 + sum((y - d).square().sum() / 4 for d in shift)
+
+    problem = BilevelProblem(f, g, tasks=of == "tasks")
+    if of == "a term":
+        problem = BilevelProblem(f, g, prox=lambda x: prox.L1(0.1 * x.exp()))
+    start = torch.tensor([0.3, -0.4]).double(), torch.zeros(2).double()
+    swept: Any = {"inner_step": [0.1, 0.3], "outer_step": [0.05, 0.2]}
+    found = minimize(problem, *start, algorithm=algorithm, max_steps=12, sweep=swept, sweep_steps=12, **data)
+    assert rows == [4]
+    chosen = next(trial for trial in found.sweep if trial.chosen)
+    alone = minimize(problem, *start, algorithm=replace(algorithm, **chosen.settings), max_steps=12, **data)
+    torch.testing.assert_close(found.x, alone.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.y, alone.y, rtol=1e-12, atol=1e-12)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import inner_gradient_in_x, inner_gradients, outer_gradients
+from bilevel._calculus import inner_gradient_in_x, inner_gradients
 from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.direction import residual_report
+from bilevel.algorithms.engine.direction import residual_report, rows_of_outer_gradients
 from bilevel.algorithms.engine.slopes import REQUIRES, arrival, demand_in_g, demand_own_steps, slope
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, is_optimizer, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
@@ -45,8 +45,8 @@ class Descended:
         y: d_y `(*tasks, q)`.
         q_x: grad_x q.
         q_y: grad_y q.
-        multiplier: lambda `()`.
-        barrier: phi `()`.
+        multiplier: lambda `(*several,)`.
+        barrier: phi `(*several,)`.
     """
 
     x: Tensor
@@ -108,8 +108,8 @@ class BOME(AbstractAlgorithm[Pair]):
         3.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     inner_steps: int = 1
     rate: float = 0.5
     barrier: Barrier = "gradient"
@@ -147,13 +147,13 @@ class BOME(AbstractAlgorithm[Pair]):
             d = slope(oracle.problem(g=number), x, best, oracle.block("g", number).scale)
             best, memory = moved(self.inner_step, rho, d, best, memory)
         problem, of_f, of_g = oracle.problem(), oracle.block("f").scale, oracle.block("g").scale
-        value, fx, fy = outer_gradients(problem, x, y)
-        of_g = of_g / y.shape[:-1].numel()
+        value, fx, fy = rows_of_outer_gradients(problem, x, y)
+        of_g = of_g / (problem.tasks or 1)
         g, gx, gy = inner_gradients(problem, x, y)
         gx_best = inner_gradient_in_x(problem, x, best)
         q_x = torch.zeros_like(x) if gx is None or gx_best is None else of_g * (gx - gx_best)
         q_y = of_g * gy
-        size = q_x.square().sum() + q_y.square().sum()
+        size = _products(q_x, q_y, q_x, q_y)
         barrier = self.rate * (size if self.barrier == "gradient" else of_g * _gap(problem, x, g, best))
         found = _descent((of_f * fx, of_f * fy), (q_x, q_y), size, barrier)
         reports = residual_report("inner iterate", found.q_y), residual_report("direction of y", found.y)
@@ -167,6 +167,11 @@ class BOME(AbstractAlgorithm[Pair]):
         y, of_y = moved(self.outer_step, xi, d.y, state.y, state.of_y)
         return Pair(oracle.project(x), y, outer, of_y)
 
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Pair] | None:
+        if is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
+
     def stationarity(self, oracle: Oracle, state: Pair, found: Evaluated) -> Tensor:
         d: Descended = found.kept
         return arrival(oracle.residual(state.x, d.x), d.y, d.q_x, d.q_y)
@@ -176,14 +181,20 @@ class BOME(AbstractAlgorithm[Pair]):
 
 
 def _gap(problem: FlatProblem, x: Tensor, g: Tensor, best: Tensor) -> Tensor:
-    """The sum over tasks of g(x, y) - g(x, y_T)."""
+    """The sum over tasks of g(x, y) - g(x, y_T) `(*several,)`."""
     problem.tally.values += best.shape[:-1].numel()
     with torch.no_grad():
-        return (g - problem.g(x, best)).sum()
+        gap = g - problem.g(x, best)
+    return gap.sum(-1) if problem.tasks else gap
+
+
+def _products(x: Tensor, y: Tensor, other_x: Tensor, other_y: Tensor) -> Tensor:
+    """<(x, y), (other_x, other_y)> `(*several,)`."""
+    return (x * other_x).sum(-1) + (y * other_y).flatten(x.dim() - 1).sum(-1)
 
 
 def _descent(f: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], size: Tensor, barrier: Tensor) -> Descended:
     """grad f + lambda grad q: gradients in x and in y, |grad q|^2 and phi."""
-    along = (f[0] * q[0]).sum() + (f[1] * q[1]).sum()
-    multiplier = torch.where(size > 0, (barrier - along).clamp_min(0) / size, torch.zeros_like(size))
-    return Descended(f[0] + multiplier * q[0], f[1] + multiplier * q[1], *q, multiplier, barrier)
+    multiplier = torch.where(size > 0, (barrier - _products(*f, *q)).clamp_min(0) / size, torch.zeros_like(size))
+    in_y = multiplier.reshape(*multiplier.shape, *(1 for _ in q[1].shape[multiplier.dim() :]))
+    return Descended(f[0] + multiplier.unsqueeze(-1) * q[0], f[1] + in_y * q[1], *q, multiplier, barrier)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import grad
+from bilevel._calculus import grad, total
 from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._numerics.misfits import called
@@ -25,7 +25,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, Step, begun, is_optimizer, moved
 from bilevel.algorithms.growth import Growth
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
@@ -111,8 +111,8 @@ class MEHA(AbstractAlgorithm[Envelope]):
         2.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     proximal_step: Step | None = None
     weight: Weight = Growth(10.0, exponent=0.25)
     smoothing: float = 1.0
@@ -134,7 +134,7 @@ class MEHA(AbstractAlgorithm[Envelope]):
         return Draws(f=2, g=2)
 
     @property
-    def _steps(self) -> tuple[Step, Step]:
+    def _steps(self) -> tuple[RowStep, RowStep]:
         """Of y and of theta."""
         return self.inner_step, self.inner_step if self.proximal_step is None else self.proximal_step
 
@@ -178,7 +178,7 @@ class MEHA(AbstractAlgorithm[Envelope]):
         self,
         problem: FlatProblem,
         x: Tensor,
-        step: Step,
+        step: RowStep,
         factor: float,
         d: Tensor,
         point: Tensor,
@@ -190,6 +190,8 @@ class MEHA(AbstractAlgorithm[Envelope]):
             return there, d, state
         length, prox = factor * step, inner_objective(problem, x).prox
         assert prox is not None
+        if isinstance(length, Tensor):
+            length = length.reshape(-1, *(1 for _ in point.shape[1:]))
         with torch.no_grad():
             there = prox(there, length)
         return there, (point - there) / length, state
@@ -200,6 +202,11 @@ class MEHA(AbstractAlgorithm[Envelope]):
         gamma = rho if self.outer_schedule is None else self.outer_schedule(oracle.step)
         x, outer = moved(self.outer_step, gamma, found.estimate.grad, state.x, state.outer)
         return Envelope(oracle.project(x), kept.y, kept.theta, outer, kept.of_y, kept.of_theta)
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Envelope] | None:
+        if any(is_optimizer(step) for step in (*self._steps, self.outer_step)):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
 
     def stationarity(self, oracle: Oracle, state: Envelope, found: Evaluated) -> Tensor:
         _, d_y, d_theta = found.kept
@@ -226,10 +233,10 @@ def _term(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _term_slope(problem: FlatProblem, x: Tensor, y: Tensor, theta: Tensor) -> Tensor:
-    """The gradient in x of r(x, y) - r(x, theta), means over tasks: `(p,)`."""
+    """The gradient in x of r(x, y) - r(x, theta), means over tasks: `(*several, p)`."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return grad((_term(problem, x, y) - _term(problem, x, theta)).mean(), x)
+        return grad(total(_term(problem, x, y) - _term(problem, x, theta)) / (problem.tasks or 1), x)
 
 
 def _demand_no_moving_set(problem: FlatProblem, x: Tensor, y: Tensor) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, final, get_args
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Exact, inner_gradient_in_x, inner_gradients, outer_gradients
+from bilevel._calculus import AbstractProducts, Exact, inner_gradient_in_x, inner_gradients
 from bilevel._estimate import FlatEstimate
 from bilevel._optimizer import OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.direction import residual_report
+from bilevel.algorithms.engine.direction import residual_report, rows_of_outer_gradients
 from bilevel.algorithms.engine.slopes import (
     REQUIRES,
     Weight,
@@ -23,7 +23,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, is_optimizer, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
@@ -126,8 +126,8 @@ class PBGD(AbstractAlgorithm[Penalized]):
         3.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     weight: Weight = 10.0
     inner_steps: int = 1
     form: Form = "value"
@@ -180,8 +180,8 @@ class PBGD(AbstractAlgorithm[Penalized]):
             d_omega = slope(oracle.problem(g=number), x, omega, oracle.block("g", number).scale)
             omega, of_omega = moved(self.inner_step, rho, d_omega, omega, of_omega)
         problem, of_f, of_g = oracle.problem(), oracle.block("f").scale, oracle.block("g").scale
-        tasks = y.shape[:-1].numel()
-        value, fx, fy = outer_gradients(problem, x, y)
+        tasks = problem.tasks or 1
+        value, fx, fy = rows_of_outer_gradients(problem, x, y)
         _, gx, gy = inner_gradients(problem, x, y)
         gx_best = inner_gradient_in_x(problem, x, omega)
         h = of_f * fx
@@ -193,7 +193,7 @@ class PBGD(AbstractAlgorithm[Penalized]):
     def _by_gradient(self, oracle: Oracle, state: Penalized, weight: float) -> tuple[Tensor, Tensor, _Found]:
         x, y = state.x, state.y
         problem, of_f, of_g = oracle.problem(), oracle.block("f").scale, oracle.block("g").scale
-        tasks = y.shape[:-1].numel()
+        tasks = problem.tasks or 1
         at = self.products.linearize(problem, x, y)
         if oracle.is_fixed:
             gy = at.gradient
@@ -202,7 +202,7 @@ class PBGD(AbstractAlgorithm[Penalized]):
         hv, gv = at.products(gy)
         if gv is None and oracle.like.problem.init is not None:
             raise DoesNotApply(START_ONLY)
-        value, fx, fy = outer_gradients(problem, x, y)
+        value, fx, fy = rows_of_outer_gradients(problem, x, y)
         h = of_f * fx if gv is None else of_f * fx + weight * of_g / tasks * gv
         d_y = of_g * hv + of_f * tasks / weight * fy
         return h, value, _Found(d_y, torch.zeros_like(y), weight, None, None)
@@ -214,6 +214,11 @@ class PBGD(AbstractAlgorithm[Penalized]):
         x, outer = moved(self.outer_step, gamma, found.estimate.grad, state.x, state.outer)
         y, of_y = moved(self.inner_step, rho, kept.d_y, state.y, state.of_y)
         return Penalized(oracle.project(x), y, kept.omega, outer, of_y, kept.of_omega)
+
+    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Penalized] | None:
+        if is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
 
     def stationarity(self, oracle: Oracle, state: Penalized, found: Evaluated) -> Tensor:
         kept: _Found = found.kept
