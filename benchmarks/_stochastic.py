@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel import BilevelProblem, FiniteSum, Split, minimize
+from bilevel import BilevelProblem, Box, FiniteSum, Split, minimize
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import AbstractAlgorithm, Oracle
@@ -33,7 +33,7 @@ Algorithm = AbstractAlgorithm[Any]
 class Workload:
     """Two finite sums, where to start, and grad Phi to rounding.
 
-    One pass is as many calls as there are samples of f and of g.
+    One pass is as many calls as there are samples of f and of g. `region` is the set that x is kept in, if any.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Workload:
     y0: Tensor
     gradient: Callable[[Tensor], Tensor]
     batch: int = 64
+    region: Box | None = None
 
     @property
     def samples(self) -> int:
@@ -141,7 +142,7 @@ def losses(y: Tensor, rows: Tensor) -> Tensor:
 
 
 def logistic_sum(name: str, inner: Tensor, outer: Tensor, batch: int = 64) -> Workload:
-    """g = mean logistic loss + sum_j exp(x_j) y_j^2 / 2, f the loss on other samples; from x = -3, y = 0."""
+    """g = mean logistic loss + sum_j exp(x_j) y_j^2 / 2, f the loss on other samples; from x = -3, y = 0, x <= 1."""
     q = inner.shape[1]
     problem = BilevelProblem(
         lambda _, y, data: losses(y, data[0]),
@@ -164,7 +165,8 @@ def logistic_sum(name: str, inner: Tensor, outer: Tensor, batch: int = 64) -> Wo
         return -penalty * y * torch.linalg.solve(H, fy)
 
     x0 = torch.full((q,), -3.0, dtype=torch.float64)
-    return Workload(name, problem, (outer,), (inner,), x0, torch.zeros_like(x0), gradient, batch)
+    # Nothing bounds the curvature exp(x_j) of a feature that is better left out; above 2 / rho its y_j diverges.
+    return Workload(name, problem, (outer,), (inner,), x0, torch.zeros_like(x0), gradient, batch, Box(upper=1.0))
 
 
 def a9a(folder: Path) -> Workload:
@@ -222,7 +224,7 @@ def _seeded(algorithm: Algorithm, seed: int) -> Algorithm:
 def _run(workload: Workload, algorithm: Algorithm, rows: int, seed: int, passes: Sequence[float]) -> list[Traced]:
     x, y = workload.x0, workload.y0
     like = FlatProblem(workload.problem, ravel(x)[1], ravel(y)[1])
-    oracle = Oracle(like, sources(workload.data(seed)), algorithm.draws)
+    oracle = Oracle(like, sources(workload.data(seed)), algorithm.draws, workload.region)
     if rows:
         x, y = x.expand(rows, -1).clone(), y.expand(rows, -1).clone()
     state, seen = algorithm.init(oracle, x, y), []
@@ -319,6 +321,7 @@ def cpu_ms(workload: Workload, algorithm: Algorithm, rounds: int = 3, seconds: f
             workload.y0,
             algorithm=algorithm,
             data=workload.data(),
+            constraint=workload.region,
             max_steps=count,
             evaluate_every=count,
             throw=False,

@@ -122,7 +122,7 @@ RACES = {
         (0, 1, 2),
     ),
     "a9a": Race(
-        "a9a: logistic regression, a penalty for each of 123 features",
+        "a9a: logistic regression, a penalty for each of 123 features, x <= 1",
         a9a,
         _some(
             "SABA SRBA SPABA SRBA-FD SOBA MA-SOBA FdeHBO FSLA AmIGO stocBiO MRBO VRBO F2SA-2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import math
 import numbers
 import os
@@ -83,6 +84,7 @@ def _cyclic_dict() -> Any:
     return found
 
 
+@functools.cache  # it takes as long to make as fifty calls
 def _deep(levels: int = 10_000) -> Any:
     found: Any = torch.ones(2, dtype=torch.float64)
     for _ in range(levels):
@@ -90,6 +92,7 @@ def _deep(levels: int = 10_000) -> Any:
     return found
 
 
+@functools.cache
 def _deep_dict(levels: int = 10_000) -> Any:
     found: Any = torch.ones(2, dtype=torch.float64)
     for _ in range(levels):
