@@ -14,6 +14,7 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Substitute, Tally
+from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.kinks import kink_reports
@@ -37,6 +38,8 @@ def apply_estimator(
         ValueError: if the estimator does not apply to the problem, naming it and the reason; at the first estimate of
             a run, if what pads tasks of different sizes changes their values.
     """
+    if problem.tasks_over is not None and problem.tasks is not None:
+        return _over_ranks(estimator, problem, x, start, chunk_size, problem.tasks_over, problem.tasks)
     why, of_steps = why_not(estimator, problem.problem), bool(why_iteration(estimator))
     if why:
         raise ValueError(why)
@@ -58,6 +61,59 @@ def apply_estimator(
         return replace(found, of_steps=True) if of_steps else found
     except DoesNotApply as error:
         raise ValueError(refusal(estimator, error.reason)) from error
+
+
+def _over_ranks(
+    estimator: AbstractEstimator,
+    problem: FlatProblem,
+    x: Tensor,
+    start: FlatStart,
+    chunk_size: int | None,
+    ranks: Ranks,
+    tasks: int,
+) -> FlatEstimate:
+    """The estimate of all tasks, of which each rank treats its share: one message of p + 5 + 3 size floats.
+
+    Its h, value and status are the same on every rank; y, v and the other reports are of this rank's tasks.
+    """
+    if tasks < ranks.size:
+        raise ValueError(
+            f"tasks over ranks (`group=`) need at least one task for each. Got {tasks} tasks and {ranks.size} ranks."
+            f" Pass more tasks, or a smaller group."
+        )
+    rows = ranks.rows(tasks)
+    share = (rows.stop - rows.start) / tasks
+    v = None if start.v is None else start.v / share
+    some = problem.part(rows)
+    found = apply_estimator(estimator, some, x, FlatStart(start.y, v, start.count), chunk_size)
+    told = [found.standard_error, found.bound, found.bias, found.value_error]
+    order = list(Status)
+    worst = Status.worst(report.status for report in found.reports)
+    slots = x.new_zeros(ranks.size, 3)
+    slots[ranks.rank, 0] = order.index(worst)
+    slots[ranks.rank, 1] = max((report.residual for report in found.reports), key=lambda r: (r != r, r), default=0.0)
+    slots[ranks.rank, 2] = max((report.steps for report in found.reports), default=0)
+    numbers = x.new_tensor([0.0 if number is None else share * number for number in told])
+    grad, value, numbers, slots = ranks.total(share * found.grad, share * found.value, numbers, slots)
+    others = [row for rank, row in enumerate(slots.tolist()) if rank != ranks.rank]
+    elsewhere = tuple(
+        Report("the tasks of another rank", order[int(status)], residual, int(steps))
+        for status, residual, steps in others
+        if not order[int(status)].ok
+    )
+    sums = [None if number is None else float(total) for number, total in zip(told, numbers, strict=True)]
+    standard_error, bound, bias, value_error = sums
+    return replace(
+        found,
+        grad=grad,
+        value=value,
+        reports=found.reports + elsewhere,
+        v=None if found.v is None else share * found.v,
+        standard_error=standard_error,
+        bound=bound,
+        bias=bias,
+        value_error=value_error,
+    )
 
 
 def _chunked(

@@ -52,12 +52,13 @@ def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor,
     problem.tally.outer_gradients += y.shape[:-1].numel()
     with torch.enable_grad():
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-        value = problem.f(x, y)
+        value = problem.by_itself().f(x, y)
         if not value.requires_grad:
-            return value, torch.zeros_like(x), torch.zeros_like(y)
+            return problem.total(value)[0], torch.zeros_like(x), torch.zeros_like(y)
         with explained():
             fx, fy = torch.autograd.grad(value, (x, y), allow_unused=True, materialize_grads=True)
-    return value.detach(), fx, fy
+    value, fx, fy = problem.total(value.detach(), fx, fy)
+    return value, fx, fy
 
 
 def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | None:
@@ -69,7 +70,7 @@ def inner_gradient_in_x(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor | 
     problem.tally.gradients += y.shape[:-1].numel()
     with torch.enable_grad(), explained():
         x = x.detach().requires_grad_()
-        value = total(problem.g(x, y.detach()))
+        value = total(problem.part_of_g(x, y.detach()))
         found = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     if found is None and problem.problem.init is not None:
         raise DoesNotApply(START_ONLY)
@@ -314,7 +315,7 @@ class Exact(AbstractProducts):
         tally, rows = problem.tally, y.shape[:-1].numel()
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            gradient = grad(total(problem.g(x, y)), y, create_graph=True)
+            gradient = grad(total(problem.part_of_g(x, y)), y, create_graph=True)
         operator = hessian_operator(gradient, y, tally)
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -345,7 +346,7 @@ class Exact(AbstractProducts):
         tally.cross_products += rows
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-            gradient = grad(total(problem.g(x, y)), y, create_graph=True, checked=checked)
+            gradient = grad(total(problem.part_of_g(x, y)), y, create_graph=True, checked=checked)
         if not gradient.requires_grad:
             return gradient, torch.zeros_like(v), None
         with explained():
@@ -393,7 +394,7 @@ class FiniteDifferences(AbstractProducts):
             tally.gradients += rows
             with torch.enable_grad(), explained():
                 xs, ys = x.detach().requires_grad_(), y.detach().requires_grad_()
-                value = total(problem.g(xs, ys))
+                value = total(problem.part_of_g(xs, ys))
                 if not value.requires_grad:
                     return torch.zeros_like(y), None
                 gx, gy = torch.autograd.grad(value, (xs, ys), allow_unused=True)

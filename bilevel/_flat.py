@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
 from bilevel.arguments.batch import demand_batch
 from bilevel.arguments.checked import checked
+from bilevel.requirements.properties import DoesNotApply
+
+if TYPE_CHECKING:
+    from bilevel.ranks.across import Across
+    from bilevel.ranks.ranks import Ranks
 
 
 @final
@@ -56,6 +61,8 @@ class FlatProblem:
     ) -> None:
         self.problem, self.x, self.y, self.data, self.is_encoded = problem, x, y, data, is_encoded
         self.given = given
+        self.across: Across | None = None  # where samples are over ranks: `f` and `g` are then those of all of them
+        self.tasks_over: Ranks | None = None  # where tasks are
         self.own_data = frozenset[str]()  # the levels whose data have an axis of directions, a batch for each
         self.tally = Tally() if tally is None else tally
         self.tasks = _task_count(data) if problem.tasks else None
@@ -74,13 +81,38 @@ class FlatProblem:
 
     def f_each(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer objective of each problem in the batch, with the leading shape of y: no mean over tasks."""
-        f, form = self.problem.f, "f(x, y, data)" if self.problem.encode is None else "f(z, y, data)"
-        return self.map(lambda x, y, *data: _scalar("f", called(form, f, x, self.y.unravel(y), *data)), "f", x, y)
+        return self._f(x, y) if self.across is None else self.across.whole("f", self._f, x, y)
 
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of each problem in the batch, with the leading shape of y."""
+        return self._g(x, y) if self.across is None else self.across.whole("g", self._g, x, y)
+
+    def part_of_g(self, x: Tensor, y: Tensor) -> Tensor:
+        """`g` for its derivatives alone: with samples over ranks its value is this rank's part, and no message."""
+        return self._g(x, y) if self.across is None else self.across.part("g", self._g, x, y)
+
+    def by_itself(self) -> FlatProblem:
+        """The problem with this rank's parts of f and g, whose derivatives :meth:`total` sums; itself where it is one.
+
+        For what is linear in f and g, so that much can go into one message.
+        """
+        if self.across is None or self.across.alone:
+            return self
+        found = FlatProblem.__new__(FlatProblem)
+        vars(found).update(vars(self), across=self.across.by_itself(), _outer=None)
+        return found
+
+    def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """What the ranks have found :meth:`by_itself`, in sum, as one message; as it is where there are no ranks."""
+        return parts if self.across is None or self.across.alone else self.across.ranks.total(*parts)
+
+    def _f(self, x: Tensor, y: Tensor) -> Tensor:
+        f, form = self.problem.f, "f(x, y, data)" if self.problem.encode is None else "f(z, y, data)"
+        return self._map(lambda x, y, *data: _scalar("f", called(form, f, x, self.y.unravel(y), *data)), "f", x, y)
+
+    def _g(self, x: Tensor, y: Tensor) -> Tensor:
         g, form = self.problem.g, "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
-        return self.map(lambda x, y, *data: _scalar("g", called(form, g, x, self.y.unravel(y), *data)), "g", x, y)
+        return self._map(lambda x, y, *data: _scalar("g", called(form, g, x, self.y.unravel(y), *data)), "g", x, y)
 
     def start(self, x: Tensor, y0: Tensor) -> Tensor:
         """The start of the inner iteration: init(x) where the problem has it, else `y0`; one row for each task."""
@@ -101,7 +133,20 @@ class FlatProblem:
             level: whose data, "f" or "g".
             x: the outer variable, or several.
             rows: one for each problem, such as y.
+
+        Raises:
+            DoesNotApply: if samples are over ranks, of which such a function would see other ones on each.
         """
+        if self.across is not None:
+            raise DoesNotApply(
+                "with samples over ranks (`group=`) f and g are means over all of them, and this needs another function"
+                " of x and the data (init, constraints, a proximal map, a formula or a setting), which each rank would"
+                " evaluate at its own samples. Use a smooth problem of f and g, with solvers that have a start, or"
+                " tasks over ranks"
+            )
+        return self._map(function, level, x, *rows)
+
+    def _map(self, function: Callable[..., Tensor], level: str, x: Tensor, *rows: Tensor) -> Tensor:
         encode, count = None if self.is_encoded else self.problem.encode, len(rows)
         own, several = self.is_encoded and self.tasks is not None, x.dim() > 1  # own: each task has its part of x
         if self.tasks is None and not several:  # nothing is side by side
@@ -238,21 +283,34 @@ class FlatProblem:
 
     def alone(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere, to be kept: it holds nothing of the x that it was met at."""
-        return FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
+        found = FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
+        found.across = self.across
+        return found
 
-    def on(self, data: Any, tally: Tally, own_data: frozenset[str] = frozenset()) -> FlatProblem:
-        """The same problem with other data, counting elsewhere: what a loop makes at every step, without a check."""
+    def on(
+        self, data: Any, tally: Tally, own_data: frozenset[str] = frozenset(), shares: tuple[float, float] = (1.0, 1.0)
+    ) -> FlatProblem:
+        """The same problem with other data, counting elsewhere: what a loop makes at every step, without a check.
+
+        Args:
+            data: the data.
+            tally: where.
+            own_data: the levels whose data have an axis of directions.
+            shares: of f and of g, what this rank's samples are of all, where they are over ranks.
+        """
         found = FlatProblem.__new__(FlatProblem)
         vars(found).update(vars(self), data=data, tally=tally, own_data=own_data, _outer=None, _data={})
         if self.problem.tasks:
             found.tasks = _task_count(data)
+        if self.across is not None:
+            found.across = self.across.on(*shares)
         return found
 
     def with_tally(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere."""
         given, own_data = self.given, self.own_data
         found = FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded, given=given)
-        found.own_data = own_data
+        found.own_data, found.across, found.tasks_over = own_data, self.across, self.tasks_over
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
@@ -361,6 +362,16 @@ def _rows(y: Tensor) -> int:
     return y.shape[:-1].numel()
 
 
+def _values_and_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """g and grad_y g of all ranks, in one message."""
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        value = problem.by_itself().g(x.detach(), leaf)
+        gradient = grad(total(value), leaf)
+    value, gradient = problem.total(value.detach(), gradient)
+    return value, gradient
+
+
 def smooth_objective(
     problem: FlatProblem,
     x: Tensor,
@@ -378,6 +389,8 @@ def smooth_objective(
     solves = solves and (products is not None or problem.problem.init is None)
     linearize = None if products is None else lambda y: products.linearize(problem, x, y)
     oracle = None if products is None else products.oracle(problem, x)
+    if oracle is None and problem.across is not None:
+        oracle = partial(_values_and_gradients, problem, x)
     return Objective(
         lambda y: problem.g(x, y),
         problem.tally,

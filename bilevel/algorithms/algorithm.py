@@ -12,6 +12,7 @@ from bilevel._estimate import AbstractRequiring, FlatEstimate
 from bilevel._result import Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
+from bilevel.ranks.ranks import Ranks
 
 S = TypeVar("S")
 
@@ -113,6 +114,18 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         and the residuals at the inner and the linear iterate of `found`.
         """
         return None
+
+    def is_apart(self, state: S) -> bool:
+        """Whether a part of a state is this rank's own, in a run over ranks. No, unless said."""
+        return False
+
+    def gathered(self, state: S, ranks: Ranks) -> S:
+        """The state as one rank alone would have it, for a checkpoint; every rank takes part."""
+        return state
+
+    def of_rank(self, state: S, ranks: Ranks) -> S:
+        """From such a state that of this rank."""
+        return state
 
     @abc.abstractmethod
     def point(self, state: S) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
+import torch
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
@@ -17,6 +18,7 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
+from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.properties import Property
 from bilevel.requirements.starts import starts_warm
 
@@ -132,6 +134,23 @@ class Descent(AbstractAlgorithm[DescentState]):
 
     def error_bound(self, about: Beforehand) -> Bound:
         return self.estimator.error_bound(about)
+
+    def is_apart(self, state: DescentState) -> bool:
+        return state.y.dim() > 1  # the tasks of this rank
+
+    def gathered(self, state: DescentState, ranks: Ranks) -> DescentState:
+        if not self.is_apart(state):
+            return state
+        parts = ranks.gathered((state.y.cpu(), None if state.v is None else state.v.cpu()))
+        y = torch.cat([y for y, _ in parts]).to(state.y.device)
+        vs = [v for _, v in parts if v is not None]
+        return replace(state, y=y, v=torch.cat(vs).to(y.device) if vs else None)
+
+    def of_rank(self, state: DescentState, ranks: Ranks) -> DescentState:
+        if not self.is_apart(state):
+            return state
+        rows = ranks.rows(len(state.y))
+        return replace(state, y=state.y[rows], v=None if state.v is None else state.v[rows])
 
     def point(self, state: DescentState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

@@ -14,6 +14,7 @@ from bilevel._tree import tree_leaves, tree_parts
 from bilevel.algorithms.oracle import AbstractData, Block
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
+from bilevel.ranks.ranks import share_of
 
 Order: TypeAlias = Literal["shuffle", "iid", "full"]
 _KNOWN = 4096  # blocks whose views are kept, some kilobytes each at most
@@ -44,6 +45,9 @@ class FiniteSum(AbstractData):
         order: "shuffle", "iid" or "full".
         seed: of the order. f and g of a `Split` are drawn independently of each other, whatever their seeds.
         stream: which of several independent orders of one seed; a `Split` numbers f and g.
+        rank: which of `ranks` this is, that has an equal part of the samples of every block; see `minimize(group=)`,
+            which says so itself.
+        ranks: how many there are.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -65,10 +69,14 @@ class FiniteSum(AbstractData):
     order: Order = "shuffle"
     seed: int = 0
     stream: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, batch_size=AT_LEAST_1, stream=AT_LEAST_0)
+        demand_ranges(self, batch_size=AT_LEAST_1, stream=AT_LEAST_0, rank=AT_LEAST_0, ranks=AT_LEAST_1)
+        if self.rank >= self.ranks:
+            raise ValueError(f"`FiniteSum(rank=...)` must be below `ranks`. Got {self.rank} and {self.ranks}.")
         if self.order not in get_args(Order):
             raise ValueError(f"`FiniteSum(order=...)` must be one of {', '.join(get_args(Order))}. Got {self.order!r}.")
         leaves = tree_leaves(self.tensors, "`FiniteSum(tensors=...)`")
@@ -108,12 +116,11 @@ class FiniteSum(AbstractData):
         """Block k as itself."""
         found = self._known.get(k)
         if found is None:
-            (samples, blocks), (leaves, build) = self._sizes, self._parts
+            samples, blocks = self._sizes
             start = k * self.batch_size
             stop = min(start + self.batch_size, samples)
-            found = Block(
-                build([leaf[start:stop] for leaf in leaves]), k, blocks, stop - start, (stop - start) / samples
-            )
+            data, share = self._own(start, stop)
+            found = Block(data, k, blocks, stop - start, (stop - start) / samples, share=share)
             if len(self._known) < _KNOWN:
                 self._known[k] = found
         return found
@@ -121,7 +128,7 @@ class FiniteSum(AbstractData):
     def block(self, index: int, first: int) -> Block:
         samples, blocks = self._sizes
         if self.order == "full" or blocks == 1:
-            return Block(self.tensors, 0, 1, samples, 1.0)
+            return Block(self.whole(), 0, 1, samples, 1.0, share=self.share)
         epoch, position = divmod(index, blocks)
         visits = _visits(blocks, self.order == "iid", self.seed, self.stream, epoch)
         return self.block_number(visits[position])
@@ -130,7 +137,22 @@ class FiniteSum(AbstractData):
         return self.block(index, first).data
 
     def whole(self) -> Any:
-        return self.tensors
+        return self._everything[0]
+
+    @property
+    def share(self) -> float:
+        return self._everything[1]
+
+    @cached_property
+    def _everything(self) -> tuple[Any, float]:
+        return (self.tensors, 1.0) if self.ranks == 1 else self._own(0, self.samples)
+
+    def _own(self, start: int, stop: int) -> tuple[Any, float]:
+        """This rank's samples of those from `start` to `stop`, and what they weigh; one of weight zero for none."""
+        leaves, build = self._parts
+        own = share_of(stop - start, self.rank, self.ranks)
+        first, count = min(start + own.start, stop - 1), own.stop - own.start
+        return build([leaf[first : first + max(count, 1)] for leaf in leaves]), count / (stop - start)
 
     @property
     def has_whole(self) -> bool:
@@ -139,6 +161,10 @@ class FiniteSum(AbstractData):
     @property
     def is_fixed(self) -> bool:
         return self.order == "full" or self.blocks == 1
+
+    def of_rank(self, rank: int, ranks: int) -> FiniteSum:
+        """The same blocks, of each of which one of several ranks has an equal part."""
+        return replace(self, rank=rank, ranks=ranks)
 
     def independent(self, stream: int) -> FiniteSum:
         """The same samples in another order."""

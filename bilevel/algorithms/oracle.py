@@ -15,7 +15,7 @@ from bilevel._problem import Split
 from bilevel._sets import AbstractSet
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_1, COUNT, POSITIVE, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, COUNT, POSITIVE, demand_ranges
 from bilevel.portable.pickling import AbstractPortable
 
 Role: TypeAlias = Literal["f", "g"]
@@ -32,6 +32,7 @@ class Block:
         count: N, how many blocks there are.
         samples: how many samples it has; 0: that is not known.
         weight: its share w of all samples.
+        share: of the mean over it, what the samples of this rank weigh, where they are over ranks and `data` are those.
         numbers: of runs side by side, each of which has a block of its own, which these are `(runs,)`; the data then
             have one axis of runs more. None: all see the same.
     """
@@ -42,10 +43,11 @@ class Block:
     samples: int = 0
     weight: float = 1.0
     numbers: Tensor | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, number=COUNT, count=AT_LEAST_1, samples=COUNT, weight=POSITIVE)
+        demand_ranges(self, number=COUNT, count=AT_LEAST_1, samples=COUNT, weight=POSITIVE, share=AT_LEAST_0)
 
     @property
     def scale(self) -> float:
@@ -76,6 +78,11 @@ class AbstractData(AbstractPortable, abc.ABC):
     def samples(self) -> int:
         """How many samples there are in all; 0: that is not known."""
         return 0
+
+    @property
+    def share(self) -> float:
+        """Of the mean over all samples, what those of this rank weigh; 1, unless they are over ranks."""
+        return 1.0
 
     def independent(self, stream: int) -> AbstractData:
         """The same samples in an order of their own, where there is one to choose."""
@@ -217,7 +224,8 @@ class Oracle:
             alike = of_f.data is of_g.data and not isinstance(self.data, Split)
             data = of_f.data if alike else Split(f=of_f.data, g=of_g.data)
             own = {role for role, block in (("f", of_f), ("g", of_g)) if block.numbers is not None}
-            self._problems[f, g] = self._with(data, of_f.samples, of_g.samples, frozenset(own))
+            shares = of_f.share, of_g.share
+            self._problems[f, g] = self._with(data, of_f.samples, of_g.samples, frozenset(own), shares)
         return self._problems[f, g]
 
     def first(self) -> FlatProblem:
@@ -232,8 +240,10 @@ class Oracle:
         """
         if isinstance(self.data, Split):
             of_f, of_g = self.data.f, self.data.g
-            return self._with(Split(f=of_f.whole(), g=of_g.whole()), of_f.samples, of_g.samples)
-        return self._with(self.data.whole(), self.data.samples, self.data.samples)
+            shares = of_f.share, of_g.share
+            return self._with(Split(f=of_f.whole(), g=of_g.whole()), of_f.samples, of_g.samples, shares=shares)
+        shares = self.data.share, self.data.share
+        return self._with(self.data.whole(), self.data.samples, self.data.samples, shares=shares)
 
     def project(self, x: Tensor) -> Tensor:
         """The nearest point of the constraint on x; x itself where there is none."""
@@ -257,10 +267,17 @@ class Oracle:
         """Whether all the data are known, of f and of g."""
         return has_whole(self.data)
 
-    def _with(self, data: Any, f_samples: int, g_samples: int, own_data: frozenset[str] = frozenset()) -> FlatProblem:
+    def _with(
+        self,
+        data: Any,
+        f_samples: int,
+        g_samples: int,
+        own_data: frozenset[str] = frozenset(),
+        shares: tuple[float, float] = (1.0, 1.0),
+    ) -> FlatProblem:
         like, tally = self.like, self.like.tally
         if like.problem.tasks:  # which the rows of y count already
             f_samples, g_samples = min(f_samples, 1), min(g_samples, 1)
         if f_samples or g_samples:
             tally = tally.part(f_samples, g_samples)
-        return like.on(data, tally, own_data)
+        return like.on(data, tally, own_data, shares)

@@ -34,7 +34,9 @@ def in_double(problem: FlatProblem, tally: Tally) -> FlatProblem:
     promoted = BilevelProblem(
         _within(own.f), _within(own.g), init=init, encode=encode, iterative=own.iterative, tasks=own.tasks
     )
-    return FlatProblem(promoted, double(problem.x), double(problem.y), data, tally, is_encoded=problem.is_encoded)
+    found = FlatProblem(promoted, double(problem.x), double(problem.y), data, tally, is_encoded=problem.is_encoded)
+    found.across = problem.across
+    return found
 
 
 def _within(function: Callable[..., Any]) -> Callable[..., Any]:

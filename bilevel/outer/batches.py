@@ -7,26 +7,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from bilevel._problem import Split
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Block, Draws
 from bilevel.outer.randomness import drawn_so_far, go_on_from
+from bilevel.ranks.ranks import Ranks
+from bilevel.ranks.shard import Shard
 from bilevel.requirements.properties import DoesNotApply
 
 
-def sources(data: Any) -> AbstractData | Split:
+def sources(data: Any, ranks: Ranks | None = None) -> AbstractData | Split:
     """Numbered batches from what `minimize(data=...)` is given; for a `Split` from each of its sides.
 
     A tensor, a mapping or a tuple is one batch, whatever the number. Any other iterable (a list of batches, a
     DataLoader) yields batches in order and starts again at its end. A callable is called with the number, and one of
-    two arguments with the role, "f" or "g", and the number.
+    two arguments with the role, "f" or "g", and the number. With samples over ranks they are this rank's.
 
     Raises:
         TypeError: if `data` is none of these, is an iterator, which cannot be started again, or an array or a list of
             arrays or numbers, which torch functions do not take.
     """
+    if ranks is not None:
+        if isinstance(data, Split):
+            return Split(_of_rank(data.f, ranks).independent(0), _of_rank(data.g, ranks).independent(1))
+        found = _of_rank(data, ranks)
+        return Split(found.independent(0), found.independent(1)) if isinstance(found, FiniteSum) else found
     if isinstance(data, Split):
         return Split(_source(data.f).independent(0), _source(data.g).independent(1))
     if callable(data) and not isinstance(data, AbstractData | Tensor | Mapping | Iterable) and _takes_roles(data):
@@ -70,6 +78,86 @@ def _source(data: Any) -> AbstractData:
     )
 
 
+def _of_rank(data: Any, ranks: Ranks) -> AbstractData:
+    """What a rank has of data whose samples are over ranks.
+
+    Raises:
+        ValueError: if nothing says how they are.
+    """
+    if isinstance(data, FiniteSum):
+        return data.of_rank(ranks.rank, ranks.size)
+    if isinstance(data, Shard) and not isinstance(data.data, list | Iterator | FiniteSum):
+        return _Own(_source(data.data), data, ranks)
+    inside = f"Shard({type(data.data).__name__})" if isinstance(data, Shard) else type(data).__name__
+    raise ValueError(
+        f"`minimize(group=...)` must know how the samples are shared. Got data={inside}. Pass"
+        f" `FiniteSum(tensors, batch_size)`, the same on every rank, of which each takes its part; or `Shard(batch)` or"
+        f" `Shard(step -> batch)`, what this rank alone has; or a problem with `tasks=True`, whose tasks are shared."
+    )
+
+
+def demand_own(data: Any) -> None:
+    """Refuse a share of the data where there are no ranks to share them with.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if any(isinstance(side, Shard) for side in ((data.f, data.g) if isinstance(data, Split) else (data,))):
+        raise ValueError("`Shard(...)` is what one of several ranks has. Pass `group=`, or the data themselves.")
+
+
+@final
+class _Own(AbstractData):
+    """A rank's own batches, weighed by how many samples all ranks have in theirs: one message of `size` floats each.
+
+    One message in all for a batch that is the same at every step.
+    """
+
+    def __init__(self, of: AbstractData, shard: Shard, ranks: Ranks) -> None:
+        self.of, self.shard, self.ranks = of, shard, ranks
+        self.latest: dict[int, Block] = {}
+
+    def batch(self, index: int, first: int) -> Any:
+        return self.block(index, first).data
+
+    def block(self, index: int, first: int) -> Block:
+        index, first = (0, 0) if self.of.is_fixed else (index, first)
+        for passed in [number for number in self.latest if number < first]:
+            del self.latest[passed]
+        if index not in self.latest:
+            batch = self.of.batch(index, first)
+            counts = torch.zeros(self.ranks.size, dtype=torch.float64)
+            counts[self.ranks.rank] = self.shard.count(batch)
+            counts = self.ranks.total(counts)[0]
+            share = float(counts[self.ranks.rank] / counts.sum())
+            self.latest[index] = Block(batch, 0 if self.of.is_fixed else None, share=share)
+        return self.latest[index]
+
+    def whole(self) -> Any:
+        self.of.whole()  # for its refusal
+        return self.block(0, 0).data
+
+    @property
+    def share(self) -> float:
+        return self.block(0, 0).share
+
+    @property
+    def has_whole(self) -> bool:
+        return self.of.has_whole
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.of.is_fixed
+
+
+def first_shares(data: AbstractData | Split) -> tuple[float, float]:
+    """What the samples of this rank weigh in the first batches of f and of g."""
+    if isinstance(data, Split):
+        return data.f.block(0, 0).share, data.g.block(0, 0).share
+    share = data.block(0, 0).share
+    return share, share
+
+
 def first_batch(data: Any) -> Any:
     """What f and g are called with first: the data of a problem at its start.
 
@@ -90,6 +178,15 @@ def some_blocks(data: AbstractData | Split) -> list[Any]:
         return []
     step = -(-data.g.blocks // _SEEN)
     return [Split(data.f.batch(0, 0), data.g.block_number(k).data) for k in range(0, data.g.blocks, step)]
+
+
+def shares_of_some(data: AbstractData | Split) -> list[tuple[float, float]]:
+    """What the samples of this rank weigh in each of :func:`some_blocks`, in f and in g."""
+    if not isinstance(data, Split) or not isinstance(data.g, FiniteSum) or data.g.is_fixed:
+        return []
+    step = -(-data.g.blocks // _SEEN)
+    here = data.f.block(0, 0).share
+    return [(here, data.g.block_number(k).share) for k in range(0, data.g.blocks, step)]
 
 
 def _refuse_array(batch: Any, name: str, hint: str) -> None:

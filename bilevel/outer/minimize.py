@@ -38,7 +38,15 @@ from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registration import AUTO
 from bilevel.named.registry import default_outer, resolve
 from bilevel.named.setting import Setting
-from bilevel.outer.batches import demand_all_tasks, expect, first_batch, some_blocks, sources
+from bilevel.outer.batches import (
+    demand_all_tasks,
+    demand_own,
+    expect,
+    first_batch,
+    shares_of_some,
+    some_blocks,
+    sources,
+)
 from bilevel.outer.checkpoint import Checkpoint, begun_with, loaders_of, trials_of
 from bilevel.outer.drivers import drive
 from bilevel.outer.fingerprint import Fingerprint
@@ -50,8 +58,10 @@ from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
+from bilevel.outer.together import demand_same_everywhere, over_ranks, without_shards
 from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
+from bilevel.ranks.ranks import Ranks, demand_ranks
 from bilevel.requirements.starts import starts_warm
 
 
@@ -90,6 +100,7 @@ def minimize(
     constants: Constants | Callable[[Tree], Constants] | None = None,
     throw: bool = True,
     skip: int = 0,
+    group: Any = None,
 ) -> Solution:
     """min_x Phi(x) = f(x, y*(x)): by steps along hypergradient estimates h, or by another algorithm.
 
@@ -158,6 +169,12 @@ def minimize(
         skip: with `throw=False` and data that change from step to step: take no step along an estimate that is not
             finite, or whose solver diverged, and go on with the next batch; the run ends where more than so many follow
             each other. 0: none is passed over, and the first that is not finite ends the run.
+        group: a process group of `torch.distributed` whose ranks all call this alike; every one of them returns the
+            same x, bit for bit. With `tasks=True` each treats its share of the tasks, and the estimates' h are averaged
+            (y is that of its own tasks); else f and g are means over samples, of which each has a share: its part of
+            every block of a `FiniteSum`, or a `bilevel.ranks.Shard`. Rank 0 alone calls the callback and writes files,
+            after numbers of steps only; to resume, all must be able to read them. `bilevel.ranks.Ranks(group)` in its
+            place counts messages. None: this process alone.
 
     Returns:
         The solution: where it ended, whether it has `converged`, and the `best` iterate.
@@ -165,8 +182,9 @@ def minimize(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if structures do not match, an estimator or algorithm does not apply, a number is out of range,
-            arguments exclude each other, or another run has the checkpoint.
-        BilevelError: if `throw` and the run did not succeed, or a checkpoint could not be written (a full disk).
+            arguments exclude each other, ranks have other code, settings or data, or another run has the checkpoint.
+        BilevelError: if `throw` and the run did not succeed, a checkpoint could not be written (a full disk), or
+            another rank has not answered within the timeout of the group.
         BaseException: whatever f, g or the callback raise, and Ctrl-C, as they are. Every exception that leaves here
             has an attribute `partial`: the solution so far, None if there was none.
 
@@ -203,9 +221,31 @@ def minimize(
         "accuracy": accuracy,
         "constants": constants,
     }
-    batches = sources(data)
+    ranks = demand_ranks("minimize", group)
+    together = None if ranks is None or ranks.size == 1 else ranks
+    told: dict[str, object] = {
+        "algorithm": algorithm,
+        **of_descent,
+        "max_steps": max_steps,
+        "tol": tol,
+        "evaluate_every": evaluate_every,
+        "constraint": constraint,
+        "sweep": sweep,
+        "sweep_steps": sweep_steps,
+        "skip": skip,
+        "throw": throw,
+        "callback": callback is not None,
+        "checkpoint": checkpoint is not None,
+        "checkpoint_every": checkpoint_every,
+        "resume": resume,
+    }
+    demand_same_everywhere(ranks, told, {"problem": problem, "data": data, "x0": x0, "y0": y0})
+    batches = sources(data, None if problem.tasks else ranks)
+    if ranks is None or problem.tasks:
+        demand_own(data)
     if problem.tasks:
         demand_all_tasks(batches)
+        _demand_estimates(ranks, algorithm)
     on_batches = has_whole(batches) and not is_fixed(batches)
     if algorithm == AUTO and is_fixed(batches):
         algorithm = DESCENT
@@ -218,7 +258,8 @@ def minimize(
             "`minimize(evaluate_every=...)` is for runs on batches of data that are known as a whole: pass"
             " `data=FiniteSum(...)`, or leave it out: every step is recorded."
         )
-    with held(checkpoint, "minimize(checkpoint=...)"):
+    writes = ranks is None or ranks.rank == 0
+    with held(checkpoint if writes else None, "minimize(checkpoint=...)"):
         if resume and checkpoint is not None:
             expect(batches, loaders_of(checkpoint))
         x, x_structure = ravel(x0, "x0")
@@ -231,18 +272,21 @@ def minimize(
         x, y = x.detach().clone(), y.detach().clone()
         check_chunks("minimize", problem, chunk_size)
         flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
+        over_ranks(flat, ranks, batches)
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
 
         def run(compares: bool) -> Run:
             saves = None
             if checkpoint is not None:
-                made_of = settings | {"problem": problem, "data": data, "constants": constants}
+                made_of = settings | {"problem": problem, "data": without_shards(data), "constants": constants}
                 starts = [*tree_leaves(x0), *tree_leaves(y0)]
                 kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
-                saves = Saves(kept, checkpoint_every, checkpoint_seconds, before=partial(before_save, callback))
+                seconds = checkpoint_seconds if together is None else None  # whose clocks differ
+                before = partial(before_save, callback)
+                saves = Saves(kept, checkpoint_every, seconds, before=before, writes=writes)
             looks = Looks(evaluate_every, tol, constants)
-            rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks)
+            rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks, together)
             return Run(rules, structured, compares, note, by_norm)
 
         chosen: AbstractAlgorithm[Any]
@@ -266,7 +310,9 @@ def minimize(
                 return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
             chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
         else:
-            others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
+            shares = shares_of_some(batches)
+            each = zip(some_blocks(batches), shares, strict=True)
+            others = tuple(flat.on(block, Tally(), shares=weights) for block, weights in each)
             reach = corners(constraint, x_structure, x)
             setting = Setting(flat.with_tally(Tally()), x, y, others=others, corners=reach)
             if algorithm == AUTO:
@@ -294,6 +340,14 @@ def minimize(
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         compares, by_norm = on_batches or (oracle.is_fixed and chosen.values_are_phi), not chosen.values_are_phi
         return iterate(run(compares), chosen, oracle, x, y, begun)
+
+
+def _demand_estimates(ranks: Ranks | None, algorithm: Any) -> None:
+    if ranks is not None and not (algorithm is None or algorithm == DESCENT or isinstance(algorithm, Descent)):
+        raise ValueError(
+            "`minimize(group=...)` with `tasks=True` shares the tasks of hypergradient estimates: pass `estimator=` and"
+            " `outer=` in the place of `algorithm=`."
+        )
 
 
 def _demand_arguments(

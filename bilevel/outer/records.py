@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, final
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from bilevel.outer.partial import attach
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.trial import Trial
+from bilevel.ranks.ranks import Ranks, first_says
 
 Callback: TypeAlias = Callable[[Record, Estimate], bool | None]
 # (problem, x, estimate, its number) -> the estimate in the user's structures, with the calls in the problem's tally
@@ -37,6 +39,7 @@ class Rules:
         resume: whether the run begins with what is in the file.
         skip: how many estimates in a row that are lost (see `Status.lost`) are passed over, x staying where it is.
         looks: when a run on batches looks at all the data.
+        ranks: the processes that run together; None: this one runs alone.
     """
 
     max_steps: int
@@ -47,6 +50,7 @@ class Rules:
     resume: bool
     skip: int = 0
     looks: Looks = Looks()
+    ranks: Ranks | None = None
 
 
 # How a run ends short of its tolerance. Where that is the outer method's own, nobody was promised it: no error.
@@ -99,8 +103,12 @@ class Run:
 
     def stops(self, estimate: Estimate) -> bool:
         """Whether the callback, which is told of the latest record, ends the run."""
-        callback = self.rules.callback
-        return callback is not None and bool(callback(self.history[-1], estimate))
+        callback, ranks = self.rules.callback, self.rules.ranks
+        if callback is None:
+            return False
+        if ranks is not None:
+            return first_says(ranks, partial(callback, self.history[-1], estimate))
+        return bool(callback(self.history[-1], estimate))
 
     def failed(self, estimate: Estimate) -> bool:
         """Whether the run ends because of an estimate that did not succeed."""

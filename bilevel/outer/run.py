@@ -143,7 +143,7 @@ def _iterate(
         if solution is not None:
             attach(error, solution)
         else:  # the last whole step is kept; its record, if it has one, is written on resuming
-            run.leave(error, partial(_save, run, algorithm, reached, initial, last=True))
+            run.leave(error, partial(_save, run, algorithm, reached, initial, last=True, together=False))
         raise
 
 
@@ -270,15 +270,29 @@ def _returned(run: Run, at: _At, ended: Status) -> Status:
     return Status.successful if run.met(at.measure, at.found.tol) else ended
 
 
-def _save(run: Run, algorithm: AbstractAlgorithm[Any], reached: _Reached, initial: Any, *, last: bool = False) -> None:
+def _save(
+    run: Run,
+    algorithm: AbstractAlgorithm[Any],
+    reached: _Reached,
+    initial: Any,
+    *,
+    last: bool = False,
+    together: bool = True,
+) -> None:
+    """Write the state; one that is over ranks is put together first, where the ranks are together."""
     if run.rules.saves is None:
         return
+    state, ranks = reached.state, run.rules.ranks
+    if ranks is not None and algorithm.is_apart(state):
+        if not together:  # the file that was written before stands
+            return
+        state = algorithm.gathered(state, ranks)
     run.rules.saves.save(
         reached.step,
-        algorithm.point(reached.state),
+        algorithm.point(state),
         run.history,
         last=last,
-        state=encoded(reached.state, initial),
+        state=encoded(state, initial),
         calls=reached.calls.as_dict(),
         best=None if reached.best is None else reached.best.as_dict(),
         kept=reached.records,
@@ -313,6 +327,8 @@ def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial:
         if content.get("best") is not None:  # files of earlier versions do not tell
             run.best.best = sound_best(content["best"], *start, run.history)
         calls = Stats(**content["calls"])
+    if run.rules.ranks is not None:
+        state = algorithm.of_rank(state, run.rules.ranks)
     saves.go_on_from(content)
     drawn, loaders = content.get("random"), content.get("loaders")
     look, tried = content.get("look", 0), content.get("tried", math.inf)

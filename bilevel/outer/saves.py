@@ -38,6 +38,7 @@ class Saves:
         seconds: how much time lies between two saves at most, a step more or less.
         clock: tells the time.
         before: called before each save.
+        writes: whether this process is the one that does; of several ranks one is.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Saves:
         seconds: float | None = None,
         clock: Seconds = time.monotonic,
         before: Callable[[], None] | None = None,
+        writes: bool = True,
     ) -> None:
-        self._before = before
+        self._before, self._writes = before, writes
         self.checkpoint, self.every, self.seconds, self.clock = checkpoint, every, seconds, clock
         self._latest, self._count = clock(), 0
         self._journal: Journal | None = None  # where the file on the disk has one
@@ -90,6 +92,8 @@ class Saves:
         Raises:
             NotSavedError: if the disk is full or the like.
         """
+        if not self._writes:
+            return
         kept = steps if kept is None else kept
         self._count += 1
         if last or self._count & (self._count - 1) == 0:  # ever more rarely: what changes has changed before

@@ -154,6 +154,13 @@ class AbstractDirection(AbstractPortable, abc.ABC):
     def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
         """All of it, and f on its batch, from the data that are drawn."""
 
+    def part(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor] | None:
+        """This rank's part of it, and of f, where it is a mean over samples that are over ranks: :func:`summed` is it.
+
+        None, as for one that says nothing: it is no such mean.
+        """
+        return None
+
     @abc.abstractmethod
     def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """D_x alone, and f; `known` are f and its gradients on that batch at that point, where they are known."""
@@ -215,7 +222,11 @@ class Coupled(AbstractDirection):
         return torch.zeros_like(y)
 
     def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
-        pieces, value = self.pieces(drawn.problem(0), at, checked=drawn.checked)
+        return summed(drawn.problem(0), *self.part(drawn, at))
+
+    def part(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
+        problem = drawn.problem(0).by_itself()
+        pieces, value = self.pieces(problem, at, checked=drawn.checked)
         return pieces.weighted(drawn.of_f, drawn.of_g(0)).joint(), value
 
     def outer(self, drawn: Drawn, at: Joint, known: Known | None = None) -> tuple[Tensor, Tensor]:
@@ -250,11 +261,21 @@ class Coupled(AbstractDirection):
         """
         x, y, v = at
         assert v is not None
-        gy, hv, gv = self.products.at_once(problem, x, y, v, checked=checked)
+        one = problem.by_itself()
+        gy, hv, gv = self.products.at_once(one, x, y, v, checked=checked)
         if gv is None and problem.problem.init is not None:
             raise DoesNotApply(START_ONLY)
-        value, fx, fy = rows_of_outer_gradients(problem, x, y)
-        return Pieces(gy, hv, torch.zeros_like(x) if gv is None else gv, fy, fx), value
+        value, fx, fy = rows_of_outer_gradients(one, x, y)
+        *pieces, value = problem.total(gy, hv, torch.zeros_like(x) if gv is None else gv, fy, fx, value)
+        return Pieces(*pieces), value
+
+
+def summed(problem: FlatProblem, part: Joint, value: Tensor) -> tuple[Joint, Tensor]:
+    """A direction and f from the ranks' parts of them: one message of 2q + p + 1 floats; as they are without ranks."""
+    if problem.across is None:
+        return part, value
+    found = problem.total(part.x, part.y, *(() if part.v is None else (part.v,)), value)
+    return Joint(found[0], found[1], None if part.v is None else found[2]), found[-1]
 
 
 def demand_exact(direction: AbstractDirection) -> None:
@@ -307,7 +328,7 @@ def rows_of_inner_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> Tenso
     problem.tally.gradients += y.shape[:-1].numel()
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        return grad(total(problem.g(x.detach(), y)), y)
+        return grad(total(problem.part_of_g(x.detach(), y)), y)
 
 
 def rows_of_outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,11 +336,12 @@ def rows_of_outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple
     problem.tally.outer_gradients += y.shape[:-1].numel()
     with torch.enable_grad(), explained():
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-        value = problem.f(x, y)
+        value = problem.by_itself().f(x, y)
         if not value.requires_grad:
-            return value, torch.zeros_like(x), torch.zeros_like(y)
+            return problem.total(value)[0], torch.zeros_like(x), torch.zeros_like(y)
         fx, fy = torch.autograd.grad(total(value), (x, y), allow_unused=True, materialize_grads=True)
-    return value.detach(), fx, fy
+    value, fx, fy = problem.total(value.detach(), fx, fy)
+    return value, fx, fy
 
 
 def residual_report(part: str, direction: Tensor) -> Report:

@@ -12,6 +12,7 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
+from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.properties import Property
 
 
@@ -52,6 +53,15 @@ class AbstractPreset(AbstractAlgorithm[Any]):
 
     def error_bound(self, about: Beforehand) -> Bound:
         return self.loop.error_bound(about)
+
+    def is_apart(self, state: Any) -> bool:
+        return self.loop.is_apart(state)
+
+    def gathered(self, state: Any, ranks: Ranks) -> Any:
+        return self.loop.gathered(state, ranks)
+
+    def of_rank(self, state: Any, ranks: Ranks) -> Any:
+        return self.loop.of_rank(state, ranks)
 
     def point(self, state: Any) -> tuple[Tensor, Tensor]:
         return self.loop.point(state)

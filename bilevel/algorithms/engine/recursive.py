@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.algorithms.engine.direction import AbstractDirection, Joint, generator as generator
+from bilevel.algorithms.engine.direction import AbstractDirection, Drawn, Joint, generator as generator, summed
 from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.fits import demand_types
@@ -48,6 +48,12 @@ def _recursive(
     oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past, forgets: float = 0.0
 ) -> tuple[Joint, Tensor]:
     """D(z) + (1 - e) (d - D(z_old)), the same batches at both points."""
+    if oracle.like.across is not None:
+        drawn = Drawn.batches(oracle, *direction.first)
+        here, there = direction.part(drawn, at), direction.part(drawn, memory.point())
+        if here is not None and there is not None:  # one message for both points
+            change, value = summed(drawn.problem(0), here[0].plus(there[0], forgets - 1.0), here[1])
+            return change.plus(memory.direction(), 1.0 - forgets), value
     new, value = direction.on_batches(oracle, at)
     old, _ = direction.on_batches(oracle, memory.point())
     return new.plus(memory.direction().plus(old, -1.0), 1.0 - forgets), value

@@ -14,6 +14,7 @@ from bilevel.algorithms.engine.direction import AbstractDirection, Joint
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
+from bilevel.ranks.ranks import Ranks
 
 
 class Reduced(NamedTuple):
@@ -41,6 +42,18 @@ class AbstractReduction(AbstractPortable, abc.ABC):
     @abc.abstractmethod
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
         """The memory before the first step."""
+
+    def is_apart(self, memory: Any) -> bool:
+        """Whether a memory is this rank's own, where samples are over ranks. No, unless said."""
+        return False
+
+    def gathered(self, memory: Any, ranks: Ranks) -> Any:
+        """The memory as one rank with all the samples would have it; every rank takes part."""
+        return memory
+
+    def of_rank(self, memory: Any, ranks: Ranks) -> Any:
+        """From such a memory that of this rank."""
+        return memory
 
     @abc.abstractmethod
     def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Any) -> Reduced:

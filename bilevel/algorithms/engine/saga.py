@@ -8,10 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, Pieces
+from bilevel.algorithms.engine.direction import AbstractDirection, Coupled, Joint, Pieces, summed
 from bilevel.algorithms.engine.reduction import AbstractReduction, Reduced
 from bilevel.algorithms.engine.rows import AbstractRows
 from bilevel.algorithms.oracle import Block, Oracle
+from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.properties import DoesNotApply
 
 
@@ -106,11 +107,33 @@ class Saga(AbstractReduction):
 
     def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Tables) -> Reduced:
         assert isinstance(direction, Coupled)
-        pieces, value = direction.pieces(oracle.problem(), at, checked=oracle.step > 0)
+        problem = oracle.problem()
+        pieces, value = direction.pieces(problem.by_itself(), at, checked=oracle.step > 0)
         of_g, of_f = _apart(pieces)
         g, table_g = memory.g.see(of_g, oracle.block("g"))
         f, table_f = memory.f.see(of_f, oracle.block("f"))
-        return Reduced(_together(g, f, pieces).joint(), value, Tables(table_g, table_f))
+        joint, value = summed(problem, _together(g, f, pieces).joint(), value)
+        return Reduced(joint, value, Tables(table_g, table_f))
+
+    def is_apart(self, memory: Any) -> bool:
+        return True
+
+    def gathered(self, memory: Tables, ranks: Ranks) -> Tables:
+        """The terms of all ranks: what each has of a term are its samples' parts, which are summed."""
+        memory.g.write()
+        memory.f.write()
+        rows_g, mean_g, row_g, rows_f, mean_f, row_f = ranks.total(
+            memory.g.rows, memory.g.mean, memory.g.row, memory.f.rows, memory.f.mean, memory.f.row
+        )
+        return Tables(Table(rows_g, mean_g, memory.g.number, row_g), Table(rows_f, mean_f, memory.f.number, row_f))
+
+    def of_rank(self, memory: Tables, ranks: Ranks) -> Tables:
+        """Rank 0 takes over all terms, and the others begin at zero: directions depend on the sums alone."""
+        if ranks.rank == 0:
+            return memory
+        return Tables(
+            *(Table(*(0 * each for each in (t.rows, t.mean)), t.number, 0 * t.row) for t in (memory.g, memory.f))
+        )
 
 
 def _without(block: Block) -> bool:

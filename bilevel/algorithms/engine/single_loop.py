@@ -32,6 +32,7 @@ from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
+from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.properties import Property
 
 
@@ -133,6 +134,15 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def error_bound(self, about: Beforehand) -> Bound:
         demand_direction(self.reduction)
         return self.direction.error_bound(about)
+
+    def is_apart(self, state: LoopState) -> bool:
+        return self.reduction.is_apart(state.memory)
+
+    def gathered(self, state: LoopState, ranks: Ranks) -> LoopState:
+        return replace(state, memory=self.reduction.gathered(state.memory, ranks))
+
+    def of_rank(self, state: LoopState, ranks: Ranks) -> LoopState:
+        return replace(state, memory=self.reduction.of_rank(state.memory, ranks))
 
     def point(self, state: LoopState) -> tuple[Tensor, Tensor]:
         return state.x, state.y

@@ -77,13 +77,14 @@ def slope(problem: FlatProblem, x: Tensor, y: Tensor, of_g: float, of_f: float =
     problem.tally.gradients += rows
     with torch.enable_grad(), explained():
         y = y.detach().requires_grad_()
-        value = total(problem.g(x, y))
+        one = problem.by_itself()
+        value = total(one.g(x, y))
         if of_g != 1:
             value = of_g * value
         if of_f:
             problem.tally.outer_gradients += rows
-            value = value + of_f * total(problem.f_each(x, y))
-        return grad(value, y)
+            value = value + of_f * total(one.f_each(x, y))
+        return problem.total(grad(value, y))[0]
 
 
 def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: float) -> tuple[Tensor, Tensor]:
@@ -95,13 +96,15 @@ def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: f
     problem.tally.gradients += rows
     with torch.enable_grad(), explained():
         x, y = x.detach().requires_grad_(), y.detach()
-        value = of_g / (problem.tasks or 1) * total(problem.g(x, y))
+        one = problem.by_itself()
+        value = of_g / (problem.tasks or 1) * total(one.g(x, y))
         f = value.new_zeros(x.shape[:-1])
         if of_f:
             problem.tally.outer_gradients += rows
-            f = problem.f(x, y)
+            f = one.f(x, y)
             value = value + of_f * total(f)
-        return f.detach(), grad(value, x)
+        f, slopes = problem.total(f.detach(), grad(value, x))
+        return f, slopes
 
 
 def arrival(outer: Tensor, *inner: Tensor) -> Tensor:
