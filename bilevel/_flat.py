@@ -91,6 +91,22 @@ class FlatProblem:
         """`g` for its derivatives alone: with samples over ranks its value is this rank's part, and no message."""
         return self._g(x, y) if self.across is None else self.across.part("g", self._g, x, y)
 
+    def over(self, ranks: Ranks | None, shares: tuple[float, float]) -> None:
+        """Have the tasks, or else the samples, be over ranks; one rank alone has them all.
+
+        Args:
+            ranks: the processes; None: this one alone.
+            shares: of f and of g, what this rank's samples are of all.
+        """
+        if ranks is None or ranks.size == 1:
+            return
+        if self.tasks is not None:
+            self.tasks_over = ranks
+        else:
+            from bilevel.ranks.across import Across
+
+            self.across = Across(ranks, *shares)
+
     def by_itself(self) -> FlatProblem:
         """The problem with this rank's parts of f and g, whose derivatives :meth:`total` sums; itself where it is one.
 

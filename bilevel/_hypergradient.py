@@ -23,6 +23,8 @@ from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
 from bilevel.portable.pickling import copied, hindrance, taken_by_value
+from bilevel.ranks.ranks import demand_ranks
+from bilevel.ranks.shard import own_samples
 
 
 @checked(chunk_size=SIZE)
@@ -36,6 +38,7 @@ def hypergradient(
     start: Start | None = None,
     chunk_size: int | None = None,
     throw: bool = True,
+    group: Any = None,
 ) -> Estimate:
     """h ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
 
@@ -53,6 +56,9 @@ def hypergradient(
         chunk_size: in task mode, how many tasks to treat at a time: bounds the memory; None: all. The estimate is the
             same up to rounding.
         throw: raise if any part did not succeed; otherwise see `Estimate.status`.
+        group: a process group of `torch.distributed`, as in `minimize`: all ranks call this alike and have the same h.
+            With tasks each treats its share of them, and y is that of its own; else `data` are what this rank alone
+            has, as `bilevel.ranks.Shard(batch)`.
 
     Returns:
         The estimate: `grad`, `value`, `y`, `status`, `reports`, `stats`, `start`.
@@ -70,6 +76,8 @@ def hypergradient(
         {'a': tensor(-2.)}
     """
     demand_autograd("hypergradient")
+    ranks = demand_ranks("hypergradient", group)
+    data, shares = own_samples("hypergradient", data, None if problem.tasks else ranks)
     check_signature(problem, data)
     check_chunks("hypergradient", problem, chunk_size)
     x_vector, x_structure = ravel(x, "x")
@@ -78,9 +86,12 @@ def hypergradient(
     y_vector, y_structure = ravel(y0, "y0")
     demand_alike("hypergradient(x, y0)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data, given=x)
+    flat.over(ranks, shares)
     x_vector, y_vector = unshared(x_vector), unshared(y_vector)
     chosen = resolve(estimator, flat, x_vector, y_vector)
-    before = flat_start(flat, start, y_vector)
+    before = flat_start(
+        flat if ranks is None or not problem.tasks else flat.part(ranks.rows(flat.tasks or 1)), start, y_vector
+    )
     made = _apart(apply_estimator(chosen, flat, x_vector, before, chunk_size), x_vector, before)
     found = structured(flat, x_vector, made, before.count)
     del made
@@ -264,6 +275,8 @@ class _SecondLevel:
         return second_level(self.problem.with_tally(Tally()), self.x, self.y, self.v, self.grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not copied(2) and self.problem.across is not None:
+            return LeftBehind, ("it takes the other ranks, which are not there",)
         if not copied(2) and not taken_by_value():
             found = hindrance(self.problem.problem) or hindrance(self.problem.data, "data")
             if found is not None:

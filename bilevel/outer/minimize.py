@@ -43,6 +43,7 @@ from bilevel.outer.batches import (
     demand_own,
     expect,
     first_batch,
+    first_shares,
     shares_of_some,
     some_blocks,
     sources,
@@ -58,7 +59,7 @@ from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
-from bilevel.outer.together import demand_same_everywhere, over_ranks, without_shards
+from bilevel.outer.together import demand_same_everywhere, without_shards
 from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.ranks.ranks import Ranks, demand_ranks
@@ -272,7 +273,8 @@ def minimize(
         x, y = x.detach().clone(), y.detach().clone()
         check_chunks("minimize", problem, chunk_size)
         flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
-        over_ranks(flat, ranks, batches)
+        if together is not None:
+            flat.over(together, (1.0, 1.0) if problem.tasks else first_shares(batches))
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
 

@@ -6,12 +6,8 @@ from typing import Any
 
 import torch
 
-from bilevel._flat import FlatProblem
 from bilevel._problem import Split
-from bilevel.algorithms.oracle import AbstractData
-from bilevel.outer.batches import first_shares
 from bilevel.outer.fingerprint import Fingerprint, differences
-from bilevel.ranks.across import Across
 from bilevel.ranks.ranks import Ranks, demand_alike
 from bilevel.ranks.shard import Shard
 
@@ -39,14 +35,3 @@ def without_shards(data: Any) -> Any:
     if isinstance(data, Split):
         return Split(without_shards(data.f), without_shards(data.g))
     return "a shard" if isinstance(data, Shard) else data
-
-
-def over_ranks(problem: FlatProblem, ranks: Ranks | None, data: AbstractData | Split) -> None:
-    """Have a problem's tasks, or its samples, be over ranks; one rank has them all."""
-    if ranks is None or ranks.size == 1:
-        return
-    if problem.tasks is not None:
-        problem.tasks_over = ranks
-        return
-    f, g = first_shares(data)
-    problem.across = Across(ranks, f, g)

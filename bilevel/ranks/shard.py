@@ -6,7 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
+
+from bilevel._problem import Split
+from bilevel._tree import tree_leaves
 from bilevel.arguments.fits import demand_types
+from bilevel.ranks.ranks import Ranks
 
 
 @final
@@ -41,8 +46,6 @@ class Shard:
         Raises:
             ValueError: if it has none, or no leading axis to tell by.
         """
-        from bilevel._tree import tree_leaves
-
         if self.samples is not None:
             found = self.samples(batch)
         else:
@@ -54,3 +57,32 @@ class Shard:
                 " Pass `samples=` to say otherwise how many a batch has."
             )
         return found
+
+
+def own_samples(call: str, data: Any, ranks: Ranks | None) -> tuple[Any, tuple[float, float]]:
+    """One batch of f and g of this rank, and what its samples weigh in the means over all ranks.
+
+    Args:
+        call: what was given it.
+        data: a batch, or a `Split` of two; with ranks a `Shard` in the place of each.
+        ranks: the processes; None: there is one.
+
+    Raises:
+        ValueError: if it is no `Shard` with ranks, or one without.
+    """
+    sides = (data.f, data.g) if isinstance(data, Split) else (data,)
+    if ranks is None and not any(isinstance(side, Shard) for side in sides):
+        return data, (1.0, 1.0)
+    if ranks is None or not all(isinstance(side, Shard) for side in sides):
+        raise ValueError(
+            f"`{call}(group=..., data=...)` go together: `Shard(batch)` is what one of several ranks has of the samples."
+            f" Got {', '.join(type(side).__name__ for side in sides)}. With a group pass `Shard(...)` (of f and of g in a"
+            f" `Split`), or a problem with `tasks=True`; without one the batch itself."
+        )
+    counts = torch.zeros(ranks.size, len(sides), dtype=torch.float64)
+    counts[ranks.rank] = torch.tensor([float(side.count(side.data)) for side in sides], dtype=torch.float64)
+    counts = ranks.total(counts)[0]
+    weights = (counts[ranks.rank] / counts.sum(0)).tolist()
+    if isinstance(data, Split):
+        return Split(f=data.f.data, g=data.g.data), (weights[0], weights[1])
+    return data.data, (weights[0], weights[0])
