@@ -89,11 +89,10 @@ def hypergradient(
     flat.over(ranks, shares)
     x_vector, y_vector = unshared(x_vector), unshared(y_vector)
     chosen = resolve(estimator, flat, x_vector, y_vector)
-    before = flat_start(
-        flat if ranks is None or not problem.tasks else flat.part(ranks.rows(flat.tasks or 1)), start, y_vector
-    )
+    own = flat if flat.tasks_over is None else flat.part(flat.tasks_over.rows(flat.tasks or 1))
+    before = flat_start(own, start, y_vector)
     made = _apart(apply_estimator(chosen, flat, x_vector, before, chunk_size), x_vector, before)
-    found = structured(flat, x_vector, made, before.count)
+    found = structured(own, x_vector, made, before.count)
     del made
     if throw and not found.status.ok:
         raise BilevelError(

@@ -123,7 +123,7 @@ def _demand_one_trajectory(size: int) -> None:
             raise found
     for name in RUNS:
         alone = _run(name)
-        x, value, values, per_step, y = everyone[0][name]
+        x, value, values, per_step, _ = everyone[0][name]
         assert float((x - alone.x).abs().max()) <= 1e-12, name
         assert values == pytest.approx([r.value for r in alone.history], abs=1e-12), name
         for other in everyone[1:]:
@@ -162,9 +162,8 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
     found["init"] = raised(
         lambda: minimize(BilevelProblem(f, g, init=lambda x, data: x), X0, data=WHOLE, estimator=AID_CG, group=group)
     )
-    found["algorithm"] = raised(
-        lambda: _run("imaml", group, estimator=None, outer=None, warm_start=None, algorithm="soba")
-    )
+    soba: dict[str, Any] = {"estimator": None, "outer": None, "warm_start": None, "algorithm": "soba"}
+    found["algorithm"] = raised(lambda: _run("imaml", group, **soba))
     found["few"] = raised(lambda: _few(group))
 
     nan = Shard(tuple(math.nan * part if rank == 1 else part for part in TRAIN))
@@ -204,6 +203,7 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
         _run(name, group, 2, checkpoint=file, checkpoint_every=2)
         assert file.exists() or rank
         found[f"{name} resumed"] = _run(name, group, 4, checkpoint=file, resume=True).x
+        found[f"{name} undisturbed"] = _run(name, group, 4).x
     found["files"] = sorted(path.name for path in folder.iterdir())
     return found
 
@@ -243,6 +243,8 @@ def test_ranks_refuse_fail_stop_and_resume_together(tmp_path: Path) -> None:
         assert torch.allclose(found["hypergradient"], h, rtol=0, atol=1e-12)
         for name in ("soba", "saba", "imaml"):
             assert torch.allclose(found[f"{name} resumed"], _run(name).x, rtol=0, atol=1e-12), name
+        for name in ("soba", "imaml"):  # tables are summed and shared anew
+            assert torch.equal(found[f"{name} resumed"], found[f"{name} undisturbed"])
     assert first["callback"] == ([0, 1, 2], Status.stopped, 3) and second["callback"] == ([], Status.stopped, 3)
     assert first["failing callback"][0] == "KeyError"
     assert second["failing callback"][0] == "BilevelError" and "its callback" in second["failing callback"][1]
