@@ -76,8 +76,8 @@ def own_samples(call: str, data: Any, ranks: Ranks | None) -> tuple[Any, tuple[f
     if ranks is None or not all(isinstance(side, Shard) for side in sides):
         raise ValueError(
             f"`{call}(group=..., data=...)` go together: `Shard(batch)` is what one of several ranks has of the"
-            f" samples. Got {', '.join(type(side).__name__ for side in sides)}. With a group pass `Shard(...)`, of f and"
-            f" of g in a `Split`, or a problem with `tasks=True`; without one the batch itself."
+            f" samples. Got {', '.join(type(side).__name__ for side in sides)}. With a group pass `Shard(...)`, of f"
+            f" and of g in a `Split`, or a problem with `tasks=True`; without one the batch itself."
         )
     counts = torch.zeros(ranks.size, len(sides), dtype=torch.float64)
     counts[ranks.rank] = torch.tensor([float(side.count(side.data)) for side in sides], dtype=torch.float64)
