@@ -274,7 +274,7 @@ class _SecondLevel:
         return second_level(self.problem.with_tally(Tally()), self.x, self.y, self.v, self.grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if not copied(2) and self.problem.across is not None:
+        if self.problem.across is not None:
             return LeftBehind, ("it takes the other ranks, which are not there",)
         if not copied(2) and not taken_by_value():
             found = hindrance(self.problem.problem) or hindrance(self.problem.data, "data")

@@ -56,19 +56,19 @@ class Participation:
         if self.share == 1:
             return torch.arange(clients)
         count = max(1, round(self.share * clients))
-        return torch.randperm(clients, generator=self._drawn(number))[:count].sort().values
+        return torch.randperm(clients, generator=self._drawn(2 * number))[:count].sort().values
 
     def answered(self, asked: Tensor, number: int) -> tuple[Tensor, int]:
         """Those of them whose answer comes in time, and how many answers are sent in all."""
         if not self.dropout and not self.late:
             return asked, len(asked)
-        luck = torch.rand(len(asked), generator=self._drawn(-1 - number), dtype=torch.float64)
+        luck = torch.rand(len(asked), generator=self._drawn(2 * number + 1), dtype=torch.float64)
         sent = luck >= self.dropout
         return asked[luck >= self.dropout + self.late], int(sent.sum())
 
     def _drawn(self, number: int) -> torch.Generator:
         generator = torch.Generator("cpu")
-        generator.manual_seed(self.seed * 1_000_003 + 2 * number if number >= 0 else self.seed * 1_000_003 - 2 * number)
+        generator.manual_seed(self.seed * 1_000_003 + number)
         return generator
 
 
