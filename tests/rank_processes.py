@@ -6,6 +6,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def on_ranks(size: int, call: Callable[[Any, int], Any], seconds: float = 60.0) 
             (place / str(rank)).write_bytes(pickle.dumps(found))
             return 0
 
-        numbers = [forked(lambda rank=rank: one(rank)) for rank in range(size)]
+        numbers = [forked(partial(one, rank)) for rank in range(size)]
         codes = [ended(number) for number in numbers]
         assert codes == [0] * size, codes
         return [pickle.loads((place / str(rank)).read_bytes()) for rank in range(size)]

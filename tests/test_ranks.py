@@ -33,7 +33,8 @@ TRAIN, VAL = (_normal(N, Q), _normal(N)), (_normal(M, Q), _normal(M))
 
 
 def _misfit(y: Tensor, data: Any) -> Tensor:
-    return (data[0] @ y - data[1]).square().mean() / 2
+    found: Tensor = (data[0] @ y - data[1]).square().mean() / 2
+    return found
 
 
 def f(x: Tensor, y: Tensor, data: Any) -> Tensor:
@@ -189,7 +190,7 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
 
     def stop(record: Any, estimate: Any) -> bool:
         told.append(record.step)
-        return record.step == 2
+        return bool(record.step == 2)
 
     stopped = _run("aid-cg", group, callback=stop)
     found["callback"] = told, stopped.status, len(stopped.history)

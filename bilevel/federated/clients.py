@@ -78,7 +78,7 @@ class Clients(AbstractClients):
         self._x, self._y = ravel(x0, "x0")[1], ravel(y0, "y0")[1]
         both = (data.f, data.g) if isinstance(data, Split) else data
         leaves = [leaf for leaf in tree_leaves(both) if isinstance(leaf, Tensor)]
-        counts = {leaf.shape[0] if leaf.dim() else None for leaf in leaves}
+        counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
         if len(counts) != 1 or not all(counts):
             raise ValueError(
                 f"`Clients(data=...)` must be tensors that share a leading axis of clients. Got leading sizes"

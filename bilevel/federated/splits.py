@@ -47,7 +47,7 @@ def dirichlet_split(labels: Tensor, clients: int, concentration: float, seed: in
     generator = torch.Generator("cpu")
     generator.manual_seed(seed)
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
-    for label in labels.unique():
+    for label in sorted(set(labels.tolist())):
         members = (labels == label).nonzero()[:, 0].cpu()
         members = members[torch.randperm(len(members), generator=generator)]
         drawn = torch._standard_gamma(

@@ -31,7 +31,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> Any:
-        return None, _Summed.apply(ctx.ranks, a)
+        return None, _applied(_Summed, ctx.ranks, a)
 
 
 @final
@@ -45,7 +45,12 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, z: Tensor) -> Any:
-        return None, _Spread.apply(ctx.ranks, z)
+        return None, _applied(_Spread, ctx.ranks, z)
+
+
+def _applied(function: type[torch.autograd.Function], ranks: Ranks, z: Tensor) -> Tensor:
+    apply: Callable[[Ranks, Tensor], Tensor] = function.apply
+    return apply(ranks, z)
 
 
 @final
@@ -79,12 +84,11 @@ class Across:
 
     def spread(self, z: Tensor) -> Tensor:
         """S z."""
-        return _Spread.apply(self.ranks, z) if z.requires_grad else z
+        return _applied(_Spread, self.ranks, z) if z.requires_grad else z
 
     def summed(self, a: Tensor) -> Tensor:
         """S' a."""
-        found: Tensor = _Summed.apply(self.ranks, a)
-        return found
+        return _applied(_Summed, self.ranks, a)
 
     def part(self, level: str, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """w_r g_r(S x, S y): derivatives are of the whole, the value is this rank's part of it."""

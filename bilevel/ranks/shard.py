@@ -11,12 +11,13 @@ import torch
 from bilevel._problem import Split
 from bilevel._tree import tree_leaves
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.pickling import AbstractPortable
 from bilevel.ranks.ranks import Ranks
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Shard:
+class Shard(AbstractPortable):
     """What a rank alone has of the samples, where the data are not on every rank.
 
     With n_r the samples of rank r, f = sum_r (n_r / sum_s n_s) f_r, so that unequal shards give the mean over all.

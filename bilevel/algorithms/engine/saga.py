@@ -131,9 +131,8 @@ class Saga(AbstractReduction):
         """Rank 0 takes over all terms, and the others begin at zero: directions depend on the sums alone."""
         if ranks.rank == 0:
             return memory
-        return Tables(
-            *(Table(*(0 * each for each in (t.rows, t.mean)), t.number, 0 * t.row) for t in (memory.g, memory.f))
-        )
+        g, f = (Table(0 * t.rows, 0 * t.mean, t.number, 0 * t.row) for t in (memory.g, memory.f))
+        return Tables(g, f)
 
 
 def _without(block: Block) -> bool:
