@@ -55,6 +55,7 @@ from bilevel.algorithms import Descent, FiniteSum
 from bilevel.attribution import KFAC, Influence
 from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
+from bilevel.federated import Clients, Server, Traffic
 from bilevel.few_shot import Validating, adapt, calibration_of, evaluate, mlp, train
 from bilevel.inner_problems import Iteration
 from bilevel.outer.partial import attach
@@ -112,7 +113,7 @@ def public_classes() -> dict[str, Any]:
 PUBLIC = public_classes()
 # What lives within one call, between the parts of an estimate, and holds functions made there.
 WITHIN_A_CALL = {"Linearization", "Objective", "Oracle", "Move", "Told", "Evaluated", "LinearOperator", "Setting"}
-WITHIN_A_CALL |= {"Drawn"}
+WITHIN_A_CALL |= {"Drawn", "Ranks"}  # and processes, which do not travel
 
 
 def build_problem(name: str) -> Any:
@@ -264,10 +265,16 @@ def guess(kind: Any) -> Any:
             "Constants": Constants(mu=1.0),
             "Tensor": torch.ones(2),
             "Tree": torch.ones(2),
+            "Traffic": Traffic(1, 8, 8),
             "Any": 1.0,
         }
         values[field.name] = next(value for text, value in kinds.items() if str(field.type).startswith(text))
     return kind(**values)
+
+
+def federated_clients() -> Clients:
+    """Two clients."""
+    return Clients(BilevelProblem(portable_cases.f, portable_cases.f), torch.ones(2), torch.ones(2), torch.ones(2, 3))
 
 
 def instance_of(kind: Any, found: dict[type, Any]) -> Any:
@@ -293,6 +300,8 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Joint": lambda: Joint(torch.ones(2), torch.ones(3), None),
         "Reduced": lambda: Reduced(Joint(torch.ones(2), torch.ones(3), None), torch.ones(()), None),
         "Jacobi": lambda: Jacobi(),
+        "Clients": federated_clients,
+        "Server": lambda: Server(federated_clients(), (2, 2)),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
