@@ -1,8 +1,8 @@
 """Rounds and bytes to |grad Phi| <= 1e-3 of federated methods on a heterogeneous logistic problem, all on one grid.
 
 Twenty clients share 600 samples of four classes by a Dirichlet split (concentration 0.1), one class against the others;
-the inner problem is logistic regression with a ridge penalty exp(x_j) / 20 for each weight, the outer one the loss on
-other samples of the same clients, and |x|^2 / 40. Each method is run with every step of one grid (and every number of
+the inner problem is logistic regression with a ridge penalty exp(x_j) / 200 for each weight, the outer one the loss on
+other samples of the same clients, and |x|^2 / 4000. Each method is run with every step of one grid (and every number of
 rounds that a step of it may have), and its best run counts. |grad Phi| is that of the whole problem, which no client
 knows.
 
@@ -34,8 +34,8 @@ from bilevel.solvers import CG, LBFGS
 
 CLIENTS, SAMPLES, FEATURES, CLASSES = 20, 600, 6, 4
 TARGET = 1e-3
-INNER, OUTER, ROUNDS = (0.3, 1.0, 3.0), (0.3, 1.0, 3.0, 10.0), (2, 5, 10, 20)
-MOST = 600  # rounds of a run at most
+INNER, OUTER, ROUNDS = (1.0, 3.0), (3.0, 10.0, 30.0, 100.0), (2, 5, 10, 20)
+MOST = 300  # rounds of a run at most
 NAMES = ("federated SOBA", "AggITD, derandomized", "FedNest", "FedNest, 3 local steps")
 
 
@@ -46,11 +46,11 @@ def _loss(y: Tensor, data: Any) -> Tensor:
 
 
 def _f(x: Tensor, y: Tensor, data: Any) -> Tensor:
-    return _loss(y, data) + x.square().sum() / 40
+    return _loss(y, data) + x.square().sum() / 4000
 
 
 def _g(x: Tensor, y: Tensor, data: Any) -> Tensor:
-    return _loss(y, data) + (x.exp() * y.square()).sum() / 40
+    return _loss(y, data) + (x.exp() * y.square()).sum() / 400
 
 
 PROBLEM = BilevelProblem(_f, _g)

@@ -81,6 +81,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+EVEN = Split(f=FiniteSum(tuple(part[:8] for part in VAL), B), g=FiniteSum(tuple(part[:8] for part in TRAIN), B))
+SWEEP = {"inner_step": [0.05, 0.1], "seed": [0, 1]}
+
+
 def _run(name: str, group: Any = None, max_steps: int = 4, **more: Any) -> Any:
     of = {"problem": PROBLEM, **RUNS[name]}
     problem, data = of.pop("problem"), of["data"]
@@ -186,6 +190,10 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
     estimate = hypergradient(PROBLEM, X0, X0, data=shard, estimator="aid-cg", group=group)
     found["hypergradient"] = estimate.grad
 
+    swept = {"algorithm": SOBA(0.1, 0.05), "data": EVEN, "sweep": SWEEP, "sweep_steps": 3}
+    found["swept"] = minimize(PROBLEM, X0, X0, group=group, max_steps=5, **swept).x
+    found["swept alone"] = minimize(PROBLEM, X0, X0, max_steps=5, **swept).x
+
     told: list[int] = []
 
     def stop(record: Any, estimate: Any) -> bool:
@@ -240,6 +248,7 @@ def test_ranks_refuse_fail_stop_and_resume_together(tmp_path: Path) -> None:
     whole = minimize(PROBLEM, X0, X0, data=data, estimator=AID_CG, outer=GD, max_steps=4)
     h = hypergradient(PROBLEM, X0, X0, data=data, estimator="aid-cg").grad
     for found in (first, second):
+        assert torch.allclose(found["swept"], found["swept alone"], rtol=0, atol=1e-12)
         assert torch.allclose(found["shards"], whole.x, rtol=0, atol=1e-12)
         assert torch.allclose(found["hypergradient"], h, rtol=0, atol=1e-12)
         for name in ("soba", "saba", "imaml"):
