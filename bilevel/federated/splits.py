@@ -47,15 +47,16 @@ def dirichlet_split(labels: Tensor, clients: int, concentration: float, seed: in
     generator = torch.Generator("cpu")
     generator.manual_seed(seed)
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
-    for label in sorted(set(labels.tolist())):
-        members = (labels == label).nonzero()[:, 0].cpu()
-        members = members[torch.randperm(len(members), generator=generator)]
-        drawn = torch._standard_gamma(
-            torch.full((clients,), concentration, dtype=torch.float64), generator=generator
-        ).clamp_min(torch.finfo(torch.float64).tiny)
-        ends = (drawn.cumsum(0) / drawn.sum() * len(members)).round().long().tolist()
-        for part, start, end in zip(parts, [0, *ends[:-1]], ends, strict=True):
-            part.append(members[start:end])
+    shares = torch.distributions.Dirichlet(torch.full((clients,), concentration, dtype=torch.float64))
+    with torch.random.fork_rng(devices=[]):  # distributions take no generator
+        torch.manual_seed(seed)
+        for label in sorted(set(labels.tolist())):
+            members = (labels == label).nonzero()[:, 0].cpu()
+            members = members[torch.randperm(len(members), generator=generator)]
+            drawn = shares.sample()
+            ends = (drawn.cumsum(0) * len(members)).round().long().tolist()
+            for part, start, end in zip(parts, [0, *ends[:-1]], [*ends[:-1], len(members)], strict=True):
+                part.append(members[start:end])
     found = [torch.cat(part) for part in parts]
     for k in range(clients):
         if not len(found[k]):
