@@ -173,6 +173,7 @@ def test_degrees_of_freedom_by_finite_differences_are_the_number_of_nonzeros() -
         assert abs(freedom - nonzeros) <= 3 * (2 * nonzeros) ** 0.5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of cvxpylayers, about numpy's arrays
 def test_the_derivative_is_that_of_cvxpylayers() -> None:
     """cvxpylayers, dense and by SCS to 1e-10: other modes are wrong without a word."""
     cvxpy, layers = pytest.importorskip("cvxpy"), pytest.importorskip("cvxpylayers.torch")
