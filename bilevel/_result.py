@@ -108,6 +108,10 @@ class Status(enum.Enum):
         "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
         " `constraints` returns at this x."
     )
+    unbounded = (
+        "g is unbounded below on the constraints: it falls along a direction in which none of them ends. Add a bound on"
+        " y or a regularizer to g."
+    )
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
         " the largest curvature, or have it derived from an estimate of L: `step=None` of a solver, an algorithm by its"
@@ -130,13 +134,13 @@ class Status(enum.Enum):
 
     @property
     def lost(self) -> bool:
-        """Whether what was computed is no basis for anything: not finite, diverged, or without a feasible point.
+        """Whether what was computed is no basis for anything: not finite, diverged, unbounded, or without a feasible point.
 
         Example:
             >>> [status.name for status in Status if status.lost]
-            ['infeasible', 'diverged', 'nonfinite']
+            ['infeasible', 'unbounded', 'diverged', 'nonfinite']
         """
-        return self in (Status.infeasible, Status.diverged, Status.nonfinite)
+        return self in (Status.infeasible, Status.unbounded, Status.diverged, Status.nonfinite)
 
     def __repr__(self) -> str:
         return f"Status.{self.name}"
