@@ -134,7 +134,7 @@ class Status(enum.Enum):
 
     @property
     def lost(self) -> bool:
-        """Whether what was computed is no basis for anything: not finite, diverged, unbounded, or without a feasible point.
+        """Whether what was computed is no basis for anything: not finite, diverged, unbounded, or infeasible.
 
         Example:
             >>> [status.name for status in Status if status.lost]

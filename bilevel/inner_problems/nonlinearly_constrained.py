@@ -17,12 +17,11 @@ from bilevel._numerics.misfits import called
 from bilevel._result import Solved
 from bilevel._tree import Tree, ravel
 from bilevel.inner_problems.activity import Activity
-from bilevel.inner_problems.constrained import LinearlyConstrained
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.margins import default_margin
 from bilevel.inner_problems.nonlinear_constraints import FlatConstraints, split, tangent
 from bilevel.inner_problems.optimality import Optimality
-from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded
+from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded, polytope_at
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
 
 _BENT = 1e-6  # relative to their size: more is no rounding
@@ -41,9 +40,9 @@ class NonlinearlyConstrained(AbstractInnerProblem):
 
         [[L_yy, C', E'], [C, 0, 0], [E, 0, 0]] (u, s) = (grad_y f, 0),
 
-    which is symmetric and indefinite: `KKT` factors it, `MINRES`, `GMRES` and `Dense` solve with it. In vectors an entry
-    of c is an equality with a slack, and the system is that of `LinearlyConstrained` with L_yy in the place of d2g/dy2.
-    Only L_yy on the null space of C and E has to be positive definite.
+    which is symmetric and indefinite: `KKT` factors it, `MINRES`, `GMRES` and `Dense` solve with it. In vectors an
+    entry of c is an equality with a slack, and the system is that of `LinearlyConstrained` with L_yy in the place of
+    d2g/dy2. Only L_yy on the null space of C and E has to be positive definite.
 
     Valid where the gradients of what holds are independent (LICQ), multipliers of what holds are positive (strict
     complementarity), and L_yy is positive definite there (second-order sufficiency).
@@ -127,9 +126,7 @@ class NonlinearlyConstrained(AbstractInnerProblem):
 
     def polytope(self, problem: FlatProblem, x: Tensor) -> FlatPolytope | None:
         """The linear constraints on y at x, differentiable; None: there are none."""
-        if self.constraints is None:
-            return None
-        return LinearlyConstrained(self.objective_function, self.constraints).polytope(problem, x)
+        return None if self.constraints is None else polytope_at(problem, x, self.constraints)
 
     def nonlinear(self, problem: FlatProblem, x: Tensor) -> FlatConstraints:
         """The others at x, as functions of y; differentiable in both."""

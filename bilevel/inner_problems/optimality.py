@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from bilevel._calculus import Linearization
 from bilevel._linear import LinearOperator, SaddleBlocks
 from bilevel._numerics.rows import matrix_times
 from bilevel._result import Report
-from bilevel.inner_problems.activity import Activity
 from bilevel.inner_problems.polytope import FlatPolytope, padded
+
+if TYPE_CHECKING:  # a floor of imports less
+    from bilevel.inner_problems.activity import Activity
 
 
 @final
