@@ -16,6 +16,7 @@ from bilevel._linear import SYMMETRIC, OperatorProperties
 from bilevel._result import Solved
 from bilevel.inner_problems.activity import Activity
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.lagrange import in_structures
 from bilevel.inner_problems.margins import default_margin
 from bilevel.inner_problems.optimality import Optimality
 from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded, polytope_at
@@ -115,4 +116,5 @@ class LinearlyConstrained(AbstractInnerProblem):
             )
         activity = Activity.of(polytope, y, padded(at.gradient, y), padded(curved, y), solved.multipliers)
         report = activity.report(default_margin(y) if margin is None else margin)
-        return Optimality(solved.value, at, leaf, moving, activity).linearization((report,))
+        optimality = Optimality(solved.value, at, leaf, moving, activity)
+        return optimality.linearization((report,), in_structures(problem, x, optimality, self.constraints))
