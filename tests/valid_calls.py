@@ -478,6 +478,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Solved": {"residual": lambda: torch.zeros((), **D)},
     "BilevelError": {},
     "Polytope.flat": {"y": lambda: ravel(X)[1]},
+    "Polytope.parts": {"y": lambda: ravel(X)[1]},
+    "Multipliers.from_dict": {"content": lambda: bilevel.Multipliers().to_dict()},
     "Cosine": {"steps": lambda: 10},
     "StepDecay": {"milestones": lambda: 3},
     "TorchOptim": {"factory": lambda: lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
