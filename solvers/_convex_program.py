@@ -260,6 +260,7 @@ class ConvexProgram:
         crossed = (lower > upper).any(-1)
         eye = torch.eye(self.q, dtype=A.dtype, device=A.device)
         flat = torch.where(self.rows(y).isfinite().all(-1, keepdim=True), self.rows(y), self.rows(self.like))
+        proven = torch.zeros_like(crossed)
         damping = torch.ones_like(flat[:, :1])
         for _ in range(_TRIES):
             there = flat.reshape(self.like.shape).to(self.like)

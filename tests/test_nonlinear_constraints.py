@@ -71,7 +71,7 @@ def leaves(tree: Any) -> list[Tensor]:
     return [leaf for part in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(part)]
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(SEEDS, st.integers(2, 4), st.integers(1, 3))
 def test_random_convex_quadratic_constraints_have_the_derivative_of_differences(seed: int, q: int, k: int) -> None:
     """(y - a_i)'P_i (y - a_i) / 2 <= r_i + x_i, the origin strictly inside; also by the whole system."""
