@@ -76,17 +76,17 @@ class NonlinearlyConstrained(AbstractInnerProblem):
     constraints: Callable[..., Polytope] | None = None
 
     def __post_init__(self) -> None:
-        if self.inequalities is None and self.equalities is None:
-            raise ValueError(
-                "`NonlinearlyConstrained(inequalities=..., equalities=...)` needs one of them. Got neither."
-                " Linear constraints alone are `LinearlyConstrained`."
-            )
         parts = (("objective_function", self.objective_function), *self._given.items())
         for name, function in parts:
             if not callable(function):
                 raise TypeError(
                     f"`NonlinearlyConstrained({name}=...)` must be a function. Got {type(function).__name__}."
                 )
+        if self.inequalities is None and self.equalities is None:
+            raise ValueError(
+                "`NonlinearlyConstrained(inequalities=..., equalities=...)` needs one of them. Got neither."
+                " Linear constraints alone are `LinearlyConstrained`."
+            )
 
     @property
     def _given(self) -> dict[str, Callable[..., Any]]:
