@@ -26,6 +26,7 @@ from bilevel.requirements.properties import Feature
 if TYPE_CHECKING:
     from bilevel._optimizer import Setting
     from bilevel.certificates.certificate import Constants
+    from bilevel.inner_problems.nonlinear_constraints import FlatConstraints
     from bilevel.inner_problems.polytope import FlatPolytope
     from bilevel.inner_problems.separable import SeparableObjective
 
@@ -69,6 +70,7 @@ class Objective:
         active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
             the support and its signs, say. Solvers go on until they stay.
         separable: what coordinate descent reads, where the problem is so.
+        nonlinear: constraints on y that are no polytope, for solvers that heed them; linear ones stand beside them.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -91,6 +93,7 @@ class Objective:
         settings: Callable[[Setting], Tensor] | None = None,
         active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         separable: SeparableObjective | None = None,
+        nonlinear: FlatConstraints | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
@@ -98,12 +101,12 @@ class Objective:
         self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings = linearize, oracle, settings
-        self.separable = separable
+        self.separable, self.nonlinear = separable, nonlinear
 
     @property
     def is_plain(self) -> bool:
         """Whether y is to minimize g alone: there are no constraints, no proximal map and no steps of its own."""
-        return self.constraints is None and self.prox is None and self.own is None
+        return self.constraints is None and self.nonlinear is None and self.prox is None and self.own is None
 
     def scaled(self, factor: float) -> Objective:
         """Factor times this objective, for solvers whose squares would be lost at its own scale; it cannot be unrolled.
@@ -372,6 +375,7 @@ def smooth_objective(
     solves: bool = True,
     active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     separable: SeparableObjective | None = None,
+    nonlinear: FlatConstraints | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -391,6 +395,7 @@ def smooth_objective(
         settings_at(problem, x),
         active,
         separable,
+        nonlinear,
     )
 
 

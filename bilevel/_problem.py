@@ -24,7 +24,15 @@ from bilevel.portable.pickling import AbstractPortable
 
 Tasks: TypeAlias = bool | Literal["loop"]
 
-_OPTIONAL = ("init", "encode", "constraints", "prox")  # functions that a problem may do without
+# Functions that a problem may do without, and what they are called with.
+_OPTIONAL = {
+    "init": ("x",),
+    "encode": ("x",),
+    "constraints": ("x",),
+    "prox": ("x",),
+    "inequalities": ("x", "y"),
+    "equalities": ("x", "y"),
+}
 
 
 class BilevelProblem(AbstractPortable):
@@ -50,6 +58,9 @@ class BilevelProblem(AbstractPortable):
             chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
         constraints: linear constraints on y, if there are any: `constraints(x) -> Polytope`, or `constraints(x, data)`.
             `KKT` differentiates the constrained minimizer; estimators that assume grad_y g = 0 refuse.
+        inequalities: c, convex in y entry by entry, of c(x, y) <= 0: `inequalities(x, y) -> tensors`, a number, vector
+            or structure, or `inequalities(x, y, data)`. Beside it there may be equalities and linear `constraints`.
+        equalities: e, affine in y, of e(x, y) = 0, likewise.
         prox: a non-smooth term h of the inner objective, y*(x) = argmin_y g(x, y) + h_x(y): `prox(x) -> term`, such as
             `lambda x: bilevel.prox.L1(x.exp())`, or `prox(x, data)`.
         iterative: y is what so many steps make of their start, not a minimizer of g, although g depends on x (MAML with
@@ -59,14 +70,14 @@ class BilevelProblem(AbstractPortable):
             `torch.vmap`; "loop" one after the other, to the same numbers: for functions that `torch.vmap` cannot take
             (recurrent layers, `if`s and asserts on values, `.item()`, boolean masks), at the cost of a call a task.
         inner: a kind of inner problem of `bilevel.inner_problems`, or one of your own, in the place of g, constraints,
-            prox and iterative.
+            inequalities, equalities, prox and iterative.
         allow_unused: Phi may be a constant of x. Otherwise a hypergradient that is zero because x occurs nowhere, in no
             graph of f, g and the rest, is refused as the mistake that it mostly is. A zero of numbers never is.
 
     Raises:
-        TypeError: if f, g, init, encode, constraints or prox cannot be called.
-        ValueError: if more than one of constraints, prox, iterative and inner is given, or g beside inner; if tasks is
-            something else than True, False and "loop".
+        TypeError: if f, g, init, encode, constraints, inequalities, equalities or prox cannot be called.
+        ValueError: if more than one of constraints (of all sorts), prox, iterative and inner is given, or g beside
+            inner; if tasks is something else than True, False and "loop".
 
     Example:
         >>> import torch
@@ -81,6 +92,8 @@ class BilevelProblem(AbstractPortable):
     encode: Callable[..., Tree] | None = None
     constraints: Callable[..., Polytope] | None = None
     prox: Callable[..., AbstractProxTerm] | None = None
+    inequalities: Callable[..., Tree] | None = None
+    equalities: Callable[..., Tree] | None = None
     iterative: bool = False
     tasks: Tasks = False
     inner: AbstractDeclaredKind | None = None
@@ -96,13 +109,18 @@ class BilevelProblem(AbstractPortable):
         init: Callable[..., Tree] | None = None,
         encode: Callable[..., Tree] | None = None,
         constraints: Callable[..., Polytope] | None = None,
+        inequalities: Callable[..., Tree] | None = None,
+        equalities: Callable[..., Tree] | None = None,
         prox: Callable[..., AbstractProxTerm] | None = None,
         iterative: bool = False,
         tasks: Tasks = False,
         inner: AbstractDeclaredKind | None = None,
         allow_unused: bool = False,
     ) -> None:
-        optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
+        optional = (
+            *(("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox)),
+            *(("inequalities", inequalities), ("equalities", equalities)),
+        )
         for name, function in (("f", f), ("g", g), *optional):
             without = (
                 name in _OPTIONAL
@@ -131,6 +149,10 @@ class BilevelProblem(AbstractPortable):
             self.constraints = constraints
         if prox is not None:
             self.prox = prox
+        if inequalities is not None:
+            self.inequalities = inequalities
+        if equalities is not None:
+            self.equalities = equalities
         if iterative:
             self.iterative = iterative
         if tasks is not False:
@@ -209,7 +231,8 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
             raise TypeError(
                 f"`{type(problem).__name__}` must define the method {name}(self, x, y), or be given `{name}=`."
             )
-        names: tuple[str, ...] = ("x" if name == "encode" else first,) if name in _OPTIONAL else (first, "y")
+        names = _OPTIONAL.get(name, ("x", "y"))
+        names = names if name == "encode" else (first, *names[1:])
         _demand_arguments(name, function, names, data)
     if problem.inner is not None:
         for name, (function, names) in problem.inner.functions.items():
@@ -239,7 +262,9 @@ def _demand_one_kind(problem: BilevelProblem) -> None:
     Raises:
         ValueError: naming them.
     """
-    given = [name for name in ("constraints", "prox", "inner") if getattr(problem, name) is not None]
+    given = [name for name in ("prox", "inner") if getattr(problem, name) is not None]
+    sorts = ("constraints", "inequalities", "equalities")  # which are one kind together
+    given = [name for name in sorts if getattr(problem, name) is not None][:1] + given
     given += ["iterative"] if problem.iterative else []
     beside = problem.inner is not None and (problem._g is not None or _overridden(problem, "g"))
     if len(given) > 1 or beside:

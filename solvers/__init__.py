@@ -14,6 +14,7 @@ from bilevel.solvers.fista import FISTA as FISTA
 from bilevel.solvers.gmres import GMRES as GMRES
 from bilevel.solvers.gradient_descent import GradientDescent as GradientDescent
 from bilevel.solvers.heavy_ball import HeavyBall as HeavyBall
+from bilevel.solvers.interior_point import InteriorPoint as InteriorPoint
 from bilevel.solvers.iterate import Iterate as Iterate
 from bilevel.solvers.jacobi import Jacobi as Jacobi
 from bilevel.solvers.lbfgs import LBFGS as LBFGS

@@ -47,7 +47,7 @@ class Subject:
     @property
     def constrained(self) -> bool:
         """Whether y is constrained."""
-        return Feature.constraints in self.kind.features
+        return bool({Feature.constraints, Feature.nonlinear_constraints} & self.kind.features)
 
     @property
     def kind(self) -> AbstractInnerProblem:

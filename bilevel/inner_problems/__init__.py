@@ -14,6 +14,7 @@ from bilevel.inner_problems.linear_model import (
     LogLoss as LogLoss,
     Squared as Squared,
 )
+from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained as NonlinearlyConstrained
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.inner_problems.proximal_fixed_point import ProximalFixedPoint as ProximalFixedPoint
 from bilevel.inner_problems.smooth import SmoothMinimization as SmoothMinimization

@@ -13,12 +13,13 @@ from bilevel.inner_problems.composite import Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained
 from bilevel.inner_problems.iteration import Iteration
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained
 from bilevel.inner_problems.smooth import SmoothMinimization
 
 
 @checked()
 def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
-    """The kind of inner problem that was given as `inner=`, or that follows from g, constraints, prox and iterative.
+    """The kind of inner problem that was given as `inner=`, or that follows from the other arguments.
 
     Example:
         >>> type(inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))).__name__
@@ -28,6 +29,8 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
         return problem.inner
     if problem.iterative:
         return Iteration(objective_function=problem.g)
+    if problem.inequalities is not None or problem.equalities is not None:
+        return NonlinearlyConstrained(problem.g, problem.inequalities, problem.equalities, problem.constraints)
     if problem.constraints is not None:
         return LinearlyConstrained(problem.g, problem.constraints)
     if problem.prox is not None:

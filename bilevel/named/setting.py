@@ -143,11 +143,14 @@ class Setting:
         """
         from bilevel.named.solved_on import SolvedOn
         from bilevel.solvers.coordinate_descent import CoordinateDescent
+        from bilevel.solvers.interior_point import InteriorPoint
         from bilevel.solvers.lbfgs import LBFGS
         from bilevel.solvers.newton import Newton
         from bilevel.solvers.quadratic_program import QuadraticProgram
 
         steps = self.steps(per_step)
+        if Feature.nonlinear_constraints in self.features:
+            return InteriorPoint()
         if Feature.constraints in self.features:
             return QuadraticProgram()
         if steps is None and self._is_separable:

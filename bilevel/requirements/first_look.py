@@ -211,6 +211,8 @@ class _Look:
             parts.append(_Part("prox", self._prox))
         if objective.constraints is not None:
             parts.append(_Part("constraints", self._constraints))
+        if objective.nonlinear is not None:
+            parts.append(_Part("constraints on y", self._nonlinear))
         if self.problem.problem.init is not None:
             parts.append(_Part("init", lambda x, y: self.problem.start(x, y)))
         return parts
@@ -235,6 +237,11 @@ class _Look:
         polytope = inner_objective(self.problem, x).constraints
         assert polytope is not None
         return torch.cat([part.reshape(-1) for part in polytope.tensors()])
+
+    def _nonlinear(self, x: Tensor, y: Tensor) -> Tensor:
+        nonlinear = inner_objective(self.problem, x).nonlinear
+        assert nonlinear is not None
+        return torch.cat([nonlinear.inequalities(y).reshape(-1), nonlinear.equalities(y).reshape(-1)])
 
     def _sees_x(self, part: _Part) -> bool:
         x = self.x.clone().requires_grad_()

@@ -37,6 +37,7 @@ class Feature(enum.Enum):
     """What an inner problem has beyond a smooth objective, and an inner solver must heed; its value is in words."""
 
     constraints = "the constraints on y"
+    nonlinear_constraints = "the nonlinear constraints on y"
     prox = "the non-smooth term of the inner problem"
     own_steps = "the steps that the inner problem consists of"
 

@@ -93,7 +93,8 @@ def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInne
 
 _PRONOUN = {Feature.prox: "it"}
 _HEEDING = {
-    Feature.constraints: "`QuadraticProgram`",
+    Feature.constraints: "`QuadraticProgram`, or `InteriorPoint` where g is not quadratic",
+    Feature.nonlinear_constraints: "`InteriorPoint`",
     Feature.prox: "`ProximalGradient`",
     Feature.own_steps: "`OwnSteps`",
 }
