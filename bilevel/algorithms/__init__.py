@@ -37,4 +37,5 @@ from bilevel.algorithms.schedule import Horizon as Horizon, Power as Power
 from bilevel.algorithms.soba import SOBA as SOBA
 from bilevel.algorithms.srba import SPABA as SPABA, SRBA as SRBA
 from bilevel.algorithms.stocbio import StocBiO as StocBiO
+from bilevel.algorithms.value_function import ValueFunction as ValueFunction
 from bilevel.algorithms.vrbo import VRBO as VRBO

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from bilevel.algorithms.auto import ALIKE, chosen as choose
 from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian, demand_steady
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
+from bilevel.algorithms.value_function import ValueFunction
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
@@ -220,6 +222,9 @@ def minimize(
     on_batches = has_whole(batches) and not is_fixed(batches)
     if algorithm == AUTO and is_fixed(batches):
         algorithm = DESCENT
+    if isinstance(algorithm, ValueFunction):
+        for name in ("outer_inequalities", "outer_equalities"):
+            del of_descent[name]
     if algorithm is not None and algorithm != DESCENT:
         if on_batches:  # they are for the certificate that ends the run
             del of_descent["constants"]
@@ -299,6 +304,8 @@ def minimize(
                     share, slack = max(1, max_steps // (4 * rows)), ALIKE
             else:
                 chosen = resolve_algorithm(algorithm, setting)
+            if isinstance(chosen, ValueFunction) and on_x:
+                chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
             settings = {"algorithm": chosen, **settings}
         oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
         begun: Winner | None = None
