@@ -15,6 +15,7 @@ from bilevel._result import Report, Status
 from bilevel._sets import Box
 from bilevel._tree import Tree
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.engine.active_sets import LinearConditions
 from bilevel.algorithms.engine.global_inner import InnerMinimum, by_linear_program, by_multistart, is_linear
 from bilevel.algorithms.engine.optimistic import Optimistic
 from bilevel.algorithms.engine.programs import Program, in_numpy
@@ -76,7 +77,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     on the gradient, which no minimizer needs to satisfy where the constraints have no regular multipliers.
 
     The run ends, `successful`, where max(inner gap, violation of any constraint) <= `minimize(tol=...)`, 1e-6 if that
-    is None, at a local solution, and an independent global solve, with other and four times as many points, finds no
+    is None, at a local solution, and an independent global solve, with other points, four times as many, finds no
     lower value of g. What is then known is that y is a minimizer as far as these solves tell (a proof only where they
     are linear programs), and that f is locally least: the best that was found, and not the global optimum. Run it from
     several x0. Where steps end first, the status says so. `Estimate.grad` is grad_x f - mu (grad_x g - grad V) for the
@@ -100,6 +101,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         samples: how many points the global solve draws.
         searches: how many of them it searches from.
         radius: half the side of the cube that they are drawn in, about y and about 0, in units of max(1, |y|).
+        nodes: how many nodes of the branch and bound over active sets are looked at at most.
         seed: of the draws.
 
     Raises:
@@ -123,13 +125,14 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     equalities: Function | None = None
     inner: Literal["auto", "lp", "multistart"] = "auto"
     samples: int = 400
-    searches: int = 6
+    searches: int = 4
     radius: float = 10.0
+    nodes: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, samples=AT_LEAST_1, searches=AT_LEAST_1, radius=POSITIVE, seed=COUNT)
+        demand_ranges(self, samples=AT_LEAST_1, searches=AT_LEAST_1, radius=POSITIVE, nodes=AT_LEAST_1, seed=COUNT)
 
     @property
     def requires(self) -> frozenset[Property]:
@@ -184,15 +187,25 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         cuts = state.cuts
         if state.solved and math.isfinite(least.value):
             cuts = torch.cat([cuts, least.y.unsqueeze(0)])
+        p, q = state.x.numel(), state.y.numel()
+        if state.round == 0 and self.inner != "multistart":
+            conditions = LinearConditions.of(problem, state.x, state.y)
+            if conditions is not None:
+                start = np.concatenate([as_numpy(state.x), as_numpy(state.y)])
+                low, high = _bounds(oracle, state.x)
+                limits = as_numpy(low), as_numpy(high)
+                z, _ = conditions.solve(problem, start, state.x, limits, self.nodes)
+                if z is not None:
+                    at = torch.from_numpy(z.copy()).to(state.x)
+                    return ValueFunctionState(oracle.project(at[:p]), at[p:], cuts, solved=True, round=1)
         best: tuple[float, float, Array] | None = None
         regular = state.round % 2 == 0
-        for y in (least.y, state.y) if state.round < 2 or not torch.equal(least.y, state.y) else (state.y,):
+        for y in (least.y, state.y) if state.round < 2 else (state.y,):
             for z, value, left in self._candidates(oracle, problem, state.x, y, cuts, regular):
                 good = left <= _FEASIBLE / 10
                 rank = (0.0, value) if good else (left, value)
                 if best is None or rank < best[:2]:
                     best = (*rank, z)
-        p, q = state.x.numel(), state.y.numel()
         if best is None or not np.isfinite(best[2]).all():
             return replace(state, cuts=cuts, round=state.round + 1)
         z = torch.from_numpy(best[2].copy()).to(state.x)
@@ -219,7 +232,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             x,
             near,
             samples=times * self.samples,
-            searches=times * self.searches,
+            searches=min(times, 2) * self.searches,
             radius=self.radius,
             seed=self.seed + seed,
         )

@@ -26,12 +26,12 @@ from bilevel._sets import Constraint, bounds, corners, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
-from bilevel.algorithms.auto import ALIKE, chosen as choose
 from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian, demand_steady
+from bilevel.algorithms.auto import ALIKE, chosen as choose
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
-from bilevel.algorithms.value_function import ValueFunction
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
+from bilevel.algorithms.value_function import ValueFunction
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
 from bilevel.certificates.accuracy import adaptive

@@ -105,18 +105,17 @@ def by_multistart(
     order = [*range(len(near)), *(int(i) for i in merit.argsort()[: 8 * searches])]
     program = _program(problem, x, near[0])
     best, where, tried = np.inf, near[0], list[Tensor]()
+    apart = 0.02 * float(points.std())
     for i in order:
         if len(tried) >= searches + len(near):
             break
         point = points[i]
-        apart = 0.02 * float(points.std()) * 1.0
         if i >= len(near) and any(float((point - other).abs().max()) < apart for other in tried):
             continue
         tried.append(point)
-        for start in (as_numpy(point),):
-            z, value, left = program.solve(start, max_steps=60)
-            if left <= _FEASIBLE and value < best:
-                best, where = value, torch.from_numpy(z.copy()).to(near)
+        z, value, left = program.solve(as_numpy(point), max_steps=60)
+        if left <= _FEASIBLE and value < best:
+            best, where = value, torch.from_numpy(z.copy()).to(near)
     return InnerMinimum(float(best), where, exact=False)
 
 
