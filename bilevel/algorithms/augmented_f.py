@@ -1,4 +1,4 @@
-"""The outer objective of an augmented Lagrangian: f with the constraints in it, as the f of a problem like any other."""
+"""The outer objective of an augmented Lagrangian: f and the constraints, as the f of a problem like any other."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class Solution(AbstractResult):
 
     @property
     def outer_constraints(self) -> OuterConstraints | None:
-        """Violation and multipliers of the constraints on x and y*(x), where there are any: those of the last record."""
+        """Violation and multipliers of the constraints on x and y*(x), if there are any: of the last record."""
         return self.history[-1].outer if self.history else None
 
     @property

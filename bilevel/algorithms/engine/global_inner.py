@@ -99,10 +99,11 @@ def by_multistart(
         violation = c.clamp_min(0).sum(-1) + e.abs().sum(-1)
     g = torch.where(g.isfinite(), g, torch.inf)
     violation = torch.where(violation.isfinite(), violation, torch.inf)
-    spread = g[g.isfinite() & (violation <= 0)]
-    weight = 10 * float(spread.abs().max()) if len(spread) else 1e3
-    merit = g + (weight + 1) * violation
-    order = [*range(len(near)), *(int(i) for i in merit.argsort()[: 8 * searches])]
+    feasible = violation <= _FEASIBLE  # these first, by value; then the others, by their distance
+    rank = torch.where(feasible, g, torch.inf).argsort()[: 8 * searches]
+    further = torch.where(feasible, torch.inf, violation).argsort()[: 8 * searches]
+    rank = torch.cat([rank[: int(feasible.sum())], further])
+    order = [*range(len(near)), *(int(i) for i in rank)]
     program = _program(problem, x, near[0])
     best, where, tried = np.inf, near[0], list[Tensor]()
     apart = 0.02 * float(points.std())

@@ -18,7 +18,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 def values_and_rows(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of a function `(n,) -> (m,)` at a point, and its Jacobian `(m, n)`; one backward pass for all entries."""
+    """The entries of a function `(n,) -> (m,)` at a point, and its Jacobian `(m, n)`; one backward pass."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         found = function(leaf)
