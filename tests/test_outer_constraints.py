@@ -57,12 +57,12 @@ def test_ridge_with_a_budget_on_its_penalties_is_the_projection_of_the_closed_fo
         zero(3),
         outer_inequalities=lambda x, y: x.sum() - 2,
         constraint=Box(0.0),
-        tol=1e-9,
+        tol=1e-7,
         max_steps=300,
     )
     slope = (b / (1 + found.x) - t) * b / (1 + found.x) ** 2  # -dPhi / dx
-    assert abs(float(found.x.sum()) - 2) < 1e-8
-    assert bool(((slope - told(found).inequalities[0]).abs() < 1e-7).all()) and bool((found.x > 0).all())
+    assert abs(float(found.x.sum()) - 2) < 1e-6
+    assert bool(((slope - told(found).inequalities[0]).abs() < 1e-6).all()) and bool((found.x > 0).all())
 
 
 @pytest.mark.parametrize("outer", ["quasi-newton", "gradient descent", "scipy"])
@@ -164,7 +164,7 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(outer: str, tmp_path: Any) -
         "outer_inequalities": lambda x, y: y.sum() - 1,
         "outer_equalities": lambda x, y: y[0] - 2 * x[1],
         "constraint": Box(0.0, 1.0),
-        "tol": 1e-8,
+        "tol": 1e-6,
         "outer": method,
     }
     whole = minimize(SHIFT, zero(3), zero(3), max_steps=200, **kept)
@@ -175,7 +175,7 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(outer: str, tmp_path: Any) -
     if outer == "quasi-newton":  # a driver that is told of other limits goes other ways
         assert [_timeless(record) for record in whole.history] == [_timeless(record) for record in resumed.history]
         assert torch.equal(whole.x, resumed.x)
-    assert resumed.converged and told(resumed).violation <= 1e-8
+    assert resumed.converged and told(resumed).violation <= 1e-6
     other = kept | {"outer_inequalities": lambda x, y: y.sum() - 2}
     with pytest.raises(ValueError, match="outer_inequalities has other code"):
         minimize(SHIFT, zero(3), zero(3), max_steps=200, checkpoint=path, resume=True, **other)
@@ -224,7 +224,7 @@ def test_batches_adaptive_accuracy_and_other_algorithms_are_refused() -> None:
     assert abs(float(whole.x) - 0.5) < 1e-4  # the neighbor: all samples as one batch
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 10**6))
 def test_quadratic_programs_over_x_are_solved_as_by_enumeration(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -236,11 +236,11 @@ def test_quadratic_programs_over_x_are_solved_as_by_enumeration(seed: int) -> No
         lambda x, y: (y - B @ x).square().sum() / 2,
     )
     found = minimize(
-        problem, zero(3), zero(3), outer_inequalities=lambda x, y: G @ y - h, tol=1e-7, max_steps=600, throw=False
+        problem, zero(3), zero(3), outer_inequalities=lambda x, y: G @ y - h, tol=1e-6, max_steps=600, throw=False
     )
     P, r = B.T @ B + 0.1 * torch.eye(3, dtype=F64), B.T @ (3 * t)
     expected = min(_by_enumeration(P, r, G @ B, h), key=lambda pair: pair[0])[1]
-    assert found.converged and bool(((found.x - expected).abs() < 1e-5).all())
+    assert found.converged and bool(((found.x - expected).abs() < 1e-4).all())
 
 
 def _by_enumeration(P: Tensor, r: Tensor, G: Tensor, h: Tensor) -> list[tuple[float, Tensor]]:

@@ -106,7 +106,7 @@ def by_multistart(
     order = [*range(len(near)), *(int(i) for i in rank)]
     program = _program(problem, x, near[0])
     best, where, tried = np.inf, near[0], list[Tensor]()
-    apart = 0.02 * float(points.std())
+    apart = 0.2 * float(points.std()) if len(points) > 1 else 0.0  # searches from one valley all end at its bottom
     for i in order:
         if len(tried) >= searches + len(near):
             break
