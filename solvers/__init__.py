@@ -5,6 +5,7 @@ from bilevel.solvers.admm import ADMM as ADMM
 from bilevel.solvers.armijo import Armijo as Armijo
 from bilevel.solvers.bicgstab import BiCGStab as BiCGStab
 from bilevel.solvers.cg import CG as CG
+from bilevel.solvers.clarabel import Clarabel as Clarabel
 from bilevel.solvers.clipped import Clipped as Clipped
 from bilevel.solvers.closed_form import ClosedForm as ClosedForm
 from bilevel.solvers.coordinate_descent import CoordinateDescent as CoordinateDescent
