@@ -188,6 +188,14 @@ class AbstractLinearSolver(AbstractPortable, abc.ABC):
         return False
 
     @property
+    def finds_indefinite(self) -> bool:
+        """Whether it reports a saddle-point matrix that is not positive definite on the null space of its constraints.
+
+        Where it does not say so, that is measured beside it, at the cost of more products.
+        """
+        return False
+
+    @property
     def forgets_start(self) -> bool:
         """Whether the v that it returns does not depend on the guess: it has a tolerance, or is a factorization.
 

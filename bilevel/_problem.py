@@ -58,8 +58,8 @@ class BilevelProblem(AbstractPortable):
             chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
         constraints: linear constraints on y, if there are any: `constraints(x) -> Polytope`, or `constraints(x, data)`.
             `KKT` differentiates the constrained minimizer; estimators that assume grad_y g = 0 refuse.
-        inequalities: c, convex in y entry by entry, of c(x, y) <= 0: `inequalities(x, y) -> tensors`, a number, a vector
-            or a structure, or `inequalities(x, y, data)`. Beside it there may be equalities and linear `constraints`.
+        inequalities: c, convex in y entry by entry, of c(x, y) <= 0: `inequalities(x, y) -> tensors`, a number, vector
+            or structure, or `inequalities(x, y, data)`. Beside it there may be equalities and linear `constraints`.
         equalities: e, affine in y, of e(x, y) = 0, likewise.
         prox: a non-smooth term h of the inner objective, y*(x) = argmin_y g(x, y) + h_x(y): `prox(x) -> term`, such as
             `lambda x: bilevel.prox.L1(x.exp())`, or `prox(x, data)`.
@@ -76,8 +76,8 @@ class BilevelProblem(AbstractPortable):
 
     Raises:
         TypeError: if f, g, init, encode, constraints, inequalities, equalities or prox cannot be called.
-        ValueError: if more than one of constraints (of all sorts), prox, iterative and inner is given, or g beside inner; if tasks is
-            something else than True, False and "loop".
+        ValueError: if more than one of constraints (of all sorts), prox, iterative and inner is given, or g beside
+            inner; if tasks is something else than True, False and "loop".
 
     Example:
         >>> import torch

@@ -35,8 +35,13 @@ class Status(enum.Enum):
     stopped = "The callback ended the run."
     interrupted = "The run was interrupted; what was computed so far is kept. Resume it from its checkpoint."
     weakly_active = (
-        "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
-        " estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
+        "Strict complementarity fails: a constraint on y holds with a zero multiplier, so that y*(x) has a kink here"
+        " and the estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
+    )
+    dependent_constraints = (
+        "The gradients of constraints that hold at y* are linearly dependent, and these constraints move apart with x:"
+        " y*(x) has a kink here, or ceases to exist, and multipliers are not unique (LICQ fails). Move x a little,"
+        " leave out a constraint that follows from others, or pass `throw=False` to accept it."
     )
     one_sided = (
         "Phi has a kink at x: its slopes to the two sides differ, so that there is no derivative, and the estimate is a"
@@ -84,7 +89,8 @@ class Status(enum.Enum):
     )
     not_positive_definite = (
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
-        " minimum of g(x, .); solve the inner problem more accurately, add a regularizer to g or pass `damping=`."
+        " minimum of g(x, .), under constraints along those that hold; solve the inner problem more accurately, add a"
+        " regularizer to g or pass `damping=`."
     )
     singular = (
         "The matrix is singular to rounding: the system has no unique solution, and this is the least squares solution"
@@ -134,7 +140,7 @@ class Status(enum.Enum):
 
     @property
     def lost(self) -> bool:
-        """Whether what was computed is no basis for anything: not finite, diverged, unbounded, or without a feasible point.
+        """Whether what was computed is no basis for anything: not finite, diverged, unbounded, or infeasible.
 
         Example:
             >>> [status.name for status in Status if status.lost]

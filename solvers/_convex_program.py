@@ -70,13 +70,11 @@ class ConvexProgram:
 
     @cached_property
     def lengths(self) -> tuple[Tensor, Tensor]:
-        """Of the gradients of e and c at the start, or what their values there make of them: `(rows, m)`, `(rows, k)`."""
+        """Of the gradients of e and c at the start, or what their values make of them: `(rows, m)`, `(rows, k)`."""
         at, far = self.nonlinear.tangents(self.like), 1 + row_moduli(self.rows(self.like))
         found = []
         for values, gradients in ((at.e, at.E), (at.c, at.C)):
-            sizes = torch.maximum(
-                torch.linalg.vector_norm(self.rows(gradients), dim=-1), self.rows(values).abs() / far
-            )
+            sizes = torch.maximum(torch.linalg.vector_norm(self.rows(gradients), dim=-1), self.rows(values).abs() / far)
             found.append(positive_or_one(torch.where(sizes.isfinite(), sizes, 1.0)))
         return found[0], found[1]
 
@@ -170,7 +168,7 @@ class ConvexProgram:
         return torch.where(fixed, 0.0, entries), at.b.new_zeros(at.b.shape)
 
     def finished(self, y: Tensor, multipliers: Tensor) -> tuple[Program, Tensor, Tensor]:
-        """At the solution y: the program with all entries and gradients of c of length one, (y, slacks), multipliers."""
+        """At the solution y: the program with all entries, gradients of c of length one; (y, slacks); multipliers."""
         at = self.nonlinear.tangents(y)
         polytope = FlatPolytope(*(self.rows(part) for part in tangent(self.objective.constraints, at).tensors()))
         z, nu = self._shares(multipliers)
@@ -182,9 +180,7 @@ class ConvexProgram:
         flat = polytope.with_slacks(self.rows(y))
         m, first = nu.shape[-1], self.linear[0].shape[-2]
         middle = multipliers[:, first + m : multipliers.shape[-1] - z.shape[-1]]
-        own = torch.cat(
-            [multipliers[:, :first], self.rows(nu), middle, self.rows(z) * lengths(self.rows(at.C))], -1
-        )
+        own = torch.cat([multipliers[:, :first], self.rows(nu), middle, self.rows(z) * lengths(self.rows(at.C))], -1)
         zero = torch.zeros_like(polytope.lower)
         return Program(Q, zero, polytope.A, polytope.b, polytope.lower, polytope.upper), flat, own
 

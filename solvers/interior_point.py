@@ -25,7 +25,7 @@ _ENOUGH = 1e-8  # an error that tells which constraints hold; Newton's method on
 @final
 @dataclass(frozen=True)
 class InteriorPoint(AbstractInnerSolver):
-    """argmin {g(y) : c(y) <= 0, e(y) = 0, A y = b, G y <= h, lower <= y <= upper}: interior points, then Newton's method.
+    """argmin {g(y) : c(y) <= 0, e(y) = 0, A y = b, G y <= h, lower <= y <= upper}, by interior points.
 
     Every inequality has a slack. A primal-dual step towards the central path, predictor and corrector, is shortened
     until the residuals of the optimality conditions shrink; it may start anywhere. Where the matrix of a step is not

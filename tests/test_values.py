@@ -56,7 +56,7 @@ from bilevel.attribution import KFAC, Influence
 from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
 from bilevel.few_shot import Validating, adapt, calibration_of, evaluate, mlp, train
-from bilevel.inner_problems import Iteration
+from bilevel.inner_problems import Iteration, NonlinearlyConstrained
 from bilevel.outer.partial import attach
 from bilevel.portable.pickling import AbstractPortable, obstacle
 from bilevel.portable.plain import plain, restored
@@ -294,6 +294,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Reduced": lambda: Reduced(Joint(torch.ones(2), torch.ones(3), None), torch.ones(()), None),
         "Jacobi": lambda: Jacobi(),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
+        "NonlinearlyConstrained": lambda: NonlinearlyConstrained(portable_cases.f, portable_cases.f),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
     if kind.__name__ in rows:

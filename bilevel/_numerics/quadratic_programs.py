@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.interior_point import Mehrotra, Point, Program
-from bilevel._numerics.rows import matrix_times, row_moduli
+from bilevel._numerics.rows import matrix_times, positive_or_one, row_moduli
 from bilevel._numerics.saddle_point import SaddlePoint, alone, pseudo_inverse, restricted
 from bilevel._result import Status
 
@@ -93,7 +93,7 @@ def polished(program: Program, point: Point) -> Point:
     bound = torch.where(up, program.upper, torch.where(down, program.lower, torch.zeros_like(point.y)))
     free = ~(up | down)
     M, A = restricted(program.Q, program.A, free)
-    size = torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1)
+    size = positive_or_one(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1))  # 1 in linear programs
     rest = program.gradient(bound)
     y, shift = SaddlePoint.factor(M, A, size).solve(
         -(rest + matrix_times(program.A.mT, point.multipliers)) * free, program.b - matrix_times(program.A, bound)

@@ -201,8 +201,10 @@ class AID(AbstractImplicit):
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
         reports = (ended, *at.reports, report("linear solver", system), *beside)
+        if at.second_order is not None and not self.linear.finds_indefinite:
+            reports += (at.second_order(),)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
-            return FlatEstimate(h, value, y, reports, substitute=substitute)
+            return FlatEstimate(h, value, y, reports, substitute=substitute, multipliers=at.multipliers)
         error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
         return FlatEstimate(h, value, y, reports, v, value_error=error, substitute=substitute)

@@ -13,14 +13,13 @@ from bilevel._calculus import AbstractProducts, Linearization
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective, smooth_objective
 from bilevel._linear import SYMMETRIC, OperatorProperties
-from bilevel._numerics.misfits import called
 from bilevel._result import Solved
-from bilevel._tree import Tree
 from bilevel.inner_problems.activity import Activity
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.lagrange import in_structures
 from bilevel.inner_problems.margins import default_margin
 from bilevel.inner_problems.optimality import Optimality
-from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded
+from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded, polytope_at
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
 
 
@@ -94,12 +93,7 @@ class LinearlyConstrained(AbstractInnerProblem):
 
     def polytope(self, problem: FlatProblem, x: Tensor) -> FlatPolytope:
         """The constraints on y at x, one row for each problem of the batch; differentiable."""
-
-        def flat(x: Tree, *data: Any) -> Any:
-            polytope = called("constraints(x, data)", self.constraints, x, *data)
-            return polytope.flat(problem.y).tensors()
-
-        return FlatPolytope(*problem.map(flat, "g", x))
+        return polytope_at(problem, x, self.constraints)
 
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
         return smooth_objective(problem, x, products, constraints=self.polytope(problem, x))
@@ -122,4 +116,5 @@ class LinearlyConstrained(AbstractInnerProblem):
             )
         activity = Activity.of(polytope, y, padded(at.gradient, y), padded(curved, y), solved.multipliers)
         report = activity.report(default_margin(y) if margin is None else margin)
-        return Optimality(solved.value, at, leaf, moving, activity).linearization((report,))
+        optimality = Optimality(solved.value, at, leaf, moving, activity)
+        return optimality.linearization((report,), in_structures(problem, x, optimality, self.constraints))

@@ -13,6 +13,7 @@ from bilevel._calculus import grad
 from bilevel._linear import LinearOperator
 from bilevel._numerics.rows import matrix_times
 from bilevel.inner_problems.polytope import FlatPolytope, lengths
+from bilevel.portable.pickling import AbstractPortable
 
 
 @final
@@ -50,7 +51,7 @@ class Tangents:
 
 @final
 @dataclass(frozen=True, eq=False)
-class FlatConstraints:
+class FlatConstraints(AbstractPortable):
     """c(x, y) <= 0 and e(x, y) = 0 at a fixed x, as functions of vectors y `(*batch, q)`: `Objective.nonlinear`.
 
     Linear constraints stand beside them in `Objective.constraints`, where there are any. The Hessian of the Lagrangian

@@ -15,14 +15,14 @@ from bilevel._inner import Objective, smooth_objective
 from bilevel._linear import SYMMETRIC, OperatorProperties
 from bilevel._numerics.misfits import called
 from bilevel._result import Solved
-from bilevel._tree import Tree, ravel
+from bilevel._tree import Structure, Tree, ravel
 from bilevel.inner_problems.activity import Activity
-from bilevel.inner_problems.constrained import LinearlyConstrained
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.lagrange import in_structures
 from bilevel.inner_problems.margins import default_margin
 from bilevel.inner_problems.nonlinear_constraints import FlatConstraints, split, tangent
 from bilevel.inner_problems.optimality import Optimality
-from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded
+from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded, polytope_at
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
 
 _BENT = 1e-6  # relative to their size: more is no rounding
@@ -41,9 +41,9 @@ class NonlinearlyConstrained(AbstractInnerProblem):
 
         [[L_yy, C', E'], [C, 0, 0], [E, 0, 0]] (u, s) = (grad_y f, 0),
 
-    which is symmetric and indefinite: `KKT` factors it, `MINRES`, `GMRES` and `Dense` solve with it. In vectors an entry
-    of c is an equality with a slack, and the system is that of `LinearlyConstrained` with L_yy in the place of d2g/dy2.
-    Only L_yy on the null space of C and E has to be positive definite.
+    which is symmetric and indefinite: `KKT` factors it, `MINRES`, `GMRES` and `Dense` solve with it. In vectors an
+    entry of c is an equality with a slack, and the system is that of `LinearlyConstrained` with L_yy in the place of
+    d2g/dy2. Only L_yy on the null space of C and E has to be positive definite.
 
     Valid where the gradients of what holds are independent (LICQ), multipliers of what holds are positive (strict
     complementarity), and L_yy is positive definite there (second-order sufficiency).
@@ -127,12 +127,13 @@ class NonlinearlyConstrained(AbstractInnerProblem):
 
     def polytope(self, problem: FlatProblem, x: Tensor) -> FlatPolytope | None:
         """The linear constraints on y at x, differentiable; None: there are none."""
-        if self.constraints is None:
-            return None
-        return LinearlyConstrained(self.objective_function, self.constraints).polytope(problem, x)
+        return None if self.constraints is None else polytope_at(problem, x, self.constraints)
 
-    def nonlinear(self, problem: FlatProblem, x: Tensor) -> FlatConstraints:
-        """The others at x, as functions of y; differentiable in both."""
+    def nonlinear(
+        self, problem: FlatProblem, x: Tensor, structures: dict[str, Structure] | None = None
+    ) -> FlatConstraints:
+        """The others at x, as functions of y; differentiable in both. `structures` takes those of their values."""
+        seen: dict[str, Structure] = {} if structures is None else structures
 
         def flat(name: str, function: Callable[..., Tree] | None) -> Callable[[Tensor], Tensor]:
             if function is None:
@@ -146,6 +147,7 @@ class NonlinearlyConstrained(AbstractInnerProblem):
                         f"`{name}(x, y)` must be {problem.y.dtype} on {problem.y.device}, as y is. Got"
                         f" {structure.dtype} on {structure.device}. Convert it with `.to(...)`."
                     )
+                seen[name] = structure
                 return vector
 
             return lambda y: problem.map(one, "g", x, y)
@@ -163,7 +165,7 @@ class NonlinearlyConstrained(AbstractInnerProblem):
         at, y = smooth(), solved.value
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            nonlinear = self.nonlinear(problem, leaf)
+            nonlinear = self.nonlinear(problem, leaf, found := {})
             self._demand_affine(nonlinear, y)
             tangents = nonlinear.tangents(y)
             moving = tangent(self.polytope(problem, leaf), tangents)
@@ -179,7 +181,10 @@ class NonlinearlyConstrained(AbstractInnerProblem):
         z, nu = split(tangents, activity.multipliers, whole.shape[-1] - y.shape[-1])
         bend = tangents.curvature(z, nu).mv
         report = activity.report(default_margin(y) if margin is None else margin)
-        return Optimality(y, at, leaf, moving, activity, bend).linearization((report,))
+        optimality = Optimality(y, at, leaf, moving, activity, bend)
+        own = (z, found.get("inequalities")), (nu, found.get("equalities"))
+        multipliers = in_structures(problem, x, optimality, self.constraints, own)
+        return optimality.linearization((report,), multipliers)
 
     def _demand_affine(self, nonlinear: FlatConstraints, y: Tensor) -> None:
         """Refuse equalities that are bent: e at a mean of points is the mean of their e, where they are affine."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import matrix_times, positive_or_one
 from bilevel._tree import Structure, Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import FINITE, NUMBERS, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
+
+if TYPE_CHECKING:
+    from bilevel._flat import FlatProblem
 
 
 @final
@@ -155,6 +160,15 @@ class FlatPolytope:
     def fixed(self) -> Tensor:
         """Which entries have one value only: `(*batch, q + k)`."""
         return self.lower >= self.upper
+
+
+def polytope_at(problem: FlatProblem, x: Tensor, constraints: Callable[..., Polytope]) -> FlatPolytope:
+    """`constraints(x)` in vectors, one row for each problem of the batch; differentiable."""
+
+    def flat(x: Tree, *data: Any) -> Any:
+        return called("constraints(x, data)", constraints, x, *data).flat(problem.y).tensors()
+
+    return FlatPolytope(*problem.map(flat, "g", x))
 
 
 def lengths(rows: Tensor) -> Tensor:

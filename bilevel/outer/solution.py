@@ -15,6 +15,7 @@ from bilevel._result import Stats, Status
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
+from bilevel.inner_problems.multipliers import Multipliers
 from bilevel.outer.trial import Trial
 from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
 from bilevel.portable.result import AbstractResult
@@ -164,6 +165,11 @@ class Solution(AbstractResult):
 
     def __post_init__(self) -> None:
         demand_types(self)
+
+    @property
+    def multipliers(self) -> Multipliers | None:
+        """Of the constraints on y at x, where there are any: those of `estimate`."""
+        return self.estimate.multipliers
 
     def to_dict(self) -> dict[str, Any]:
         """The solution as nested dicts and lists of tensors, numbers and texts; :meth:`from_dict` is the inverse.
