@@ -34,8 +34,8 @@ class Clarabel(AbstractInnerSolver):
     Statuses: `infeasible` and `unbounded`, with a certificate of Clarabel's; `max_steps`; `stagnated` where it ends
     otherwise and the residual is above the tolerance.
 
-    Cost: Clarabel's, some 10 to 30 sparse factorizations; a Newton step factors n equations densely, n^3 / 3 flops, some
-    two to five of them. Memory n^2 + n m a problem. Needs `pip install "bilevel[convex]"`.
+    Cost: Clarabel's, some 10 to 30 sparse factorizations; two to five Newton steps factor n equations densely, n^3 / 3
+    flops each. Memory n^2 + n m a problem. Needs `pip install "bilevel[convex]"`.
 
     Source: Goulart, Chen, "Clarabel: an interior-point solver for conic programs with quadratic objectives",
     arXiv:2405.12762 (2024); Ali, Wong, Kolter, "A semismooth Newton method for fast, generic convex programming", ICML
@@ -127,17 +127,17 @@ class Clarabel(AbstractInnerSolver):
             return *nowhere, Status.nonfinite, 0, ""
         if not all(bool(each.values.isfinite().all()) for each in (program.P, program.A)):
             return *nowhere, Status.nonfinite, 0, ""
-        upper = sparse.triu(P).tocsc()
-        found = clarabel.DefaultSolver(
-            upper, c, A, b, [_cone(clarabel, cone) for cone in _each(program)], settings
-        ).solve()
+        cones, upper = [_cone(clarabel, cone) for cone in _each(program)], sparse.triu(P).tocsc()
+        if not len(b):  # Clarabel wants a row: 0 z + s = 1, s >= 0
+            A, b, cones = sparse.csc_matrix((1, len(c))), c[:1] * 0 + 1, [clarabel.NonnegativeConeT(1)]
+        found = clarabel.DefaultSolver(upper, c, A, b, cones, settings).solve()
         ending, steps = str(found.status), int(found.iterations)
         if "PrimalInfeasible" in ending:
             return *nowhere, Status.infeasible, steps, ending
         if "DualInfeasible" in ending:
             return *nowhere, Status.unbounded, steps, ending
         z, w = (torch.as_tensor(part, dtype=torch.float64) for part in (found.x, found.z))
-        return z, w, None, steps, ending
+        return z, w[: len(program.b[0])], None, steps, ending
 
 
 def _each(program: ConeProgram) -> list[Cone]:

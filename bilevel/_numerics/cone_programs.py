@@ -16,6 +16,7 @@ _LESS = 0.5  # what a Newton step must reduce the violation to: it converges qua
 _PROXIMAL = 1e-9  # of the size of the matrix: added where variables are not unique
 # Below it an eigenvalue of D Pi counts as zero: its weight in the matrix, its inverse, would leave no digit beside it.
 _HELD = 1e-12
+_NOTHING = 1e-11  # absolute, as tolerances of interior-point methods are
 
 
 @final
@@ -46,7 +47,7 @@ class Sparse:
     def dense(self) -> Tensor:
         """`(rows, *shape)`."""
         found = self.values.new_zeros(len(self.values), self.shape[0] * self.shape[1])
-        return found.index_add_(1, self.i * self.shape[1] + self.j, self.values).reshape(-1, *self.shape)
+        return found.index_add_(1, self.i * self.shape[1] + self.j, self.values).reshape(len(self.values), *self.shape)
 
 
 @final
@@ -87,9 +88,8 @@ class ConePoint:
     def of(program: ConeProgram, z: Tensor, w: Tensor) -> ConePoint:
         """From the variables and the multipliers of the rows, w in the dual cone."""
         image = program.A.times(z)
-        s = program.b - image
-        primal = torch.maximum(row_moduli(program.b), row_moduli(image))  # s itself may be rounding
-        t = positive_or_one(primal) / positive_or_one(row_moduli(w))
+        primal, dual = _size(program.b, image), _size(program.c, program.P.times(z), w)
+        s, t = program.b - image, (primal / dual).unsqueeze(-1)
         return ConePoint(program, z, s - t * w, t)
 
     @property
@@ -113,10 +113,9 @@ class ConePoint:
         first, second = self.residuals(faces)
         pulls = (p.P.times(self.z), p.c, p.A.transposed_times(self.multipliers(faces)))
         reaches = (p.A.times(self.z), faces.projection, p.b)
-        sizes = [
-            positive_or_one(torch.cat([row_moduli(part) for part in parts], -1).amax(-1)) for parts in (pulls, reaches)
-        ]
-        worst = torch.maximum(row_moduli(first).squeeze(-1) / sizes[0], row_moduli(second).squeeze(-1) / sizes[1])
+        worst = torch.maximum(
+            row_moduli(first).squeeze(-1) / _size(*pulls), row_moduli(second).squeeze(-1) / _size(*reaches)
+        )
         return torch.where(worst.isnan(), torch.inf, worst)
 
     def newton(self, steps: int) -> tuple[ConePoint, Tensor]:
@@ -213,6 +212,12 @@ class Reduced:
         return replace(at, z=at.z + z, v=at.v + v)
 
 
+def _size(*parts: Tensor) -> Tensor:
+    """The largest entry of all `(rows,)`; 1 where it is no more than solvers leave of a zero."""
+    size = torch.cat([row_moduli(part) for part in parts], -1).amax(-1)
+    return torch.where(size > _NOTHING, size, 1.0)
+
+
 def unreached(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Z and W: the directions in which neither M nor B acts, as columns, and Z'W = I for those; zero beyond these.
 
@@ -226,7 +231,7 @@ def unreached(M: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dependent(B: Tensor, like: Tensor) -> Tensor:
-    """A vector r with B'r = 0, random among those, from a vector `like` it `(rows, m)`; zero where rows are independent."""
+    """The part r with B'r = 0 of a vector like the rows `(rows, m)`, scaled; zero where the rows are independent."""
     length = positive_or_one(torch.linalg.vector_norm(B, dim=-1))
     U, values, _ = torch.linalg.svd(B / length.unsqueeze(-1), full_matrices=False)
     kept = U * (values > 100 * max(B.shape[-2:]) * torch.finfo(B.dtype).eps * values[..., :1]).unsqueeze(-2)

@@ -66,35 +66,39 @@ class Faces:
     Attributes:
         cones: the cones, in order.
         parts: a face for each.
+        none: no entries of each row `(rows, 0)`.
     """
 
     cones: tuple[Cone, ...]
     parts: tuple[Face, ...]
+    none: Tensor
 
     @staticmethod
     def at(cones: tuple[Cone, ...], v: Tensor) -> Faces:
         """Those at v."""
         blocks = _blocks(cones, v)
-        return Faces(cones, tuple(_FACES[cone.kind](block, cone) for cone, block in zip(cones, blocks, strict=True)))
+        parts = tuple(_FACES[cone.kind](block, cone) for cone, block in zip(cones, blocks, strict=True))
+        return Faces(cones, parts, v[:, :0])
 
     @property
     def projection(self) -> Tensor:
         """Pi(v) `(rows, m)`."""
-        return torch.cat([part.projection.flatten(1) for part in self.parts], -1)
+        return torch.cat([self.none, *(part.projection.flatten(1) for part in self.parts)], -1)
 
     @property
     def d(self) -> Tensor:
         """The eigenvalues of D Pi(v) `(rows, m)`."""
-        return torch.cat([part.d.flatten(1) for part in self.parts], -1)
+        return torch.cat([self.none, *(part.d.flatten(1) for part in self.parts)], -1)
 
     @property
     def margin(self) -> Tensor:
         """The least margin `(rows,)`; infinite where nothing can jump."""
-        return torch.cat([part.margin.flatten(1) for part in self.parts], -1).amin(-1)
+        endless = self.none.new_full((len(self.none), 1), torch.inf)
+        return torch.cat([endless, *(part.margin.flatten(1) for part in self.parts)], -1).amin(-1)
 
     def turned(self, v: Tensor, back: bool = False) -> Tensor:
         """Q'v, or Q v where `back`, for v `(rows, m)`, or for matrices `(rows, m, k)`."""
-        found = []
+        found = [v[:, :0]]
         for part, block in zip(self.parts, _blocks(self.cones, v), strict=True):
             if part.Q is not None:
                 Q = part.Q if back else part.Q.mT
@@ -104,20 +108,20 @@ class Faces:
 
 
 def _blocks(cones: tuple[Cone, ...], v: Tensor) -> list[Tensor]:
-    parts = v.split([cone.count * cone.size for cone in cones], 1)
+    parts = v.split([cone.count * cone.size for cone in cones], 1) if cones else ()
     return [part.reshape(len(v), cone.count, cone.size, *v.shape[2:]) for cone, part in zip(cones, parts, strict=True)]
 
 
-def _zero(v: Tensor, cone: Cone) -> Face:
+def _zero(v: Tensor, _: Cone) -> Face:
     return Face(torch.zeros_like(v), None, torch.zeros_like(v), torch.full_like(v[..., 0], torch.inf))
 
 
-def _nonnegative(v: Tensor, cone: Cone) -> Face:
+def _nonnegative(v: Tensor, _: Cone) -> Face:
     return Face(v.clamp_min(0), None, (v > 0).to(v), v.abs()[..., 0])
 
 
 def _second_order(v: Tensor, cone: Cone) -> Face:
-    """(t, x) with |x| <= t. Where |t| < |x| the eigenvectors are (1, e), (1, -e) and what is orthogonal, e = x / |x|."""
+    """Of (t, x), |x| <= t. Where |t| < |x|, eigenvectors are (1, e), (1, -e) and what is orthogonal, e = x / |x|."""
     t, x = v[..., :1], v[..., 1:]
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     e = x / positive_or_one(length)
@@ -168,7 +172,7 @@ def _psd(v: Tensor, cone: Cone) -> Face:
     return Face(projection[..., row, column] / scale, Q, d, values.abs().amin(-1))
 
 
-def _exponential(v: Tensor, cone: Cone) -> Face:
+def _exponential(v: Tensor, _: Cone) -> Face:
     return Face(*exponential_faces(v))
 
 

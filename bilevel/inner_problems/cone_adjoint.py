@@ -65,6 +65,24 @@ class AdjointCones:
         """The derivative of the conditions."""
         return Reduced.at(self.point, self.faces)
 
+    @cached_property
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """M and B, dense."""
+        return self.reduced.blocks()
+
+    @cached_property
+    def unseen(self) -> Tensor:
+        """W, of directions Z in which z is not unique and that do not show in y, Z'W = I `(rows, n, n)`; others are 0.
+
+        As M Z = 0, B Z = 0 and E Z = 0, a solution of the system with M + W W' is one of that with M: multiplied by Z',
+        its first rows say W'u = 0.
+        """
+        Z, W = unreached(*self.blocks)
+        flat = Z.mT.reshape(-1, Z.shape[-1])
+        shown = self.recover(flat) - self.recover(torch.zeros_like(flat))
+        hidden = row_moduli(shown) <= _SHOWN * row_moduli(flat)
+        return W * hidden.reshape(len(Z), 1, -1)
+
     @property
     def size(self) -> int:
         """How many unknowns there are: n + m."""
@@ -73,8 +91,8 @@ class AdjointCones:
     def linearization(self, margin: float | None) -> Linearization:
         """The conditions to first order, with what was found out about the point."""
         y = self.solved.value
-        M, B = self.reduced.blocks()
-        M = self._without_unseen(M, B)
+        M, B = self.blocks
+        M = M + self.unseen @ self.unseen.mT
         reports = (self._kink(margin), *self._dependence(B))
         n = M.shape[-1]
         M, B = (part.reshape(*y.shape[:-1], *part.shape[-2:]) for part in (M, B))
@@ -102,6 +120,7 @@ class AdjointCones:
         rows = reduced.rows_times(u)
         pull = torch.where(reduced.held, s, reduced.weight * rows)
         top = self.program.P.times(u) + reduced.rows_transposed(pull)
+        top = top + matrix_times(self.unseen, matrix_times(self.unseen.mT, u))
         return torch.cat([top, torch.where(reduced.held, rows, s)], -1).reshape(v.shape).to(v)
 
     def _pull(self, v: Tensor) -> Tensor | None:
@@ -122,19 +141,6 @@ class AdjointCones:
         in_z = self.recover.pulled(fy.reshape(-1, fy.shape[-1]).to(self.program.c), self.program.c.shape[-1])
         b = torch.cat([in_z, torch.zeros_like(self.program.b)], -1)
         return b.reshape(*fy.shape[:-1], self.size).to(fy)
-
-    def _without_unseen(self, M: Tensor, B: Tensor) -> Tensor:
-        """M, made definite in directions in which z is not unique and that do not show in y.
-
-        With M Z = 0, B Z = 0 and E Z = 0, the solution of the system with M + W W' is one of that with M: multiplied by
-        Z', its first row says W'u = 0.
-        """
-        Z, W = unreached(M, B)
-        flat = Z.mT.reshape(-1, Z.shape[-1])
-        shown = self.recover(flat) - self.recover(torch.zeros_like(flat))
-        unseen = row_moduli(shown) <= _SHOWN * row_moduli(flat)
-        W = W * unseen.reshape(len(Z), 1, -1)
-        return M + W @ W.mT
 
     def _kink(self, margin: float | None) -> Report:
         v = self.point.v
@@ -158,5 +164,5 @@ class AdjointCones:
         if moved is None or whole is None or not bool(whole.abs().max() > 0):
             return ()
         size = float(moved.abs().max() / whole.abs().max())
-        status = Status.successful if size <= _MOVES else Status.singular
+        status = Status.successful if size <= _MOVES else Status.dependent_constraints
         return (Report("independence of what holds", status, size, 0),)

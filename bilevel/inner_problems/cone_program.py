@@ -29,7 +29,7 @@ class ConicProgram(AbstractInnerProblem):
     """y*(x) = E z* + e, z* = argmin_z {z'Pz / 2 + c'z : A z + s = b, s in K}, with P, A, b, c affine in p = values(x).
 
     K is a product of {0}, nonnegative half-lines, second-order, exponential and positive semidefinite cones. With the
-    multipliers w of the rows and v = s - t w, any t > 0, the optimality conditions are an equation without inequalities,
+    multipliers w of the rows and v = s - t w, any t > 0, the optimality conditions are an equation,
 
         F(z, v) = (P z + c + A'(Pi(v) - v) / t,  A z + Pi(v) - b) = 0,  s = Pi(v),  w = (Pi(v) - v) / t,
 
@@ -42,7 +42,7 @@ class ConicProgram(AbstractInnerProblem):
     symmetric, indefinite, for `KKT`, `MINRES`, `GMRES` and `Dense`. Variables that are not unique and do not show in y
     (a bound of an inactive norm, say) are no obstacle: the directions in which neither M nor B acts are left out.
 
-    Reports: `weakly_active` where v is on a kink of Pi, and y*(x) so has one; `singular` where constraints that hold
+    Reports: `weakly_active` where v is on a kink of Pi, and y*(x) so has one; `dependent_constraints` where what holds
     depend on each other, and not alike at other x: y*(x) then is not differentiable; `not_positive_definite`, of the
     linear solver, where y* is not unique.
 
@@ -75,7 +75,7 @@ class ConicProgram(AbstractInnerProblem):
     def refusal(self) -> str:
         return (
             "y are variables of a cone program, which has no g(x, y) to be differentiated. Use `KKT(Clarabel())`, which"
-            " differentiates the optimality conditions of the program, or `ESJ` or `FiniteDifference` with `Clarabel()`."
+            " differentiates its optimality conditions, or `ESJ` or `FiniteDifference` with `Clarabel()`."
         )
 
     @property

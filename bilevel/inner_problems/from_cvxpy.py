@@ -46,8 +46,8 @@ def from_cvxpy(
     Raises:
         ImportError: without cvxpy.
         TypeError: if an argument is of another type.
-        ValueError: if the problem is not convex or not DPP, needs integers or other cones, if a parameter or variable is
-            not the problem's, if one is given twice, or if one that is left out has no value.
+        ValueError: if the problem is not convex or not DPP, needs integers or other cones, if a parameter or variable
+            is not the problem's, if one is given twice, or if one that is left out has no value.
 
     Example:
         >>> import cvxpy as cp  # doctest: +SKIP
@@ -131,7 +131,7 @@ def _canonical(cvxpy: Any, problem: Any, given: list[Any]) -> tuple[Any, Any, An
     try:
         for leaf in given:  # any value in the domain: the standard form does not depend on it
             before[leaf.id] = leaf, leaf.value
-            leaf.value = leaf.project(_ones(cvxpy, leaf))
+            leaf.value = leaf.project(_ones(leaf))
         data, chain, _ = problem.get_problem_data(cvxpy.CLARABEL)
     finally:
         for leaf, value in before.values():
@@ -139,7 +139,7 @@ def _canonical(cvxpy: Any, problem: Any, given: list[Any]) -> tuple[Any, Any, An
     return data, chain, data["param_prob"]
 
 
-def _ones(cvxpy: Any, leaf: Any) -> Any:
+def _ones(leaf: Any) -> Any:
     import numpy as np
 
     return np.eye(leaf.shape[0]) if len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1] else np.ones(leaf.shape)

@@ -177,6 +177,8 @@ class Setting:
         from bilevel.solvers.iterate import Iterate
 
         steps = self.steps(per_step)
+        if Feature.cones in self.features:  # the estimator is refused, and says why
+            return Iterate(GradientDescent(), max_steps=1)
         if self.features & {Feature.prox, Feature.own_steps}:
             return self._stepwise(steps, min_steps)
         if steps is not None:
