@@ -15,7 +15,7 @@ from bilevel._linear import AbstractLinearSolver
 from bilevel._result import report
 from bilevel._validate import demand_types
 from bilevel.hypergrad.implicit import solution
-from bilevel.requirements.properties import DoesNotApply, Property
+from bilevel.requirements.properties import Property
 from bilevel.solvers.dense import Dense
 
 
@@ -30,7 +30,7 @@ class FullKKT(AbstractEstimator):
 
     K' v = (grad_y f, 0, 0) and h = grad_x f - (dF/dx)' v. Where strict complementarity holds, one of z and d is zero
     and h is that of `KKT`, from a matrix that is larger, not symmetric, and worse conditioned. It is there to check
-    `KKT` by.
+    `KKT` by. Without constraints it is the dense implicit gradient.
 
     Cost: the inner solver's, and `Dense`: q + m + 2 k + n unknowns for k inequalities and n entries and slacks.
 
@@ -41,7 +41,7 @@ class FullKKT(AbstractEstimator):
         linear: solves a system without symmetry, `Dense` or `GMRES`.
 
     Raises:
-        ValueError: from `estimate`, if there are no constraints on y, or the inner solver ignores them.
+        ValueError: from `estimate`, if there are constraints on y that the inner solver ignores.
 
     Example:
         >>> import torch
@@ -84,9 +84,7 @@ class FullKKT(AbstractEstimator):
     def estimate(self, problem: FlatProblem, x: Tensor, start: FlatStart) -> FlatEstimate:
         y0 = problem.start(x, start.y).detach()
         solved, reduced, ended = solution(problem, x, y0, self.inner, Exact())
-        if reduced.unreduced is None:
-            raise DoesNotApply("there are no constraints on y whose conditions could be taken as a whole. Use `AID`.")
-        at = reduced.unreduced()
+        at = reduced if reduced.unreduced is None else reduced.unreduced()
         value, fx, fy = outer_gradients(problem, x, solved.value)
         system = self.linear.solve(at.operator, at.right_hand_side(fy), None)
         problem.tally.linear_steps += system.steps

@@ -130,13 +130,6 @@ def kkt(s: Setting) -> AbstractEstimator:
     return KKT(s.inner(per_step=2))
 
 
-def full_kkt(s: Setting) -> AbstractEstimator:
-    """`FullKKT`: as `KKT`."""
-    from bilevel.hypergrad.full_kkt import FullKKT
-
-    return FullKKT(s.inner(per_step=2))
-
-
 def penalty(s: Setting) -> AbstractEstimator:
     """`Penalty`: three inner problems: that of g, and those of two weights, at a weight whose error was measured."""
     from bilevel.hypergrad.penalty import Penalty

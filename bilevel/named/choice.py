@@ -34,7 +34,6 @@ _PASSED_OVER = {
     "first-order": "an error that no budget makes smaller",
     "network": "an error that damping leaves, and y that is not solved for",
     "kkt": "for constraints, where nothing is chosen",
-    "kkt-full": "a check of kkt",
     IMPLICIT: "another name of one that is tried",
 }
 _DENSE = 500  # y: beyond, a dense Hessian costs more products than the largest useful budgets

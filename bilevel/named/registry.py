@@ -21,7 +21,6 @@ from bilevel.named.builders import (
     esj,
     finite_difference,
     first_order,
-    full_kkt,
     gmres,
     itd,
     kkt,
@@ -71,7 +70,6 @@ _TABLE: dict[str, tuple[Builder, str]] = {
     "first-order": (first_order, "no second derivatives: y moves as its start does or not (biased; FOMAML)"),
     "esj": (esj, "evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch"),
     "kkt": (kkt, "implicit gradient under constraints on y, from the optimality conditions that hold (few y)"),
-    "kkt-full": (full_kkt, "the same from all of the optimality conditions, without an active set: a check of kkt"),
     "penalty": (penalty, "fully first-order value function, with Richardson extrapolation in the weight"),
     "finite-difference": (finite_difference, "central differences of Phi: an oracle for tests, 2p inner solves"),
 }
