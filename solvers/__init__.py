@@ -34,6 +34,8 @@ from bilevel.solvers.saddle_cholesky import SaddleCholesky as SaddleCholesky
 from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
+from bilevel.solvers.slsqp import SLSQP as SLSQP
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim
 from bilevel.solvers.truncated_cg import TruncatedCG as TruncatedCG
+from bilevel.solvers.trust_constr import TrustConstr as TrustConstr
 from bilevel.solvers.weight_decay import WeightDecay as WeightDecay
