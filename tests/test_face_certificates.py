@@ -93,7 +93,7 @@ def test_a_vertex_needs_no_curvature() -> None:
         lambda x, y: -y.sum(),
         constraints=lambda x: Polytope(G=torch.tensor([[1.0, 2.0], [3.0, 1.0]]), h=x, lower=0.0),
     )
-    constants = Constants(L=0.0, L_fyy=2.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=0.0)
+    constants = Constants(mu=None, L=0.0, L_fyy=2.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=0.0)
     x = torch.tensor([4.0, 6.0])
     exact = hypergradient(program, x, torch.zeros(2))
     found = certify(program, x, exact, constants)
@@ -110,18 +110,14 @@ def test_what_no_theorem_covers_is_refused_with_the_reason() -> None:
         data = keywords.get("data")
         return certify(problem, x, hypergradient(problem, x, torch.zeros(4), data=data), constants, data=data).reason
 
-    turned = BilevelProblem(
-        posed().f, posed().g, constraints=lambda x: Polytope(A=torch.ones(1, 4) * x[0].exp(), b=1.0)
-    )
+    f, g = posed().f, posed().g
+    turned = BilevelProblem(f, g, constraints=lambda x: Polytope(A=torch.ones(1, 4) * x[0].exp(), b=1.0))
     assert "rows of constraints move" in reason(turned)
     tasks = BilevelProblem(
-        lambda x, y, t: posed().f(x, y) * t,
-        lambda x, y, t: posed().g(x, y),
-        constraints=lambda x, t: Polytope(),
-        tasks=True,
+        lambda x, y, t: f(x, y) * t, lambda x, y, t: g(x, y), constraints=lambda x, t: Polytope(), tasks=True
     )
     assert "without tasks" in reason(tasks, data=torch.ones(2))
-    assert not reason(BilevelProblem(posed().f, posed().g, constraints=lambda x: Polytope(A=torch.ones(1, 4), b=1.0)))
-    ball = BilevelProblem(posed().f, posed().g, inequalities=lambda x, y: y.square().sum() - 1)
+    assert not reason(BilevelProblem(f, g, constraints=lambda x: Polytope(A=torch.ones(1, 4), b=1.0)))
+    ball = BilevelProblem(f, g, inequalities=lambda x, y: y.square().sum() - 1)
     with pytest.raises(ValueError, match=r"`certify` does not apply: its theorems"):
         reason(ball)
