@@ -12,6 +12,8 @@ from bilevel._numerics.interior_point import Program
 from bilevel._numerics.rows import matrix_times, positive_or_one, row_moduli
 
 _FULL = 3  # exchanges of all violated rows that may fail to lower their number, before one at a time
+_ROUNDING = 1e-14  # relative: what counts as zero
+_STRICT = 1e-8  # relative: what is well above it
 _STEPS = 50  # almost all programs take fewer than ten
 
 
@@ -26,7 +28,7 @@ class Pivoted:
     steps: Tensor
 
 
-def pivoted(program: Program) -> Pivoted | None:
+def pivoted(program: Program, max_steps: int) -> Pivoted | None:
     """Which constraints hold, by exchanging violated ones; None where there are too many for that.
 
     With all constraints as rows R y <= r, equalities always held, S = R Q^-1 R' and d = r + R Q^-1 q, the multipliers
@@ -65,7 +67,7 @@ def pivoted(program: Program) -> Pivoted | None:
     half = torch.linalg.solve_triangular(L, torch.cat([R.mT, program.q[:, :q].unsqueeze(-1)], -1), upper=False)
     half, c = half[..., :-1], half[..., -1]  # L^-1 R', L^-1 q
     S, d = half.mT @ half, torch.where(bounded, r + matrix_times(half.mT, c), torch.inf)
-    multipliers, done, steps = _complementary(S, d, m - k)
+    multipliers, done, steps = _complementary(S, d, m - k, min(max_steps, _STEPS))
     y = -torch.linalg.solve_triangular(L.mT, (c + matrix_times(half, multipliers)).unsqueeze(-1), upper=True).squeeze(
         -1
     )
@@ -80,7 +82,7 @@ def pivoted(program: Program) -> Pivoted | None:
     return Pivoted(torch.cat([y, slacks], -1), multipliers[:, :m], done & usable, steps)
 
 
-def _complementary(S: Tensor, d: Tensor, equalities: int) -> tuple[Tensor, Tensor, Tensor]:
+def _complementary(S: Tensor, d: Tensor, equalities: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Multipliers l with s = d + S l, s >= 0, l >= 0, s'l = 0 `(rows, m)`, the first of them free, s zero there."""
     free = torch.arange(d.shape[-1], device=d.device) < equalities
     held = free.expand_as(d).clone()
@@ -89,7 +91,7 @@ def _complementary(S: Tensor, d: Tensor, equalities: int) -> tuple[Tensor, Tenso
     found, done, steps = torch.zeros_like(d), torch.zeros_like(fewest, dtype=torch.bool), torch.zeros_like(fewest)
     left = torch.arange(len(d), device=d.device)
     order = torch.arange(d.shape[-1], device=d.device)
-    for _ in range(_STEPS):
+    for _ in range(most):
         S_l, d_l, held_l = S[left], d[left], held[left]
         both = held_l.unsqueeze(-1) & held_l.unsqueeze(-2)
         L, info = torch.linalg.cholesky_ex(torch.where(both, S_l, 0.0) + torch.diag_embed((~held_l).to(d)))
@@ -97,13 +99,17 @@ def _complementary(S: Tensor, d: Tensor, equalities: int) -> tuple[Tensor, Tenso
         multipliers = torch.cholesky_solve(side.unsqueeze(-1), L).squeeze(-1)
         image = matrix_times(S_l, multipliers)
         sizes = torch.where(d_l.isfinite(), d_l.abs(), 0.0)
-        level = 1e-14 * positive_or_one(torch.maximum(row_moduli(sizes), row_moduli(image)))
-        small = 1e-14 * positive_or_one(row_moduli(multipliers))
+        level = _ROUNDING * positive_or_one(torch.maximum(row_moduli(sizes), row_moduli(image)))
+        small = _ROUNDING * positive_or_one(row_moduli(multipliers))
         violated = torch.where(held_l, (multipliers < -small) & ~free, d_l + image < -level)
         count = violated.sum(-1)
         steps[left] += 1
         ended = (count == 0) & (info == 0)
-        found[left[ended]], done[left[ended]] = multipliers[ended], True
+        # With both near zero others may be multipliers as well: interior points find those in the middle of all.
+        strict = torch.where(
+            held_l, (multipliers > _STRICT * small / _ROUNDING) | free, d_l + image > _STRICT * level / _ROUNDING
+        )
+        found[left[ended]], done[left[ended]] = multipliers[ended], strict.all(-1)[ended]
         going = ~ended & (info == 0)
         if not bool(going.any()):
             break

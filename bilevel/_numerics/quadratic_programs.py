@@ -34,17 +34,17 @@ class Found:
 
 def solve_program(program: Program, tol: float, max_steps: int) -> Found:
     """The solutions of a batch of programs: by pivoting where that is exact, and by interior points elsewhere."""
-    ahead = pivoted(program) if max_steps > 0 else None
+    ahead = pivoted(program, max_steps)
     if ahead is None:
         return _by_interior_points(program, tol, max_steps)
     gradient = program.gradient(ahead.y)
     exact = ahead.done & (violation(program, ahead.y, ahead.multipliers, gradient) <= _EXACT)
     statuses: list[Status | None] = [None] * len(exact)
     if bool(exact.all()):
-        return Found(ahead.y, ahead.multipliers, tuple(statuses), ahead.steps.clamp_max(max_steps - 1))
+        return Found(ahead.y, ahead.multipliers, tuple(statuses), ahead.steps.clamp_max(max(max_steps - 1, 0)))
     left = (~exact).nonzero().squeeze(-1)
     others = _by_interior_points(program.chosen(left), tol, max_steps)
-    y, multipliers, steps = ahead.y.clone(), ahead.multipliers.clone(), ahead.steps.clamp_max(max_steps - 1)
+    y, multipliers, steps = ahead.y.clone(), ahead.multipliers.clone(), ahead.steps.clamp_max(max(max_steps - 1, 0))
     y[left], multipliers[left], steps[left] = others.y, others.multipliers, others.steps
     for place, status in zip(left.tolist(), others.statuses, strict=True):
         statuses[place] = status

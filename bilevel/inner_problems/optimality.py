@@ -108,7 +108,10 @@ class Optimality:
 
         def leading(u: Tensor) -> Tensor:
             on = torch.where(free, u, 0.0)
-            return inside(u, curved(at.operator.mv(on[..., :q]), on))
+            own = on[..., :q]
+            if n > q and not bool(own.any()):  # a slack alone, of which H knows nothing
+                return inside(u, curved(torch.zeros_like(own), on))
+            return inside(u, curved(at.operator.mv(own), on))
 
         def mv(v: Tensor) -> Tensor:
             top = leading(v[..., :n]) + matrix_times(A_F.mT, v[..., n:])
