@@ -1,5 +1,6 @@
 """How sub-problems are solved: linear systems, inner minimizations, outer steps; one algorithm a file."""
 
+from bilevel.solvers.active_set import ActiveSet as ActiveSet
 from bilevel.solvers.adam import Adam as Adam
 from bilevel.solvers.admm import ADMM as ADMM
 from bilevel.solvers.armijo import Armijo as Armijo

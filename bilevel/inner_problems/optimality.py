@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # a floor of imports less
     from bilevel.inner_problems.activity import Activity
     from bilevel.inner_problems.multipliers import Multipliers
 
+_DENSE = 2000  # unknowns up to which definiteness is measured by a factorization; beyond, products are all there is
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -149,7 +151,7 @@ class Optimality:
             moved=moved,
             reports=(*reports, independent),
             multipliers=multipliers,
-            second_order=lambda: second_order(blocks, y),
+            second_order=None if n > _DENSE else lambda: second_order(blocks, y),
             unreduced=lambda: unreduced(self),
         )
 
