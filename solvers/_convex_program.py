@@ -102,8 +102,9 @@ class ConvexProgram:
             found: Model = last[2]
             return found
         whole = self.whole(self.natural(entries), multipliers)
-        last[:] = [entries, multipliers, Model(without_fixed(whole.program)[0], whole.gradient)]
-        return last[2]
+        made = Model(without_fixed(whole.program)[0], whole.gradient)
+        last[:] = [entries, multipliers, made]
+        return made
 
     def whole(self, y: Tensor, multipliers: Tensor) -> Model:
         """The same with all entries."""
@@ -298,7 +299,8 @@ class ConvexProgram:
             better = (now < gap).unsqueeze(-1)
             flat = torch.where(better, ahead, flat)
             damping = torch.where(better, damping / 10, damping * 10).clamp(1e-3, 1e16)
-        return crossed | proven
+        found: Tensor = crossed | proven
+        return found
 
 
 def _none(y: Tensor) -> Tensor:

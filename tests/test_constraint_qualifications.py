@@ -6,7 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -202,8 +202,8 @@ X, Y0 = torch.tensor([0.5, 0.6, 0.2, -0.3]), torch.zeros(4)
 
 def test_multipliers_balance_the_gradient_in_the_units_of_the_constraints_as_written() -> None:
     found = hypergradient(everything(), X, Y0)
-    m, y = found.multipliers, found.y
-    assert isinstance(m, Multipliers)
+    assert isinstance(found.multipliers, Multipliers)
+    m, y = cast(Any, found.multipliers), found.y
     assert m.upper is None and m.lower is not None
     ball, far, nu = m.inequalities["ball"], m.inequalities["far"][0], m.equalities[0]
     total = (y - 3 * X) + ball * 2 * y + nu * torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -242,8 +242,7 @@ def test_a_multiplier_is_what_the_least_value_falls_by() -> None:
         "upper": torch.tensor([5.0, 5.0, 0.35]),
     }
     found = hypergradient(posed, x, torch.zeros(3))
-    m = found.multipliers
-    assert m is not None and m.lower is not None and m.upper is not None
+    m: Any = found.multipliers
     torch.testing.assert_close(found.grad["h"], -m.linear_inequalities)
     torch.testing.assert_close(found.grad["b"], -m.linear_equalities)
     torch.testing.assert_close(found.grad["lower"], m.lower)

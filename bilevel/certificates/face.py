@@ -118,7 +118,8 @@ def certify_on_face(
     top = float(largest_eigenvalue(at.operator, y)) if constants.L is None else constants.L
 
     def on(x_: Tensor, w: Tensor) -> Tensor:
-        return p + B @ (x_ - x) + N @ w
+        point: Tensor = p + B @ (x_ - x) + N @ w
+        return point
 
     w = N.T @ (y - p)
     if not len(w):

@@ -163,9 +163,10 @@ class NonlinearlyConstrained(AbstractInnerProblem):
         self, problem: FlatProblem, x: Tensor, solved: Solved, smooth: Callable[[], Linearization], margin: float | None
     ) -> Linearization:
         at, y = smooth(), solved.value
+        found: dict[str, Structure] = {}
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            nonlinear = self.nonlinear(problem, leaf, found := {})
+            nonlinear = self.nonlinear(problem, leaf, found)
             self._demand_affine(nonlinear, y)
             tangents = nonlinear.tangents(y)
             moving = tangent(self.polytope(problem, leaf), tangents)
