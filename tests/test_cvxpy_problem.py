@@ -269,7 +269,7 @@ def test_x_and_y_have_the_structures_of_parameters_and_variables() -> None:
 
 
 def test_single_precision_is_computed_in_double_and_returned_in_single() -> None:
-    inner, x, f = socp()
+    inner, x, _ = socp()
     problem, single = BilevelProblem(lambda x, y: y.sum(), inner=inner), {k: v.float() for k, v in x.items()}
     found = hypergradient(problem, single, inner.start(torch.zeros((), dtype=torch.float32)))
     double = hypergradient(problem, x, inner.start())
@@ -303,8 +303,15 @@ def test_without_cvxpy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     "cone",
-    [Cone("zero", 2, 1), Cone("nonnegative", 4, 1), Cone("second-order", 2, 4), Cone("second-order", 2, 1)]
-    + [Cone("second-order", 2, 2), Cone("psd", 2, 3), Cone("exponential", 5, 3)],
+    [
+        Cone("zero", 2, 1),
+        Cone("nonnegative", 4, 1),
+        Cone("second-order", 2, 4),
+        Cone("second-order", 2, 1),
+        Cone("second-order", 2, 2),
+        Cone("psd", 2, 3),
+        Cone("exponential", 5, 3),
+    ],
     ids=lambda cone: f"{cone.kind}-{cone.order}",
 )
 def test_projections_split_a_point_into_orthogonal_parts_and_their_derivative_is_that_of_differences(
