@@ -60,6 +60,7 @@ from bilevel.hypergrad.unrolling.checkpointed import Checkpointed as Checkpointe
 from bilevel.hypergrad.unrolling.forward import Forward as Forward
 from bilevel.hypergrad.unrolling.reverse import Reverse as Reverse
 from bilevel.hypergrad.unrolling.truncated import Truncated as Truncated
+from bilevel.inner_problems.from_cvxpy import from_cvxpy as from_cvxpy
 from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
 from bilevel.inner_problems.multipliers import Multipliers as Multipliers
 from bilevel.inner_problems.polytope import Polytope as Polytope

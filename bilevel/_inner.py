@@ -26,6 +26,7 @@ from bilevel.requirements.properties import Feature
 if TYPE_CHECKING:
     from bilevel._optimizer import Setting
     from bilevel.certificates.certificate import Constants
+    from bilevel.inner_problems.cone_form import FlatConeProgram
     from bilevel.inner_problems.nonlinear_constraints import FlatConstraints
     from bilevel.inner_problems.polytope import FlatPolytope
     from bilevel.inner_problems.separable import SeparableObjective
@@ -71,6 +72,7 @@ class Objective:
             the support and its signs, say. Solvers go on until they stay.
         separable: what coordinate descent reads, where the problem is so.
         nonlinear: constraints on y that are no polytope, for solvers that heed them; linear ones stand beside them.
+        cones: the cone program that the inner problem is, in the place of a function, for solvers that heed it.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -94,6 +96,7 @@ class Objective:
         active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         separable: SeparableObjective | None = None,
         nonlinear: FlatConstraints | None = None,
+        cones: FlatConeProgram | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
@@ -101,12 +104,13 @@ class Objective:
         self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings = linearize, oracle, settings
-        self.separable, self.nonlinear = separable, nonlinear
+        self.separable, self.nonlinear, self.cones = separable, nonlinear, cones
 
     @property
     def is_plain(self) -> bool:
         """Whether y is to minimize g alone: there are no constraints, no proximal map and no steps of its own."""
-        return self.constraints is None and self.nonlinear is None and self.prox is None and self.own is None
+        beyond = (self.constraints, self.nonlinear, self.prox, self.own, self.cones)
+        return all(part is None for part in beyond)
 
     def scaled(self, factor: float) -> Objective:
         """Factor times this objective, for solvers whose squares would be lost at its own scale; it cannot be unrolled.

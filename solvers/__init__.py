@@ -1,10 +1,12 @@
 """How sub-problems are solved: linear systems, inner minimizations, outer steps; one algorithm a file."""
 
+from bilevel.solvers.active_set import ActiveSet as ActiveSet
 from bilevel.solvers.adam import Adam as Adam
 from bilevel.solvers.admm import ADMM as ADMM
 from bilevel.solvers.armijo import Armijo as Armijo
 from bilevel.solvers.bicgstab import BiCGStab as BiCGStab
 from bilevel.solvers.cg import CG as CG
+from bilevel.solvers.clarabel import Clarabel as Clarabel
 from bilevel.solvers.clipped import Clipped as Clipped
 from bilevel.solvers.closed_form import ClosedForm as ClosedForm
 from bilevel.solvers.coordinate_descent import CoordinateDescent as CoordinateDescent
@@ -33,6 +35,8 @@ from bilevel.solvers.saddle_cholesky import SaddleCholesky as SaddleCholesky
 from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, StepDecay as StepDecay
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
+from bilevel.solvers.slsqp import SLSQP as SLSQP
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim
 from bilevel.solvers.truncated_cg import TruncatedCG as TruncatedCG
+from bilevel.solvers.trust_constr import TrustConstr as TrustConstr
 from bilevel.solvers.weight_decay import WeightDecay as WeightDecay

@@ -22,7 +22,10 @@ _IDLE = 8
 @final
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Min y'Qy / 2 + q'y  s.t.  A y = b, lower <= y <= upper: Q `(batch, q, q)`, A `(batch, m, q)`, vectors alike."""
+    """Min y'Qy / 2 + q'y  s.t.  A y = b, lower <= y <= upper: Q `(batch, q, q)`, A `(batch, m, q)`, vectors alike.
+
+    The last `slacks` entries are slacks of the last rows of A, each of one and of nothing else.
+    """
 
     Q: Tensor
     q: Tensor
@@ -30,6 +33,12 @@ class Program:
     b: Tensor
     lower: Tensor
     upper: Tensor
+    slacks: int = 0
+
+    def chosen(self, rows: Tensor) -> Program:
+        """Some of the programs."""
+        parts = (self.Q, self.q, self.A, self.b, self.lower, self.upper)
+        return Program(*(part[rows] for part in parts), slacks=self.slacks)
 
     def with_slacks(self, y: Tensor) -> Tensor:
         """The first entries of a point completed by those that the last equalities leave: `(batch, q)`."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # a floor of imports less
     from bilevel.inner_problems.activity import Activity
     from bilevel.inner_problems.multipliers import Multipliers
 
+_DENSE = 2000  # unknowns up to which definiteness is measured by a factorization; beyond, products are all there is
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,10 @@ class Optimality:
 
         def leading(u: Tensor) -> Tensor:
             on = torch.where(free, u, 0.0)
-            return inside(u, curved(at.operator.mv(on[..., :q]), on))
+            own = on[..., :q]
+            if n > q and not bool(own.any()):  # a slack alone, of which H knows nothing
+                return inside(u, curved(torch.zeros_like(own), on))
+            return inside(u, curved(at.operator.mv(own), on))
 
         def mv(v: Tensor) -> Tensor:
             top = leading(v[..., :n]) + matrix_times(A_F.mT, v[..., n:])
@@ -146,7 +151,7 @@ class Optimality:
             moved=moved,
             reports=(*reports, independent),
             multipliers=multipliers,
-            second_order=lambda: second_order(blocks, y),
+            second_order=None if n > _DENSE else lambda: second_order(blocks, y),
             unreduced=lambda: unreduced(self),
         )
 

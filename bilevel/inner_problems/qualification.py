@@ -35,10 +35,12 @@ def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | No
         return Report(part, Status.successful, 1.0, 0)
     rows = A * free.unsqueeze(-2) / positive_or_one(torch.linalg.vector_norm(A, dim=-1)).unsqueeze(-1)
     lost = ~rows.isfinite().all(-1).all(-1)
-    U, sizes, _ = torch.linalg.svd(torch.where(lost[..., None, None], 0.0, rows), full_matrices=True)
+    rows = torch.where(lost[..., None, None], 0.0, rows)
+    sizes = torch.linalg.svdvals(rows)
     sizes = torch.nn.functional.pad(sizes, (0, m - sizes.shape[-1]))
     dependent = sizes.amin(-1) <= least
     if bool(dependent.any()) and moved is not None:
+        U = torch.linalg.svd(rows, full_matrices=True)[0]
         generator = torch.Generator(device="cpu").manual_seed(0)
         noise = torch.randn(sizes.shape, generator=generator, dtype=torch.float64, device="cpu").to(A)
         weights = matrix_times(U, torch.where(sizes <= least, matrix_times(U.mT, noise), 0.0))

@@ -142,6 +142,7 @@ class Setting:
             over: of estimators that take differences of y, their length: its error is divided by that.
         """
         from bilevel.named.solved_on import SolvedOn
+        from bilevel.solvers.clarabel import Clarabel
         from bilevel.solvers.coordinate_descent import CoordinateDescent
         from bilevel.solvers.interior_point import InteriorPoint
         from bilevel.solvers.lbfgs import LBFGS
@@ -149,6 +150,8 @@ class Setting:
         from bilevel.solvers.quadratic_program import QuadraticProgram
 
         steps = self.steps(per_step)
+        if Feature.cones in self.features:
+            return Clarabel()
         if Feature.nonlinear_constraints in self.features:
             return InteriorPoint()
         if Feature.constraints in self.features:
@@ -174,6 +177,8 @@ class Setting:
         from bilevel.solvers.iterate import Iterate
 
         steps = self.steps(per_step)
+        if Feature.cones in self.features:  # the estimator is refused, and says why
+            return Iterate(GradientDescent(), max_steps=1)
         if self.features & {Feature.prox, Feature.own_steps}:
             return self._stepwise(steps, min_steps)
         if steps is not None:

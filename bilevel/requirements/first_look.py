@@ -213,6 +213,8 @@ class _Look:
             parts.append(_Part("constraints", self._constraints))
         if objective.nonlinear is not None:
             parts.append(_Part("constraints on y", self._nonlinear))
+        if objective.cones is not None:
+            parts.append(_Part("parameters", self._parameters))
         if self.problem.problem.init is not None:
             parts.append(_Part("init", lambda x, y: self.problem.start(x, y)))
         return parts
@@ -242,6 +244,11 @@ class _Look:
         nonlinear = inner_objective(self.problem, x).nonlinear
         assert nonlinear is not None
         return torch.cat([nonlinear.inequalities(y).reshape(-1), nonlinear.equalities(y).reshape(-1)])
+
+    def _parameters(self, x: Tensor, y: Tensor) -> Tensor:
+        cones = inner_objective(self.problem, x).cones
+        assert cones is not None
+        return cones.parameters
 
     def _sees_x(self, part: _Part) -> bool:
         x = self.x.clone().requires_grad_()
