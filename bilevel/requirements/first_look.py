@@ -17,7 +17,7 @@ from bilevel._numerics.graphs import leads_to
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Tally
 from bilevel._tree import tree_leaves
-from bilevel.inner_problems.kinds import inner_objective
+from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.captured import captured_by
 from bilevel.requirements.properties import DoesNotApply, Property
 
@@ -122,8 +122,7 @@ class _Look:
 
     def __init__(self, problem: FlatProblem, x: Tensor, y: Tensor, settings_see_x: bool) -> None:
         self.problem, self.x, self.y, self.settings_see_x = problem, x.detach(), y.detach(), settings_see_x
-        inner = problem.problem.inner
-        self.has_g = inner is None or inner.g is not None
+        self.has_g = inner_problem(problem.problem).g is not None
         self.f, self.g = _Part("f", problem.f_each), _Part("g", problem.g)
         self.unrepeatable = ""
         self.values: dict[str, Tensor] = {}
@@ -209,6 +208,8 @@ class _Look:
             parts.append(_Part("step", self._step))
         if objective.prox is not None:
             parts.append(_Part("prox", self._prox))
+        if objective.fixed_point is not None:
+            parts.append(_Part("fixed_point", self._fixed_point))
         if objective.constraints is not None:
             parts.append(_Part("constraints", self._constraints))
         if self.problem.problem.init is not None:
@@ -224,6 +225,11 @@ class _Look:
         own = inner_objective(self.problem, x).own
         assert own is not None
         return own.step(y, self._gradient(x, y) if own.needs_gradient else None, 0)
+
+    def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        image = inner_objective(self.problem, x).fixed_point
+        assert image is not None
+        return image(y)
 
     def _prox(self, x: Tensor, y: Tensor) -> Tensor:
         prox = inner_objective(self.problem, x).prox

@@ -39,6 +39,7 @@ class Feature(enum.Enum):
     constraints = "the constraints on y"
     prox = "the non-smooth term of the inner problem"
     own_steps = "the steps that the inner problem consists of"
+    fixed_point = "the map whose fixed point y is"
 
 
 STRICTEST = frozenset(Property) - {

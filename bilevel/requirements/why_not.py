@@ -91,11 +91,12 @@ def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInne
     return ""
 
 
-_PRONOUN = {Feature.prox: "it"}
+_PRONOUN = {Feature.prox: "it", Feature.fixed_point: "it"}
 _HEEDING = {
     Feature.constraints: "`QuadraticProgram`",
     Feature.prox: "`ProximalGradient`",
     Feature.own_steps: "`OwnSteps`",
+    Feature.fixed_point: "`Anderson`, `Broyden` or, where the map contracts, `FixedPointIteration`",
 }
 
 
