@@ -33,7 +33,8 @@ class Broyden(AbstractInnerSolver):
     converges faster than any power, whether T contracts or not, as long as 1 is no eigenvalue of dT/dy.
 
     Safeguards: as those of `Anderson`, but an iterate is given up only where its residual is 1e8 times the least, since
-    the way to the solution of a linear system leads over larger ones. Where the updates are as many as are kept, B begins again at the identity.
+    the way to the solution of a linear system leads over larger ones. Where the updates are as many as are kept, B
+    begins again at the identity.
 
     Cost: T once a step, and once more at the end, each counted as a gradient. Memory (2 m + 4) q for m updates.
     Rows and tasks side by side are independent.

@@ -182,7 +182,7 @@ class FixedPoint(AbstractInnerProblem):
         singular = spectrum.singular(float(torch.finfo(y.dtype).eps), y.shape[-1])
         reports = (
             _told("spectral radius of the fixed-point map", spectrum.radius, None, spectrum.steps),
-            _told("distance of dT/dy from the eigenvalue 1", spectrum.least, singular, spectrum.steps),
+            _told("least singular value of I - dT/dy", spectrum.least, singular, spectrum.steps),
         )
         operator = LinearOperator(
             mv, y.shape[-1], symmetric=False, transposed_mv=transposed, contraction=spectrum.radius

@@ -179,7 +179,9 @@ class _Look:
         for part in parts:
             if part.name == "grad_y g" and self.sees["g"][0] and not suspicious:
                 continue
-            if self._sees_x(part):
+            if part.name == "fixed_point" and not self._sees(part, "y") and self._changes(part, "y"):
+                lacking[Property.second_derivatives] = _detached(part.name, "y")
+            if self._sees(part, "x"):
                 continue
             name = part.name.removeprefix("grad_y ")
             self._refuse_captured(name)
@@ -242,14 +244,15 @@ class _Look:
         assert polytope is not None
         return torch.cat([part.reshape(-1) for part in polytope.tensors()])
 
-    def _sees_x(self, part: _Part) -> bool:
-        x = self.x.clone().requires_grad_()
+    def _sees(self, part: _Part, leaf: str) -> bool:
+        at = {"x": self.x, "y": self.y}
+        at[leaf] = at[leaf].clone().requires_grad_()
         try:
             with torch.enable_grad():
-                value = part.at(x, self.y)
+                value = part.at(at["x"], at["y"])
         except NotImplementedError:  # a second derivative that there is not: whoever needs it says so
             return True
-        return value.requires_grad and leads_to(value, x)[0]
+        return value.requires_grad and leads_to(value, at[leaf])[0]
 
     def _changes(self, part: _Part, leaf: str) -> bool:
         """Whether its values change with x, or with y; no, where they cannot be had nearby."""
@@ -281,7 +284,7 @@ class _Look:
             return
         if kind is not None and (not parts or set(kind.functions) - set(names)):  # of a kind that tells no more
             return
-        if any(self._sees_x(part) for part in parts):
+        if any(self._sees(part, "x") for part in parts):
             return
         told = " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
         raise DoesNotApply(_UNUSED.format(parts=told))
