@@ -17,6 +17,7 @@ from bilevel._result import Solved, Status, first_statuses
 _PRODUCTS = 16  # for the spectral radius of dT/dy, where plain iteration gets nowhere
 _BETTER = 0.999  # of the least residual
 _BACKS = 20  # times, and no more
+_DIGITS = 1e-3  # of the first residual, which rounding may be
 _BLUR = 1e2  # units of rounding of |y|, below which a residual may stay
 
 
@@ -65,7 +66,7 @@ def spectral_radius(objective: Objective, y: Tensor) -> Tensor:
     return arnoldi(mv, leaf.detach(), _PRODUCTS).radius
 
 
-def ended(residual: Tensor, limit: Tensor, y: Tensor, first: Tensor, lost: Tensor | None = None) -> tuple[Status, ...]:
+def ended(residual: Tensor, limit: Tensor, y: Tensor, first: Tensor, start: Tensor) -> tuple[Status, ...]:
     """How each row ended: met, not finite, grown beyond its start, at the floor of rounding, or out of steps.
 
     Args:
@@ -73,18 +74,19 @@ def ended(residual: Tensor, limit: Tensor, y: Tensor, first: Tensor, lost: Tenso
         limit: what it was to be.
         y: where the solve ended.
         first: the residual at the start.
-        lost: rows in which something was not finite on the way, though the best y is.
+        start: |y| at the start. Where y has grown from there until the rounding of y is no small part of `first`, no
+            residual tells anything: it has run away.
     """
     eps = torch.finfo(y.dtype).eps
     finite = residual.isfinite() & y.isfinite().all(-1)
-    lost = torch.zeros_like(finite) if lost is None else lost
-    floor = _BLUR * eps * safe_row_norms(y)
+    size = safe_row_norms(y)
+    away = (eps * size > _DIGITS * first) & (size > start / _DIGITS)
     return first_statuses(
         (~finite, Status.nonfinite),
+        (away, Status.diverged),
         (residual <= limit, Status.successful),
-        (lost, Status.nonfinite),
         (residual >= first, Status.diverged),
-        (residual <= floor, Status.stagnated),
+        (residual <= _BLUR * eps * size, Status.stagnated),
         (residual < math.inf, Status.max_steps),
     )
 
@@ -110,7 +112,7 @@ class Safeguard:
     def __init__(self, y: Tensor, image: Tensor, damping: float, far: float, patience: int) -> None:
         self.far, self.patience = far, patience
         self.at, self.r = y, image - y
-        self.y, self.best = y, self.r
+        self.y, self.best, self.start = y, self.r, safe_row_norms(y)
         self.least = self.first = safe_row_norms(self.r)
         self.damping = torch.full_like(self.least, damping)
         self.idle = torch.zeros_like(self.least)  # steps since the best one
@@ -146,5 +148,5 @@ class Safeguard:
     def solved(self, objective: Objective, steps: int, tol: float, rtol: float) -> Solved:
         """The best iterate, its residual by one more T, and how it has ended."""
         residual = safe_row_norms(self.y - image_of(objective, self.y))
-        statuses = ended(residual, allowed(self.y, tol, rtol), self.y, self.first)
+        statuses = ended(residual, allowed(self.y, tol, rtol), self.y, self.first, self.start)
         return Solved(self.y, statuses, residual, steps)

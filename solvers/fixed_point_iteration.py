@@ -20,6 +20,8 @@ from bilevel.requirements.properties import Feature
 from bilevel.solvers._fixed_points import allowed, demand_map, ended, image_of, spectral_radius
 
 _GROWN = 1e6  # times the first residual: it is looked at as well
+_BETTER = 0.999  # of the least residual before
+_LOOKS = 10  # without a decline: T does not contract where the iterates are, whatever it does at one of them
 _LOOK = 50  # steps, after which a residual that has not declined makes the spectral radius be looked at
 
 
@@ -31,8 +33,8 @@ class FixedPointIteration(AbstractUnrollable):
     Converges, from near y*, where the spectral radius of I - damping (I - dT/dy) is below 1: without damping, where T
     contracts; with damping = 1/2 also where the eigenvalues of dT/dy are within 1 of the point -1. The error falls like
     the powers of that radius. Where the residual has not declined for fifty steps, or the steps are used up, the radius
-    of dT/dy is estimated: if it is at least 1 the solve ends with `Status.expanding`. `Anderson` takes fewer steps, and
-    needs no contraction.
+    of dT/dy is estimated: if it is at least 1 the solve ends with `Status.expanding`, and so it does in a cycle, where no
+    residual declines. `Anderson` takes fewer steps, and needs no contraction.
 
     These are the steps that `ITD` differentiates, in all its forms.
 
@@ -136,7 +138,8 @@ class FixedPointIteration(AbstractUnrollable):
         demand_map("FixedPointIteration", objective)
         y = y0.detach().clone()
         expands = torch.zeros(y.shape[:-1], dtype=torch.bool, device=y.device)
-        first = before = residual = torch.full_like(expands, math.inf, dtype=y.dtype)
+        first = lately = residual = torch.full_like(expands, math.inf, dtype=y.dtype)
+        least, looks = lately, torch.zeros_like(lately)  # of the steps before the last look; looks without a decline
         steps = 0
         while True:
             image = image_of(objective, y)
@@ -149,18 +152,26 @@ class FixedPointIteration(AbstractUnrollable):
             if steps == self.max_steps or not bool(moving.any()):
                 break
             grown = residual > _GROWN * first
+            lately = torch.minimum(lately, residual)
             if self.tol and steps and (steps % _LOOK == 0 or bool((moving & grown).any())):
-                idle = moving & (grown | ((residual >= before) & (steps % _LOOK == 0)))
+                look = steps % _LOOK == 0
+                looks = torch.where(lately > _BETTER * least, looks + 1, 0.0) if look else looks
+                idle = moving & (grown | (looks > 0))
                 if bool(idle.any()):
-                    expands = expands | idle & (spectral_radius(objective, y) >= 1)
+                    expands = expands | (looks >= _LOOKS) | idle & (spectral_radius(objective, y) >= 1)
                     moving = moving & ~expands
-                before = residual if steps % _LOOK == 0 else before
+                least, lately = (
+                    (torch.minimum(least, lately), torch.full_like(lately, math.inf)) if look else (least, lately)
+                )
             y = torch.where(moving.unsqueeze(-1), self._moved(y, image), y)
             steps += 1
             objective.tally.inner_steps += int(moving.sum())
         if not self.tol:
             return Solved(y, judged_rows(residual, math.inf), residual, steps)
-        statuses = ended(residual, limit, y, torch.full_like(first, math.inf))
+        statuses = ended(residual, limit, y, torch.full_like(first, math.inf), first)
         if not all(status.ok for status in statuses):
             statuses = self.missed(objective, y, statuses)
+            idle = (expands | (looks > 1)).reshape(-1).tolist()
+            rows = zip(statuses, idle, strict=True)
+            statuses = tuple(Status.expanding if end is Status.max_steps and on else end for end, on in rows)
         return Solved(y, statuses, residual, steps)

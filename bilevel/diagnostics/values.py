@@ -60,6 +60,5 @@ def values_are_repeatable(subject: Subject, found: Findings) -> Findings:
                 " `data=`",
             )
     names = " and ".join(name for name, _ in subject.functions)
-    return found.saying(
-        "same value twice", True, f"{names} {'are' if len(subject.functions) > 1 else 'is'} deterministic"
-    )
+    verb = "are" if len(subject.functions) > 1 else "is"
+    return found.saying("same value twice", True, f"{names} {verb} deterministic")
