@@ -106,8 +106,13 @@ class BilevelProblem(AbstractPortable):
         inner: AbstractDeclaredKind | None = None,
         allow_unused: bool = False,
     ) -> None:
-        optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
-        optional += (("fixed_point", fixed_point),)
+        optional = (
+            ("init", init),
+            ("encode", encode),
+            ("constraints", constraints),
+            ("prox", prox),
+            ("fixed_point", fixed_point),
+        )
         without_g = not (inner is None and self.inner is None and fixed_point is None and self.fixed_point is None)
         for name, function in (("f", f), ("g", g), *optional):
             without = name in _OPTIONAL or _overridden(self, name) or (name == "g" and without_g)

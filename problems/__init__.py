@@ -14,7 +14,7 @@ from bilevel.problems._sparse import SparseData, highest_penalty
 from bilevel.problems.actor_critic import TabularMDP, actor_critic
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
 from bilevel.problems.cournot import CournotGame, cournot
-from bilevel.problems.deep_equilibrium import DeepEquilibrium, EquilibriumLayer, deep_equilibrium
+from bilevel.problems.deep_equilibrium import deep_equilibrium
 from bilevel.problems.hyper_cleaning import (
     HyperCleaning,
     hyper_cleaning,
@@ -76,9 +76,7 @@ __all__ = [
     "BayesianRegression",
     "CournotGame",
     "Dataset",
-    "DeepEquilibrium",
     "Entry",
-    "EquilibriumLayer",
     "GaussianLikelihood",
     "GaussianPrior",
     "HyperCleaning",

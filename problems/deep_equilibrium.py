@@ -57,7 +57,7 @@ class EquilibriumLayer(nn.Module):
 
 @final
 @dataclass(frozen=True, eq=False)
-class DeepEquilibrium:
+class _Network:
     """f = mean cross-entropy of a linear head on z*, z*_i = T(z*_i; u_i) the features of sample i.
 
     x holds the weights of the layer, by their names, and the head; y is z* `(n, width)`. The network has one layer and
@@ -137,7 +137,7 @@ def deep_equilibrium(*, samples: int = 60, width: int = 8, modulus: float = 0.9,
         layer = EquilibriumLayer(2, width, modulus).double()
         head = torch.randn(2, width, dtype=torch.float64) / math.sqrt(width)
     net = functional(layer)
-    network = DeepEquilibrium(net, *parts)
+    network = _Network(net, *parts)
     return Instance(
         problem=BilevelProblem(network.f, fixed_point=network.step),
         x0={"layer": net.params, "head": head},

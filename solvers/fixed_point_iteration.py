@@ -33,8 +33,8 @@ class FixedPointIteration(AbstractUnrollable):
     Converges, from near y*, where the spectral radius of I - damping (I - dT/dy) is below 1: without damping, where T
     contracts; with damping = 1/2 also where the eigenvalues of dT/dy are within 1 of the point -1. The error falls like
     the powers of that radius. Where the residual has not declined for fifty steps, or the steps are used up, the radius
-    of dT/dy is estimated: if it is at least 1 the solve ends with `Status.expanding`, and so it does in a cycle, where no
-    residual declines. `Anderson` takes fewer steps, and needs no contraction.
+    of dT/dy is estimated: if it is at least 1 the solve ends with `Status.expanding`, and so it does in a cycle,
+    where no residual declines. `Anderson` takes fewer steps, and needs no contraction.
 
     These are the steps that `ITD` differentiates, in all its forms.
 
@@ -160,9 +160,8 @@ class FixedPointIteration(AbstractUnrollable):
                 if bool(idle.any()):
                     expands = expands | (looks >= _LOOKS) | idle & (spectral_radius(objective, y) >= 1)
                     moving = moving & ~expands
-                least, lately = (
-                    (torch.minimum(least, lately), torch.full_like(lately, math.inf)) if look else (least, lately)
-                )
+                if look:
+                    least, lately = torch.minimum(least, lately), torch.full_like(lately, math.inf)
             y = torch.where(moving.unsqueeze(-1), self._moved(y, image), y)
             steps += 1
             objective.tally.inner_steps += int(moving.sum())
@@ -171,7 +170,7 @@ class FixedPointIteration(AbstractUnrollable):
         statuses = ended(residual, limit, y, torch.full_like(first, math.inf), first)
         if not all(status.ok for status in statuses):
             statuses = self.missed(objective, y, statuses)
-            idle = (expands | (looks > 1)).reshape(-1).tolist()
-            rows = zip(statuses, idle, strict=True)
+            stuck = (expands | (looks > 1)).reshape(-1).tolist()
+            rows = zip(statuses, stuck, strict=True)
             statuses = tuple(Status.expanding if end is Status.max_steps and on else end for end, on in rows)
         return Solved(y, statuses, residual, steps)

@@ -81,7 +81,7 @@ from bilevel.prox import L1, GroupBall, GroupLasso, Nonnegative, ProxDerivative,
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers import CG, LBFGS, Clipped, Cosine, GradientDescent, Iterate, Jacobi, Scheduled, TorchOptim
 from bilevel.tasks import Episodes, ImageClasses, ImageFiles, Sinusoid, Splits, batches
-from bilevel.testing import Logistic
+from bilevel.testing import FixedPointFamily, Logistic
 
 cloudpickle: Any = pytest.importorskip("cloudpickle")  # which joblib brings
 FLOAT = torch.float64
@@ -294,6 +294,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Reduced": lambda: Reduced(Joint(torch.ones(2), torch.ones(3), None), torch.ones(()), None),
         "Jacobi": lambda: Jacobi(),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
+        "FixedPointFamily": lambda: FixedPointFamily(*(torch.ones(n) for n in ((2, 2), (2, 3), 2, 2, 3))),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
     if kind.__name__ in rows:

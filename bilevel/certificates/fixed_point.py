@@ -124,7 +124,8 @@ def _completed(at: Linearization, y: Tensor, constants: Constants) -> tuple[Cons
         raise ValueError(
             "`certify` does not apply: I - dT/dy is singular to rounding at y, so that y*(x) may not be unique there."
         )
-    return replace(constants, **found, local=constants.local | frozenset(found)), notes
+    mu, L, C_G = (found.get(name, getattr(constants, name)) for name in ("mu", "L", "C_G"))
+    return replace(constants, mu=mu, L=L, C_G=C_G, local=constants.local | frozenset(found)), notes
 
 
 def _stretch(v: Tensor, hv: Tensor) -> float | None:
