@@ -108,6 +108,7 @@ class Anderson(AbstractInnerSolver):
         mixing = Mixing(y, self.memory, self.regularization)
         image = image_of(objective, y)
         guard = Safeguard(y, image, self.damping, _FAR, _PATIENCE + 2 * self.memory)
+        step = 0
         for step in range(self.max_steps + 1):
             moving = guard.moving(allowed(guard.y, self.tol, self.rtol))
             if step == self.max_steps or not bool(moving.any()):

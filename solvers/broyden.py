@@ -94,6 +94,7 @@ class Broyden(AbstractInnerSolver):
         y = y0.detach().clone()
         inverse = _Inverse(y, self.memory)
         guard = Safeguard(y, image_of(objective, y), 1.0, _FAR, _PATIENCE + self.memory)
+        step = 0
         for step in range(self.max_steps + 1):
             moving = guard.moving(allowed(guard.y, self.tol, self.rtol))
             if step == self.max_steps or not bool(moving.any()):

@@ -159,6 +159,7 @@ def test_certificates_of_fixed_points_hold_and_shrink_with_the_residual(radius: 
                 assert found.distance == pytest.approx(residual / mu, rel=1e-4)
             bounds.append(found.bound)
         assert bounds[2] < 1e-4 * bounds[0]
+    est = hypergradient(problem, x, y0)
     false = Constants(mu=5.0, L_fyy=1.0, L_fxy=0.0, M_yy=M, M_xy=0.0, C_G=1.0)
     assert certify(problem, x, est, false).bound == float("inf")
     if radius < 1:

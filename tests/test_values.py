@@ -294,7 +294,9 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Reduced": lambda: Reduced(Joint(torch.ones(2), torch.ones(3), None), torch.ones(()), None),
         "Jacobi": lambda: Jacobi(),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
-        "FixedPointFamily": lambda: FixedPointFamily(*(torch.ones(n) for n in ((2, 2), (2, 3), 2, 2, 3))),
+        "FixedPointFamily": lambda: FixedPointFamily(
+            torch.ones(2, 2), torch.ones(2, 3), *[torch.ones(2)] * 2, s=torch.ones(3)
+        ),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
     if kind.__name__ in rows:
