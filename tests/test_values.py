@@ -294,9 +294,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Reduced": lambda: Reduced(Joint(torch.ones(2), torch.ones(3), None), torch.ones(()), None),
         "Jacobi": lambda: Jacobi(),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
-        "FixedPointFamily": lambda: FixedPointFamily(
-            torch.ones(2, 2), torch.ones(2, 3), *[torch.ones(2)] * 2, s=torch.ones(3)
-        ),
+        "FixedPointFamily": lambda: _fixed_points(),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
     if kind.__name__ in rows:
@@ -305,6 +303,11 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         return kind()
     except (TypeError, ValueError):
         return guess(kind)
+
+
+def _fixed_points() -> FixedPointFamily:
+    y = torch.ones(2)
+    return FixedPointFamily(torch.ones(2, 2), torch.ones(2, 3), y, y, torch.ones(3))
 
 
 @functools.cache
