@@ -17,7 +17,7 @@ from bilevel._numerics.learned_settings import settings_at
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import eigenvalue_ends
-from bilevel._result import Solved, Tally
+from bilevel._result import Solved, Status, Tally
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.portable.pickling import AbstractPortable
@@ -73,6 +73,7 @@ class Objective:
         separable: what coordinate descent reads, where the problem is so.
         nonlinear: constraints on y that are no polytope, for solvers that heed them; linear ones stand beside them.
         cones: the cone program that the inner problem is, in the place of a function, for solvers that heed it.
+        fixed_point: y -> T(x, y) `(*batch, q)`, where the y that is wanted is its fixed point; differentiable.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -97,6 +98,7 @@ class Objective:
         separable: SeparableObjective | None = None,
         nonlinear: FlatConstraints | None = None,
         cones: FlatConeProgram | None = None,
+        fixed_point: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
@@ -104,12 +106,12 @@ class Objective:
         self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings = linearize, oracle, settings
-        self.separable, self.nonlinear, self.cones = separable, nonlinear, cones
+        self.separable, self.nonlinear, self.cones, self.fixed_point = separable, nonlinear, cones, fixed_point
 
     @property
     def is_plain(self) -> bool:
-        """Whether y is to minimize g alone: there are no constraints, no proximal map and no steps of its own."""
-        beyond = (self.constraints, self.nonlinear, self.prox, self.own, self.cones)
+        """Whether y is to minimize g alone: there are no constraints, no proximal map, no map, no steps of its own."""
+        beyond = (self.constraints, self.nonlinear, self.prox, self.own, self.cones, self.fixed_point)
         return all(part is None for part in beyond)
 
     def scaled(self, factor: float) -> Objective:
@@ -335,6 +337,14 @@ class AbstractUnrollable(AbstractInnerSolver):
     def moved(self, state: State, new: State) -> Tensor:
         """What `tol` is compared with, times `residual_step` where there is one: y_k - y_{k+1} `(*tasks, q)`."""
         return state[0] - new[0]
+
+    def allowed(self, y: Tensor) -> Tensor | float:
+        """What the residual at y may be: `tol`, or more where that is relative to y; `(*tasks,)`."""
+        return self.tol or 0.0
+
+    def missed(self, objective: Objective, y: Tensor, statuses: tuple[Status, ...]) -> tuple[Status, ...]:
+        """The same statuses of steps that have ended at y, or why those have failed that have."""
+        return statuses
 
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:

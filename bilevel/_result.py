@@ -132,6 +132,11 @@ class Status(enum.Enum):
         " the largest curvature, or have it derived from an estimate of L: `step=None` of a solver, an algorithm by its"
         " name."
     )
+    expanding = (
+        "The map does not contract: the spectral radius of dT/dy was estimated to be at least 1, so that plain"
+        " iteration and the series of its powers (`Neumann`, `JacobianFree`) diverge. Find y by `Anderson` or"
+        " `Broyden`, and solve the linear system by `GMRES`, which need only that 1 is no eigenvalue of dT/dy."
+    )
     not_repeatable = (
         "Its value changes from call to call, so that there is no Phi to differentiate. Fix the random numbers"
         " (`bilevel.functional(module)` keeps one dropout mask), close over nothing that changes, and pass mini-batches"

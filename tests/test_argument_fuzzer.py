@@ -290,6 +290,7 @@ OLD_FORMS = {("Experiment", "settings"), ("Experiment", "evaluation"), ("ImageCl
 DRAWN = {
     "composites",
     "programs",
+    "fixed_points",
     "quadratics",
     "spd_matrices",
     "spectra",

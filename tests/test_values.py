@@ -81,7 +81,7 @@ from bilevel.prox import L1, GroupBall, GroupLasso, Nonnegative, ProxDerivative,
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers import CG, LBFGS, Clipped, Cosine, GradientDescent, Iterate, Jacobi, Scheduled, TorchOptim
 from bilevel.tasks import Episodes, ImageClasses, ImageFiles, Sinusoid, Splits, batches
-from bilevel.testing import Logistic
+from bilevel.testing import FixedPointFamily, Logistic
 
 cloudpickle: Any = pytest.importorskip("cloudpickle")  # which joblib brings
 FLOAT = torch.float64
@@ -295,6 +295,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Jacobi": lambda: Jacobi(),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
         "NonlinearlyConstrained": lambda: NonlinearlyConstrained(portable_cases.f, portable_cases.f),
+        "FixedPointFamily": lambda: _fixed_points(),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
     if kind.__name__ in rows:
@@ -303,6 +304,11 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         return kind()
     except (TypeError, ValueError):
         return guess(kind)
+
+
+def _fixed_points() -> FixedPointFamily:
+    y = torch.ones(2)
+    return FixedPointFamily(torch.ones(2, 2), torch.ones(2, 3), y, y, torch.ones(3))
 
 
 @functools.cache

@@ -532,6 +532,13 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "bilevel.testing.Logistic.g": {"x": lambda: torch.zeros(5, **D)},
     "bilevel.testing.Logistic.constants": {"x": lambda: torch.zeros(5, **D)},
     "LogSumExp": {"t": lambda: X},
+    "FixedPoint": {"map": lambda: lambda x, y: 0.5 * y},
+    "FixedPointFamily": {"A": lambda: matrix(2, 2), "B": lambda: matrix(2, 2)},
+    "TabularMDP": {"P": lambda: torch.full((2, 2, 2), 0.5, **D), "r": lambda: matrix(2, 2)},
+    **{
+        f"TabularMDP.{name}": {"x": lambda: matrix(2, 2)}
+        for name in ("f", "bellman", "solution", "gradient", "metrics")
+    },
     "ProximalTasks.f": {"y": lambda: matrix(2, 2)},
     "ProximalTasks.g": {"y": lambda: matrix(2, 2)},
     "ProximalTasks": {name: lambda: torch.ones(2, 3, 2, **D) for name in "XU"}

@@ -5,6 +5,7 @@ Import them from here: `from bilevel.inner_problems import SmoothMinimization`.
 
 from bilevel.inner_problems.composite import Composite as Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained as LinearlyConstrained
+from bilevel.inner_problems.fixed_point import FixedPoint as FixedPoint
 from bilevel.inner_problems.iteration import Iteration as Iteration
 from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem as inner_problem

@@ -41,6 +41,7 @@ class Feature(enum.Enum):
     cones = "the cone program that the inner problem is"
     prox = "the non-smooth term of the inner problem"
     own_steps = "the steps that the inner problem consists of"
+    fixed_point = "the map whose fixed point y is"
 
 
 STRICTEST = frozenset(Property) - {
