@@ -14,4 +14,3 @@ from bilevel.testing.estimators import (
 )
 from bilevel.testing.instances import check_problem as check_problem
 from bilevel.testing.logistic import Logistic as Logistic
-from bilevel.testing.programs import Program as Program
