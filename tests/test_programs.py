@@ -7,7 +7,8 @@ from hypothesis import given, settings
 
 from bilevel import AID, KKT, FullKKT, hypergradient
 from bilevel.solvers import MINRES, InteriorPoint, QuadraticProgram
-from bilevel.testing import Program, strategies
+from bilevel.testing import strategies
+from bilevel.testing.programs import Program
 
 
 @settings(max_examples=5)

@@ -15,4 +15,3 @@ from bilevel.testing.estimators import (
 from bilevel.testing.fixed_points import FixedPointFamily as FixedPointFamily
 from bilevel.testing.instances import check_problem as check_problem
 from bilevel.testing.logistic import Logistic as Logistic
-from bilevel.testing.programs import Program as Program
