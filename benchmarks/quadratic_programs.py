@@ -3,8 +3,8 @@
     python benchmarks/quadratic_programs.py
 
 The programs are argmin_y {y'Qy / 2 + x'diag(q) y : G y <= h}, with Q, q, G and h of their own and one x; f is the sum
-of squares. cvxpylayers is asked for the same accuracy: mode "dense", as its iterative ones leave gradients wrong without
-a word, with SCS to 1e-8 (its default solver) and with Clarabel to 1e-10.
+of squares. cvxpylayers is asked for accuracy too: mode "dense", as its iterative ones leave gradients wrong without a
+word, with SCS to 1e-8 (its default solver) and with Clarabel to 1e-10.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def programs(count: int, n: int, k: int) -> dict[str, Tensor]:
 def problem(tasks: bool) -> BilevelProblem:
     """The same, for all programs or for one."""
     return BilevelProblem(
-        lambda x, y, d: y.square().sum() / 2,
+        lambda _, y, __: y.square().sum() / 2,
         lambda x, y, d: y @ d["Q"] @ y / 2 + (x * d["q"]) @ y,
-        constraints=lambda x, d: Polytope(G=d["G"], h=d["h"]),
+        constraints=lambda _, d: Polytope(G=d["G"], h=d["h"]),
         tasks=tasks,
     )
 
