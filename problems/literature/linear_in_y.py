@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from bilevel.problems.literature.elementary import exp
 from bilevel.problems.literature.statement import Point, Statement
 
 STATEMENTS = (
@@ -150,7 +149,7 @@ STATEMENTS = (
         "lp",
         sizes=(1, 1),
         f=lambda x, y: y[0] ** 2,
-        g=lambda x, y: (x[0] + torch.exp(x[0])) * y[0],
+        g=lambda x, y: (x[0] + exp(x[0])) * y[0],
         outer=lambda x, y: (-1 - x[0], x[0] - 1, -y[0] - 0.1, y[0] - 0.1),
         inner=lambda x, y: (-1 - y[0], y[0] - 1),
         best=Point((-0.5671432904097838,), (0.0,), f=0.0, g=0.0),

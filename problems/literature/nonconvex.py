@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from bilevel.problems.literature.elementary import exp
 from bilevel.problems.literature.statement import Point, Statement
 
 STATEMENTS = (
@@ -23,7 +22,7 @@ STATEMENTS = (
         "nonconvex",
         sizes=(1, 1),
         f=lambda x, y: (x[0] - 2) ** 2 + (y[0] - 1) ** 2,
-        g=lambda x, y: -x[0] * torch.exp(-((y[0] + 1) ** 2)) - torch.exp(-((y[0] - 1) ** 2)),
+        g=lambda x, y: -x[0] * exp(-((y[0] + 1) ** 2)) - exp(-((y[0] - 1) ** 2)),
         inner=lambda x, y: (-2 - y[0], y[0] - 2),
         best=Point((1.0,), (0.9575040240772688,), f=1.0018059079696253, g=-1.0198658183311207),
         source="J.A. Mirrlees, Rev. Econ. Stud. 66 (1999) 3-21 (box added by Ye & Zhu 2010)",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from bilevel.problems.literature.elementary import exp
 from bilevel.problems.literature.statement import Point, Statement
 
 STATEMENTS = (
@@ -49,7 +48,7 @@ STATEMENTS = (
         outer=lambda x, y: (
             y[0] * y[1] - x[0],
             x[1] * y[0] ** 2,
-            x[0] - torch.exp(x[1]) + y[2],
+            x[0] - exp(x[1]) + y[2],
             -1 - x[0],
             x[0] - 1,
             -1 - x[1],
@@ -142,7 +141,7 @@ STATEMENTS = (
         outer=lambda x, y: (
             y[0] * y[1] - x[0],
             x[1] * y[0] ** 2,
-            x[0] - torch.exp(x[1]) + y[2],
+            x[0] - exp(x[1]) + y[2],
             -1 - x[0],
             x[0] - 1,
             -1 - x[1],
@@ -167,7 +166,7 @@ STATEMENTS = (
             y[4] - 1,
             y[0] * y[1] - 0.3,
             x[0] - y[2] ** 2 - 0.2,
-            -torch.exp(y[2]) + y[3] * y[4] - 0.1,
+            -exp(y[2]) + y[3] * y[4] - 0.1,
         ),
         best=Point((0.0, 0.0, 0.0, 0.0, 0.0), (-1.0, 0.0, -1.0, 0.0, 0.0), f=2.0, g=-1.1),
         certain=False,
@@ -197,7 +196,7 @@ STATEMENTS = (
         outer=lambda x, y: (
             y[0] * y[1] - x[0],
             x[1] * y[0] ** 2,
-            x[0] - torch.exp(x[1]) + y[2],
+            x[0] - exp(x[1]) + y[2],
             -1 - x[0],
             x[0] - 1,
             -1 - x[1],
@@ -222,7 +221,7 @@ STATEMENTS = (
             y[4] - 1,
             y[0] * y[1] - 0.3,
             x[0] - y[2] ** 2 - 0.2,
-            -torch.exp(y[2]) + y[3] * y[4] - 0.1,
+            -exp(y[2]) + y[3] * y[4] - 0.1,
         ),
         best=Point((1.0, -1.0, -1.0, -1.0, -1.0), (-1.0, 1.0, -1.0, -1.0, 1.0), f=-10.0, g=-3.1),
         certain=False,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from bilevel.problems.literature.elementary import exp
 from bilevel.problems.literature.statement import Point, Statement
 
 STATEMENTS = (
@@ -23,10 +22,10 @@ STATEMENTS = (
         "strict_nonlinear",
         sizes=(1, 2),
         f=lambda x, y: (x[0] - y[1]) ** 4 + (y[0] - 1) ** 2 + (y[0] - y[1]) ** 2,
-        g=lambda x, y: 2 * x[0] + torch.exp(y[0]) + y[0] ** 2 + 4 * y[0] + 2 * y[1] ** 2 - 6 * y[1],
+        g=lambda x, y: 2 * x[0] + exp(y[0]) + y[0] ** 2 + 4 * y[0] + 2 * y[1] ** 2 - 6 * y[1],
         outer=lambda x, y: (-x[0],),
         inner=lambda x, y: (
-            6 * x[0] + y[0] ** 2 + torch.exp(y[1]) - 15,
+            6 * x[0] + y[0] ** 2 + exp(y[1]) - 15,
             5 * x[0] + y[0] ** 4 - y[1] - 25,
             y[0] - 4,
             y[1] - 2,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from bilevel.problems.literature.elementary import exp
 from bilevel.problems.literature.statement import Point, Statement
 
 STATEMENTS = (
@@ -67,7 +66,7 @@ STATEMENTS = (
         "strict_poly",
         sizes=(1, 1),
         f=lambda x, y: (x[0] - 5) ** 4 + (2 * y[0] + 1) ** 4,
-        g=lambda x, y: torch.exp(-x[0] + y[0]) + x[0] ** 2 + 2 * x[0] * y[0] + y[0] ** 2 + 2 * x[0] + 6 * y[0],
+        g=lambda x, y: exp(-x[0] + y[0]) + x[0] ** 2 + 2 * x[0] * y[0] + y[0] ** 2 + 2 * x[0] + 6 * y[0],
         outer=lambda x, y: (x[0] + y[0] - 4, -x[0]),
         inner=lambda x, y: (-x[0] + y[0] - 2, -y[0]),
         best=Point((4.0,), (0.0,), f=2.0, g=24.018315638888733),
