@@ -61,6 +61,7 @@ from bilevel.hypergrad.unrolling.forward import Forward as Forward
 from bilevel.hypergrad.unrolling.reverse import Reverse as Reverse
 from bilevel.hypergrad.unrolling.truncated import Truncated as Truncated
 from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
+from bilevel.inner_problems.multipliers import Multipliers as Multipliers
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.modules.functional import Functional as Functional, functional as functional
 from bilevel.named.auto import Auto as Auto

@@ -118,6 +118,19 @@ class Status(enum.Enum):
         "g is unbounded below on the constraints: it falls along a direction in which none of them ends. Add a bound on"
         " y or a regularizer to g."
     )
+    infeasible_stationary = (
+        "The constraints on x and y*(x) are violated, and no small change of x lowers the violation: they contradict"
+        " each other, at least near here. Check `outer_inequalities` and `outer_equalities`, or start elsewhere."
+    )
+    weight_limit = (
+        "The constraints on x and y*(x) are violated although their weight in the augmented Lagrangian has reached its"
+        " limit: they may be badly scaled, contradict each other, or have no independent gradients. Scale them to"
+        " values about 1, or start closer."
+    )
+    gap_left = (
+        "No point was found at which y minimizes g(x, .) to the tolerance and the constraints hold, as an independent"
+        " global solve measured it. Raise the number of starts, or loosen the tolerance."
+    )
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
         " the largest curvature, or have it derived from an estimate of L: `step=None` of a solver, an algorithm by its"

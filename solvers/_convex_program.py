@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class ConvexProgram:
 
     objective: Objective
     like: Tensor
+
+    @cached_property
+    def _last(self) -> list[Any]:
+        """Where the last model was, and that."""
+        return []
 
     @property
     def q(self) -> int:
@@ -91,9 +96,14 @@ class ConvexProgram:
         return y.reshape(self.like.shape).to(self.like)
 
     def model(self, entries: Tensor, multipliers: Tensor) -> Model:
-        """The Lagrangian to second order, and tangents, where entries with equal bounds are taken out."""
+        """The Lagrangian to second order, and tangents, without entries with equal bounds; the last is kept."""
+        last = self._last
+        if last and last[0] is entries and last[1] is multipliers:
+            found: Model = last[2]
+            return found
         whole = self.whole(self.natural(entries), multipliers)
-        return Model(without_fixed(whole.program)[0], whole.gradient)
+        last[:] = [entries, multipliers, Model(without_fixed(whole.program)[0], whole.gradient)]
+        return last[2]
 
     def whole(self, y: Tensor, multipliers: Tensor) -> Model:
         """The same with all entries."""

@@ -19,7 +19,7 @@ from bilevel.inner_problems.polytope import padded
 from bilevel.requirements.properties import Feature
 from bilevel.solvers._convex_program import ConvexProgram
 
-_ENOUGH = 1e-8  # an error that tells which constraints hold; Newton's method on these does the rest
+_ENOUGH = 1e-6  # an error that tells which constraints hold; Newton's method on these does the rest
 
 
 @final

@@ -21,7 +21,7 @@ _LEAST, _FIRST, _MOST = 1e-10, 1e-4, 1e6
 _SHIFTS = 18
 _LESS = 0.9
 _DESCENT = 1e-3  # of the residual, relative to the step, that is asked for
-_POLISHES = 10
+_POLISHES, _EXACT = 10, 1e-14
 _FLOOR = 1e-12  # of the gradient at the start
 _MADE = 1e3  # a start that is made may have so much larger an error: its slacks and multipliers are in proportion
 
@@ -83,12 +83,12 @@ def run(
         now = _error(method, point, floor)
         idle = torch.where(now < _LESS * error, torch.zeros_like(idle), idle + 1)
         better = now < error
-        best, error = point.where(better, best), torch.where(better, now, error)
+        best, error = _either(point, better, best), torch.where(better, now, error)
         moving = (error > tol) & (idle < _IDLE) & ~stuck
         if count == max_steps or not bool(moving.any()):
             break
         ahead, failed, shift = _stepped(problem, method, point, floor, shift)
-        point = ahead.where(moving & ~failed, point)
+        point = _either(ahead, moving & ~failed, point)
         stuck = stuck | (moving & failed & (shift > _MOST))
         shift = torch.where(failed, (100 * shift).clamp_min(_FIRST), torch.where(shift > _LEAST, shift / 10, 0.0))
         steps += moving
@@ -113,8 +113,12 @@ def _stepped(
     corrected = method.direction(saddle, at, product + method.masked(affine.slacks * affine.z) - aim)
     primal, dual = _scales(p, at, floor)
 
-    def merit(there: Point) -> Tensor:
-        stationarity, equality = problem.residuals(there.y, there.multipliers)
+    def merit(there: Point, program: Program | None) -> Tensor:
+        if program is None:
+            stationarity, equality = problem.residuals(there.y, there.multipliers)
+        else:
+            stationarity = program.gradient(there.y) + matrix_times(program.A.mT, there.multipliers)
+            equality = matrix_times(program.A, there.y) - program.b
         stationarity = stationarity + (method.sign * there.z).sum(-2)
         slack = method.residuals(there)[2]
         left = (method.masked(there.slacks * there.z) - aim).flatten(1) / (primal * dual)
@@ -122,32 +126,42 @@ def _stepped(
         size: Tensor = torch.linalg.vector_norm(torch.cat(parts, -1), dim=-1)
         return torch.where(size.isfinite(), size, torch.inf)
 
-    before = merit(at)
-    found, open_ = _searched(merit, before, at, corrected, torch.ones_like(mu, dtype=torch.bool), 4)
+    before = merit(at, p)
+    found, open_ = _searched(problem, merit, before, at, corrected, torch.ones_like(mu, dtype=torch.bool), 4)
     if bool(open_.any()):
         plain = method.direction(saddle, at, product - aim)
-        other, open_ = _searched(merit, before, at, plain, open_, _HALVINGS)
-        found = other.where(~_same(other, at), found)
+        tried = open_
+        other, open_ = _searched(problem, merit, before, at, plain, open_, _HALVINGS)
+        found = _either(other, tried & ~open_, found)
     return found, open_, shift
 
 
-def _same(a: Point, b: Point) -> Tensor:
-    return (a.y == b.y).all(-1) & (a.z == b.z).flatten(1).all(-1)
+def _either(one: Point, chosen: Tensor, other: Point) -> Point:
+    """One point in the chosen rows, the other in the rest; the very same where all rows are alike: models are kept."""
+    return one if bool(chosen.all()) else one.where(chosen, other) if bool(chosen.any()) else other
 
 
 def _searched(
-    merit: Callable[[Point], Tensor], before: Tensor, at: Point, step: Point, wanted: Tensor, halvings: int
+    problem: NonlinearProgram,
+    merit: Callable[[Point, Program | None], Tensor],
+    before: Tensor,
+    at: Point,
+    step: Point,
+    wanted: Tensor,
+    halvings: int,
 ) -> tuple[Point, Tensor]:
     """The first point along a step, halved and halved, where the merit is less; the rows where there was none."""
     length = (BACK * longest(at, step)).clamp_max(1.0)
     finite = torch.cat([step.y, step.multipliers, step.slacks.flatten(1), step.z.flatten(1)], -1).isfinite().all(-1)
     found, open_ = at, wanted & finite
-    for _ in range(halvings):
+    for k in range(halvings):
         if not bool(open_.any()):
             break
         ahead = at.moved(step, length)
-        good = open_ & (merit(ahead) <= (1 - _DESCENT * length) * before)
-        found, open_ = ahead.where(good, found), open_ & ~good
+        # The first try is mostly taken, and its model needed next.
+        program = problem.model(ahead.y, ahead.multipliers).program if k == 0 and bool(open_.all()) else None
+        good = open_ & (merit(ahead, program) <= (1 - _DESCENT * length) * before)
+        found, open_ = _either(ahead, good, found), open_ & ~good
         length = length / 2
     return found, open_ | (wanted & ~finite)
 
@@ -205,7 +219,7 @@ def start(problem: NonlinearProgram, y: Tensor, multipliers: Tensor) -> tuple[Po
     made = method.start()
     there = problem.model(made.y, made.multipliers).program
     error, other = _error(method, own, floor), _error(Mehrotra(there), made, floor)
-    return made.where(other <= _MADE * error, own), floor
+    return _either(made, other <= _MADE * error, own), floor
 
 
 def newton(problem: NonlinearProgram, point: Point, floor: Tensor) -> tuple[Point, Tensor]:
@@ -220,7 +234,9 @@ def newton(problem: NonlinearProgram, point: Point, floor: Tensor) -> tuple[Poin
         better = now < error  # false where NaN
         if not bool(better.any()):
             break
-        best, error = candidate.where(better, best), torch.where(better, now, error)
-        point = candidate.where(now.isfinite(), point)
+        best, error = _either(candidate, better, best), torch.where(better, now, error)
+        if bool((error <= _EXACT).all()):
+            break
+        point = _either(candidate, now.isfinite(), point)
         model = problem.model(point.y, point.multipliers)
     return best, error

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractRequiring, FlatEstimate
 from bilevel._result import Status
 from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.algorithms.outer_constraints import OuterConstraints
 from bilevel.arguments.fits import demand_types
 
 S = TypeVar("S")
@@ -29,6 +30,7 @@ class Evaluated:
             not end at a point that is gone back from, neither for a tolerance nor for an estimate that failed there.
         ended: why the algorithm goes no further of itself; None: it does.
         tol: at which stationarity it has arrived where no tolerance is asked for; None: it has none of its own.
+        outer: what is known of constraints on x and y*(x), where there are any: it is recorded.
     """
 
     estimate: FlatEstimate
@@ -36,6 +38,7 @@ class Evaluated:
     back: Any = None
     ended: Status | None = None
     tol: float | None = None
+    outer: OuterConstraints | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,10 @@ from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.auto import ALIKE, chosen as choose
+from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian, demand_steady
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
+from bilevel.algorithms.value_function import ValueFunction
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
@@ -79,6 +82,8 @@ def minimize(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     sweep_steps: int | None = None,
     constraint: Constraint = None,
+    outer_inequalities: Callable[..., Tree] | None = None,
+    outer_equalities: Callable[..., Tree] | None = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
@@ -129,6 +134,12 @@ def minimize(
             and the best is gone on with as if it had run alone. `Solution.sweep` has a row for each; calls are counted.
         sweep_steps: how long; None: a quarter of `max_steps`.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
+        outer_inequalities: c of c(x, y*(x)) <= 0, entry by entry: `outer_inequalities(x, y) -> tensors`, called as f is,
+            so with the data where there are any; it may ignore y. With tasks it holds in each task. With these and the
+            following the method is `AugmentedLagrangian`, whose measure `tol` is then compared with, whose rounds
+            `estimator` and `outer` make, and whose statuses, multipliers and violations are in the records and in
+            `Solution.outer_constraints`. Data that change from step to step are refused.
+        outer_equalities: e of e(x, y*(x)) = 0, likewise.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
             when the run is interrupted or fails. It holds the state of the algorithm; of a driver, which keeps its
@@ -202,6 +213,8 @@ def minimize(
         "chunk_size": chunk_size,
         "accuracy": accuracy,
         "constants": constants,
+        "outer_inequalities": outer_inequalities,
+        "outer_equalities": outer_equalities,
     }
     batches = sources(data)
     if problem.tasks:
@@ -209,6 +222,9 @@ def minimize(
     on_batches = has_whole(batches) and not is_fixed(batches)
     if algorithm == AUTO and is_fixed(batches):
         algorithm = DESCENT
+    if isinstance(algorithm, ValueFunction):
+        for name in ("outer_inequalities", "outer_equalities"):
+            del of_descent[name]
     if algorithm is not None and algorithm != DESCENT:
         if on_batches:  # they are for the certificate that ends the run
             del of_descent["constants"]
@@ -233,11 +249,13 @@ def minimize(
         flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
+        given = {"outer_inequalities": outer_inequalities, "outer_equalities": outer_equalities}
+        on_x = {name: function for name, function in given.items() if function is not None}
 
         def run(compares: bool) -> Run:
             saves = None
             if checkpoint is not None:
-                made_of = settings | {"problem": problem, "data": data, "constants": constants}
+                made_of = settings | {"problem": problem, "data": data, "constants": constants} | on_x
                 starts = [*tree_leaves(x0), *tree_leaves(y0)]
                 kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
                 saves = Saves(kept, checkpoint_every, checkpoint_seconds, before=partial(before_save, callback))
@@ -259,12 +277,20 @@ def minimize(
             settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
             warm = starts_warm(warm_start, estimates, problem)
             settings["warm_start"] = warm
+            coupled = outer_inequalities is not None or outer_equalities is not None
+            if coupled:
+                demand_steady(batches, accuracy)
             if isinstance(steps, AbstractOuterDriver):
                 _refuse_data(steps, data)
+                if coupled:
+                    raise ValueError(f"`{type(steps).__name__}` takes no outer_inequalities and outer_equalities.")
                 estimate = partial(_estimate, estimates, chunk_size)
                 limits = bounds(constraint, x_structure, x)
                 return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
-            chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
+            descent = Descent(estimates, _optimizer(steps), warm, chunk_size)
+            chosen = descent
+            if coupled:
+                chosen = AugmentedLagrangian(descent, outer_inequalities, outer_equalities, tol=tol)
         else:
             others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
             reach = corners(constraint, x_structure, x)
@@ -278,6 +304,8 @@ def minimize(
                     share, slack = max(1, max_steps // (4 * rows)), ALIKE
             else:
                 chosen = resolve_algorithm(algorithm, setting)
+            if isinstance(chosen, ValueFunction) and on_x:
+                chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
             settings = {"algorithm": chosen, **settings}
         oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
         begun: Winner | None = None
