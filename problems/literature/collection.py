@@ -1,20 +1,18 @@
-"""The test problems by name: what they say, and what they are as problems of this library."""
+"""The test problems by name, their functions, and what is known of them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from bilevel._instance import Instance
-from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree
 from bilevel._validate import nearest
 from bilevel.arguments.checked import checked
@@ -31,7 +29,6 @@ from bilevel.problems.literature import (
     strict_nonlinear,
     strict_poly,
 )
-from bilevel.problems.literature.starts import starts
 from bilevel.problems.literature.statement import KINDS, Kind, Statement
 
 _MODULES = (
@@ -116,46 +113,6 @@ def references(name: str) -> tuple[Reference, ...]:
     """
     statement(name)
     return _references().get(name, ())
-
-
-@checked("literature.load")
-def load(name: str) -> Instance:
-    """The problem of that name in float64, with its best known solution as `minimizer` and its gaps as `metrics`.
-
-    f, g and the inner constraints are those of `Instance.problem`. The outer constraints are the setting
-    `outer_inequalities`, as `minimize(outer_inequalities=...)` takes them, where there are any. The start is the first
-    of :func:`bilevel.problems.literature.starts.starts`, which knows nothing of the solution.
-
-    Raises:
-        ValueError: if there is no problem of that name.
-
-    Example:
-        >>> instance = load("Bard1988Ex1")
-        >>> instance.minimizer
-        tensor([1.], dtype=torch.float64)
-        >>> instance.metrics(instance.minimizer, torch.zeros(1, dtype=torch.float64))["gap to the best known"]
-        0.0
-    """
-    found = statement(name)
-    x0, y0 = starts(found, 1, seed=0)[0]
-    constraints: dict[str, Any] = {}
-    if found.inner is not None:
-        constraints["inequalities"] = partial(evaluate, name, "inner")
-    if found.equal is not None:
-        constraints["equalities"] = partial(evaluate, name, "equal")
-    outer = {} if found.outer is None else {"outer_inequalities": partial(evaluate, name, "outer")}
-    problem = BilevelProblem(
-        partial(evaluate, name, "f"), partial(evaluate, name, "g"), allow_unused=found.kind == "simple", **constraints
-    )
-    return Instance(
-        problem=problem,
-        x0=x0,
-        y0=y0,
-        description=f"{found.kind}: {found.source}" if found.source else found.kind,
-        minimizer=torch.tensor(found.best.x, dtype=torch.float64),
-        metrics=partial(gaps, name),
-        settings=outer,
-    )
 
 
 def evaluate(name: str, role: Literal["f", "g", "outer", "inner", "equal"], x: Tensor, y: Tensor) -> Tensor:
