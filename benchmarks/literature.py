@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=list(literature.KINDS), choices=literature.KINDS)
     parser.add_argument("--names", nargs="*")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=12)
     parser.add_argument("--out", type=Path, help="a file with a JSON line for each problem, which is added to")
     parser.add_argument("--table", nargs="*", type=Path, help="read such files, and print the table")
     options = parser.parse_args()

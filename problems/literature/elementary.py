@@ -15,5 +15,6 @@ def exp(t: Number) -> Number:
         return t.exp()
     import numpy as np
 
-    found: Number = np.exp(t)
+    with np.errstate(over="ignore"):  # infinite: a step too far, which is taken back
+        found: Number = np.exp(t)
     return found

@@ -57,10 +57,9 @@ class Inner:
         found, violation = minimized(program, y)
         return float(at(found).at[1]), found, violation
 
-    def lowest(self, x: Array, y: Array) -> tuple[float, Array] | None:
-        """V(x) and where it is taken; None where no feasible point was found.
-
-        Of a convex problem from y; of others also from the best of many points.
+    def minimizers(self, x: Array, y: Array) -> list[tuple[float, Array]]:
+        """Local minimizers that satisfy the constraints, the lowest first: of a convex problem from y, of others also
+        from the best of many points.
         """
         import numpy as np
 
@@ -71,5 +70,9 @@ class Inner:
             violation = values[self.model.inner].clip(0).sum(0) + abs(values[self.model.equal]).sum(0)
             starts += list(self.points[np.argsort(values[1] + _WEIGHT * violation)[:_KEPT]])
         found = [self.local(x, start) for start in starts]
-        feasible = [(value, z) for value, z, violation in found if violation <= _SOLVED]
-        return min(feasible, key=lambda each: each[0]) if feasible else None
+        return sorted(((value, z) for value, z, left in found if left <= _SOLVED), key=lambda each: each[0])
+
+    def lowest(self, x: Array, y: Array) -> tuple[float, Array] | None:
+        """V(x) and where it is taken; None where no feasible point was found."""
+        found = self.minimizers(x, y)
+        return found[0] if found else None

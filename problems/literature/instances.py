@@ -11,10 +11,10 @@ from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked
 from bilevel.problems.literature.collection import evaluate, gaps, statement
-from bilevel.problems.literature.search import Search, ValueFunction
+from bilevel.problems.literature.search import OptimisticValue, Search
 from bilevel.problems.literature.starts import starts
 
-STARTS = 20  # of a run
+STARTS = 12  # of a run
 
 
 @checked("literature.load")
@@ -57,5 +57,5 @@ def load(name: str) -> Instance:
         description=f"{found.kind}: {found.source}" if found.source else found.kind,
         minimizer=torch.tensor(found.best.x, dtype=torch.float64),
         metrics=partial(gaps, name),
-        settings={"estimator": ValueFunction(name), "outer": Search(name), "max_steps": STARTS, **outer},
+        settings={"estimator": OptimisticValue(name), "outer": Search(name), "max_steps": STARTS, **outer},
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TOUCHES = 1e-6  # of a constraint: it is active
 _PUSHES = 1e-7  # of a multiplier, over the largest: the constraint is strongly active
-_SOLVED = 1e-7  # violation of a program, and gap of g over its size
+GAP = 1e-7  # violation of a program, and gap of g over its size
 _BETTER = 1e-9  # relative
 _RIVALS = 4  # other minimizers that are kept track of
 _DROPPED = 2  # active constraints that a neighboring piece may lack
@@ -145,14 +145,14 @@ class Pieces:
         rivals: list[Branch] = []
         for cost in range(1, min(left, _RIVALS) + 1):
             x, branch, violation = self._program(x, branch, rivals)
-            if not violation <= _SOLVED:
+            if not violation <= GAP:
                 return None, cost
             v = self.model.values(np.concatenate([x, branch.y]))
             lowest = self.inner.lowest(x, branch.y)
             if lowest is None:
                 return None, cost
             value, z = lowest
-            if v.at[1] - value <= _SOLVED * max(1.0, abs(value)):
+            if v.at[1] - value <= GAP * max(1.0, abs(value)):
                 return Found(x, branch, float(v.at[0])), cost
             rivals.append(self.branch(x, z))
         return None, min(left, _RIVALS)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _STEP = 1e-5  # of differences of first derivatives, which are exact: what they leave out is about its square
 _TINY = 1e-40  # of the imaginary parts
+_SATISFIED, _SLACK = 1e-8, 1e-9
 _EXACT = 1e-12  # at which changes of f a program has been solved
 
 
@@ -131,36 +132,77 @@ def minimized(program: Program, w: Array, max_steps: int = 100) -> tuple[Array, 
     Raises:
         ImportError: if scipy is missing, naming the extra to install.
     """
-    optimize, numpy = _scipy()
-    program = Program(
-        *(_remembered(each) for each in (program.objective, program.below, program.zero)), program.lower, program.upper
+    _, np = _scipy()
+    found = _minimized(program, w, max_steps)
+    if not found[1] <= _SATISFIED:  # SLSQP gives up where gradients of equations depend on each other
+        loose = _minimized(_loosened(program, w), np.concatenate([w, np.zeros(len(program.zero(w)[0]))]), max_steps)
+        violation = _violation(program, loose[0][: len(w)])
+        if violation < found[1]:
+            return loose[0][: len(w)], violation
+    return found
+
+
+def _loosened(program: Program, w: Array) -> Program:
+    """The program with a slack in each equation, so short that it is none: the gradients are then independent."""
+    import numpy as np
+
+    n, k = len(w), len(program.zero(w)[0])
+
+    def objective(v: Array) -> tuple[float, Array]:
+        value, slope = program.objective(v[:n])
+        return value, np.concatenate([slope, np.zeros(k)])
+
+    def below(v: Array) -> tuple[Array, Array]:
+        values, slopes = program.below(v[:n])
+        return values, np.hstack([slopes, np.zeros((len(slopes), k))])
+
+    def zero(v: Array) -> tuple[Array, Array]:
+        values, slopes = program.zero(v[:n])
+        return values + v[n:], np.hstack([slopes, np.eye(k)])
+
+    slack = np.full(k, _SLACK)
+    return Program(
+        objective, below, zero, np.concatenate([program.lower, -slack]), np.concatenate([program.upper, slack])
     )
-    w = numpy.clip(w, program.lower, program.upper)
-    found = w
-    with contextlib.suppress(ValueError, ArithmeticError), numpy.errstate(all="ignore"):  # a function is not finite
+
+
+def _minimized(program: Program, w: Array, max_steps: int) -> tuple[Array, float]:
+    optimize, np = _scipy()
+    exact = Program(
+        *(_remembered(each) for each in (program.objective, program.below, program.zero)),
+        *(program.lower, program.upper),
+    )
+    start = found = np.clip(w, exact.lower, exact.upper)
+    with contextlib.suppress(ValueError, ArithmeticError), np.errstate(all="ignore"):  # a function is not finite
         constraints = [
-            {"type": "ineq", "fun": lambda v: -program.below(v)[0], "jac": lambda v: -program.below(v)[1]},
-            {"type": "eq", "fun": lambda v: program.zero(v)[0], "jac": lambda v: program.zero(v)[1]},
+            {"type": "ineq", "fun": lambda v: -exact.below(v)[0], "jac": lambda v: -exact.below(v)[1]},
+            {"type": "eq", "fun": lambda v: exact.zero(v)[0], "jac": lambda v: exact.zero(v)[1]},
         ]
-        sizes = [len(function(w)[0]) for function in (program.below, program.zero)]
+        sizes = [len(function(start)[0]) for function in (exact.below, exact.zero)]
         found = optimize.minimize(
-            program.objective,
-            w,
+            exact.objective,
+            start,
             jac=True,
             method="SLSQP",
             constraints=[each for each, size in zip(constraints, sizes, strict=True) if size],
-            bounds=optimize.Bounds(program.lower, program.upper),
+            bounds=optimize.Bounds(exact.lower, exact.upper),
             options={"ftol": _EXACT, "maxiter": max_steps},
         ).x
-    if not numpy.isfinite(found).all():
-        found = w
-    found = numpy.clip(found, program.lower, program.upper)
+    if not np.isfinite(found).all():
+        found = start
+    found = np.clip(found, exact.lower, exact.upper)
+    return found, _violation(exact, found)
+
+
+def _violation(program: Program, w: Array) -> float:
+    """The largest violation of a constraint; infinite where a function is not finite."""
+    _, np = _scipy()
     try:
-        below, zero = program.below(found)[0], program.zero(found)[0]
+        below, zero = program.below(w)[0], program.zero(w)[0]
     except ArithmeticError:
-        return w, float("inf")
-    violation = max(below.max(initial=0.0), abs(zero).max(initial=0.0))
-    return found, float(violation) if numpy.isfinite(violation) else float("inf")
+        return float("inf")
+    found = max(float(below.max(initial=0.0)), float(abs(zero).max(initial=0.0)))
+    return found if np.isfinite(found) else float("inf")
 
 
 def _remembered(function: Callable[[Array], Any]) -> Callable[[Array], Any]:

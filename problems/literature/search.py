@@ -17,6 +17,7 @@ from bilevel._result import Report, Status
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import SEED, demand_ranges
 from bilevel.problems.literature.collection import statement
+from bilevel.problems.literature.cuts import Cuts
 from bilevel.problems.literature.inner import Inner
 from bilevel.problems.literature.pieces import Branch, Found, Pieces
 from bilevel.problems.literature.programs import Model, Program, minimized
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
 
 _PROGRAMS, _AT_A_POINT = 40, 12  # that are solved from a start, and to find the best y at an x
 _FEASIBLE = 1e-6
-_BETTER = 1e-9  # relative
+_BETTER, _TIE = 1e-9, 1e-7  # relative
 
 
 @final
 @dataclass(frozen=True)
-class ValueFunction(AbstractEstimator):
+class OptimisticValue(AbstractEstimator):
     """Phi(x) = min {f(x, y) : y in argmin g(x, .), outer(x, y) <= 0}, with its derivative along a piece.
 
     V(x) = min_y g(x, y) is found by a global solve: from many points where g or a constraint is not convex. Of the
-    minimizers, the best for f is sought on the pieces that meet there. The derivative is that of f(x, y(x)) where y(x)
-    is held by the constraints that push at y, by one dense solve of the optimality conditions; where y* jumps, Phi has
-    none, and this is the one along y(x). Outer constraints play no part in it.
+    minimizers, the best for f is sought by `Pieces` and `Cuts` at this x. The derivative is that of f(x, y(x)) where
+    y(x) is held by the constraints that push at y, by one dense solve of the optimality conditions; where y* jumps, Phi
+    has none, and this is the one along y(x). Outer constraints play no part in it.
 
     Statuses: `infeasible` where no inner minimizer satisfies the outer constraints at x, or there is none.
 
@@ -65,14 +66,16 @@ class ValueFunction(AbstractEstimator):
         model = Model(statement(self.name))
         inner = Inner(model, self.seed)
         at = x.detach().numpy().copy()
-        lowest = inner.lowest(at, start.y.detach().numpy())
-        if lowest is None:
+        minima = inner.minimizers(at, start.y.detach().numpy())
+        if not minima:
             report = Report("inner", Status.infeasible, float("inf"), 0)
             return FlatEstimate(torch.zeros_like(x), problem.f(x, start.y).detach(), start.y.clone(), (report,))
-        pieces = Pieces(model, inner, _AT_A_POINT, fixed=True)
-        branch = pieces.branch(at, lowest[1])
-        for found in pieces.descend(at, lowest[1]):
-            branch = found.branch
+        pieces, cuts = Pieces(model, inner, _AT_A_POINT, fixed=True), Cuts(model, inner, fixed=True)
+        lowest = minima[0][0]
+        ties = [z for value, z in minima if value <= lowest + _TIE * max(1.0, abs(lowest))]
+        here = [found for z in ties for found in (*pieces.descend(at, z), *cuts.descend(at, z))]
+        best = min(here, key=lambda found: found.value, default=None)
+        branch = pieces.branch(at, ties[0]) if best is None else best.branch
         grad, violation = _derivative(model, at, branch)
         status = Status.successful if violation <= _FEASIBLE else Status.infeasible
         y = torch.from_numpy(branch.y.copy())
@@ -86,7 +89,8 @@ class Search(AbstractOuterDriver):
     """Descent over pieces from the points of a scrambled Sobol sequence; `minimize(max_steps=)` says from how many.
 
     Each point is moved to the nearest that satisfies the constraints of both levels, y to a local minimizer of g there,
-    and from it `Pieces` descends. What is evaluated, and so recorded, is each point that improves on all before it.
+    and from it `Pieces` and `Cuts` descend. What is evaluated, and so recorded, is each point that improves on all
+    before it.
 
     The box of the points is that of :func:`bilevel.problems.literature.starts.box`, shrunk to what the constraints of
     both levels let each entry be, as far as local solves tell. It depends on no solution.
@@ -125,7 +129,7 @@ class Search(AbstractOuterDriver):
         return torch.from_numpy(best.x.copy()), Status.successful
 
     def _found(self, count: int) -> Iterator[Found]:
-        """The best point from each start."""
+        """Points of the bilevel problem, from each start."""
         model = Model(statement(self.name))
         inner = Inner(model, self.seed)
         for z in reachable(model, count, self.seed):
@@ -136,7 +140,8 @@ class Search(AbstractOuterDriver):
             _, y, violation = inner.local(x, point[model.p :])
             if not violation <= _FEASIBLE:
                 continue
-            yield from list(Pieces(model, inner, _PROGRAMS).descend(x, y))[-1:]
+            yield from Pieces(model, inner, _PROGRAMS).descend(x, y)
+            yield from Cuts(model, inner).descend(x, y)
 
 
 def reachable(model: Model, count: int, seed: int) -> Array:

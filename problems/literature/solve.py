@@ -7,7 +7,7 @@ from bilevel.arguments.ranges import AT_LEAST_1, SEED
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Solution
 from bilevel.problems.literature.instances import STARTS, load
-from bilevel.problems.literature.search import Search, ValueFunction
+from bilevel.problems.literature.search import OptimisticValue, Search
 
 
 @checked("literature.solve", seed=SEED, starts=AT_LEAST_1)
@@ -40,7 +40,7 @@ def solve(name: str, seed: int = 0, starts: int = STARTS) -> Solution:
         instance.problem,
         instance.x0,
         instance.y0,
-        estimator=ValueFunction(name, seed),
+        estimator=OptimisticValue(name, seed),
         outer=Search(name, seed),
         max_steps=starts,
         throw=False,
