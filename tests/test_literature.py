@@ -1,4 +1,4 @@
-"""The test problems of the literature: what is known of them holds, by means that have nothing to do with the library."""
+"""The test problems of the literature: what is known of them holds, by means other than the library."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_instances_and_statements_travel() -> None:
 
 def test_a_mistaken_name_is_answered_with_the_nearest_one() -> None:
     with pytest.raises(ValueError, match="Did you mean 'Bard1988Ex1'"):
-        literature.load("Bard1988Ex2x")
+        literature.load("Bard1988Ex11")
 
 
 def test_only_checked_sources_are_told() -> None:

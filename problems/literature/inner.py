@@ -58,8 +58,9 @@ class Inner:
         return float(at(found).at[1]), found, violation
 
     def minimizers(self, x: Array, y: Array) -> list[tuple[float, Array]]:
-        """Local minimizers that satisfy the constraints, the lowest first: of a convex problem from y, of others also
-        from the best of many points.
+        """Local minimizers that satisfy the constraints, the lowest first.
+
+        Of a convex problem from y, of others also from the best of many points.
         """
         import numpy as np
 

@@ -135,10 +135,11 @@ def minimized(program: Program, w: Array, max_steps: int = 100) -> tuple[Array, 
     _, np = _scipy()
     found = _minimized(program, w, max_steps)
     if not found[1] <= _SATISFIED:  # SLSQP gives up where gradients of equations depend on each other
-        loose = _minimized(_loosened(program, w), np.concatenate([w, np.zeros(len(program.zero(w)[0]))]), max_steps)
-        violation = _violation(program, loose[0][: len(w)])
-        if violation < found[1]:
-            return loose[0][: len(w)], violation
+        with contextlib.suppress(ArithmeticError):  # nothing is defined at w
+            loose = _minimized(_loosened(program, w), np.concatenate([w, np.zeros(len(program.zero(w)[0]))]), max_steps)
+            violation = _violation(program, loose[0][: len(w)])
+            if violation < found[1]:
+                return loose[0][: len(w)], violation
     return found
 
 
