@@ -4,8 +4,8 @@
     python benchmarks/literature.py --kinds lp simple        # some classes
     python benchmarks/literature.py --table FILE...          # the tables of finished runs, as markdown
 
-A problem is solved where |f - f*| <= 1e-4 max(1, |f*|), or f is smaller, and the point is sound: outer and inner constraints hold to
-1e-6, and no y that an independent search finds is better for g by 1e-6 max(1, |g|).
+A problem is solved where |f - f*| <= 1e-4 max(1, |f*|), or f is smaller, and the point is sound: outer and inner
+constraints hold to 1e-6, and no y that an independent search finds is better for g by 1e-6 max(1, |g|).
 """
 
 from __future__ import annotations
@@ -34,18 +34,26 @@ def one(name: str, seed: int, starts: int) -> dict[str, Any]:
     said, instance = literature.statement(name), literature.load(name)
     assert instance.metrics is not None
     metrics = instance.metrics(solution.x, solution.y)
-    lowest = Inner(Model(said), CHECKED_WITH).lowest(
-        torch.as_tensor(solution.x).numpy(), torch.as_tensor(solution.y).numpy()
-    )
+    x, y = (torch.as_tensor(each).numpy() for each in (solution.x, solution.y))
+    lowest = Inner(Model(said), CHECKED_WITH).lowest(x, y)
     inner_gap = float("inf") if lowest is None else metrics["inner value"] - lowest[0]
     gap = metrics["gap to the best known"]
     violation = max(metrics["violation of outer constraints"], metrics["violation of inner constraints"])
     sound = violation <= 1e-6 and inner_gap <= 1e-6 * max(1.0, abs(metrics["inner value"]))
     return {
-        "name": name, "class": said.kind, "found": solution.value, "best": said.best.f, "gap": gap, "inner gap": inner_gap,
-        "violation": violation, "solved": bool(solution.history and sound and gap <= 1e-4), "points": len(solution.history),
-        "seconds": seconds, "starts": starts, "seed": seed,
-    }  # fmt: skip
+        "name": name,
+        "class": said.kind,
+        "found": solution.value,
+        "best": said.best.f,
+        "gap": gap,
+        "inner gap": inner_gap,
+        "violation": violation,
+        "solved": bool(solution.history and sound and gap <= 1e-4),
+        "points": len(solution.history),
+        "seconds": seconds,
+        "starts": starts,
+        "seed": seed,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -83,8 +91,9 @@ def main() -> None:
         row = one(name, options.seed, options.starts)
         rows.append(row)
         print(
-            f"{'solved' if row['solved'] else 'MISSED'}  {row['class']:<21} {name:<31} f {row['found']:.8g}  best {row['best']:.8g}"
-            f"  inner gap {row['inner gap']:.1e}  violation {row['violation']:.1e}  {row['seconds']:.1f} s",
+            f"{'solved' if row['solved'] else 'MISSED'}  {row['class']:<21} {name:<31} f {row['found']:.8g} "
+            f" best {row['best']:.8g}  inner gap {row['inner gap']:.1e}  violation {row['violation']:.1e} "
+            f" {row['seconds']:.1f} s",
             flush=True,
         )
         if options.out is not None:
