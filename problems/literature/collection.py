@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -113,6 +114,13 @@ def references(name: str) -> tuple[Reference, ...]:
     """
     statement(name)
     return _references().get(name, ())
+
+
+def _by_name(said: Statement) -> tuple[Callable[[str], Statement], tuple[str]]:
+    return statement, (said.name,)
+
+
+copyreg.pickle(Statement, _by_name)  # its functions have no names of their own
 
 
 def evaluate(name: str, role: Literal["f", "g", "outer", "inner", "equal"], x: Tensor, y: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_1, SEED
-from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Solution
 from bilevel.problems.literature.instances import STARTS, load
 from bilevel.problems.literature.search import OptimisticValue, Search
@@ -35,6 +34,8 @@ def solve(name: str, seed: int = 0, starts: int = STARTS) -> Solution:
         >>> round(solution.value, 6), round(float(solution.x), 6)
         (17.0, 1.0)
     """
+    from bilevel.outer.minimize import minimize
+
     instance = load(name)
     return minimize(
         instance.problem,

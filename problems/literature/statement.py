@@ -87,8 +87,3 @@ class Statement(AbstractPortable):
 
     def __post_init__(self) -> None:
         demand_types(self)
-
-    def __reduce_ex__(self, protocol: object) -> object:
-        from bilevel.problems.literature.collection import statement
-
-        return statement, (self.name,)
