@@ -121,9 +121,9 @@ def test_a_bend_that_is_resolved_is_no_kink_in_float32(width: float, kink: bool)
 
 
 def test_the_rounding_unit_is_that_of_the_coarsest_dtype_on_the_way_from_the_leaf() -> None:
-    y = torch.ones(2, requires_grad=True)
+    y = torch.ones(2, dtype=torch.float32, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = torch.nn.functional.linear(y[None], torch.eye(2)).float().sum()
+        value = torch.nn.functional.linear(y[None], torch.eye(2, dtype=torch.float32)).float().sum()
     assert rounding_unit(value, y) == torch.finfo(torch.bfloat16).eps
     constant = torch.ones(2, dtype=torch.bfloat16).float().sum()
     assert rounding_unit(y.sum() + constant, y) == torch.finfo(torch.float32).eps
