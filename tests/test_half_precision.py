@@ -119,7 +119,10 @@ def test_a_bend_that_is_resolved_is_no_kink_in_float32(
     """By probes alone, without the solves of the last test."""
     monkeypatch.setattr(kinks, "_moves_as_derivatives_say", lambda problem, x, y, jumps: torch.zeros_like(jumps))
     d = torch.ones(3, dtype=torch.float32)
-    g = lambda x, y: ((y - x).square() + width**2).sqrt().sum() if width else (y - x).abs().sum()  # noqa: E731
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return ((y - x).square() + width**2).sqrt().sum() if width else (y - x).abs().sum()
+
     problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: g(0 * x + 1, y) + (y - 3 * x).square().sum() / 2)
     flat = FlatProblem(problem, ravel(d, "x")[1], ravel(d, "y")[1])
     assert bool(kinked(flat, 0.4 * d, d.clone()).any()) == kink
