@@ -25,6 +25,7 @@ from bilevel.certificates.certificate import Constants
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit import solution
 from bilevel.hypergrad.one_sided import moved_to
+from bilevel.hypergrad.rounded import rounding_reports
 from bilevel.hypergrad.substituted import substituted
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import DoesNotApply, Property
@@ -203,6 +204,8 @@ class AID(AbstractImplicit):
         reports = (ended, *at.reports, report("linear solver", system), *beside)
         if at.second_order is not None and not self.linear.finds_indefinite:
             reports += (at.second_order(),)
+        if not start.count and inner_problem(problem.problem).g is not None:
+            reports += rounding_reports(used, problem, x, y, h)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
             return FlatEstimate(h, value, y, reports, substitute=substitute, multipliers=at.multipliers)
