@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bilevel import AID, BilevelProblem, Start, Status, hypergradient, minimize
 from bilevel._calculus import Exact, outer_gradients
