@@ -37,10 +37,10 @@ class ActiveSet(AbstractInnerSolver):
     `Solved.residual` is the largest violation of the optimality conditions at the returned point, as that of
     `QuadraticProgram`, which is faster for up to some hundred y, as `InteriorPoint` is.
 
-    Statuses: `infeasible` with a certificate; `diverged` where y grows without end; `max_steps`; `stagnated`.
+    Statuses: `infeasible` with a certificate; `diverged` where y grows endlessly; `max_steps`; `stagnated`.
 
-    Cost: a gradient a step, some 14 products for its length; m n flops for a projection step, with n = q + k entries and
-    m rows, k of them inequalities; a Newton step takes products as MINRES takes steps. Memory O(m n): A is dense,
+    Cost: a gradient a step, some 14 products for its length; m n flops for a projection step, with n = q + k entries
+    and m rows, k of them inequalities; a Newton step takes products as MINRES takes steps. Memory O(m n): A is dense,
     with a column for each inequality. Rows of a batch are independent.
 
     Source: Beck, Teboulle, "A fast iterative shrinkage-thresholding algorithm", SIAM J. Imaging Sci. 2 (2009);

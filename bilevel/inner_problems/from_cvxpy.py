@@ -50,10 +50,13 @@ def from_cvxpy(
             is not the problem's, if one is given twice, or if one that is left out has no value.
 
     Example:
-        >>> import cvxpy as cp  # doctest: +SKIP
-        >>> a, y = cp.Parameter(2), cp.Variable(2)
-        >>> ball = cp.Problem(cp.Minimize(cp.sum_squares(y - a)), [cp.norm(y) <= 1])
-        >>> problem = BilevelProblem(lambda x, y: y[0], inner=from_cvxpy(ball, a, y))  # y* = x / |x|
+        ::
+
+            a, y = cp.Parameter(2), cp.Variable(2)
+            ball = cp.Problem(cp.Minimize(cp.sum_squares(y - a)), [cp.norm(y) <= 1])
+            inner = from_cvxpy(ball, a, y)
+            problem = BilevelProblem(lambda x, y: y[0], inner=inner)  # y* = x / |x| where |x| > 1
+            hypergradient(problem, torch.tensor([3.0, 4.0]), inner.start(torch.zeros(()))).grad
     """
     cvxpy = _cvxpy()
     if not isinstance(problem, cvxpy.Problem):
