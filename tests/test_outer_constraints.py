@@ -144,7 +144,7 @@ def test_with_tasks_a_constraint_holds_in_each_of_them() -> None:
         problem = BilevelProblem(
             lambda x, y, t: (y - 3).square().sum() / 2,
             lambda x, y, t: (y - x - t).square().sum() / 2,
-            tasks=how,  # type: ignore[arg-type]
+            tasks=how,
         )
         found = minimize(
             problem, zero(2), zero(2), data=shifts, outer_inequalities=lambda x, y, t: y - 2, tol=1e-7, max_steps=300

@@ -122,7 +122,7 @@ def test_the_global_solve_finds_the_lower_of_two_valleys() -> None:
         lambda x, y: y.sum(), lambda x, y: ((y.square() - 1).square() + 0.1 * y).sum(), inequalities=box
     )
     inner = program(problem, at(0.0), at(0.0))
-    found = by_multistart(inner, at(0.0), at(0.95).unsqueeze(0), samples=40, searches=3, radius=2.0, seed=0)
+    found = by_multistart(inner, at(0.0), at(0.95).unsqueeze(0), samples=100, searches=4, radius=2.0, seed=0)
     assert float(found.y) == pytest.approx(-1, abs=0.02) and not found.exact
 
 

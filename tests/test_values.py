@@ -255,6 +255,8 @@ def guess(kind: Any) -> Any:
             "AbstractLinear": CG(),
             "AbstractOptimizer": GradientDescent(0.1),
             "AbstractEstimator": AID(LBFGS(), CG()),
+            "Descent": Descent(AID(LBFGS(), CG()), GradientDescent(0.1)),
+            "Function": portable_cases.f,
             "AbstractTasks": Sinusoid(),
             "AbstractProxTerm": L1(torch.ones(2)),
             "tuple": (),

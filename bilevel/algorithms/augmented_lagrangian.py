@@ -13,12 +13,12 @@ from bilevel._apply import apply_estimator
 from bilevel._estimate import FlatStart
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractMinimizer
-from bilevel._problem import Split
 from bilevel._result import Status
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.augmented_f import Function, Lagrange, augmented
 from bilevel.algorithms.descent import Descent, DescentState
-from bilevel.algorithms.oracle import AbstractData, Oracle, is_fixed
+from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.outer_conditions import FAILED, STATIONARY, conditions, first_weight, largest
 from bilevel.algorithms.outer_constraints import OuterConstraints, outer_values
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, demand_ranges
@@ -26,8 +26,6 @@ from bilevel.requirements.properties import Property
 from bilevel.requirements.starts import starts_warm
 
 _IDLE = 3  # rounds in a row that could not move x: rounding has been reached
-FAILED = 2  # rounds in a row in which the violation did not fall, although the weight rose tenfold
-STATIONARY = 1e-3  # of a gradient of the violation, in terms of it
 
 
 @final
@@ -156,8 +154,8 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        ranges = dict(weight=POSITIVE, most=POSITIVE, bound=POSITIVE, tol=AT_LEAST_0, round_steps=AT_LEAST_1)
-        demand_ranges(self, growth=Range(least=1.0, open=True), decrease=Range(below=1.0), **ranges)
+        demand_ranges(self, weight=POSITIVE, most=POSITIVE, bound=POSITIVE, tol=AT_LEAST_0, round_steps=AT_LEAST_1)
+        demand_ranges(self, growth=Range(least=1.0, open=True), decrease=Range(below=1.0))
         if self.inequalities is None and self.equalities is None:
             raise ValueError(
                 "`AugmentedLagrangian(inequalities=..., equalities=...)` needs one of them. Got None. Without"
@@ -167,6 +165,10 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
     @property
     def requires(self) -> frozenset[Property]:
         return frozenset()  # the estimator has requirements of its own
+
+    @property
+    def best_by_measure(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> AugmentedState:
         problem, descent = oracle.problem(), self.descent.init(oracle, x, y)
@@ -226,7 +228,8 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
                 idle=0 if state.steps else state.idle + 1,
             )
         if kept.found.ended is not None and found.back is not None:
-            return replace(found.back, closing=True)
+            back: AugmentedState = found.back
+            return replace(back, closing=True)
         descent = self.descent.step(self._augmented(oracle, state), state.descent, kept.found)
         return replace(state, descent=descent, steps=state.steps + 1)
 
@@ -277,48 +280,3 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
         if failed and state.weight * self.growth > self.most:
             return Status.weight_limit
         return None
-
-
-def demand_steady(data: AbstractData | Split, accuracy: str | None) -> None:
-    """Refuse what constraints on x cannot stand beside them.
-
-    Raises:
-        ValueError: naming it, and what to do.
-    """
-    if not is_fixed(data):
-        raise ValueError(
-            "`minimize(outer_inequalities=..., outer_equalities=...)` needs the same data at every step: multipliers"
-            " that follow the violations of single batches converge to nothing. Pass all samples as one batch."
-        )
-    if accuracy not in (None, "fixed"):
-        raise ValueError(
-            "`minimize(accuracy='adaptive')` certifies by constants of f, and with `outer_inequalities` or"
-            " `outer_equalities` it is an augmented Lagrangian that is minimized. Leave out `accuracy`."
-        )
-
-
-def conditions(c: Tensor, e: Tensor, at: Lagrange) -> tuple[Tensor, Tensor, float, OuterConstraints]:
-    """lambda+ and nu+, max(c, -lambda / w, |e|), and what is recorded."""
-    w, multipliers = at.weight, at.inequalities
-    raised, shifted = (multipliers + w * c).clamp_min(0), at.equalities + w * e
-    gap = max(largest(torch.maximum(c, -multipliers / w).abs()) if w else math.inf, largest(e.abs()))
-    told = OuterConstraints(
-        max(largest(c.clamp_min(0)), largest(e.abs())),
-        largest(torch.minimum(-c, raised).abs()),
-        w,
-        tuple(raised.flatten().tolist()),
-        tuple(shifted.flatten().tolist()),
-    )
-    return raised, shifted, gap, told
-
-
-def first_weight(value: float, c: Tensor, e: Tensor) -> float:
-    """10 max(1, |f|) / max(1, |(max(c, 0), e)|^2 / 2), within [1e-6, 10]."""
-    square = float(c.clamp_min(0).square().sum() + e.square().sum()) / 2
-    w = 10 * max(1.0, abs(value)) / max(1.0, square)
-    return min(max(w, 1e-6), 10.0) if math.isfinite(w) else 10.0
-
-
-def largest(values: Tensor) -> float:
-    """The largest entry; 0 where there is none."""
-    return float(values.max()) if values.numel() else 0.0

@@ -154,8 +154,8 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         return frozenset()
 
     @property
-    def values_are_phi(self) -> bool:
-        return False
+    def best_by_measure(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> ValueFunctionState:
         scipy_optimize("ValueFunction")
@@ -215,22 +215,22 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
                 if z is not None:
                     at = torch.from_numpy(z.copy()).to(state.x)
                     return ValueFunctionState(oracle.project(at[:p]), at[p:], cuts, solved=True, round=1, final=True)
-        best: tuple[float, float, Array] | None = None
+        lowest: tuple[float, float, Array] | None = None
         regular = state.round % 2 == 0
         for y in (least.y, state.y):
             for z, value, left in self._candidates(oracle, problem, state.x, y, cuts, regular):
                 good = left <= _FEASIBLE / 10
                 rank = (0.0, value) if good else (left, value)
-                if best is None or rank < best[:2]:
-                    best = (*rank, z)
-        if best is None or not np.isfinite(best[2]).all():
+                if lowest is None or rank < lowest[:2]:
+                    lowest = (*rank, z)
+        if lowest is None or not np.isfinite(lowest[2]).all():
             return replace(state, cuts=cuts, round=state.round + 1)
-        z = torch.from_numpy(best[2].copy()).to(state.x)
+        point = torch.from_numpy(lowest[2].copy()).to(state.x)
         after = replace(state, cuts=cuts, solved=True, round=state.round + 1)
-        lower = best[0] == 0.0 and best[1] < state.value - 1e-6 * max(1.0, abs(state.value))
+        lower = lowest[0] == 0.0 and lowest[1] < state.value - 1e-6 * max(1.0, abs(state.value))
         if state.best is not None and state.round > 0 and (not lower or state.round >= _ROUNDS):
             return replace(after, x=state.best[:p], y=state.best[p:], final=True)
-        return replace(after, x=oracle.project(z[:p]), y=z[p : p + q], final=False)
+        return replace(after, x=oracle.project(point[:p]), y=point[p : p + q], final=False)
 
     def stationarity(self, oracle: Oracle, state: ValueFunctionState, found: Evaluated) -> Tensor:
         return state.x.new_tensor(found.kept[2])

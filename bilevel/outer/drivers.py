@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from bilevel.outer.entries import MISREAD
 from bilevel.outer.partial import attach
 from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.records import Run
-from bilevel.outer.rounds import Rounds
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.sound import demand_alike, sound_records
+
+if TYPE_CHECKING:
+    from bilevel.outer.rounds import Rounds
 
 Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
 

@@ -26,10 +26,10 @@ from bilevel._sets import Constraint, bounds, corners, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
-from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian, demand_steady
 from bilevel.algorithms.auto import ALIKE, chosen as choose
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
+from bilevel.algorithms.outer_conditions import demand_steady
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
 from bilevel.algorithms.value_function import ValueFunction
 from bilevel.arguments.checked import checked
@@ -291,6 +291,8 @@ def minimize(
             descent = Descent(estimates, _optimizer(steps), warm, chunk_size)
             chosen = descent
             if coupled:
+                from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian  # a floor above this one
+
                 chosen = AugmentedLagrangian(descent, outer_inequalities, outer_equalities, tol=tol)
         else:
             others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
@@ -322,8 +324,7 @@ def minimize(
             chosen = begun.algorithm
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         by_norm = not chosen.values_are_phi
-        has_measure = isinstance(chosen, AugmentedLagrangian | ValueFunction)
-        compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or has_measure))
+        compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
         return iterate(run(compares), chosen, oracle, x, y, begun)
 
 

@@ -16,8 +16,8 @@ from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import Status
 from bilevel.algorithms.augmented_f import Function, Lagrange, augmented
-from bilevel.algorithms.augmented_lagrangian import FAILED, STATIONARY, conditions, first_weight
 from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.outer_conditions import FAILED, STATIONARY, conditions, first_weight
 from bilevel.algorithms.outer_constraints import OuterConstraints, outer_values
 from bilevel.outer.batches import sources
 

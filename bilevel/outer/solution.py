@@ -313,6 +313,6 @@ def records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append({**record, "status": names[record["status"]], "stats": stats})
     if "outer" in content:
         told = [demanded(content["outer"], name, Tensor).tolist() for name in _OUTER]
-        for record, values in zip(found, zip(*told, strict=True), strict=True):
-            record["outer"] = dict(zip(_OUTER, values, strict=True))
+        for record, own in zip(found, zip(*told, strict=True), strict=True):
+            record["outer"] = dict(zip(_OUTER, own, strict=True))
     return found
