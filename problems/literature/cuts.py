@@ -42,7 +42,8 @@ class Cuts:
         """The point that is found from (x, y), if it is one of the bilevel problem."""
         import numpy as np
 
-        z, points = np.concatenate([x, y]), []
+        z = np.concatenate([x, y])
+        points: list[Array] = []
         pieces = Pieces(self.model, self.inner, 0)
         for _ in range(_ROUNDS):
             z, violation = self._program(z, points)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
-import torch
-from torch.quasirandom import SobolEngine
-
 from bilevel.problems.literature.programs import Model, Program, minimized
 from bilevel.problems.literature.starts import bounds, box
 
@@ -18,7 +15,8 @@ if TYPE_CHECKING:
 _SAMPLE = 512  # points that are looked at where the inner problem may have several minimizers
 _KEPT = 5  # of them, from which a descent begins
 _WEIGHT = 1e3  # of violations in their comparison
-_SOLVED = 1e-8  # violation of a solution
+_VERTICES = 20  # that are gone to, at most
+_SOLVED = 1e-7  # violation of a solution
 
 
 @final
@@ -32,15 +30,19 @@ class Inner:
 
     def __init__(self, model: Model, seed: int) -> None:
         self.model = model
+        self.linear = model.statement.kind in ("lp", "fractional_lp")
         self.convex = model.statement.kind not in ("nonconvex", "simple")
         low, high = (bound[model.p :] for bound in box(model.statement))
-        unit = SobolEngine(model.q, scramble=True, seed=seed).draw(_SAMPLE, dtype=torch.float64)
+        unit = sobol(model.q, _SAMPLE, seed)
         self.points: Array = (low + unit * (high - low)).numpy()
         self.lower, self.upper = (bound[model.p :].numpy() for bound in bounds(model.statement))
 
     def local(self, x: Array, y: Array) -> tuple[float, Array, float]:
         """A local minimizer from y: g, the point, and the largest violation there."""
         import numpy as np
+
+        if self.linear:
+            return self._vertex(x, y)
 
         model, p = self.model, self.model.p
 
@@ -56,6 +58,35 @@ class Inner:
         )
         found, violation = minimized(program, y)
         return float(at(found).at[1]), found, violation
+
+    def _vertex(self, x: Array, y: Array) -> tuple[float, Array, float]:
+        """A vertex that minimizes g, by linear programs with its gradient until g falls no more.
+
+        That is the first one where g is linear. A linear-fractional g falls along a direction exactly where its
+        gradient says so, and there are finitely many vertices.
+        """
+        import numpy as np
+        from scipy.optimize import linprog
+
+        model, p = self.model, self.model.p
+        best, violation = float("inf"), float("inf")
+        for _ in range(_VERTICES):
+            v = model.values(np.concatenate([x, y]))
+            G, A = v.first[model.inner, p:], v.first[model.equal, p:]
+            found = linprog(
+                v.first[1, p:],
+                *(G if len(G) else None, G @ y - v.at[model.inner] if len(G) else None),
+                *(A if len(A) else None, A @ y - v.at[model.equal] if len(A) else None),
+                bounds=(None, None),
+            )
+            if found.status != 0:
+                break
+            at = model.values(np.concatenate([x, found.x])).at
+            if at[1] >= best - 1e-12 * max(1.0, abs(at[1])):
+                break
+            best, y = float(at[1]), found.x
+            violation = max(float(at[model.inner].max(initial=0.0)), float(abs(at[model.equal]).max(initial=0.0)))
+        return best, y, violation
 
     def minimizers(self, x: Array, y: Array) -> list[tuple[float, Array]]:
         """Local minimizers that satisfy the constraints, the lowest first.

@@ -148,6 +148,8 @@ class Pieces:
             if not violation <= GAP:
                 return None, cost
             v = self.model.values(np.concatenate([x, branch.y]))
+            if self.inner.convex:  # the conditions are sufficient
+                return Found(x, branch, float(v.at[0])), cost
             lowest = self.inner.lowest(x, branch.y)
             if lowest is None:
                 return None, cost

@@ -170,8 +170,11 @@ def _loosened(program: Program, w: Array) -> Program:
 def _minimized(program: Program, w: Array, max_steps: int) -> tuple[Array, float]:
     optimize, np = _scipy()
     exact = Program(
-        *(_remembered(each) for each in (program.objective, program.below, program.zero)),
-        *(program.lower, program.upper),
+        _remembered(program.objective),
+        _remembered(program.below),
+        _remembered(program.zero),
+        program.lower,
+        program.upper,
     )
     start = found = np.clip(w, exact.lower, exact.upper)
     with contextlib.suppress(ValueError, ArithmeticError), np.errstate(all="ignore"):  # a function is not finite

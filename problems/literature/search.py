@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
@@ -21,7 +20,7 @@ from bilevel.problems.literature.cuts import Cuts
 from bilevel.problems.literature.inner import Inner
 from bilevel.problems.literature.pieces import Branch, Found, Pieces
 from bilevel.problems.literature.programs import Model, Program, minimized
-from bilevel.problems.literature.starts import box
+from bilevel.problems.literature.starts import box, sobol
 from bilevel.requirements.properties import Property
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def reachable(model: Model, count: int, seed: int) -> Array:
             if violation <= _FEASIBLE:
                 bound[i] = found[i]
     low, high = np.minimum(low, high), np.maximum(low, high)
-    unit: Array = SobolEngine(model.n, scramble=True, seed=seed).draw(count, dtype=torch.float64).numpy()
+    unit = sobol(model.n, count, seed).numpy()
     points: Array = low + unit * (high - low)
     return points
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,15 @@ def starts(statement: Statement, count: int, *, seed: int) -> tuple[tuple[Tensor
     """
     lower, upper = box(statement)
     p = statement.sizes[0]
-    unit = SobolEngine(len(lower), scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    unit = sobol(len(lower), count, seed)
     return tuple((point[:p].clone(), point[p:].clone()) for point in lower + unit * (upper - lower))
+
+
+def sobol(n: int, count: int, seed: int) -> Tensor:
+    """Points of a scrambled Sobol sequence in the unit cube, float64 `(count, n)`."""
+    engine: Any = SobolEngine
+    points: Tensor = engine(n, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    return points
 
 
 def box(statement: Statement) -> tuple[Tensor, Tensor]:
