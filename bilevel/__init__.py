@@ -50,6 +50,7 @@ from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProd
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
+from bilevel.hypergrad.full_kkt import FullKKT as FullKKT
 from bilevel.hypergrad.gauss_newton import GaussNewton as GaussNewton
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.kkt import KKT as KKT
@@ -59,7 +60,9 @@ from bilevel.hypergrad.unrolling.checkpointed import Checkpointed as Checkpointe
 from bilevel.hypergrad.unrolling.forward import Forward as Forward
 from bilevel.hypergrad.unrolling.reverse import Reverse as Reverse
 from bilevel.hypergrad.unrolling.truncated import Truncated as Truncated
+from bilevel.inner_problems.from_cvxpy import from_cvxpy as from_cvxpy
 from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
+from bilevel.inner_problems.multipliers import Multipliers as Multipliers
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.modules.functional import Functional as Functional, functional as functional
 from bilevel.named.auto import Auto as Auto

@@ -14,6 +14,8 @@ from bilevel._flat import FlatProblem
 from bilevel._numerics.second_derivatives import explained
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Substitute, Tally
+from bilevel._tree import Tree, tree_parts
+from bilevel.inner_problems.multipliers import Multipliers
 from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.iterations import why_iteration
@@ -194,7 +196,23 @@ def _mean(parts: list[tuple[float, FlatEstimate]]) -> FlatEstimate:
         note=found[0].note,
         value_error=sum_of([estimate.value_error for estimate in found]),
         substitute=_worst_substitute([estimate.substitute for estimate in found]),
+        multipliers=_joined([estimate.multipliers for estimate in found]),
     )
+
+
+def _joined(parts: list[Multipliers | None]) -> Multipliers | None:
+    """Those of all chunks of tasks, one after the other."""
+    found = [part for part in parts if part is not None]
+    if not found or len(found) < len(parts):
+        return None
+
+    def joined(trees: list[Tree]) -> Tree:
+        if trees[0] is None:
+            return None
+        leaves, build = zip(*(tree_parts(tree) for tree in trees), strict=True)
+        return build[0]([torch.cat(same) for same in zip(*leaves, strict=True)])
+
+    return Multipliers(**{name: joined([getattr(part, name) for part in found]) for name in vars(found[0])})
 
 
 def _worst(reports: tuple[Report, ...]) -> Report:

@@ -23,6 +23,7 @@ from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
 if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
     from bilevel._flat import FlatProblem
+    from bilevel.inner_problems.multipliers import Multipliers
 
 _LOST = 0.1  # of a product by differences: where rounding is more than that, hardly a digit is left
 
@@ -184,6 +185,9 @@ class Linearization:
         exact: v -> H v, where the operator is another matrix by design, free at the vector of `last_mv`; or None.
         products: v -> ((dF/dy)' v, (dF/dx)' v) in one pass; the latter is None where F does not depend on x.
         reports: what was found out about the point on the way, such as which bounds hold.
+        multipliers: of constraints on y, where there are any.
+        second_order: measures whether y is a strict minimum, for linear solvers that do not notice; None: nothing does.
+        unreduced: makes another form of the same condition, without an active set; None: there is none.
     """
 
     @checked()
@@ -202,6 +206,9 @@ class Linearization:
         start_in_x: bool = False,
         on: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
         exact: Callable[[Tensor], Tensor] | None = None,
+        multipliers: Multipliers | None = None,
+        second_order: Callable[[], Report] | None = None,
+        unreduced: Callable[[], Linearization] | None = None,
     ) -> None:
         """Put it together.
 
@@ -218,12 +225,15 @@ class Linearization:
             start_in_x: whether y starts where x says, so that an F without x is no proof that y does not move.
             on: S -> (v -> (dF/dy)' v on S, zero elsewhere), for v that are zero off S, where that is cheaper.
             exact: v -> H v, where `mv` stands for another matrix than the derivative of F; None: it does not.
+            multipliers: of constraints on y.
+            second_order: measures whether y is a strict minimum.
+            unreduced: makes the form without an active set.
         """
         if not y.dim():
             raise ValueError("`Linearization(y=...)` must have an axis of entries. Got a tensor without axes.")
         self.y, self.gradient, self.products, self.reports, self.exact = y, gradient, products, reports, exact
         self._pull, self._right_hand_side, self._moved, self._start_in_x = pull, right_hand_side, moved, start_in_x
-        self.on = on
+        self.on, self.multipliers, self.second_order, self.unreduced = on, multipliers, second_order, unreduced
         self._last: list[tuple[Tensor, int, Tensor | None]] = []  # shared, and not self: nothing refers to its owner
         last = self._last
 

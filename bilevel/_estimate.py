@@ -16,6 +16,7 @@ from bilevel._result import Report, Stats, Status, Substitute
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
+from bilevel.inner_problems.multipliers import Multipliers
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.portable.plain import checked, demanded, number, optional_number, plain, refused, restored, same_bits
 from bilevel.portable.result import AbstractResult
@@ -111,6 +112,8 @@ class Estimate(AbstractResult):
         warm: how `start` is made.
         substitute: the system that was solved in the place of H v = grad_y f by design (Gauss-Newton products,
             damping, a truncated linear solver), with its residual against H itself; None: it was H v = grad_y f.
+        multipliers: of the constraints on y, in their structures, where there are any and the estimator differentiates
+            them; see `Multipliers`.
     """
 
     grad: Tree = field(repr=False)
@@ -129,6 +132,7 @@ class Estimate(AbstractResult):
     x: Tree = field(default=None, repr=False)
     warm: Callable[[], Start] = field(default=_nowhere, repr=False)
     substitute: Substitute | None = None
+    multipliers: Multipliers | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -195,6 +199,7 @@ class Estimate(AbstractResult):
             "penalized": plain(self.penalized, "penalized"),
             "x": plain(self.x, "x"),
             "substitute": None if self.substitute is None else self.substitute.as_dict(),
+            "multipliers": None if self.multipliers is None else self.multipliers.to_dict(),
             "start": {name: part for name, part in start.items() if name == "count" or name in moved},
         }
 
@@ -224,6 +229,7 @@ class Estimate(AbstractResult):
                 second_level=LeftBehind("it was read from a file, or made of plain data"),
                 x=restored(content["x"]),
                 substitute=_substitute(content.get("substitute")),
+                multipliers=_multipliers(content.get("multipliers")),
                 warm=_Remade({"y": content["y"], "v": content["v"], **demanded(content, "start", dict)}),
                 **{name: optional_number(content, name) for name in _NUMBERS},
             )
@@ -260,6 +266,10 @@ class Estimate(AbstractResult):
 
 def _substitute(content: Mapping[str, Any] | None) -> Substitute | None:
     return None if content is None else Substitute(**checked(content, **_SUBSTITUTE))
+
+
+def _multipliers(content: Mapping[str, Any] | None) -> Multipliers | None:
+    return None if content is None else Multipliers.from_dict(content)
 
 
 def _report(content: Mapping[str, Any]) -> Report:
@@ -329,6 +339,7 @@ class FlatEstimate:
     value_error: float | None = None
     of_steps: bool = False
     substitute: Substitute | None = None
+    multipliers: Multipliers | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)

@@ -191,6 +191,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
         x=problem.x.unravel(x),
         warm=_Warm(quiet.y, y, v, count + 1, as_found),
         substitute=found.substitute,
+        multipliers=found.multipliers,
     )
 
 

@@ -18,7 +18,7 @@ from bilevel._numerics.learned_settings import settings_at
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import eigenvalue_ends
-from bilevel._result import Solved, Tally
+from bilevel._result import Solved, Status, Tally
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.portable.pickling import AbstractPortable
@@ -27,6 +27,8 @@ from bilevel.requirements.properties import Feature
 if TYPE_CHECKING:
     from bilevel._optimizer import Setting
     from bilevel.certificates.certificate import Constants
+    from bilevel.inner_problems.cone_form import FlatConeProgram
+    from bilevel.inner_problems.nonlinear_constraints import FlatConstraints
     from bilevel.inner_problems.polytope import FlatPolytope
     from bilevel.inner_problems.separable import SeparableObjective
 
@@ -70,6 +72,9 @@ class Objective:
         active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
             the support and its signs, say. Solvers go on until they stay.
         separable: what coordinate descent reads, where the problem is so.
+        nonlinear: constraints on y that are no polytope, for solvers that heed them; linear ones stand beside them.
+        cones: the cone program that the inner problem is, in the place of a function, for solvers that heed it.
+        fixed_point: y -> T(x, y) `(*batch, q)`, where the y that is wanted is its fixed point; differentiable.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -92,6 +97,9 @@ class Objective:
         settings: Callable[[Setting], Tensor] | None = None,
         active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         separable: SeparableObjective | None = None,
+        nonlinear: FlatConstraints | None = None,
+        cones: FlatConeProgram | None = None,
+        fixed_point: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
@@ -99,12 +107,13 @@ class Objective:
         self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings = linearize, oracle, settings
-        self.separable = separable
+        self.separable, self.nonlinear, self.cones, self.fixed_point = separable, nonlinear, cones, fixed_point
 
     @property
     def is_plain(self) -> bool:
-        """Whether y is to minimize g alone: there are no constraints, no proximal map and no steps of its own."""
-        return self.constraints is None and self.prox is None and self.own is None
+        """Whether y is to minimize g alone: there are no constraints, no proximal map, no map, no steps of its own."""
+        beyond = (self.constraints, self.nonlinear, self.prox, self.own, self.cones, self.fixed_point)
+        return all(part is None for part in beyond)
 
     def scaled(self, factor: float) -> Objective:
         """Factor times this objective, for solvers whose squares would be lost at its own scale; it cannot be unrolled.
@@ -330,6 +339,14 @@ class AbstractUnrollable(AbstractInnerSolver):
         """What `tol` is compared with, times `residual_step` where there is one: y_k - y_{k+1} `(*tasks, q)`."""
         return state[0] - new[0]
 
+    def allowed(self, y: Tensor) -> Tensor | float:
+        """What the residual at y may be: `tol`, or more where that is relative to y; `(*tasks,)`."""
+        return self.tol or 0.0
+
+    def missed(self, objective: Objective, y: Tensor, statuses: tuple[Status, ...]) -> tuple[Status, ...]:
+        """The same statuses of steps that have ended at y, or why those have failed that have."""
+        return statuses
+
     @abc.abstractmethod
     def tuned(self, objective: Objective, y0: Tensor) -> AbstractUnrollable:
         """This solver with all fixed that it left open, such as step sizes, derived from the curvature at y0."""
@@ -383,6 +400,7 @@ def smooth_objective(
     solves: bool = True,
     active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     separable: SeparableObjective | None = None,
+    nonlinear: FlatConstraints | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -404,6 +422,7 @@ def smooth_objective(
         settings_at(problem, x),
         active,
         separable,
+        nonlinear,
     )
 
 

@@ -27,6 +27,7 @@ class OperatorProperties:
         symmetric: A = A'.
         positive_definite: symmetric, and v'Av > 0 for v != 0.
         transposed: products with A' can be formed; symmetric implies it.
+        contraction: the spectral radius of I - A has been estimated: A is that of a fixed point.
 
     Example:
         >>> OperatorProperties(symmetric=True).admits(OperatorProperties(positive_definite=True))
@@ -36,6 +37,7 @@ class OperatorProperties:
     symmetric: bool = False
     positive_definite: bool = False
     transposed: bool = False
+    contraction: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -49,12 +51,15 @@ class OperatorProperties:
             (symmetric or not demanded.symmetric)
             and (self.positive_definite or not demanded.positive_definite)
             and (transposed or not demanded.transposed)
+            and (self.contraction or not demanded.contraction)
         )
 
 
 ANY = OperatorProperties()
 SYMMETRIC = OperatorProperties(symmetric=True)
 TRANSPOSED = OperatorProperties(transposed=True)
+FIXED_POINT = OperatorProperties(transposed=True, contraction=True)
+ESTIMATED_CONTRACTION = OperatorProperties(contraction=True)
 POSITIVE_DEFINITE = OperatorProperties(symmetric=True, positive_definite=True)
 
 
@@ -120,7 +125,8 @@ class LinearOperator(AbstractPortable):
     def properties(self) -> OperatorProperties:
         """What is declared of A."""
         symmetric = self.symmetric or self.positive_definite
-        return OperatorProperties(symmetric, self.positive_definite, symmetric or self.transposed_mv is not None)
+        transposed = symmetric or self.transposed_mv is not None
+        return OperatorProperties(symmetric, self.positive_definite, transposed, self.contraction is not None)
 
     @property
     def transposed(self) -> Callable[[Tensor], Tensor]:
@@ -184,6 +190,14 @@ class AbstractLinearSolver(AbstractPortable, abc.ABC):
         """Whether it solves with a symmetric A that was declared positive definite and is not; False unless it says so.
 
         Others report it by a status. What `check` finds of the curvature is held against this.
+        """
+        return False
+
+    @property
+    def finds_indefinite(self) -> bool:
+        """Whether it reports a saddle-point matrix that is not positive definite on the null space of its constraints.
+
+        Where it does not say so, that is measured beside it, at the cost of more products.
         """
         return False
 
@@ -279,6 +293,11 @@ def unmet(demanded: OperatorProperties, declared: OperatorProperties) -> str:
         )
     if demanded.symmetric:
         return "requires an operator declared symmetric. Got one that is not. Use `GMRES` or `Dense`."
+    if demanded.contraction and not declared.contraction:
+        return (
+            "requires the system of a fixed point, with an estimate of the spectral radius of I - A. Got another. Use"
+            " `Neumann`, or a solver that solves the system."
+        )
     return "requires products with the transpose. Got an operator without. Use `GMRES`, `BiCGStab` or `Dense`."
 
 

@@ -24,7 +24,16 @@ from bilevel.portable.pickling import AbstractPortable
 
 Tasks: TypeAlias = bool | Literal["loop"]
 
-_OPTIONAL = ("init", "encode", "constraints", "prox")  # functions that a problem may do without
+# Functions that a problem may do without, and what they are called with.
+_OPTIONAL = {
+    "init": ("x",),
+    "encode": ("x",),
+    "constraints": ("x",),
+    "prox": ("x",),
+    "inequalities": ("x", "y"),
+    "equalities": ("x", "y"),
+    "fixed_point": ("x", "y"),
+}
 
 
 class BilevelProblem(AbstractPortable):
@@ -50,8 +59,13 @@ class BilevelProblem(AbstractPortable):
             chain rule through them is applied once. The mathematics is that of f(encode(x), y) and g(encode(x), y).
         constraints: linear constraints on y, if there are any: `constraints(x) -> Polytope`, or `constraints(x, data)`.
             `KKT` differentiates the constrained minimizer; estimators that assume grad_y g = 0 refuse.
+        inequalities: c, convex in y entry by entry, of c(x, y) <= 0: `inequalities(x, y) -> tensors`, a number, vector
+            or structure, or `inequalities(x, y, data)`. Beside it there may be equalities and linear `constraints`.
+        equalities: e, affine in y, of e(x, y) = 0, likewise.
         prox: a non-smooth term h of the inner objective, y*(x) = argmin_y g(x, y) + h_x(y): `prox(x) -> term`, such as
             `lambda x: bilevel.prox.L1(x.exp())`, or `prox(x, data)`.
+        fixed_point: T in y*(x) = T(x, y*(x)), in the place of g: `fixed_point(x, y) -> y`, or `fixed_point(x, y,
+            data)`. "implicit" differentiates it; there is no g, and estimators that need one refuse.
         iterative: y is what so many steps make of their start, not a minimizer of g, although g depends on x (MAML with
             learned step sizes). `ITD` and `ESJ` are right then; estimators that assume grad_y g = 0 refuse.
         tasks: reserve the leading axis of y and data for independent inner problems, y_i = argmin g(x, ., task_i),
@@ -59,14 +73,14 @@ class BilevelProblem(AbstractPortable):
             `torch.vmap`; "loop" one after the other, to the same numbers: for functions that `torch.vmap` cannot take
             (recurrent layers, `if`s and asserts on values, `.item()`, boolean masks), at the cost of a call a task.
         inner: a kind of inner problem of `bilevel.inner_problems`, or one of your own, in the place of g, constraints,
-            prox and iterative.
+            inequalities, equalities, prox, fixed_point and iterative.
         allow_unused: Phi may be a constant of x. Otherwise a hypergradient that is zero because x occurs nowhere, in no
             graph of f, g and the rest, is refused as the mistake that it mostly is. A zero of numbers never is.
 
     Raises:
-        TypeError: if f, g, init, encode, constraints or prox cannot be called.
-        ValueError: if more than one of constraints, prox, iterative and inner is given, or g beside inner; if tasks is
-            something else than True, False and "loop".
+        TypeError: if f, g, init, encode, constraints, inequalities, equalities, prox or fixed_point cannot be called.
+        ValueError: if more than one of constraints (of all sorts), prox, fixed_point, iterative and inner is given, or
+            g beside inner or fixed_point; if tasks is something else than True, False and "loop".
 
     Example:
         >>> import torch
@@ -81,6 +95,9 @@ class BilevelProblem(AbstractPortable):
     encode: Callable[..., Tree] | None = None
     constraints: Callable[..., Polytope] | None = None
     prox: Callable[..., AbstractProxTerm] | None = None
+    inequalities: Callable[..., Tree] | None = None
+    equalities: Callable[..., Tree] | None = None
+    fixed_point: Callable[..., Tree] | None = None
     iterative: bool = False
     tasks: Tasks = False
     inner: AbstractDeclaredKind | None = None
@@ -96,19 +113,22 @@ class BilevelProblem(AbstractPortable):
         init: Callable[..., Tree] | None = None,
         encode: Callable[..., Tree] | None = None,
         constraints: Callable[..., Polytope] | None = None,
+        inequalities: Callable[..., Tree] | None = None,
+        equalities: Callable[..., Tree] | None = None,
         prox: Callable[..., AbstractProxTerm] | None = None,
+        fixed_point: Callable[..., Tree] | None = None,
         iterative: bool = False,
         tasks: Tasks = False,
         inner: AbstractDeclaredKind | None = None,
         allow_unused: bool = False,
     ) -> None:
-        optional = (("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox))
+        optional = (
+            *(("init", init), ("encode", encode), ("constraints", constraints), ("prox", prox)),
+            *(("inequalities", inequalities), ("equalities", equalities), ("fixed_point", fixed_point)),
+        )
+        without_g = not (inner is None and self.inner is None and fixed_point is None and self.fixed_point is None)
         for name, function in (("f", f), ("g", g), *optional):
-            without = (
-                name in _OPTIONAL
-                or _overridden(self, name)
-                or (name == "g" and not (inner is None and self.inner is None))
-            )
+            without = name in _OPTIONAL or _overridden(self, name) or (name == "g" and without_g)
             if function is None and without:
                 continue
             if not callable(function):
@@ -131,6 +151,12 @@ class BilevelProblem(AbstractPortable):
             self.constraints = constraints
         if prox is not None:
             self.prox = prox
+        if inequalities is not None:
+            self.inequalities = inequalities
+        if equalities is not None:
+            self.equalities = equalities
+        if fixed_point is not None:
+            self.fixed_point = fixed_point
         if iterative:
             self.iterative = iterative
         if tasks is not False:
@@ -153,7 +179,10 @@ class BilevelProblem(AbstractPortable):
         """
         g = self._g if self.inner is None else self.inner.g
         if g is None:
-            raise DoesNotApply("the inner problem has no objective g. Use `ITD`, `ESJ` or `FiniteDifference`.")
+            raise DoesNotApply(
+                "the inner problem has no objective g. Use `ITD`, `ESJ` or `FiniteDifference`, and for a fixed point"
+                " `AID` with `GMRES`."
+            )
         return g(x, y, *data)
 
     @property
@@ -164,8 +193,8 @@ class BilevelProblem(AbstractPortable):
     def __repr__(self) -> str:
         given = "".join(f", {name}=..." for name in _OPTIONAL if getattr(self, name) is not None)
         given += "".join(f", {name}={getattr(self, name)!r}" for name in ("iterative", "tasks") if getattr(self, name))
-        g = "g" if self.inner is None else f"inner={type(self.inner).__name__}(...)"
-        return f"{type(self).__name__}(f, {g}{given})"
+        g = ", g" if self.inner is None else f", inner={type(self.inner).__name__}(...)"
+        return f"{type(self).__name__}(f{'' if self.fixed_point is not None else g}{given})"
 
 
 @final
@@ -203,13 +232,14 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
     for name in ("f", "g", *_OPTIONAL):
         own = name in _OPTIONAL or _overridden(problem, name)
         function = getattr(problem, name if own else f"_{name}")
-        if function is None and (name in _OPTIONAL or (name == "g" and problem.inner is not None)):
+        if function is None and (name in _OPTIONAL or (name == "g" and _lacks_g(problem))):
             continue
         if function is None:
             raise TypeError(
                 f"`{type(problem).__name__}` must define the method {name}(self, x, y), or be given `{name}=`."
             )
-        names: tuple[str, ...] = ("x" if name == "encode" else first,) if name in _OPTIONAL else (first, "y")
+        names = _OPTIONAL.get(name, ("x", "y"))
+        names = names if name == "encode" else (first, *names[1:])
         _demand_arguments(name, function, names, data)
     if problem.inner is not None:
         for name, (function, names) in problem.inner.functions.items():
@@ -239,15 +269,22 @@ def _demand_one_kind(problem: BilevelProblem) -> None:
     Raises:
         ValueError: naming them.
     """
-    given = [name for name in ("constraints", "prox", "inner") if getattr(problem, name) is not None]
+    given = [name for name in ("prox", "fixed_point", "inner") if getattr(problem, name) is not None]
+    sorts = ("constraints", "inequalities", "equalities")  # which are one kind together
+    given = [name for name in sorts if getattr(problem, name) is not None][:1] + given
     given += ["iterative"] if problem.iterative else []
-    beside = problem.inner is not None and (problem._g is not None or _overridden(problem, "g"))
+    beside = _lacks_g(problem) and (problem._g is not None or _overridden(problem, "g"))
     if len(given) > 1 or beside:
         raise ValueError(
             f"`{type(problem).__name__}` must have one kind of inner problem. Got {' and '.join(given)}"
-            f"{' beside g' if beside else ''}. Give one of constraints, prox and iterative, or an `inner=` that holds"
-            f" all of it."
+            f"{' beside g' if beside else ''}. Give one of constraints, prox, fixed_point and iterative, or an `inner=`"
+            f" that holds all of it."
         )
+
+
+def _lacks_g(problem: BilevelProblem) -> bool:
+    """Whether y is told by something else than a g of the problem's own."""
+    return problem.inner is not None or problem.fixed_point is not None
 
 
 def _demand_tasks(problem: BilevelProblem) -> None:

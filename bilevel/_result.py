@@ -35,8 +35,13 @@ class Status(enum.Enum):
     stopped = "The callback ended the run."
     interrupted = "The run was interrupted; what was computed so far is kept. Resume it from its checkpoint."
     weakly_active = (
-        "Strict complementarity fails: a bound on y holds with a zero multiplier, so that y*(x) has a kink here and the"
-        " estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
+        "Strict complementarity fails: a constraint on y holds with a zero multiplier, so that y*(x) has a kink here"
+        " and the estimate is a derivative on one side of it only. Move x a little, or pass `throw=False` to accept it."
+    )
+    dependent_constraints = (
+        "The gradients of constraints that hold at y* are linearly dependent, and these constraints move apart with x:"
+        " y*(x) has a kink here, or ceases to exist, and multipliers are not unique (LICQ fails). Move x a little,"
+        " leave out a constraint that follows from others, or pass `throw=False` to accept it."
     )
     one_sided = (
         "Phi has a kink at x: its slopes to the two sides differ, so that there is no derivative, and the estimate is a"
@@ -84,7 +89,8 @@ class Status(enum.Enum):
     )
     not_positive_definite = (
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
-        " minimum of g(x, .); solve the inner problem more accurately, add a regularizer to g or pass `damping=`."
+        " minimum of g(x, .), under constraints along those that hold; solve the inner problem more accurately, add a"
+        " regularizer to g or pass `damping=`."
     )
     singular = (
         "The matrix is singular to rounding: the system has no unique solution, and this is the least squares solution"
@@ -108,10 +114,28 @@ class Status(enum.Enum):
         "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
         " `constraints` returns at this x."
     )
+    unbounded = (
+        "g is unbounded below on the constraints: it falls along a direction in which none of them ends. Add a bound on"
+        " y or a regularizer to g."
+    )
+    infeasible_stationary = (
+        "The constraints on x and y*(x) are violated, and no small change of x lowers the violation: they contradict"
+        " each other, at least near here. Check `outer_inequalities` and `outer_equalities`, or start elsewhere."
+    )
+    weight_limit = (
+        "The constraints on x and y*(x) are violated although their weight in the augmented Lagrangian has reached its"
+        " limit: they may be badly scaled, contradict each other, or have no independent gradients. Scale them to"
+        " values about 1, or start closer."
+    )
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
         " the largest curvature, or have it derived from an estimate of L: `step=None` of a solver, an algorithm by its"
         " name."
+    )
+    expanding = (
+        "The map does not contract: the spectral radius of dT/dy was estimated to be at least 1, so that plain"
+        " iteration and the series of its powers (`Neumann`, `JacobianFree`) diverge. Find y by `Anderson` or"
+        " `Broyden`, and solve the linear system by `GMRES`, which need only that 1 is no eigenvalue of dT/dy."
     )
     not_repeatable = (
         "Its value changes from call to call, so that there is no Phi to differentiate. Fix the random numbers"
@@ -130,13 +154,13 @@ class Status(enum.Enum):
 
     @property
     def lost(self) -> bool:
-        """Whether what was computed is no basis for anything: not finite, diverged, or without a feasible point.
+        """Whether what was computed is no basis for anything: not finite, diverged, unbounded, or infeasible.
 
         Example:
             >>> [status.name for status in Status if status.lost]
-            ['infeasible', 'diverged', 'nonfinite']
+            ['infeasible', 'unbounded', 'diverged', 'nonfinite']
         """
-        return self in (Status.infeasible, Status.diverged, Status.nonfinite)
+        return self in (Status.infeasible, Status.unbounded, Status.diverged, Status.nonfinite)
 
     def __repr__(self) -> str:
         return f"Status.{self.name}"

@@ -84,6 +84,11 @@ def parser() -> _Parser:
 
 def _add_list(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument(
+        "--literature",
+        action="store_true",
+        help="the test problems of the literature: class, name, sizes, best known value; run one by literature:NAME",
+    )
     command.add_argument("--debug", action="store_true", help=_DEBUG)
     command.set_defaults(command=_list)
 
@@ -93,9 +98,9 @@ def _add_problem(command: argparse.ArgumentParser) -> None:
     add(
         "problem",
         metavar="PROBLEM",
-        help="a name from `bilevel list`, or my_file.py:NAME, where NAME is a BilevelProblem with x0 and y0 next to it,"
-        " an Instance, an Experiment, or a function that returns (problem, x0, y0), an Instance or, annotated so, an"
-        " Experiment",
+        help="a name from `bilevel list`, or literature:NAME (see `bilevel list --literature`), or my_file.py:NAME,"
+        " where NAME is a BilevelProblem with x0 and y0 next to it, an Instance, an Experiment, or a function that"
+        " returns (problem, x0, y0), an Instance or, annotated so, an Experiment",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
     add("--from", dest="source", metavar="FILE", help="an .npz file with data for the problem: `--set data=FILE`")
@@ -221,9 +226,9 @@ def _number(kind: Callable[[str], float], wanted: str, valid: Callable[[float], 
 
 
 def _list(options: argparse.Namespace) -> int:
-    from bilevel.commands.listing import listing
+    from bilevel.commands.listing import listing, literature
 
-    print(listing(as_json=options.json))
+    print(literature(as_json=options.json) if options.literature else listing(as_json=options.json))
     return SUCCESS
 
 

@@ -11,7 +11,10 @@ from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems._data import Arrays, Dataset
 from bilevel.problems._sparse import SparseData, highest_penalty
+from bilevel.problems.actor_critic import TabularMDP, actor_critic
 from bilevel.problems.bayesian_regression import BayesianRegression, bayesian_regression
+from bilevel.problems.cournot import CournotGame, cournot
+from bilevel.problems.deep_equilibrium import deep_equilibrium
 from bilevel.problems.hyper_cleaning import (
     HyperCleaning,
     hyper_cleaning,
@@ -71,6 +74,7 @@ from bilevel.problems.weighted_logit import WeightedLogit, weighted_logit
 __all__ = [
     "Arrays",
     "BayesianRegression",
+    "CournotGame",
     "Dataset",
     "Entry",
     "GaussianLikelihood",
@@ -90,8 +94,10 @@ __all__ = [
     "QuadraticFamily",
     "Ridge",
     "SparseData",
+    "TabularMDP",
     "WeightedLogit",
     "abml",
+    "actor_critic",
     "anil",
     "asinh",
     "atanh",
@@ -99,6 +105,8 @@ __all__ = [
     "byte_gpt",
     "cardano",
     "catalogue",
+    "cournot",
+    "deep_equilibrium",
     "distillation",
     "double_well",
     "elastic_net_diabetes",
@@ -211,6 +219,9 @@ _ENTRIES = (
     Entry("cardano", "quartic inner problem, y* by Cardano's formula", cardano),
     Entry("atanh", "inner curvature 1 - x^2, which vanishes at the ends", atanh),
     Entry("log-sum-exp", "coupled log-sum-exp inner problem", log_sum_exp),
+    Entry("cournot", "taxes on firms whose Cournot equilibrium is a fixed point, closed forms", cournot),
+    Entry("actor-critic", "a softmax actor and its critic, the fixed point of the Bellman equation", actor_critic),
+    Entry("deep-equilibrium", "a deep equilibrium network, contractive by construction, two spirals", deep_equilibrium),
     Entry("weighted-logit", "sample weights on one logit: hyper-cleaning on paper", weighted_logit),
     Entry("noisy-labels", "weights of training samples with wrong labels, a convolutional network", noisy_labels),
     Entry(

@@ -11,13 +11,15 @@ from torch import Tensor
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
 from bilevel._numerics.quasi_newton import Pairs
 from bilevel._numerics.rows import chosen_rows, row_dots
-from bilevel._numerics.wolfe import Search, strong_wolfe
+from bilevel._numerics.wolfe import Search, jump, strong_wolfe
 from bilevel._result import Solved, Status
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers.armijo import NOISE, end, final_statuses, rescaled
+
+_RISE = 2.0  # what is believed of values, in jumps that were seen
 
 
 @final
@@ -34,7 +36,9 @@ class LBFGS(AbstractInnerSolver):
     is known, so none is spent on the residual. Memory (2 memory + 5) q. Rows of a batch have their own steps,
     memory and line search and do not wait for one another; each call evaluates, and counts, all of them.
 
-    With tol = 0 it goes on for `max_steps` steps or to the rounding floor, and both are success.
+    With tol = 0 it goes on for `max_steps` steps or to the rounding floor, and both are success. Where values are
+    rounded to less than their dtype, as under `torch.autocast`, the floor is measured: by how much values jump that a
+    failed line search has seen next to one another. From there on it goes by slopes until these are noise as well.
 
     Source: Liu, Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Program. 45 (1989);
     Nocedal, Wright, "Numerical optimization" (2006), algorithm 7.4.
@@ -78,7 +82,10 @@ class LBFGS(AbstractInnerSolver):
         if again is not None:
             return again
         memory = Pairs(self.memory, y)
-        rows = [_Row(value, norm, eps) for value, norm in _numbers(values, torch.linalg.vector_norm(g, dim=-1))]
+        rows = [
+            _Row(value, norm, eps, not self.tol)
+            for value, norm in _numbers(values, torch.linalg.vector_norm(g, dim=-1))
+        ]
         for row in rows:
             row.end(self)
         d = _begin(rows, [True] * len(rows), memory, g, torch.zeros_like(g))
@@ -123,8 +130,9 @@ class LBFGS(AbstractInnerSolver):
 class _Row:
     """The numbers of one problem: where it stands, and its line search."""
 
-    def __init__(self, value: float, norm: float, eps: float) -> None:
-        self.value, self.norm, self.eps = value, norm, eps
+    def __init__(self, value: float, norm: float, eps: float, measures: bool) -> None:
+        self.value, self.norm, self.eps, self.measures = value, norm, eps, measures
+        self.floor, self.trials = 0.0, [(0.0, 0.0, 0.0)]  # jumps of values that were seen; (t, phi, slope) of a search
         self.least_value, self.least_norm, self.idle = value, norm, 0
         self.steps, self.t, self.first, self.slope, self.curvature = 0, 0.0, 1.0, 0.0, 0.0
         self.plain, self.retry = True, False  # along -g; to be tried again along -g
@@ -133,7 +141,7 @@ class _Row:
 
     @property
     def noise(self) -> float:
-        return NOISE * self.eps * abs(self.value)
+        return max(NOISE * self.eps * abs(self.value), self.floor)
 
     def begin(self, slope: float) -> None:
         """Start a line search along a new direction."""
@@ -141,17 +149,22 @@ class _Row:
         self.first = min(1.0, 1.0 / self.norm) if self.plain else 1.0
         self.search = strong_wolfe(self.value, slope, self.first, self.noise)
         self.t = next(self.search)
+        self.trials = [(0.0, self.value, slope)]
 
     def send(self, phi: float, slope: float, norm: float) -> bool:
         """Tell the line search what was found at its trial; whether that is the next point."""
         if self.status is not None or self.search is None:
             return False
         tried = self.t
+        self.trials.append((tried, phi, slope))
         try:
             self.t = self.search.send((phi, slope))
             return False
         except StopIteration as stop:
             outcome: Status = stop.value
+        if outcome is Status.line_search_failed and self.measures and (seen := _RISE * jump(self.trials)) > self.noise:
+            self.floor, self.retry = seen, True  # along the same direction, by slopes
+            return False
         if outcome is not Status.successful:
             if outcome is Status.line_search_failed and 0.5 * abs(self.slope) * self.first <= self.noise:
                 outcome = Status.stagnated
@@ -182,7 +195,7 @@ def _begin(rows: list[_Row], new: list[bool], memory: Pairs, g: Tensor, d: Tenso
     going = [row.status is None for row in rows]
     if not any(new):
         return chosen_rows(going, d, torch.zeros_like(d))
-    retry = [row.retry for row in rows]
+    retry = [row.retry and row.plain for row in rows]
     if any(retry):
         memory.forget(retry)
     d = chosen_rows(going, chosen_rows(new, -memory.product(g), d), torch.zeros_like(d))

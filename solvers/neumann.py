@@ -45,7 +45,7 @@ class Neumann(AbstractLinearSolver):
     those of an estimate of L, about 14. Memory 4n.
 
     Where the owner of A has estimated that the spectral radius of I - A is not below 1 (`LinearOperator.contraction`),
-    with `step=1.0` the series diverges: no term is taken, v stays where it was, and the status is `Status.diverged`.
+    with `step=1.0` the series diverges: no term is taken, v stays where it was, and the status is `Status.expanding`.
 
     A residual that grows, which those of a symmetric A cannot for a safe step, is reported as `Status.diverged`,
     with the iterate of least residual.
@@ -124,7 +124,7 @@ class Neumann(AbstractLinearSolver):
             if operator.contraction is None or self.step != 1.0:
                 return step, (Status.successful,) * zero.numel()
             apart = (operator.contraction >= 1) & ~zero  # the series of I - A diverges: none of its terms is taken
-            return torch.where(apart, 0.0, step), first_statuses((apart, Status.diverged))
+            return torch.where(apart, 0.0, step), first_statuses((apart, Status.expanding))
         demand(operator, "Neumann(step=None)", SYMMETRIC)
         largest = largest_eigenvalue(operator, b)
         refusals = first_statuses(

@@ -157,4 +157,4 @@ def program_of(objective: Objective, y0: Tensor) -> Program:
     q = gradient.reshape(rows, n).to(dtype) - matrix_times(Q, y0.reshape(rows, n).to(dtype))
     slacks = A.shape[-1] - n
     Q = torch.nn.functional.pad(Q, (0, slacks, 0, slacks)) if slacks else Q
-    return Program(Q, padded(q, lower), A, b, lower, upper)
+    return Program(Q, padded(q, lower), A, b, lower, upper, slacks)

@@ -44,6 +44,10 @@ class SaddleCholesky(AbstractLinearSolver):
         return SYMMETRIC
 
     @property
+    def finds_indefinite(self) -> bool:
+        return True
+
+    @property
     def forgets_start(self) -> bool:
         return True
 

@@ -289,6 +289,8 @@ GROUPED = {"abml", "ibaml", "ibaml_head", "train", "ImageClasses"}
 OLD_FORMS = {("Experiment", "settings"), ("Experiment", "evaluation"), ("ImageClasses", "names")}  # what is converted
 DRAWN = {
     "composites",
+    "programs",
+    "fixed_points",
     "quadratics",
     "spd_matrices",
     "spectra",

@@ -22,6 +22,7 @@ import tokenize
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,8 @@ def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_says_what_is_true(page: Path, as_a_user: dict[str, object]) -> None:
     for block in blocks(page.read_text()):
+        if "import cvxpy" in block.text and find_spec("cvxpy") is None:  # an extra that the tests do without
+            continue
         if block.language == "python":
             if block.title:
                 Path(block.title).write_text(block.text)

@@ -284,7 +284,11 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
     forms = {type(each.unrolling) for each, _ in BUILT.values() if isinstance(each, ITD)}
     assert forms == whole(bilevel, AbstractUnrolling)
     assert {type(each) for each, _ in INNER.values()} == whole(solvers, AbstractInnerSolver) - {
+        solvers.ActiveSet,
+        solvers.Clarabel,
         solvers.Cvxpy,
+        solvers.SLSQP,
+        solvers.TrustConstr,
         solvers.CoordinateDescent,
     }
     others = {type(each) for each in LINEAR.values()} | {SaddleCholesky}  # which is that of KKT

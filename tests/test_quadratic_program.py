@@ -400,7 +400,29 @@ def test_cvxpy_finds_the_same_point(program: Data) -> None:
     pytest.importorskip("cvxpy")
     ours, theirs = solve(*program), solve(*program, solver=Cvxpy())
     assert theirs.status.ok
-    assert torch.allclose(theirs.value, ours.value, rtol=0, atol=1e-4 * float(1 + ours.value.abs().max()))
+    assert torch.allclose(theirs.value, ours.value, rtol=0, atol=1e-6 * float(1 + ours.value.abs().max()))
+
+
+def test_cvxpy_brings_a_program_into_standard_form_once_for_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    cvxpy = pytest.importorskip("cvxpy")
+    made: list[object] = []
+    problem = cvxpy.Problem
+    monkeypatch.setattr(cvxpy, "Problem", lambda *parts: made.append(parts) or problem(*parts))
+    for k in range(3):
+        found = solve((2 + k) * torch.eye(7), -torch.ones(7), lower=0.1 * k, solver=Cvxpy())
+        assert torch.allclose(found.value, torch.full((7,), max(1 / (2 + k), 0.1 * k)))
+    assert len(made) == 1
+    solve(torch.eye(7), torch.ones(7), upper=1.0, solver=Cvxpy())
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("name", ["CLARABEL", "OSQP", "SCS"])
+def test_every_solver_of_cvxpy_meets_the_default_tolerance(name: str) -> None:
+    pytest.importorskip("cvxpy")
+    point = torch.tensor([3.0, 0.2, -1.0, 0.7])
+    found = solve(torch.eye(4) * 30, -30 * point, torch.ones(1, 4), torch.ones(1), 0.0, 0.9, solver=Cvxpy(solver=name))
+    assert found.status.ok
+    assert float(found.residual) < 1e-12
 
 
 def test_cvxpy_reports_what_cannot_be_solved() -> None:
@@ -408,7 +430,7 @@ def test_cvxpy_reports_what_cannot_be_solved() -> None:
     beyond = solve(torch.eye(3), torch.ones(3), torch.ones(1, 3), torch.full((1,), 9.0), 0.0, 1.0, solver=Cvxpy())
     assert beyond.status is Status.infeasible
     below = solve(torch.zeros(2, 2), -torch.ones(2), lower=0.0, solver=Cvxpy())
-    assert below.status is Status.not_positive_definite
+    assert below.status is Status.unbounded
     rough = solve(torch.eye(3), torch.ones(3), torch.ones(1, 3), torch.ones(1), 0.0, solver=Cvxpy(tol=0.0))
     assert rough.status is Status.stagnated
     with pytest.raises(ValueError, match=r"`Cvxpy\(tol=...\)` must be at least 0"):

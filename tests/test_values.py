@@ -57,7 +57,7 @@ from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
 from bilevel.federated import Clients, Server, Traffic
 from bilevel.few_shot import Validating, adapt, calibration_of, evaluate, mlp, train
-from bilevel.inner_problems import Iteration
+from bilevel.inner_problems import Iteration, NonlinearlyConstrained
 from bilevel.outer.partial import attach
 from bilevel.portable.pickling import AbstractPortable, obstacle
 from bilevel.portable.plain import plain, restored
@@ -82,7 +82,7 @@ from bilevel.prox import L1, GroupBall, GroupLasso, Nonnegative, ProxDerivative,
 from bilevel.requirements.properties import DoesNotApply
 from bilevel.solvers import CG, LBFGS, Clipped, Cosine, GradientDescent, Iterate, Jacobi, Scheduled, TorchOptim
 from bilevel.tasks import Episodes, ImageClasses, ImageFiles, Sinusoid, Splits, batches
-from bilevel.testing import Logistic
+from bilevel.testing import FixedPointFamily, Logistic
 
 cloudpickle: Any = pytest.importorskip("cloudpickle")  # which joblib brings
 FLOAT = torch.float64
@@ -256,6 +256,8 @@ def guess(kind: Any) -> Any:
             "AbstractLinear": CG(),
             "AbstractOptimizer": GradientDescent(0.1),
             "AbstractEstimator": AID(LBFGS(), CG()),
+            "Descent": Descent(AID(LBFGS(), CG()), GradientDescent(0.1)),
+            "Function": portable_cases.f,
             "AbstractTasks": Sinusoid(),
             "AbstractProxTerm": L1(torch.ones(2)),
             "tuple": (),
@@ -303,6 +305,8 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Clients": federated_clients,
         "Server": lambda: Server(federated_clients(), (2, 2)),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
+        "NonlinearlyConstrained": lambda: NonlinearlyConstrained(portable_cases.f, portable_cases.f),
+        "FixedPointFamily": lambda: _fixed_points(),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),
     }
     if kind.__name__ in rows:
@@ -311,6 +315,11 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         return kind()
     except (TypeError, ValueError):
         return guess(kind)
+
+
+def _fixed_points() -> FixedPointFamily:
+    y = torch.ones(2)
+    return FixedPointFamily(torch.ones(2, 2), torch.ones(2, 3), y, y, torch.ones(3))
 
 
 @functools.cache

@@ -450,6 +450,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
     "bounds.f2sa": {"weight": lambda: 10.0},
+    "NonlinearlyConstrained": {"inequalities": lambda: lambda x, y: y},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},
     "register_algorithm": {
@@ -478,6 +479,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Solved": {"residual": lambda: torch.zeros((), **D)},
     "BilevelError": {},
     "Polytope.flat": {"y": lambda: ravel(X)[1]},
+    "Polytope.parts": {"y": lambda: ravel(X)[1]},
+    "Multipliers.from_dict": {"content": lambda: bilevel.Multipliers().to_dict()},
     "Cosine": {"steps": lambda: 10},
     "StepDecay": {"milestones": lambda: 3},
     "TorchOptim": {"factory": lambda: lambda parameters: torch.optim.SGD(parameters, lr=0.1)},
@@ -529,6 +532,13 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "bilevel.testing.Logistic.g": {"x": lambda: torch.zeros(5, **D)},
     "bilevel.testing.Logistic.constants": {"x": lambda: torch.zeros(5, **D)},
     "LogSumExp": {"t": lambda: X},
+    "FixedPoint": {"map": lambda: lambda x, y: 0.5 * y},
+    "FixedPointFamily": {"A": lambda: matrix(2, 2), "B": lambda: matrix(2, 2)},
+    "TabularMDP": {"P": lambda: torch.full((2, 2, 2), 0.5, **D), "r": lambda: matrix(2, 2)},
+    **{
+        f"TabularMDP.{name}": {"x": lambda: matrix(2, 2)}
+        for name in ("f", "bellman", "solution", "gradient", "metrics")
+    },
     "ProximalTasks.f": {"y": lambda: matrix(2, 2)},
     "ProximalTasks.g": {"y": lambda: matrix(2, 2)},
     "ProximalTasks": {name: lambda: torch.ones(2, 3, 2, **D) for name in "XU"}

@@ -40,6 +40,21 @@ def leads_to(value: Tensor, *leaves: Tensor) -> list[bool]:
     return [end in met for end in ends]
 
 
+def rounding_unit(value: Tensor, leaf: Tensor) -> float:
+    """The largest rounding unit among the dtypes that the value is computed in on its way from the leaf.
+
+    Example:
+        >>> y = torch.ones(2, requires_grad=True)
+        >>> rounding_unit(y.bfloat16().sum().float(), y) == torch.finfo(torch.bfloat16).eps
+        True
+    """
+    units = [torch.finfo(leaf.dtype).eps]
+    for node in ancestors(value.grad_fn, end_of(leaf)):
+        dtypes = [metadata.dtype for metadata in node._input_metadata]  # of what it made, forward
+        units += [torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point]
+    return max(units)
+
+
 def end_of(leaf: Tensor) -> Any:
     """The node at which graphs end in a tensor. Of a leaf of a subclass torch names a view of it, which ends there."""
     node = torch.autograd.graph.get_gradient_edge(leaf).node

@@ -13,7 +13,7 @@ from bilevel._numerics.saddle_point import SaddlePoint
 
 # How far towards the nearest boundary a step goes: short of it, as slacks and multipliers must stay positive, and near
 # enough for each step to reduce their products two hundredfold at the end.
-_BACK = 0.995
+BACK = 0.995
 # Iterations without progress after which a row is given up. The whole iteration takes some 10 to 20, and an error may
 # rise for a few of them while the iterates turn towards the central path.
 _IDLE = 8
@@ -22,7 +22,10 @@ _IDLE = 8
 @final
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Min y'Qy / 2 + q'y  s.t.  A y = b, lower <= y <= upper: Q `(batch, q, q)`, A `(batch, m, q)`, vectors alike."""
+    """Min y'Qy / 2 + q'y  s.t.  A y = b, lower <= y <= upper: Q `(batch, q, q)`, A `(batch, m, q)`, vectors alike.
+
+    The last `slacks` entries are slacks of the last rows of A, each of one and of nothing else.
+    """
 
     Q: Tensor
     q: Tensor
@@ -30,6 +33,12 @@ class Program:
     b: Tensor
     lower: Tensor
     upper: Tensor
+    slacks: int = 0
+
+    def chosen(self, rows: Tensor) -> Program:
+        """Some of the programs."""
+        parts = (self.Q, self.q, self.A, self.b, self.lower, self.upper)
+        return Program(*(part[rows] for part in parts), slacks=self.slacks)
 
     def with_slacks(self, y: Tensor) -> Tensor:
         """The first entries of a point completed by those that the last equalities leave: `(batch, q)`."""
@@ -134,68 +143,71 @@ class Mehrotra:
         """The minimizer with the bounds as penalties of the size of Q, pushed inside."""
         p = self.program
         weight = self.size[:, None, None] * self.bounded
-        saddle = self._factor(weight.sum(-2))
+        saddle = self.factor(weight.sum(-2))
         y, multipliers = saddle.solve(-p.q + (weight * self.sign * self.limits).sum(-2), p.b)
         slacks = self.limits - self.sign * y.unsqueeze(-2)
-        z = self._masked(-self.size[:, None, None] * slacks)
+        z = self.masked(-self.size[:, None, None] * slacks)
         slacks, z = self._pushed(slacks), self._pushed(z)
         product = (slacks * z).sum((-2, -1), keepdim=True)
         shift_s, shift_z = (0.5 * product / positive_or_one(other.sum((-2, -1), keepdim=True)) for other in (z, slacks))
         slacks, z = slacks + shift_s, z + shift_z
         return Point(
-            y, multipliers, torch.where(self.bounded, positive_or_one(slacks), 1.0), self._masked(positive_or_one(z))
+            y, multipliers, torch.where(self.bounded, positive_or_one(slacks), 1.0), self.masked(positive_or_one(z))
         )
 
     def step(self, at: Point) -> Point:
         """One predictor-corrector step."""
-        saddle = self._factor((at.z / at.slacks).sum(-2))
+        saddle = self.factor((at.z / at.slacks).sum(-2))
         mu = (at.slacks * at.z).sum((-2, -1)) / self.count
-        affine = self._direction(saddle, at, at.slacks * at.z)
-        ahead = at.moved(affine, _longest(at, affine))
+        affine = self.direction(saddle, at, at.slacks * at.z)
+        ahead = at.moved(affine, longest(at, affine))
         reached = (ahead.slacks * ahead.z * self.bounded).sum((-2, -1)) / self.count
         centering = (reached / positive_or_one(mu)).clamp(0, 1) ** 3
-        target = at.slacks * at.z + affine.slacks * affine.z - self._masked((centering * mu)[:, None, None])
-        step = self._direction(saddle, at, target)
-        return at.moved(step, (_BACK * _longest(at, step)).clamp_max(1.0))
+        target = at.slacks * at.z + affine.slacks * affine.z - self.masked((centering * mu)[:, None, None])
+        step = self.direction(saddle, at, target)
+        return at.moved(step, (BACK * longest(at, step)).clamp_max(1.0))
 
     def error(self, at: Point) -> Tensor:
         """The largest relative violation of the optimality conditions."""
         p = self.program
         primal, dual = p.scales(at.y, at.multipliers)
-        stationarity, equality, slack = self._residuals(at)
+        stationarity, equality, slack = self.residuals(at)
         complementarity = (at.slacks * at.z).flatten(1) / (primal * dual)
         parts = (stationarity / dual, equality / primal, slack.flatten(1) / primal, complementarity)
         worst = torch.cat([row_moduli(part) for part in parts], -1).amax(-1)
         return torch.where(worst.isfinite(), worst, torch.inf)
 
-    def _residuals(self, at: Point) -> tuple[Tensor, Tensor, Tensor]:
+    def residuals(self, at: Point) -> tuple[Tensor, Tensor, Tensor]:
+        """Of stationarity, of the equalities, and of the bounds with their slacks."""
         p = self.program
         stationarity = p.gradient(at.y) + matrix_times(p.A.mT, at.multipliers) + (self.sign * at.z).sum(-2)
-        slack = self._masked(self.sign * at.y.unsqueeze(-2) + at.slacks - self.limits)
+        slack = self.masked(self.sign * at.y.unsqueeze(-2) + at.slacks - self.limits)
         return stationarity, matrix_times(p.A, at.y) - p.b, slack
 
-    def _direction(self, saddle: SaddlePoint, at: Point, target: Tensor) -> Point:
+    def direction(self, saddle: SaddlePoint, at: Point, target: Tensor) -> Point:
         """The Newton step to zero residuals and slacks * z reduced by `target`."""
-        stationarity, equality, slack = self._residuals(at)
-        pull = (self.sign * self._masked((at.z * slack - target) / at.slacks)).sum(-2)
+        stationarity, equality, slack = self.residuals(at)
+        pull = (self.sign * self.masked((at.z * slack - target) / at.slacks)).sum(-2)
         y, multipliers = saddle.solve(-stationarity - pull, -equality)
-        slacks = self._masked(-slack - self.sign * y.unsqueeze(-2))
-        return Point(y, multipliers, slacks, self._masked(-(target + at.z * slacks) / at.slacks))
+        slacks = self.masked(-slack - self.sign * y.unsqueeze(-2))
+        return Point(y, multipliers, slacks, self.masked(-(target + at.z * slacks) / at.slacks))
 
-    def _factor(self, diagonal: Tensor) -> SaddlePoint:
+    def factor(self, diagonal: Tensor) -> SaddlePoint:
+        """The factors of the system of a step."""
         return SaddlePoint.factor(self.program.Q + torch.diag_embed(diagonal), self.program.A, self.size)
 
-    def _masked(self, entries: Tensor) -> Tensor:
+    def masked(self, entries: Tensor) -> Tensor:
+        """The entries where there are bounds, and zeros elsewhere."""
         return torch.where(self.bounded, entries, torch.zeros_like(entries))
 
     def _pushed(self, entries: Tensor) -> Tensor:
         inside = torch.where(self.bounded, entries, torch.inf).flatten(1).amin(-1)[:, None, None]
         shift = (-1.5 * inside).clamp_min(0)
-        return self._masked(entries + torch.where(shift.isfinite(), shift, torch.zeros_like(shift)))
+        return self.masked(entries + torch.where(shift.isfinite(), shift, torch.zeros_like(shift)))
 
 
-def _longest(at: Point, step: Point) -> Tensor:
+def longest(at: Point, step: Point) -> Tensor:
     """The longest step `(batch,)` up to 1 / 0.995 that keeps slacks and multipliers nonnegative."""
     here, change = torch.cat([at.slacks, at.z], -1).flatten(1), torch.cat([step.slacks, step.z], -1).flatten(1)
     ratios = torch.where(change < 0, -here / change, torch.inf)
-    return ratios.amin(-1).clamp_max(1 / _BACK)
+    return ratios.amin(-1).clamp_max(1 / BACK)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.interior_point import Mehrotra, Point, Program
-from bilevel._numerics.rows import matrix_times, row_moduli
+from bilevel._numerics.principal_pivoting import pivoted
+from bilevel._numerics.rows import matrix_times, positive_or_one, row_moduli
 from bilevel._numerics.saddle_point import SaddlePoint, alone, pseudo_inverse, restricted
 from bilevel._result import Status
 
 # An error of the interior-point method that tells which bounds hold: the lesser of each slack and multiplier is then
 # below 1e-5 of its scale. What is nearer to both being zero is decided by trying, further down.
 _ENOUGH = 1e-10
+# A violation that is rounding. What pivoting leaves more of is left to interior points and their exact end.
+_EXACT = 1e-13
 
 
 @final
@@ -30,12 +33,30 @@ class Found:
 
 
 def solve_program(program: Program, tol: float, max_steps: int) -> Found:
-    """The solutions of a batch of programs."""
+    """The solutions of a batch of programs: by pivoting where that is exact, and by interior points elsewhere."""
+    ahead = pivoted(program, max_steps)
+    if ahead is None:
+        return _by_interior_points(program, tol, max_steps)
+    gradient = program.gradient(ahead.y)
+    exact = ahead.done & (violation(program, ahead.y, ahead.multipliers, gradient) <= _EXACT)
+    statuses: list[Status | None] = [None] * len(exact)
+    if bool(exact.all()):
+        return Found(ahead.y, ahead.multipliers, tuple(statuses), ahead.steps.clamp_max(max(max_steps - 1, 0)))
+    left = (~exact).nonzero().squeeze(-1)
+    others = _by_interior_points(program.chosen(left), tol, max_steps)
+    y, multipliers, steps = ahead.y.clone(), ahead.multipliers.clone(), ahead.steps.clamp_max(max(max_steps - 1, 0))
+    y[left], multipliers[left], steps[left] = others.y, others.multipliers, others.steps
+    for place, status in zip(left.tolist(), others.statuses, strict=True):
+        statuses[place] = status
+    return Found(y, multipliers, tuple(statuses), steps)
+
+
+def _by_interior_points(program: Program, tol: float, max_steps: int) -> Found:
     parts = (program.Q, program.q, program.A, program.b)
     lost = ~torch.cat([part.flatten(1) for part in parts], -1).isfinite().all(-1)
     lost = lost | program.lower.isnan().any(-1) | program.upper.isnan().any(-1)
     inconsistent = ~lost & _inconsistent(_replaced(program, lost))
-    reduced, fixed = _without_fixed(_replaced(program, inconsistent | lost))
+    reduced, fixed = without_fixed(_replaced(program, inconsistent | lost))
     # Where products of slacks and multipliers are below tol^2, the lesser of each two is below tol.
     method = Mehrotra(reduced)
     inside, _, steps = method.run(min(tol, max(tol * tol, _ENOUGH)), max_steps)
@@ -57,9 +78,15 @@ def solve_program(program: Program, tol: float, max_steps: int) -> Found:
     return Found(y, point.multipliers, statuses, steps)
 
 
-def violation(program: Program, y: Tensor, multipliers: Tensor, gradient: Tensor) -> Tensor:
-    """The largest relative violation of the optimality conditions at y `(batch, q)`: `(batch,)`."""
+def violation(
+    program: Program, y: Tensor, multipliers: Tensor, gradient: Tensor, floor: Tensor | None = None
+) -> Tensor:
+    """The largest relative violation of the optimality conditions at y `(batch, q)`: `(batch,)`.
+
+    Gradients are compared with `floor` `(batch, 1)` at least.
+    """
     primal, dual = program.scales(y, multipliers)
+    dual = dual if floor is None else torch.maximum(dual, floor)
     pull = (gradient + matrix_times(program.A.mT, multipliers)) / dual
     above, below = (program.upper - y) / primal, (y - program.lower) / primal
     outside = torch.maximum(-above, -below).clamp_min(0)
@@ -72,13 +99,22 @@ def violation(program: Program, y: Tensor, multipliers: Tensor, gradient: Tensor
 
 def _polished(program: Program, point: Point) -> tuple[Point, Tensor]:
     """With the bounds that seem to hold as equalities, in the rows where that is better; and the violation."""
+    found = polished(program, point)
+    now = violation(program, found.y, found.multipliers, program.gradient(found.y))
+    before = violation(program, point.y, point.multipliers, program.gradient(point.y))
+    better = now < before  # false where NaN
+    return found.where(better, point), torch.where(better, now, before)
+
+
+def polished(program: Program, point: Point) -> Point:
+    """The solution with the bounds that seem to hold, by their slacks and multipliers, as equalities."""
     primal, dual = program.scales(point.y, point.multipliers)
     held = (point.z / dual.unsqueeze(-1) > point.slacks / primal.unsqueeze(-1)) & (point.z > 0)
     up, down = held.unbind(-2)
     bound = torch.where(up, program.upper, torch.where(down, program.lower, torch.zeros_like(point.y)))
     free = ~(up | down)
     M, A = restricted(program.Q, program.A, free)
-    size = torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1)
+    size = positive_or_one(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1))  # 1 in linear programs
     rest = program.gradient(bound)
     y, shift = SaddlePoint.factor(M, A, size).solve(
         -(rest + matrix_times(program.A.mT, point.multipliers)) * free, program.b - matrix_times(program.A, bound)
@@ -87,14 +123,10 @@ def _polished(program: Program, point: Point) -> tuple[Point, Tensor]:
     only = alone(program.A, free)  # an entry that an equality determines by itself has its value exactly
     values = torch.where(only, (program.b - matrix_times(program.A, bound)).unsqueeze(-1) / program.A, 0)
     y = torch.where(only.any(-2), values.sum(-2) / only.sum(-2).clamp_min(1), y)
-    now = violation(program, y, multipliers, program.gradient(y))
-    before = violation(program, point.y, point.multipliers, program.gradient(point.y))
-    better = now < before  # false where NaN
-    polished = Point(y, multipliers, point.slacks, point.z)
-    return polished.where(better, point), torch.where(better, now, before)
+    return Point(y, multipliers, point.slacks, point.z)
 
 
-def _without_fixed(program: Program) -> tuple[Program, Tensor]:
+def without_fixed(program: Program) -> tuple[Program, Tensor]:
     """The program in the entries that are not fixed by equal bounds; these are decoupled, and which they are."""
     fixed = program.lower >= program.upper
     value = torch.where(fixed, program.lower, torch.zeros_like(program.lower))
@@ -121,7 +153,7 @@ def _replaced(program: Program, rows: Tensor) -> Program:
 
 def _inconsistent(program: Program) -> Tensor:
     """Whether bounds cross, or A y = b has no solution at all with the entries that are fixed."""
-    reduced, fixed = _without_fixed(program)
+    reduced, fixed = without_fixed(program)
     known = torch.where(fixed, program.lower, torch.zeros_like(program.lower))
     size = torch.maximum(row_moduli(program.b), row_moduli(matrix_times(program.A.abs(), known.abs())))
     S = reduced.A @ reduced.A.mT

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bilevel._numerics.rows import matrix_times, row_maxima
 
+_REGULAR = 1e-6  # pivots of a matrix with ones on its diagonal, above which no row is near a combination of others
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,12 @@ def pseudo_inverse(S: Tensor) -> Tensor:
     scaled = scale.unsqueeze(-1) * S * scale.unsqueeze(-2)
     lost = ~scaled.isfinite().all(-1).all(-1)
     scaled = torch.where(lost[..., None, None], torch.zeros_like(scaled), scaled)
-    values, vectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
+    scaled = (scaled + scaled.mT) / 2
+    L, info = torch.linalg.cholesky_ex(scaled)
+    if bool((info == 0).all()) and bool((torch.diagonal(L, dim1=-2, dim2=-1).square() > _REGULAR).all()):
+        regular: Tensor = scale.unsqueeze(-1) * torch.cholesky_inverse(L) * scale.unsqueeze(-2)
+        return regular
+    values, vectors = torch.linalg.eigh(scaled)
     kept = values > 100 * S.shape[-1] * torch.finfo(S.dtype).eps
     inverse = torch.where(kept, values, torch.ones_like(values)).reciprocal() * kept
     found: Tensor = scale.unsqueeze(-1) * (vectors * inverse.unsqueeze(-2)) @ vectors.mT * scale.unsqueeze(-2)

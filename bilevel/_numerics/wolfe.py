@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from bilevel._result import Status
@@ -14,6 +15,7 @@ CURVATURE = 0.9  # |phi'(t)| <= CURVATURE |phi'(0)|
 _EVALUATIONS = 40
 # Where values and slopes are both noise, more tell nothing: ten halvings have shrunk the interval a thousandfold.
 _EVALUATIONS_IN_NOISE = 10
+_UNEXPLAINED = 10.0  # times what slopes at both ends say
 _GROWTH = 10.0  # how much longer the next step may be while no upper end is known
 
 Search: TypeAlias = Generator[float, tuple[float, float], Status]
@@ -77,6 +79,21 @@ def strong_wolfe(phi0: float, slope0: float, t: float, noise: float, most: float
         yield lo.t
         return Status.successful
     return Status.line_search_failed if math.isfinite(hi.phi) else Status.nonfinite
+
+
+def jump(trials: Sequence[tuple[float, float, float]]) -> float:
+    """The largest jump of phi between neighboring trials (t, phi(t), phi'(t)) that no slope explains; 0: none.
+
+    Where phi is continuous, values as near to one another as a failed search makes them differ by what slopes say,
+    even wrong ones, within a factor. What is more is the error of evaluation, such as that of bfloat16 under autocast.
+    """
+    ordered = sorted(trial for trial in trials if math.isfinite(trial[1]) and math.isfinite(trial[2]))
+    found = 0.0
+    for (t, phi, slope), (after, phi_after, slope_after) in pairwise(ordered):
+        apart = abs(phi_after - phi)
+        if apart > _UNEXPLAINED * max(abs(slope), abs(slope_after)) * (after - t):
+            found = max(found, apart)
+    return found
 
 
 def _between(lo: _End, hi: _End, noise: float) -> float:

@@ -4,6 +4,7 @@ from bilevel.algorithms.accbio import HeavyBallSystem as HeavyBallSystem, accbio
 from bilevel.algorithms.aid_bio import aid_bio as aid_bio, itd_bio as itd_bio
 from bilevel.algorithms.algorithm import AbstractAlgorithm as AbstractAlgorithm, Evaluated as Evaluated
 from bilevel.algorithms.amigo import AmIGO as AmIGO
+from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian as AugmentedLagrangian
 from bilevel.algorithms.bome import BOME as BOME
 from bilevel.algorithms.bsa import BSA as BSA, TTSA as TTSA
 from bilevel.algorithms.descent import Descent as Descent
@@ -26,6 +27,7 @@ from bilevel.algorithms.ma_soba import MASOBA as MASOBA
 from bilevel.algorithms.meha import MEHA as MEHA
 from bilevel.algorithms.mrbo import MRBO as MRBO, SUSTAIN as SUSTAIN
 from bilevel.algorithms.oracle import AbstractData as AbstractData, Draws as Draws, Oracle as Oracle
+from bilevel.algorithms.outer_constraints import OuterConstraints as OuterConstraints
 from bilevel.algorithms.pbgd import PBGD as PBGD
 from bilevel.algorithms.registry import available as available, register_algorithm as register_algorithm
 from bilevel.algorithms.saba import SABA as SABA
@@ -35,4 +37,5 @@ from bilevel.algorithms.schedule import Horizon as Horizon, Power as Power
 from bilevel.algorithms.soba import SOBA as SOBA
 from bilevel.algorithms.srba import SPABA as SPABA, SRBA as SRBA
 from bilevel.algorithms.stocbio import StocBiO as StocBiO
+from bilevel.algorithms.value_function import ValueFunction as ValueFunction
 from bilevel.algorithms.vrbo import VRBO as VRBO

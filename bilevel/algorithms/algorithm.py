@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractRequiring, FlatEstimate
 from bilevel._result import Status
 from bilevel.algorithms.oracle import Draws, Oracle
+from bilevel.algorithms.outer_constraints import OuterConstraints
 from bilevel.arguments.fits import demand_types
 from bilevel.ranks.ranks import Ranks
 
@@ -30,6 +31,7 @@ class Evaluated:
             not end at a point that is gone back from, neither for a tolerance nor for an estimate that failed there.
         ended: why the algorithm goes no further of itself; None: it does.
         tol: at which stationarity it has arrived where no tolerance is asked for; None: it has none of its own.
+        outer: what is known of constraints on x and y*(x), where there are any: it is recorded.
     """
 
     estimate: FlatEstimate
@@ -37,6 +39,7 @@ class Evaluated:
     back: Any = None
     ended: Status | None = None
     tol: float | None = None
+    outer: OuterConstraints | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -77,6 +80,11 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         Where the data are fixed too, the best iterate is that of the lowest value; for one that says nothing it is the
         last.
         """
+        return False
+
+    @property
+    def best_by_measure(self) -> bool:
+        """Whether, on fixed data, the best iterate is that of the least measure of stationarity. No, unless said."""
         return False
 
     @abc.abstractmethod

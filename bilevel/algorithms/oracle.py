@@ -178,6 +178,12 @@ class Oracle:
         vars(found).update(vars(self), step=step, _drawn={}, _problems={})
         return found
 
+    def about(self, like: FlatProblem, data: AbstractData | Split) -> Oracle:
+        """The oracle of another problem at the same step."""
+        found = Oracle.__new__(Oracle)
+        vars(found).update(vars(self), like=like, data=data, _drawn={}, _problems={})
+        return found
+
     def draw(self, role: Role, number: int = 0) -> Any:
         """Batch `number` of this step, for f or for g.
 

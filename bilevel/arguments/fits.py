@@ -198,6 +198,8 @@ def _own(value: Any) -> float:
 
 
 def _integer(value: Any) -> int:
+    if type(value) is int and -_WORD <= value < _WORD:
+        return value
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         whole = int(cast(Any, value))
         if not -_WORD <= whole < _WORD:
@@ -251,6 +253,9 @@ def _literal(value: Any, options: tuple[Any, ...]) -> Any:
 
 
 def _function(value: Any, count: int | None) -> Any:
+    code = value.__code__ if type(value) is types.FunctionType else None
+    if code is not None and code.co_argcount == count and not code.co_kwonlyargcount:
+        return value  # what most are
     if callable(value) and (count is None or takes(value, count)):
         return value
     raise UnfitError(value)
@@ -279,6 +284,8 @@ def _tuple(value: Any, fits: list[Fit]) -> Any:
 def _collection(value: Any, kind: Any, each: Fit) -> Any:
     if not isinstance(value, kind) or isinstance(value, str | bytes | Tensor):
         raise UnfitError(value)
+    if type(value) is tuple and all([type(part) in each.exact for part in value]):
+        return value
     parts = [
         part if type(part) in each.exact else _part(part, each, f"[{k}]") for k, part in enumerate(_iterated(value))
     ]

@@ -71,7 +71,9 @@ class Shape:
 
 def _all_finite(value: Tensor) -> bool:
     """Whether all entries are; of a tensor that `vmap` goes over, all that it goes over."""
-    return bool(torch.func.debug_unwrap(value, recurse=True).isfinite().all())
+    whole = torch.func.debug_unwrap(value, recurse=True).detach()
+    # One pass over it: a sum is finite only where all of it is, and overflows where it is not certain.
+    return bool(whole.sum().isfinite()) or bool(whole.isfinite().all())
 
 
 def _new(letters: list[str], sizes: tuple[int, ...]) -> bool:

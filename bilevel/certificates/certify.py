@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel._estimate import Estimate
@@ -19,6 +20,8 @@ from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import certify_flat
+from bilevel.certificates.face import certify_on_face
+from bilevel.certificates.fixed_point import certify_fixed_point
 from bilevel.certificates.manifold import certify_on_manifold
 from bilevel.certificates.penalty import certify_penalty
 from bilevel.inner_problems.kinds import inner_problem
@@ -62,6 +65,15 @@ def certify(
     manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
     that the margin of the support is larger than the error of y, so that y* has that support. Where it is not, the
     bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
+
+    Under linear constraints all of this holds on the face that y* is on, of a vertex without any curvature; what is
+    shown first is that strict complementarity has a margin larger than the error of y. Where it has not, where rows
+    move with x, with tasks and in float32 the bound is infinite, with the reason; for nonlinear constraints there is no
+    theorem. g has to be convex in y. See `docs/constraints.md`.
+
+    For a fixed point y = T(x, y) the constants are those of y - T(x, y): mu = 1 - rho where T contracts by rho in the
+    2-norm, M_yy and M_xy of dT/dy and dT/dx, C_G of dT/dx. Without mu it is the least singular value of I - dT/dy at y
+    that the local theorem extends. See `docs/fixed_points.md`.
 
     Cost: two gradients, one Hessian product and one cross product with all constants and v given. Without C_G some
     30 cross products more, to bound |G| at y with 99 % confidence; without L a gradient and some 14 Hessian products,
@@ -115,7 +127,8 @@ def certify(
     demand_autograd("certify")
     check_signature(problem, data)
     kind = inner_problem(problem)
-    why = "" if Feature.prox in kind.features else no_certificate(problem)
+    own = {Feature.prox, Feature.constraints, Feature.fixed_point}  # kinds with theorems of their own
+    why = "" if own & kind.features and Feature.nonlinear_constraints not in kind.features else no_certificate(problem)
     if why:
         raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
@@ -131,6 +144,27 @@ def certify(
         v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
         solver = accurate_cg(y) if linear is None else linear
         return certify_on_manifold(flat, term, x_vector.detach(), z.detach(), y, v, constants, solver)
+    with torch.enable_grad():
+        leaf = x_vector.detach().requires_grad_()
+        constraints = kind.linear_constraints(flat, leaf)
+    if constraints is not None:
+        if refine or first_order:
+            raise ValueError(
+                "`certify(refine=..., first_order=...)` is for smooth inner problems. Here there are constraints: leave"
+                " them out."
+            )
+        solver = accurate_cg(y) if linear is None else linear
+        return certify_on_face(flat, constraints, leaf, z.detach(), y, constants, solver)
+    if Feature.fixed_point in kind.features:
+        if refine or first_order:
+            raise ValueError(
+                "`certify(refine=..., first_order=...)` is for smooth inner problems. Here y is a fixed point: leave"
+                " them out."
+            )
+        v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
+        at = (x_vector.detach(), z.detach(), y, v)
+        found = certify_fixed_point(flat, kind, *at, constants, linear)
+        return found if estimate.substitute is None else replace(found, remark=_of_another(estimate.substitute, found))
     why = no_certificate_at(flat, x_vector.detach(), y)
     if why:
         raise ValueError(f"`certify` does not apply: {why}")

@@ -82,6 +82,36 @@ def listing(*, as_json: bool) -> str:
     return "\n\n".join(f"{kind}\n{_lines(names, width)}" for kind, names in found.items())
 
 
+def literature(*, as_json: bool) -> str:
+    """The test problems of the literature as a table, or as JSON: class, name, sizes, best known value, source."""
+    from bilevel.problems.literature.collection import STATEMENTS
+
+    if as_json:
+        rows = [
+            {
+                "name": each.name,
+                "class": each.kind,
+                "sizes": list(each.sizes),
+                "best": {"x": list(each.best.x), "y": list(each.best.y), "f": each.best.f, "g": each.best.g},
+                "certain": each.certain,
+                "source": each.source,
+            }
+            for each in STATEMENTS.values()
+        ]
+        return json.dumps(rows, indent=2, ensure_ascii=False)
+    width = max(map(len, STATEMENTS))
+    kinds = max(len(each.kind) for each in STATEMENTS.values())
+    head = f"{'class':<{kinds}}  {'name':<{width}}  x  y  best known f"
+    return "\n".join(
+        [head]
+        + [
+            f"{each.kind:<{kinds}}  {each.name:<{width}}  {each.sizes[0]}  {each.sizes[1]}  {each.best.f:.6g}"
+            + ("" if each.certain else " (as the source says)")
+            for each in STATEMENTS.values()
+        ]
+    )
+
+
 def _lines(names: Mapping[str, str], width: int) -> str:
     return "\n".join(f"  {name:<{width}}  {description}" for name, description in names.items())
 

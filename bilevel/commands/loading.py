@@ -20,6 +20,7 @@ from bilevel.commands.home import Home
 if TYPE_CHECKING:
     from bilevel.few_shot.experiment import Experiment
 
+LITERATURE = "literature:"  # before the name of a test problem
 _LOADED: dict[tuple[str, int, int], ModuleType] = {}  # by path, time and size
 
 
@@ -27,7 +28,7 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
     """The instance that PROBLEM names, and whether the seed was used in building it.
 
     Args:
-        problem: a name of the catalogue, or `my_file.py:NAME`.
+        problem: a name of the catalogue, `literature:NAME`, or `my_file.py:NAME`.
         arguments: what `--set` gave, as text; typed from the signature of the function that builds the instance.
         seed: passed to that function if it takes one.
 
@@ -42,6 +43,11 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
     own = _own(problem)
     if own is not None:
         return _instance(problem, own[1], own[0], arguments, seed)
+    if problem.startswith(LITERATURE):
+        from bilevel.problems import literature
+
+        _refuse_arguments(problem, arguments)
+        return literature.load(problem.removeprefix(LITERATURE)), False
     from bilevel.experiments.catalogue import experiments
     from bilevel.problems import catalogue
 

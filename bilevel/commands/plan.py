@@ -11,6 +11,7 @@ from typing import Any, final
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
+from bilevel._optimizer import AbstractOuterDriver
 from bilevel._problem import check_signature
 from bilevel._tree import ravel
 from bilevel._validate import nearest
@@ -21,7 +22,10 @@ from bilevel.commands.loading import load
 from bilevel.named.registry import demand_names, resolve
 from bilevel.outer.batches import first_batch
 
-_KNOWN = {"algorithm", "estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"}
+_KNOWN = {
+    *("algorithm", "estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"),
+    "outer_inequalities",
+}
 _FIXED = ("algorithm", "estimator", "outer", "step", "seed")  # what cannot change when a run is resumed
 
 
@@ -103,7 +107,8 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
             notes.append(f"--seed has no effect: neither {request.problem} nor the estimator draws random numbers.")
         estimator = estimator if chosen is None else chosen
     outer, name, step = _outer(request, instance)
-    options = {"estimator": estimator, "outer": outer, **_common(request, known, "warm_start")}
+    coupled = () if isinstance(outer, AbstractOuterDriver) else ("outer_inequalities",)  # a driver has its own way
+    options = {"estimator": estimator, "outer": outer, **_common(request, known, "warm_start", *coupled)}
     settings = {
         "problem": request.problem,
         "set": arguments,

@@ -62,6 +62,8 @@ def _lacking(found: Findings) -> dict[Property, str]:
         lacking |= dict.fromkeys(SEEN_BY, Status.kink.value)
     if found.wrong & {"f in x", "f in y"}:
         lacking[Property.outer_gradient] = "the derivative of f is not that of its values"
+    if found.wrong & {"T in x", "T in y"}:
+        lacking[Property.second_derivatives] = "the derivative of T is not that of its values"
     if not found.second_order:
         lacking[Property.second_derivatives] = "an operation of g has no second derivative"
     if found.detached:

@@ -19,6 +19,7 @@ from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import SEED
 from bilevel.diagnostics.against_differences import hypergradient_agrees
 from bilevel.diagnostics.applicability import why_not_applicable
+from bilevel.diagnostics.constraints import constraints_are_regular
 from bilevel.diagnostics.dependence import y_depends_on_x
 from bilevel.diagnostics.derivatives import derivatives_are_right, second_derivatives_exist
 from bilevel.diagnostics.findings import Findings
@@ -39,6 +40,7 @@ _OF_THE_PROBLEM: tuple[Test, ...] = (
     inner_problem_is_solved,
     g_is_smooth_there,
     minimum_is_strict,
+    constraints_are_regular,
     support_is_clear,
     y_depends_on_x,
     scales_are_even,

@@ -75,7 +75,7 @@ def _what(subject: Subject) -> str:
 def _beside_g(subject: Subject, found: Findings) -> bool:
     """Whether what the inner problem has beyond a g changes with x."""
     if found.constrained:
-        return subject.moves(lambda x: _constraints(subject, x))
+        return subject.moves(lambda x: _constraints(subject, x, found.y))
     if Feature.prox not in subject.kind.features:
         return False
     # Far out and with a short step, where a penalty does not send everything to zero, nor a set hold its own.
@@ -95,10 +95,11 @@ def _through_start(subject: Subject) -> bool:
     return subject.moves(lambda x: subject.problem.start(x, subject.given).detach())
 
 
-def _constraints(subject: Subject, x: Tensor) -> Tensor:
-    polytope = inner_objective(subject.problem, x).constraints
-    assert polytope is not None
-    return torch.cat([part.detach().reshape(-1) for part in polytope.tensors()])
+def _constraints(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
+    objective = inner_objective(subject.problem, x)
+    parts = [] if objective.constraints is None else [*objective.constraints.tensors()]
+    parts += [] if objective.nonlinear is None else [*objective.nonlinear.values(y)]
+    return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
 def _of_no_account(verdict: Verdict) -> Verdict:

@@ -41,7 +41,7 @@ def derivatives_are_right(subject: Subject, found: Findings) -> Findings:
     return found.saying(
         "differentiable",
         True if not bad else None,
-        f"Taylor remainders of f{' and g' if subject.has_g else ''} vanish like t^2"
+        f"Taylor remainders of {' and '.join(name for name, _ in subject.functions)} vanish like t^2"
         if not bad
         else f"not smooth here: {', '.join(bad)}",
         "kinks (ReLU, abs, max) are tolerable away from the solution; check .detach(), rounding, in-place"

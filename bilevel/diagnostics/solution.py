@@ -84,8 +84,8 @@ def _not_tried(found: Findings) -> Findings:
 
 def minimum_is_strict(subject: Subject, found: Findings) -> Findings:
     """Whether the inner Hessian at y is positive definite, and its condition number."""
-    if not found.second_order or not (subject.minimizes_g or subject.constrained):
-        return found  # of no account where y does not minimize g, or is singular off the support of a non-smooth term
+    if not found.second_order or not subject.minimizes_g:
+        return found  # of no account under constraints, or is singular off the support of a non-smooth term
     hessian = Exact().linearize(subject.problem, subject.x, found.y).operator
     least, most = _extreme_eigenvalues(hessian, found.y)
     eps = torch.finfo(found.y.dtype).eps * hessian.size

@@ -47,7 +47,7 @@ class Subject:
     @property
     def constrained(self) -> bool:
         """Whether y is constrained."""
-        return Feature.constraints in self.kind.features
+        return bool({Feature.constraints, Feature.nonlinear_constraints} & self.kind.features)
 
     @property
     def kind(self) -> AbstractInnerProblem:
@@ -56,14 +56,15 @@ class Subject:
 
     @property
     def functions(self) -> tuple[tuple[str, Callable[[Tensor, Tensor], Tensor]], ...]:
-        """What there is of f and g, by name: not every inner problem has a g."""
-        declared = self.problem.problem.inner
-        return (("f", self.f),) if declared is not None and declared.g is None else (("f", self.f), ("g", self.g))
+        """What there is of f, g and a map T whose fixed point y is, by name: not every inner problem has a g."""
+        if Feature.fixed_point in self.kind.features:
+            return (("f", self.f), ("T", self.T))
+        return (("f", self.f), ("g", self.g)) if self.has_g else (("f", self.f),)
 
     @property
     def has_g(self) -> bool:
         """Whether the inner problem has a g."""
-        return len(self.functions) > 1
+        return self.kind.g is not None
 
     @property
     def stationary(self) -> bool:
@@ -93,6 +94,13 @@ class Subject:
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """g, summed over tasks."""
         return self.problem.g(x, y).sum()
+
+    def T(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: N802  (as the letter is written)
+        """A linear function of T(x, y) in which every entry has a part, summed over tasks."""
+        image = inner_objective(self.problem, x).fixed_point
+        assert image is not None
+        weights = torch.cos(1.0 + torch.arange(y.shape[-1], device=y.device)).to(y)
+        return (image(y) * weights).sum()
 
     def direction(self, like: Tensor) -> Tensor:
         """A random vector of length 1."""

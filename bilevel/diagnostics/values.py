@@ -59,4 +59,6 @@ def values_are_repeatable(subject: Subject, found: Findings) -> Findings:
                 "fix the random numbers: `bilevel.functional(module)` keeps one dropout mask; draw mini-batches by"
                 " `data=`",
             )
-    return found.saying("same value twice", True, f"f {'and g are' if subject.has_g else 'is'} deterministic")
+    names = " and ".join(name for name, _ in subject.functions)
+    verb = "are" if len(subject.functions) > 1 else "is"
+    return found.saying("same value twice", True, f"{names} {verb} deterministic")

@@ -7,6 +7,7 @@ from bilevel.hypergrad.compiled_products import CompiledProducts as CompiledProd
 from bilevel.hypergrad.esj import ESJ as ESJ
 from bilevel.hypergrad.finite_difference import FiniteDifference as FiniteDifference
 from bilevel.hypergrad.first_order import FirstOrder as FirstOrder, Reptile as Reptile
+from bilevel.hypergrad.full_kkt import FullKKT as FullKKT
 from bilevel.hypergrad.gauss_newton import GaussNewton as GaussNewton
 from bilevel.hypergrad.itd import ITD as ITD
 from bilevel.hypergrad.kkt import KKT as KKT

@@ -25,6 +25,7 @@ from bilevel.certificates.certificate import Constants
 from bilevel.hypergrad.abstract_implicit import AbstractImplicit
 from bilevel.hypergrad.implicit import solution
 from bilevel.hypergrad.one_sided import moved_to
+from bilevel.hypergrad.rounded import rounding_reports
 from bilevel.hypergrad.substituted import substituted
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.requirements.properties import DoesNotApply, Property
@@ -201,8 +202,13 @@ class AID(AbstractImplicit):
         cross = at.cross(v, fy)
         h = fx if cross is None else fx - cross
         reports = (ended, *at.reports, report("linear solver", system), *beside)
+        if at.second_order is not None and not self.linear.finds_indefinite:
+            reports += (at.second_order(),)
+        kind = inner_problem(problem.problem)
+        if not start.count and kind.g is not None and not kind.features:
+            reports += rounding_reports(used, problem, x, y, h)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
-            return FlatEstimate(h, value, y, reports, substitute=substitute)
+            return FlatEstimate(h, value, y, reports, substitute=substitute, multipliers=at.multipliers)
         error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
         return FlatEstimate(h, value, y, reports, v, value_error=error, substitute=substitute)

@@ -103,7 +103,7 @@ class GaussNewton(AbstractProducts):
             if self.outputs is not None:
                 _demand_parts(problem, x, y, value + rest, dtype)
             refuse_dropped_terms(value, y)
-            in_z = grad(value, z, create_graph=True)
+            in_z = grad(value, z, create_graph=True, checked=True)
             pulled = torch.zeros_like(y)
             if z.requires_grad:
                 pulled = torch.autograd.grad(z, y, in_z, create_graph=True, allow_unused=True, materialize_grads=True)[
@@ -115,15 +115,17 @@ class GaussNewton(AbstractProducts):
 
         def through(in_outputs: Tensor | None, v: Tensor) -> Tensor:
             """J' (d2 loss) (J v) + (d2 regularizer) v, from J v."""
-            found = torch.zeros_like(v)
+            sources, along = [], []  # one pass back through both terms: half of the time of small networks is passes
             if in_outputs is not None:
                 (weighted,) = torch.autograd.grad(in_z, z, in_outputs, retain_graph=True, allow_unused=True)
                 if weighted is not None:
-                    found = torch.autograd.grad(z, y, weighted, retain_graph=True)[0]
+                    sources, along = [z], [weighted]
             if of_rest.requires_grad:
-                (bent,) = torch.autograd.grad(of_rest, y, v, retain_graph=True, allow_unused=True)
-                found = found if bent is None else found + bent
-            return found
+                sources, along = [*sources, of_rest], [*along, v]
+            if not sources:
+                return torch.zeros_like(v)
+            (found,) = torch.autograd.grad(sources, y, along, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(v) if found is None else found
 
         def mv(v: Tensor) -> Tensor:
             tally.hvps += rows

@@ -30,7 +30,7 @@ def solution(
     kind = inner_problem(problem.problem)
     objective = kind.objective(problem, x, products)
     solved = inner.solve(objective, y)
-    if solved.at_bounds and objective.constraints is None:
+    if solved.at_bounds and objective.constraints is None and objective.nonlinear is None:
         raise DoesNotApply(
             f"{solved.at_bounds} entries of y are held by bounds, where grad_y g is not zero and the implicit function"
             f" theorem for unconstrained minima does not hold. Use `FiniteDifference`, give the bounds to the problem"

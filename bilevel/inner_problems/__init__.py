@@ -5,6 +5,7 @@ Import them from here: `from bilevel.inner_problems import SmoothMinimization`.
 
 from bilevel.inner_problems.composite import Composite as Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained as LinearlyConstrained
+from bilevel.inner_problems.fixed_point import FixedPoint as FixedPoint
 from bilevel.inner_problems.iteration import Iteration as Iteration
 from bilevel.inner_problems.kind import AbstractInnerProblem as AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem as inner_problem
@@ -14,6 +15,7 @@ from bilevel.inner_problems.linear_model import (
     LogLoss as LogLoss,
     Squared as Squared,
 )
+from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained as NonlinearlyConstrained
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.inner_problems.proximal_fixed_point import ProximalFixedPoint as ProximalFixedPoint
 from bilevel.inner_problems.smooth import SmoothMinimization as SmoothMinimization

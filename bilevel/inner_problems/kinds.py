@@ -11,14 +11,16 @@ from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked
 from bilevel.inner_problems.composite import Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained
+from bilevel.inner_problems.fixed_point import FixedPoint
 from bilevel.inner_problems.iteration import Iteration
 from bilevel.inner_problems.kind import AbstractInnerProblem
+from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained
 from bilevel.inner_problems.smooth import SmoothMinimization
 
 
 @checked()
 def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
-    """The kind of inner problem that was given as `inner=`, or that follows from g, constraints, prox and iterative.
+    """The kind of inner problem that was given as `inner=`, or follows from the other arguments of `problem`.
 
     Example:
         >>> type(inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))).__name__
@@ -26,8 +28,12 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     """
     if isinstance(problem.inner, AbstractInnerProblem):
         return problem.inner
+    if problem.fixed_point is not None:
+        return FixedPoint(problem.fixed_point)
     if problem.iterative:
         return Iteration(objective_function=problem.g)
+    if problem.inequalities is not None or problem.equalities is not None:
+        return NonlinearlyConstrained(problem.g, problem.inequalities, problem.equalities, problem.constraints)
     if problem.constraints is not None:
         return LinearlyConstrained(problem.g, problem.constraints)
     if problem.prox is not None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import matrix_times, positive_or_one
 from bilevel._tree import Structure, Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import FINITE, NUMBERS, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
+
+if TYPE_CHECKING:
+    from bilevel._flat import FlatProblem
 
 
 @final
@@ -58,7 +63,16 @@ class Polytope:
 
     @checked()
     def flat(self, y: Structure) -> FlatPolytope:
-        """The same in vectors, for y of this structure; differentiable.
+        """The same in vectors, for y of this structure, with slacks; differentiable.
+
+        Raises:
+            ValueError: if the number of columns of A or G, or the structure of a bound, is not that of y.
+        """
+        return FlatPolytope.lifted(*self.parts(y))
+
+    @checked()
+    def parts(self, y: Structure) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A, b, lower, upper, G and h in vectors, for y of this structure; differentiable.
 
         Raises:
             ValueError: if the number of columns of A or G, or the structure of a bound, is not that of y.
@@ -80,7 +94,7 @@ class Polytope:
             else:
                 limits.append(y.ravel(bound, f"Polytope({name}=...)"))
         b, h = _like(self.b, like).expand(len(A)), _like(self.h, like).expand(len(G))
-        return FlatPolytope.lifted(A, b, limits[0], limits[1], G, h)
+        return A, b, limits[0], limits[1], G, h
 
 
 @final
@@ -99,19 +113,36 @@ class FlatPolytope:
 
     @staticmethod
     def lifted(A: Tensor, b: Tensor, lower: Tensor, upper: Tensor, G: Tensor, h: Tensor) -> FlatPolytope:
-        """With a slack for each inequality: A `(m, q)`, G `(k, q)`, the rest vectors."""
-        k = len(G)
+        """With a slack for each inequality: A `(*batch, m, q)`, G `(*batch, k, q)`, the rest vectors."""
+        k = G.shape[-2]
         if not k:
             return FlatPolytope(A, b, lower, upper)
-        length = positive_or_one(torch.linalg.vector_norm(G, dim=-1))
+        length = lengths(G)
         none = h == torch.inf  # such a row has a slack without a bound
         G = torch.where(none.unsqueeze(-1), 0.0, G) / length.unsqueeze(-1)
         h = torch.where(none, 0.0, h) / length
-        slack = torch.eye(k, dtype=A.dtype, device=A.device)
-        rows = torch.cat([torch.cat([A, A.new_zeros(len(A), k)], -1), torch.cat([G, slack], -1)])
+        slack = torch.eye(k, dtype=A.dtype, device=A.device).expand(*G.shape[:-1], k)
+        rows = torch.cat([torch.cat([A, A.new_zeros(*A.shape[:-1], k)], -1), torch.cat([G, slack], -1)], -2)
         least = torch.where(none, -torch.inf, torch.zeros_like(h))
         return FlatPolytope(
-            rows, torch.cat([b, h]), torch.cat([lower, least]), torch.cat([upper, torch.full_like(h, torch.inf)])
+            rows,
+            torch.cat([b, h], -1),
+            torch.cat([lower, least], -1),
+            torch.cat([upper, torch.full_like(h, torch.inf)], -1),
+        )
+
+    def natural(self, q: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A, b, lower, upper, G and h without slacks, for y of q entries; rows of G have length one, or are zero."""
+        k = self.A.shape[-1] - q
+        m = self.A.shape[-2] - k
+        h = torch.where(self.lower[..., q:] == -torch.inf, torch.inf, self.b[..., m:])
+        return (
+            self.A[..., :m, :q],
+            self.b[..., :m],
+            self.lower[..., :q],
+            self.upper[..., :q],
+            self.A[..., m:, :q],
+            h,
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,6 +161,21 @@ class FlatPolytope:
     def fixed(self) -> Tensor:
         """Which entries have one value only: `(*batch, q + k)`."""
         return self.lower >= self.upper
+
+
+def polytope_at(problem: FlatProblem, x: Tensor, constraints: Callable[..., Polytope]) -> FlatPolytope:
+    """`constraints(x)` in vectors, one row for each problem of the batch; differentiable."""
+
+    def flat(x: Tree, *data: Any) -> Any:
+        return called("constraints(x, data)", constraints, x, *data).flat(problem.y).tensors()
+
+    return FlatPolytope(*problem.map(flat, "g", x))
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """The lengths of rows `(*batch, k, q)`, and 1 for those that are zero: `(*batch, k)`."""
+    found: Tensor = positive_or_one(torch.linalg.vector_norm(rows, dim=-1))
+    return found
 
 
 def padded(vector: Tensor, like: Tensor) -> Tensor:

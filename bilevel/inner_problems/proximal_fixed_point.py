@@ -37,7 +37,7 @@ class ProximalFixedPoint(AbstractInnerProblem):
     `GMRES`, `BiCGStab`, `NormalCG` and `Dense` solve with it, conjugate gradients are refused. Its spectrum is 1 less
     that of dT/dy, whose spectral radius is estimated and reported; `Neumann(step=1.0, ...)` is the series of its
     powers, and converges where that is below 1, as for t < 2 / L and y* locally unique; elsewhere `Neumann` ends with
-    `Status.diverged` at once. The gradient is that of `Composite`, whatever t.
+    `Status.expanding` at once. The gradient is that of `Composite`, whatever t.
 
     It is what a term without a derivative in closed form gets, and otherwise mainly good for comparison: a product
     takes a backward pass through the map, and the system is not symmetric.

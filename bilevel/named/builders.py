@@ -13,6 +13,7 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver
 from bilevel.inner_problems.kinds import inner_problem
+from bilevel.requirements.properties import Feature
 
 if TYPE_CHECKING:
     from bilevel.named.setting import Setting
@@ -46,6 +47,8 @@ def neumann(s: Setting) -> AbstractLinearSolver:
     """`Neumann`: 10 000 terms reach 1e-6 up to condition numbers of about 700; what they miss is reported."""
     from bilevel.solvers.neumann import Neumann
 
+    if Feature.fixed_point in s.features:  # the system is I - J', and the series that of the powers of J'
+        return Neumann(step=1.0, terms=s.steps(2) or 10_000, rtol=s.accuracy(1e-9, 1e-4))
     return Neumann(step=None, terms=s.steps(2) or 10_000, rtol=s.accuracy(1e-6, 1e-3))
 
 

@@ -69,7 +69,7 @@ _TABLE: dict[str, tuple[Builder, str]] = {
     "one-step": (truncated(1), "reverse mode through the last inner step only, Jacobian-free (biased)"),
     "first-order": (first_order, "no second derivatives: y moves as its start does or not (biased; FOMAML)"),
     "esj": (esj, "evolution-strategy Jacobian: zeroth order, perturbed inner solves in one batch"),
-    "kkt": (kkt, "implicit gradient under linear constraints on y, from the optimality conditions (few y)"),
+    "kkt": (kkt, "implicit gradient under constraints on y, from the optimality conditions that hold (few y)"),
     "penalty": (penalty, "fully first-order value function, with Richardson extrapolation in the weight"),
     "finite-difference": (finite_difference, "central differences of Phi: an oracle for tests, 2p inner solves"),
 }

@@ -142,14 +142,22 @@ class Setting:
             over: of estimators that take differences of y, their length: its error is divided by that.
         """
         from bilevel.named.solved_on import SolvedOn
+        from bilevel.solvers.clarabel import Clarabel
         from bilevel.solvers.coordinate_descent import CoordinateDescent
+        from bilevel.solvers.interior_point import InteriorPoint
         from bilevel.solvers.lbfgs import LBFGS
         from bilevel.solvers.newton import Newton
         from bilevel.solvers.quadratic_program import QuadraticProgram
 
         steps = self.steps(per_step)
+        if Feature.cones in self.features:
+            return Clarabel()
+        if Feature.nonlinear_constraints in self.features:
+            return InteriorPoint()
         if Feature.constraints in self.features:
             return QuadraticProgram()
+        if Feature.fixed_point in self.features:
+            return self._fixed_point(steps)
         if steps is None and self._is_separable:
             return CoordinateDescent(self.inner_tol())
         if self.features:
@@ -171,8 +179,16 @@ class Setting:
         from bilevel.solvers.iterate import Iterate
 
         steps = self.steps(per_step)
+        if Feature.cones in self.features:  # the estimator is refused, and says why
+            return Iterate(GradientDescent(), max_steps=1)
         if self.features & {Feature.prox, Feature.own_steps}:
             return self._stepwise(steps, min_steps)
+        if Feature.fixed_point in self.features:
+            from bilevel.solvers.fixed_point_iteration import FixedPointIteration
+
+            if steps is not None:
+                return FixedPointIteration(steps, tol=None)
+            return FixedPointIteration(MOST_STEPS, math.ulp(0.0), self._residual(), min_steps=min_steps)
         if steps is not None:
             return Iterate(GradientDescent(), max_steps=steps)
         if self.problem.problem.init is not None:
@@ -197,6 +213,18 @@ class Setting:
         # Ten times as many as of gradient descent: where columns are correlated, the support is settled late.
         return FISTA(max_steps=10 * MOST_STEPS, tol=self.inner_tol(), min_steps=min_steps)
 
+    def _fixed_point(self, steps: int | None) -> AbstractInnerSolver:
+        """For the fixed point of a map, contracting or not; what is asked of y is relative to y."""
+        from bilevel.solvers.anderson import Anderson
+
+        if steps is not None:
+            return Anderson(tol=0.0, max_steps=steps)
+        return Anderson(tol=math.ulp(0.0), rtol=self._residual(), memory=20)
+
+    def _residual(self) -> float:
+        """What |y - T(x, y)| may be at most, relative to |y|: two digits above what rounding leaves of it, or so."""
+        return 1e-12 if self.double else 1e-5
+
     def linear(self, per_step: int = 2) -> AbstractLinearSolver:
         """For implicit estimators: conjugate gradients; a budget is by default half inner steps, half linear ones."""
         from bilevel.solvers.cg import CG
@@ -210,7 +238,7 @@ class Setting:
         first met. It is 1e-9 of the scale in float64 and 1e-4 of it in float32. Where y0 = 0 happens to be the
         solution, the scale is what the gradient becomes as x moves.
         """
-        if Feature.own_steps in self.features:  # no gradient is made zero, and there may be none
+        if self.features & {Feature.own_steps, Feature.fixed_point}:  # no gradient is made zero, there may be none
             return torch.finfo(self.y0.dtype).tiny
         quiet = self.problem.with_tally(Tally())
         y = self.problem.start(self.x, self.y0).detach()
@@ -286,7 +314,7 @@ class Setting:
         if Property.steps not in offers or self.budget is not None or self.problem.problem.init is not None:
             return 0
         if Property.smooth not in offers or self.features:
-            return int(Feature.prox in self.features)
+            return int(bool(self.features & {Feature.prox, Feature.fixed_point}))
         quiet = self.problem.with_tally(Tally())
         objective = inner_objective(quiet, self.x)
         y = self._solution

@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,9 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.auto import ALIKE, chosen as choose
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
+from bilevel.algorithms.outer_conditions import demand_steady
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
+from bilevel.algorithms.value_function import ValueFunction
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
 from bilevel.certificates.accuracy import adaptive
@@ -55,6 +58,7 @@ from bilevel.outer.lock import held
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import tells_partial
 from bilevel.outer.records import Callback, Rules, Run
+from bilevel.outer.rounds import Rounds
 from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
@@ -90,6 +94,8 @@ def minimize(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     sweep_steps: int | None = None,
     constraint: Constraint = None,
+    outer_inequalities: Callable[..., Tree] | None = None,
+    outer_equalities: Callable[..., Tree] | None = None,
     callback: Callback | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
@@ -141,6 +147,12 @@ def minimize(
             and the best is gone on with as if it had run alone. `Solution.sweep` has a row for each; calls are counted.
         sweep_steps: how long; None: a quarter of `max_steps`.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
+        outer_inequalities: c of c(x, y*(x)) <= 0, entry by entry: `outer_inequalities(x, y) -> tensors`, called as f
+            is, so with the data where there are any; it may ignore y. With tasks it holds in each task. The method is
+            then `AugmentedLagrangian`: `estimator` and `outer` make its rounds, `tol` is compared with its measure, and
+            multipliers and violations are in the records and in `Solution.outer_constraints`. Refused beside data that
+            change from step to step, accuracy="adaptive" and `algorithm` (but for `ValueFunction`, which takes them).
+        outer_equalities: e of e(x, y*(x)) = 0, likewise.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
             when the run is interrupted or fails. It holds the state of the algorithm; of a driver, which keeps its
@@ -221,6 +233,8 @@ def minimize(
         "chunk_size": chunk_size,
         "accuracy": accuracy,
         "constants": constants,
+        "outer_inequalities": outer_inequalities,
+        "outer_equalities": outer_equalities,
     }
     ranks = demand_ranks("minimize", group)
     together = None if ranks is None or ranks.size == 1 else ranks
@@ -250,6 +264,9 @@ def minimize(
     on_batches = has_whole(batches) and not is_fixed(batches)
     if algorithm == AUTO and is_fixed(batches):
         algorithm = DESCENT
+    if isinstance(algorithm, ValueFunction):
+        for name in ("outer_inequalities", "outer_equalities"):
+            del of_descent[name]
     if algorithm is not None and algorithm != DESCENT:
         if on_batches:  # they are for the certificate that ends the run
             del of_descent["constants"]
@@ -277,11 +294,14 @@ def minimize(
             flat.over(together, (1.0, 1.0) if problem.tasks else first_shares(batches))
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
+        given = {"outer_inequalities": outer_inequalities, "outer_equalities": outer_equalities}
+        on_x = {name: function for name, function in given.items() if function is not None}
 
         def run(compares: bool) -> Run:
             saves = None
             if checkpoint is not None:
-                made_of = settings | {"problem": problem, "data": without_shards(data), "constants": constants}
+                own = settings | on_x
+                made_of = own | {"problem": problem, "data": without_shards(data), "constants": constants}
                 starts = [*tree_leaves(x0), *tree_leaves(y0)]
                 kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
                 seconds = checkpoint_seconds if together is None else None  # whose clocks differ
@@ -305,12 +325,22 @@ def minimize(
             settings = {"algorithm": DESCENT, "estimator": named, "outer": steps, **settings}
             warm = starts_warm(warm_start, estimates, problem)
             settings["warm_start"] = warm
+            coupled = outer_inequalities is not None or outer_equalities is not None
+            if coupled:
+                demand_steady(batches, accuracy)
             if isinstance(steps, AbstractOuterDriver):
                 _refuse_data(steps, data)
                 estimate = partial(_estimate, estimates, chunk_size)
                 limits = bounds(constraint, x_structure, x)
-                return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
-            chosen = Descent(estimates, _optimizer(steps), warm, chunk_size)
+                rounds = Rounds(steps, estimate, outer_inequalities, outer_equalities, limits) if coupled else None
+                by_norm = coupled
+                return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm, rounds=rounds)
+            descent = Descent(estimates, _optimizer(steps), warm, chunk_size)
+            chosen = descent
+            if coupled:
+                from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian  # a floor above this one
+
+                chosen = AugmentedLagrangian(descent, outer_inequalities, outer_equalities, tol=tol)
         else:
             shares = shares_of_some(batches)
             each = zip(some_blocks(batches), shares, strict=True)
@@ -326,6 +356,8 @@ def minimize(
                     share, slack = max(1, max_steps // (4 * rows)), ALIKE
             else:
                 chosen = resolve_algorithm(algorithm, setting)
+            if isinstance(chosen, ValueFunction) and on_x:
+                chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
             settings = {"algorithm": chosen, **settings}
         oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
         begun: Winner | None = None
@@ -340,7 +372,8 @@ def minimize(
                 begun = swept(chosen, sweep, oracle, x, y, length, slack)
             chosen = begun.algorithm
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
-        compares, by_norm = on_batches or (oracle.is_fixed and chosen.values_are_phi), not chosen.values_are_phi
+        by_norm = not chosen.values_are_phi
+        compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
         return iterate(run(compares), chosen, oracle, x, y, begun)
 
 

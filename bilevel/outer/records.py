@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel._estimate import Estimate, FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._result import BilevelError, Stats, Status
+from bilevel.algorithms.outer_constraints import OuterConstraints
 from bilevel.outer.best import Keeper
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import attach
@@ -79,10 +80,18 @@ class Run:
         self._latest: tuple[int, FlatProblem, Tensor, Estimate] | None = None
 
     def record(
-        self, step: int, estimate: Estimate, norm: float, seconds: float, rejected: bool = False, *, before: int = -1
+        self,
+        step: int,
+        estimate: Estimate,
+        norm: float,
+        seconds: float,
+        rejected: bool = False,
+        *,
+        before: int = -1,
+        outer: OuterConstraints | None = None,
     ) -> Record:
         """Keep the record of a step, after so many of steps before; one of each, unless it is said how many."""
-        record = Record(step, estimate.value, norm, estimate.status, estimate.stats, seconds, rejected)
+        record = Record(step, estimate.value, norm, estimate.status, estimate.stats, seconds, rejected, outer)
         del self.history[step if before < 0 else before :]
         self.history.append(record)
         return record

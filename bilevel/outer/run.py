@@ -235,7 +235,7 @@ def _recorded(
     seen = look.estimate if not run.note else replace(look.estimate, note=run.note)
     estimate = run.structured(look.problem, x, seen, reached.step)
     rejected = found.back is not None
-    record = run.record(reached.step, estimate, look.norm, took, rejected, before=reached.records)
+    record = run.record(reached.step, estimate, look.norm, took, rejected, before=reached.records, outer=found.outer)
     run.best.see(Candidate(x, look.estimate.y, record, estimate.status.ok and is_phi))
     run.reached(len(run.history) - 1, oracle.like, x, estimate)
     oracle.like.tally.clear()

@@ -13,8 +13,10 @@ from torch import Tensor
 from bilevel._estimate import COUNTS, Estimate
 from bilevel._result import Stats, Status
 from bilevel._tree import Tree
+from bilevel.algorithms.outer_constraints import OuterConstraints
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
+from bilevel.inner_problems.multipliers import Multipliers
 from bilevel.outer.trial import Trial
 from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
 from bilevel.portable.result import AbstractResult
@@ -36,6 +38,7 @@ class Record:
         seconds: their wall-clock time.
         rejected: whether it is a trial point that a line search went back from: if the estimate failed there, that is
             no failure of the run.
+        outer: violation and multipliers of the constraints on x and y*(x), where there are any.
     """
 
     step: int
@@ -45,13 +48,15 @@ class Record:
     stats: Stats
     seconds: float
     rejected: bool = False
+    outer: OuterConstraints | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain data: the status by its name."""
-        return {**asdict(self), "status": self.status.name}
+        outer = None if self.outer is None else self.outer.as_dict()
+        return {**asdict(self), "status": self.status.name, "outer": outer}
 
     @staticmethod
     @arguments("Record.from_dict")
@@ -62,7 +67,9 @@ class Record:
             ValueError: if it is no such data.
         """
         try:
-            return Record(**{**content, "status": Status[content["status"]], "stats": Stats(**content["stats"])})
+            outer = None if content.get("outer") is None else OuterConstraints.from_dict(content["outer"])
+            typed = {"status": Status[content["status"]], "stats": Stats(**content["stats"]), "outer": outer}
+            return Record(**{**content, **typed})
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"`Record.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
@@ -165,6 +172,16 @@ class Solution(AbstractResult):
     def __post_init__(self) -> None:
         demand_types(self)
 
+    @property
+    def outer_constraints(self) -> OuterConstraints | None:
+        """Violation and multipliers of the constraints on x and y*(x), if there are any: of the last record."""
+        return self.history[-1].outer if self.history else None
+
+    @property
+    def multipliers(self) -> Multipliers | None:
+        """Of the constraints on y at x, where there are any: those of `estimate`."""
+        return self.estimate.multipliers
+
     def to_dict(self) -> dict[str, Any]:
         """The solution as nested dicts and lists of tensors, numbers and texts; :meth:`from_dict` is the inverse.
 
@@ -239,7 +256,9 @@ class Solution(AbstractResult):
 
 
 def _record(content: Mapping[str, Any]) -> Record:
-    own = checked(content, **_RECORD)
+    outer = content.get("outer")
+    own = checked({name: value for name, value in content.items() if name != "outer"}, **_RECORD)
+    own["outer"] = outer
     return Record.from_dict({**own, "stats": checked(own["stats"], **COUNTS)})
 
 
@@ -250,6 +269,7 @@ _RECORD: dict[str, type | tuple[type, ...]] = {
     **{"status": str, "stats": dict, "rejected": bool},
 }
 _FLOATS = ("value", "grad_norm", "seconds")
+_OUTER = ("violation", "complementarity", "weight", "inequalities", "equalities")
 
 
 def columns(history: Sequence[Record]) -> dict[str, Any]:
@@ -264,7 +284,17 @@ def columns(history: Sequence[Record]) -> dict[str, Any]:
         "stats": torch.tensor(counts, dtype=torch.int64).reshape(len(history), len(Stats().as_dict())),
         "counted": list(Stats().as_dict()),
         **{name: torch.tensor([getattr(r, name) for r in history], dtype=torch.float64) for name in _FLOATS},
+        **_outer_columns([record.outer for record in history]),
     }
+
+
+def _outer_columns(told: Sequence[OuterConstraints | None]) -> dict[str, Any]:
+    """What is known of constraints on x, where every record tells: all have as many of them."""
+    known = [each for each in told if each is not None]
+    if not known or len(known) < len(told):
+        return {}
+    one = {name: [getattr(each, name) for each in known] for name in _OUTER}
+    return {"outer": {name: torch.tensor(values, dtype=torch.float64) for name, values in one.items()}}
 
 
 def records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -281,4 +311,8 @@ def records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         record = dict(zip(one, values, strict=True))
         stats = dict(zip(counted, counts, strict=True))
         found.append({**record, "status": names[record["status"]], "stats": stats})
+    if "outer" in content:
+        told = [demanded(content["outer"], name, Tensor).tolist() for name in _OUTER]
+        for record, own in zip(found, zip(*told, strict=True), strict=True):
+            record["outer"] = dict(zip(_OUTER, own, strict=True))
     return found

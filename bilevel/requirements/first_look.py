@@ -17,7 +17,7 @@ from bilevel._numerics.graphs import leads_to
 from bilevel._problem import BilevelProblem
 from bilevel._result import Report, Status, Tally
 from bilevel._tree import tree_leaves
-from bilevel.inner_problems.kinds import inner_objective
+from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.captured import captured_by
 from bilevel.requirements.properties import DoesNotApply, Property
 
@@ -122,8 +122,7 @@ class _Look:
 
     def __init__(self, problem: FlatProblem, x: Tensor, y: Tensor, settings_see_x: bool) -> None:
         self.problem, self.x, self.y, self.settings_see_x = problem, x.detach(), y.detach(), settings_see_x
-        inner = problem.problem.inner
-        self.has_g = inner is None or inner.g is not None
+        self.has_g = inner_problem(problem.problem).g is not None
         self.f, self.g = _Part("f", problem.f_each), _Part("g", problem.g)
         self.unrepeatable = ""
         self.values: dict[str, Tensor] = {}
@@ -180,7 +179,9 @@ class _Look:
         for part in parts:
             if part.name == "grad_y g" and self.sees["g"][0] and not suspicious:
                 continue
-            if self._sees_x(part):
+            if part.name == "fixed_point" and not self._sees(part, "y") and self._changes(part, "y"):
+                lacking[Property.second_derivatives] = _detached(part.name, "y")
+            if self._sees(part, "x"):
                 continue
             name = part.name.removeprefix("grad_y ")
             self._refuse_captured(name)
@@ -209,8 +210,14 @@ class _Look:
             parts.append(_Part("step", self._step))
         if objective.prox is not None:
             parts.append(_Part("prox", self._prox))
+        if objective.fixed_point is not None:
+            parts.append(_Part("fixed_point", self._fixed_point))
         if objective.constraints is not None:
             parts.append(_Part("constraints", self._constraints))
+        if objective.nonlinear is not None:
+            parts.append(_Part("constraints on y", self._nonlinear))
+        if objective.cones is not None:
+            parts.append(_Part("parameters", self._parameters))
         if self.problem.problem.init is not None:
             parts.append(_Part("init", lambda x, y: self.problem.start(x, y)))
         return parts
@@ -225,6 +232,11 @@ class _Look:
         assert own is not None
         return own.step(y, self._gradient(x, y) if own.needs_gradient else None, 0)
 
+    def _fixed_point(self, x: Tensor, y: Tensor) -> Tensor:
+        image = inner_objective(self.problem, x).fixed_point
+        assert image is not None
+        return image(y)
+
     def _prox(self, x: Tensor, y: Tensor) -> Tensor:
         prox = inner_objective(self.problem, x).prox
         assert prox is not None
@@ -236,14 +248,25 @@ class _Look:
         assert polytope is not None
         return torch.cat([part.reshape(-1) for part in polytope.tensors()])
 
-    def _sees_x(self, part: _Part) -> bool:
-        x = self.x.clone().requires_grad_()
+    def _nonlinear(self, x: Tensor, y: Tensor) -> Tensor:
+        nonlinear = inner_objective(self.problem, x).nonlinear
+        assert nonlinear is not None
+        return torch.cat([nonlinear.inequalities(y).reshape(-1), nonlinear.equalities(y).reshape(-1)])
+
+    def _parameters(self, x: Tensor, y: Tensor) -> Tensor:
+        cones = inner_objective(self.problem, x).cones
+        assert cones is not None
+        return cones.parameters
+
+    def _sees(self, part: _Part, leaf: str) -> bool:
+        at = {"x": self.x, "y": self.y}
+        at[leaf] = at[leaf].clone().requires_grad_()
         try:
             with torch.enable_grad():
-                value = part.at(x, self.y)
+                value = part.at(at["x"], at["y"])
         except NotImplementedError:  # a second derivative that there is not: whoever needs it says so
             return True
-        return value.requires_grad and leads_to(value, x)[0]
+        return value.requires_grad and leads_to(value, at[leaf])[0]
 
     def _changes(self, part: _Part, leaf: str) -> bool:
         """Whether its values change with x, or with y; no, where they cannot be had nearby."""
@@ -275,7 +298,7 @@ class _Look:
             return
         if kind is not None and (not parts or set(kind.functions) - set(names)):  # of a kind that tells no more
             return
-        if any(self._sees_x(part) for part in parts):
+        if any(self._sees(part, "x") for part in parts):
             return
         told = " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
         raise DoesNotApply(_UNUSED.format(parts=told))

@@ -9,6 +9,7 @@ from bilevel._calculus import Exact, grad, total
 from bilevel._estimate import AbstractRequiring
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
+from bilevel._numerics.graphs import rounding_unit
 from bilevel._result import Report, Status, Tally
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.properties import Property
@@ -22,7 +23,9 @@ SEEN_BY = frozenset(
 _PART = 0.1  # between one probe and the next nearer one
 _UNEVEN = 0.01  # of two slopes: what smooth functions stay below by orders of magnitude, so near to y
 _JUMP, _ALIKE = 0.5, 0.9  # a jump keeps its size and its direction as the probes come nearer
+_LINEAR = (1 / 3, 3.0)  # what a difference may be of what its share of the span says, where it is a slope after all
 _BEND = 0.02  # of the curvature, from one side to the other
+_PRODUCTS = 500  # at most, for where y* is predicted to go: what takes more is a network, and the answer no better
 _NOISE = 30.0  # times what rounding was seen to do
 _OFF = 0.02  # between the derivative of y* and a difference of solutions
 
@@ -67,14 +70,16 @@ def kinked(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
 
     In float32 only jumps of the gradient are looked for: kinks within reach of its coarse steps may be many and small.
 
-    Cost: three gradients of g, and no more unless these are uneven.
+    Under `torch.autocast` steps are those for the coarsest dtype that g is computed in, whatever that of y.
+
+    Cost: a value and three gradients of g, and no more unless these are uneven.
     """
     with torch.no_grad():
         x, problem = problem.with_tally(Tally()).encode(x)
     x, y = x.detach(), y.detach()
     objective, d = inner_objective(problem, x), _direction(y)
     length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    eps = torch.finfo(y.dtype).eps
+    eps = _unit(objective, y)
     t = eps**0.45 * (1 + length)
     middle, right, left = objective.gradient(y), objective.gradient(y + t * d), objective.gradient(y - _PART * t * d)
     ahead, behind = right - middle, (middle - left) / _PART
@@ -103,7 +108,10 @@ def _probed(
     # Rounding, off any kink at y: a second difference over a span too short for anything else to show.
     off = [objective.gradient(y + (1 + shift) * t * d) for shift in (0.0, 1e-3, 2e-3)]
     noise = _NOISE * _norm(off[0] - 2 * off[1] + off[2])
-    jumps = (_norm(near) > _JUMP * _norm(wide)) & (_norm(nearer) > _JUMP * _norm(wide)) & _alike(wide, nearer)
+    (resolved, _) = around(_PART * nearest)
+    smooth = (_norm(resolved) > noise) & _alike(resolved, nearer)
+    smooth = smooth & _within(_norm(resolved) / (_PART * _norm(nearer)), _LINEAR)
+    jumps = ~smooth & (_norm(near) > _JUMP * _norm(wide)) & (_norm(nearer) > _JUMP * _norm(wide)) & _alike(wide, nearer)
     halves = (_norm(near_bend) > _JUMP * _PART * _norm(bend)) & (_norm(bend) > _BEND * _norm(wide))
     halves = halves & (_norm(near_bend) > _BEND * _norm(near)) & _alike(bend, near_bend)
     return jumps & (_norm(nearer) > noise), halves & (_norm(near_bend) > noise)
@@ -122,7 +130,8 @@ def _moves_as_derivatives_say(problem: FlatProblem, x: Tensor, y: Tensor, jumps:
             cross = grad(along, at) if along.requires_grad else torch.zeros_like(y)
     except NotImplementedError:  # no second derivative to say anything: a jump of the gradient is one all the same
         return ~jumps
-    predicted = -MINRES(rtol=1e-8).solve(hessian, cross).value
+    most = min(10 * y.shape[-1], _PRODUCTS)
+    predicted = -MINRES(rtol=1e-8 if eps < 1e-10 else 1e-4, max_steps=most).solve(hessian, cross).value
     solver = LBFGS(tol=0.0, max_steps=100)
     here = solver.solve(inner_objective(problem, x), y).value
     said = torch.ones_like(jumps)
@@ -140,6 +149,19 @@ def _direction(like: Tensor) -> Tensor:
     d = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
     unit: Tensor = d / torch.linalg.vector_norm(d, dim=-1, keepdim=True)
     return unit
+
+
+def _unit(objective: Objective, y: Tensor) -> float:
+    """The rounding unit of what g is really computed in."""
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        value = total(objective.function(leaf))
+    return rounding_unit(value, leaf) if value.requires_grad else torch.finfo(y.dtype).eps
+
+
+def _within(a: Tensor, ends: tuple[float, float]) -> Tensor:
+    found: Tensor = (a > ends[0]) & (a < ends[1])
+    return found
 
 
 def _norm(a: Tensor) -> Tensor:

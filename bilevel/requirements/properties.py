@@ -37,8 +37,11 @@ class Feature(enum.Enum):
     """What an inner problem has beyond a smooth objective, and an inner solver must heed; its value is in words."""
 
     constraints = "the constraints on y"
+    nonlinear_constraints = "the nonlinear constraints on y"
+    cones = "the cone program that the inner problem is"
     prox = "the non-smooth term of the inner problem"
     own_steps = "the steps that the inner problem consists of"
+    fixed_point = "the map whose fixed point y is"
 
 
 STRICTEST = frozenset(Property) - {

@@ -91,11 +91,14 @@ def _why_not_part(estimator: object, name: str, part: object, kind: AbstractInne
     return ""
 
 
-_PRONOUN = {Feature.prox: "it"}
+_PRONOUN = {Feature.prox: "it", Feature.cones: "it", Feature.fixed_point: "it"}
 _HEEDING = {
-    Feature.constraints: "`QuadraticProgram`",
+    Feature.constraints: "`QuadraticProgram`, or `InteriorPoint` where g is not quadratic",
+    Feature.nonlinear_constraints: "`InteriorPoint`",
+    Feature.cones: "`Clarabel`",
     Feature.prox: "`ProximalGradient`",
     Feature.own_steps: "`OwnSteps`",
+    Feature.fixed_point: "`Anderson`, `Broyden` or, where the map contracts, `FixedPointIteration`",
 }
 
 

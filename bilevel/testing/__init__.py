@@ -12,5 +12,6 @@ from bilevel.testing.estimators import (
     estimator_checks as estimator_checks,
     parametrize_with_checks as parametrize_with_checks,
 )
+from bilevel.testing.fixed_points import FixedPointFamily as FixedPointFamily
 from bilevel.testing.instances import check_problem as check_problem
 from bilevel.testing.logistic import Logistic as Logistic

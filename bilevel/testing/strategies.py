@@ -22,7 +22,9 @@ from bilevel.inner_problems.kinds import inner_objective
 from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 from bilevel.prox import L1, AbstractProxTerm, LInfBall
 from bilevel.solvers.fista import FISTA
+from bilevel.testing.fixed_points import FixedPointFamily
 from bilevel.testing.logistic import Logistic
+from bilevel.testing.programs import Program
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -177,9 +179,84 @@ def composites(
     return problem, x, y0
 
 
+@_composite
+def programs(
+    draw: DrawFn, max_p: int = 3, max_q: int = 5, max_k: int = 6, kappa: float = 30.0, margin: float = 1e-2
+) -> Program:
+    """Quadratic programs with their solution: bounded condition numbers, and a margin of strict complementarity.
+
+    The eigenvalues of Q are in [1, kappa]; rows that hold are independent, with singular values in [1, 3]; multipliers
+    of those, and distances of the others, are at least `margin`. The first example is diagonal, with nothing that
+    holds.
+
+    Args:
+        draw: of hypothesis, given by it.
+        max_p: the most entries of x.
+        max_q: the most entries of y.
+        max_k: the most inequalities.
+        kappa: the largest condition number.
+        margin: the least multiplier of what holds, and the least distance of what does not.
+    """
+    st = _hypothesis()
+    q, p, seed = draw(st.integers(1, max_q)), draw(st.integers(1, max_p)), draw(st.integers(0, 1000))
+    m, held = draw(st.integers(0, min(1, q - 1))), draw(st.integers(0, q))
+    held = min(held, q - m, max_k)
+    k = draw(st.integers(max(held, 1), max_k))
+    exponents = draw(st.lists(st.integers(0, 4), min_size=q, max_size=q))
+    sizes = draw(st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=q, max_size=q))
+    rows = torch.tensor(sizes, dtype=torch.float64, device="cpu").unsqueeze(-1) * orthogonal(q, seed)
+    amounts = draw(st.lists(st.sampled_from([margin, 0.1, 1.0, 3.0]), min_size=k, max_size=k))
+    sizes_of = torch.tensor(amounts, dtype=torch.float64, device="cpu")
+    holds = torch.arange(k, device="cpu") < held
+    return Program(
+        Q=spd(torch.tensor([kappa ** (e / 4) for e in exponents], dtype=torch.float64, device="cpu"), seed),
+        B=gaussian(q, p, seed=seed + 1),
+        A=rows[held : held + m],
+        G=torch.cat([rows[:held], gaussian(k - held, q, seed=seed + 2)]),
+        H=gaussian(k, p, seed=seed + 3),
+        t=gaussian(q, seed=seed + 4),
+        y=gaussian(q, seed=seed + 5),
+        multipliers=torch.where(holds, sizes_of, 0.0),
+        slack=torch.where(holds, 0.0, sizes_of),
+        nu=gaussian(m, seed=seed + 6),
+    )
+
+
 def _gradient_of(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
     """grad_y g(x, y)."""
     return inner_objective(problem, x).gradient(y)
+
+
+@_composite
+def fixed_points(
+    draw: DrawFn, max_p: int = 3, max_q: int = 6, radius: float = 0.9, tanh: bool = False
+) -> tuple[FixedPointFamily, Tensor, Tensor]:
+    """Fixed points y = A y + B x + c, or of the tanh of that, with their oracle; an outer point and an inner start.
+
+    A is in Schur form, in a random basis: one eigenvalue is -radius, the others are in [-m, m], m = min(radius, 0.9),
+    or in pairs of such moduli, and what is above the diagonal makes it far from normal, or not. So the spectral radius
+    is `radius`, and 1 is no eigenvalue. Failures shrink to one entry, and to A diagonal.
+
+    Args:
+        draw: of hypothesis, given by it.
+        max_p: the most entries of x.
+        max_q: the most entries of y.
+        radius: the spectral radius of A; not 1.
+        tanh: whether T is the tanh of the linear map.
+    """
+    st = _hypothesis()
+    p, q = draw(st.integers(1, max_p)), draw(st.integers(1, max_q))
+    small = draw(st.lists(st.floats(-1.0, 1.0, width=16), min_size=q - 1, max_size=q - 1))
+    turn, above, seed = draw(st.booleans()), draw(st.sampled_from([0.0, 0.3, 1.0])), draw(st.integers(0, 2**20))
+    moduli = [-radius, *(min(radius, 0.9) * share for share in small)]
+    A = torch.diag(torch.tensor(moduli, dtype=torch.float64, device="cpu"))
+    A = A + above * torch.triu(gaussian(q, q, seed=seed + 1), 1)
+    if turn and q >= 3:  # a pair of complex eigenvalues
+        A[1, 1], A[2, 2], A[1, 2], A[2, 1] = 0.0, 0.0, moduli[1], -moduli[1]
+    Q = orthogonal(q, seed)
+    B, c, t = gaussian(q, p, seed=seed + 2), gaussian(q, seed=seed + 3), gaussian(q, seed=seed + 4)
+    family = FixedPointFamily(Q @ A @ Q.T, B, c, t, gaussian(p, seed=seed + 5), tanh)
+    return family, gaussian(p, seed=draw(st.integers(0, 99))), torch.zeros_like(c)
 
 
 @_composite

@@ -36,8 +36,10 @@ def solved(walk: Walk, end: State) -> Solved:
         vector, value = _residual(walk, end)
     residual = safe_row_norms(vector)
     first = (None if walk.is_own else walk.first) or (residual, value)
-    r, g, r0, g0 = torch.stack([residual, value, *first]).reshape(4, -1).tolist()
-    statuses = tuple(ended(*row, walk.inner.tol or 0.0) for row in zip(r, g, r0, g0, strict=True))
+    table = torch.stack([residual, value, *first, torch.zeros_like(residual) + walk.inner.allowed(y)]).reshape(5, -1)
+    statuses = tuple(ended(*row) for row in zip(*table.tolist(), strict=True))
+    if not all(status.ok for status in statuses):
+        statuses = walk.inner.missed(walk.fixed, y, statuses)
     return Solved(y, statuses, residual, walk.steps)
 
 

@@ -65,7 +65,7 @@ def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
         moving: Tensor | None = None
         if walk.length is None:
             assert gradient is not None
-            moving = walk.moving(gradient, value, walk.steps)
+            moving = walk.moving(gradient, value, walk.steps, state[0])
             if walk.is_over(moving):
                 break
         # H Z + G', which vanishes where Z has converged; one row for each outer variable
@@ -73,7 +73,7 @@ def _carry(walk: Walk, units: Tensor) -> tuple[State, State]:
         del along  # and the graph with it
         new, new_moved = _step(walk, state, moved, gradient, change, units)
         if walk.length is not None:
-            moving = walk.moving(walk.moved(state, new), value, walk.steps)
+            moving = walk.moving(walk.moved(state, new), value, walk.steps, state[0])
             if walk.is_over(moving):
                 break
         state, moved = walk.hold(moving, new, state), walk.hold(moving, new_moved, moved)

@@ -89,13 +89,13 @@ class Walk:
         moving: Tensor | None = None
         if self.length is None:
             assert gradient is not None
-            moving = self.moving(gradient.detach(), value, index)
+            moving = self.moving(gradient.detach(), value, index, state[0])
             if index >= self.steps and self.is_over(moving):
                 return None
         with torch.set_grad_enabled(with_graph):
             new = self.inner.advance(self.objective if with_graph else self.fixed, gradient, state, index)
         if self.length is not None:
-            moving = self.moving(self.moved(state, new), value, index)
+            moving = self.moving(self.moved(state, new), value, index, state[0])
             if index >= self.steps and self.is_over(moving):
                 return None
         return self.hold(moving, new, state)
@@ -120,7 +120,7 @@ class Walk:
         """The residual (y_k - y_{k+1}) / a of a step, without a graph: `(*tasks, q)`."""
         return self.inner.moved(state, new).detach() / (1.0 if self.length is None else self.length)
 
-    def moving(self, residual: Tensor, value: Tensor, index: int) -> Tensor | None:
+    def moving(self, residual: Tensor, value: Tensor, index: int, y: Tensor) -> Tensor | None:
         """The rows that take step number `index`: those above the tolerance, or all of them at first; None: all."""
         if index >= self.steps:  # and not a step taken again
             if not self._judged or self._is_own_end:
@@ -134,7 +134,7 @@ class Walk:
         if new:
             self.norms.append(norm)
         self.lost = new and self.gives_up and is_time_to_give_up(self.norms)
-        moving: Tensor = (norm > self.inner.tol) | ((index < self.least) & norm.isfinite())
+        moving: Tensor = (norm > self.inner.allowed(y.detach())) | ((index < self.least) & norm.isfinite())
         self._none_moves = not bool(moving.any())
         if new and self._none_moves:
             self.last = residual, value

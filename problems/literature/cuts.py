@@ -1,0 +1,99 @@
+"""Minimization over x and y where the value function is kept by cuts: g no larger than at other points y_k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+from bilevel.problems.literature.inner import Inner
+from bilevel.problems.literature.pieces import GAP, Found, Pieces
+from bilevel.problems.literature.programs import Model, Program, minimized
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+_ROUNDS = 6
+_INSIDE = 1e-9  # of a constraint at the point of a cut: it satisfies it
+
+
+@final
+class Cuts:
+    """min f over (x, y) under all constraints and g(x, y) <= g(x, y_k), for points y_k that satisfy those at x.
+
+    V(x) is at most g(x, y_k) there. Each y_k is a global inner minimizer at the x that was found last, until g(x, y)
+    is V(x). Nothing is asked of gradients in y, so that this works where there are no multipliers, and where g is
+    constant in y at the solution; there `Pieces`, which follows minimizers that move with x, does not.
+
+    Source: Mitsos, Lemonidis, Barton, "Global solution of bilevel programs with a nonconvex inner program", J. Glob.
+    Optim. 42 (2008), the lower bounding procedure, with local solves.
+
+    Args:
+        model: the problem.
+        inner: solves the inner problem at an x.
+        fixed: x stays what it is.
+    """
+
+    def __init__(self, model: Model, inner: Inner, *, fixed: bool = False) -> None:
+        self.model, self.inner, self.fixed = model, inner, fixed
+
+    def descend(self, x: Array, y: Array) -> Iterator[Found]:
+        """The point that is found from (x, y), if it is one of the bilevel problem."""
+        import numpy as np
+
+        z = np.concatenate([x, y])
+        points: list[Array] = []
+        pieces = Pieces(self.model, self.inner, 0)
+        for _ in range(_ROUNDS):
+            z, violation = self._program(z, points)
+            if not violation <= GAP:
+                return
+            at = z[: self.model.p]
+            v = self.model.values(z)
+            lowest = self.inner.lowest(at, z[self.model.p :])
+            if lowest is None:
+                return
+            if v.at[1] - lowest[0] <= GAP * max(1.0, abs(lowest[0])):
+                yield Found(at, pieces.branch(at, z[self.model.p :]), float(v.at[0]))
+                return
+            points.append(lowest[1])
+
+    def _program(self, z: Array, points: Sequence[Array]) -> tuple[Array, float]:
+        import numpy as np
+
+        model, p = self.model, self.model.p
+
+        def below(w: Array) -> tuple[Array, Array]:
+            v = model.values(w)
+            values, slopes = [v.at[model.outer], v.at[model.inner]], [v.first[model.outer], v.first[model.inner]]
+            for point in points:
+                value, slope = self._cut(v.at[1], v.first[1], np.concatenate([w[:p], point]))
+                values.append(np.array([value]))
+                slopes.append(slope[None])
+            return np.concatenate(values), np.concatenate(slopes)
+
+        def zero(w: Array) -> tuple[Array, Array]:
+            v = model.values(w)
+            return v.at[model.equal], v.first[model.equal]
+
+        def objective(w: Array) -> tuple[float, Array]:
+            v = model.values(w)
+            return float(v.at[0]), v.first[0]
+
+        lower, upper = np.full(model.n, -np.inf), np.full(model.n, np.inf)
+        if self.fixed:
+            lower[:p] = upper[:p] = z[:p]
+        return minimized(Program(objective, below, zero, lower, upper), z)
+
+    def _cut(self, g: float, slope: Array, other: Array) -> tuple[float, Array]:
+        """min(g(x, y) - g(x, y_k), -max c(x, y_k)), which is to be at most 0, and its derivative."""
+        import numpy as np
+
+        v, p = self.model.values(other), self.model.p
+        value, moves = g - v.at[1], slope - np.concatenate([v.first[1, :p], np.zeros(self.model.q)])
+        inside = v.at[self.model.inner]
+        if len(inside) and inside.max() > _INSIDE and -inside.max() < value:
+            row = v.first[self.model.inner][int(inside.argmax())]
+            return -float(inside.max()), -np.concatenate([row[:p], np.zeros(self.model.q)])
+        return float(value), moves
