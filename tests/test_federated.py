@@ -89,10 +89,10 @@ def _error(h: Tensor) -> float:
 
 
 def test_a_federated_run_of_soba_is_the_centralized_one() -> None:
-    central = BilevelProblem(
-        lambda x, y: sum(w * f(x, y, [d[k] for d in DATA]) for k, w in enumerate(WEIGHTS / WEIGHTS.sum())),
-        lambda x, y: sum(w * g(x, y, [d[k] for d in DATA]) for k, w in enumerate(WEIGHTS / WEIGHTS.sum())),
-    )
+    def mean(function: Any, x: Tensor, y: Tensor) -> Tensor:
+        return _mean(torch.stack([function(x, y, [part[k] for part in DATA]) for k in range(M)]))
+
+    central = BilevelProblem(lambda x, y: mean(f, x, y), lambda x, y: mean(g, x, y))
     soba = SOBA(0.3, 0.02, schedule=lambda step: 1.0)
     alone = minimize(central, X, Y, algorithm=soba, max_steps=50)
     found = federate(clients(), X, Y, method=FederatedSOBA(0.3, 0.02), steps=50)

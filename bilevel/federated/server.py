@@ -56,7 +56,8 @@ class Participation:
         if self.share == 1:
             return torch.arange(clients)
         count = max(1, round(self.share * clients))
-        return torch.randperm(clients, generator=self._drawn(2 * number))[:count].sort().values
+        generator = self._drawn(2 * number)
+        return torch.randperm(clients, generator=generator)[:count].sort().values
 
     def answered(self, asked: Tensor, number: int) -> tuple[Tensor, int]:
         """Those of them whose answer comes in time, and how many answers are sent in all."""

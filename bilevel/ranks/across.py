@@ -30,8 +30,8 @@ class _Spread(torch.autograd.Function):
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx: Any, a: Tensor) -> Any:
-        return None, _applied(_Summed, ctx.ranks, a)
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return None, _applied(_Summed, ctx.ranks, grad_outputs[0])
 
 
 @final
@@ -44,8 +44,8 @@ class _Summed(torch.autograd.Function):
         return ranks.total(a.detach())[0]
 
     @staticmethod
-    def backward(ctx: Any, z: Tensor) -> Any:
-        return None, _applied(_Spread, ctx.ranks, z)
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return None, _applied(_Spread, ctx.ranks, grad_outputs[0])
 
 
 def _applied(function: type[torch.autograd.Function], ranks: Ranks, z: Tensor) -> Tensor:
