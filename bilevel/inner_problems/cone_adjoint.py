@@ -112,7 +112,8 @@ class AdjointCones:
 
     def _parts(self, v: Tensor) -> tuple[Tensor, Tensor]:
         rows = v.reshape(-1, self.size).to(self.program.c)
-        return rows.split([self.program.c.shape[-1], self.program.b.shape[-1]], -1)
+        u, s = torch.split(rows, [self.program.c.shape[-1], self.program.b.shape[-1]], -1)
+        return u, s
 
     def _mv(self, v: Tensor) -> Tensor:
         reduced, (u, s) = self.reduced, self._parts(v)
