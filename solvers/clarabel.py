@@ -78,7 +78,9 @@ class Clarabel(AbstractInnerSolver):
         tol = (1e-9 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
         program = cones.program
         rows = [self._solve_row(program.row(k)) for k in range(len(program.c))]
-        point = ConePoint.of(program, *(torch.stack([row[k] for row in rows]).to(program.c) for k in (0, 1)))
+        point = ConePoint.of(
+            program, *(torch.stack(each).to(program.c) for each in ([r[0] for r in rows], [r[1] for r in rows]))
+        )
         solvable = torch.tensor([row[2] is None for row in rows], device=y0.device)
         point, error = (
             point.newton(self.newton_steps) if bool(solvable.any()) else (point, point.violation(point.faces))

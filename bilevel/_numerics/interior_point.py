@@ -37,8 +37,8 @@ class Program:
 
     def chosen(self, rows: Tensor) -> Program:
         """Some of the programs."""
-        parts = (self.Q, self.q, self.A, self.b, self.lower, self.upper)
-        return Program(*(part[rows] for part in parts), slacks=self.slacks)
+        lower, upper = self.lower[rows], self.upper[rows]
+        return Program(self.Q[rows], self.q[rows], self.A[rows], self.b[rows], lower, upper, self.slacks)
 
     def with_slacks(self, y: Tensor) -> Tensor:
         """The first entries of a point completed by those that the last equalities leave: `(batch, q)`."""
