@@ -100,7 +100,7 @@ def _demand_convex(problem: Any) -> None:
             )
 
 
-def _leaves(argument: str, tree: Tree, kind: type, known: Sequence[Any]) -> tuple[list[Any], Structure]:
+def _leaves(argument: str, tree: Tree, kind: Any, known: Sequence[Any]) -> tuple[list[Any], Structure]:
     """The leaves of what was given, and the structure of their values."""
     leaves: list[Any] = []
     spec = flatten(tree, leaves, f"`from_cvxpy({argument}=...)`")
