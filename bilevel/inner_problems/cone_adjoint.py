@@ -112,8 +112,8 @@ class AdjointCones:
 
     def _parts(self, v: Tensor) -> tuple[Tensor, Tensor]:
         rows = v.reshape(-1, self.size).to(self.program.c)
-        u, s = torch.split(rows, [self.program.c.shape[-1], self.program.b.shape[-1]], -1)
-        return u, s
+        n = self.program.c.shape[-1]
+        return rows[:, :n], rows[:, n:]
 
     def _mv(self, v: Tensor) -> Tensor:
         reduced, (u, s) = self.reduced, self._parts(v)
