@@ -188,7 +188,8 @@ class _Feasible:
 
     def projected(self, v: Tensor, nu: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         start = None if nu is None else self.rows(nu, 1)
-        w, found, off = projected(self.rows(v, 1), *(self.rows(part, k) for part, k in self.parts), start)
+        A, b, lower, upper = (self.rows(part, k) for part, k in self.parts)
+        w, found, off = projected(self.rows(v, 1), A, b, lower, upper, start)
         return w.reshape(v.shape), found.reshape(self.polytope.b.shape), off.reshape(v.shape[:-1])
 
     def violation(

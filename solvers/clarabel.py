@@ -78,7 +78,8 @@ class Clarabel(AbstractInnerSolver):
         tol = (1e-9 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
         program = cones.program
         rows = [self._solve_row(program.row(k)) for k in range(len(program.c))]
-        point = ConePoint.of(program, *(torch.stack([row[k] for row in rows]).to(program.c) for k in (0, 1)))
+        z, w = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+        point = ConePoint.of(program, z.to(program.c), w.to(program.c))
         solvable = torch.tensor([row[2] is None for row in rows], device=y0.device)
         point, error = (
             point.newton(self.newton_steps) if bool(solvable.any()) else (point, point.violation(point.faces))

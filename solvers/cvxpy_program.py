@@ -70,7 +70,7 @@ class Cvxpy(AbstractInnerSolver):
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         program = program_of(objective, y0)
         rows = [self._solve_row(program, i) for i in range(len(program.q))]
-        found, multipliers = (torch.stack([row[k] for row in rows]) for k in (0, 1))
+        found, multipliers = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
         found, multipliers = _polished(program, found, multipliers)
         y, flat, gradient = returned(objective, program, found, y0)
         error = violation(program, flat, multipliers, gradient)
@@ -159,7 +159,8 @@ def _compiled(n: int, m: int, down: bytes, up: bytes, solver: str) -> _Compiled:
 def _root(Q: Tensor) -> Tensor:
     """F with F'F the positive semidefinite part of Q."""
     values, vectors = torch.linalg.eigh((Q + Q.mT) / 2)
-    return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    root: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return root
 
 
 def _polished(program: Program, y: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor]:

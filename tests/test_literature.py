@@ -157,7 +157,8 @@ def by_the_conditions(name: str, x: Tensor, y: Tensor) -> Tensor:
     K = torch.cat([torch.cat([L[p:, p:], C[:, p:].T], 1), torch.cat([C[:, p:], zero], 1)])
     moves = torch.linalg.solve(K, -torch.cat([L[p:, :p], C[:, :p]]))[:q]
     f = torch.func.grad(lambda z: evaluate(name, "f", z[:p], z[p:]))(z)
-    return f[:p] + moves.T @ f[p:]
+    h: Tensor = f[:p] + moves.T @ f[p:]
+    return h
 
 
 @pytest.mark.parametrize(("name", "i"), REFERENCES)

@@ -407,7 +407,12 @@ def test_cvxpy_brings_a_program_into_standard_form_once_for_its_size(monkeypatch
     cvxpy = pytest.importorskip("cvxpy")
     made: list[object] = []
     problem = cvxpy.Problem
-    monkeypatch.setattr(cvxpy, "Problem", lambda *parts: made.append(parts) or problem(*parts))
+
+    def counted(*parts: object) -> object:
+        made.append(parts)
+        return problem(*parts)
+
+    monkeypatch.setattr(cvxpy, "Problem", counted)
     for k in range(3):
         found = solve((2 + k) * torch.eye(7), -torch.ones(7), lower=0.1 * k, solver=Cvxpy())
         assert torch.allclose(found.value, torch.full((7,), max(1 / (2 + k), 0.1 * k)))

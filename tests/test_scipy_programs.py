@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -90,16 +91,14 @@ def test_what_cannot_be_solved_has_a_status(solver: AbstractInnerSolver) -> None
     both = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=D)
     assert status(lambda x, y: (y - x).square().sum(), lambda x: Polytope(G=both, h=-1.0)) is Status.infeasible
     assert status(lambda x, y: -(x * y).sum(), lambda x: Polytope(lower=0.0)) is Status.unbounded
-    no_steps = type(solver)(max_steps=0)
+    kind: Any = type(solver)
+    no_steps = kind(max_steps=0)
     box = lambda x: Polytope(lower=0.5)  # noqa: E731
     assert status(lambda x, y: (y - x).square().sum() + (y**4).sum(), box, no_steps) in (
         Status.max_steps,
         Status.successful,
     )
-    assert (
-        status(lambda x, y: (y - x).cosh().sum().log() + (3 - y).exp().sum(), box, type(solver)(tol=0.0))
-        is Status.stagnated
-    )
+    assert status(lambda x, y: (y - x).cosh().sum().log() + (3 - y).exp().sum(), box, kind(tol=0.0)) is Status.stagnated
 
 
 @BOTH

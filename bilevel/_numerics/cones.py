@@ -108,7 +108,7 @@ class Faces:
 
 
 def _blocks(cones: tuple[Cone, ...], v: Tensor) -> list[Tensor]:
-    parts = v.split([cone.count * cone.size for cone in cones], 1) if cones else ()
+    parts = torch.split(v, [cone.count * cone.size for cone in cones], 1) if cones else ()
     return [part.reshape(len(v), cone.count, cone.size, *v.shape[2:]) for cone, part in zip(cones, parts, strict=True)]
 
 

@@ -37,8 +37,8 @@ class Program:
 
     def chosen(self, rows: Tensor) -> Program:
         """Some of the programs."""
-        parts = (self.Q, self.q, self.A, self.b, self.lower, self.upper)
-        return Program(*(part[rows] for part in parts), slacks=self.slacks)
+        Q, q, A, b, lower, upper = (part[rows] for part in (self.Q, self.q, self.A, self.b, self.lower, self.upper))
+        return Program(Q, q, A, b, lower, upper, self.slacks)
 
     def with_slacks(self, y: Tensor) -> Tensor:
         """The first entries of a point completed by those that the last equalities leave: `(batch, q)`."""

@@ -112,7 +112,8 @@ class AdjointCones:
 
     def _parts(self, v: Tensor) -> tuple[Tensor, Tensor]:
         rows = v.reshape(-1, self.size).to(self.program.c)
-        return rows.split([self.program.c.shape[-1], self.program.b.shape[-1]], -1)
+        n = self.program.c.shape[-1]
+        return rows[:, :n], rows[:, n:]
 
     def _mv(self, v: Tensor) -> Tensor:
         reduced, (u, s) = self.reduced, self._parts(v)

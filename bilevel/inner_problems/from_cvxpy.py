@@ -100,11 +100,12 @@ def _demand_convex(problem: Any) -> None:
             )
 
 
-def _leaves(argument: str, tree: Tree, kind: type, known: Sequence[Any]) -> tuple[list[Any], Structure]:
+def _leaves(argument: str, tree: Tree, kind: Any, known: Sequence[Any]) -> tuple[list[Any], Structure]:
     """The leaves of what was given, and the structure of their values."""
     leaves: list[Any] = []
     spec = flatten(tree, leaves, f"`from_cvxpy({argument}=...)`")
     name = kind.__name__
+    leaf: Any
     for leaf in leaves:
         if not isinstance(leaf, kind):
             raise TypeError(
@@ -124,8 +125,10 @@ def _leaves(argument: str, tree: Tree, kind: type, known: Sequence[Any]) -> tupl
 
 def _canonical(cvxpy: Any, problem: Any, given: list[Any]) -> tuple[Any, Any, Any]:
     """The data of the standard form, the reductions that lead to it, and the same as a function of parameters."""
-    free, before = {leaf.id for leaf in given}, {}
-    for leaf in problem.parameters():
+    free: set[int] = {leaf.id for leaf in given}
+    before: dict[int, tuple[Any, Any]] = {}
+    known: list[Any] = list(problem.parameters())
+    for leaf in known:
         if leaf.id not in free and leaf.value is None:
             raise ValueError(
                 f"`from_cvxpy(parameters=...)` must name all parameters without a value. Got none for {leaf.name()}:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 from bilevel.problems.literature.programs import Model, Program, minimized
-from bilevel.problems.literature.starts import bounds, box
+from bilevel.problems.literature.starts import bounds, box, sobol
 
 if TYPE_CHECKING:
     import numpy as np

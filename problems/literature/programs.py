@@ -135,7 +135,7 @@ def minimized(program: Program, w: Array, max_steps: int = 100) -> tuple[Array, 
     _, np = _scipy()
     found = _minimized(program, w, max_steps)
     if not found[1] <= _SATISFIED:  # SLSQP gives up where gradients of equations depend on each other
-        with contextlib.suppress(ArithmeticError):  # nothing is defined at w
+        with contextlib.suppress(ArithmeticError), np.errstate(all="ignore"):  # nothing is defined at w
             loose = _minimized(_loosened(program, w), np.concatenate([w, np.zeros(len(program.zero(w)[0]))]), max_steps)
             violation = _violation(program, loose[0][: len(w)])
             if violation < found[1]:
@@ -202,7 +202,8 @@ def _violation(program: Program, w: Array) -> float:
     """The largest violation of a constraint; infinite where a function is not finite."""
     _, np = _scipy()
     try:
-        below, zero = program.below(w)[0], program.zero(w)[0]
+        with np.errstate(all="ignore"):
+            below, zero = program.below(w)[0], program.zero(w)[0]
     except ArithmeticError:
         return float("inf")
     found = max(float(below.max(initial=0.0)), float(abs(zero).max(initial=0.0)))
