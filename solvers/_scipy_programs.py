@@ -146,7 +146,8 @@ def _completed(program: ConvexProgram) -> tuple[Point, Tensor]:
     bounded = limits.isfinite()
     slacks = torch.where(bounded, limits - sign * entries.unsqueeze(-2), torch.inf)
     near = slacks <= _NEAR * primal.unsqueeze(-1)
-    free = ~near.any(-2)
+    free, z = ~near.any(-2), torch.zeros_like(slacks)
+    pull, multipliers = model.gradient, none
     for _ in range(2):  # what is near a bound and pulls away from it is free
         A_F = at.A * free.unsqueeze(-2)
         multipliers = -matrix_times(pseudo_inverse(A_F @ A_F.mT), matrix_times(A_F, model.gradient * free))
