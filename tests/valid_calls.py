@@ -472,6 +472,14 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Functional": {"params": lambda: {"weight": X[None, :1]}, "seed": lambda: 0, "_calls": lambda: functional()._calls},
     "Functional.load": {"params": lambda: {"weight": X[None, :1]}},
     "functional": {"module": net},
+    "AugmentedLagrangian": {
+        "descent": lambda: bilevel.algorithms.Descent(AID(LBFGS(), CG()), GradientDescent(0.5)),
+        "inequalities": lambda: lambda x, y: y,
+    },
+    "OuterConstraints": {"inequalities": lambda: (1.0,), "equalities": lambda: ()},
+    "OuterConstraints.from_dict": {
+        "content": lambda: bilevel.algorithms.OuterConstraints(0.0, 0.0, 10.0, (1.0,), ()).as_dict(),
+    },
     "Record.from_dict": {
         "content": lambda: bilevel.Record(0, 1.0, 1.0, Status.successful, Stats(), 0.0).as_dict(),
     },
