@@ -12,7 +12,18 @@ import torch
 from rank_processes import on_ranks
 from torch import Tensor
 
-from bilevel import AID, ITD, BilevelError, BilevelProblem, FiniteSum, Split, Status, hypergradient, minimize
+from bilevel import (
+    AID,
+    ITD,
+    BilevelError,
+    BilevelProblem,
+    CompiledProducts,
+    FiniteSum,
+    Split,
+    Status,
+    hypergradient,
+    minimize,
+)
 from bilevel.algorithms import F2SA, SABA, SOBA, SRBA
 from bilevel.ranks import Ranks, Shard
 from bilevel.solvers import CG, Adam, GradientDescent, Iterate
@@ -167,6 +178,10 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
     found["init"] = raised(
         lambda: minimize(BilevelProblem(f, g, init=lambda x, data: x), X0, data=WHOLE, estimator=AID_CG, group=group)
     )
+    compiled = AID(Iterate(GD, 3), CG(), products=CompiledProducts(backend="eager"))
+    found["compiled"] = raised(
+        lambda: minimize(PROBLEM, X0, X0, data=Split(f=Shard(VAL), g=Shard(TRAIN)), estimator=compiled, group=group)
+    )
     soba: dict[str, Any] = {"estimator": None, "outer": None, "warm_start": None, "algorithm": "soba"}
     found["algorithm"] = raised(lambda: _run("imaml", group, **soba))
     found["few"] = raised(lambda: _few(group))
@@ -233,6 +248,7 @@ def test_ranks_refuse_fail_stop_and_resume_together(tmp_path: Path) -> None:
         ("settings", "inner_step=0.1"),
         ("data", "must know how the samples are shared"),
         ("init", "needs another function"),
+        ("compiled", "compiles f and g of one process"),
         ("algorithm", "pass `estimator=`"),
         ("few", "at least one task for each"),
     ):

@@ -41,8 +41,13 @@ class Programs:
         Computations that compare equal are the same one: a function of a module, or a method of one object.
 
         Raises:
-            ValueError: if f and g have data of their own.
+            ValueError: if f and g have data of their own, or samples are over ranks.
         """
+        if problem.across is not None:
+            raise ValueError(
+                f"`{self._name}` compiles f and g of one process. Got samples over the ranks of a group. Leave it out,"
+                f" or pass all samples to each rank without `group=`."
+            )
         if isinstance(problem.data, Split):
             raise ValueError(
                 f"`{self._name}` needs one batch of data for f and g. Got a Split. Put both into one dict."
