@@ -22,7 +22,7 @@ CORE_TESTS = tree problem problems estimators inner_solvers linear_solvers optim
 # small matrices: threads would only wait for each other
 demo test test-lowest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-lowest check docs clean
+.PHONY: help demo test test-lowest check docs clean links
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,9p' Makefile
@@ -33,7 +33,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(IN_VENV) -m pytest $(PYTEST_FLAGS)
 
-check: $(VENV)/.dev
+check: links $(VENV)/.dev
 	$(IN_VENV) -m ruff check .
 	$(IN_VENV) -m ruff format --check .
 	$(IN_VENV) -m mypy
@@ -47,6 +47,18 @@ test-lowest:
 docs: export NO_MKDOCS_2_WARNING ?= 1
 docs: $(VENV)/.docs
 	$(IN_VENV) -m mkdocs build --strict --quiet
+
+# Type checkers see the package through two links; a checkout without symbolic links has text files in their place, and a
+# source distribution has nothing there.
+links:
+	@for name in problems solvers; do \
+	  if [ -f "bilevel/$$name" ] && [ ! -d "bilevel/$$name" ]; then \
+	    echo "bilevel/$$name is a file, and should be a link to ../$$name: this checkout has no symbolic links." >&2; \
+	    echo "Allow them (on Windows: Developer Mode), then: git config core.symlinks true &&" \
+	      "git checkout-index --force -- bilevel/problems bilevel/solvers" >&2; \
+	    exit 1; \
+	  fi; \
+	done
 
 clean:
 	rm -rf "$(VENV)" "$(VENV)-lowest" build dist site *.egg-info
