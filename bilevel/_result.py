@@ -127,10 +127,6 @@ class Status(enum.Enum):
         " limit: they may be badly scaled, contradict each other, or have no independent gradients. Scale them to"
         " values about 1, or start closer."
     )
-    gap_left = (
-        "No point was found at which y minimizes g(x, .) to the tolerance and the constraints hold, as an independent"
-        " global solve measured it. Raise the number of starts, or loosen the tolerance."
-    )
     diverged = (
         "The iteration diverged: the residual grew far beyond where it began. Lower the step below 2 / L with L"
         " the largest curvature, or have it derived from an estimate of L: `step=None` of a solver, an algorithm by its"

@@ -102,8 +102,9 @@ class ConvexProgram:
             found: Model = last[2]
             return found
         whole = self.whole(self.natural(entries), multipliers)
-        last[:] = [entries, multipliers, Model(without_fixed(whole.program)[0], whole.gradient)]
-        return last[2]
+        made = Model(without_fixed(whole.program)[0], whole.gradient)
+        last[:] = [entries, multipliers, made]
+        return made
 
     def whole(self, y: Tensor, multipliers: Tensor) -> Model:
         """The same with all entries."""
@@ -259,6 +260,7 @@ class ConvexProgram:
         crossed = (lower > upper).any(-1)
         eye = torch.eye(self.q, dtype=A.dtype, device=A.device)
         flat = torch.where(self.rows(y).isfinite().all(-1, keepdim=True), self.rows(y), self.rows(self.like))
+        proven = torch.zeros_like(crossed)
         damping = torch.ones_like(flat[:, :1])
         for _ in range(_TRIES):
             there = flat.reshape(self.like.shape).to(self.like)
@@ -298,7 +300,8 @@ class ConvexProgram:
             better = (now < gap).unsqueeze(-1)
             flat = torch.where(better, ahead, flat)
             damping = torch.where(better, damping / 10, damping * 10).clamp(1e-3, 1e16)
-        return crossed | proven
+        found: Tensor = crossed | proven
+        return found
 
 
 def _none(y: Tensor) -> Tensor:

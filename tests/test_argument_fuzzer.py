@@ -286,6 +286,7 @@ GROUPED = {"abml", "ibaml", "ibaml_head", "train", "ImageClasses"}
 OLD_FORMS = {("Experiment", "settings"), ("Experiment", "evaluation"), ("ImageClasses", "names")}  # what is converted
 DRAWN = {
     "composites",
+    "programs",
     "quadratics",
     "spd_matrices",
     "spectra",

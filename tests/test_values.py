@@ -51,7 +51,7 @@ from bilevel import (
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
 from bilevel._tree import tree_map
-from bilevel.algorithms import Descent, FiniteSum
+from bilevel.algorithms import AugmentedLagrangian, Descent, FiniteSum, OuterConstraints
 from bilevel.attribution import KFAC, Influence
 from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
@@ -287,6 +287,10 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "KFAC": lambda: KFAC(torch.nn.Linear(1, 1), torch.nn.MSELoss(), [], damping=0.1),
         "Influence": lambda: Influence(torch.ones(3), torch.zeros(3), None, 0.5, 0.0, Status.successful, (), Stats()),
         "Descent": lambda: Descent(AID(LBFGS(), CG()), GradientDescent(0.1)),
+        "AugmentedLagrangian": lambda: AugmentedLagrangian(
+            Descent(AID(LBFGS(), CG()), GradientDescent(0.1)), portable_cases.f
+        ),
+        "OuterConstraints": lambda: OuterConstraints(0.5, 0.5, 10.0, (1.0,), (-2.0,)),
         "Iteration": lambda: Iteration(portable_cases.f),
         "TorchOptim": lambda: TorchOptim(torch.optim.SGD),
         "FiniteSum": lambda: FiniteSum(torch.ones(5), batch_size=2),

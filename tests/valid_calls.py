@@ -450,6 +450,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
     "bounds.f2sa": {"weight": lambda: 10.0},
+    "NonlinearlyConstrained": {"inequalities": lambda: lambda x, y: y},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},
     "register_algorithm": {
@@ -471,6 +472,14 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Functional": {"params": lambda: {"weight": X[None, :1]}, "seed": lambda: 0, "_calls": lambda: functional()._calls},
     "Functional.load": {"params": lambda: {"weight": X[None, :1]}},
     "functional": {"module": net},
+    "AugmentedLagrangian": {
+        "descent": lambda: bilevel.algorithms.Descent(AID(LBFGS(), CG()), GradientDescent(0.5)),
+        "inequalities": lambda: lambda x, y: y,
+    },
+    "OuterConstraints": {"inequalities": lambda: (1.0,), "equalities": lambda: ()},
+    "OuterConstraints.from_dict": {
+        "content": lambda: bilevel.algorithms.OuterConstraints(0.0, 0.0, 10.0, (1.0,), ()).as_dict(),
+    },
     "Record.from_dict": {
         "content": lambda: bilevel.Record(0, 1.0, 1.0, Status.successful, Stats(), 0.0).as_dict(),
     },
@@ -478,6 +487,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Solved": {"residual": lambda: torch.zeros((), **D)},
     "BilevelError": {},
     "Polytope.flat": {"y": lambda: ravel(X)[1]},
+    "Polytope.parts": {"y": lambda: ravel(X)[1]},
+    "Multipliers.from_dict": {"content": lambda: bilevel.Multipliers().to_dict()},
     "Cosine": {"steps": lambda: 10},
     "StepDecay": {"milestones": lambda: 3},
     "TorchOptim": {"factory": lambda: lambda parameters: torch.optim.SGD(parameters, lr=0.1)},

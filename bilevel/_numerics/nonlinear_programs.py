@@ -176,15 +176,16 @@ def _regularized(program: Program, diagonal: Tensor, shift: Tensor) -> tuple[Sad
     """
     eye = torch.eye(diagonal.shape[-1], dtype=diagonal.dtype, device=diagonal.device)
     size = positive_or_one(torch.diagonal(program.Q, dim1=-2, dim2=-1).abs().amax(-1))
-    for _ in range(_SHIFTS):
+    count = 0
+    while True:
         Q = program.Q + (shift * size)[:, None, None] * eye
         M = Q + torch.diag_embed(diagonal)
         M = torch.where(M.isfinite().all(-1).all(-1)[:, None, None], M, eye)
         saddle = SaddlePoint.factor(M, program.A, positive_or_one(torch.diagonal(M, dim1=-2, dim2=-1).amax(-1)))
-        if bool(saddle.definite.all()):
-            break
+        count += 1
+        if bool(saddle.definite.all()) or count == _SHIFTS:
+            return saddle, Q, shift
         shift = torch.where(saddle.definite, shift, (10 * shift).clamp_min(_LEAST))
-    return saddle, Q, shift
 
 
 def _scales(program: Program, at: Point, floor: Tensor) -> tuple[Tensor, Tensor]:

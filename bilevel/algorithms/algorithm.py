@@ -81,6 +81,11 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         """
         return False
 
+    @property
+    def best_by_measure(self) -> bool:
+        """Whether, on fixed data, the best iterate is that of the least measure of stationarity. No, unless said."""
+        return False
+
     @abc.abstractmethod
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> S:
         """The state before the first step, at x `(p,)` and y `(q,)`, one task's; x may have to be projected."""

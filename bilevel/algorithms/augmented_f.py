@@ -1,4 +1,4 @@
-"""The outer objective of an augmented Lagrangian: f with the constraints in it, as the f of a problem like any other."""
+"""The outer objective of an augmented Lagrangian: f and the constraints, as the f of a problem like any other."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ class _Augmented(AbstractPortable):
     def __call__(self, x: Tree, y: Tree, *data: Any) -> Tensor:
         multipliers, nu, w = self.at.inequalities, self.at.equalities, self.at.weight
         if self.of_tasks:
-            *data, (own, multipliers, nu) = data
-            data.append(own)
+            *_, (own, multipliers, nu) = data
+            data = (own,)
         violation = w == torch.inf
         total: Any = 0.0 if violation else self.f(x, y, *data)
         if w == 0:
-            return total
+            alone: Tensor = total
+            return alone
         if self.inequalities is not None:
             c = entries(self.inequalities(x, y, *data), "outer_inequalities")
             shifted = (c if violation else multipliers + w * c).clamp_min(0)
@@ -59,7 +60,8 @@ class _Augmented(AbstractPortable):
             e = entries(self.equalities(x, y, *data), "outer_equalities")
             square = e.square().sum() / 2
             total = total + (square if violation else (nu * e).sum() + w * square)
-        return total
+        found: Tensor = total
+        return found
 
 
 @final

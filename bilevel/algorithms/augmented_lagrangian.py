@@ -13,12 +13,12 @@ from bilevel._apply import apply_estimator
 from bilevel._estimate import FlatStart
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractMinimizer
-from bilevel._problem import Split
 from bilevel._result import Status
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.augmented_f import Function, Lagrange, augmented
 from bilevel.algorithms.descent import Descent, DescentState
-from bilevel.algorithms.oracle import AbstractData, Oracle, is_fixed
+from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.outer_conditions import FAILED, STATIONARY, conditions, first_weight, largest
 from bilevel.algorithms.outer_constraints import OuterConstraints, outer_values
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, demand_ranges
@@ -26,8 +26,6 @@ from bilevel.requirements.properties import Property
 from bilevel.requirements.starts import starts_warm
 
 _IDLE = 3  # rounds in a row that could not move x: rounding has been reached
-_FAILED = 2  # rounds in a row in which the violation did not fall, although the weight rose tenfold
-_STATIONARY = 1e-3  # of a gradient of the violation, in terms of it
 
 
 @final
@@ -99,12 +97,11 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
         max(|x - P(x - grad L)|, max_i |min(-c_i, lambda+_i)|, max_j |e_j|),
 
     and the run ends where that is at most `tol`. Values are those of f. With tasks the constraints hold in each task,
-    f and L are means over tasks, and so a multiplier is that of its constraint divided by the number of tasks, times
-    that number.
+    f and L are means over tasks: the Lagrangian is mean_i (f_i + lambda_i'c_i + nu_i'e_i).
 
     It ends otherwise as `infeasible_stationary` where the violation does not fall although w rises, and
-    x is stationary for it, |x - P(x - grad (|max(c, 0)|^2 + |e|^2) / 2)| <= 0.001 |(max(c, 0), e)|: one estimate that is
-    made for this alone; as `weight_limit` where w would exceed `most`; or as every run does, its steps used up.
+    x is stationary for it, |x - P(x - grad (|max(c, 0)|^2 + |e|^2) / 2)| <= 0.001 |(max(c, 0), e)|: one estimate, made
+    for this alone; as `weight_limit` where w would exceed `most`; or as every run does, its steps used up.
 
     Cost: one estimate and one value of the constraints a step. Memory: that of `descent`, and the multipliers.
 
@@ -157,8 +154,8 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        ranges = dict(weight=POSITIVE, most=POSITIVE, bound=POSITIVE, tol=AT_LEAST_0, round_steps=AT_LEAST_1)
-        demand_ranges(self, growth=Range(least=1.0, open=True), decrease=Range(below=1.0), **ranges)
+        demand_ranges(self, weight=POSITIVE, most=POSITIVE, bound=POSITIVE, tol=AT_LEAST_0, round_steps=AT_LEAST_1)
+        demand_ranges(self, growth=Range(least=1.0, open=True), decrease=Range(below=1.0))
         if self.inequalities is None and self.equalities is None:
             raise ValueError(
                 "`AugmentedLagrangian(inequalities=..., equalities=...)` needs one of them. Got None. Without"
@@ -168,6 +165,10 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
     @property
     def requires(self) -> frozenset[Property]:
         return frozenset()  # the estimator has requirements of its own
+
+    @property
+    def best_by_measure(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> AugmentedState:
         problem, descent = oracle.problem(), self.descent.init(oracle, x, y)
@@ -182,19 +183,9 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
         found = self.descent.evaluate(inside, state.descent)
         x, y = state.descent.x, found.estimate.y
         c, e = self._values(oracle, x, y)
-        w, multipliers, nu = state.weight, state.inequalities, state.equalities
-        raised, shifted = (multipliers + w * c).clamp_min(0), nu + w * e
-        complementarity = largest(torch.minimum(-c, raised).abs())
-        gap = max(largest(torch.maximum(c, -multipliers / w).abs()) if w else math.inf, largest(e.abs()))
-        told = OuterConstraints(
-            max(largest(c.clamp_min(0)), largest(e.abs())),
-            complementarity,
-            w,
-            tuple(raised.flatten().tolist()),
-            tuple(shifted.flatten().tolist()),
-        )
+        raised, shifted, gap, told = conditions(c, e, Lagrange(state.inequalities, state.equalities, state.weight))
         distance = float(self.descent.stationarity(inside, state.descent, found))
-        measure = max(distance, complementarity, largest(e.abs()))
+        measure = max(distance, told.complementarity, largest(e.abs()))
         ends = state.closing or found.ended is not None or state.steps + 1 >= self.round_steps
         over = found.back is None and state.weight > 0 and (ends or distance <= state.omega)
         fell = gap <= max(self.decrease * state.violation, 0.5 * self._target(state))
@@ -215,7 +206,9 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
         kept: _Kept = found.kept
         if not state.weight:
             own = kept.found.tol or 0.0
-            begun = replace(state, weight=self._first_weight(oracle, state, found), own=own)
+            c, e = self._values(oracle, state.descent.x, found.estimate.y)
+            weight = first_weight(float(found.estimate.value), c, e) if self.weight is None else self.weight
+            begun = replace(state, weight=weight, own=own)
             omega = max(0.5 * self._target(begun), 0.1 * min(1.0, kept.distance) if kept.distance else 0.1)
             return replace(begun, descent=self._anew(oracle, state, found), omega=omega)
         if kept.over:
@@ -235,7 +228,8 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
                 idle=0 if state.steps else state.idle + 1,
             )
         if kept.found.ended is not None and found.back is not None:
-            return replace(found.back, closing=True)
+            back: AugmentedState = found.back
+            return replace(back, closing=True)
         descent = self.descent.step(self._augmented(oracle, state), state.descent, kept.found)
         return replace(state, descent=descent, steps=state.steps + 1)
 
@@ -270,51 +264,19 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
         y, v = (found.estimate.y, found.estimate.v) if warm else (state.descent.y, state.descent.v)
         return DescentState(state.descent.x, y, v, memory)
 
-    def _first_weight(self, oracle: Oracle, state: AugmentedState, found: Evaluated) -> float:
-        if self.weight is not None:
-            return self.weight
-        c, e = self._values(oracle, state.descent.x, found.estimate.y)
-        square = float(c.clamp_min(0).square().sum() + e.square().sum()) / 2
-        value = abs(float(found.estimate.value))
-        w = 10 * max(1.0, value) / max(1.0, square)
-        return min(max(w, 1e-6), 10.0) if math.isfinite(w) else 10.0
-
     def _ended(
         self, oracle: Oracle, state: AugmentedState, x: Tensor, y: Tensor, told: OuterConstraints, failed: int
     ) -> Status | None:
         """Why no further round can help; None: one may."""
-        if failed >= _FAILED and told.violation > self._target(state):
+        if failed >= FAILED and told.violation > self._target(state):
             c, e = self._values(oracle, x, y)
             left = torch.cat([c.clamp_min(0).flatten(), e.flatten()])
             at = Lagrange(state.inequalities, state.equalities, math.inf)
             problem = augmented(oracle, self.inequalities, self.equalities, at).problem()
             start = FlatStart(y, None, max(1, oracle.step))
             slope = apply_estimator(self.descent.estimator, problem, x, start, self.descent.chunk_size).grad
-            if float(oracle.residual(x, slope)) <= _STATIONARY * float(safe_row_norms(left)) / (oracle.like.tasks or 1):
+            if float(oracle.residual(x, slope)) <= STATIONARY * float(safe_row_norms(left)) / (oracle.like.tasks or 1):
                 return Status.infeasible_stationary
         if failed and state.weight * self.growth > self.most:
             return Status.weight_limit
         return None
-
-
-def demand_steady(data: AbstractData | Split, accuracy: str | None) -> None:
-    """Refuse what constraints on x cannot stand beside them.
-
-    Raises:
-        ValueError: naming it, and what to do.
-    """
-    if not is_fixed(data):
-        raise ValueError(
-            "`minimize(outer_inequalities=..., outer_equalities=...)` needs the same data at every step: multipliers"
-            " that follow the violations of single batches converge to nothing. Pass all samples as one batch."
-        )
-    if accuracy not in (None, "fixed"):
-        raise ValueError(
-            "`minimize(accuracy='adaptive')` certifies by constants of f, and with `outer_inequalities` or"
-            " `outer_equalities` it is an augmented Lagrangian that is minimized. Leave out `accuracy`."
-        )
-
-
-def largest(values: Tensor) -> float:
-    """The largest entry; 0 where there is none."""
-    return float(values.max()) if values.numel() else 0.0

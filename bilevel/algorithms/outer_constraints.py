@@ -54,13 +54,16 @@ class OuterConstraints(AbstractPortable):
             ValueError: if it is no such data.
         """
         try:
-            numbers = {name: float(content[name]) for name in ("violation", "complementarity", "weight")}
-            vectors = {name: tuple(map(float, content[name])) for name in ("inequalities", "equalities")}
+            violation, complementarity, weight = (float(content[name]) for name in _NUMBERS)
+            inequalities, equalities = (tuple(map(float, content[name])) for name in _VECTORS)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`OuterConstraints.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
             ) from error
-        return OuterConstraints(**numbers, **vectors)
+        return OuterConstraints(violation, complementarity, weight, inequalities, equalities)
+
+
+_NUMBERS, _VECTORS = ("violation", "complementarity", "weight"), ("inequalities", "equalities")
 
 
 def outer_values(problem: FlatProblem, function: Callable[..., Tree] | None, name: str, x: Tensor, y: Tensor) -> Tensor:

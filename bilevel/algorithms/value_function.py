@@ -1,10 +1,11 @@
-"""Optimistic bilevel programs without a unique inner minimizer: relaxed conditions of y, and cuts by the value function."""
+"""Optimistic bilevel programs without a unique inner minimizer: active sets, and cuts by the value function."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 import torch
@@ -15,6 +16,7 @@ from bilevel._result import Report, Status
 from bilevel._sets import Box
 from bilevel._tree import Tree
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.engine.active_sets import LinearConditions
 from bilevel.algorithms.engine.global_inner import InnerMinimum, by_linear_program, by_multistart, is_linear
 from bilevel.algorithms.engine.optimistic import Optimistic
 from bilevel.algorithms.engine.programs import Program, in_numpy
@@ -33,6 +35,7 @@ Function: TypeAlias = Callable[..., Tree]
 
 _RELAXATIONS = (1.0, 1e-2, 1e-4, 1e-6)
 _SHIFT = 1e3  # by how much a cut is relaxed where the point that it is from is infeasible: times the violation squared
+_ROUNDS = 8  # after so many what has passed the tests is what is returned
 _CHECK = 7919  # the seed of the independent solve
 _FEASIBLE = 1e-6
 
@@ -48,6 +51,9 @@ class ValueFunctionState:
         cuts: points y_k whose values bound V from above `(k, q)`.
         solved: whether (x, y) is a local solution of a relaxed program, and not the start.
         round: how many programs have been solved.
+        best: (x, y) of the lowest f that has passed the tests so far `(p + q,)`, or None.
+        value: f there; inf: there is none.
+        final: whether (x, y) is that, and nothing better is looked for.
     """
 
     x: Tensor
@@ -55,16 +61,24 @@ class ValueFunctionState:
     cuts: Tensor
     solved: bool
     round: int
+    best: Tensor | None = None
+    value: float = math.inf
+    final: bool = False
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
-    """min over x and y of f(x, y)  s.t.  g(x, y) <= V(x) = min {g(x, .) : c <= 0, e = 0},  c <= 0, e = 0, C <= 0, E = 0.
+    """min over x, y of f(x, y)  s.t.  g(x, y) <= V(x) = min {g(x, .) : c <= 0, e = 0},  c <= 0, e = 0, C <= 0, E = 0.
 
     For inner problems with several minimizers, or nonconvex ones: among the minimizers of g(x, .) that the outer
-    constraints C(x, y) <= 0 and E(x, y) = 0 allow, y is the best for f (optimistic). Each step solves, by sequential
-    quadratic programming from (x, y) and from (x, a global minimizer of g(x, .)), with multipliers lambda and nu,
+    constraints C(x, y) <= 0 and E(x, y) = 0 allow, y is the best for f (optimistic).
+
+    Where all constraints are affine in (x, y), and grad_y g is affine in x and does not depend on y, the conditions
+    of the inner linear program are affine but for lambda_i c_i = 0, and the first step is branch and bound over these:
+    nodes are linear programs where f is affine too (the result is then the global optimum), local minimizations of f
+    elsewhere. Other steps solve, by sequential quadratic programming from (x, y) and from
+    (x, a global minimizer of g(x, .)), with multipliers lambda and nu,
 
         min f  s.t.  grad_y (g + lambda'c + nu'e) = 0,  lambda >= 0,  -lambda_i c_i <= t,  c <= 0, e = 0, C <= 0, E = 0,
                      g(x, y) <= g(x, y_k) + M |max(c(x, y_k), 0), e(x, y_k)|^2  for the cuts y_k,
@@ -73,10 +87,11 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     elsewhere. At the solution V(x) is computed globally: by a linear program where g, c and e are affine in y (HiGHS),
     or by local searches from many points. Its minimizer is a new cut unless the inner gap g(x, y) - V(x) is at most
     `tol`: cuts are what tells a global minimizer from a stationary point. Every second step leaves out the conditions
-    on the gradient, which no minimizer needs to satisfy where the constraints have no regular multipliers.
+    on the gradient, which no minimizer needs to satisfy where the constraints have no regular multipliers. Lower values
+    of f than that of the best point that has passed these tests are followed up, for at most eight steps.
 
     The run ends, `successful`, where max(inner gap, violation of any constraint) <= `minimize(tol=...)`, 1e-6 if that
-    is None, at a local solution, and an independent global solve, with other and four times as many points, finds no
+    is None, at a local solution, and an independent global solve, with other points, four times as many, finds no
     lower value of g. What is then known is that y is a minimizer as far as these solves tell (a proof only where they
     are linear programs), and that f is locally least: the best that was found, and not the global optimum. Run it from
     several x0. Where steps end first, the status says so. `Estimate.grad` is grad_x f - mu (grad_x g - grad V) for the
@@ -90,7 +105,8 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
 
     Source: Outrata, "On the numerical solution of a class of Stackelberg problems", ZOR 34 (1990), for the value
     function; Mitsos, Lemonidis, Barton, "Global solution of bilevel programs with a nonconvex inner program", J. Glob.
-    Optim. 42 (2008), for cuts; Scholtes, "Convergence properties of a regularization scheme for mathematical programs
+    Optim. 42 (2008), for cuts; Bard, Moore, "A branch and bound algorithm for the bilevel programming problem", SIAM J.
+    Sci. Stat. Comput. 11 (1990); Scholtes, "Convergence properties of a regularization scheme for mathematical programs
     with complementarity constraints", SIAM J. Optim. 11 (2001).
 
     Args:
@@ -100,6 +116,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         samples: how many points the global solve draws.
         searches: how many of them it searches from.
         radius: half the side of the cube that they are drawn in, about y and about 0, in units of max(1, |y|).
+        nodes: how many nodes of the branch and bound over active sets are looked at at most.
         seed: of the draws.
 
     Raises:
@@ -123,21 +140,22 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     equalities: Function | None = None
     inner: Literal["auto", "lp", "multistart"] = "auto"
     samples: int = 400
-    searches: int = 6
+    searches: int = 4
     radius: float = 10.0
+    nodes: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, samples=AT_LEAST_1, searches=AT_LEAST_1, radius=POSITIVE, seed=COUNT)
+        demand_ranges(self, samples=AT_LEAST_1, searches=AT_LEAST_1, radius=POSITIVE, nodes=AT_LEAST_1, seed=COUNT)
 
     @property
     def requires(self) -> frozenset[Property]:
         return frozenset()
 
     @property
-    def values_are_phi(self) -> bool:
-        return False
+    def best_by_measure(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> ValueFunctionState:
         scipy_optimize("ValueFunction")
@@ -159,7 +177,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             value, g = problem.problem.f(x, y), float(problem.problem.g(x, y))
             (C, E), (c, e) = problem.outer(x, y), problem.inner(x, y)
         least = self._least(problem, x, y, state, state.round)
-        gap = g - least.value
+        gap = g - least.value if math.isfinite(least.value) else math.inf
         outer = float(torch.cat([C, E.abs()]).clamp_min(0).max()) if len(C) + len(E) else 0.0
         own = float(torch.cat([c, e.abs()]).clamp_min(0).max()) if len(c) + len(e) else 0.0
         measure = max(gap, outer, own)
@@ -173,33 +191,49 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         grad = self._slope(problem, x, y, least)
         estimate = FlatEstimate(grad=grad, value=value.detach(), y=y, reports=(report,))
         told = OuterConstraints(outer, max(outer, 0.0), 0.0, (), ())
-        measure = measure if state.solved else max(measure, 1.0)
-        return Evaluated(estimate, (least, max(measure, 0.0)), None, None, 1e-6, told)
+        shown = max(measure, 0.0) if state.final else max(measure, 1.0)
+        return Evaluated(estimate, (least, max(measure, 0.0), shown), None, None, 1e-6, told)
 
     def step(self, oracle: Oracle, state: ValueFunctionState, found: Evaluated) -> ValueFunctionState:
         import numpy as np
 
-        least, _ = found.kept
+        least, measure, _ = found.kept
+        if state.solved and measure <= _FEASIBLE and float(found.estimate.value) < state.value:
+            state = replace(state, best=torch.cat([state.x, state.y]), value=float(found.estimate.value))
         problem = self._problem(oracle)
         cuts = state.cuts
         if state.solved and math.isfinite(least.value):
             cuts = torch.cat([cuts, least.y.unsqueeze(0)])
-        best: tuple[float, float, Array] | None = None
+        p, q = state.x.numel(), state.y.numel()
+        if state.round == 0 and self.inner != "multistart":
+            conditions = LinearConditions.of(problem, state.x, state.y)
+            if conditions is not None:
+                start = np.concatenate([as_numpy(state.x), as_numpy(state.y)])
+                low, high = _bounds(oracle, state.x)
+                limits = as_numpy(low), as_numpy(high)
+                z, _ = conditions.solve(problem, start, state.x, limits, self.nodes)
+                if z is not None:
+                    at = torch.from_numpy(z.copy()).to(state.x)
+                    return ValueFunctionState(oracle.project(at[:p]), at[p:], cuts, solved=True, round=1, final=True)
+        lowest: tuple[float, float, Array] | None = None
         regular = state.round % 2 == 0
-        for y in (least.y, state.y) if state.round < 2 or not torch.equal(least.y, state.y) else (state.y,):
+        for y in (least.y, state.y):
             for z, value, left in self._candidates(oracle, problem, state.x, y, cuts, regular):
                 good = left <= _FEASIBLE / 10
                 rank = (0.0, value) if good else (left, value)
-                if best is None or rank < best[:2]:
-                    best = (*rank, z)
-        p, q = state.x.numel(), state.y.numel()
-        if best is None or not np.isfinite(best[2]).all():
+                if lowest is None or rank < lowest[:2]:
+                    lowest = (*rank, z)
+        if lowest is None or not np.isfinite(lowest[2]).all():
             return replace(state, cuts=cuts, round=state.round + 1)
-        z = torch.from_numpy(best[2].copy()).to(state.x)
-        return ValueFunctionState(oracle.project(z[:p]), z[p : p + q], cuts, solved=True, round=state.round + 1)
+        point = torch.from_numpy(lowest[2].copy()).to(state.x)
+        after = replace(state, cuts=cuts, solved=True, round=state.round + 1)
+        lower = lowest[0] == 0.0 and lowest[1] < state.value - 1e-6 * max(1.0, abs(state.value))
+        if state.best is not None and state.round > 0 and (not lower or state.round >= _ROUNDS):
+            return replace(after, x=state.best[:p], y=state.best[p:], final=True)
+        return replace(after, x=oracle.project(point[:p]), y=point[p : p + q], final=False)
 
     def stationarity(self, oracle: Oracle, state: ValueFunctionState, found: Evaluated) -> Tensor:
-        return state.x.new_tensor(found.kept[1])
+        return state.x.new_tensor(found.kept[2])
 
     def point(self, state: ValueFunctionState) -> tuple[Tensor, Tensor]:
         return state.x, state.y
@@ -219,7 +253,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             x,
             near,
             samples=times * self.samples,
-            searches=times * self.searches,
+            searches=min(times, 2) * self.searches,
             radius=self.radius,
             seed=self.seed + seed,
         )
@@ -250,7 +284,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         equalities = len(problem.outer(x, y)[1]) + m + y.numel()
         found = []
         for t in _RELAXATIONS:
-            function = in_numpy(lambda z, t=t: _program(problem, z, sizes, cuts, t), x)  # type: ignore[misc]
+            function = in_numpy(partial(_program, problem, sizes=sizes, cuts=cuts, t=t), x)
             z, value, left = Program(function, equalities, low, high).solve(z, max_steps=60)
             if not (math.isfinite(value) and math.isfinite(left)):
                 break
@@ -260,8 +294,8 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             active = own > -as_numpy(problem.inner(at[: sizes[0]], at[sizes[0] : sizes[0] + sizes[1]])[0])
             fixed = high.copy()
             fixed[sizes[0] + sizes[1] : sizes[0] + sizes[1] + k][~active] = 0.0
-            chosen = torch.from_numpy(active).to(x.device)
-            function = in_numpy(lambda z: _program(problem, z, sizes, cuts, None, chosen), x)
+            held = torch.from_numpy(active).to(x.device)
+            function = in_numpy(partial(_program, problem, sizes=sizes, cuts=cuts, t=None, active=held), x)
             found.append(Program(function, equalities, low, fixed).solve(np.clip(z, low, fixed)))
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel._estimate import Estimate
@@ -19,6 +20,7 @@ from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import certify_flat
+from bilevel.certificates.face import certify_on_face
 from bilevel.certificates.manifold import certify_on_manifold
 from bilevel.certificates.penalty import certify_penalty
 from bilevel.inner_problems.kinds import inner_problem
@@ -62,6 +64,11 @@ def certify(
     manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
     that the margin of the support is larger than the error of y, so that y* has that support. Where it is not, the
     bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
+
+    Under linear constraints all of this holds on the face that y* is on, of a vertex without any curvature; what is
+    shown first is that strict complementarity has a margin larger than the error of y. Where it has not, where rows
+    move with x, with tasks and in float32 the bound is infinite, with the reason; for nonlinear constraints there is no
+    theorem. g has to be convex in y. See `docs/constraints.md`.
 
     Cost: two gradients, one Hessian product and one cross product with all constants and v given. Without C_G some
     30 cross products more, to bound |G| at y with 99 % confidence; without L a gradient and some 14 Hessian products,
@@ -115,7 +122,8 @@ def certify(
     demand_autograd("certify")
     check_signature(problem, data)
     kind = inner_problem(problem)
-    why = "" if Feature.prox in kind.features else no_certificate(problem)
+    own = {Feature.prox, Feature.constraints}  # kinds with theorems of their own
+    why = "" if own & kind.features and Feature.nonlinear_constraints not in kind.features else no_certificate(problem)
     if why:
         raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
@@ -131,6 +139,17 @@ def certify(
         v = None if estimate.v is None else ravel_rows(flat, estimate.v, "estimate.v")
         solver = accurate_cg(y) if linear is None else linear
         return certify_on_manifold(flat, term, x_vector.detach(), z.detach(), y, v, constants, solver)
+    with torch.enable_grad():
+        leaf = x_vector.detach().requires_grad_()
+        constraints = kind.linear_constraints(flat, leaf)
+    if constraints is not None:
+        if refine or first_order:
+            raise ValueError(
+                "`certify(refine=..., first_order=...)` is for smooth inner problems. Here there are constraints: leave"
+                " them out."
+            )
+        solver = accurate_cg(y) if linear is None else linear
+        return certify_on_face(flat, constraints, leaf, z.detach(), y, constants, solver)
     why = no_certificate_at(flat, x_vector.detach(), y)
     if why:
         raise ValueError(f"`certify` does not apply: {why}")

@@ -11,8 +11,9 @@ from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._result import Report, Status, Tally
 from bilevel.diagnostics.findings import Findings
 from bilevel.diagnostics.subject import Subject
+from bilevel.hypergrad.aid import AID
 from bilevel.hypergrad.full_kkt import FullKKT
-from bilevel.hypergrad.kkt import KKT
+from bilevel.solvers.saddle_cholesky import SaddleCholesky
 
 _DENSE = 200  # up to so many entries of y the whole conditions are solved too
 
@@ -26,7 +27,7 @@ def constraints_are_regular(subject: Subject, found: Findings) -> Findings:
         return found
     problem, start = subject.problem.with_tally(Tally()), FlatStart(found.y, None, 1)
     try:
-        reduced = apply_estimator(KKT(subject.solver()), problem, subject.x, start)
+        reduced = apply_estimator(AID(subject.solver(), SaddleCholesky()), problem, subject.x, start)
     except (ValueError, NotImplementedError):  # why is said where estimators are listed
         return found
     reports = {report.part: report for report in reduced.reports}

@@ -14,7 +14,6 @@ from bilevel.inner_problems.linear_model import (
     LogLoss as LogLoss,
     Squared as Squared,
 )
-from bilevel.inner_problems.nonlinear_constraints import FlatConstraints as FlatConstraints
 from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained as NonlinearlyConstrained
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.inner_problems.proximal_fixed_point import ProximalFixedPoint as ProximalFixedPoint

@@ -95,6 +95,9 @@ class LinearlyConstrained(AbstractInnerProblem):
         """The constraints on y at x, one row for each problem of the batch; differentiable."""
         return polytope_at(problem, x, self.constraints)
 
+    def linear_constraints(self, problem: FlatProblem, x: Tensor) -> FlatPolytope:
+        return self.polytope(problem, x)
+
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
         return smooth_objective(problem, x, products, constraints=self.polytope(problem, x))
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a problem holds its kind, and a kind is given the problem
     from bilevel._inner import Objective
     from bilevel._result import Solved
     from bilevel.inner_problems.flat_term import FlatTerm
+    from bilevel.inner_problems.polytope import FlatPolytope
 
 
 class AbstractInnerProblem(AbstractDeclaredKind):
@@ -51,6 +52,10 @@ class AbstractInnerProblem(AbstractDeclaredKind):
 
     def term(self, problem: FlatProblem) -> FlatTerm | None:
         """The non-smooth term h in y*(x) = argmin_y g(x, y) + h_x(y), where it is such a problem; None: it is not."""
+        return None
+
+    def linear_constraints(self, problem: FlatProblem, x: Tensor) -> FlatPolytope | None:
+        """The constraints on y at x, differentiable, where these are all that it has beyond g; None: they are not."""
         return None
 
     def linearize(

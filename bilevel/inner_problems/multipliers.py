@@ -37,12 +37,12 @@ class Multipliers(AbstractResult):
         upper: in the structure of y.
     """
 
-    inequalities: Tree | None = None
-    equalities: Tree | None = None
+    inequalities: Tree = None
+    equalities: Tree = None
     linear_inequalities: Tensor | None = None
     linear_equalities: Tensor | None = None
-    lower: Tree | None = None
-    upper: Tree | None = None
+    lower: Tree = None
+    upper: Tree = None
 
     def __post_init__(self) -> None:
         demand_types(self)

@@ -76,17 +76,17 @@ class NonlinearlyConstrained(AbstractInnerProblem):
     constraints: Callable[..., Polytope] | None = None
 
     def __post_init__(self) -> None:
-        if self.inequalities is None and self.equalities is None:
-            raise ValueError(
-                "`NonlinearlyConstrained(inequalities=..., equalities=...)` needs one of them. Got neither."
-                " Linear constraints alone are `LinearlyConstrained`."
-            )
         parts = (("objective_function", self.objective_function), *self._given.items())
         for name, function in parts:
             if not callable(function):
                 raise TypeError(
                     f"`NonlinearlyConstrained({name}=...)` must be a function. Got {type(function).__name__}."
                 )
+        if self.inequalities is None and self.equalities is None:
+            raise ValueError(
+                "`NonlinearlyConstrained(inequalities=..., equalities=...)` needs one of them. Got neither."
+                " Linear constraints alone are `LinearlyConstrained`."
+            )
 
     @property
     def _given(self) -> dict[str, Callable[..., Any]]:
@@ -163,9 +163,10 @@ class NonlinearlyConstrained(AbstractInnerProblem):
         self, problem: FlatProblem, x: Tensor, solved: Solved, smooth: Callable[[], Linearization], margin: float | None
     ) -> Linearization:
         at, y = smooth(), solved.value
+        found: dict[str, Structure] = {}
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            nonlinear = self.nonlinear(problem, leaf, found := {})
+            nonlinear = self.nonlinear(problem, leaf, found)
             self._demand_affine(nonlinear, y)
             tangents = nonlinear.tangents(y)
             moving = tangent(self.polytope(problem, leaf), tangents)

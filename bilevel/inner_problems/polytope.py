@@ -70,6 +70,7 @@ class Polytope:
         """
         return FlatPolytope.lifted(*self.parts(y))
 
+    @checked()
     def parts(self, y: Structure) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A, b, lower, upper, G and h in vectors, for y of this structure; differentiable.
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.sound import demand_alike, sound_records
 
+if TYPE_CHECKING:
+    from bilevel.outer.rounds import Rounds
+
 Estimator: TypeAlias = Callable[[FlatProblem, Tensor, FlatStart], FlatEstimate]
 
 
@@ -36,6 +39,7 @@ def drive(
     *,
     bounds: tuple[Tensor, Tensor] | None,
     warm_start: bool,
+    rounds: Rounds | None = None,
 ) -> Solution:
     """Let a driver minimize Phi, recording each evaluation.
 
@@ -51,12 +55,14 @@ def drive(
         start: x `(p,)` and y `(q,)`, of one task.
         bounds: on x, or None.
         warm_start: whether estimates start where the one before ended.
+        rounds: the driver's runs where there are constraints on x and y*(x); None: it has one.
 
     Raises:
         ValueError: if a checkpoint is of another run.
         BilevelError: if the run does not succeed, and that is to be raised.
     """
-    answers = _Answers(run, estimator, problem, start, warm_start, bounds)
+    answers = _Answers(run, estimator if rounds is None else rounds.estimate, problem, start, warm_start, bounds)
+    answers.rounds = rounds
     rules = run.rules
     if rules.resume:
         assert rules.saves is not None
@@ -64,7 +70,10 @@ def drive(
     solution: Solution | None = None
     try:
         try:
-            x, ended = driver.drive(answers.at, start[0], bounds=bounds, max_steps=rules.max_steps, tol=rules.tol)
+            if rounds is not None:
+                x, ended = rounds.drive(answers.at_with_y, problem, start[0], rules.max_steps, rules.tol)
+            else:
+                x, ended = driver.drive(answers.at, start[0], bounds=bounds, max_steps=rules.max_steps, tol=rules.tol)
             if answers.latest is None or not torch.equal(answers.latest.x, x):
                 answers.at(x)
         except _Stop as stop:
@@ -117,6 +126,7 @@ class _Answers:
         self.run, self.estimator, self.problem, self.start = run, estimator, problem, start
         self.warm_start, self.bounds = warm_start, bounds
         self.latest: _Answer | None = None
+        self.rounds: Rounds | None = None
         self.given: list[_Answer] = []  # all of them, where there is a file to keep them in
         self.known: list[_Answer] = []  # from the file
         self.begun: Randomness | None = None if run.rules.saves is None else drawn_so_far()  # random numbers
@@ -148,7 +158,11 @@ class _Answers:
         estimate = self.run.structured(problem, x, found, index)
         left = found.grad if self.bounds is None else x - (x - found.grad).clamp(*self.bounds)
         norm = float(torch.linalg.vector_norm(left))
-        self.run.record(index, estimate, norm, time.perf_counter() - before)
+        told = None
+        if self.rounds is not None:
+            told = self.rounds.told(problem, x, found.y)
+            norm = max(norm, told.complementarity, told.violation)
+        self.run.record(index, estimate, norm, time.perf_counter() - before, outer=told)
         answer = _Answer(x.clone(), found, self.run.history[-1])
         self._see(answer)
         self.run.reached(index, problem, answer.x, estimate)  # also where the callback raises
@@ -161,6 +175,12 @@ class _Answers:
         if self.run.rules.saves is not None and self.run.rules.saves.due(index + 1):
             self.save(last=False)
         return float(found.value), found.grad
+
+    def at_with_y(self, x: Tensor) -> tuple[float, Tensor, Tensor, float]:
+        """The same, with the inner solution and the measure that was recorded."""
+        value, gradient = self.at(x)
+        assert self.latest is not None
+        return value, gradient, self.latest.found.y, self.latest.record.grad_norm
 
     def structured(self, answer: _Answer) -> Estimate:
         """The estimate of an answer in the user's structures."""

@@ -27,11 +27,11 @@ from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
 from bilevel._validate import demand_type
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.auto import ALIKE, chosen as choose
-from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian, demand_steady
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import AbstractData, Oracle, has_whole, is_fixed
-from bilevel.algorithms.value_function import ValueFunction
+from bilevel.algorithms.outer_conditions import demand_steady
 from bilevel.algorithms.registry import DESCENT, resolve_algorithm
+from bilevel.algorithms.value_function import ValueFunction
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SIZE
 from bilevel.certificates.accuracy import adaptive
@@ -49,6 +49,7 @@ from bilevel.outer.lock import held
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import tells_partial
 from bilevel.outer.records import Callback, Rules, Run
+from bilevel.outer.rounds import Rounds
 from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
 from bilevel.outer.solution import Solution
@@ -134,11 +135,11 @@ def minimize(
             and the best is gone on with as if it had run alone. `Solution.sweep` has a row for each; calls are counted.
         sweep_steps: how long; None: a quarter of `max_steps`.
         constraint: a set for x (`Box`, `Simplex`), or a dict of sets for entries of x's top-level dict.
-        outer_inequalities: c of c(x, y*(x)) <= 0, entry by entry: `outer_inequalities(x, y) -> tensors`, called as f is,
-            so with the data where there are any; it may ignore y. With tasks it holds in each task. With these and the
-            following the method is `AugmentedLagrangian`, whose measure `tol` is then compared with, whose rounds
-            `estimator` and `outer` make, and whose statuses, multipliers and violations are in the records and in
-            `Solution.outer_constraints`. Data that change from step to step are refused.
+        outer_inequalities: c of c(x, y*(x)) <= 0, entry by entry: `outer_inequalities(x, y) -> tensors`, called as f
+            is, so with the data where there are any; it may ignore y. With tasks it holds in each task. The method is
+            then `AugmentedLagrangian`: `estimator` and `outer` make its rounds, `tol` is compared with its measure, and
+            multipliers and violations are in the records and in `Solution.outer_constraints`. Refused beside data that
+            change from step to step, accuracy="adaptive" and `algorithm` (but for `ValueFunction`, which takes them).
         outer_equalities: e of e(x, y*(x)) = 0, likewise.
         callback: called with the record and the estimate of each step; a true return value stops the run.
         checkpoint: a file that the state is written to, atomically, every `checkpoint_every` steps, at the end, and
@@ -282,14 +283,16 @@ def minimize(
                 demand_steady(batches, accuracy)
             if isinstance(steps, AbstractOuterDriver):
                 _refuse_data(steps, data)
-                if coupled:
-                    raise ValueError(f"`{type(steps).__name__}` takes no outer_inequalities and outer_equalities.")
                 estimate = partial(_estimate, estimates, chunk_size)
                 limits = bounds(constraint, x_structure, x)
-                return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm)
+                rounds = Rounds(steps, estimate, outer_inequalities, outer_equalities, limits) if coupled else None
+                by_norm = coupled
+                return drive(run(True), steps, estimate, flat, (x, y), bounds=limits, warm_start=warm, rounds=rounds)
             descent = Descent(estimates, _optimizer(steps), warm, chunk_size)
             chosen = descent
             if coupled:
+                from bilevel.algorithms.augmented_lagrangian import AugmentedLagrangian  # a floor above this one
+
                 chosen = AugmentedLagrangian(descent, outer_inequalities, outer_equalities, tol=tol)
         else:
             others = tuple(FlatProblem(problem, x_structure, y_structure, block) for block in some_blocks(batches))
@@ -320,7 +323,8 @@ def minimize(
                 begun = swept(chosen, sweep, oracle, x, y, length, slack)
             chosen = begun.algorithm
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
-        compares, by_norm = on_batches or (oracle.is_fixed and chosen.values_are_phi), not chosen.values_are_phi
+        by_norm = not chosen.values_are_phi
+        compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
         return iterate(run(compares), chosen, oracle, x, y, begun)
 
 

@@ -174,7 +174,7 @@ class Solution(AbstractResult):
 
     @property
     def outer_constraints(self) -> OuterConstraints | None:
-        """Violation and multipliers of the constraints on x and y*(x), where there are any: those of the last record."""
+        """Violation and multipliers of the constraints on x and y*(x), if there are any: of the last record."""
         return self.history[-1].outer if self.history else None
 
     @property
@@ -313,6 +313,6 @@ def records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         found.append({**record, "status": names[record["status"]], "stats": stats})
     if "outer" in content:
         told = [demanded(content["outer"], name, Tensor).tolist() for name in _OUTER]
-        for record, values in zip(found, zip(*told, strict=True), strict=True):
-            record["outer"] = dict(zip(_OUTER, values, strict=True))
+        for record, own in zip(found, zip(*told, strict=True), strict=True):
+            record["outer"] = dict(zip(_OUTER, own, strict=True))
     return found

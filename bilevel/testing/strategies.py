@@ -23,6 +23,7 @@ from bilevel.problems.quadratic import QuadraticFamily, random_quadratic
 from bilevel.prox import L1, AbstractProxTerm, LInfBall
 from bilevel.solvers.fista import FISTA
 from bilevel.testing.logistic import Logistic
+from bilevel.testing.programs import Program
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -175,6 +176,49 @@ def composites(
     t = float(y.abs().max() / gradient.abs().max()) if bool((y != 0).any() & (gradient != 0).any()) else 1.0
     assume(solved.status.ok and float(term(x).margin(y - t * gradient, t)) > margin)
     return problem, x, y0
+
+
+@_composite
+def programs(
+    draw: DrawFn, max_p: int = 3, max_q: int = 5, max_k: int = 6, kappa: float = 30.0, margin: float = 1e-2
+) -> Program:
+    """Quadratic programs with their solution: bounded condition numbers, and a margin of strict complementarity.
+
+    The eigenvalues of Q are in [1, kappa]; rows that hold are independent, with singular values in [1, 3]; multipliers
+    of those, and distances of the others, are at least `margin`. The first example is diagonal, with nothing that
+    holds.
+
+    Args:
+        draw: of hypothesis, given by it.
+        max_p: the most entries of x.
+        max_q: the most entries of y.
+        max_k: the most inequalities.
+        kappa: the largest condition number.
+        margin: the least multiplier of what holds, and the least distance of what does not.
+    """
+    st = _hypothesis()
+    q, p, seed = draw(st.integers(1, max_q)), draw(st.integers(1, max_p)), draw(st.integers(0, 1000))
+    m, held = draw(st.integers(0, min(1, q - 1))), draw(st.integers(0, q))
+    held = min(held, q - m, max_k)
+    k = draw(st.integers(max(held, 1), max_k))
+    exponents = draw(st.lists(st.integers(0, 4), min_size=q, max_size=q))
+    sizes = draw(st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=q, max_size=q))
+    rows = torch.tensor(sizes, dtype=torch.float64, device="cpu").unsqueeze(-1) * orthogonal(q, seed)
+    amounts = draw(st.lists(st.sampled_from([margin, 0.1, 1.0, 3.0]), min_size=k, max_size=k))
+    sizes_of = torch.tensor(amounts, dtype=torch.float64, device="cpu")
+    holds = torch.arange(k, device="cpu") < held
+    return Program(
+        Q=spd(torch.tensor([kappa ** (e / 4) for e in exponents], dtype=torch.float64, device="cpu"), seed),
+        B=gaussian(q, p, seed=seed + 1),
+        A=rows[held : held + m],
+        G=torch.cat([rows[:held], gaussian(k - held, q, seed=seed + 2)]),
+        H=gaussian(k, p, seed=seed + 3),
+        t=gaussian(q, seed=seed + 4),
+        y=gaussian(q, seed=seed + 5),
+        multipliers=torch.where(holds, sizes_of, 0.0),
+        slack=torch.where(holds, 0.0, sizes_of),
+        nu=gaussian(m, seed=seed + 6),
+    )
 
 
 def _gradient_of(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:

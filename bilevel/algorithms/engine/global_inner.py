@@ -99,24 +99,24 @@ def by_multistart(
         violation = c.clamp_min(0).sum(-1) + e.abs().sum(-1)
     g = torch.where(g.isfinite(), g, torch.inf)
     violation = torch.where(violation.isfinite(), violation, torch.inf)
-    spread = g[g.isfinite() & (violation <= 0)]
-    weight = 10 * float(spread.abs().max()) if len(spread) else 1e3
-    merit = g + (weight + 1) * violation
-    order = [*range(len(near)), *(int(i) for i in merit.argsort()[: 8 * searches])]
+    feasible = violation <= _FEASIBLE  # these first, by value; then the others, by their distance
+    rank = torch.where(feasible, g, torch.inf).argsort()[: 8 * searches]
+    further = torch.where(feasible, torch.inf, violation).argsort()[: 8 * searches]
+    rank = torch.cat([rank[: int(feasible.sum())], further])
+    order = [*range(len(near)), *(int(i) for i in rank)]
     program = _program(problem, x, near[0])
     best, where, tried = np.inf, near[0], list[Tensor]()
+    apart = 0.2 * float(points.std()) if len(points) > 1 else 0.0  # searches from one valley all end at its bottom
     for i in order:
         if len(tried) >= searches + len(near):
             break
         point = points[i]
-        apart = 0.02 * float(points.std()) * 1.0
         if i >= len(near) and any(float((point - other).abs().max()) < apart for other in tried):
             continue
         tried.append(point)
-        for start in (as_numpy(point),):
-            z, value, left = program.solve(start, max_steps=60)
-            if left <= _FEASIBLE and value < best:
-                best, where = value, torch.from_numpy(z.copy()).to(near)
+        z, value, left = program.solve(as_numpy(point), max_steps=60)
+        if left <= _FEASIBLE and value < best:
+            best, where = value, torch.from_numpy(z.copy()).to(near)
     return InnerMinimum(float(best), where, exact=False)
 
 

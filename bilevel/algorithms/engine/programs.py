@@ -18,17 +18,19 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 def values_and_rows(function: Callable[[Tensor], Tensor], point: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of a function `(n,) -> (m,)` at a point, and its Jacobian `(m, n)`; a backward pass an entry."""
+    """The entries of a function `(n,) -> (m,)` at a point, and its Jacobian `(m, n)`; one backward pass."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         found = function(leaf)
-        rows = []
-        for entry in found:
-            row = None
-            if entry.requires_grad:
-                (row,) = torch.autograd.grad(entry, leaf, retain_graph=True, allow_unused=True)
-            rows.append(torch.zeros_like(leaf) if row is None else row)
-    return found.detach(), torch.stack(rows) if rows else leaf.new_zeros(0, leaf.numel())
+        if not found.requires_grad:
+            return found.detach(), leaf.new_zeros(found.numel(), leaf.numel())
+        one = torch.eye(found.numel(), dtype=found.dtype, device=found.device)
+        try:
+            (rows,) = torch.autograd.grad(found, leaf, one, retain_graph=True, is_grads_batched=True)
+        except RuntimeError:  # an operation whose backward pass `torch.vmap` cannot take
+            each = [torch.autograd.grad(found, leaf, row, retain_graph=True)[0] for row in one]
+            rows = torch.stack(each)
+    return found.detach(), rows
 
 
 @final

@@ -1,0 +1,179 @@
+"""Inner problems without a unique minimizer: the value-function method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import BilevelProblem, Box, Polytope, Status, minimize
+from bilevel._flat import FlatProblem
+from bilevel._tree import ravel
+from bilevel.algorithms import ValueFunction
+from bilevel.algorithms.engine.global_inner import by_linear_program, by_multistart
+from bilevel.algorithms.engine.optimistic import Optimistic
+from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.value_function import ValueFunctionState, danskin
+from bilevel.outer.batches import sources
+
+pytest.importorskip("scipy")
+F64 = torch.float64
+
+
+def at(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def box(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([-1 - y, y - 1])
+
+
+def program(problem: BilevelProblem, x: Tensor, y: Tensor) -> Optimistic:
+    return Optimistic(FlatProblem(problem, ravel(x)[1], ravel(y)[1]), None, None)
+
+
+def test_of_several_minimizers_the_best_for_f_is_taken() -> None:
+    # y = -sign(x), and anything in [-1, 1] at 0: f = x^2 + (y - 0.3)^2 is least at (0, 0.3), which no slope of y* shows
+    problem = BilevelProblem(
+        lambda x, y: (x.square() + (y - 0.3).square()).sum(), lambda x, y: (x * y).sum(), inequalities=box
+    )
+    found = minimize(problem, at(0.7), at(0.0), algorithm=ValueFunction(), constraint=Box(-1.0, 1.0))
+    assert found.converged and abs(found.value) < 1e-8 and abs(float(found.x)) < 1e-5
+
+
+def test_a_linear_bilevel_program_is_solved_from_anywhere() -> None:
+    # Clark and Westerberg (1988): (19, 14), f = -37; a polytope with inequalities in x
+    rows = torch.tensor([[1.0], [5.0], [-3.0]], dtype=F64)
+    problem = BilevelProblem(
+        lambda x, y: (x - 4 * y).sum(),
+        lambda x, y: y.sum(),
+        constraints=lambda x: Polytope(G=rows, h=torch.cat([2 * x, 108 - 2 * x, -4 - 2 * x])),
+    )
+    for start in (-30.0, 1.0, 50.0):
+        found = minimize(problem, at(start), at(0.0), algorithm=ValueFunction())
+        assert found.converged and found.value == pytest.approx(-37, abs=1e-7)
+        assert float(found.x) == pytest.approx(19, abs=1e-6)
+
+
+def test_a_stationary_point_that_is_no_global_minimizer_is_cut_off() -> None:
+    # g = x y^2 / 2 + y^4 / 4 has its minimizers at y^2 = -x, and a maximum at 0 (Mitsos and Barton, example 3.17)
+    problem = BilevelProblem(
+        lambda x, y: ((x + 0.5).square() + y.square() / 2).sum(),
+        lambda x, y: (x * y.square() / 2 + y.pow(4) / 4).sum(),
+        inequalities=box,
+    )
+    method = ValueFunction(samples=60, searches=2, radius=2.0)
+    found = minimize(problem, at(-0.6), at(0.0), algorithm=method, constraint=Box(-1.0, 1.0), max_steps=12)
+    assert found.converged and found.value == pytest.approx(0.1875, abs=2e-5)
+    assert float(found.x) == pytest.approx(-0.25, abs=1e-3)
+
+
+def test_outer_constraints_may_couple_x_and_y() -> None:
+    problem = BilevelProblem(lambda x, y: (x + y).sum(), lambda x, y: -y.sum(), inequalities=lambda x, y: y - x - 1)
+    found = minimize(
+        problem,
+        at(3.0),
+        at(0.0),
+        algorithm=ValueFunction(),
+        outer_inequalities=lambda x, y: 2 - y,
+        outer_equalities=lambda x, y: 0 * x,
+    )
+    assert found.value == pytest.approx(3, abs=1e-7)  # y = x + 1 >= 2
+
+
+def test_steps_that_end_before_the_gap_is_closed_are_no_success() -> None:
+    problem = BilevelProblem(lambda x, y: (x + y).sum(), lambda x, y: (y.pow(3) / 3 - x * y).sum(), inequalities=box)
+    short: dict[str, Any] = {"algorithm": ValueFunction(samples=20, searches=1, radius=2.0), "max_steps": 0}
+    found = minimize(problem, at(0.5), at(0.9), throw=False, tol=1e-6, **short)
+    assert not found.converged and found.status is Status.max_steps
+
+
+def test_constraints_that_cannot_hold_are_no_success() -> None:
+    problem = BilevelProblem(lambda x, y: (x + y).sum(), lambda x, y: y.sum(), inequalities=lambda x, y: 1 - y)
+    found = minimize(
+        problem,
+        at(0.5),
+        at(0.9),
+        algorithm=ValueFunction(samples=20, searches=1),
+        outer_inequalities=lambda x, y: y,
+        max_steps=1,
+        tol=1e-6,
+        throw=False,
+    )
+    assert not found.converged and found.status is Status.max_steps
+
+
+@pytest.mark.parametrize("x", [-0.7, 0.4])
+def test_the_slope_of_the_value_function_is_that_of_the_lagrangian(x: float) -> None:
+    # V(x) = min {x y : y >= x - 2, y <= 1 + x^2}: the constraints move with x
+    problem = BilevelProblem(
+        lambda x, y: y.sum(),
+        lambda x, y: (x * y).sum(),
+        inequalities=lambda x, y: torch.cat([x - 2 - y, y - 1 - x.square()]),
+    )
+    inner, here = program(problem, at(x), at(0.0)), at(x)
+    least = by_linear_program(inner, here, at(0.0))
+    expected = 1 + 3 * x * x if x < 0 else 2 * x - 2
+    assert least.exact and float(danskin(inner, here, least.y)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_global_solve_finds_the_lower_of_two_valleys() -> None:
+    problem = BilevelProblem(
+        lambda x, y: y.sum(), lambda x, y: ((y.square() - 1).square() + 0.1 * y).sum(), inequalities=box
+    )
+    inner = program(problem, at(0.0), at(0.0))
+    found = by_multistart(inner, at(0.0), at(0.95).unsqueeze(0), samples=100, searches=4, radius=2.0, seed=0)
+    assert float(found.y) == pytest.approx(-1, abs=0.02) and not found.exact
+
+
+def test_the_global_solve_prefers_points_that_are_feasible_to_low_values_outside() -> None:
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y.square() / 2 - y.pow(4) / 4).sum(), inequalities=box)
+    inner = program(problem, at(0.0), at(0.0))
+    found = by_multistart(inner, at(0.0), at(-1.0).unsqueeze(0), samples=200, searches=3, radius=10.0, seed=0)
+    assert abs(found.value) < 1e-9
+
+
+def test_a_resumed_run_is_the_whole_one(tmp_path: Any) -> None:
+    problem = BilevelProblem(
+        lambda x, y: ((x - 0.25).square() + y.square()).sum(),
+        lambda x, y: (y.pow(3) / 3 - x * y).sum(),
+        inequalities=box,
+    )
+    kept: dict[str, Any] = {
+        "algorithm": ValueFunction(samples=40, searches=2, radius=2.0),
+        "constraint": Box(-1.0, 1.0),
+        "tol": 1e-6,
+    }
+    whole = minimize(problem, at(0.8), at(0.5), max_steps=8, **kept)
+    path = tmp_path / "checkpoint.pt"
+    minimize(problem, at(0.8), at(0.5), max_steps=1, checkpoint=path, throw=False, **kept)
+    resumed = minimize(problem, at(0.8), at(0.5), max_steps=8, checkpoint=path, resume=True, **kept)
+    assert torch.equal(whole.x, resumed.x) and torch.equal(whole.y, resumed.y) and whole.converged
+    assert whole.value == pytest.approx(0.25, abs=1e-5)
+
+
+def test_what_it_does_not_take_is_refused_by_name() -> None:
+    from bilevel import Simplex
+
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: y.square().sum())
+    with pytest.raises(ValueError, match="a `constraint=` that is a `Box`"):
+        minimize(problem, at(0.5, 0.5), at(0.0), algorithm=ValueFunction(), constraint=Simplex())
+    tasks = BilevelProblem(lambda x, y, t: y.sum(), lambda x, y, t: (y - t).square().sum(), tasks=True)
+    with pytest.raises(ValueError, match="takes no tasks"):
+        minimize(tasks, at(0.5), at(0.0), data=at(1.0, 2.0).unsqueeze(1), algorithm=ValueFunction())
+    steps = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum(), iterative=True)
+    with pytest.raises(ValueError, match="needs an inner problem that is g"):
+        minimize(steps, at(0.5), at(0.0), algorithm=ValueFunction())
+
+
+@pytest.mark.parametrize("inner", ["lp", "multistart"])
+def test_the_inner_gap_is_measured_wherever_the_point_comes_from(inner: Any) -> None:
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (x * y).sum(), inequalities=box)
+    x, y = at(0.5), at(0.2)
+    oracle = Oracle(FlatProblem(problem, ravel(x)[1], ravel(y)[1]), sources(None))
+    state = ValueFunctionState(x, y, y.new_zeros(0, 1), solved=True, round=1, final=True)
+    method = ValueFunction(inner=inner, samples=20, searches=2)
+    measure = method.stationarity(oracle, state, method.evaluate(oracle, state))
+    assert float(measure) == pytest.approx(0.5 * 0.2 + 0.5, abs=1e-8)
