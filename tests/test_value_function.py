@@ -14,7 +14,9 @@ from bilevel._tree import ravel
 from bilevel.algorithms import ValueFunction
 from bilevel.algorithms.engine.global_inner import by_linear_program, by_multistart
 from bilevel.algorithms.engine.optimistic import Optimistic
-from bilevel.algorithms.value_function import danskin
+from bilevel.algorithms.oracle import Oracle
+from bilevel.algorithms.value_function import ValueFunctionState, danskin
+from bilevel.outer.batches import sources
 
 pytest.importorskip("scipy")
 F64 = torch.float64
@@ -164,3 +166,14 @@ def test_what_it_does_not_take_is_refused_by_name() -> None:
     steps = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum(), iterative=True)
     with pytest.raises(ValueError, match="needs an inner problem that is g"):
         minimize(steps, at(0.5), at(0.0), algorithm=ValueFunction())
+
+
+@pytest.mark.parametrize("inner", ["lp", "multistart"])
+def test_the_inner_gap_is_measured_wherever_the_point_comes_from(inner: Any) -> None:
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (x * y).sum(), inequalities=box)
+    x, y = at(0.5), at(0.2)
+    oracle = Oracle(FlatProblem(problem, ravel(x)[1], ravel(y)[1]), sources(None))
+    state = ValueFunctionState(x, y, y.new_zeros(0, 1), solved=True, round=1, final=True)
+    method = ValueFunction(inner=inner, samples=20, searches=2)
+    measure = method.stationarity(oracle, state, method.evaluate(oracle, state))
+    assert float(measure) == pytest.approx(0.5 * 0.2 + 0.5, abs=1e-8)
