@@ -283,6 +283,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         sizes = (x.numel(), y.numel(), k)
         equalities = len(problem.outer(x, y)[1]) + m + y.numel()
         found = []
+        value = left = math.inf
         for t in _RELAXATIONS:
             function = in_numpy(partial(_program, problem, sizes=sizes, cuts=cuts, t=t), x)
             z, value, left = Program(function, equalities, low, high).solve(z, max_steps=60)
