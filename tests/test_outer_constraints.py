@@ -176,7 +176,7 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(outer: str, tmp_path: Any) -
         assert [_timeless(record) for record in whole.history] == [_timeless(record) for record in resumed.history]
         assert torch.equal(whole.x, resumed.x)
     assert resumed.converged and told(resumed).violation <= 1e-6
-    other: dict[str, Any] = kept | {"outer_inequalities": lambda x, y: y.sum() - 2}
+    other: dict[str, Any] = {**kept, "outer_inequalities": lambda x, y: y.sum() - 2}
     with pytest.raises(ValueError, match="outer_inequalities has other code"):
         minimize(SHIFT, zero(3), zero(3), max_steps=200, checkpoint=path, resume=True, **other)
 

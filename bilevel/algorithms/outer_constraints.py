@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel._flat import FlatProblem
 from bilevel._numerics.misfits import called
 from bilevel._tree import Tree, tree_leaves
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 
@@ -47,7 +48,8 @@ class OuterConstraints(AbstractPortable):
         return {**vars(self), "inequalities": [*self.inequalities], "equalities": [*self.equalities]}
 
     @staticmethod
-    def from_dict(content: Mapping[str, Any]) -> OuterConstraints:
+    @checked("OuterConstraints.from_dict")
+    def from_dict(content: dict[str, Any]) -> OuterConstraints:
         """The inverse of :meth:`as_dict`.
 
         Raises:
@@ -56,7 +58,7 @@ class OuterConstraints(AbstractPortable):
         try:
             violation, complementarity, weight = (float(content[name]) for name in _NUMBERS)
             inequalities, equalities = (tuple(map(float, content[name])) for name in _VECTORS)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"`OuterConstraints.from_dict(content=...)` must be what `as_dict` made. Got {error!r:.200}."
             ) from error

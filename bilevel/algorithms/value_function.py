@@ -282,7 +282,8 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         high = np.concatenate([upper, free, np.full(k + m, np.inf)])
         sizes = (x.numel(), y.numel(), k)
         equalities = len(problem.outer(x, y)[1]) + m + y.numel()
-        found, value, left = [], math.inf, math.inf
+        found = []
+        value = left = math.inf
         for t in _RELAXATIONS:
             function = in_numpy(partial(_program, problem, sizes=sizes, cuts=cuts, t=t), x)
             z, value, left = Program(function, equalities, low, high).solve(z, max_steps=60)
