@@ -205,7 +205,7 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
     estimate = hypergradient(PROBLEM, X0, X0, data=shard, estimator="aid-cg", group=group)
     found["hypergradient"] = estimate.grad
 
-    swept = {"algorithm": SOBA(0.1, 0.05), "data": EVEN, "sweep": SWEEP, "sweep_steps": 3}
+    swept: dict[str, Any] = {"algorithm": SOBA(0.1, 0.05), "data": EVEN, "sweep": SWEEP, "sweep_steps": 3}
     found["swept"] = minimize(PROBLEM, X0, X0, group=group, max_steps=5, **swept).x
     found["swept alone"] = minimize(PROBLEM, X0, X0, max_steps=5, **swept).x
 

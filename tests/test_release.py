@@ -7,6 +7,7 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import pytest
@@ -65,7 +66,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_both_files_are_rewritten(checkout: Path) -> None:
-    module = script()
+    module: Any = script()
     module.ROOT = checkout
     module.main(URL, TAG)
     assert f"]({URL}/blob/{TAG}/docs/quickstart.md)" in (checkout / "README.md").read_text(encoding="utf-8")
@@ -74,7 +75,7 @@ def test_both_files_are_rewritten(checkout: Path) -> None:
 
 @pytest.mark.parametrize(("url", "tag"), [("owner/name", TAG), (URL, "v9.9.9"), (URL, TAG[1:])])
 def test_a_wrong_address_or_a_tag_of_another_version_changes_nothing(checkout: Path, url: str, tag: str) -> None:
-    module = script()
+    module: Any = script()
     module.ROOT = checkout
     with pytest.raises(ValueError, match="must be"):
         module.main(url, tag)

@@ -79,7 +79,7 @@ class Inner:
                 *(A if len(A) else None, A @ y - v.at[model.equal] if len(A) else None),
                 bounds=(None, None),
             )
-            if found.status != 0:
+            if found.status != 0 or found.x is None:
                 break
             at = model.values(np.concatenate([x, found.x])).at
             if at[1] >= best - 1e-12 * max(1.0, abs(at[1])):
