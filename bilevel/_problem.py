@@ -240,13 +240,15 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
             )
         names = _OPTIONAL.get(name, ("x", "y"))
         names = names if name == "encode" else (first, *names[1:])
-        _demand_arguments(name, function, names, data)
+        demand_arguments(name, function, names, data)
     if problem.inner is not None:
         for name, (function, names) in problem.inner.functions.items():
-            _demand_arguments(name, function, names, data)
+            demand_arguments(name, function, names, data)
 
 
-def _demand_arguments(name: str, function: Callable[..., Any], names: tuple[str, ...], data: Any) -> None:
+def demand_arguments(
+    name: str, function: Callable[..., Any], names: tuple[str, ...], data: Any, call: str = "problem.{}"
+) -> None:
     """Refuse a function that does not take these arguments, and data after them where there are any."""
     names += () if data is None else ("data",)
     if _is_plain(function, len(names)):
@@ -259,7 +261,8 @@ def _demand_arguments(name: str, function: Callable[..., Any], names: tuple[str,
         wants_data = "missing" in str(error) and data is None
         hint = "Pass `data=...`." if wants_data else f"Write `def {name}({', '.join(names)}): ...`."
         raise TypeError(
-            f"`problem.{name}` will be called as {name}({', '.join(names)}), which it does not accept ({error}). {hint}"
+            f"`{call.format(name)}` will be called as {name}({', '.join(names)}), which it does not accept"
+            f" ({error}). {hint}"
         ) from error
 
 

@@ -297,6 +297,7 @@ NAN_IS_AN_ANSWER = (  # results say by NaN what could not be computed
         "Score",
         "Solution",
         "Solved",
+        "Substitute",
     ),
     *("Told", "Trained", "Validation"),
 )

@@ -7,8 +7,8 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
-from typing import Any
 from types import ModuleType
+from typing import Any
 
 import pytest
 

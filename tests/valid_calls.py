@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import importlib.util
 import inspect
 import itertools
 import tempfile
@@ -703,8 +704,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
 }
 
 
-# Not called with what is valid: the data are not there.
+# Not called with what is valid: the data, or the package that it belongs to, are not there.
 WITHOUT_DATA = {"omniglot", "convert_omniglot"}
+if importlib.util.find_spec("cvxpy") is None:
+    WITHOUT_DATA.add("from_cvxpy")
 
 
 def valid(entry: Public) -> dict[str, Any]:

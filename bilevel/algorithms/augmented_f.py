@@ -52,12 +52,12 @@ class _Augmented(AbstractPortable):
             alone: Tensor = total
             return alone
         if self.inequalities is not None:
-            c = entries(self.inequalities(x, y, *data), "outer_inequalities")
+            c = entries(self.inequalities, "outer_inequalities", x, y, *data)
             shifted = (c if violation else multipliers + w * c).clamp_min(0)
             square = shifted.square().sum() / 2
             total = total + (square if violation else (square - multipliers.square().sum() / 2) / w)
         if self.equalities is not None:
-            e = entries(self.equalities(x, y, *data), "outer_equalities")
+            e = entries(self.equalities, "outer_equalities", x, y, *data)
             square = e.square().sum() / 2
             total = total + (square if violation else (nu * e).sum() + w * square)
         found: Tensor = total

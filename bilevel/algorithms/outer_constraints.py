@@ -73,19 +73,21 @@ def outer_values(problem: FlatProblem, function: Callable[..., Tree] | None, nam
     if function is None:
         return x.new_zeros(*y.shape[:-1], 0)
     given = function
-    form = f"{name}(x, y, data)"
     with torch.no_grad():
-        return problem.map(
-            lambda x, y, *data: entries(called(form, given, x, problem.y.unravel(y), *data), name), "f", x, y
-        )
+        return problem.map(lambda x, y, *data: entries(given, name, x, problem.y.unravel(y), *data), "f", x, y)
 
 
-def entries(values: Tree, name: str) -> Tensor:
-    """A structure of tensors as one vector.
+def entries(function: Callable[..., Tree], name: str, x: Tree, y: Tree, *data: Any) -> Tensor:
+    """What a constraint says, a structure of tensors, as one vector.
 
     Raises:
         TypeError: if it holds anything else.
     """
+    try:
+        values = called(f"{name}(x, y, data)", function, x, y, *data)
+    except Exception as error:
+        error.add_note(f"It is the function of `minimize({name}=...)`.")
+        raise
     leaves = tree_leaves(values)
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.is_complex():

@@ -20,7 +20,7 @@ from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start, structured
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver, demand_numbers
-from bilevel._problem import BilevelProblem, Split, check_signature
+from bilevel._problem import BilevelProblem, Split, check_signature, demand_arguments
 from bilevel._result import Tally
 from bilevel._sets import Constraint, bounds, corners, region
 from bilevel._tree import Tree, demand_alike, ravel, tree_leaves
@@ -283,6 +283,10 @@ def minimize(
         x, x_structure = ravel(x0, "x0")
         first = first_batch(batches)
         check_signature(problem, first)
+        given = {"outer_inequalities": outer_inequalities, "outer_equalities": outer_equalities}
+        on_x = {name: function for name, function in given.items() if function is not None}
+        for name, function in on_x.items():
+            demand_arguments(name, function, ("x", "y"), first, "minimize({}=...)")
         if y0 is None:
             y0 = own_start("minimize", problem, x0, first)
         y, y_structure = ravel(y0, "y0")
@@ -294,8 +298,6 @@ def minimize(
             flat.over(together, (1.0, 1.0) if problem.tasks else first_shares(batches))
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
-        given = {"outer_inequalities": outer_inequalities, "outer_equalities": outer_equalities}
-        on_x = {name: function for name, function in given.items() if function is not None}
 
         def run(compares: bool) -> Run:
             saves = None
@@ -401,7 +403,7 @@ def _demand_arguments(
         try:
             demand_regular(checkpoint)
         except (OSError, ValueError) as error:  # before anything is computed
-            raise ValueError(f"`minimize(checkpoint=...)` must be the path of a file. {error}.") from error
+            raise ValueError(f"`minimize(checkpoint=...)` must be the path of a file. {str(error)[:200]}.") from error
     demand_type("minimize", "checkpoint_seconds", seconds, float | None)
     demand_type("minimize", "resume", resume, bool | str, 'True, False or "force"')
     if isinstance(resume, str) and resume != "force":

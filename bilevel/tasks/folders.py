@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +11,7 @@ import torch
 
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import SEED
+from bilevel.arguments.words import got
 from bilevel.outside.images import FORMATS, SUFFIXES
 from bilevel.tasks._random import generator
 from bilevel.tasks.image_files import ImageFiles
@@ -82,13 +83,13 @@ def mini_imagenet(path: str | Path, size: int | Sequence[int] = 84, *, cache: bo
     root = Path(path)
     tables = {part: root / f"{short}.csv" for part, short in _PARTS.items()}
     folders = {part: root / short for part, short in _PARTS.items()}
-    if all(table.is_file() for table in tables.values()):
+    if all(_answers(table.is_file) for table in tables.values()):
         return Splits(*(_from_table(table, root / "images", size, cache) for table in tables.values()))
-    if all(folder.is_dir() for folder in folders.values()):
+    if all(_answers(folder.is_dir) for folder in folders.values()):
         return Splits(*(image_folder(folder, size, cache=cache) for folder in folders.values()))
     raise ValueError(
         f"`mini_imagenet(path=...)` must be a folder with images/, train.csv, val.csv and test.csv, or with the folders"
-        f" train/, val/ and test/. {str(path)!r} has {', '.join(_listed(root)) or 'none of them'}."
+        f" train/, val/ and test/. {got(str(path))} has {', '.join(_listed(root)) or 'none of them'}."
     )
 
 
@@ -162,12 +163,17 @@ def _rows(table: Path) -> list[tuple[str, str]]:
 
 def _listed(root: Path) -> list[str]:
     known = [f"{short}{end}" for short in _PARTS.values() for end in (".csv", "")]
-    return [name for name in known if (root / name).exists()]
+    return [name for name in known if _answers((root / name).exists)]
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is one; what systems do not take for a name (too many letters, say) is none."""
+    """Whether it is one."""
+    return _answers(path.is_dir)
+
+
+def _answers(asked: Callable[[], bool]) -> bool:
+    """What a path says of itself; what systems do not take for a name (too many letters, say) is nothing."""
     try:
-        return path.is_dir()
+        return asked()
     except OSError:
         return False

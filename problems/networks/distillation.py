@@ -102,8 +102,8 @@ def distillation(
     X, labels = torch.cat([parts.X_train, parts.X_val]), torch.cat([parts.y_train, parts.y_val])
     if networks > len(X):
         raise ValueError(
-            f"`distillation(networks=...)` needs at least as many training samples as networks. Got {networks} networks"
-            f" and {len(X)} samples."
+            f"`distillation(n_train=..., networks=...)` needs at least as many training samples as networks. Got"
+            f" {networks} networks and {len(X)} samples."
         )
     make = Made(network, (X.shape[1], hidden, parts.classes), X.dtype)
     like = initial(make, seed)

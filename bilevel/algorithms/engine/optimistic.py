@@ -72,6 +72,6 @@ class Optimistic:
         given = function
 
         def flat(x: Tree, y: Tensor, *data: Any) -> Tensor:
-            return entries(called(f"{name}(x, y, data)", given, x, self.problem.y.unravel(y), *data), name)
+            return entries(given, name, x, self.problem.y.unravel(y), *data)
 
         return self.problem.map(flat, level, x, y)
