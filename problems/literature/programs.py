@@ -83,7 +83,7 @@ class Model:
         columns = []
         for i, entry in enumerate(point):
             columns.append(self._complex([*point[:i], entry + _TINY * 1j, *point[i + 1 :]]))
-        found = np.array(columns)
+        found: Any = np.array(columns)
         return Values(found[0].real.copy(), np.ascontiguousarray(found.T.imag) / _TINY)
 
     def second(self, z: Array) -> Array:
@@ -93,7 +93,8 @@ class Model:
         n = self.n
         moved = z[:, None] + np.concatenate([np.eye(n), -np.eye(n)], 1) * _STEP
         columns = np.repeat(moved, n, 1) + _TINY * 1j * np.tile(np.eye(n), 2 * n)
-        slopes = np.stack(self._complex(list(columns))).imag.reshape(-1, 2, n, n) / _TINY
+        values: Any = np.stack(self._complex(list(columns)))
+        slopes = values.imag.reshape(-1, 2, n, n) / _TINY
         found: Array = (slopes[:, 0] - slopes[:, 1]) / (2 * _STEP)
         return found
 
