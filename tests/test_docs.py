@@ -34,7 +34,7 @@ from bilevel.algorithms import registry as _algorithms
 from bilevel.commands.arguments import takes
 from bilevel.experiments.catalogue import experiments
 from bilevel.named import registry as _registry
-from bilevel.problems import catalogue
+from bilevel.problems import catalogue, literature
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -185,6 +185,7 @@ def check_bilevel(words: Sequence[str]) -> None:
         assert cli.main([*words, *quiet]) == 0, f"`bilevel {shlex.join(words)}` failed"
         return
     builds: dict[str, Callable[..., object]] = {name: entry.build for name, entry in catalogue().items()}
+    builds |= {f"literature:{name}": lambda: None for name in literature.names()}  # they take no arguments
     builds |= {name: named.build for name, named in experiments().items()}
     assert problem in builds, f"there is no problem {problem!r}"
     named = getattr(options, "estimator", None) or []

@@ -152,13 +152,13 @@ def by_the_conditions(name: str, x: Tensor, y: Tensor) -> Tensor:
     C = torch.func.jacrev(rows)(z)
     g = torch.func.grad(lambda z: evaluate(name, "g", z[:p], z[p:]))(z)
     w = torch.linalg.lstsq(C[:, p:].T, -g[p:]).solution if len(C) else z.new_zeros(0)
-    L = torch.func.hessian(lambda z: evaluate(name, "g", z[:p], z[p:]) + rows(z) @ w)(z)
+    L = torch.func.jacrev(torch.func.jacrev(lambda z: evaluate(name, "g", z[:p], z[p:]) + rows(z) @ w))(z)
     zero = z.new_zeros(len(C), len(C))
     K = torch.cat([torch.cat([L[p:, p:], C[:, p:].T], 1), torch.cat([C[:, p:], zero], 1)])
     moves = torch.linalg.solve(K, -torch.cat([L[p:, :p], C[:, :p]]))[:q]
     f = torch.func.grad(lambda z: evaluate(name, "f", z[:p], z[p:]))(z)
-    h: Tensor = f[:p] + moves.T @ f[p:]
-    return h
+    found: Tensor = f[:p] + moves.T @ f[p:]
+    return found
 
 
 @pytest.mark.parametrize(("name", "i"), REFERENCES)

@@ -73,7 +73,7 @@ class Inner:
         for _ in range(_VERTICES):
             v = model.values(np.concatenate([x, y]))
             G, A = v.first[model.inner, p:], v.first[model.equal, p:]
-            found = linprog(
+            found: Any = linprog(
                 v.first[1, p:],
                 *(G if len(G) else None, G @ y - v.at[model.inner] if len(G) else None),
                 *(A if len(A) else None, A @ y - v.at[model.equal] if len(A) else None),

@@ -83,8 +83,8 @@ class Model:
         columns = []
         for i, entry in enumerate(point):
             columns.append(self._complex([*point[:i], entry + _TINY * 1j, *point[i + 1 :]]))
-        found = np.array(columns)
-        return Values(np.real(found[0]).copy(), np.ascontiguousarray(np.imag(found.T)) / _TINY)
+        found: Any = np.array(columns)
+        return Values(found[0].real.copy(), np.ascontiguousarray(found.T.imag) / _TINY)
 
     def second(self, z: Array) -> Array:
         """Second derivatives `(k, p + q, p + q)`: central differences of exact first ones."""
@@ -93,7 +93,8 @@ class Model:
         n = self.n
         moved = z[:, None] + np.concatenate([np.eye(n), -np.eye(n)], 1) * _STEP
         columns = np.repeat(moved, n, 1) + _TINY * 1j * np.tile(np.eye(n), 2 * n)
-        slopes = np.imag(np.stack(self._complex(list(columns)))).reshape(-1, 2, n, n) / _TINY
+        values: Any = np.stack(self._complex(list(columns)))
+        slopes = values.imag.reshape(-1, 2, n, n) / _TINY
         found: Array = (slopes[:, 0] - slopes[:, 1]) / (2 * _STEP)
         return found
 
