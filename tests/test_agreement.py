@@ -87,7 +87,7 @@ def test_a_kind_without_a_symmetric_operator_is_not_for_kkt() -> None:
 def test_the_reference_of_every_kind_is_known_to_within_something(name: str) -> None:
     problem, x, y0 = KINDS[name]
     found = compare(problem, x, y0, estimators=["finite-difference"], memory=False)
-    assert found.reference_error <= 1e-3 * found.norm
+    assert found.reference_error <= 1e-3 * max(found.norm, 1e-9)  # one kind's is zero but for rounding
     assert "known to within" in str(found)
 
 

@@ -34,6 +34,7 @@ from bilevel import (
     FiniteDifferences,
     FirstOrder,
     Forward,
+    FullKKT,
     Penalty,
     Polytope,
     Reptile,
@@ -74,6 +75,7 @@ from bilevel.algorithms import (
     VRBO,
     AbstractAlgorithm,
     AmIGO,
+    AugmentedLagrangian,
     Descent,
     FdeHBO,
     Nested,
@@ -83,6 +85,7 @@ from bilevel.algorithms import (
     StocBiO,
     Storm,
     Turns,
+    ValueFunction,
     available,
 )
 from bilevel.few_shot import Validating, adapt, evaluate, mlp, train
@@ -98,16 +101,22 @@ from bilevel.solvers import (
     LBFGS,
     MINRES,
     Adam,
+    Anderson,
     Armijo,
     BiCGStab,
+    Broyden,
     Clipped,
     ClosedForm,
     Cosine,
     Dense,
+    FixedPointIteration,
     GradientDescent,
     HeavyBall,
+    InteriorPoint,
     Iterate,
     Jacobi,
+    JacobianFree,
+    LinearAnderson,
     Nesterov,
     Neumann,
     Newton,
@@ -168,6 +177,8 @@ PROBLEMS: dict[str, tuple[BilevelProblem, Any, Any, dict[str, Any]]] = {
         Y0,
         {},
     ),
+    "nonlinear": (BilevelProblem(f, g, inequalities=lambda x, y: y.square().sum() - 0.5), X, Y0, {}),
+    "fixed point": (BilevelProblem(f, fixed_point=lambda x, y: 0.3 * y.sin() + x), X, Y0, {}),
     "composite": (BilevelProblem(f, g, prox=lambda x: prox.L1(0.1 * x.exp())), X, Y0, {}),
     "own steps": (BilevelProblem(f, inner=Iteration(lambda x, y, k: y + 0.5 * (x - y).tanh(), steps=4)), X, Y0, {}),
     "module": (
@@ -202,6 +213,7 @@ BUILT: dict[str, tuple[AbstractEstimator, str]] = {
     "FirstOrder": (FirstOrder(STEPS), "start in x"),
     "Reptile": (Reptile(STEPS), "start in x"),
     "KKT": (KKT(QuadraticProgram()), "constrained"),
+    "FullKKT": (FullKKT(QuadraticProgram()), "constrained"),
     "Online": (Online(AID(LBFGS(), CG()), AID(LBFGS(0.0, 2), TruncatedCG(2))), "plain"),
     "Penalty": (Penalty(LBFGS(), extrapolate=True), "tasks"),
 }
@@ -220,7 +232,13 @@ INNER: dict[str, tuple[AbstractInnerSolver, str]] = {
     "ADMM": (ADMM(), "composite"),
     "PrimalDual": (PrimalDual(), "composite"),
     "OwnSteps": (OwnSteps(), "own steps"),
+    "InteriorPoint": (InteriorPoint(), "nonlinear"),
+    "FixedPointIteration": (FixedPointIteration(), "fixed point"),
+    "Anderson": (Anderson(), "fixed point"),
+    "Broyden": (Broyden(), "fixed point"),
 }
+# Of fixed points alone
+LINEAR_OF_MAPS: dict[str, AbstractLinearSolver] = {"JacobianFree": JacobianFree(), "LinearAnderson": LinearAnderson()}
 LINEAR: dict[str, AbstractLinearSolver] = {
     "CG": CG(),
     "CG, Jacobi": CG(preconditioner=Jacobi()),
@@ -291,7 +309,7 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
         solvers.TrustConstr,
         solvers.CoordinateDescent,
     }
-    others = {type(each) for each in LINEAR.values()} | {SaddleCholesky}  # which is that of KKT
+    others = {type(each) for each in (*LINEAR.values(), *LINEAR_OF_MAPS.values())} | {SaddleCholesky}  # that of KKT
     assert others == whole(solvers, AbstractLinearSolver)
     preconditioners = {type(each.preconditioner) for each in LINEAR.values() if isinstance(each, CG)} - {type(None)}
     assert preconditioners == whole(solvers, AbstractPreconditioner)
@@ -329,6 +347,10 @@ ALGORITHMS: dict[str, AbstractAlgorithm[Any]] = {
     "ESJ-S": ESJS(0.2, 0.02, inner_steps=2, directions=3),
     "ScaleBiO": ScaleBiO(0.1, 0.02),
     "Descent": Descent(AID(LBFGS(), CG()), GradientDescent(0.1)),
+    "AugmentedLagrangian": AugmentedLagrangian(
+        Descent(AID(LBFGS(), CG()), GradientDescent(0.1)), inequalities=lambda x, y: x.sum() - 1
+    ),
+    "ValueFunction": ValueFunction(),
 }
 NAMED = [
     *((name, "tasks") for name in estimators() if name not in ("first-order", "kkt")),
@@ -364,6 +386,11 @@ def test_a_linear_solver_leaves_nothing(linear: AbstractLinearSolver) -> None:
     leaves_nothing(estimate(AID(LBFGS(), linear), "tasks"))
 
 
+@pytest.mark.parametrize("linear", LINEAR_OF_MAPS.values(), ids=LINEAR_OF_MAPS)
+def test_a_linear_solver_of_fixed_points_leaves_nothing(linear: AbstractLinearSolver) -> None:
+    leaves_nothing(estimate(AID(Anderson(), linear), "fixed point"))
+
+
 @pytest.mark.parametrize("outer", OUTER.values(), ids=OUTER)
 def test_a_solution_is_all_that_is_left_of_a_run(outer: Any) -> None:
     # torch's optimizers leave a function without tensors in a cycle, whenever they load a state
@@ -372,8 +399,9 @@ def test_a_solution_is_all_that_is_left_of_a_run(outer: Any) -> None:
 
 @pytest.mark.parametrize("algorithm", [*available(), *ALGORITHMS.values()], ids=[*available(), *ALGORITHMS])
 def test_a_solution_is_all_that_is_left_of_an_algorithm(algorithm: Any) -> None:
-    by_torch = algorithm == "scalebio" or isinstance(algorithm, ScaleBiO)  # by its AdamW
-    leaves_nothing(solve(algorithm), cycles=not by_torch)
+    # AdamW of torch, and what scipy makes of functions
+    others = algorithm == "scalebio" or isinstance(algorithm, ScaleBiO | ValueFunction)
+    leaves_nothing(solve(algorithm), cycles=not others)
 
 
 def test_what_is_asked_of_an_estimate_later_leaves_nothing() -> None:

@@ -30,7 +30,8 @@ class SaddlePoint:
 
     Example:
         >>> system = SaddlePoint.factor(torch.eye(2), torch.ones(1, 2))
-        >>> system.solve(torch.tensor([1.0, 3.0]), torch.tensor([0.0]))
+        >>> y, multipliers = system.solve(torch.tensor([1.0, 3.0]), torch.tensor([0.0]))
+        >>> y.round(decimals=4), multipliers
         (tensor([-1.,  1.]), tensor([2.]))
     """
 
@@ -92,7 +93,8 @@ def pseudo_inverse(S: Tensor) -> Tensor:
     scaled = torch.where(lost[..., None, None], torch.zeros_like(scaled), scaled)
     scaled = (scaled + scaled.mT) / 2
     L, info = torch.linalg.cholesky_ex(scaled)
-    if bool((info == 0).all()) and bool((torch.diagonal(L, dim1=-2, dim2=-1).square() > _REGULAR).all()):
+    precise = S.dtype in (torch.float32, torch.float64)  # torch inverts no factor in half precision
+    if precise and bool((info == 0).all()) and bool((torch.diagonal(L, dim1=-2, dim2=-1).square() > _REGULAR).all()):
         regular: Tensor = scale.unsqueeze(-1) * torch.cholesky_inverse(L) * scale.unsqueeze(-2)
         return regular
     values, vectors = torch.linalg.eigh(scaled)
