@@ -66,7 +66,7 @@ def test_a_stationary_point_that_is_no_global_minimizer_is_cut_off() -> None:
     )
     method = ValueFunction(samples=60, searches=2, radius=2.0)
     found = minimize(problem, at(-0.6), at(0.0), algorithm=method, constraint=Box(-1.0, 1.0), max_steps=12)
-    # Without the cut (-0.5, 0) has the value 0. The least on the curve of minimizers is 0.1875; not each way ends there.
+    # Without the cut (-0.5, 0) has value 0. The least on the curve of minimizers is 0.1875; not all ways end there.
     assert found.converged and 0.1875 - 2e-5 <= found.value < 0.25
     assert float(found.y) ** 2 == pytest.approx(-float(found.x), abs=1e-3)
 
