@@ -38,6 +38,9 @@ _SHIFT = 1e3  # by how much a cut is relaxed where the point that it is from is 
 _ROUNDS = 8  # after so many what has passed the tests is what is returned
 _CHECK = 7919  # the seed of the independent solve
 _FEASIBLE = 1e-6
+# What a cut leaves of the inner gap that is taken for none. A cut from a y_k beside y holds with equality there and has
+# next to no gradient, whose direction is chance: linearized, it would hold (x, y) where it is.
+_ROOM = 0.25 * _FEASIBLE
 
 
 @final
@@ -81,7 +84,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     (x, a global minimizer of g(x, .)), with multipliers lambda and nu,
 
         min f  s.t.  grad_y (g + lambda'c + nu'e) = 0,  lambda >= 0,  -lambda_i c_i <= t,  c <= 0, e = 0, C <= 0, E = 0,
-                     g(x, y) <= g(x, y_k) + M |max(c(x, y_k), 0), e(x, y_k)|^2  for the cuts y_k,
+                     g(x, y) <= g(x, y_k) + M |max(c(x, y_k), 0), e(x, y_k)|^2 + 2.5e-7  for the cuts y_k,
 
     for t falling from 1 to 1e-6 (Scholtes), and then exactly, with c_i = 0 where lambda_i > -c_i and lambda_i = 0
     elsewhere. At the solution V(x) is computed globally: by a linear program where g, c and e are affine in y (HiGHS),
@@ -349,13 +352,13 @@ def _multipliers(problem: Optimistic, x: Tensor, y: Tensor) -> Array:
 
 
 def _cuts(problem: Optimistic, x: Tensor, y: Tensor, cuts: Tensor) -> Tensor:
-    """g(x, y) - g(x, y_k) - M |violation at (x, y_k)|^2, which is at most 0 where y is a minimizer."""
+    """g(x, y) - g(x, y_k) - M |violation at (x, y_k)|^2 - room, which is below 0 where y is a minimizer."""
     if not len(cuts):
         return x.new_zeros(0)
     wide = x.expand(len(cuts), -1)
     c, e = problem.inner(wide, cuts)
     slack = c.clamp_min(0).square().sum(-1) + e.square().sum(-1)
-    return problem.problem.g(x, y) - problem.problem.g(wide, cuts) - _SHIFT * slack
+    return problem.problem.g(x, y) - problem.problem.g(wide, cuts) - _SHIFT * slack - _ROOM
 
 
 def _cut_program(problem: Optimistic, z: Tensor, p: int, cuts: Tensor) -> Tensor:
