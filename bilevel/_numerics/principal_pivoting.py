@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.rows import matrix_times, positive_or_one, row_moduli
+from bilevel._numerics.saddle_point import pseudo_inverse
 
 _FULL = 3  # exchanges of all violated rows that may fail to lower their number, before one at a time
 _ROUNDING = 1e-14  # relative: what counts as zero
@@ -71,14 +72,19 @@ def pivoted(program: Program, max_steps: int) -> Pivoted | None:
     y = -torch.linalg.solve_triangular(L.mT, (c + matrix_times(half, multipliers)).unsqueeze(-1), upper=True).squeeze(
         -1
     )
-    slacks = torch.where(bounded[:, m - k : m], r[:, m - k : m] - matrix_times(G, y), 0.0)
-    slacks = torch.where(multipliers[:, m - k : m] > 0, 0.0, slacks)
     start = m
     for limit, known in bounds:  # what is held is there exactly
         end = start + int(known.sum())
         y[:, known] = torch.where(multipliers[:, start:end] > 0, limit[:, known], y[:, known])
         start = end
     y = y.clamp(program.lower[:, :q], program.upper[:, :q])
+    if m > k:  # what is not held takes what is left of the equalities: rounding, but of multipliers of any size
+        A_F = A * ((y > program.lower[:, :q]) & (y < program.upper[:, :q])).unsqueeze(-2)
+        left = b - matrix_times(A, y)
+        y = y + matrix_times(A_F.mT, matrix_times(pseudo_inverse(A_F @ A_F.mT), left))
+        y = y.clamp(program.lower[:, :q], program.upper[:, :q])
+    slacks = torch.where(bounded[:, m - k : m], r[:, m - k : m] - matrix_times(G, y), 0.0)
+    slacks = torch.where(multipliers[:, m - k : m] > 0, 0.0, slacks)
     return Pivoted(torch.cat([y, slacks], -1), multipliers[:, :m], done & usable, steps)
 
 
