@@ -178,7 +178,8 @@ class _Feasible:
 
     def rows(self, part: Tensor, axes: int) -> Tensor:
         """With one axis of rows."""
-        return part.reshape(-1, *part.shape[part.dim() - axes :])
+        batch, own = part.shape[: part.dim() - axes], part.shape[part.dim() - axes :]
+        return part.reshape(batch.numel(), *own)  # whose own axes may be empty
 
     def natural(self, w: Tensor) -> Tensor:
         return w[..., : self.q]

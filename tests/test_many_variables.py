@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from bilevel._numerics.interior_point import Program
 from bilevel._numerics.polyhedron_projection import projected
 from bilevel._numerics.principal_pivoting import pivoted
 from bilevel._numerics.quadratic_programs import solve_program
-from bilevel.solvers import MINRES, ActiveSet, QuadraticProgram
+from bilevel.solvers import MINRES, ActiveSet, InteriorPoint, QuadraticProgram
 
 D = torch.float64
 
@@ -143,3 +145,27 @@ def test_cvxpylayers_dense_gives_the_same_hypergradient_of_a_quadratic_program()
     (truth,) = torch.autograd.grad(theirs.square().sum() / 2, leaf)
     ours = hypergradient(quadratic(False), x, torch.zeros(6, dtype=D), data=one)
     assert torch.allclose(ours.grad, truth, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        lambda x: Polytope(lower=0.0),
+        lambda x: Polytope(lower=0.0 * x, upper=x),
+        lambda x: Polytope(A=torch.ones(1, 4, dtype=D), b=2.0),
+        lambda x: Polytope(G=torch.ones(1, 4, dtype=D), h=2.0),
+        lambda x: Polytope(G=torch.ones(1, 4, dtype=D), h=2.0, lower=0.0),
+    ],
+    ids=["lower bounds", "a box that moves", "an equality", "an inequality", "both"],
+)
+def test_active_sets_are_those_of_interior_points_with_and_without_rows(constraints: Any) -> None:
+    target, x = torch.tensor([[1.0, 2.0, 3.0, -1.0], [0.7, 0.9, 1.1, 1.3]], dtype=D)
+    problem = BilevelProblem(
+        lambda x, y: (y - 1).square().sum() + (x * y).sum(),
+        lambda x, y: (y - x * target).square().sum() / 2 + y.cosh().log().sum(),
+        constraints=constraints,
+    )
+    found = hypergradient(problem, x, torch.zeros(4, dtype=D), estimator=AID(ActiveSet(), MINRES(rtol=1e-12)))
+    exact = hypergradient(problem, x, torch.zeros(4, dtype=D), estimator=KKT(InteriorPoint()))
+    torch.testing.assert_close(found.y, exact.y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.grad, exact.grad, rtol=1e-8, atol=1e-8)

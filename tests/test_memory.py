@@ -100,6 +100,8 @@ from bilevel.solvers import (
     GMRES,
     LBFGS,
     MINRES,
+    SLSQP,
+    ActiveSet,
     Adam,
     Anderson,
     Armijo,
@@ -135,6 +137,7 @@ from bilevel.solvers import (
     StepDecay,
     TorchOptim,
     TruncatedCG,
+    TrustConstr,
     WeightDecay,
 )
 from bilevel.tasks import Sinusoid
@@ -232,7 +235,10 @@ INNER: dict[str, tuple[AbstractInnerSolver, str]] = {
     "ADMM": (ADMM(), "composite"),
     "PrimalDual": (PrimalDual(), "composite"),
     "OwnSteps": (OwnSteps(), "own steps"),
+    "ActiveSet": (ActiveSet(), "constrained"),
     "InteriorPoint": (InteriorPoint(), "nonlinear"),
+    "SLSQP": (SLSQP(), "nonlinear"),
+    "TrustConstr": (TrustConstr(), "nonlinear"),
     "FixedPointIteration": (FixedPointIteration(), "fixed point"),
     "Anderson": (Anderson(), "fixed point"),
     "Broyden": (Broyden(), "fixed point"),
@@ -302,11 +308,8 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
     forms = {type(each.unrolling) for each, _ in BUILT.values() if isinstance(each, ITD)}
     assert forms == whole(bilevel, AbstractUnrolling)
     assert {type(each) for each, _ in INNER.values()} == whole(solvers, AbstractInnerSolver) - {
-        solvers.ActiveSet,
         solvers.Clarabel,
         solvers.Cvxpy,
-        solvers.SLSQP,
-        solvers.TrustConstr,
         solvers.CoordinateDescent,
     }
     others = {type(each) for each in (*LINEAR.values(), *LINEAR_OF_MAPS.values())} | {SaddleCholesky}  # that of KKT
