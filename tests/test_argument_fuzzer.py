@@ -208,6 +208,8 @@ THE_USERS = (
     "bilevel.Instance.value",
     "bilevel.extending.outer_gradients",  # of vectors, in every step of an estimator
 )
+# What is outside the room of properties and raises AssertionError where one does not hold.
+CHECKS_OF_PROPERTIES = ("bilevel.testing.check_algorithm", "bilevel.testing.check_estimator")
 
 
 def opaque(entry: Public, changed: tuple[str, ...], error: BaseException) -> str:
@@ -216,7 +218,7 @@ def opaque(entry: Public, changed: tuple[str, ...], error: BaseException) -> str
         return ""
     if (
         isinstance(error, AssertionError)
-        and (entry.room == "bilevel.testing.properties" or entry.name == "bilevel.testing.check_algorithm")
+        and (entry.room == "bilevel.testing.properties" or entry.name in CHECKS_OF_PROPERTIES)
         and str(error)
     ):
         return ""  # that a property does not hold
@@ -288,9 +290,11 @@ NAN_IS_AN_ANSWER = (  # results say by NaN what could not be computed
     *(
         "Evaluation",
         "FlatEstimate",
+        "Influence",
         "Move",
         "OuterConstraints",
         "Progress",
+        "Reached",
         "Record",
         "Report",
         "Row",

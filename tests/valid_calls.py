@@ -23,9 +23,11 @@ from torch import Tensor, nn
 import bilevel
 import bilevel.algorithms
 import bilevel.extending
+import bilevel.federated
 import bilevel.few_shot
 import bilevel.inner_problems
 import bilevel.problems
+import bilevel.problems.literature
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
@@ -49,6 +51,8 @@ ROOMS = (
     "bilevel.inner_problems",
     "bilevel.algorithms",
     "bilevel.extending",
+    "bilevel.federated",
+    "bilevel.problems.literature",
     "bilevel.testing",
     "bilevel.testing.properties",
     "bilevel.testing.strategies",
@@ -109,6 +113,9 @@ PROTOCOLS: tuple[Any, ...] = (
     bilevel.extending.Tally,
     bilevel.extending.Setting,
     bilevel.algorithms.Oracle,
+    bilevel.federated.AbstractClients,
+    bilevel.federated.AbstractMethod,
+    bilevel.federated.Server,
     type(bilevel.Reverse()).__base__,
     type(bilevel.extending.Exact()),
 )
@@ -205,6 +212,16 @@ def classifier() -> Learner:
 @functools.cache
 def flat() -> FlatProblem:
     return FlatProblem(PROBLEM, ravel(X)[1], ravel(Y)[1])
+
+
+def client(x: Tensor, y: Tensor, data: Tensor) -> Tensor:
+    """f or g of a client."""
+    return (y - x).square().sum() + (y - data).square().sum()
+
+
+@functools.cache
+def clients() -> bilevel.federated.Clients:
+    return bilevel.federated.Clients(BilevelProblem(client, client), X, Y, torch.ones(3, 2, **D))
 
 
 @functools.cache
@@ -451,6 +468,43 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
     "bounds.f2sa": {"weight": lambda: 10.0},
+    "bilevel.federated.Clients": {
+        **{"problem": lambda: BilevelProblem(client, client), "x0": lambda: X, "y0": lambda: Y},
+        "data": lambda: torch.ones(3, 2, **D),
+    },
+    **{
+        f"Clients.{name}": {
+            **{"who": lambda: torch.tensor([0, 2]), "x": lambda: X},
+            **{"y": lambda: torch.zeros(2, 2, **D), "v": lambda: torch.ones(2, 2, **D)},
+        }
+        for name in ("inner_gradients", "outer_gradients", "products")
+    },
+    "federate": {
+        **{"clients": clients, "x0": lambda: X, "y0": lambda: Y, "steps": lambda: 2},
+        "method": lambda: bilevel.federated.FederatedSOBA(0.1, 0.05),
+    },
+    "Federated": {"traffic": lambda: bilevel.federated.Traffic(), "history": lambda: ()},
+    "Reached": {"traffic": lambda: bilevel.federated.Traffic()},
+    "bilevel.federated.Server": {"clients": clients, "sizes": lambda: (2, 2)},
+    "local_steps": {
+        **{"server": lambda: bilevel.federated.Server(clients(), (2, 2)), "x": lambda: X, "y": lambda: Y},
+        **{"step": lambda: 0.1, "steps": lambda: 2},
+    },
+    "Participation.answered": {"asked": lambda: torch.tensor([0, 1])},
+    "dirichlet_split": {"labels": lambda: torch.tensor([0, 1, 0, 1, 2, 2])},
+    "stacked": {"tensors": lambda: [X], "parts": lambda: [torch.tensor([0]), torch.tensor([1])]},
+    **{f"literature.{name}": {"name": lambda: "Bard1988Ex1"} for name in ("statement", "references", "load", "solve")},
+    "literature.Reference": {name: lambda: (1.0,) for name in ("x", "y", "grad")},
+    "literature.Point": {name: lambda: (1.0,) for name in ("x", "y")},
+    "literature.Statement": {
+        **{
+            "kind": lambda: "lp",
+            "sizes": lambda: (1, 1),
+            "f": lambda: lambda x, y: x[0],
+            "g": lambda: lambda x, y: y[0],
+        },
+        "best": lambda: bilevel.problems.literature.Point((1.0,), (1.0,), 1.0, 1.0),
+    },
     "NonlinearlyConstrained": {"inequalities": lambda: lambda x, y: y},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},

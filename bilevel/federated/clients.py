@@ -96,17 +96,23 @@ class Clients(AbstractClients):
         return self._weights
 
     def inner_gradients(self, who: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return rows_of_inner_gradients(self._at(who), x.expand(len(who), -1), y)
+        return rows_of_inner_gradients(self._at(who, x, y), x.expand(len(who), -1), y)
 
     def outer_gradients(self, who: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        _, fx, fy = rows_of_outer_gradients(self._at(who), x.expand(len(who), -1), y)
+        _, fx, fy = rows_of_outer_gradients(self._at(who, x, y), x.expand(len(who), -1), y)
         return fx, fy
 
     def products(self, who: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gy, hv, gv = Exact().at_once(self._at(who), x.expand(len(who), -1), y, v)
+        gy, hv, gv = Exact().at_once(self._at(who, x, y), x.expand(len(who), -1), y, v)
         return gy, hv, x.new_zeros(len(who), len(x)) if gv is None else gv
 
-    def _at(self, who: Tensor) -> FlatProblem:
+    def _at(self, who: Tensor, x: Tensor, y: Tensor) -> FlatProblem:
+        p, q = self._x.size, self._y.size
+        if x.shape[-1:] != (p,) or y.shape[-1:] != (q,):
+            raise ValueError(
+                f"these `Clients` have {p} entries of x and {q} of y, as their `x0` and `y0` said. Got vectors of shape"
+                f" {tuple(x.shape)} and {tuple(y.shape)}. Start from x0 and y0 of those sizes."
+            )
         return self._like.on(self._of(who), Tally(), frozenset({"f", "g"}))
 
     def _of(self, who: Tensor) -> Any:

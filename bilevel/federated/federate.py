@@ -11,7 +11,8 @@ import torch
 from bilevel._result import BilevelError, Status
 from bilevel._tree import Tree, demand_alike, ravel
 from bilevel.arguments.checked import checked
-from bilevel.arguments.ranges import AT_LEAST_0
+from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, COUNT, demand_ranges
 from bilevel.federated.clients import AbstractClients
 from bilevel.federated.method import AbstractMethod, At
 from bilevel.federated.server import Participation, Server, Traffic
@@ -32,6 +33,10 @@ class Reached:
     norm: float
     traffic: Traffic
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, step=COUNT)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,9 @@ class Federated:
     traffic: Traffic
     history: tuple[Reached, ...]
     status: Status
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
 
 @checked(steps=AT_LEAST_0)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE
+from bilevel.arguments.shapes import Shape
 from bilevel.federated.method import repeated
 from bilevel.federated.server import Server
 
 
+@checked(x=Shape("p"), y=Shape("q"), step=POSITIVE, steps=AT_LEAST_1, mean=Shape("q"))
 def local_steps(
     server: Server,
     x: Tensor,

@@ -9,8 +9,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import COUNT, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_1, COUNT, demand_ranges
+from bilevel.arguments.shapes import Shape
 from bilevel.federated.clients import AbstractClients
 
 
@@ -51,6 +53,7 @@ class Participation:
                 f"{self.share}, dropout={self.dropout}, late={self.late}."
             )
 
+    @checked(clients=AT_LEAST_1, number=COUNT)
     def asked(self, clients: int, number: int) -> Tensor:
         """The numbers of those that are asked in a round, ascending."""
         if self.share == 1:
@@ -59,6 +62,7 @@ class Participation:
         generator = self._drawn(2 * number)
         return torch.randperm(clients, generator=generator)[:count].sort().values
 
+    @checked(asked=Shape("k", "integer"), number=COUNT)
     def answered(self, asked: Tensor, number: int) -> tuple[Tensor, int]:
         """Those of them whose answer comes in time, and how many answers are sent in all."""
         if not self.dropout and not self.late:
@@ -88,6 +92,10 @@ class Traffic:
     down: int = 0
     up: int = 0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, rounds=COUNT, down=COUNT, up=COUNT)
+
     @property
     def bytes(self) -> int:
         """In both directions."""
@@ -111,6 +119,7 @@ class Server:
         traffic: so far.
     """
 
+    @checked()
     def __init__(
         self, clients: AbstractClients, sizes: tuple[int, int], participation: Participation = Participation()
     ) -> None:

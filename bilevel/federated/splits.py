@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_1, COUNT, POSITIVE
+from bilevel.arguments.shapes import Shape
 
 
-@checked(clients=AT_LEAST_1, concentration=POSITIVE, seed=COUNT)
+@checked(labels=Shape("n", "integer"), clients=AT_LEAST_1, concentration=POSITIVE, seed=COUNT)
 def dirichlet_split(labels: Tensor, clients: int, concentration: float, seed: int = 0) -> list[Tensor]:
     """Which samples each client has: of every class, shares drawn from Dirichlet(concentration, ..., concentration).
 

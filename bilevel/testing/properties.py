@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel._estimate import AbstractEstimator, Estimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import hypergradient
+from bilevel._numerics.misfits import called
 from bilevel._problem import BilevelProblem
 from bilevel._tree import Tree, ravel, tree_leaves
 from bilevel.arguments.checked import checked
@@ -64,10 +65,11 @@ def same_on_leaves(
     split = BilevelProblem(
         lambda x, y: problem.f(ravel(x)[0], ravel(y)[0]), lambda x, y: problem.g(ravel(x)[0], ravel(y)[0])
     )
-    found = estimate(estimator, split, cut_x(x), cut_y(y0)).grad
+    pieces = called("same_on_leaves(cut_x=...)(x)", cut_x, x), called("same_on_leaves(cut_y=...)(y0)", cut_y, y0)
+    found = estimate(estimator, split, *pieces).grad
     close("one leaf or several", found, estimate(estimator, problem, x, y0).grad, tol)
     shapes = [tuple(leaf.shape) for leaf in tree_leaves(found)]
-    expected = [tuple(leaf.shape) for leaf in tree_leaves(cut_x(x))]
+    expected = [tuple(leaf.shape) for leaf in tree_leaves(pieces[0])]
     assert shapes == expected, f"one leaf or several: found leaves of the shapes {shapes}, expected {expected}."
 
 

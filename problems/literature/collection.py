@@ -18,6 +18,8 @@ from bilevel._tree import Tree
 from bilevel._validate import nearest
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import FINITE, demand_ranges
+from bilevel.arguments.words import got
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems.literature import (
     convex,
@@ -61,6 +63,7 @@ class Reference(AbstractPortable):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_ranges(self, value=FINITE)
 
 
 @checked("literature.names")
@@ -92,8 +95,8 @@ def statement(name: str) -> Statement:
     """
     if name not in STATEMENTS:
         raise ValueError(
-            f"the literature has no problem {name!r} here. {nearest(name, list(STATEMENTS))}`bilevel list --literature`"
-            f" shows the names."
+            f"`literature.statement(name=...)` must be the name of a problem. Got {got(name)}."
+            f" {nearest(name, list(STATEMENTS))}`bilevel list --literature` shows the names."
         )
     return STATEMENTS[name]
 

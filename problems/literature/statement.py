@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, final, get_args
 from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import FINITE, demand_ranges
 from bilevel.portable.pickling import AbstractPortable
 
 Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +48,7 @@ class Point(AbstractPortable):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_ranges(self, f=FINITE, g=FINITE)
 
 
 @final
