@@ -122,8 +122,8 @@ def test_what_composes_is_what_splitting_finds() -> None:
 
 HOMOGENEOUS = {
     "TV1D": (TV1D(0.4),),
-    "L1": (L1(0.5), Nonnegative()),
-    "groups": (L1(0.1), GroupLasso(0.3, [[0, 2], [1, 3, 4], [5, 6]])),
+    "L1": (L1(0.53), Nonnegative()),
+    "groups": (L1(0.1), GroupLasso(0.3, torch.arange(12, device="cpu") // 3)),
     "LInf": (LInf(0.6),),
 }
 

@@ -33,9 +33,9 @@ class Sum(AbstractProxTerm):
         y = (v + sum_i (y_i + d_i)) / (k + 1),  y_i = prox_{t h_i}(y - d_i),  d_i <- d_i + y_i - y,
 
     the alternating direction method of multipliers, over-relaxed, to |y_i - y|, |y - y_before| <= tol max(|v|, |y|), or
-    eps of the dtype. That is locally linear; the error of y is this residual times 1 / (1 - rate). The same iteration, with the
-    derivatives P_i of the maps for these, gives products with the derivative and its adjoint: terms that have none
-    make a sum that cannot be differentiated. If it does not come to rest, as for sets that do not meet, the margin
+    eps of the dtype. That is locally linear; the error of y is this residual times 1 / (1 - rate). The same iteration,
+    with the derivatives P_i of the maps for these, gives products with the derivative and its adjoint: terms that have
+    none make a sum that cannot be differentiated. If it does not come to rest, as for sets that do not meet, the margin
     is NaN, and an estimate ends with `Status.nonfinite`. y is in the sets of the terms to the tolerance, the value
     there may be infinite.
 
