@@ -61,8 +61,8 @@ def certify(
     and the like; what cancels inside of f and g it does not see, and so the certificate is then a heuristic. A mu or
     C_G that the products contradict makes the bound infinite.
 
-    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...) all of this holds on the
-    manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
+    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...), or `GroupLasso` without tasks,
+    all of this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
     that the margin of the support is larger than the error of y, so that y* has that support. Where it is not, the
     bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
 
