@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bilevel._estimate import Estimate
-from bilevel._flat import FlatProblem, ravel_rows
+from bilevel._flat import FlatProblem, ravel_rows, row_structure
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Substitute
-from bilevel._tree import Structure, Tree, ravel
+from bilevel._tree import Tree, ravel
 from bilevel.arguments.checked import checked
 from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
@@ -61,8 +61,8 @@ def certify(
     and the like; what cancels inside of f and g it does not see, and so the certificate is then a heuristic. A mu or
     C_G that the products contradict makes the bound infinite.
 
-    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...) all of this holds on the
-    manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
+    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...), or `GroupLasso` without tasks,
+    all of this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
     that the margin of the support is larger than the error of y, so that y* has that support. Where it is not, the
     bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
 
@@ -133,7 +133,7 @@ def certify(
         raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
     z = x_structure.ravel(estimate.grad, "`certify(x=..., estimate=...)`: estimate.grad")
-    flat = FlatProblem(problem, x_structure, _one_row(estimate.y, bool(problem.tasks)), data)
+    flat = FlatProblem(problem, x_structure, row_structure(estimate.y, "estimate.y", several=bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     if (term := kind.term(flat)) is not None:
         if refine or first_order:
@@ -197,11 +197,3 @@ def _first_order(
         raise ValueError("`certify(first_order=True)` needs a mu that holds along the segment. Got one measured at y.")
     y_w = ravel_rows(problem, estimate.penalized[0], "estimate.penalized")
     return certify_penalty(problem, x, z, y, y_w, estimate.penalized[1], constants)
-
-
-def _one_row(y: Tree, tasks: bool) -> Structure:
-    vector, structure = ravel(y, "estimate.y")
-    if not tasks:
-        return structure
-    shapes = tuple(shape[1:] for shape in structure.shapes)
-    return Structure(structure.spec, shapes, vector.dtype, vector.device)
