@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 _ROUNDS = 6
 _INSIDE = 1e-9  # of a constraint at the point of a cut: it satisfies it
+# What a cut leaves of the gap that is taken for none. A cut from a y_k beside y holds with equality there and has next
+# to no gradient, whose direction is chance: linearized, it would hold (x, y) where it is.
+_ROOM = 0.25 * GAP
 
 
 @final
 class Cuts:
-    """min f over (x, y) under all constraints and g(x, y) <= g(x, y_k), for points y_k that satisfy those at x.
+    """min f over (x, y) under all constraints and g(x, y) <= g(x, y_k) + room, for points y_k that satisfy those at x.
 
     V(x) is at most g(x, y_k) there. Each y_k is a global inner minimizer at the x that was found last, until g(x, y)
     is V(x). Nothing is asked of gradients in y, so that this works where there are no multipliers, and where g is
@@ -87,11 +90,13 @@ class Cuts:
         return minimized(Program(objective, below, zero, lower, upper), z)
 
     def _cut(self, g: float, slope: Array, other: Array) -> tuple[float, Array]:
-        """min(g(x, y) - g(x, y_k), -max c(x, y_k)), which is to be at most 0, and its derivative."""
+        """min(g(x, y) - g(x, y_k) - room, -max c(x, y_k)), which is to be at most 0, and its derivative."""
         import numpy as np
 
         v, p = self.model.values(other), self.model.p
-        value, moves = g - v.at[1], slope - np.concatenate([v.first[1, :p], np.zeros(self.model.q)])
+        value = g - v.at[1] - _ROOM * max(1.0, abs(v.at[1]))
+        grows = 1 + _ROOM * np.sign(v.at[1]) if abs(v.at[1]) > 1 else 1.0
+        moves = slope - np.concatenate([grows * v.first[1, :p], np.zeros(self.model.q)])
         inside = v.at[self.model.inner]
         if len(inside) and inside.max() > _INSIDE and -inside.max() < value:
             row = v.first[self.model.inner][int(inside.argmax())]
