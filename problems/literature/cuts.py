@@ -57,12 +57,24 @@ class Cuts:
             lowest = self.inner.lowest(at, z[self.model.p :])
             if lowest is None:
                 return
-            if v.at[1] - lowest[0] <= GAP * max(1.0, abs(lowest[0])):
-                yield Found(at, pieces.branch(at, z[self.model.p :]), float(v.at[0]))
-                return
             points.append(lowest[1])
+            if v.at[1] - lowest[0] <= GAP * max(1.0, abs(lowest[0])):
+                z = self._tightened(z, points)
+                at = z[: self.model.p]
+                yield Found(at, pieces.branch(at, z[self.model.p :]), float(self.model.values(z).at[0]))
+                return
 
-    def _program(self, z: Array, points: Sequence[Array]) -> tuple[Array, float]:
+    def _tightened(self, z: Array, points: Sequence[Array]) -> Array:
+        """The solution without room, of which f takes what there is: of y, its square root. Z where it is none."""
+        end, violation = self._program(z, points, room=0.0)
+        if not violation <= _INSIDE:
+            return z
+        lowest = self.inner.lowest(end[: self.model.p], end[self.model.p :])
+        if lowest is None or self.model.values(end).at[1] - lowest[0] > GAP * max(1.0, abs(lowest[0])):
+            return z
+        return end
+
+    def _program(self, z: Array, points: Sequence[Array], room: float = _ROOM) -> tuple[Array, float]:
         import numpy as np
 
         model, p = self.model, self.model.p
@@ -71,7 +83,7 @@ class Cuts:
             v = model.values(w)
             values, slopes = [v.at[model.outer], v.at[model.inner]], [v.first[model.outer], v.first[model.inner]]
             for point in points:
-                value, slope = self._cut(v.at[1], v.first[1], np.concatenate([w[:p], point]))
+                value, slope = self._cut(v.at[1], v.first[1], np.concatenate([w[:p], point]), room)
                 values.append(np.array([value]))
                 slopes.append(slope[None])
             return np.concatenate(values), np.concatenate(slopes)
@@ -89,13 +101,13 @@ class Cuts:
             lower[:p] = upper[:p] = z[:p]
         return minimized(Program(objective, below, zero, lower, upper), z)
 
-    def _cut(self, g: float, slope: Array, other: Array) -> tuple[float, Array]:
+    def _cut(self, g: float, slope: Array, other: Array, room: float) -> tuple[float, Array]:
         """min(g(x, y) - g(x, y_k) - room, -max c(x, y_k)), which is to be at most 0, and its derivative."""
         import numpy as np
 
         v, p = self.model.values(other), self.model.p
-        value = g - v.at[1] - _ROOM * max(1.0, abs(v.at[1]))
-        grows = 1 + _ROOM * np.sign(v.at[1]) if abs(v.at[1]) > 1 else 1.0
+        value = g - v.at[1] - room * max(1.0, abs(v.at[1]))
+        grows = 1 + room * np.sign(v.at[1]) if abs(v.at[1]) > 1 else 1.0
         moves = slope - np.concatenate([grows * v.first[1, :p], np.zeros(self.model.q)])
         inside = v.at[self.model.inner]
         if len(inside) and inside.max() > _INSIDE and -inside.max() < value:
