@@ -46,33 +46,34 @@ class Cuts:
         import numpy as np
 
         z = np.concatenate([x, y])
-        points: list[Array] = []
-        pieces = Pieces(self.model, self.inner, 0)
-        for _ in range(_ROUNDS):
-            z, violation = self._program(z, points)
-            if not violation <= GAP:
-                return
-            at = z[: self.model.p]
-            v = self.model.values(z)
-            lowest = self.inner.lowest(at, z[self.model.p :])
-            if lowest is None:
-                return
-            points.append(lowest[1])
-            if v.at[1] - lowest[0] <= GAP * max(1.0, abs(lowest[0])):
-                z = self._tightened(z, points)
-                at = z[: self.model.p]
-                yield Found(at, pieces.branch(at, z[self.model.p :]), float(self.model.values(z).at[0]))
+        for room in (_ROOM, 0.0):
+            end = self._from(z, room)
+            if end is not None:
+                at, y = end[: self.model.p], end[self.model.p :]
+                branch = Pieces(self.model, self.inner, 0).branch(at, y)
+                yield Found(at, branch, float(self.model.values(end).at[0]))
                 return
 
-    def _tightened(self, z: Array, points: Sequence[Array]) -> Array:
-        """The solution without room, of which f takes what there is: of y, its square root. Z where it is none."""
-        end, violation = self._program(z, points, room=0.0)
-        if not violation <= _INSIDE:
-            return z
-        lowest = self.inner.lowest(end[: self.model.p], end[self.model.p :])
-        if lowest is None or self.model.values(end).at[1] - lowest[0] > GAP * max(1.0, abs(lowest[0])):
-            return z
-        return end
+    def _from(self, z: Array, room: float) -> Array | None:
+        """With room for each cut, and at last with none: f takes what there is, which may be a root of it, of x or y.
+
+        None where that comes to nothing.
+        """
+        points: list[Array] = []
+        last = room == 0
+        for _ in range(_ROUNDS + 1):
+            z, violation = self._program(z, points, 0.0 if last else room)
+            if not violation <= (_INSIDE if room and last else GAP):
+                return None
+            lowest = self.inner.lowest(z[: self.model.p], z[self.model.p :])
+            if lowest is None:
+                return None
+            points.append(lowest[1])
+            if self.model.values(z).at[1] - lowest[0] <= GAP * max(1.0, abs(lowest[0])):
+                if last or len(points) == 1:
+                    return z
+                last = True
+        return None
 
     def _program(self, z: Array, points: Sequence[Array], room: float = _ROOM) -> tuple[Array, float]:
         import numpy as np
