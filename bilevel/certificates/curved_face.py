@@ -152,9 +152,7 @@ def certify_on_curved_face(
         return refused("NaN or Inf was met")
     _, fx, fy = outer_gradients(problem, x, y)
     q, r = y.shape[-1], len(at.w)
-    alike = float(torch.linalg.matrix_norm(at.K[:q, :q], 2)) / max(
-        float(torch.linalg.matrix_norm(at.K[q:, :q], 2)), 1e-300
-    )
+    alike = _alike(at.K, q)
     best: tuple[float, Certificate] | None = None
     why, reach = "", math.inf
     for scale in _SCALES if r else (1.0,):
