@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from bilevel.problems.literature.programs import Model
 from bilevel.solvers import InteriorPoint
 
 pytest.importorskip("scipy")
+np: Any = pytest.importorskip("numpy")
 
 A_FEW = (
     *("HenrionSurowiec2011_c2", "GumusFloudas2001Ex4", "Bard1988Ex1", "ClarkWesterberg1990a", "AllendeStill2013"),

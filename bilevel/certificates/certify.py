@@ -165,17 +165,23 @@ def certify(
                 f"`certify` needs the constants {', '.join(NEEDED_OF_CONSTRAINTS)} of nonlinear constraints on y (see"
                 f" `Constants`). Missing: {', '.join(missing)}. Give them: 0 where a derivative does not change with y."
             )
-        at_x = x_vector.detach()
         return certify_on_curved_face(
-            *(flat, kind.constraints, kind.polytope(flat, at_x), lambda x: kind.nonlinear(flat, x)),
-            *(at_x, z.detach(), y, constants),
+            flat,
+            kind.constraints,
+            kind.polytope(flat, x_vector.detach()),
+            lambda x: kind.nonlinear(flat, x),
+            x_vector.detach(),
+            z.detach(),
+            y,
+            constants,
         )
     if constraints is not None:
         solver = accurate_cg(y) if linear is None else linear
         if isinstance(kind, LinearlyConstrained) and constraints.A.requires_grad and constants.L_cxy is not None:
             known = replace(constants, L_cyy=0.0, M_cyy=0.0, M_cxy=0.0)  # rows are affine in y
-            at = (x_vector.detach(), z.detach(), y)
-            return certify_on_curved_face(flat, kind.constraints, constraints, None, *at, known)
+            return certify_on_curved_face(
+                flat, kind.constraints, constraints, None, x_vector.detach(), z.detach(), y, known
+            )
         return certify_on_face(flat, constraints, leaf, z.detach(), y, constants, solver)
     if Feature.fixed_point in kind.features:
         if refine or first_order:

@@ -62,7 +62,8 @@ def _singular_values(rows: Tensor) -> Tensor:
     if m <= n and rows.dtype == torch.float64:  # of a batch in half the time, where no root of rounding is taken
         squares = torch.linalg.eigvalsh(rows @ rows.mT)
         if bool(squares.amin() > _REGULAR):
-            return squares.sqrt()
+            found: Tensor = squares.sqrt()
+            return found
     sizes = torch.linalg.svdvals(rows)
     return torch.nn.functional.pad(sizes, (0, m - sizes.shape[-1]))
 
