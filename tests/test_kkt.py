@@ -403,7 +403,7 @@ def test_what_is_not_known_of_constrained_problems_is_not_claimed() -> None:
     constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=1.0, M_yy=1.0, M_xy=1.0, C_G=1.0)
     curved = BilevelProblem(problem.f, problem.g, inequalities=lambda x, y: y - 0.1)
     found = hypergradient(curved, torch.zeros(3), torch.zeros(2))
-    with pytest.raises(ValueError, match="without constraints"):
+    with pytest.raises(ValueError, match="Missing: L_cyy, L_cxy, M_cyy, M_cxy"):
         certify(curved, torch.zeros(3), found, constants)
 
 
