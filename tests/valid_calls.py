@@ -762,6 +762,20 @@ BY_NAME: dict[str, dict[str, Any]] = {
 WITHOUT_DATA = {"omniglot", "convert_omniglot"}
 if importlib.util.find_spec("cvxpy") is None:
     WITHOUT_DATA.add("from_cvxpy")
+else:
+    BY_NAME["from_cvxpy"] = {
+        "problem": lambda: cone_program()[0],
+        "parameters": lambda: cone_program()[1],
+        "variables": lambda: cone_program()[2],
+    }
+
+
+@functools.cache
+def cone_program() -> tuple[Any, Any, Any]:
+    """A problem of cvxpy with its parameter and its variable."""
+    cp = importlib.import_module("cvxpy")
+    parameter, variable = cp.Parameter(2), cp.Variable(2)
+    return cp.Problem(cp.Minimize(cp.sum_squares(variable - parameter)), [variable >= 0]), parameter, variable
 
 
 def valid(entry: Public) -> dict[str, Any]:
