@@ -29,7 +29,7 @@ class Validation:
 
     Attributes:
         step: which.
-        metric: "accuracy" or "mse".
+        metric: "accuracy", "mse" or "return".
         score: its mean over the validation tasks after adaptation.
         interval: its 95 % interval is score +- interval.
         before: the mean before adaptation.
@@ -57,7 +57,7 @@ class Validation:
         """Whether it is strictly better; NaN is better than nothing."""
         if self.score != self.score or other is None:
             return self.score == self.score
-        return self.score > other.score if self.metric == "accuracy" else self.score < other.score
+        return self.score < other.score if self.metric == "mse" else self.score > other.score
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
