@@ -16,6 +16,7 @@ from bilevel.reinforcement.low_variance import (
     ScoreFunction as ScoreFunction,
 )
 from bilevel.reinforcement.maml_policy import maml_policy as maml_policy
+from bilevel.reinforcement.meta_policy import MetaPolicy as MetaPolicy
 from bilevel.reinforcement.navigation import Navigation as Navigation
 from bilevel.reinforcement.point_mass import PointMass as PointMass
 from bilevel.reinforcement.policy import AbstractPolicy as AbstractPolicy
@@ -23,3 +24,4 @@ from bilevel.reinforcement.surrogate import AbstractSurrogate as AbstractSurroga
 from bilevel.reinforcement.tabular import Tabular as Tabular
 from bilevel.reinforcement.tasks import BanditTasks as BanditTasks, GoalTasks as GoalTasks
 from bilevel.reinforcement.trajectories import Trajectories as Trajectories, rollout as rollout
+from bilevel.reinforcement.trust_region import TrustRegion as TrustRegion
