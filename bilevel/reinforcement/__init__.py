@@ -18,6 +18,12 @@ from bilevel.reinforcement.low_variance import (
 from bilevel.reinforcement.maml_policy import maml_policy as maml_policy
 from bilevel.reinforcement.meta_policy import MetaPolicy as MetaPolicy
 from bilevel.reinforcement.navigation import Navigation as Navigation
+from bilevel.reinforcement.offline import (
+    Coverage as Coverage,
+    ImportanceWeighted as ImportanceWeighted,
+    OfflinePolicy as OfflinePolicy,
+)
+from bilevel.reinforcement.offline_tasks import OfflineTasks as OfflineTasks, collect as collect
 from bilevel.reinforcement.point_mass import PointMass as PointMass
 from bilevel.reinforcement.policy import AbstractPolicy as AbstractPolicy
 from bilevel.reinforcement.surrogate import AbstractSurrogate as AbstractSurrogate
