@@ -39,7 +39,7 @@ from bilevel.commands.result import versions
 from bilevel.commands.run import MISREAD, again, left, resuming
 from bilevel.few_shot.calibration import calibration_of
 from bilevel.few_shot.evaluate import Evaluation
-from bilevel.few_shot.experiment import Experiment
+from bilevel.few_shot.experiment import Experiment, Paths
 from bilevel.few_shot.options import Saving
 from bilevel.few_shot.trained import Progress, Trained
 from bilevel.named.registry import demand_names
@@ -292,11 +292,17 @@ def _finish(
             f"training ended ({trained.ended}) at step {trained.history[-1].step}; evaluating x of step {trained.step}."
         )
     test = experiment.evaluate(trained.x, plan.seed)
+    paths = None if experiment.paths is None else experiment.paths(trained.x, plan.seed)
     failed = trained.ended == "failed"
     last = trained.history[-1]
     message = f"training failed at step {last.step}. {trained.message}" if failed else ""
     ending = _Ending(
-        last.status.name if failed else "successful", message, seconds + time.perf_counter() - began, trained, test
+        last.status.name if failed else "successful",
+        message,
+        seconds + time.perf_counter() - began,
+        trained,
+        test,
+        paths,
     )
     content = _write(folder, head, lines, ending)
     if not request.quiet:
@@ -361,6 +367,7 @@ class _Ending:
     seconds: float
     trained: Trained | None = None
     test: Evaluation | None = None
+    paths: Paths | None = None
 
 
 def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], ending: _Ending) -> dict[str, Any]:
@@ -383,6 +390,7 @@ def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], en
         "training_seconds": lines[-1]["elapsed"],
         "seconds": ending.seconds,
         "notes": [],
+        **({} if ending.paths is None else {"paths": asdict(ending.paths)}),
     }
     unfinished = {} if test is None else {"status": FINISHING, "computed": {"status": ending.status}}
     write_result(folder, content | unfinished)
@@ -394,7 +402,7 @@ def _draw(folder: Folder, content: dict[str, Any], lines: list[dict[str, Any]]) 
     """The picture, and then the result, by which the run is finished."""
     notes = content["notes"]
     try:
-        write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"]))
+        write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"], content.get("paths")))
     except Exception as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out plot.png: {error if missing else f'{type(error).__name__}: {error}'}")

@@ -26,6 +26,22 @@ _TEST = 2**35  # test tasks are drawn from a stream of seeds of their own
 
 
 @final
+@dataclass(frozen=True)
+class Paths:
+    """Paths in the plane, as plain numbers.
+
+    Attributes:
+        goals: (x, y) of each task.
+        before: the points of a path in each task, without adaptation.
+        after: the same after it.
+    """
+
+    goals: list[list[float]]
+    before: list[list[list[float]]]
+    after: list[list[list[float]]]
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """What `bilevel run` trains and evaluates.
@@ -39,6 +55,8 @@ class Experiment:
         settings: of the training. (A mapping of keyword arguments of `train` is the old form.)
         evaluation: of the test. (A mapping of keyword arguments of `evaluate` is the old form.)
         tester: the learner of validation and test, where it is not that of training.
+        paths: (x, seed) -> what is drawn beside the curves: paths in the plane before and after adaptation, and where
+            they are to lead, as `Paths`; None: nothing.
 
     Raises:
         TypeError: if a mapping of old has keywords that belong to a run, such as `out`.
@@ -52,6 +70,7 @@ class Experiment:
     settings: Training = Training()
     evaluation: Evaluating = Evaluating()
     tester: Learner | None = None
+    paths: Callable[[Tree, int], Paths] | None = None
 
     def __post_init__(self) -> None:
         demand_type("Experiment", "tester", self.tester, Learner | None)
