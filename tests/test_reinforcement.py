@@ -71,11 +71,11 @@ def every_episode(behavior: Tensor) -> tuple[Trajectories, Tensor]:
     """All episodes `(n, horizon)` of the chain, and the probability of their states given their actions `(n,)`."""
     rows: list[tuple[list[int], list[int], float]] = []
     for choice in itertools.product(range(2), repeat=2 * HORIZON):
-        states, actions = list(choice[:HORIZON]), list(choice[HORIZON:])
-        p = float(TASK["start"][states[0]])
+        seen, done = list(choice[:HORIZON]), list(choice[HORIZON:])
+        p = float(TASK["start"][seen[0]])
         for t in range(HORIZON - 1):
-            p *= float(TASK["P"][states[t], actions[t], states[t + 1]])
-        rows.append((states, actions, p))
+            p *= float(TASK["P"][seen[t], done[t], seen[t + 1]])
+        rows.append((seen, done, p))
     states, actions = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
     observations = nn.functional.one_hot(states, 2).double()
     log_probs = POLICY.log_prob({"weight": behavior}, observations, actions).detach()

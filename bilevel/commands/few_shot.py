@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 from bilevel._files import write_atomically
@@ -292,6 +292,7 @@ def _finish(
             f"training ended ({trained.ended}) at step {trained.history[-1].step}; evaluating x of step {trained.step}."
         )
     test = experiment.evaluate(trained.x, plan.seed)
+    numbers = {} if experiment.numbers is None else dict(experiment.numbers(trained.x, plan.seed))
     paths = None if experiment.paths is None else experiment.paths(trained.x, plan.seed)
     failed = trained.ended == "failed"
     last = trained.history[-1]
@@ -302,6 +303,7 @@ def _finish(
         seconds + time.perf_counter() - began,
         trained,
         test,
+        numbers,
         paths,
     )
     content = _write(folder, head, lines, ending)
@@ -367,6 +369,7 @@ class _Ending:
     seconds: float
     trained: Trained | None = None
     test: Evaluation | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
     paths: Paths | None = None
 
 
@@ -390,6 +393,7 @@ def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], en
         "training_seconds": lines[-1]["elapsed"],
         "seconds": ending.seconds,
         "notes": [],
+        "numbers": dict(ending.numbers),
         **({} if ending.paths is None else {"paths": asdict(ending.paths)}),
     }
     unfinished = {} if test is None else {"status": FINISHING, "computed": {"status": ending.status}}
@@ -458,6 +462,7 @@ def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluat
         *([("after steps", curve)] if curve else []),
         ("test loss", str(test.loss)),
         *([("predictive NLL", str(test.nll))] if test.nll else []),
+        *((name, number(value)) for name, value in content["numbers"].items()),
         *([("90 % intervals hold", str(test.coverage))] if test.coverage else []),
         *((name, number(value)) for name, value in (content["calibration"] or {}).items()),
         *([("validation", f"{number(validation['score'])} at step {validation['step']}")] if validation else []),

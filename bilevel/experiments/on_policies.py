@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -146,6 +146,18 @@ def offline_navigation(
     def paths(x: Tree, seed: int) -> Paths:
         return _paths(learner, environment, policy, x, test.sample(_SHOWN, seed), offline.init(x, None), None)
 
+    def numbers(x: Tree, seed: int) -> dict[str, float]:
+        try:
+            found = offline.coverage(x, test.sample(test.count, seed))
+        except ValueError:  # it names a task of no coverage
+            return {"effective share at x": 0.0}
+        return {
+            "effective share at x": float(found.before.mean()),
+            "effective share after": float(found.after.mean()),
+            "least of a task": float(found.after.min()),
+            "weights clipped": float(found.clipped.mean()),
+        }
+
     return _experiment(
         learner,
         walked(training_tasks, 0),
@@ -154,6 +166,7 @@ def offline_navigation(
         25,
         1,
         others=(walked(50, 1), test),
+        numbers=numbers,
         paths=paths,
     )
 
@@ -187,6 +200,7 @@ def _experiment(
     inner_steps: int,
     *,
     others: tuple[AbstractTasks, AbstractTasks] | None = None,
+    numbers: Callable[[Tree, int], Mapping[str, float]] | None = None,
     paths: Callable[[Tree, int], Paths] | None = None,
 ) -> Experiment:
     validation, test = (tasks, tasks) if others is None else others
@@ -199,6 +213,7 @@ def _experiment(
         description=f"{learner.name}: {description}",
         settings=training,
         evaluation=Evaluating(episodes=100, batch=25, curve=curve),
+        numbers=numbers,
         paths=paths,
     )
 

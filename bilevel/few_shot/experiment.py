@@ -55,6 +55,7 @@ class Experiment:
         settings: of the training. (A mapping of keyword arguments of `train` is the old form.)
         evaluation: of the test. (A mapping of keyword arguments of `evaluate` is the old form.)
         tester: the learner of validation and test, where it is not that of training.
+        numbers: (x, seed) -> named numbers that are told beside the test; None: none.
         paths: (x, seed) -> what is drawn beside the curves: paths in the plane before and after adaptation, and where
             they are to lead, as `Paths`; None: nothing.
 
@@ -70,6 +71,7 @@ class Experiment:
     settings: Training = Training()
     evaluation: Evaluating = Evaluating()
     tester: Learner | None = None
+    numbers: Callable[[Tree, int], Mapping[str, float]] | None = None
     paths: Callable[[Tree, int], Paths] | None = None
 
     def __post_init__(self) -> None:

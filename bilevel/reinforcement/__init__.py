@@ -11,6 +11,7 @@ from bilevel.reinforcement.categorical import CategoricalPolicy as CategoricalPo
 from bilevel.reinforcement.dice import DiCE as DiCE
 from bilevel.reinforcement.environment import AbstractEnvironment as AbstractEnvironment
 from bilevel.reinforcement.gaussian import GaussianPolicy as GaussianPolicy
+from bilevel.reinforcement.interaction import Interaction as Interaction
 from bilevel.reinforcement.low_variance import (
     LowVarianceCurvature as LowVarianceCurvature,
     ScoreFunction as ScoreFunction,
@@ -31,3 +32,4 @@ from bilevel.reinforcement.tabular import Tabular as Tabular
 from bilevel.reinforcement.tasks import BanditTasks as BanditTasks, GoalTasks as GoalTasks
 from bilevel.reinforcement.trajectories import Trajectories as Trajectories, rollout as rollout
 from bilevel.reinforcement.trust_region import TrustRegion as TrustRegion
+from bilevel.reinforcement.vector_episodes import vector_episodes as vector_episodes

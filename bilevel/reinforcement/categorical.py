@@ -44,7 +44,8 @@ class CategoricalPolicy(AbstractPolicy):
 
     def sample(self, params: Params, observation: Tensor, noise: Tensor) -> Tensor:
         reached = self._log_probs(params, observation).exp().cumsum(-1)[..., :-1]
-        return (torch.special.ndtr(noise) > reached).sum(-1)
+        found: Tensor = (torch.special.ndtr(noise) > reached).sum(-1)
+        return found
 
     def log_prob(self, params: Params, observation: Tensor, action: Tensor) -> Tensor:
         found: Tensor = self._log_probs(params, observation).gather(-1, action.long().unsqueeze(-1))

@@ -55,7 +55,8 @@ class OfflineTasks(AbstractTasks):
     @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
         """`count` of them, different ones as far as there are so many."""
-        draws, rows = generator(seed), []
+        draws = generator(seed)
+        rows: list[int] = []
         while len(rows) < count:
             some = min(count - len(rows), self.count)
             rows += subsets(torch.tensor([self.count]), some, draws)[0].tolist()
