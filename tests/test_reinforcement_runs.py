@@ -188,7 +188,7 @@ def test_importance_weights_estimate_another_policy_without_bias() -> None:
     each = (weights * data.rewards).sum(1)
     error = float((each.var() / 20_000 + true.returns().var() / 20_000).sqrt())
     assert abs(float(each.mean() - true.returns().mean())) < 5 * error
-    assert abs(float(data.returns().mean() - true.returns().mean())) > 10 * error  # it says something
+    assert abs(float(data.returns().mean() - true.returns().mean())) > 8 * error  # it says something
     value = surrogate.value(policy, other, data)
     assert abs(float(value - each.mean())) < 1e-12
     clipped = ImportanceWeighted(1.0, 1.0, Zero()).value(policy, other, data)

@@ -13,6 +13,7 @@ from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import SEED
+from bilevel.arguments.words import got
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import FORMERLY, Reporting, Saving, Validating, validating
@@ -128,7 +129,7 @@ class Experiment:
             told = rest.pop("callback", callback)
             callback = FORMERLY["callback"].build(told, taken(rest, FORMERLY["callback"].fields))
             if rest:
-                raise TypeError(f"`train` has no argument {next(iter(rest))!r}.")
+                raise TypeError(f"`Experiment.train(changes=...)`: `train` has no argument {got(next(iter(rest)))}.")
         return train(
             self.learner,
             self.tasks,

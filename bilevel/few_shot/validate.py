@@ -15,6 +15,7 @@ from bilevel._files import write_atomically
 from bilevel._tree import Tree, ravel
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.words import got
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.outer.saves import NotSavedError
 from bilevel.outside.checkpoints import load_plain
@@ -164,7 +165,7 @@ def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = load_plain(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not readable ({error}).") from error
+        raise ValueError(f"`read_best(path=...)`: {got(str(path))} is not readable ({str(error)[:200]}).") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} was not written by this version of bilevel.")
     try:

@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor, nn
 
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import SIZE, demand_ranges
+from bilevel.arguments.ranges import FINITE, SIZE, demand_ranges
 from bilevel.modules.functional import Functional, functional
 from bilevel.reinforcement.policy import AbstractPolicy, Params
 
@@ -67,7 +67,7 @@ class GaussianPolicy(AbstractPolicy):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, actions=SIZE)
+        demand_ranges(self, actions=SIZE, log_std=FINITE)
         net = self.module if isinstance(self.module, Functional) else functional(self.module)
         if _LOG_STD in net.params:
             raise ValueError(

@@ -118,6 +118,10 @@ class Coverage:
     clipped: Tensor
     episodes: int
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+        demand_ranges(self, episodes=SIZE)
+
     def __str__(self) -> str:
         return (
             f"{float(self.before.mean()):.1%} of {self.episodes} episodes are effective at x,"

@@ -7,8 +7,10 @@ from typing import final
 
 import torch
 
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import POSITIVE, SIZE, demand_ranges
+from bilevel.arguments.ranges import POSITIVE, SEED, SIZE, demand_ranges
+from bilevel.tasks._random import generator, normal, uniform
 from bilevel.tasks.source import AbstractTasks, Batch
 
 
@@ -36,10 +38,10 @@ class GoalTasks(AbstractTasks):
         demand_types(self)
         demand_ranges(self, dimensions=SIZE, reach=POSITIVE)
 
+    @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(count, self.dimensions, generator=generator, dtype=torch.float64, device="cpu")
-        return {"goal": (self.reach * (2 * drawn - 1)).to(torch.get_default_dtype())}
+        drawn = uniform(-1.0, 1.0, count, self.dimensions, generator=generator(seed))
+        return {"goal": (self.reach * drawn).to(torch.get_default_dtype())}
 
 
 @final
@@ -66,7 +68,7 @@ class BanditTasks(AbstractTasks):
         demand_types(self)
         demand_ranges(self, arms=SIZE, spread=POSITIVE)
 
+    @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(count, self.arms, generator=generator, dtype=torch.float64, device="cpu")
+        drawn = normal(count, self.arms, generator=generator(seed))
         return {"means": (self.spread * drawn).to(torch.get_default_dtype())}

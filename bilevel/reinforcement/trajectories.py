@@ -50,6 +50,9 @@ def rollout(
         start: standard normal numbers `(episodes, environment.start_noise)`.
         noise: standard normal numbers `(episodes, horizon, policy.noise + environment.step_noise)`.
 
+    Raises:
+        ValueError: if the noise does not fit.
+
     Example:
         >>> from torch import nn
         >>> from bilevel.reinforcement import CategoricalPolicy, GaussianBandit
@@ -58,6 +61,13 @@ def rollout(
         >>> rollout(bandit, policy, policy.params, task, torch.zeros(10, 0), noise).returns().shape
         torch.Size([10])
     """
+    wide = policy.noise + environment.step_noise
+    fits = noise.shape[1:] == (environment.horizon, wide) and start.shape == (*noise.shape[:1], environment.start_noise)
+    if not fits:
+        raise ValueError(
+            f"`rollout(start=..., noise=...)` must be of shapes (episodes, {environment.start_noise}) and (episodes,"
+            f" {environment.horizon}, {wide}). Got {tuple(start.shape)} and {tuple(noise.shape)}."
+        )
     with torch.no_grad():
         params = {name: leaf.detach() for name, leaf in params.items()}
         state = environment.start(task, start)
