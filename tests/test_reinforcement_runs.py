@@ -344,5 +344,5 @@ def test_navigation_finds_goals_after_one_step_and_joint_training_does_not() -> 
 
 def test_defaults_of_the_experiments_are_what_the_page_says() -> None:
     built = experiments()["maml-navigation"].build()
-    assert isinstance(built.settings, Training) and built.settings.max_steps == 200 and built.settings.batch == 20
+    assert isinstance(built.settings, Training) and built.settings.max_steps == 100 and built.settings.batch == 20
     assert evaluate(built.learner, built.learner.x0, GoalTasks(), episodes=2).metric == "return"

@@ -72,10 +72,10 @@ def maml_bandits(
 
 
 def maml_navigation(
-    horizon: int = 100,
+    horizon: int = 50,
     batch: int = 20,
     objective: Objective = "expected",
-    step: float = 5e-5,
+    step: float = 1e-4,
     inner_steps: int = 1,
     episodes: int = 20,
     hidden: int = 64,
@@ -111,7 +111,7 @@ def maml_navigation(
         batch = tasks.sample(_SHOWN, seed)
         return _paths(learner, environment, meta.policy, x, batch, meta.params_of(x), "policy")
 
-    return _experiment(learner, tasks, "2-D navigation", Training(200, batch, loop), 25, inner_steps, paths=paths)
+    return _experiment(learner, tasks, "2-D navigation", Training(100, batch, loop), 25, inner_steps, paths=paths)
 
 
 def offline_navigation(
@@ -177,7 +177,7 @@ def _walker(hidden: int, log_std: float, seed: int) -> GaussianPolicy:
     def build() -> nn.Module:
         last = nn.Linear(hidden, 2)
         with torch.no_grad():
-            last.weight.zero_()
+            last.weight.mul_(0.1)
             last.bias.zero_()
         return nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
 

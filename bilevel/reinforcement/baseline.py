@@ -96,6 +96,9 @@ class LinearBaseline(AbstractBaseline):
 class Advantages:
     """A_t = sum_l (discount lambda)^l d_{t+l},  d_t = r_t + discount V(o_{t+1}) - V(o_t): how much better it went.
 
+    With `normalized` they are divided by their root mean square over the episodes of a task, so that a step length does
+    not depend on the scale of the rewards; gradients are then no longer those of the return, but in direction.
+
     lambda = 1 is the discounted return from t on, less V: its policy gradient is unbiased. Less is less variance and
     a bias, as far as V is no value function.
 
@@ -106,6 +109,7 @@ class Advantages:
         discount: in [0, 1].
         lambda_: in [0, 1].
         baseline: V.
+        normalized: whether they are brought to size 1.
 
     Raises:
         ValueError: if a number is out of range.
@@ -118,6 +122,7 @@ class Advantages:
     discount: float = 0.99
     lambda_: float = 1.0
     baseline: AbstractBaseline = LinearBaseline()
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -130,7 +135,11 @@ class Advantages:
             V = self.baseline.values(trajectories, self.discount) * alive
             following = torch.cat([V[:, 1:], torch.zeros_like(V[:, :1])], 1)
             d = rewards + self.discount * following - V
-            return discounted(d, self.discount * self.lambda_) * alive * powers(self.discount, rewards)
+            A = discounted(d, self.discount * self.lambda_) * alive
+            if self.normalized:
+                size = (A.square().sum() / alive.sum()).sqrt()
+                A = A / size.clamp_min(torch.finfo(A.dtype).eps)
+            return A * powers(self.discount, rewards)
 
 
 def discounted(rewards: Tensor, discount: float) -> Tensor:
