@@ -81,8 +81,8 @@ def maml_navigation(
     hidden: int = 64,
     first_order: bool = False,
     curvature: Literal["low-variance", "dice"] = "low-variance",
-    outer: Literal["adam", "trust-region"] = "adam",
-    rate: float = 0.01,
+    outer: Literal["trust-region", "adam"] = "trust-region",
+    rate: float = 0.003,
     delta: float = 0.01,
     seed: int = 0,
 ) -> Experiment:
@@ -111,7 +111,7 @@ def maml_navigation(
         batch = tasks.sample(_SHOWN, seed)
         return _paths(learner, environment, meta.policy, x, batch, meta.params_of(x), "policy")
 
-    return _experiment(learner, tasks, "2-D navigation", Training(100, batch, loop), 25, inner_steps, paths=paths)
+    return _experiment(learner, tasks, "2-D navigation", Training(40, batch, loop), 10, inner_steps, paths=paths)
 
 
 def offline_navigation(
