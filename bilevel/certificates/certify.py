@@ -65,9 +65,9 @@ def certify(
     C_G that the products contradict makes the bound infinite.
 
     With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...), or `GroupLasso` without tasks,
-    all of this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
-    that the margin of the support is larger than the error of y, so that y* has that support. Where it is not, the
-    bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
+    all of this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support;
+    what is shown first is that the margin of the support is larger than the error of y, so that y* has that support.
+    Where it is not, the bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
 
     Under linear constraints all of this holds on the face that y* is on, of a vertex without any curvature; what is
     shown first is that strict complementarity has a margin larger than the error of y. Under nonlinear constraints, and
