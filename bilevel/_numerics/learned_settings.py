@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def settings_at(problem: FlatProblem, x: Tensor) -> Callable[[Setting, int], Tensor]:
-    """(setting, step) -> its value at x, with the leading axes of y: `(*batch, 1)`, `(*batch, q)`, or one for each step.
+    """(setting, step) -> its value at x, with the leading axes of y: `(*batch, 1)`, `(*batch, q)`, or one a step.
 
     Differentiable in x. A value outside of its range is NaN: the steps make NaN of y with it, in that row of a batch
     alone, and so the solve ends with `Status.nonfinite`, not with an exception.
