@@ -1,4 +1,4 @@
-"""A step for each layer, a momentum and a schedule, learned for twenty steps of training, beside a grid of constants.
+"""A step for each layer, a momentum and a schedule for twenty steps of training, learned from the best of a grid.
 
 `python docs/examples/learned_settings_figure.py` writes docs/images/learned_settings.png and prints the numbers of the
 page "Neural networks".
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bilevel import ITD, BilevelProblem, functional, minimize
-from bilevel.solvers import Adam, HeavyBall, Iterate, Scheduled
+from bilevel.solvers import Adam, Clipped, HeavyBall, Iterate, Scheduled
 
 STEPS = 20
 GRID = [(step, momentum) for step in (0.1, 0.3, 0.6, 1.0, 1.5) for momentum in (0.0, 0.5, 0.8, 0.9)]
@@ -46,19 +46,13 @@ def measured(outer_steps: int) -> tuple[dict[str, list[float]], Any, tuple[float
     )
     learned = Scheduled(ball, factors=lambda x: x["log_factors"].exp())
     problem = BilevelProblem(lambda _, y: loss(y, held_out), lambda _, y: loss(y, train))
-    x0 = {
-        "log_steps": {name: torch.tensor(-2.0) for name in net.params},
-        "raw": torch.tensor(0.0),
-        "log_factors": torch.zeros(STEPS),
-    }
     itd = ITD(Iterate(learned, max_steps=STEPS))
-    x = minimize(problem, x0, dict(net.params), estimator=itd, outer=Adam(0.05), max_steps=outer_steps).x
 
     def curve(settings: Any, batch: tuple[Tensor, Tensor]) -> list[float]:
         """The loss on a batch after each step."""
         y = {name: p.detach().requires_grad_() for name, p in net.params.items()}
         moves = {name: torch.zeros_like(p) for name, p in y.items()}
-        losses = [float(loss(y, batch))]
+        losses = [float(loss(y, batch).detach())]
         for k in range(STEPS):
             grads = torch.autograd.grad(loss(y, train), list(y.values()))
             for (name, p), g in zip(list(y.items()), grads, strict=True):
@@ -66,13 +60,22 @@ def measured(outer_steps: int) -> tuple[dict[str, list[float]], Any, tuple[float
                 move = momentum * moves[name] - step * g
                 y[name] = (p + factor * move).detach().requires_grad_()
                 moves[name] = move
-            losses.append(float(loss(y, batch)))
+            losses.append(float(loss(y, batch).detach()))
         return losses
 
     def of_x(name: str, k: int) -> tuple[float, float, float]:
         return float(x["log_steps"][name].exp()), float(x["raw"].sigmoid()), float(x["log_factors"][k].exp())
 
     best = min(GRID, key=lambda pair: curve(lambda *_: (*pair, 1.0), held_out)[-1])
+    x0 = {
+        "log_steps": {name: torch.tensor(best[0]).log() for name in net.params},
+        "raw": torch.tensor(best[1]).logit(),
+        "log_factors": torch.zeros(STEPS),
+    }
+    outer = Clipped(Adam(0.02), max_norm=0.1)  # training is near the edge where it blows up
+    found = minimize(problem, x0, dict(net.params), estimator=itd, outer=outer, max_steps=outer_steps, throw=False)
+    assert found.best is not None
+    x = found.best.x
     return (
         {
             "learned": curve(of_x, reported),
