@@ -87,7 +87,9 @@ class Optimality:
         lower, upper = (bound.expand(fixed.shape)[fixed] for bound in (self.moving.lower, self.moving.upper))
         generator = torch.Generator(device="cpu").manual_seed(0)
         w = torch.randn(lower.shape, generator=generator, dtype=torch.float64, device="cpu").to(lower)
-        moves = [float(torch.linalg.vector_norm(self._in_x((w * part).sum()))) for part in (upper - lower, upper, lower)]
+        moves = [
+            float(torch.linalg.vector_norm(self._in_x((w * part).sum()))) for part in (upper - lower, upper, lower)
+        ]
         apart = moves[0] / max(*moves, torch.finfo(lower.dtype).tiny)
         return (widening(apart),)
 
