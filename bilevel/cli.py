@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, final
 
 from bilevel import __version__
-from bilevel._validate import nearest
+from bilevel.arguments.nearest import nearest
 from bilevel.commands.signals import received
 
 SUCCESS, FAILED, USAGE, MISSING = 0, 1, 2, 3

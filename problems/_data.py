@@ -10,8 +10,8 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._validate import nearest
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.nearest import nearest
 from bilevel.arguments.ranges import COUNT, demand_ranges
 from bilevel.outside.arrays import read_arrays
 

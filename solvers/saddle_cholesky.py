@@ -65,6 +65,7 @@ class SaddleCholesky(AbstractLinearSolver):
         q = blocks.M.size
         own, r, t = q - blocks.slacks, b[..., :q], b[..., q:]
         A, off = blocks.A[..., :own], blocks.free[..., own:]  # a row with a free slack only says what that is
+        loose, pushed = torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(t)
         if blocks.slacks:
             loose = torch.nn.functional.pad(off, (t.shape[-1] - blocks.slacks, 0))
             pushed = torch.nn.functional.pad(torch.where(off, r[..., own:], 0.0), (t.shape[-1] - blocks.slacks, 0))

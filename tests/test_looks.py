@@ -72,7 +72,8 @@ def test_noise_does_not_pass_for_convergence() -> None:
 def test_the_luckiest_batch_does_not_end_a_run() -> None:
     """Where batches alone are known nobody can tell a tolerance that is met from luck."""
     loader = [tuple(part[k : k + 6] for part in OF_G) for k in (0, 6)]
-    for given in ({"algorithm": SOBA(0.1, 0.1)}, {"estimator": "aid-cg"}):
+    ways: tuple[dict[str, Any], ...] = ({"algorithm": SOBA(0.1, 0.1)}, {"estimator": "aid-cg"})
+    for given in ways:
         for batches in (loader, lambda k: loader[k % 2]):
             with pytest.raises(ValueError, match=r"minimize\(tol=\.\.\.\).*only batches.*FiniteSum"):
                 minimize(PROBLEM, X, Y, data=batches, max_steps=3, tol=1e-2, **given)

@@ -134,7 +134,7 @@ def test_every_derivative_of_dice_is_unbiased(baseline: AbstractBaseline, shift:
 @pytest.mark.parametrize("build", [LowVarianceCurvature, ScoreFunction])
 def test_the_first_derivative_of_every_surrogate_is_the_policy_gradient(build: Any, baseline: AbstractBaseline) -> None:
     surrogate = build(Advantages(DISCOUNT, 1.0, baseline))
-    assert surrogate.discount == DISCOUNT
+    assert surrogate.factor == DISCOUNT
     mean = expected_surrogate(surrogate, HERE)
     assert (derivatives(mean, HERE)[0] - derivatives(expected_return, HERE)[0]).abs().max() < 1e-12
     assert abs(float(mean(HERE) - expected_return(HERE))) < 1e-12

@@ -231,9 +231,7 @@ def client(x: Tensor, y: Tensor, data: Tensor) -> Tensor:
 
 @functools.cache
 def vector_environment() -> Any:
-    import gymnasium
-
-    return gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+    return importlib.import_module("gymnasium").make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
 
 
 def pulled() -> bilevel.reinforcement.MetaPolicy:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
-from bilevel._validate import nearest
 from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.arguments.nearest import nearest
 from bilevel.named.implicit import IMPLICIT
 from bilevel.named.registration import AUTO, demand_registration
 from bilevel.named.setting import Setting

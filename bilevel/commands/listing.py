@@ -12,7 +12,7 @@ from typing import Any
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
-from bilevel._validate import nearest
+from bilevel.arguments.nearest import nearest
 
 _SHORT = {"gd": "gradient-descent"}
 _ROLES: dict[str, type] = {

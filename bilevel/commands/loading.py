@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel._instance import Instance
 from bilevel._problem import BilevelProblem
-from bilevel._validate import nearest
+from bilevel.arguments.nearest import nearest
 from bilevel.commands.arguments import bind, takes
 from bilevel.commands.home import Home
 

@@ -14,8 +14,8 @@ from bilevel._instance import Instance
 from bilevel._optimizer import AbstractOuterDriver
 from bilevel._problem import check_signature
 from bilevel._tree import ravel
-from bilevel._validate import nearest
 from bilevel.algorithms.registry import DESCENT, available, unknown_algorithm
+from bilevel.arguments.nearest import nearest
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, final
 
-from bilevel.outer.lock import abandon
-
+_LOCKS = "bilevel.outer.lock"  # which loads torch, and is not imported for a command that needs none
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is unknown on Windows
 
 
@@ -38,7 +38,8 @@ class Received:
         if self.over:
             return
         if self.number is not None:
-            abandon()
+            if _LOCKS in sys.modules:  # else no lock was ever held
+                sys.modules[_LOCKS].abandon()
             os._exit(128 + number)
         self.number = number
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer
 from bilevel._result import BilevelError
-from bilevel._validate import nearest
+from bilevel.arguments.nearest import nearest
 from bilevel.named.auto import Auto
 from bilevel.named.builders import (
     Builder,

@@ -51,6 +51,10 @@ class DiCE(AbstractSurrogate):
         demand_types(self)
         demand_ranges(self, discount=SHARE)
 
+    @property
+    def factor(self) -> float:
+        return self.discount
+
     def value(self, policy: AbstractPolicy, params: Params, trajectories: Trajectories) -> Tensor:
         weights, before = cumulative_weights(policy, params, trajectories)
         with torch.no_grad():

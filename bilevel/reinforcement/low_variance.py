@@ -40,7 +40,7 @@ class LowVarianceCurvature(AbstractSurrogate):
         demand_types(self)
 
     @property
-    def discount(self) -> float:
+    def factor(self) -> float:
         return self.advantages.discount
 
     def value(self, policy: AbstractPolicy, params: Params, trajectories: Trajectories) -> Tensor:
@@ -75,7 +75,7 @@ class ScoreFunction(AbstractSurrogate):
         demand_types(self)
 
     @property
-    def discount(self) -> float:
+    def factor(self) -> float:
         return self.advantages.discount
 
     def value(self, policy: AbstractPolicy, params: Params, trajectories: Trajectories) -> Tensor:

@@ -117,7 +117,7 @@ class MetaPolicy(AbstractPortable):
     def advantages(self) -> Advantages:
         """Those after the last step, for weights of single actions."""
         gain = self.gain
-        return gain.advantages if isinstance(gain, ScoreFunction | LowVarianceCurvature) else Advantages(gain.discount)
+        return gain.advantages if isinstance(gain, ScoreFunction | LowVarianceCurvature) else Advantages(gain.factor)
 
     def g(self, x: Tree, y: Tree, task: Any) -> Tensor:
         """Minus the inner surrogate, of the episodes of this step."""

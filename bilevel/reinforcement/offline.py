@@ -70,6 +70,10 @@ class ImportanceWeighted(AbstractSurrogate):
         demand_types(self)
         demand_ranges(self, discount=SHARE, clip=Range(least=1.0, infinite=True))
 
+    @property
+    def factor(self) -> float:
+        return self.discount
+
     def value(self, policy: AbstractPolicy, params: Params, trajectories: Trajectories) -> Tensor:
         weights = self.weights(policy, params, trajectories)
         covered = counted(weights, trajectories, self.cumulative).detach().mean() > _NIL

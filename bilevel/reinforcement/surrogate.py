@@ -27,12 +27,12 @@ class AbstractSurrogate(AbstractPortable, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def discount(self) -> float:
-        """The factor by which a reward is worth less for each step that it is later."""
+    def factor(self) -> float:
+        """The discount: by which a reward is worth less for each step that it is later."""
 
     def gain(self, trajectories: Trajectories) -> Tensor:
         """The mean discounted return of episodes: a scalar."""
-        return (powers(self.discount, trajectories.rewards) * trajectories.rewards).sum(1).mean()
+        return (powers(self.factor, trajectories.rewards) * trajectories.rewards).sum(1).mean()
 
     @abc.abstractmethod
     def value(self, policy: AbstractPolicy, params: Params, trajectories: Trajectories) -> Tensor:

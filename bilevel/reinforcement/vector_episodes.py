@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _spaces(environment: Any) -> tuple[Any, Any]:
         TypeError: if there are none.
     """
     try:
-        import gymnasium
+        gymnasium: Any = importlib.import_module("gymnasium")
     except ImportError as error:
         raise ImportError(
             'episodes of vector environments need gymnasium: `pip install "bilevel[gymnasium]"`.'
@@ -92,8 +93,7 @@ def _spaces(environment: Any) -> tuple[Any, Any]:
 
 
 def _vectors(observation: Any, space: Any, like: Tensor) -> Tensor:
-    import gymnasium
-
+    gymnasium: Any = importlib.import_module("gymnasium")
     found = torch.as_tensor(observation)
     if isinstance(space, gymnasium.spaces.Discrete):
         return torch.nn.functional.one_hot((found - int(space.start)).long(), int(space.n)).to(like)
@@ -101,8 +101,7 @@ def _vectors(observation: Any, space: Any, like: Tensor) -> Tensor:
 
 
 def _taken(action: Tensor, space: Any) -> Any:
-    import gymnasium
-
+    gymnasium: Any = importlib.import_module("gymnasium")
     found = action.cpu().numpy()
     if isinstance(space, gymnasium.spaces.Discrete):
         return found + int(space.start)

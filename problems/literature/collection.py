@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Tree
-from bilevel._validate import nearest
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.nearest import nearest
 from bilevel.arguments.ranges import FINITE, demand_ranges
 from bilevel.arguments.words import got
 from bilevel.portable.pickling import AbstractPortable
