@@ -1,0 +1,117 @@
+"""Products with features: dense ones in blocks of rows that fit the cache, sparse ones as they are."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_CACHE = 1 << 20  # bytes of a block: read once for X v and, from the cache, once more for X'u
+_LEAST, _MOST = 64, 1024  # rows of a block: fewer cost more in calls than they save, more gain nothing
+
+
+class Block(NamedTuple):
+    """Some rows of the features, X_b `(B, d)`, and where their samples stand among all."""
+
+    X: Tensor
+    XT: Tensor
+    samples: slice
+
+    def times(self, V: Tensor) -> Tensor:
+        """V X_b' `(C, B)` for V `(C, d)`."""
+        return torch.mm(V, self.XT)
+
+    def back(self, U: Tensor, total: Tensor | None) -> Tensor:
+        """total + U X_b `(C, d)` for U `(C, B)`; the total is written to."""
+        return torch.mm(U, self.X) if total is None else total.addmm_(U, self.X)
+
+    def back_squared(self, U: Tensor, total: Tensor | None) -> Tensor:
+        """total + U X_b^2 entry by entry `(C, d)`."""
+        found = torch.mm(U, self.X.square())
+        return found if total is None else total.add_(found)
+
+
+class SparseRows(NamedTuple):
+    """All rows of sparse features, and their transpose, as `torch.sparse_csr` matrices."""
+
+    X: Tensor
+    XT: Tensor
+    samples: slice = slice(None)
+
+    @staticmethod
+    def of(X: Tensor) -> SparseRows:
+        with warnings.catch_warnings():  # torch says once that it is still at work on this layout
+            warnings.simplefilter("ignore", UserWarning)
+            coo = X.to_sparse_coo().coalesce()
+            return SparseRows(coo.to_sparse_csr(), coo.t().coalesce().to_sparse_csr())
+
+    def times(self, V: Tensor) -> Tensor:
+        found: Tensor = _SparseProduct.apply(self.X, self.XT, V)  # type: ignore[no-untyped-call]
+        return found
+
+    def back(self, U: Tensor, total: Tensor | None) -> Tensor:
+        found: Tensor = _SparseProduct.apply(self.XT, self.X, U)  # type: ignore[no-untyped-call]
+        return found if total is None else total + found
+
+    def back_squared(self, U: Tensor, total: Tensor | None) -> Tensor:
+        X, XT = (_squared(each) for each in (self.X, self.XT))
+        found: Tensor = _SparseProduct.apply(XT, X, U)  # type: ignore[no-untyped-call]
+        return found if total is None else total + found
+
+
+def _squared(X: Tensor) -> Tensor:
+    return torch.sparse_csr_tensor(
+        X.crow_indices(), X.col_indices(), X.values().square(), X.shape, check_invariants=False
+    )
+
+
+class _SparseProduct(torch.autograd.Function):
+    """V -> V X' for a sparse X, which is constant; differentiable any number of times, and by `torch.vmap` over V."""
+
+    @staticmethod
+    def forward(X: Tensor, XT: Tensor, V: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        if V.shape[0] == 1:
+            return torch.mv(X, V.squeeze(0)).unsqueeze(0)
+        return torch.mm(X, V.mT.contiguous()).mT.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.X, ctx.XT, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        return None, None, _SparseProduct.apply(ctx.XT, ctx.X, slopes[0])  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _SparseProduct.apply(ctx.X, ctx.XT, tangents[2])  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def vmap(  # what it is called with
+        info: Any,  # noqa: ARG004
+        in_dims: tuple[int | None, ...],
+        X: Tensor,
+        XT: Tensor,
+        V: Tensor,
+    ) -> tuple[Tensor, int]:
+        each = V.movedim(in_dims[2] or 0, 0)
+        found = _SparseProduct.apply(X, XT, each.reshape(-1, each.shape[-1]))  # type: ignore[no-untyped-call]
+        return found.reshape(*each.shape[:-1], -1), 0
+
+
+Blocks = tuple[Block, ...] | tuple[SparseRows]
+
+
+def blocks_of(X: Tensor, *, whole: bool = False) -> Blocks:
+    """X `(n, d)` in blocks of rows; in one, where it is sparse or `whole` says so: several problems side by side."""
+    if X.layout != torch.strided:
+        return (SparseRows.of(X),)
+    if whole or X.shape[0] <= _LEAST:
+        return (Block(X, X.mT, slice(None)),)
+    rows = max(_LEAST, min(_MOST, _CACHE // max(1, X.shape[1] * X.element_size())))
+    parts = X.split(rows)
+    if len(parts) == 1:
+        return (Block(X, X.mT, slice(None)),)
+    return tuple(Block(part, part.mT, slice(k * rows, k * rows + len(part))) for k, part in enumerate(parts))
