@@ -26,6 +26,11 @@ class AbstractKnownObjective(AbstractPortable, abc.ABC):
     functions of their arguments alone, in operations that it takes. `y`, `v` and gradients are in the structure of y.
     """
 
+    @property
+    def is_smooth(self) -> bool:
+        """Whether g has all derivatives in y everywhere. False unless it says so: kinks at y* are then looked for."""
+        return False
+
     @abc.abstractmethod
     def __call__(self, x: Tree, y: Tree, *data: Any) -> Tensor:
         """g(x, y): a scalar, twice differentiable by autograd."""

@@ -32,6 +32,10 @@ class Declared(AbstractKnownObjective):
     def __post_init__(self) -> None:
         demand_types(self)
 
+    @property
+    def is_smooth(self) -> bool:
+        return self.known.is_smooth
+
     def __call__(self, x: Tree, y: Tree, *data: Any) -> Tensor:
         return self.g(x, y, *data)
 

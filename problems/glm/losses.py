@@ -21,6 +21,11 @@ class AbstractRowLoss(AbstractPortable, abc.ABC):
     Predictions are `(C, n)`: n samples side by side, along which memory is contiguous.
     """
 
+    @property
+    def is_smooth(self) -> bool:
+        """Whether it has all derivatives everywhere. False unless it says so: kinks at y* are then looked for."""
+        return False
+
     @abc.abstractmethod
     def value(self, z: Tensor, b: Tensor) -> Tensor:
         """l `(n,)`, differentiable twice by autograd."""
@@ -48,22 +53,23 @@ class Softmax(AbstractRowLoss):
         tensor([0.6931])
     """
 
+    @property
+    def is_smooth(self) -> bool:
+        return True
+
     @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:
         return torch.logsumexp(z, 0) - z.gather(0, b.unsqueeze(0)).squeeze(0)
 
-    @fitting
     def expand(self, z: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p = torch.softmax(z, 0)
         is_label = torch.arange(z.shape[0], device=z.device).unsqueeze(1) == b
         return self.value(z, b), p - is_label.to(p.dtype), p
 
-    @fitting
     def bent(self, curvature: Tensor, u: Tensor) -> Tensor:
         pu = curvature * u
         return pu - curvature * pu.sum(0, keepdim=True)
 
-    @fitting
     def diagonal(self, curvature: Tensor) -> Tensor:
         return curvature * (1 - curvature)
 
@@ -77,6 +83,10 @@ class Poisson(AbstractSampleLoss):
         >>> Poisson().value(torch.tensor(0.0), torch.tensor(2.0))
         tensor(1.)
     """
+
+    @property
+    def is_smooth(self) -> bool:
+        return True
 
     @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:
@@ -105,19 +115,20 @@ class SumOfOutputs(AbstractRowLoss):
     def __post_init__(self) -> None:
         demand_types(self)
 
+    @property
+    def is_smooth(self) -> bool:
+        return self.loss.is_smooth
+
     @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:
         values = self.loss.value(z, b)
         return values.squeeze(0) if z.shape[0] == 1 else values.sum(0)
 
-    @fitting
     def expand(self, z: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.value(z, b), self.loss.slope(z, b), self.loss.curvature(z, b)
 
-    @fitting
     def bent(self, curvature: Tensor, u: Tensor) -> Tensor:
         return curvature * u
 
-    @fitting
     def diagonal(self, curvature: Tensor) -> Tensor:
         return curvature

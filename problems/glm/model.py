@@ -85,6 +85,10 @@ class GeneralizedLinearModel(AbstractKnownObjective):
         return GeneralizedLinearModel, fields
 
     @property
+    def is_smooth(self) -> bool:
+        return self.row_loss.is_smooth
+
+    @property
     def row_loss(self) -> AbstractRowLoss:
         """l of all outputs."""
         return self.loss if isinstance(self.loss, AbstractRowLoss) else SumOfOutputs(self.loss)
