@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bilevel._tree import Tree
 from bilevel.portable.pickling import AbstractPortable
+
+if TYPE_CHECKING:
+    from bilevel._tree import Tree
 
 
 class AbstractKnownObjective(AbstractPortable, abc.ABC):

@@ -48,7 +48,7 @@ class SparseRows(NamedTuple):
         with warnings.catch_warnings():  # torch says once that it is still at work on this layout
             warnings.simplefilter("ignore", UserWarning)
             coo = X.to_sparse_coo().coalesce()
-            return SparseRows(coo.to_sparse_csr(), coo.t().coalesce().to_sparse_csr())
+            return SparseRows(_short(coo.to_sparse_csr()), _short(coo.t().coalesce().to_sparse_csr()))
 
     def times(self, V: Tensor) -> Tensor:
         found: Tensor = _SparseProduct.apply(self.X, self.XT, V)  # type: ignore[no-untyped-call]
@@ -64,10 +64,17 @@ class SparseRows(NamedTuple):
         return found if total is None else total + found
 
 
+def _short(X: Tensor) -> Tensor:
+    """The same with 32-bit indices where these do: products then take two thirds of the time."""
+    rows, columns = X.crow_indices(), X.col_indices()
+    if X.values().numel() < 2**31 and max(X.shape) < 2**31:
+        rows, columns = rows.int(), columns.int()
+    return torch.sparse_csr_tensor(rows, columns, X.values(), X.shape, check_invariants=False)
+
+
 def _squared(X: Tensor) -> Tensor:
-    return torch.sparse_csr_tensor(
-        X.crow_indices(), X.col_indices(), X.values().square(), X.shape, check_invariants=False
-    )
+    squares = X.values().square()
+    return torch.sparse_csr_tensor(X.crow_indices(), X.col_indices(), squares, X.shape, check_invariants=False)
 
 
 class _SparseProduct(torch.autograd.Function):
