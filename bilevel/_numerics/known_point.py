@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from bilevel._numerics.known_objective import AbstractKnownObjective
-
 if TYPE_CHECKING:
     from bilevel._flat import FlatProblem
+    from bilevel._numerics.known_objective import AbstractKnownObjective
 
 
 @final
