@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel._numerics.batched import is_batched
+
 _CACHE = 1 << 19  # bytes of a block: half of a core's own cache, where it stays for X v and for X'u
 _LEAST, _MOST = 64, 1024  # rows of a block: fewer cost more in calls than they save, more gain nothing
 
@@ -51,17 +53,23 @@ class SparseRows(NamedTuple):
             return SparseRows(_short(coo.to_sparse_csr()), _short(coo.t().coalesce().to_sparse_csr()))
 
     def times(self, V: Tensor) -> Tensor:
-        found: Tensor = _SparseProduct.apply(self.X, self.XT, V)  # type: ignore[no-untyped-call]
-        return found
+        return _times(self.X, self.XT, V)
 
     def back(self, U: Tensor, total: Tensor | None) -> Tensor:
-        found: Tensor = _SparseProduct.apply(self.XT, self.X, U)  # type: ignore[no-untyped-call]
+        found = _times(self.XT, self.X, U)
         return found if total is None else total + found
 
     def back_squared(self, U: Tensor, total: Tensor | None) -> Tensor:
-        X, XT = (_squared(each) for each in (self.X, self.XT))
-        found: Tensor = _SparseProduct.apply(XT, X, U)  # type: ignore[no-untyped-call]
+        found = _times(_squared(self.XT), _squared(self.X), U)
         return found if total is None else total + found
+
+
+def _times(X: Tensor, XT: Tensor, V: Tensor) -> Tensor:
+    """V X'."""
+    if is_batched(V) or (V.requires_grad and torch.is_grad_enabled()):
+        found: Tensor = _SparseProduct.apply(X, XT, V)  # type: ignore[no-untyped-call]
+        return found
+    return _SparseProduct.forward(X, XT, V)  # a call of autograd's takes as long as a small product
 
 
 def _short(X: Tensor) -> Tensor:
