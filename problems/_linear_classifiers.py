@@ -64,4 +64,5 @@ def sigmoid_weights(x: Tensor) -> Tensor:
 
 def sigmoid_weights_of_batch(x: Tensor, batch: Any) -> Tensor:
     """The same for the samples of a batch (inputs, labels, numbers): a mean over them."""
-    return torch.sigmoid(x[batch[2]]) / batch[2].numel()
+    numbers: Tensor = batch[2]
+    return torch.sigmoid(x[numbers]) / numbers.numel()

@@ -32,7 +32,8 @@ class KnownObjective:
         """x as a leaf, and c(x) with its graph."""
         with torch.enable_grad():
             leaf = self.x.detach().requires_grad_()
-            found: Any = self.problem.map(lambda x, *data: self.known.coefficients(x, *data), "g", leaf)
+            of: Callable[..., Any] = self.known.coefficients
+            found: Any = self.problem.map(lambda x, *data: of(x, *data), "g", leaf)
         return leaf, found
 
     @functools.cached_property

@@ -49,7 +49,7 @@ class SparseRows(NamedTuple):
     def of(X: Tensor) -> SparseRows:
         with warnings.catch_warnings():  # torch says once that it is still at work on this layout
             warnings.simplefilter("ignore", UserWarning)
-            coo = X.to_sparse_coo().coalesce()
+            coo = X.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
             return SparseRows(_short(coo.to_sparse_csr()), _short(coo.t().coalesce().to_sparse_csr()))
 
     def times(self, V: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class _SparseProduct(torch.autograd.Function):
     """V -> V X' for a sparse X, which is constant; differentiable any number of times, and by `torch.vmap` over V."""
 
     @staticmethod
-    def forward(X: Tensor, XT: Tensor, V: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def forward(X: Tensor, XT: Tensor, V: Tensor) -> Tensor:  # noqa: ARG004
         if V.shape[0] == 1:
             return torch.mv(X, V.squeeze(0)).unsqueeze(0)
         return torch.mm(X, V.mT.contiguous()).mT.contiguous()
@@ -129,7 +129,7 @@ def blocks_of(X: Tensor, *, whole: bool = False) -> Blocks:
     if whole or X.shape[0] <= _LEAST:
         return (Block(X, X.mT, slice(None), is_far=False),)
     rows = max(_LEAST, min(_MOST, _CACHE // max(1, X.shape[1] * X.element_size())))
-    parts = X.split(rows)
+    parts = torch.split(X, rows)
     if len(parts) == 1:
         return (Block(X, X.mT, slice(None), is_far=False),)
     far = X.device.type == "cpu"

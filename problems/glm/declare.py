@@ -105,7 +105,8 @@ def declare(
     for _ in range(2):
         at = [each.detach() + torch.rand(each.shape, generator=generator).to(each) - 0.5 for each in (x, y)]
         v = torch.rand(y.shape, generator=generator).to(y) - 0.5
-        own, theirs = _by_autograd(g, outer, inner, *at, v, given), _by_formula(known, outer, inner, *at, v, given)
+        own = _by_autograd(g, outer, inner, at[0], at[1], v, given)
+        theirs = _by_formula(known, outer, inner, at[0], at[1], v, given)
         for name, a, b in zip(_NAMES, own, theirs, strict=True):
             size, gap = (float(torch.linalg.vector_norm(each)) for each in (a, a - b))
             if not gap <= tol * max(size, tol):
