@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
+from bilevel._numerics.known_point import KnownObjective
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
@@ -311,11 +312,26 @@ class AbstractProducts(AbstractPortable, abc.ABC):
         """A function y -> (g, grad_y g) for inner solvers, where there is a faster one than autograd at each call."""
         return None
 
+    def known(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Linearization]] | None:
+        """y -> (g, the same as `linearize`), where g knows its own derivatives and these products are with them."""
+        return None
+
 
 @final
 @dataclass(frozen=True)
 class Exact(AbstractProducts):
-    """Second derivatives by double backward through one retained graph; exact, one backward pass a product."""
+    """Second derivatives by double backward through one retained graph; exact, one backward pass a product.
+
+    Where g knows its own derivatives (`AbstractKnownObjective`), they are its own.
+    """
+
+    def known(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Linearization]] | None:
+        known = problem.known
+        return None if known is None else _Known(problem, KnownObjective(known, problem, x)).at
+
+    def oracle(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        known = problem.known
+        return None if known is None else KnownObjective(known, problem, x).value_and_gradient
 
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         problem.tally.gradients += y.shape[:-1].numel()
@@ -323,6 +339,8 @@ class Exact(AbstractProducts):
 
     def curvature(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
+        if (known := self.known(problem, x)) is not None:
+            return known(y)[1]
         with torch.enable_grad():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             gradient = grad(total(problem.part_of_g(x, y)), y, create_graph=True)
@@ -352,6 +370,9 @@ class Exact(AbstractProducts):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         tally, rows = problem.tally, y.shape[:-1].numel()
         tally.gradients += rows
+        if (known := self.known(problem, x)) is not None:
+            at = known(y)[1]
+            return at.gradient, *at.products(v)
         tally.hvps += rows
         tally.cross_products += rows
         with torch.enable_grad():
@@ -362,6 +383,37 @@ class Exact(AbstractProducts):
         with explained():
             hv, gv = torch.autograd.grad(gradient, (y, x), v, allow_unused=True)
         return gradient.detach(), torch.zeros_like(v) if hv is None else hv, gv
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """g(x, .) to first order by its own formulas, counted as any other products; its gradients are counted outside."""
+
+    problem: FlatProblem
+    objective: KnownObjective
+
+    def at(self, y: Tensor) -> tuple[Tensor, Linearization]:
+        tally, rows, point = self.problem.tally, y.shape[:-1].numel(), self.objective.at(y)
+
+        def mv(v: Tensor) -> Tensor:
+            tally.hvps += rows
+            return point.mv(v)
+
+        def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
+            tally.hvps += rows
+            tally.cross_products += rows
+            return point.products(v)
+
+        def pull(v: Tensor) -> Tensor | None:
+            tally.cross_products += rows
+            return point.cross(v)
+
+        start_in_x = self.problem.problem.init is not None
+        operator = LinearOperator(mv, y.shape[-1], positive_definite=True, diagonal=point.diagonal)
+        return point.value, Linearization(
+            y.detach(), point.gradient, mv, products, pull, operator=operator, start_in_x=start_in_x
+        )
 
 
 @final

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set_random_state
+from bilevel._numerics.known_objective import AbstractKnownObjective
 from bilevel._numerics.misfits import Misfit, called
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
@@ -86,6 +87,18 @@ class FlatProblem:
     def g(self, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of each problem in the batch, with the leading shape of y."""
         return self._g(x, y) if self.across is None else self.across.whole("g", self._g, x, y)
+
+    @property
+    def known(self) -> AbstractKnownObjective | None:
+        """g, where it knows its own derivatives and they are those of this problem; None: autograd is asked.
+
+        Samples over ranks are each rank's part, and an encoding that is not taken yet is autograd's.
+        """
+        if self.across is not None or (self.problem.encode is not None and not self.is_encoded):
+            return None
+        inner = self.problem.inner
+        given = self.problem.g_as_given if inner is None else inner.g
+        return given if isinstance(given, AbstractKnownObjective) else None
 
     def part_of_g(self, x: Tensor, y: Tensor) -> Tensor:
         """`g` for its derivatives alone: with samples over ranks its value is this rank's part, and no message."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Linearization, grad, hessian_operator, total
+from bilevel._calculus import AbstractProducts, Exact, Linearization, grad, hessian_operator, total
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.learned_settings import settings_at
@@ -75,6 +75,7 @@ class Objective:
         nonlinear: constraints on y that are no polytope, for solvers that heed them; linear ones stand beside them.
         cones: the cone program that the inner problem is, in the place of a function, for solvers that heed it.
         fixed_point: y -> T(x, y) `(*batch, q)`, where the y that is wanted is its fixed point; differentiable.
+        known: y -> (g, g to second order), where g knows its own derivatives.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -100,13 +101,14 @@ class Objective:
         nonlinear: FlatConstraints | None = None,
         cones: FlatConeProgram | None = None,
         fixed_point: Callable[[Tensor], Tensor] | None = None,
+        known: Callable[[Tensor], tuple[Tensor, Linearization]] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
         self.closed_form, self.solves = closed_form, solves and own is None
         self.constraints, self.prox, self.own, self.active = constraints, prox, own, active
         self.linearization: Linearization | None = None
-        self._linearize, self._oracle, self._settings = linearize, oracle, settings
+        self._linearize, self._oracle, self._settings, self._known = linearize, oracle, settings, known
         self.separable, self.nonlinear, self.cones, self.fixed_point = separable, nonlinear, cones, fixed_point
 
     @property
@@ -189,8 +191,16 @@ class Objective:
             self.linearization = separable.linearized(y, z, gradient)
 
     def hessian(self, y: Tensor) -> tuple[Tensor, Tensor, LinearOperator]:
-        """g, grad_y g and the operator of d2g/dy2 at y; the gradient's graph is built once and kept."""
+        """g, grad_y g and the operator of d2g/dy2 at y; the gradient's graph is built once and kept.
+
+        Where g knows its own derivatives nothing of it is computed again for a y that is returned.
+        """
         self.tally.gradients += _rows(y)
+        if self._known is not None:
+            value, at = self._known(y)
+            if self._linearize is not None:
+                self.linearization = at
+            return value, at.gradient, replace(at.operator, last_mv=None)
         with torch.enable_grad():
             leaf = y.detach().requires_grad_()
             value = self.function(leaf)
@@ -406,7 +416,8 @@ def smooth_objective(
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
     solves = solves and (products is not None or problem.problem.init is None)
     linearize = None if products is None else lambda y: products.linearize(problem, x, y)
-    oracle = None if products is None else products.oracle(problem, x)
+    made = Exact() if products is None else products
+    oracle = made.oracle(problem, x)
     if oracle is None and problem.across is not None:
         oracle = partial(_values_and_gradients, problem, x)
     return Objective(
@@ -423,6 +434,7 @@ def smooth_objective(
         active,
         separable,
         nonlinear,
+        known=made.known(problem, x),
     )
 
 

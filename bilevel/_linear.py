@@ -99,6 +99,7 @@ class LinearOperator(AbstractPortable):
         last_mv: the product at the vector that a solver is about to return, for its true residual; an operator
             may prepare there what its owner needs at that vector. None: the same as `mv`.
         diagonal: a positive diagonal near A, of the shape of a vector, where its owner knows one; for preconditioners.
+            A function without arguments makes it where it is asked for.
         blocks: those of a saddle-point matrix, where it is one.
         transposed_mv: the product A' v, where there is one and A is not symmetric.
         contraction: the spectral radius of I - A, `()` or `(batch,)`, where its owner has estimated it: what decides
@@ -116,13 +117,18 @@ class LinearOperator(AbstractPortable):
     positive_definite: bool = False
     symmetric: bool = True
     last_mv: Callable[[Tensor], Tensor] | None = None
-    diagonal: Tensor | None = None
+    diagonal: Tensor | Callable[[], Tensor] | None = None
     blocks: SaddleBlocks | None = None
     transposed_mv: Callable[[Tensor], Tensor] | None = None
     contraction: Tensor | None = None
 
     def __post_init__(self) -> None:
-        demand_types(self)
+        demand_types(self, {"diagonal": "a tensor, a function that returns one, or None"})
+
+    @property
+    def known_diagonal(self) -> Tensor | None:
+        """The diagonal, made if need be; None: its owner knows none."""
+        return self.diagonal if self.diagonal is None or isinstance(self.diagonal, Tensor) else self.diagonal()
 
     @property
     def properties(self) -> OperatorProperties:
@@ -153,14 +159,17 @@ class LinearOperator(AbstractPortable):
         if damping == 0.0:
             return self
         last = self.mv if self.last_mv is None else self.last_mv
-        other = self.transposed_mv
+        other, known = self.transposed_mv, self.diagonal
+        diagonal = (
+            known + damping if isinstance(known, Tensor) else None if known is None else lambda: known() + damping
+        )
         return LinearOperator(
             lambda v: self.mv(v).add(v, alpha=damping),
             self.size,
             self.positive_definite,
             self.symmetric,
             lambda v: last(v).add(v, alpha=damping),
-            None if self.diagonal is None else self.diagonal + damping,
+            diagonal,
             transposed_mv=None if other is None else lambda v: other(v).add(v, alpha=damping),
         )
 

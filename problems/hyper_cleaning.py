@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -22,8 +23,10 @@ from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import structural
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._fit import fit
+from bilevel.problems._linear_classifiers import batch_classifier, classifier, sigmoid_weights, sigmoid_weights_of_batch
 from bilevel.problems._losses import accuracy, largest_moment, logit_bounds, outputs, sample_losses
 from bilevel.problems._plots import draw_cleaning
+from bilevel.problems.glm.declare import Declared
 
 
 @final
@@ -92,6 +95,14 @@ class HyperCleaning:
         """The inner objective on some training samples, (inputs, labels, their numbers): a mean over them."""
         inputs, labels, numbers = batch
         return self._penalized((torch.sigmoid(x[numbers]) * sample_losses(logits(y, inputs), labels)).mean(), y)
+
+    def known(self, y: Tree, *, batches: bool = False) -> Callable[..., Tensor]:
+        """g, on all samples or on batches; with its own derivatives where the model is linear in y."""
+        if not isinstance(y, Tensor):
+            return self._g_on if batches else self.g
+        if batches:
+            return Declared(self._g_on, batch_classifier(self.outputs, 2 * self.c, sigmoid_weights_of_batch))
+        return Declared(self.g, classifier(self.X, self.labels, self.outputs, 2 * self.c, weights=sigmoid_weights))
 
     @property
     def samples(self) -> Split:
@@ -171,7 +182,7 @@ def hyper_cleaning(
     """
     family, shown, y0, description = _set_up(corrupted, n_train, n_val, hidden, regularization, data, seed, double)
     return Instance(
-        problem=BilevelProblem(family.f, family.g),
+        problem=BilevelProblem(family.f, family.known(y0)),
         x0=torch.zeros_like(family.X[:, 0]),
         y0=y0,
         description=description,
@@ -228,7 +239,7 @@ def hyper_cleaning_batches(
     """
     family, shown, y0, description = _set_up(corrupted, n_train, n_val, hidden, regularization, data, seed, double)
     instance = Instance(
-        problem=BilevelProblem(family._f_on, family._g_on),
+        problem=BilevelProblem(family._f_on, family.known(y0, batches=True)),
         x0=torch.zeros_like(family.X[:, 0]),
         y0=y0,
         description=description,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bilevel._instance import Instance
+from bilevel._numerics.known_objective import AbstractKnownObjective
 from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
@@ -21,8 +22,10 @@ from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._fit import fit
+from bilevel.problems._linear_classifiers import classifier
 from bilevel.problems._losses import accuracy, largest_moment, logit_bounds, outputs, sample_losses
 from bilevel.problems._plots import draw_penalties
+from bilevel.problems.glm.declare import Declared
 
 Penalties: TypeAlias = Tensor | dict[str, Tensor]
 
@@ -87,6 +90,13 @@ class Logistic:
         smoothed = (y.square() + self.eps**2).sqrt() - self.eps
         return loss + (x["log_l2"].exp() * y.square()).sum() / 2 + x["log_l1"].exp() * smoothed.sum()
 
+    def known(self) -> AbstractKnownObjective:
+        """g with its own derivatives."""
+        if self.eps is None:
+            return Declared(self.g, classifier(self.X, self.labels, self.outputs, torch.exp))
+        model = classifier(self.X, self.labels, self.outputs, _log_l2, rounded_l1=_log_l1, eps=self.eps)
+        return Declared(self.g, model)
+
     @fitting
     def start(self, per_feature: bool) -> Penalties:
         """Penalties of 1e-2 (and 1e-3 for L1): strong enough for mu to be no formality."""
@@ -129,7 +139,7 @@ class Logistic:
     def instance(self, per_feature: bool, description: str) -> Instance:
         """The problem with what is known about it."""
         return Instance(
-            problem=BilevelProblem(self.f, self.g),
+            problem=BilevelProblem(self.f, self.known()),
             x0=self.start(per_feature),
             y0=self.zero(),
             description=description,
@@ -142,6 +152,14 @@ class Logistic:
                 "max_steps": 60 if per_feature else 100,
             },
         )
+
+
+def _log_l2(x: dict[str, Tensor]) -> Tensor:
+    return x["log_l2"].exp()
+
+
+def _log_l1(x: dict[str, Tensor]) -> Tensor:
+    return x["log_l1"].exp()
 
 
 @checked(n=Range(4, 2.0**31), d=SIZE, classes=Range(2, 2.0**31), seed=SEED)

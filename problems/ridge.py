@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._instance import Instance
+from bilevel._numerics.known_objective import AbstractKnownObjective
 from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
@@ -19,6 +20,8 @@ from bilevel.certificates.certificate import Constants
 from bilevel.problems._constants import RADIUS, structural
 from bilevel.problems._data import Arrays, Dataset, load
 from bilevel.problems._plots import draw_penalties
+from bilevel.problems.glm.declare import Declared
+from bilevel.problems.glm.model import GeneralizedLinearModel
 
 
 @final
@@ -58,6 +61,10 @@ class Ridge:
         """The inner objective."""
         return half_mean_square(self.X, self.b, y) + (x.exp() * y.square()).sum() / 2
 
+    def known(self) -> AbstractKnownObjective:
+        """g with its own derivatives."""
+        return Declared(self.g, GeneralizedLinearModel(self.X, self.b, penalty=torch.exp))
+
     def _hessian(self, x: Tensor) -> Tensor:
         q = self.X.shape[1]
         return self.X.T @ self.X / self.X.shape[0] + torch.diag(x.exp().expand(q))
@@ -95,7 +102,7 @@ class Ridge:
     def instance(self, x0: Tensor, description: str) -> Instance:
         """The problem with everything known about it."""
         return Instance(
-            problem=BilevelProblem(self.f, self.g),
+            problem=BilevelProblem(self.f, self.known()),
             x0=x0,
             y0=torch.zeros_like(self.X[0]),
             description=description,

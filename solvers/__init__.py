@@ -29,6 +29,7 @@ from bilevel.solvers.minres import MINRES as MINRES
 from bilevel.solvers.nesterov import Nesterov as Nesterov
 from bilevel.solvers.neumann import Neumann as Neumann
 from bilevel.solvers.newton import Newton as Newton
+from bilevel.solvers.newton_pcg import NewtonPCG as NewtonPCG
 from bilevel.solvers.normal_cg import NormalCG as NormalCG
 from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as NystromPreconditioner
 from bilevel.solvers.own_steps import OwnSteps as OwnSteps

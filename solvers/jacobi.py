@@ -16,7 +16,7 @@ from bilevel._validate import demand_types
 @final
 @dataclass(frozen=True, eq=False)
 class Jacobi(AbstractPreconditioner):
-    """Jacobi: M = diag(A), given or estimated as the mean of z * A z over random signs z.
+    """Jacobi: M = diag(A), given, known to the operator, or estimated as the mean of z * A z over random signs z.
 
     The estimate is unbiased; entry i has variance sum_{j != i} A_ij^2 / samples, and is exact for a diagonal A.
     Helps where the diagonal spreads over decades, as it does for features on different scales; may harm where A is
@@ -25,13 +25,14 @@ class Jacobi(AbstractPreconditioner):
     Entries must be positive: an estimate below its own standard error is replaced by that, and anything below the
     rounding error of the largest entry by the latter.
 
-    Cost: none if given, `samples` products once a solve otherwise; n flops a step. Memory 3n.
+    Cost: none if given, what its formula takes where the operator knows it (a g of `bilevel.problems.glm`: less than a
+    product), `samples` products once a solve otherwise; n flops a step. Memory 3n.
 
     Source: Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", Appl. Numer. Math. 57 (2007).
 
     Args:
         diagonal: diag(A), `(n,)` or of the shape of the right-hand side, or a callable without arguments that
-            returns it and is called once a solve; None to have it estimated.
+            returns it and is called once a solve; None to take the operator's, or else have it estimated.
         samples: the number of random signs, at least 2.
         seed: of the signs.
 
@@ -57,7 +58,8 @@ class Jacobi(AbstractPreconditioner):
 
     def build(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
         if self.diagonal is None:
-            diagonal = self._estimate(operator, like)
+            known = operator.known_diagonal
+            diagonal = self._estimate(operator, like) if known is None else known
         else:
             diagonal = (self.diagonal if isinstance(self.diagonal, Tensor) else self.diagonal()).detach().to(like)
             if diagonal.shape not in (like.shape, like.shape[-1:]):

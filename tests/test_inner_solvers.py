@@ -27,6 +27,7 @@ from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.nesterov import Nesterov
 from bilevel.solvers.newton import Newton
+from bilevel.solvers.newton_pcg import NewtonPCG
 from bilevel.solvers.scipy_inner import Scipy
 from bilevel.solvers.torch_optim import TorchOptim
 
@@ -41,9 +42,11 @@ SOLVERS: dict[str, Make] = {
     "lbfgs": lambda tol, n: LBFGS(tol, n),
     "newton": lambda tol, n: Newton(tol, n),
     "newton-dense": lambda tol, n: Newton(tol, n, linear=Dense()),
+    "newton-pcg": lambda tol, n: NewtonPCG(tol, n),
     "scipy": lambda tol, n: Scipy(tol=tol, max_steps=n),
 }
-SECOND_ORDER = ("lbfgs", "newton", "newton-dense", "scipy")
+SECOND_ORDER = ("lbfgs", "newton", "newton-dense", "newton-pcg", "scipy")
+EXACT = (SOLVERS["newton-dense"], SOLVERS["newton-pcg"])  # in two steps, on quadratics of three variables
 every = pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
 
 
@@ -138,7 +141,7 @@ def test_a_stationary_start_is_returned_at_once(make: Make) -> None:
 @every
 def test_steps_that_run_out_fail_only_a_tolerance(make: Make) -> None:
     spectrum = tensor(1.0, 10.0, 100.0)
-    function = (lambda y: rosenbrock(y)) if make is SOLVERS["newton-dense"] else quadratic(spectrum)[0]
+    function = (lambda y: rosenbrock(y)) if make in EXACT else quadratic(spectrum)[0]
     if make is SOLVERS["torch-sgd"]:
         function = quadratic(tensor(1.0, 3.0, 10.0))[0]
     y0 = tensor(5.0, -3.0, 2.0)

@@ -27,6 +27,7 @@ import bilevel.federated
 import bilevel.few_shot
 import bilevel.inner_problems
 import bilevel.problems
+import bilevel.problems.glm
 import bilevel.problems.literature
 import bilevel.reinforcement
 import bilevel.testing
@@ -46,6 +47,7 @@ ROOMS = (
     "bilevel.solvers",
     "bilevel.hypergrad",
     "bilevel.problems",
+    "bilevel.problems.glm",
     "bilevel.problems.meta_learning",
     "bilevel.tasks",
     "bilevel.few_shot",
@@ -106,6 +108,8 @@ PROTOCOLS: tuple[Any, ...] = (
     bilevel.extending.AbstractData,
     bilevel.extending.AbstractDirection,
     bilevel.extending.AbstractReduction,
+    bilevel.inner_problems.AbstractKnownObjective,
+    bilevel.problems.glm.AbstractRowLoss,
     bilevel.prox.AbstractProxTerm,
     bilevel.prox.ProxDerivative,
     FlatProblem,
@@ -384,6 +388,11 @@ def saved(value: Any) -> Path:
 def linear_model() -> Any:
     """A regression."""
     return bilevel.inner_problems.LinearModel(matrix(3, 2), torch.ones(3, **D))
+
+
+def known_model() -> Any:
+    """A generalized linear model, which knows its derivatives."""
+    return bilevel.problems.glm.GeneralizedLinearModel(matrix(3, 2), torch.ones(3, **D), penalty=torch.exp)
 
 
 # By the annotation, as it is written; what is not here has no example.
@@ -679,6 +688,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "CoordinateDescent": {"max_steps": lambda: 5},
     "BoundedL1": {"radius": lambda: 0.5},
     "LinearModel": {"X": lambda: matrix(3, 2), "targets": lambda: torch.ones(3, **D)},
+    "GeneralizedLinearModel": {"features": lambda: matrix(3, 2), "targets": lambda: torch.ones(3, **D)},
+    "declare": {"g": lambda: lambda x, y: known_model()(x, y), "known": lambda: known_model(), "data": lambda: None}
+    | {"x0": lambda: torch.ones(2, **D), "y0": lambda: torch.ones(2, **D)},
+    "Softmax.value": {"z": lambda: matrix(2, 3), "b": lambda: torch.tensor([0, 1, 0])},
     "SparseData": dict.fromkeys(("train", "held", "test"), lambda: linear_model()),
     "highest_penalty": {"model": lambda: linear_model()},
     "lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},

@@ -112,7 +112,7 @@ def solve_by_one_run(
     b: Tensor,
     guess: Tensor | None,
     *,
-    rtol: float,
+    rtol: float | Sequence[float],
     atol: float = 0.0,
     max_steps: int | None = None,
 ) -> Solved:

@@ -22,7 +22,7 @@ from bilevel.algorithms.schedule import Power
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, demand_ranges
-from bilevel.inner_problems.kinds import inner_objective
+from bilevel.hypergrad.implicit import solution
 from bilevel.requirements.properties import Property
 
 
@@ -41,7 +41,7 @@ def hoag(
     of e_k: where their sum is finite, x converges as it would along exact gradients, and the first steps, which need
     no accuracy, are cheap. `minimize(accuracy="adaptive")` chooses tolerances from what it measures instead.
 
-    Cost: at each step what the two solvers take from the last solutions, two gradients and two products.
+    Cost: at each step what the two solvers take from the last solutions, one gradient of f and two products.
 
     Source: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016, algorithm 1.
 
@@ -119,14 +119,13 @@ class Tightening(AbstractEstimator):
         tolerance = self.tolerance(start.count)
         inner = self.inner.with_tolerance(tolerance)
         assert inner is not None
-        solved = inner.solve(inner_objective(problem, x), problem.start(x, start.y).detach())
+        solved, at, ended = solution(problem, x, problem.start(x, start.y).detach(), inner, self.products)
         y = solved.value
         value, fx, fy = outer_gradients(problem, x, y)
-        at = self.products.linearize(problem, x, y)
         linear = self.linear.with_tolerance(tolerance, float(safe_row_norms(fy).min()))
         assert linear is not None
         system = linear.solve(at.operator, fy, start.v)
         problem.tally.linear_steps += system.steps
         cross = at.cross(system.value)
-        reports = (report("inner solver", solved), *at.reports, report("linear solver", system))
+        reports = (ended, *at.reports, report("linear solver", system))
         return FlatEstimate(fx if cross is None else fx - cross, value, y, reports, system.value)

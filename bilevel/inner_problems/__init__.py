@@ -3,6 +3,7 @@
 Import them from here: `from bilevel.inner_problems import SmoothMinimization`.
 """
 
+from bilevel._numerics.known_objective import AbstractKnownObjective as AbstractKnownObjective
 from bilevel.inner_problems.composite import Composite as Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained as LinearlyConstrained
 from bilevel.inner_problems.fixed_point import FixedPoint as FixedPoint

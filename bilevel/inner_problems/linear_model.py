@@ -38,6 +38,11 @@ class AbstractSampleLoss(AbstractPortable, abc.ABC):
         """Whether the curvature is the same everywhere. False unless it says so."""
         return False
 
+    @property
+    def is_smooth(self) -> bool:
+        """Whether it has all derivatives everywhere. False unless it says so, as it does where it is quadratic."""
+        return self.is_quadratic
+
 
 @final
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class LogLoss(AbstractSampleLoss):
         >>> LogLoss().value(torch.tensor(0.0), torch.tensor(1.0))
         tensor(0.6931)
     """
+
+    @property
+    def is_smooth(self) -> bool:
+        return True
 
     @fitting
     def value(self, z: Tensor, b: Tensor) -> Tensor:

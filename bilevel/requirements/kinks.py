@@ -36,7 +36,8 @@ def kink_reports(
 ) -> tuple[Report, ...]:
     """A report where g, or the map T of a fixed point, has a kink at the inner solution y that the estimator relies on.
 
-    None is made where all is well, nor where y is what so many steps make of a start and no solution.
+    None is made where all is well, nor where y is what so many steps make of a start and no solution. A g that knows
+    its own derivatives and says that it has them all is not looked at.
 
     Cost: three gradients of g, for as many tasks at a time as `chunk_size` says; where they raise doubts some more,
     two linear and three inner solves. Nothing is counted: it is asked once, at the first estimate of a run.
@@ -47,6 +48,8 @@ def kink_reports(
     if isinstance(kind, FixedPoint):
         return _kink_of_the_map(problem, x, y) if Property.stationary in estimator.requires else ()
     if not estimator.requires & SEEN_BY or kind.g is None:
+        return ()
+    if problem.known is not None and problem.known.is_smooth:
         return ()
     if problem.problem.init is not None and Property.stationary not in estimator.requires:
         return ()  # it differentiates steps from a start that is part of the problem

@@ -41,12 +41,12 @@ class KLDiagonal(AbstractPreconditioner):
     """
 
     def build(self, operator: LinearOperator, like: Tensor) -> Callable[[Tensor], Tensor]:
-        if operator.diagonal is None:
+        if (diagonal := operator.known_diagonal) is None:
             raise ValueError(
                 "`KLDiagonal` needs an operator that comes with a diagonal. Got one without."
                 " Use `AID(products=KLProducts(...))`, or `Jacobi()`, which estimates it."
             )
-        inverse = operator.diagonal.reciprocal()
+        inverse = diagonal.reciprocal()
         return lambda r: inverse * r
 
 
