@@ -1,0 +1,1 @@
+"""Estimates and outer steps as one compiled program each: what `compile=True` runs."""
