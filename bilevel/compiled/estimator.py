@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, final
 
@@ -165,19 +166,22 @@ def read(legend: Legend, row: list[float], h: Tensor, y: Tensor, v: Tensor | Non
 def compared(
     estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, found: FlatEstimate
 ) -> FlatEstimate:
-    """The same, with a report where the estimator itself finds something else: once for each program.
+    """The same, with a report where the estimator itself finds something else: once for each program."""
+    own = estimator.estimate(problem.with_tally(Tally()), x, start)
+    return replace(found, reports=(*found.reports, *unlike(own, found)))
+
+
+def unlike(own: FlatEstimate, found: FlatEstimate) -> tuple[Report, ...]:
+    """A report where the estimator itself finds something else than its program; none where it does not.
 
     A program is what f and g did while they were traced. Where that is not what they do (they look at global state, or
     a kernel is wrong), it shows here, and is no success.
     """
-    own = estimator.estimate(problem.with_tally(Tally()), x, start)
     apart, size = float((own.grad - found.grad).norm()), float(own.grad.norm())
-    limit = (1e-6 if x.dtype == torch.float64 else 1e-2) * size + torch.finfo(x.dtype).tiny
-    same = apart <= limit or not (apart == apart and size < float("inf"))
-    if same:
-        return found
-    told = Report("compiled program, beside the estimator itself", Status.imprecise, apart / size if size else apart, 0)
-    return replace(found, reports=(*found.reports, told))
+    relative = 1e-6 if own.grad.dtype == torch.float64 else 1e-2
+    if not math.isfinite(apart) or apart <= relative * size + torch.finfo(own.grad.dtype).tiny:
+        return ()
+    return (Report("compiled program", Status.imprecise, apart / size if size else apart, 0),)
 
 
 def compiled(estimator: Any, backend: Backend = "inductor") -> Compiled:

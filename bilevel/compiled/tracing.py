@@ -98,16 +98,18 @@ class Tracing:
     ) -> Tensors:
         """`while going(*carried): carried = body(carried, fixed)`; bodies may call pieces and loops."""
         outer, n, m = self._now, len(carried), len(fixed)
+        others: dict[int, Tensor] = {id(each): each for each in (*fixed, *outer)}  # each once
+        places = [list(others).index(id(each)) for each in (*fixed, *outer)]
 
         def within(*inputs: Tensor) -> Tensors:
-            self._now = inputs[n + m :]
-            found = body(inputs[:n], inputs[n : n + m])
+            given = [inputs[n + k] for k in places]
+            self._now = tuple(given[m:])
+            found = body(inputs[:n], tuple(given[:m]))
             self._now = outer
             return tuple(_apart(found, inputs))
 
         copies = [each.clone() for each in carried]
-        others = _apart([*fixed, *outer], [])
-        return loop(lambda *inputs: going(*inputs[:n]), within, copies, others)
+        return loop(lambda *inputs: going(*inputs[:n]), within, copies, list(others.values()))
 
     def whole(self, function: Callable[..., Tensors], *examples: Tensor) -> Traced:
         """The computation of vectors that `function` puts together of pieces."""
@@ -183,7 +185,14 @@ def _parted(
     if any(node in late for node in results[:first]):
         raise AssertionError("a first result depends on the last vector")
     needed = [n for node in traced.graph.nodes if node in late for n in node.all_input_nodes]
-    kept = dict.fromkeys(n for n in (*needed, *results[first:]) if n not in late)
+    pending, again, kept = [n for n in (*needed, *results[first:]) if n not in late], set[Node](), dict[Node, None]()
+    while pending:  # a view is made again, of what it is a view of
+        node = pending.pop()
+        if _is_view(node) and node not in again:
+            again.add(node)
+            pending += node.all_input_nodes
+        elif not _is_view(node):
+            kept[node] = None
     saved = [node for node in kept if node.op != "placeholder"]
     used = [node for node in kept if node.op == "placeholder"]
     others = [node for node in inputs if node is not last]
@@ -201,6 +210,13 @@ def _parted(
 
     body = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
     early = graph(others, [node for node in body if node not in late], [*results[:first], *saved])
-    rest, takes = [node for node in body if node in late], [last, *saved, *used]
+    rest, takes = [node for node in body if node in late or node in again], [last, *saved, *used]
     one, every = (graph(takes, rest, list(gives)) for gives in (results[first : first + 1], results[first:]))
     return early, one, every, tuple(others.index(node) for node in used)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether what it gives shares the memory of what it takes."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        argument.alias_info is not None for argument in node.target._schema.arguments
+    )
