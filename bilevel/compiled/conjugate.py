@@ -71,7 +71,7 @@ def conjugate(tracing: Tracing, solver: CG, system: System) -> Solution:
     scale = torch.where((sizes > 0) & sizes.isfinite(), sizes, 1.0)
     stop = torch.maximum(targets, 0.1 * eps * norms) / scale
     if not solver.recompute:
-        r, d, codes, steps, _ = _run(tracing, system, r / column(scale), stop, count(), count(), most, norms * 0.0)
+        r, d, codes, steps, _ = _run(tracing, system, r / column(scale), stop, count(), most, norms * 0.0)
         v, residual = v + column(scale) * d, row_norm(r * column(scale))
         done = (codes == OUT_OF_STEPS) & ((targets == 0) | (residual <= targets))
         codes = torch.where(done, CONVERGED, codes)
@@ -79,15 +79,15 @@ def conjugate(tracing: Tracing, solver: CG, system: System) -> Solution:
         _, cross = system.both(v, *system.kept)
         return Solution(v, cross, residual, codes, steps, steps + extra, count() + 1)
 
-    def restarts(runs: Tensor, steps: Tensor, v: Tensor, r: Tensor, running: Tensor, *_: Tensor) -> Tensor:
-        return (runs == 0) | ((steps < most) & running.any())
+    def restarts(runs: Tensor, steps: Tensor, *carried: Tensor) -> Tensor:
+        return (runs == 0) | ((steps < most) & carried[2].any())
 
     def again(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         runs, steps, v, r, running, before, codes, _, seen, _ = carried
         (b, scale, stop, norms, targets), kept = fixed[:5], fixed[5:]
         own = system._replace(b=b, kept=kept)
-        _, d, ends, used, seen = _run(tracing, own, r / column(scale), stop, steps, count(), most, seen)
-        v, steps = v + column(scale) * d, steps + used
+        _, d, ends, steps, seen = _run(tracing, own, r / column(scale), stop, steps, most, seen)
+        v = v + column(scale) * d
         codes = torch.where(running, ends, codes)
         Av, cross = own.both(v, *kept)
         r = b - Av
@@ -99,7 +99,9 @@ def conjugate(tracing: Tracing, solver: CG, system: System) -> Solution:
     begun = (count(), count(), v, r, norms != 0, torch.full_like(norms, math.inf))
     begun = (*begun, torch.zeros_like(norms, dtype=torch.int64), norms * 0.0, norms * 0.0, system.like_x * 0.0)
     fixed = (b, scale, stop, norms, targets, *system.kept)
-    runs, steps, v, _, _, _, codes, residual, seen, cross = tracing.loop(restarts, again, begun, fixed)
+    once = not (solver.rtol or solver.atol)  # without a tolerance nothing is begun again
+    ended = again(begun, fixed) if once else tracing.loop(restarts, again, begun, fixed)
+    runs, steps, v, _, _, _, codes, residual, seen, cross = ended
     open_end = (codes == OUT_OF_STEPS) | (codes == STALLED) | (codes == RESTART)
     blurred = eps * seen * row_norm(v) > 0.1 * norms
     ends = torch.where(codes == STALLED, STALLED, OUT_OF_STEPS)
@@ -122,19 +124,19 @@ def _judged(code: Tensor, residual: Tensor, target: Tensor, before: Tensor, norm
 
 
 def _run(
-    tracing: Tracing, system: System, r: Tensor, stop: Tensor, taken: Tensor, begun: Tensor, most: int, seen: Tensor
+    tracing: Tracing, system: System, r: Tensor, stop: Tensor, begun: Tensor, most: int, seen: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`conjugate_gradients`: the residual, the solution, how each system ended, the steps, the largest curvature."""
+    """`conjugate_gradients`: the residual, the solution, how each system ended, the steps, the curvature."""
     eps = torch.finfo(r.dtype).eps
 
     def going_on(rr: Tensor, going: Tensor, stop: Tensor) -> Tensor:
         return going & (rr.sqrt() > stop) & (rr < math.inf) & (rr > 0)
 
-    def goes(k: Tensor, taken: Tensor, going: Tensor, *_: Tensor) -> Tensor:
-        return (k + taken < most) & going.any()
+    def goes(k: Tensor, going: Tensor, *_: Tensor) -> Tensor:
+        return (k < most) & going.any()
 
     def step(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        k, taken, going, d, best, r, p, rr, pp, best_rr, largest, concave = carried
+        k, going, d, best, r, p, rr, pp, best_rr, largest, concave = carried
         stop, kept = fixed[0], fixed[1:]
         p = torch.where(column(going), p, 0.0)
         (Ap,) = system.mv(p, *kept)
@@ -153,12 +155,12 @@ def _run(
         beta = torch.where(going, rr / before, 0.0)
         p = r + column(beta) * p
         pp = rr + beta * beta * pp
-        return k + 1, taken.clone(), going_on(rr, going, stop), d, best, r, p, rr, pp, best_rr, largest, concave
+        return k + 1, going_on(rr, going, stop), d, best, r, p, rr, pp, best_rr, largest, concave
 
     rr = (r * r).sum(-1)
     zero = torch.zeros_like(r)
-    start = (begun, taken, going_on(rr, rr == rr, stop), zero, zero, r, r, rr, rr, rr, seen, rr < 0)
-    k, _, going, d, best, r, _, rr, _, best_rr, seen, concave = tracing.loop(goes, step, start, (stop, *system.kept))
+    start = (begun, going_on(rr, rr == rr, stop), zero, zero, r, r, rr, rr, rr, seen, rr < 0)
+    k, going, d, best, r, _, rr, _, best_rr, seen, concave = tracing.loop(goes, step, start, (stop, *system.kept))
     d = torch.where(column(concave & (best_rr < rr)), best, d)
     ends = torch.where(going, OUT_OF_STEPS, NONFINITE)
     ends = torch.where(concave, CURVATURE, ends)

@@ -18,12 +18,12 @@ from bilevel._result import Report, Stats, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle
-from bilevel.compiled.applicable import demand_optimizer
 from bilevel.compiled.code import Code, Data
-from bilevel.compiled.estimator import Compiled, computation, fine, read, unlike
 from bilevel.compiled.norms import row_norm
 from bilevel.compiled.packed import Legend, packed
+from bilevel.compiled.plain import demand_optimizer
 from bilevel.compiled.programs import Program, program
+from bilevel.compiled.reading import fine, read, unlike
 from bilevel.compiled.tracing import Traced, Tracing
 from bilevel.outer.best import Candidate
 from bilevel.outer.partial import attach
@@ -38,6 +38,8 @@ def is_one_program(algorithm: AbstractAlgorithm[object], oracle: Oracle, rules: 
 
     Other runs, with callbacks or checkpoints, take the estimate alone from a program, and the rest as always.
     """
+    from bilevel.compiled.estimator import Compiled
+
     if not isinstance(algorithm, Descent) or not isinstance(algorithm.estimator, Compiled):
         return False
     if isinstance(algorithm.outer, AbstractMinimizer) or oracle.like.problem.encode is not None:
@@ -80,6 +82,8 @@ class _Steps:
     """The steps of a run: everything that changes on its way."""
 
     def __init__(self, algorithm: Descent, oracle: Oracle, x: Tensor, y: Tensor) -> None:
+        from bilevel.compiled.estimator import Compiled
+
         estimator, outer = algorithm.estimator, algorithm.outer
         assert isinstance(estimator, Compiled)
         assert isinstance(outer, AbstractOptimizer)
@@ -176,6 +180,8 @@ class _Steps:
         return self._programs[shapes]
 
     def _traced(self, code: Code, vectors: Sequence[Tensor]) -> tuple[Traced, Legend]:
+        from bilevel.compiled.estimator import computation
+
         tracing, region, has_guess = Tracing(code), self.oracle.region, self.guess is not None
         parts = computation(tracing, self.estimator.of, vectors[0], vectors[1])
         keys, outer = self.keys, self.outer

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
-from bilevel._result import Report, Status, Tally
+from bilevel._result import Tally
 from bilevel.arguments.fits import demand_types
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
-from bilevel.compiled.applicable import demand_compilable, demand_smooth, demand_steps_at
+from bilevel.compiled.applicable import demand_compilable, demand_steps_at
 from bilevel.compiled.code import Code
 from bilevel.compiled.implicit import Implicit
 from bilevel.compiled.norms import row_norm
 from bilevel.compiled.packed import Legend, packed
-from bilevel.compiled.programs import Program, program
+from bilevel.compiled.plain import demand_smooth
+from bilevel.compiled.programs import program
+from bilevel.compiled.reading import Backend, fine, read, results, unlike
 from bilevel.compiled.tracing import Traced, Tracing
 from bilevel.compiled.unrolled import Unrolled
 from bilevel.hypergrad.aid import AID
 from bilevel.hypergrad.itd import ITD
 from bilevel.requirements.properties import Property
-
-Backend: TypeAlias = Literal["inductor", "eager"]
 
 
 @final
@@ -139,49 +137,12 @@ def computation(tracing: Tracing, estimator: AbstractEstimator, x: Tensor, y: Te
     return Unrolled(tracing, estimator, x, y)
 
 
-def fine(h: Tensor, value: Tensor, rows: list[Tensor]) -> Tensor:
-    """Whether all is well `()`: what is looked at first."""
-    good = h.isfinite().all() & value.isfinite()
-    for code in rows[1::2]:
-        good = good & (code == 0).all()
-    return good
-
-
-def results(
-    found: Program, vectors: list[Tensor], data: tuple[Tensor, ...], has_v: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """h, y, v and the row of numbers."""
-    made = found.run(vectors, data)
-    return (made[0], made[1], made[2], made[3]) if has_v else (made[0], made[1], None, made[2])
-
-
-def read(legend: Legend, row: list[float], h: Tensor, y: Tensor, v: Tensor | None, tally: Tally) -> FlatEstimate:
-    """An estimate from what a program returns."""
-    tally.add(legend.stats(row))
-    value = torch.tensor(row[1], dtype=h.dtype)
-    error = None if v is None else row[3]
-    return FlatEstimate(h, value, y, legend.reports(row), v, value_error=error, substitute=legend.substituted(row))
-
-
 def compared(
     estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, found: FlatEstimate
 ) -> FlatEstimate:
     """The same, with a report where the estimator itself finds something else: once for each program."""
     own = estimator.estimate(problem.with_tally(Tally()), x, start)
     return replace(found, reports=(*found.reports, *unlike(own, found)))
-
-
-def unlike(own: FlatEstimate, found: FlatEstimate) -> tuple[Report, ...]:
-    """A report where the estimator itself finds something else than its program; none where it does not.
-
-    A program is what f and g did while they were traced. Where that is not what they do (they look at global state, or
-    a kernel is wrong), it shows here, and is no success.
-    """
-    apart, size = float((own.grad - found.grad).norm()), float(own.grad.norm())
-    relative = 1e-6 if own.grad.dtype == torch.float64 else 1e-2
-    if not math.isfinite(apart) or apart <= relative * size + torch.finfo(own.grad.dtype).tiny:
-        return ()
-    return (Report("compiled program", Status.imprecise, apart / size if size else apart, 0),)
 
 
 def compiled(estimator: Any, backend: Backend = "inductor") -> Compiled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bilevel.compiled import inner, neumann as series
 from bilevel.compiled.conjugate import System, conjugate
 from bilevel.compiled.inner import Iteration
 from bilevel.compiled.norms import row_norm
+from bilevel.compiled.outer import Found, outer
 from bilevel.compiled.packed import Legend
 from bilevel.compiled.tracing import Tracing
 from bilevel.hypergrad.aid import AID
@@ -22,18 +23,6 @@ from bilevel.requirements.properties import START_ONLY, DoesNotApply
 from bilevel.solvers.cg import CG
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.neumann import Neumann
-
-Found: TypeAlias = tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor], list[Tensor]]  # h, y, v, numbers, rows
-
-
-def outer(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f(x, y) `()`, grad_x f and grad_y f."""
-    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    value = problem.f(x, y)
-    if not value.requires_grad:
-        return value.detach().clone(), torch.zeros_like(x), torch.zeros_like(y)
-    fx, fy = torch.autograd.grad(value, (x, y), allow_unused=True, materialize_grads=True)
-    return value.detach().clone(), fx, fy
 
 
 @final

@@ -72,7 +72,7 @@ class Iteration:
 
         self.gradient = tracing.piece(value_and_gradient, x, y)
         self.advance = tracing.piece(advanced, x, y, *like)
-        self.begin = tracing.piece(lambda problem, y: solver.begin(y.detach().clone()), y)
+        self.begin = tracing.piece(lambda _, y: solver.begin(y.detach().clone()), y)
 
     def run(self, x: Tensor, y: Tensor) -> Iterated:
         """From a start `(*tasks, q)`."""
@@ -82,23 +82,23 @@ class Iteration:
             return (k < solver.max_steps) & ~done
 
         def step(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            k, done, taken, first_norm, first_value, *state = carried
+            k, done, taken, first, first_value, *state = carried
             y, (x,) = state[0], fixed
             value, g = self.gradient(x, y)
-            norm = row_norm(g)
-            first_norm, first_value = torch.where(k == 0, norm, first_norm), torch.where(k == 0, value, first_value)
+            first, first_value = torch.where(k == 0, g, first), torch.where(k == 0, value, first_value)
             new = self.advance(x, g, *state)
             if not tol:
-                return k + 1, done.clone(), taken + y.shape[:-1].numel(), first_norm, first_value, *new
+                return k + 1, done.clone(), taken + y.shape[:-1].numel(), first, first_value, *new
+            norm = row_norm(g)
             moving = ((norm > tol) | (k < solver.min_steps)) & norm.isfinite()
             done = ~moving.any()
             held = torch.where(column(moving), new[0], y)
-            return k + (~done), done, taken + moving.sum(), first_norm, first_value, held, *new[1:]
+            return k + (~done), done, taken + moving.sum(), first, first_value, held, *new[1:]
 
         zero = torch.zeros_like(y[..., 0])
-        begun = (count(), count() > 0, count(), zero, zero, *self.begin(y))
-        k, done, taken, first_norm, first_value, y, *_ = self.tracing.loop(goes, step, begun, (x,))
-        return Iterated(y, k, taken, k + done, first_norm, first_value)
+        begun = (count(), count() > 0, count(), torch.zeros_like(y), zero, *self.begin(y))
+        k, done, taken, first, first_value, y, *_ = self.tracing.loop(goes, step, begun, (x,))
+        return Iterated(y, k, taken, k + done, row_norm(first), first_value)
 
 
 def codes(found: Iterated, residual: Tensor, value: Tensor, tol: float, max_steps: int) -> Tensor:
@@ -110,5 +110,3 @@ def codes(found: Iterated, residual: Tensor, value: Tensor, tol: float, max_step
     code = torch.where((residual <= tol) & (tol > 0), 0, code)
     lost = ~residual.isfinite() | (grown & ~value.isfinite())
     return torch.where(lost, 1, code)
-
-

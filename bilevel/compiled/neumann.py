@@ -29,8 +29,8 @@ def neumann(tracing: Tracing, solver: Neumann, system: System) -> Solution:
     first = row_norm(r)
     floors = torch.maximum(first, norms) * math.sqrt(torch.finfo(b.dtype).eps)
 
-    def goes(k: Tensor, v: Tensor, r: Tensor, going: Tensor, *_: Tensor) -> Tensor:
-        return (k < solver.terms) & going.any()
+    def goes(k: Tensor, *carried: Tensor) -> Tensor:
+        return (k < solver.terms) & carried[2].any()
 
     def step(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         k, v, r, going, best, least, diverged = carried

@@ -53,9 +53,7 @@ class Legend:
         """The oracle calls."""
         gradients, hvps, crosses, taken = (int(count) for count in row[7:11])
         rows = self.rows
-        return Stats(
-            gradients * rows, hvps * rows, crosses * rows, rows, inner_steps=taken, linear_steps=int(row[6])
-        )
+        return Stats(gradients * rows, hvps * rows, crosses * rows, rows, inner_steps=taken, linear_steps=int(row[6]))
 
     def substituted(self, row: Sequence[float]) -> Substitute | None:
         """The other system, and its residual against the problem's own."""

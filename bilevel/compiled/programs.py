@@ -51,7 +51,9 @@ _KNOWN: OrderedDict[Any, Program] = OrderedDict()
 _LOADED: dict[str, Call] = {}
 
 
-def program(key: Any, backend: str, made: Callable[[], tuple[Traced, Any]], inputs: Sequence[Tensor], what: str) -> Program:
+def program(
+    key: Any, backend: str, made: Callable[[], tuple[Traced, Any]], inputs: Sequence[Tensor], what: str
+) -> Program:
     """The program of a key: that which was made before in this process, or one from the disk, or a new one.
 
     A key tells code, captured values and shapes. One that was traced while a captured tensor had other entries than now

@@ -10,8 +10,8 @@ class NotCompilableError(ValueError):
     """A computation that `compile=True` cannot make one program of; its text names the part and the reason.
 
     Example:
-        >>> str(refused("AID(inner=...)", "`LBFGS` has a line search", "Use `Iterate(GradientDescent(step), N)`"))
-        '`compile=True` cannot compile `AID(inner=...)`: `LBFGS` has a line search. Use `Iterate(GradientDescent(step), N)`.'
+        >>> str(refused("AID(inner=...)", "`LBFGS` has a line search", "Use `Iterate`"))
+        '`compile=True` cannot compile `AID(inner=...)`: `LBFGS` has a line search. Use `Iterate`.'
     """
 
 

@@ -39,8 +39,8 @@ def demand_compiler() -> None:
     wanted = [each for each in (named if isinstance(named, tuple | list) else (named,)) if each]
     if not any(shutil.which(each) for each in wanted):
         raise NotCompilableError(
-            f"`compile=True` needs a compiler of C++, and there is none: looked for {', '.join(wanted)}. Install g++, or"
-            f" name one in the environment variable CXX, or leave it out."
+            f"`compile=True` needs a compiler of C++, and there is none: looked for {', '.join(wanted)}. Install g++,"
+            f" or name one in the environment variable CXX, or leave it out."
         )
 
 
@@ -64,7 +64,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], *
     try:
         with torch.enable_grad():
             traced: GraphModule = make_fx(function, tracing_mode="fake" if fake else "real")(*apart)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter where it came out of f or g
         if "get value out of a tracing tensor" not in str(error) and "data-dependent" not in str(error).lower():
             raise
         raise refused(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from bilevel._flat import FlatProblem
 from bilevel.compiled.code import Code
 from bilevel.compiled.torch_inside import lift, loop, trace
 

@@ -11,9 +11,9 @@ from bilevel._calculus import grad, total
 from bilevel._flat import FlatProblem
 from bilevel._result import Status
 from bilevel.compiled import inner
-from bilevel.compiled.implicit import Found, outer
 from bilevel.compiled.inner import Iterated, value_and_gradient
 from bilevel.compiled.norms import count, row_norm
+from bilevel.compiled.outer import Found, outer
 from bilevel.compiled.packed import Legend
 from bilevel.compiled.tracing import Tracing
 from bilevel.hypergrad.itd import ITD
@@ -95,23 +95,23 @@ class Unrolled:
             return k < steps
 
         def step(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            k, norm0, value0, _, _, *rest = carried
+            k, first, value0, _, _, *rest = carried
             state, kept = rest[:size], rest[size:]
             value, gradient, *new = self.advance(fixed[0], *state)
-            norm = row_norm(gradient)
-            norm0, value0 = torch.where(k == 0, norm, norm0), torch.where(k == 0, value, value0)
+            first, value0 = torch.where(k == 0, gradient, first), torch.where(k == 0, value, value0)
             at = (k % back).reshape(1)
             kept = [each.index_put((at,), s.unsqueeze(0)) for each, s in zip(kept, state, strict=True)]
-            return k + 1, norm0, value0, norm, value, *new, *kept
+            return k + 1, first, value0, gradient, value, *new, *kept
 
         room = [s.new_zeros((back, *s.shape)) for s in state]
-        begun = (count(), zero, zero, zero, zero, *state, *room)
-        k, norm0, value0, norm, value_of_g, *rest = self.tracing.loop(goes, step, begun, (x,))
+        none = torch.zeros_like(state[0])
+        begun = (count(), none, zero, none, zero, *state, *room)
+        k, first, value0, latest, value_of_g, *rest = self.tracing.loop(goes, step, begun, (x,))
         state, kept = rest[:size], rest[size:]
         y = state[0]
-        found = Iterated(y, k, k * rows, k, norm0, value0)
+        found = Iterated(y, k, k * rows, k, row_norm(first), value0)
         if self.has_init and steps:  # y is what the steps make of their start: the residual before the last one will do
-            residual, value_of_g, measured = norm, value_of_g + 0.0 * y.sum(-1), 0
+            residual, value_of_g, measured = row_norm(latest), value_of_g + 0.0 * y.sum(-1), 0
         else:
             value_of_g, gradient = self.gradient(x, y)
             residual, measured = row_norm(gradient), 1
@@ -134,16 +134,16 @@ class Unrolled:
         if self.from_start is not None and back == steps:
             h = h + self.from_start(x, y0, *adjoint)[0]
         through = steps if self.from_start is not None else max(back - 1, 0)
-        none = torch.zeros_like(value)
+        nothing = torch.zeros_like(value)
         numbers = {
             "value": value,
-            "value_error": none,
-            "share": none,
+            "value_error": nothing,
+            "share": nothing,
             "inner_steps": k,
-            "linear_steps": none,
+            "linear_steps": nothing,
             "gradients": k + measured,
-            "hvps": none + through,
-            "cross_products": none + back,
+            "hvps": nothing + through,
+            "cross_products": nothing + back,
             "inner_taken": k * rows,
         }
         return h, y, None, numbers, [residual, ends]

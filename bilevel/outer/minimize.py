@@ -219,6 +219,7 @@ def minimize(
         from bilevel.compiled.descent import descend, is_one_program
         from bilevel.compiled.estimator import compiled
         from bilevel.compiled.refused import refused
+        from bilevel.compiled.single_loop import compiled_loop
     _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every, checkpoint_seconds, resume)
     demand_type("minimize", "warm_start", warm_start, bool | None)
     if max_steps < 0 or checkpoint_every < 1:
@@ -372,7 +373,9 @@ def minimize(
                 chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
             settings = {"algorithm": chosen, **settings}
             if compile:
-                raise refused("algorithm=...", "its steps are not written as a program, those of `AID` and `ITD` are")
+                if sweep is not None:
+                    raise refused("sweep=...", "runs side by side are not written as programs")
+                chosen = compiled_loop(chosen)
         oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
         begun: Winner | None = None
         if sweep is not None:
