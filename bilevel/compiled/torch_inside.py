@@ -87,26 +87,6 @@ def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def lift(traced: GraphModule) -> list[Tensor]:
-    """Make inputs, behind those that it has, of the tensors that a graph has for constants; these, in that order."""
-    graph, found, made = traced.graph, [], {}
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node in list(graph.nodes):
-        if node.op != "get_attr" or not isinstance(getattr(traced, str(node.target)), Tensor):
-            continue
-        if node.target not in made:
-            with graph.inserting_after(last):
-                made[node.target] = last = graph.placeholder(f"constant_{len(found)}")
-            found.append(getattr(traced, str(node.target)).detach())
-            if found[-1].layout is not torch.strided:
-                raise refused("f and g", "they close over a sparse tensor")
-        node.replace_all_uses_with(made[node.target])
-        graph.erase_node(node)
-    graph.eliminate_dead_code()
-    traced.recompile()
-    return found
-
-
 def loop(
     going: Callable[..., Tensor],
     body: Callable[..., tuple[Tensor, ...]],

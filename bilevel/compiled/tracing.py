@@ -8,10 +8,12 @@ from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
+from bilevel._numerics.graph_parts import lift, parted
 from bilevel.compiled.code import Code
-from bilevel.compiled.torch_inside import lift, loop, trace
+from bilevel.compiled.refused import refused
+from bilevel.compiled.torch_inside import loop, trace
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Piece: TypeAlias = Callable[..., Tensors]
@@ -79,7 +81,7 @@ class Tracing:
             was kept: the first of the other results alone, and all of them.
         """
         traced, places = self._traced(function, examples)
-        early, one, late, used = _parted(traced, len(examples), first)
+        early, one, late, used = parted(traced, len(examples), first)
 
         def before(*vectors: Tensor) -> Tensors:
             everything = (*vectors, *self._given(places))
@@ -135,6 +137,8 @@ class Tracing:
         traced = trace(of_tensors, (*examples, *data))
         places = []
         for constant in lift(traced):
+            if constant.layout is not torch.strided:
+                raise refused("f and g", "they close over a sparse tensor")
             known = [k for k, each in enumerate(self._constants) if _same(each, constant)]
             if not known:
                 self._constants.append(constant)
@@ -164,58 +168,3 @@ def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
         found.append(each.clone() if id(each) in seen else each)
         seen.add(id(found[-1]))
     return found
-
-
-def _parted(
-    traced: GraphModule, vectors: int, first: int
-) -> tuple[GraphModule, GraphModule, GraphModule, tuple[int, ...]]:
-    """A graph in two: what does not depend on input number `vectors` - 1, and the rest; which inputs the rest takes.
-
-    The rest twice: for its first result alone, and for all of them.
-    """
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    (end,) = (node for node in traced.graph.nodes if node.op == "output")
-    results: tuple[Node, ...] = tuple(end.args[0])  # type: ignore[arg-type]
-    last, late = inputs[vectors - 1], set[Node]()
-    for node in traced.graph.nodes:
-        if node is last or any(each in late for each in node.all_input_nodes):
-            late.add(node)
-    late.discard(end)
-    if any(node in late for node in results[:first]):
-        raise AssertionError("a first result depends on the last vector")
-    needed = [n for node in traced.graph.nodes if node in late for n in node.all_input_nodes]
-    pending, again, kept = [n for n in (*needed, *results[first:]) if n not in late], set[Node](), dict[Node, None]()
-    while pending:  # a view is made again, of what it is a view of
-        node = pending.pop()
-        if _is_view(node) and node not in again:
-            again.add(node)
-            pending += node.all_input_nodes
-        elif not _is_view(node):
-            kept[node] = None
-    saved = [node for node in kept if node.op != "placeholder"]
-    used = [node for node in kept if node.op == "placeholder"]
-    others = [node for node in inputs if node is not last]
-
-    def graph(takes: list[Node], nodes: list[Node], gives: list[Node]) -> GraphModule:
-        made, copies = Graph(), dict[Node, Node]()
-        for node in takes:
-            copies[node] = made.placeholder(node.name)
-        for node in nodes:
-            if node not in copies:
-                copies[node] = made.node_copy(node, lambda n: copies[n])
-        made.output(tuple(copies[node] for node in gives))
-        made.eliminate_dead_code()
-        return GraphModule(traced, made)
-
-    body = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
-    early = graph(others, [node for node in body if node not in late], [*results[:first], *saved])
-    rest, takes = [node for node in body if node in late or node in again], [last, *saved, *used]
-    one, every = (graph(takes, rest, list(gives)) for gives in (results[first : first + 1], results[first:]))
-    return early, one, every, tuple(others.index(node) for node in used)
-
-
-def _is_view(node: Node) -> bool:
-    """Whether what it gives shares the memory of what it takes."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(
-        argument.alias_info is not None for argument in node.target._schema.arguments
-    )
