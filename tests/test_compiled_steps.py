@@ -19,6 +19,7 @@ from bilevel.compiled.estimator import Compiled
 from bilevel.compiled.programs import _KNOWN, folder, forget
 from bilevel.compiled.refused import NotCompilableError
 from bilevel.compiled.single_loop import compiled_loop
+from bilevel.compiled.torch_inside import demand_compiler
 from bilevel.hypergrad.unrolling.forward import Forward
 from bilevel.hypergrad.unrolling.truncated import Truncated
 from bilevel.solvers import (
@@ -147,7 +148,8 @@ def test_other_data_at_every_step_are_inputs() -> None:
 
 def test_phi_is_differentiable() -> None:
     x = x0.clone().requires_grad_()
-    hyperobjective(logistic, y0, estimator=eager(ESTIMATORS[0]), compile=True)(x).backward()
+    phi = hyperobjective(logistic, y0, estimator=eager(ESTIMATORS[0]), compile=True)(x)
+    torch.autograd.backward(phi)
     assert x.grad is not None
     assert distance(x.grad, hypergradient(logistic, x0, y0, estimator=ESTIMATORS[0]).grad) <= 1e-12
 
@@ -312,11 +314,9 @@ def test_programs_are_kept_where_no_one_else_writes(tmp_path: Any, monkeypatch: 
 
 
 def test_where_there_is_no_compiler_the_error_names_what_is_missing(monkeypatch: Any) -> None:
-    import bilevel.compiled.torch_inside as inside
-
-    monkeypatch.setattr(inside.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(NotCompilableError, match=r"needs a compiler of C\+\+.*g\+\+"):
-        inside.demand_compiler()
+        demand_compiler()
 
 
 @pytest.mark.slow  # some 20 seconds of compiling: pytest -m slow tests/test_compiled_steps.py

@@ -96,8 +96,9 @@ def conjugate(tracing: Tracing, solver: CG, system: System) -> Solution:
         running = codes == RESTART
         return runs + 1, steps, v, r * column(running), running, residual, codes, residual, seen, cross
 
-    begun = (count(), count(), v, r, norms != 0, torch.full_like(norms, math.inf))
-    begun = (*begun, torch.zeros_like(norms, dtype=torch.int64), norms * 0.0, norms * 0.0, system.like_x * 0.0)
+    far, zero = torch.full_like(norms, math.inf), torch.zeros_like(norms)
+    codes = torch.zeros_like(norms, dtype=torch.int64)
+    begun = (count(), count(), v, r, norms != 0, far, codes, zero, zero, torch.zeros_like(system.like_x))
     fixed = (b, scale, stop, norms, targets, *system.kept)
     once = not (solver.rtol or solver.atol)  # without a tolerance nothing is begun again
     ended = again(begun, fixed) if once else tracing.loop(restarts, again, begun, fixed)

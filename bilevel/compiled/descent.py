@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from bilevel.requirements.starts import starts_warm
 from bilevel.requirements.why_not import why_not
 
 
-def is_one_program(algorithm: AbstractAlgorithm[object], oracle: Oracle, rules: Rules) -> bool:
+def is_one_program(algorithm: AbstractAlgorithm[Any], oracle: Oracle, rules: Rules) -> bool:
     """Whether a run is nothing but steps: no one asks to see each estimate, and no state is kept.
 
     Other runs, with callbacks or checkpoints, take the estimate alone from a program, and the rest as always.

@@ -62,8 +62,8 @@ def neumann(tracing: Tracing, solver: Neumann, system: System) -> Solution:
         Av, cross = system.both(v, *kept)
         return ~carried[0], cross, row_norm(b - Av), carried[3] + 1
 
-    start = (diverged.any(), cross, residual, count())
-    _, cross, residual, again = tracing.loop(lambda goes_back, *_: goes_back, measured, start, (v, b, *system.kept))
+    late = (diverged.any(), cross, residual, count())
+    _, cross, residual, again = tracing.loop(lambda goes_back, *_: goes_back, measured, late, (v, b, *system.kept))
     codes = torch.where((residual > target) & (target > 0), 3, 0)
     codes = torch.where(diverged, 2, codes)
     codes = torch.where(residual.isfinite(), codes, 1)

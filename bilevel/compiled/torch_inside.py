@@ -96,7 +96,8 @@ def loop(
     """`while going(*carried, *fixed): carried = body(*carried, *fixed)`, as one operation of a graph."""
     from torch._higher_order_ops.while_loop import while_loop_op
 
-    found: tuple[Tensor, ...] = while_loop_op(going, body, tuple(carried), tuple(fixed))
+    operator: Any = while_loop_op
+    found: tuple[Tensor, ...] = operator(going, body, tuple(carried), tuple(fixed))
     return found
 
 
@@ -118,6 +119,6 @@ def build(traced: GraphModule, inputs: Sequence[Tensor]) -> Path:
 
 def load(library: Path) -> Call:
     """A library that `build` made, as a function of a list of tensors."""
-    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)  # type: ignore[attr-defined]
+    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     run: Call = runner.run
     return run

@@ -64,7 +64,7 @@ class Unrolled:
         def begun(problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, ...]:
             return solver.begin(problem.start(x, y0).detach().clone())
 
-        def from_start(problem: FlatProblem, x: Tensor, y0: Tensor, *adjoint: Tensor) -> tuple[Tensor]:
+        def from_start(problem: FlatProblem, x: Tensor, y0: Tensor, *adjoint: Tensor) -> tuple[Tensor, ...]:
             x = x.detach().requires_grad_()
             state = solver.begin(problem.start(x, y0))
             pairs = [(s, a) for s, a in zip(state, adjoint, strict=True) if s.requires_grad]
@@ -96,12 +96,12 @@ class Unrolled:
 
         def step(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             k, first, value0, _, _, *rest = carried
-            state, kept = rest[:size], rest[size:]
+            state, room = rest[:size], rest[size:]
             value, gradient, *new = self.advance(fixed[0], *state)
             first, value0 = torch.where(k == 0, gradient, first), torch.where(k == 0, value, value0)
             at = (k % back).reshape(1)
-            kept = [each.index_put((at,), s.unsqueeze(0)) for each, s in zip(kept, state, strict=True)]
-            return k + 1, first, value0, gradient, value, *new, *kept
+            room = [each.index_put((at,), s.unsqueeze(0)) for each, s in zip(room, state, strict=True)]
+            return k + 1, first, value0, gradient, value, *new, *room
 
         room = [s.new_zeros((back, *s.shape)) for s in state]
         none = torch.zeros_like(state[0])
@@ -123,11 +123,11 @@ class Unrolled:
 
         def pull(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             k, h, *adjoint = carried
-            x, kept = fixed[0], fixed[1:]
+            x, states = fixed[0], fixed[1:]
             k = k - 1
-            state = [each.index_select(0, (k % back).reshape(1)).squeeze(0) for each in kept]
-            in_x, *adjoint = self.pull(x, *state, *adjoint)
-            return k, h + in_x, *adjoint
+            state = [each.index_select(0, (k % back).reshape(1)).squeeze(0) for each in states]
+            in_x, *before = self.pull(x, *state, *adjoint)
+            return k, h + in_x, *before
 
         ending = (count() + steps, fx, fy, *(torch.zeros_like(s) for s in state[1:]))
         _, h, *adjoint = self.tracing.loop(returns, pull, ending, (x, *kept))
