@@ -128,6 +128,12 @@ class Code:
         return told, unread, sizes, nestings, str(torch.get_default_dtype())
 
 
+def tensors_of(data: Any) -> tuple[Tensor, ...]:
+    """`Data.of(data).tensors`, and nothing else: what a loop can ask at every step."""
+    sides = (data.f, data.g) if isinstance(data, Split) else (data,)
+    return tuple(leaf for side in sides if side is not None for leaf in tree_parts(side)[0] if isinstance(leaf, Tensor))
+
+
 _CODES: dict[int, tuple[CodeType, str, dict[str, set[str]]]] = {}
 _TEXTS: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 _MANY = 4096

@@ -18,7 +18,7 @@ from bilevel._result import Report, Stats, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle
-from bilevel.compiled.code import Code, Data
+from bilevel.compiled.code import Code, tensors_of
 from bilevel.compiled.norms import row_norm
 from bilevel.compiled.packed import Legend, packed
 from bilevel.compiled.plain import demand_optimizer
@@ -98,7 +98,7 @@ class _Steps:
         self.step, self.at, self.row = 0, x, list[float]()
         self.standing: tuple[Report, ...] = ()
         self._programs: dict[object, Program] = {}
-        self._problem, self._data = problem, Data.of(problem.data).tensors
+        self._problem, self._data = problem, tensors_of(problem.data)
         self._stats: dict[tuple[float, ...], Stats] = {}
         self._made: Sequence[Tensor] = ()
         # f and g are looked at once, by the estimator itself, which the first step is compared with
@@ -110,7 +110,7 @@ class _Steps:
         if self.step and not self.oracle.is_fixed:
             self.oracle = self.oracle.at(self.step)
             self._problem = self.oracle.problem()
-            self._data = Data.of(self._problem.data).tensors
+            self._data = tensors_of(self._problem.data)
         vectors = [self.x, self.y0, *(() if self.guess is None else (self.guess,)), *self.memory]
         made = self._program(vectors).run(vectors, self._data)
         row: list[float] = made[-1].tolist()

@@ -23,7 +23,7 @@ from bilevel.compiled.tracing import Traced
 Run: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]  # (vectors, data) -> tensors
 
 _LOG = logging.getLogger("bilevel.compiled")
-_MOST = 256  # programs that are kept in a process
+_MOST = 64  # programs that are kept in a process
 _FORMAT = 1
 
 

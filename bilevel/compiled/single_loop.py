@@ -14,9 +14,7 @@ from bilevel._calculus import Exact, grad, total
 from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._problem import Split
 from bilevel._result import Report, Status, Tally
-from bilevel._tree import tree_leaves
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import Coupled
 from bilevel.algorithms.engine.preset import AbstractPreset
@@ -24,7 +22,7 @@ from bilevel.algorithms.engine.reduction import Averaged, MovingAverage, Plain
 from bilevel.algorithms.engine.single_loop import SingleLoop
 from bilevel.algorithms.engine.steps import LoopState, lengths
 from bilevel.algorithms.oracle import Draws, Oracle
-from bilevel.compiled.code import Code
+from bilevel.compiled.code import Code, tensors_of
 from bilevel.compiled.norms import row_norm
 from bilevel.compiled.outer import outer
 from bilevel.compiled.plain import demand_optimizer, demand_smooth
@@ -97,7 +95,7 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
             *self._values(state),
             self._numbers(oracle, state),
         ]
-        data = _tensors(problem.data)
+        data = tensors_of(problem.data)
         sizes = tuple((each.shape, each.stride()) for each in data)
         known = self._programs.get(sizes)
         if known is None:
@@ -213,11 +211,6 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
             return *state, row
 
         return tracing.whole(whole, *vectors)
-
-
-def _tensors(data: Any) -> list[Tensor]:
-    sides = (data.f, data.g) if isinstance(data, Split) else (data,)
-    return [leaf for side in sides if side is not None for leaf in tree_leaves(side) if isinstance(leaf, Tensor)]
 
 
 def _report(part: str, residual: float) -> Report:

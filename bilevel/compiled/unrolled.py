@@ -107,8 +107,8 @@ class Unrolled:
         none = torch.zeros_like(state[0])
         begun = (count(), none, zero, none, zero, *state, *room)
         k, first, value0, latest, value_of_g, *rest = self.tracing.loop(goes, step, begun, (x,))
-        state, kept = rest[:size], rest[size:]
-        y = state[0]
+        end, kept = rest[:size], rest[size:]
+        y = end[0]
         found = Iterated(y, k, k * rows, k, row_norm(first), value0)
         if self.has_init and steps:  # y is what the steps make of their start: the residual before the last one will do
             residual, value_of_g, measured = row_norm(latest), value_of_g + 0.0 * y.sum(-1), 0
@@ -129,7 +129,7 @@ class Unrolled:
             in_x, *before = self.pull(x, *state, *adjoint)
             return k, h + in_x, *before
 
-        ending = (count() + steps, fx, fy, *(torch.zeros_like(s) for s in state[1:]))
+        ending = (count() + steps, fx, fy, *(torch.zeros_like(s) for s in end[1:]))
         _, h, *adjoint = self.tracing.loop(returns, pull, ending, (x, *kept))
         if self.from_start is not None and back == steps:
             h = h + self.from_start(x, y0, *adjoint)[0]
