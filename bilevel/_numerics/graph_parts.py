@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+_Operation = type(torch.ops.aten.detach.default)
+
 
 def lift(traced: GraphModule) -> list[Tensor]:
     """Make inputs, behind those that it has, of the tensors that a graph has for constants; these, in that order."""
@@ -80,6 +82,6 @@ def parted(
 
 def _is_view(node: Node) -> bool:
     """Whether what it gives shares the memory of what it takes."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(
+    return isinstance(node.target, _Operation) and any(
         argument.alias_info is not None for argument in node.target._schema.arguments
     )

@@ -51,6 +51,7 @@ class Compiled(AbstractEstimator):
         NotCompilableError: naming the part that is no fixed program.
 
     Example:
+        >>> import torch
         >>> from bilevel import AID, BilevelProblem, hypergradient
         >>> from bilevel.solvers import CG, GradientDescent, Iterate
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)

@@ -20,6 +20,7 @@ from bilevel.compiled.refused import NotCompilableError, refused
 
 Call: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
 OLDEST = (2, 13)
+_Operation = type(torch.ops.aten.detach.default)
 
 
 def demand_compiler() -> None:
@@ -74,7 +75,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], *
             "Write it with `torch.where`, or leave out `compile=True`",
         ) from error
     for node in traced.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        if isinstance(node.target, _Operation) and torch.Tag.nondeterministic_seeded in node.target.tags:
             raise refused("f and g", f"`{node.target}` draws random numbers, and f and g are to be functions")
     if any(_writes(node) for node in traced.graph.nodes):
         traced = make_fx(torch.func.functionalize(traced, remove="mutations"))(*apart)
@@ -84,7 +85,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], *
 
 
 def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, _Operation) and node.target._schema.is_mutable
 
 
 def loop(
