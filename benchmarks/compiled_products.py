@@ -83,11 +83,14 @@ def main() -> None:
     """Measure, and write the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--only", choices=["logistic", "networks"], help="these alone")
     options.add_argument("--out", type=Path)
     given = options.parse_args()
     torch.manual_seed(0)
     cases = [(f"logistic {'x'.join(map(str, sizes))}", logistic(*sizes)) for sizes in LOGISTIC]
-    cases += [(f"network {'-'.join(map(str, w))}, {n} samples", network(w, n)) for w, n in NETWORKS]
+    cases = [] if given.only == "networks" else cases
+    networks = () if given.only == "logistic" else NETWORKS
+    cases += [(f"network {'-'.join(map(str, w))}, {n} samples", network(w, n)) for w, n in networks]
     rows = []
     for name, made in cases:
         timings, _ = interleave(products_of(made, CompiledProducts()), given.rounds)
@@ -96,7 +99,8 @@ def main() -> None:
         rows.append(Row(name, [*(f"{number:.3f}" for number in ms.values()), f"{ratio:.2f}"], {**ms, "ratio": ratio}))
         print(rows[-1].name, rows[-1].cells, flush=True)
     table = Table("A product H v, CPU milliseconds", ["", "Exact", "CompiledProducts", "ratio"], rows)
-    command = "python benchmarks/compiled_products.py --out benchmarks/results"
+    only = f" --only {given.only}" if given.only else ""
+    command = f"python benchmarks/compiled_products.py{only} --rounds {given.rounds} --out benchmarks/results"
     print(text := f"`{command}`\n\n{markdown(table)}")
     if given.out is not None:
         record = {"command": command, "machine": machine(), "tables": [asdict(table)]}

@@ -235,8 +235,6 @@ PRIVATE = {
     # the compiler and its loops, for what is asked for by name: refused where torch is older
     "bilevel.compiled.torch_inside": {
         "torch._C",
-        "torch._C._aoti",
-        "torch._C._aoti.AOTIModelContainerRunnerCpu",
         "torch._higher_order_ops.while_loop.while_loop_op",
         "torch._inductor",
         "torch._inductor.config",

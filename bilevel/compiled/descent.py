@@ -123,6 +123,7 @@ class _Steps:
             self.guess = None if self.guess is None else made[2]
         step, last = self.step, self.step >= run.rules.max_steps
         self.step += 1
+        estimate: Estimate | None = None
         if row[0] and step:
             counts = tuple(row[6:11])
             if counts not in self._stats:
@@ -131,13 +132,10 @@ class _Steps:
         else:
             estimate = self._found(run, step)
             status, stats = estimate.status, estimate.stats
-            if not step:
-                estimate = self.estimate(run)
-                status = estimate.status
         record = Record(step, row[1], row[2], status, stats, time.perf_counter() - begun)
         run.history.append(record)
         run.best.see(Candidate(self.at, y, record, status.ok))
-        if not status.ok and run.failed(estimate):
+        if estimate is not None and run.failed(estimate):
             return status
         if run.met(row[2], None):
             return Status.successful

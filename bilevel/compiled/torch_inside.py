@@ -120,6 +120,7 @@ def build(traced: GraphModule, inputs: Sequence[Tensor]) -> Path:
 
 def load(library: Path) -> Call:
     """A library that `build` made, as a function of a list of tensors."""
-    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    inside: Any = torch._C
+    runner = inside._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     run: Call = runner.run
     return run
