@@ -39,6 +39,7 @@ def hypergradient(
     chunk_size: int | None = None,
     throw: bool = True,
     group: Any = None,
+    compile: bool = False,
 ) -> Estimate:
     """h ~ grad Phi(x), Phi(x) = f(x, y*(x)), y*(x) = argmin_y g(x, y).
 
@@ -59,6 +60,7 @@ def hypergradient(
         group: a process group of `torch.distributed`, as in `minimize`: all ranks call this alike and have the same h.
             With tasks each treats its share of them, and y is that of its own; else `data` are what this rank alone
             has, as `bilevel.ranks.Shard(batch)`.
+        compile: whether the estimate is to be one compiled program; see `Compiled`.
 
     Returns:
         The estimate: `grad`, `value`, `y`, `status`, `reports`, `stats`, `start`.
@@ -89,6 +91,10 @@ def hypergradient(
     flat.over(ranks, shares)
     x_vector, y_vector = unshared(x_vector), unshared(y_vector)
     chosen = resolve(estimator, flat, x_vector, y_vector)
+    if compile:
+        from bilevel.compiled.estimator import compiled
+
+        chosen = compiled(chosen)
     own = flat if flat.tasks_over is None else flat.part(flat.tasks_over.rows(flat.tasks or 1))
     before = flat_start(own, start, y_vector)
     made = _apart(apply_estimator(chosen, flat, x_vector, before, chunk_size), x_vector, before)

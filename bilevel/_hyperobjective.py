@@ -47,10 +47,11 @@ class HyperObjective:
         warm_start: bool | None,
         chunk_size: int | None,
         throw: bool,
+        compile: bool = False,
     ) -> None:
         self.last: Estimate | None = None
         self._problem, self._y0, self._estimator = problem, y0, estimator
-        self._warm_start, self._chunk_size, self._throw = warm_start, chunk_size, throw
+        self._warm_start, self._chunk_size, self._throw, self._compile = warm_start, chunk_size, throw, compile
         self._chosen: AbstractEstimator | None = None
         self._start: FlatStart | None = None
         self._standing: tuple[Report, ...] = ()
@@ -92,6 +93,10 @@ class HyperObjective:
         demand_autograd("hyperobjective")
         if self._chosen is None:
             self._chosen = resolve(self._estimator, problem, x, y0)
+            if self._compile:
+                from bilevel.compiled.estimator import compiled
+
+                self._chosen = compiled(self._chosen)
         start = self._start if self._start is not None else FlatStart(y0)
         found = apply_estimator(self._chosen, problem, x, start, self._chunk_size)
         if start.count:  # f and g are looked at once: what was found of them then holds
@@ -138,6 +143,7 @@ def hyperobjective(
     warm_start: bool | None = None,
     chunk_size: int | None = None,
     throw: bool = True,
+    compile: bool = False,
 ) -> HyperObjective:
     """phi(x) = f(x, y*(x)) as a differentiable function of x, once: phi(x).backward() puts h into x.grad.
 
@@ -154,6 +160,7 @@ def hyperobjective(
             start, so that phi is a function of x alone; see `minimize`.
         chunk_size: in task mode, how many tasks to treat at a time; None: all.
         throw: raise if a part of an estimate did not succeed; otherwise see `phi.last.status`.
+        compile: whether estimates are to be one compiled program each; see `Compiled`.
 
     Returns:
         phi, with phi.last the latest `Estimate`.
@@ -173,7 +180,7 @@ def hyperobjective(
     """
     check_chunks("hyperobjective", problem, chunk_size)
     demand_type("hyperobjective", "warm_start", warm_start, bool | None)
-    return HyperObjective(problem, y0, estimator, warm_start, chunk_size, throw)
+    return HyperObjective(problem, y0, estimator, warm_start, chunk_size, throw, compile)
 
 
 class _Phi(torch.autograd.Function):

@@ -108,6 +108,18 @@ def test_other_constants_and_other_nestings_of_the_same_shapes_are_other_program
         assert distance(hypergradient(sums, x, y, estimator=compiled).grad, expected.grad) <= 1e-6
 
 
+def test_data_that_are_one_tensor_at_first_are_two_later() -> None:
+    """Tracing would make one input of them."""
+    of = BilevelProblem(
+        lambda x, y, d: ((y - d["a"]) * d["b"]).square().sum(), lambda x, y, d: (y - x * d["b"]).square().sum() / 2
+    )
+    same, itd = torch.ones(2, dtype=torch.float64), ITD(Iterate(GradientDescent(0.5), max_steps=2))
+    compiled = CompiledITD(itd.inner, backend="eager")
+    for data in ({"a": same, "b": same}, {"a": 5 * same, "b": 2 * same}):
+        expected = hypergradient(of, same, same, estimator=itd, data=data)
+        assert distance(hypergradient(of, same, same, estimator=compiled, data=data).grad, expected.grad) <= 1e-13
+
+
 def test_what_is_not_finite_is_reported_for_its_task() -> None:
     targets = normal(TASKS, N, seed=2)
     targets[1] = torch.nan
@@ -177,7 +189,7 @@ def test_products_by_the_compiler_itself() -> None:
         expected = hypergradient(of, X, X, estimator=AID(AT, CG(1e-8)), data=data)
         found = hypergradient(of, X, X, estimator=AID(AT, CG(1e-8), products=products), data=data)
         assert distance(found.grad, expected.grad) <= 1e-11
-    assert len(products._programs) == 3  # a gradient, H v, and H v with G v
+    assert len(products._programs) == 2  # a gradient; and one with what is kept of it, H v, and H v with G v
 
 
 def test_compiled_products_of_what_does_not_depend_on_x() -> None:

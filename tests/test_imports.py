@@ -232,6 +232,13 @@ def test_importing_bilevel_loads_nothing_that_torch_does_not_load() -> None:
 PRIVATE = {
     "bilevel._numerics.nesting": {"torch.utils._pytree"},  # looked up; without it, types registered there are leaves
     "bilevel._numerics.batched": {"torch._C", "torch._C._functorch"},  # looked up: without it, torch.vmap is called
+    # the compiler and its loops, for what is asked for by name: refused where torch is older
+    "bilevel.compiled.torch_inside": {
+        "torch._C",
+        "torch._higher_order_ops.while_loop.while_loop_op",
+        "torch._inductor",
+        "torch._inductor.config",
+    },
     # base classes that have no public name: an import that fails says so at once
     "bilevel.modules.layers": {
         "torch.nn.modules.batchnorm._BatchNorm",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import final
 
 import torch
@@ -21,15 +20,15 @@ from bilevel.hypergrad.compiled_programs import Computation, Programs
 class CompiledProducts(AbstractProducts):
     """grad_y g, H v and G v by programs that torch compiles for these very shapes: `AID(products=...)`.
 
-    The numbers are those of `Exact`. Each is one program, from the forward pass on, so that a product costs a gradient
-    besides. For small networks, whose cost is that of calling operations, it is several times faster for all that; for
-    large ones `Exact`, which keeps the gradient's graph, is the faster one. The first call at new shapes takes a minute
-    or more. Inner solvers take their gradients from here; values alone (trials of a line search) and the Hessians that
-    `Newton` forms are evaluated as they are.
+    The numbers are those of `Exact`. The gradient is a program that gives what a product takes of it as well, and a
+    product is another, which does not compute the gradient again. Where the cost is that of calling operations, it is
+    about twice as fast as `Exact`; where it is that of a few large matrix products, no faster (`docs/compiled.md` has a
+    table). The first call at new shapes takes a minute or more. Inner solvers take their gradients from here; values
+    alone (trials of a line search) and the Hessians that `Newton` forms are evaluated as they are.
 
     What is traced is what is run from then on: f, g and init must be functions of their arguments alone. A tensor that
-    they close over is a constant as it was at the first call, and so is the way taken through their `if`s. What in the
-    data is no tensor is a constant too: another number, or another object, is another program.
+    they close over is the one of the first call, and the way taken through their `if`s is that of the first call. What
+    in the data is no tensor is a constant too: another number, or another object, is another program.
 
     Source: `torch.fx.experimental.proxy_tensor.make_fx` and `torch.compile`.
 
@@ -70,25 +69,22 @@ class CompiledProducts(AbstractProducts):
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
         tally, rows = problem.tally, y.shape[:-1].numel()
         tally.gradients += rows
-        (gradient,) = self._programs.of(_gradient, problem, x, y)(x, y)[1:]
-
-        @cache
-        def program(computation: Computation) -> Computation:
-            return self._programs.of(computation, problem, x, y, y)  # v is of the shape of y
+        begin, product, both = self._programs.parts(_linearized, 1, problem, x, y, y)  # v is of the shape of y
+        gradient, *kept = begin(x, y)
 
         def mv(v: Tensor) -> Tensor:
             tally.hvps += rows
-            return program(_product)(x, y, v)[0]
+            return product(v, *kept)[0]
 
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
             tally.hvps += rows
             tally.cross_products += rows
-            hv, gv = program(_products)(x, y, v)
+            hv, gv = both(v, *kept)
             return hv, gv if gv.numel() else None
 
         def pull(v: Tensor) -> Tensor | None:
             tally.cross_products += rows
-            (gv,) = program(_cross)(x, y, v)
+            gv = both(v, *kept)[1]
             return gv if gv.numel() else None
 
         start_in_x = problem.problem.init is not None
@@ -102,32 +98,12 @@ def _gradient(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return value.detach(), grad(value.sum(), y)
 
 
-def _product(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """H v."""
-    y = y.detach().requires_grad_()
-    gradient = grad(problem.g(x, y).sum(), y, create_graph=True)
-    if not gradient.requires_grad:  # g is linear in y
-        return (torch.zeros_like(v),)
-    return torch.autograd.grad(gradient, y, v, allow_unused=True, materialize_grads=True)
-
-
-def _products(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """H v and G v; the latter of no entries where grad_y g does not depend on x."""
-    return _pulled(problem, x, y, v, in_y=True)
-
-
-def _cross(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """G v alone."""
-    return _pulled(problem, x, y, v, in_y=False)
-
-
-def _pulled(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, in_y: bool) -> tuple[Tensor, ...]:
+def _linearized(problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """grad_y g; H v and G v, the latter of no entries where grad_y g does not depend on x."""
     x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
     gradient = grad(problem.g(x, y).sum(), y, create_graph=True)
-    leaves = (y, x) if in_y else (x,)
-    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    found: tuple[Tensor | None, ...] = (None, None)
     if gradient.requires_grad:
-        found = torch.autograd.grad(gradient, leaves, v, allow_unused=True)
-    if in_y and found[0] is None:
-        found = torch.zeros_like(v), found[-1]
-    return tuple(x.new_zeros(0) if each is None else each for each in found)
+        found = torch.autograd.grad(gradient, (y, x), v, allow_unused=True)
+    hv, gv = found
+    return gradient.detach().clone(), torch.zeros_like(v) if hv is None else hv, x.new_zeros(0) if gv is None else gv

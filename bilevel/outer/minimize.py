@@ -108,6 +108,7 @@ def minimize(
     throw: bool = True,
     skip: int = 0,
     group: Any = None,
+    compile: bool = False,
 ) -> Solution:
     """min_x Phi(x) = f(x, y*(x)): by steps along hypergradient estimates h, or by another algorithm.
 
@@ -189,6 +190,9 @@ def minimize(
             every block of a `FiniteSum`, or a `bilevel.ranks.Shard`. Rank 0 alone calls the callback and writes files,
             after numbers of steps only; to resume, all must be able to read them. `bilevel.ranks.Ranks(group)` in its
             place counts messages. None: this process alone.
+        compile: whether a step (inner steps, linear solve, cross product, outer update) is to be one compiled program,
+            for `AID` and `ITD` of fixed inner steps; see `Compiled`. With a callback, a checkpoint or a line search
+            the estimate is one, and the rest is as always. What cannot be compiled is refused by name.
 
     Returns:
         The solution: where it ended, whether it has `converged`, and the `best` iterate.
@@ -212,6 +216,11 @@ def minimize(
         3.0
     """
     demand_autograd("minimize")
+    if compile:
+        from bilevel.compiled.descent import descend, is_one_program
+        from bilevel.compiled.estimator import compiled
+        from bilevel.compiled.refused import refused
+        from bilevel.compiled.single_loop import compiled_loop
     _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every, checkpoint_seconds, resume)
     demand_type("minimize", "warm_start", warm_start, bool | None)
     if max_steps < 0 or checkpoint_every < 1:
@@ -326,6 +335,8 @@ def minimize(
             estimates = resolve(named, flat, x, y)
             if accuracy not in (None, "fixed"):
                 estimates = adaptive(estimates, accuracy, constants, tol)
+            if compile:
+                estimates = compiled(estimates)
             steps: Any = outer
             if steps is None:
                 steps = default_outer(estimates, is_fixed(batches))
@@ -367,6 +378,10 @@ def minimize(
             if isinstance(chosen, ValueFunction) and on_x:
                 chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
             settings = {"algorithm": chosen, **settings}
+            if compile:
+                if sweep is not None:
+                    raise refused("sweep=...", "runs side by side are not written as programs")
+                chosen = compiled_loop(chosen)
         oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
         begun: Winner | None = None
         if sweep is not None:
@@ -382,7 +397,10 @@ def minimize(
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         by_norm = not chosen.values_are_phi
         compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
-        return iterate(run(compares), chosen, oracle, x, y, begun)
+        made = run(compares)
+        if compile and isinstance(chosen, Descent) and is_one_program(chosen, oracle, made.rules):
+            return descend(made, chosen, oracle, x, y)
+        return iterate(made, chosen, oracle, x, y, begun)
 
 
 def _demand_estimates(ranks: Ranks | None, algorithm: Any) -> None:

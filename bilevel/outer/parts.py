@@ -35,6 +35,7 @@ class Parts:
     Args:
         code: tells of code, and the names that it takes from around it.
         tensor: tells of a tensor.
+        budget: bytes of tensors that are hashed in all.
 
     Example:
         >>> parts = Parts(lambda code: ("code", {}), lambda tensor: "tensor")
@@ -44,12 +45,15 @@ class Parts:
     """
 
     def __init__(
-        self, code: Callable[[CodeType], tuple[str, dict[str, set[str]]]], tensor: Callable[[Tensor], str]
+        self,
+        code: Callable[[CodeType], tuple[str, dict[str, set[str]]]],
+        tensor: Callable[[Tensor], str],
+        budget: float = BUDGET,
     ) -> None:
         self._code, self._text_of = code, tensor
         self.texts: dict[str, str] = {}
         self.unread: dict[str, str] = {}  # what is not told of, and why
-        self._left, self._nodes, self._nodes_of_others = BUDGET, _NODES, 2 * _NODES
+        self._left, self._nodes, self._nodes_of_others = budget, _NODES, 2 * _NODES
         self._seen: dict[int, object] = {}
         self._others_depth = 0  # how many objects of other packages are being looked into
         self.in_words = False  # whether numbers are told already, by the text of the setting that holds them
