@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from bilevel.hypergrad.certified import Certified
 
 
+_NEEDED = frozenset({Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient})
+
+
 @final
 @dataclass(frozen=True)
 class AID(AbstractImplicit):
@@ -131,10 +134,7 @@ class AID(AbstractImplicit):
     def requires(self) -> frozenset[Property]:
         if (certified := self._certified) is not None:
             return certified.requires
-        needed = frozenset(
-            {Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient}
-        )
-        return needed - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else needed
+        return _NEEDED - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else _NEEDED
 
     @property
     def accurate(self) -> bool:
