@@ -247,8 +247,10 @@ class Linearization:
             last[:] = [(v, v._version, gv)]
             return hv
 
-        declared = LinearOperator(mv, y.shape[-1], positive_definite=True) if operator is None else operator
-        self.operator = replace(declared, last_mv=last_mv)
+        if operator is None:
+            self.operator = LinearOperator(mv, y.shape[-1], positive_definite=True, last_mv=last_mv)
+        else:
+            self.operator = replace(operator, last_mv=last_mv)
 
     def right_hand_side(self, fy: Tensor) -> Tensor:
         """b of the system (dF/dy)' v = b."""

@@ -187,7 +187,7 @@ def refuse_dropped_terms(value: Tensor, leaf: Tensor | None = None) -> None:
     Raises:
         NotImplementedError: if the graph holds such a node.
     """
-    end = None if leaf is None else end_of(leaf)
+    end = None if leaf is None or leaf.is_leaf else end_of(leaf)  # every graph ends in a leaf by itself
     for node in ancestors(value.grad_fn, end):
         kind = type(node)
         if kind in _RIGHT:
@@ -197,15 +197,16 @@ def refuse_dropped_terms(value: Tensor, leaf: Tensor | None = None) -> None:
             wrong = _WRONG.get(kind.__name__)
             if wrong is None:
                 _RIGHT.add(kind)
-            if wrong is not None and wrong.holds(node) and (not wrong.has_gradient or _leads_to(node, end)):
+            if wrong is not None and wrong.holds(node) and (not wrong.has_gradient or _leads_to(node, leaf)):
                 raise NotImplementedError(wrong.message())
             continue
         operation = _differentiable_once_only(function)
-        if operation and _leads_to(node, end):
+        if operation and _leads_to(node, leaf):
             raise NotImplementedError(_refusal(operation))
 
 
-def _leads_to(node: Any, end: Any) -> bool:
+def _leads_to(node: Any, leaf: Tensor | None) -> bool:
+    end = None if leaf is None else end_of(leaf)
     return end is None or any(ancestor is end for ancestor in ancestors(node, end))
 
 
