@@ -461,11 +461,13 @@ class Report:
 
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
-    demand_type("report", "part", part, str)
-    demand_type("report", "solved", solved, Solved)
+    if type(part) is not str or type(solved) is not Solved:  # a loop makes two reports at every step
+        demand_type("report", "part", part, str)
+        demand_type("report", "solved", solved, Solved)
     residual = solved.residual
     if gradient is not None:
-        demand_type("report", "gradient", gradient, Tensor)
+        if type(gradient) is not Tensor:
+            demand_type("report", "gradient", gradient, Tensor | None)
         if not gradient.dim() or gradient.is_meta:
             raise ValueError("`report(gradient=...)` must have an axis of entries that hold numbers.")
         residual = safe_row_norms(gradient)

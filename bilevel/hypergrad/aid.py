@@ -204,8 +204,8 @@ class AID(AbstractImplicit):
         reports = (ended, *at.reports, report("linear solver", system), *beside)
         if at.second_order is not None and not self.linear.finds_indefinite:
             reports += (at.second_order(),)
-        kind = inner_problem(problem.problem)
-        if not start.count and kind.g is not None and not kind.features:
+        kind = None if start.count else inner_problem(problem.problem)
+        if kind is not None and kind.g is not None and not kind.features:
             reports += rounding_reports(used, problem, x, y, h)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
