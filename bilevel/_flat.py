@@ -99,7 +99,11 @@ class FlatProblem:
         def at(y: Tensor) -> Tensor:
             return _scalar("g", called(form, g, outer, cut(y), *given("g")))
 
-        return at
+        def at_vector(y: Tensor) -> Tensor:
+            return _scalar("g", called(form, g, outer, y))
+
+        is_vector = self.y.spec is None and len(self.y.shapes[0]) == 1
+        return at_vector if is_vector and self.data is None else at
 
     def part_of_g(self, x: Tensor, y: Tensor) -> Tensor:
         """`g` for its derivatives alone: with samples over ranks its value is this rank's part, and no message."""

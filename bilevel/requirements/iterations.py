@@ -22,7 +22,8 @@ def why_iteration(estimator: object) -> str:
         return found
     if requires:
         for name in parts_of(type(estimator)):
-            if why := why_iteration(getattr(estimator, name)):
+            part = getattr(estimator, name)
+            if any(_sort(part.__class__)) and (why := why_iteration(part)):
                 return why
     return ""
 
