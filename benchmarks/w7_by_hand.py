@@ -30,6 +30,7 @@ from _harness import (
     relative_error,
     save,
 )
+from _tasks import by_hand, ours, sinusoids
 from _workloads import Workload, logistic, weighted_network
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def beside(workload: Workload, chosen: Options) -> Table:
     """One workload: everybody's CG(20), in the same rounds."""
     problem, start = BilevelProblem(workload.f, workload.g), Start(workload.ys, None, 3)
 
-    def ours(begin: Start | None, recompute: bool = True) -> Call:
+    def estimate(begin: Start | None, recompute: bool = True) -> Call:
         linear = linear_solver("cg", PRODUCTS, workload, recompute)
         estimator = AID(inner=ClosedForm(lambda _: workload.ys), linear=linear)
 
@@ -67,9 +68,9 @@ def beside(workload: Workload, chosen: Options) -> Table:
     calls: dict[str, Call] = {
         FLOOR: floor(workload, PRODUCTS),
         HAND: conjugate_gradients(workload, PRODUCTS),
-        "bilevel, first": ours(None),
-        "bilevel, later": ours(start),
-        "bilevel, later, recompute=False": ours(start, recompute=False),
+        "bilevel, first": estimate(None),
+        "bilevel, later": estimate(start),
+        "bilevel, later, recompute=False": estimate(start, recompute=False),
     }
     names = [name for name in chosen.peers if name == "jaxopt"]
     built, refusals = candidates(chosen, lambda adapter: {"": adapter.implicit(workload, "cg", PRODUCTS)}, names)
@@ -104,11 +105,11 @@ def five_variables(chosen: Options) -> Table:
     def g(x: Tensor, y: Tensor) -> Tensor:
         return (d * (y - x).square()).sum() / 2 + y.cosh().log().sum()
 
-    by_hand = hypergradient_of(f, g, step, steps, products)
+    loop_of = hypergradient_of(f, g, step, steps, products)
     problem = BilevelProblem(f, g)
     estimator = AID(Iterate(GradientDescent(step), steps), CG(rtol=0.0, max_steps=products))
 
-    def ours(start: Start | None) -> Call:
+    def estimate(start: Start | None) -> Call:
         def call() -> Tensor:
             return hypergradient(problem, x0, y0, estimator=estimator, throw=False, start=start).grad  # type: ignore[no-any-return]
 
@@ -121,8 +122,11 @@ def five_variables(chosen: Options) -> Table:
         return found.x  # type: ignore[no-any-return]
 
     few, many = (2, 4) if chosen.quick else (20, 120)
-    hand = {"hypergradient": lambda: by_hand(x0, y0)}
-    one: dict[str, Call] = {HAND: hand["hypergradient"], "first": ours(None), "later": ours(Start(y0, None, 3))}
+    one: dict[str, Call] = {
+        HAND: lambda: loop_of(x0, y0),
+        "first": estimate(None),
+        "later": estimate(Start(y0, None, 3)),
+    }
     timings, _ = interleave(one, chosen.rounds)
     rows = []
     for name, timing in timings.items():
@@ -134,7 +138,7 @@ def five_variables(chosen: Options) -> Table:
     def loop() -> Tensor:
         x = x0
         for _ in range(many - few):
-            x = x - 0.1 * by_hand(x, y0)
+            x = x - 0.1 * loop_of(x, y0)
         return x
 
     ratios, times = [], []
@@ -155,6 +159,22 @@ def _cpu(call: Callable[[], object]) -> float:
     before = time.process_time()
     call()
     return time.process_time() - before
+
+
+def over_tasks(chosen: Options) -> Table:
+    """Meta-gradients of all tasks in one batch, against stacked parameters and `baddbmm` written for this network."""
+    rows = []
+    for steps, weight in ((1, 0.0),) if chosen.quick else ((1, 0.0), (5, 0.0), (16, 0.0), (16, 20.0)):
+        load = sinusoids(5 if chosen.quick else 25, steps, weight=weight)
+        calls = {HAND: by_hand(load), "first": ours(load), "later": ours(load, later=True)}
+        timings, _ = interleave(calls, chosen.rounds)
+        method = f"{'iMAML' if weight else 'MAML'}, {steps} inner steps"
+        ratios = [against(timings[name], timings[HAND]) for name in ("first", "later")]
+        cpu = [statistics.median(timing.cpu) * 1e3 for timing in timings.values()]
+        cells = [*(f"{each:.2f}" for each in cpu), *(f"{each:.2f}" for each in ratios)]
+        rows.append(Row(method, cells, {"cpu_ms": cpu, "x_hand": ratios}))
+    columns = ["", "by hand, ms", "first, ms", "later, ms", "first, x by hand", "later, x by hand"]
+    return Table("sinusoid tasks side by side, eager", columns, rows)
 
 
 def blas(chosen: Options) -> Table:
@@ -197,7 +217,7 @@ def main() -> None:
         ridge = RIDGE.get(name, 0.3)
         workload = weighted_network(f"network {name}", NETWORKS[name], 64, ridge=ridge, steps=200, step=0.01)
         tables.append(beside(workload, chosen))
-    tables.append(blas(chosen))
+    tables += [over_tasks(chosen), blas(chosen)]
     save("w7_by_hand", "W7. Beside loops by hand", tables, chosen)
 
 
