@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from bilevel._estimate import AbstractRequiring
 from bilevel._inner import AbstractInnerSolver
@@ -16,12 +16,12 @@ def why_iteration(estimator: object) -> str:
     Such as a step length that is a function of x. What implicit estimators, references and certificates are about,
     y*(x), is then not what y is.
     """
-    is_solver, requires = _sort(estimator.__class__)
+    is_solver, requires = _sort(cast(Any, estimator).__class__)
     if is_solver:
         found: str = cast(AbstractInnerSolver, estimator).why_iteration
         return found
     if requires:
-        for name in parts_of(type(estimator)):
+        for name in parts_of(cast(Any, estimator).__class__):
             part = getattr(estimator, name)
             if any(_sort(part.__class__)) and (why := why_iteration(part)):
                 return why
