@@ -14,7 +14,16 @@ from pathlib import Path
 from _harness import machine, write
 
 HERE = Path(__file__).parent
-SCRIPTS = ("w1_logistic", "w2_hyper_cleaning", "w3_tasks", "w4_memory", "w6_parameters", "esj", "import_time")
+SCRIPTS = (
+    "w1_logistic",
+    "w2_hyper_cleaning",
+    "w3_tasks",
+    "w4_memory",
+    "w6_parameters",
+    "w7_by_hand",
+    "esj",
+    "import_time",
+)
 BEGIN, END = "<!-- results: written by run_all.py -->\n", "<!-- end of results -->\n"
 
 

@@ -39,9 +39,13 @@ def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: b
     if create_graph and not checked:
         refuse_dropped_terms(output, leaf)
     with explained():
-        return torch.autograd.grad(output, leaf, create_graph=create_graph, allow_unused=True, materialize_grads=True)[
-            0
-        ]
+        (found,) = torch.autograd.grad(output, leaf, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(leaf, requires_grad=create_graph) if found is None else found
+
+
+def rows_of(y: Tensor) -> int:
+    """How many problems stand side by side in y `(*batch, q)`: 1 without leading axes."""
+    return 1 if y.dim() == 1 else y.shape[:-1].numel()
 
 
 def total(values: Tensor) -> Tensor:
@@ -51,14 +55,15 @@ def total(values: Tensor) -> Tensor:
 
 def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Phi's integrand f(x, y) `()`, grad_x f `(p,)` and grad_y f `(*tasks, q)`, by one backward pass."""
-    problem.tally.outer_gradients += y.shape[:-1].numel()
+    problem.tally.outer_gradients += rows_of(y)
     with torch.enable_grad():
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
         value = problem.by_itself().f(x, y)
         if not value.requires_grad:
             return problem.total(value)[0], torch.zeros_like(x), torch.zeros_like(y)
         with explained():
-            fx, fy = torch.autograd.grad(value, (x, y), allow_unused=True, materialize_grads=True)
+            fx, fy = torch.autograd.grad(value, (x, y), allow_unused=True)
+        fx, fy = torch.zeros_like(x) if fx is None else fx, torch.zeros_like(y) if fy is None else fy
     value, fx, fy = problem.total(value.detach(), fx, fy)
     return value, fx, fy
 
@@ -118,7 +123,7 @@ def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperato
     Building the graph once and reusing it is the cheapest exact product in eager torch: 0.9 to 2 times the cost
     of a gradient. Rows of a batch are independent, so that the product with the sum's Hessian is row by row.
     """
-    rows, linear = y.shape[:-1].numel(), not gradient.requires_grad
+    rows, linear = rows_of(y), not gradient.requires_grad
 
     def mv(v: Tensor) -> Tensor:
         tally.hvps += rows
@@ -243,8 +248,10 @@ class Linearization:
             last[:] = [(v, v._version, gv)]
             return hv
 
-        declared = LinearOperator(mv, y.shape[-1], positive_definite=True) if operator is None else operator
-        self.operator = replace(declared, last_mv=last_mv)
+        if operator is None:
+            self.operator = LinearOperator(mv, y.shape[-1], positive_definite=True, last_mv=last_mv)
+        else:
+            self.operator = replace(operator, last_mv=last_mv)
 
     def right_hand_side(self, fy: Tensor) -> Tensor:
         """b of the system (dF/dy)' v = b."""
@@ -334,11 +341,11 @@ class Exact(AbstractProducts):
         return None if known is None else KnownObjective(known, problem, x).value_and_gradient
 
     def linearize(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
-        problem.tally.gradients += y.shape[:-1].numel()
+        problem.tally.gradients += rows_of(y)
         return self.curvature(problem, x, y)
 
     def curvature(self, problem: FlatProblem, x: Tensor, y: Tensor) -> Linearization:
-        tally, rows = problem.tally, y.shape[:-1].numel()
+        tally, rows = problem.tally, rows_of(y)
         if (known := self.known(problem, x)) is not None:
             return known(y)[1]
         with torch.enable_grad():
@@ -368,7 +375,7 @@ class Exact(AbstractProducts):
     def at_once(
         self, problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, *, checked: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tally, rows = problem.tally, y.shape[:-1].numel()
+        tally, rows = problem.tally, rows_of(y)
         tally.gradients += rows
         if (known := self.known(problem, x)) is not None:
             at = known(y)[1]
@@ -446,7 +453,7 @@ class FiniteDifferences(AbstractProducts):
         return self._linearized(problem, x, y, of_gradient=False)
 
     def _linearized(self, problem: FlatProblem, x: Tensor, y: Tensor, of_gradient: bool) -> Linearization:
-        tally, rows = problem.tally, y.shape[:-1].numel()
+        tally, rows = problem.tally, rows_of(y)
         eps = float(torch.finfo(y.dtype).eps)
         step = eps ** (1 / 3) if self.step is None else self.step
         lost = eps / step  # the rounding of gradients over the step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -100,6 +101,23 @@ class FlatProblem:
         given = self.problem.g_as_given if inner is None else inner.g
         return given if isinstance(given, AbstractKnownObjective) else None
 
+    def g_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """y -> g(x, y) at one x, of which what does not change with y is made once: asked for at every inner step."""
+        plain = self.tasks is None and self.across is None and x.dim() == 1 and not x.requires_grad
+        if not plain or (self.problem.encode is not None and not self.is_encoded):
+            return partial(self.g, x)
+        form = "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
+        g, outer, cut, given = self.problem.g, self._unravelled(x), self.y.unravel, self._given
+
+        def at(y: Tensor) -> Tensor:
+            return _scalar("g", called(form, g, outer, cut(y), *given("g")))
+
+        def at_vector(y: Tensor) -> Tensor:
+            return _scalar("g", called(form, g, outer, y))
+
+        is_vector = self.y.spec is None and len(self.y.shapes[0]) == 1
+        return at_vector if is_vector and self.data is None else at
+
     def part_of_g(self, x: Tensor, y: Tensor) -> Tensor:
         """`g` for its derivatives alone: with samples over ranks its value is this rank's part, and no message."""
         return self._g(x, y) if self.across is None else self.across.part("g", self._g, x, y)
@@ -136,12 +154,21 @@ class FlatProblem:
         return parts if self.across is None or self.across.alone else self.across.ranks.total(*parts)
 
     def _f(self, x: Tensor, y: Tensor) -> Tensor:
-        f, form = self.problem.f, "f(x, y, data)" if self.problem.encode is None else "f(z, y, data)"
-        return self._map(lambda x, y, *data: _scalar("f", called(form, f, x, self.y.unravel(y), *data)), "f", x, y)
+        return self._value("f", self.problem.f, x, y)
 
     def _g(self, x: Tensor, y: Tensor) -> Tensor:
-        g, form = self.problem.g, "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
-        return self._map(lambda x, y, *data: _scalar("g", called(form, g, x, self.y.unravel(y), *data)), "g", x, y)
+        return self._value("g", self.problem.g, x, y)
+
+    def _value(self, name: str, function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+        form = f"{name}(x, y, data)" if self.problem.encode is None else f"{name}(z, y, data)"
+        if self.tasks is None and x.dim() <= 1:  # what `_map` does where nothing is side by side, at every step
+            outer, given = self._unravelled(x), self._given(name)
+            if self.problem.encode is not None and not self.is_encoded:
+                outer = called("encode(x, data)", self.problem.encode, outer, *given)
+            return _scalar(name, called(form, function, outer, self.y.unravel(y), *given))
+        return self._map(
+            lambda x, y, *data: _scalar(name, called(form, function, x, self.y.unravel(y), *data)), name, x, y
+        )
 
     def start(self, x: Tensor, y0: Tensor) -> Tensor:
         """The start of the inner iteration: init(x) where the problem has it, else `y0`; one row for each task."""
@@ -247,6 +274,8 @@ class FlatProblem:
 
     def _given(self, level: str) -> tuple[Any, ...]:
         """The arguments after y: none, or the data of a level, of which what a function might change is a copy."""
+        if self.data is None:
+            return ()
         data = getattr(self.data, level) if isinstance(self.data, Split) and level in ("f", "g") else self.data
         if isinstance(data, Tensor) or (type(data) is tuple and all(isinstance(part, Tensor) for part in data)):
             return (data,)
@@ -312,8 +341,9 @@ class FlatProblem:
 
     def alone(self, tally: Tally) -> FlatProblem:
         """The same problem counting elsewhere, to be kept: it holds nothing of the x that it was met at."""
-        found = FlatProblem(self.problem, self.x, self.y, self.data, tally, is_encoded=self.is_encoded)
-        found.across = self.across
+        found = FlatProblem.__new__(FlatProblem)
+        vars(found).update(vars(self), tally=tally, given=None, own_data=frozenset(), tasks_over=None, _outer=None)
+        found._data = {}
         return found
 
     def on(

@@ -13,6 +13,7 @@ from bilevel._apply import apply_estimator, check_chunks
 from bilevel._estimate import AbstractEstimator, Estimate, FlatEstimate, FlatStart, LeftBehind, Start
 from bilevel._flat import FlatProblem, ravel_rows
 from bilevel._numerics.misfits import called
+from bilevel._numerics.rows import all_finite
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, Split, check_signature
 from bilevel._result import BilevelError, Report, Status, Tally
@@ -145,6 +146,9 @@ def _apart(found: FlatEstimate, x: Tensor, start: FlatStart) -> FlatEstimate:
     def copied(entry: Tensor) -> Tensor:
         return entry.clone() if entry.untyped_storage().data_ptr() in given else entry
 
+    entries = (found.grad, found.y, found.v, None if found.penalized is None else found.penalized[0])
+    if not any(each is not None and each.untyped_storage().data_ptr() in given for each in entries):
+        return found
     return replace(
         found,
         grad=copied(found.grad),
@@ -171,7 +175,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     """An estimate in the user's structures; whatever is not finite is reported, never replaced."""
     reports = found.reports
     value = float(found.value)
-    finite = math.isfinite(value) and bool(found.grad.isfinite().all())
+    finite = math.isfinite(value) and all_finite(found.grad)
     if not finite and all(report.status is not Status.nonfinite for report in reports):
         reports += (Report("hypergradient", Status.nonfinite, float(torch.linalg.vector_norm(found.grad)), 0),)
     # A derivative of what is not finite is not a number, even where a solver stopped before it showed.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Exact, Linearization, grad, hessian_operator, total
+from bilevel._calculus import AbstractProducts, Exact, Linearization, grad, hessian_operator, rows_of, total
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.learned_settings import settings_at
@@ -149,19 +149,24 @@ class Objective:
 
     def value(self, y: Tensor) -> Tensor:
         """g(x, y): `(*batch,)`, without a graph."""
-        self.tally.values += _rows(y)
+        self.tally.values += rows_of(y)
         with torch.no_grad():
             return self.function(y)
 
     def value_and_gradient(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """g(x, y) and grad_y g(x, y): `(*batch,)` and `(*batch, q)`, without a graph."""
-        self.tally.gradients += _rows(y)
+        self.tally.gradients += rows_of(y)
         if self._oracle is not None:
             return self._oracle(y)
+        if torch.is_grad_enabled():  # as mostly: setting it takes a microsecond a step
+            return self._by_autograd(y)
         with torch.enable_grad():
-            leaf = y.detach().requires_grad_()
-            value = self.function(leaf)
-            return value.detach(), grad(total(value), leaf)
+            return self._by_autograd(y)
+
+    def _by_autograd(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = y.detach().requires_grad_()
+        value = self.function(leaf)
+        return value.detach(), grad(total(value), leaf)
 
     def gradient(self, y: Tensor) -> Tensor:
         """grad_y g(x, y): `(*batch, q)`, without a graph."""
@@ -195,7 +200,7 @@ class Objective:
 
         Where g knows its own derivatives nothing of it is computed again for a y that is returned.
         """
-        self.tally.gradients += _rows(y)
+        self.tally.gradients += rows_of(y)
         if self._known is not None:
             value, at = self._known(y)
             if self._linearize is not None:
@@ -385,10 +390,6 @@ class AbstractUnrollable(AbstractInnerSolver):
         """
 
 
-def _rows(y: Tensor) -> int:
-    return y.shape[:-1].numel()
-
-
 def _values_and_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """g and grad_y g of all ranks, in one message."""
     with torch.enable_grad():
@@ -421,7 +422,7 @@ def smooth_objective(
     if oracle is None and problem.across is not None:
         oracle = partial(_values_and_gradients, problem, x)
     return Objective(
-        lambda y: problem.g(x, y),
+        problem.g_at(x),
         problem.tally,
         linearize,
         closed_form(problem, x),

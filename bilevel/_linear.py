@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -53,6 +54,11 @@ class OperatorProperties:
             and (transposed or not demanded.transposed)
             and (self.contraction or not demanded.contraction)
         )
+
+
+@cache
+def _declared(symmetric: bool, positive_definite: bool, transposed: bool, contraction: bool) -> OperatorProperties:
+    return OperatorProperties(symmetric, positive_definite, transposed, contraction)
 
 
 ANY = OperatorProperties()
@@ -135,7 +141,7 @@ class LinearOperator(AbstractPortable):
         """What is declared of A."""
         symmetric = self.symmetric or self.positive_definite
         transposed = symmetric or self.transposed_mv is not None
-        return OperatorProperties(symmetric, self.positive_definite, transposed, self.contraction is not None)
+        return _declared(symmetric, self.positive_definite, transposed, self.contraction is not None)
 
     @property
     def transposed(self) -> Callable[[Tensor], Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
+from bilevel._numerics.rows import safe_row_norms
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import COUNT, demand_range
 from bilevel.portable.pickling import what_travels
@@ -168,10 +168,14 @@ class Status(enum.Enum):
     @staticmethod
     def worst(statuses: Iterable[Status]) -> Status:
         """The last of the given statuses in the order of this enumeration; successful if there is none."""
-        order = list(Status)
-        return max(statuses, key=order.index, default=Status.successful)
+        worst = Status.successful
+        for status in statuses:  # nearly always all the same one
+            if status is not worst and _ORDER[status] > _ORDER[worst]:
+                worst = status
+        return worst
 
 
+_ORDER = {status: place for place, status in enumerate(Status)}
 _OK = (Status.successful, Status.steps_used_up, Status.stopped)
 
 
@@ -290,6 +294,9 @@ class Stats:
 _COUNTS = tuple(field.name for field in fields(Stats) if field.name != "sample_calls")
 
 
+_NONE = 0  # no samples, by default
+
+
 @final
 class Tally:
     """A running count of oracle calls; :meth:`stats` reads it.
@@ -300,11 +307,13 @@ class Tally:
         whole: the tally that this one is a part of; None: of none.
     """
 
-    def __init__(self, f_samples: int = 0, g_samples: int = 0, whole: Tally | None = None) -> None:
+    def __init__(self, f_samples: int = _NONE, g_samples: int = _NONE, whole: Tally | None = None) -> None:
         for name, count in (("f_samples", f_samples), ("g_samples", g_samples)):
-            demand_type("Tally", name, count, int)
-            demand_range("Tally", name, count, COUNT)
-        demand_type("Tally", "whole", whole, Tally | None)
+            if count is not _NONE:  # as most are: a loop makes one at every step
+                demand_type("Tally", name, count, int)
+                demand_range("Tally", name, count, COUNT)
+        if whole is not None:
+            demand_type("Tally", "whole", whole, Tally | None)
         self.f_samples, self.g_samples, self.whole = f_samples, g_samples, whole
         self.parts: list[Tally] = []
         self._zero()
@@ -452,17 +461,17 @@ class Report:
 
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
-    demand_type("report", "part", part, str)
-    demand_type("report", "solved", solved, Solved)
-    demand_type("report", "gradient", gradient, Tensor | None)
+    if type(part) is not str or type(solved) is not Solved:  # a loop makes two reports at every step
+        demand_type("report", "part", part, str)
+        demand_type("report", "solved", solved, Solved)
     residual = solved.residual
     if gradient is not None:
-        if not gradient.dim() or gradient.device.type == "meta":
+        if type(gradient) is not Tensor:
+            demand_type("report", "gradient", gradient, Tensor | None)
+        if not gradient.dim() or gradient.is_meta:
             raise ValueError("`report(gradient=...)` must have an axis of entries that hold numbers.")
-        largest = gradient.abs().amax(-1, keepdim=True) if gradient.shape[-1] else gradient.new_ones(1)
-        unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)  # so that squares are not lost
-        residual = torch.linalg.vector_norm(gradient / unit, dim=-1) * unit.squeeze(-1)
-    worst = float(residual.max()) if residual.numel() else 0.0
+        residual = safe_row_norms(gradient)
+    worst = residual.item() if not residual.dim() else float(residual.max()) if residual.numel() else 0.0
     return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
 
 

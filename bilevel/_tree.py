@@ -50,22 +50,28 @@ class Structure:
         """The number of entries of each leaf."""
         return [shape.numel() for shape in self.shapes]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The number of entries of the whole: n."""
         return sum(self.sizes)
 
     def unravel(self, vector: Tensor) -> Tree:
         """Cut a vector `(*batch, n)` into leaves `(*batch, *shape)`; views where possible, differentiable."""
-        shapes = self.shapes if vector.dim() == 1 else [vector.shape[:-1] + shape for shape in self.shapes]
-        if len(shapes) == 1:  # no split: one node less in every graph
-            leaves = [vector if vector.shape == shapes[0] else vector.reshape(shapes[0])]
-        else:  # one split, not many slices: its backward is one concatenation
-            parts = vector.split_with_sizes(self.sizes, dim=-1)
-            leaves = [
-                part if part.shape == shape else part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)
-            ]
+        lead = vector.shape[:-1] if vector.dim() > 1 else None
+        if len(self.shapes) == 1:  # no split: one node less in every graph
+            shape = self.shapes[0] if lead is None else lead + self.shapes[0]
+            return self._build((vector if vector.shape == shape else vector.reshape(shape),))
+        parts = vector.split_with_sizes(self.sizes, dim=-1)  # one split, not many slices: its backward is one `cat`
+        leaves = [
+            part if shape is None else part.reshape(shape if lead is None else lead + shape)
+            for part, shape in zip(parts, self._shapes_to_give, strict=True)
+        ]
         return self._build(leaves)
+
+    @cached_property
+    def _shapes_to_give(self) -> list[torch.Size | None]:
+        """The shapes that leaves do not have as parts of a vector."""
+        return [None if len(shape) == 1 else shape for shape in self.shapes]
 
     @cached_property
     def _build(self) -> Callable[[Sequence[Any]], Tree]:
@@ -130,14 +136,14 @@ def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structur
             _refuse_leaf(tree, name)
     if not leaves:
         raise TypeError(f"{name} must hold at least one tensor. Got {tree!r}.")
-    for attribute in ("dtype", "device"):
+    for attribute in ("dtype", "device") if len(leaves) > 1 else ():
         found = {getattr(leaf, attribute) for leaf in leaves}
         if len(found) > 1:
             raise ValueError(
                 f"all tensors of {name} must have one {attribute}. Got {sorted(map(str, found))}. Convert them with"
                 f" `.to(...)`."
             )
-    structure = Structure(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device)
+    structure = Structure(spec, tuple([leaf.shape for leaf in leaves]), leaves[0].dtype, leaves[0].device)
     if len(leaves) == 1:
         return leaves[0].reshape(-1), structure
     return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in leaves]), structure

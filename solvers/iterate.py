@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
@@ -125,7 +126,8 @@ class Iterate(AbstractUnrollable):
         y = y0.detach().clone()
         state = optimizer.init(y)
         first: tuple[Tensor, Tensor] | None = None  # |grad g| and g at y0
-        moving = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device)
+        rows = y.shape[:-1].numel()
+        moving = torch.ones(y.shape[:-1], dtype=torch.bool, device=y.device) if tol and y.dim() > 1 else None
         steps = 0
         for steps in range(self.max_steps + 1):
             if steps == self.max_steps:
@@ -136,15 +138,20 @@ class Iterate(AbstractUnrollable):
                 first = (norm, value) if first is None else first
                 if tol:
                     norms.append(norm)
-                    moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
-                    if not moving.any() or (gives_up and is_time_to_give_up(norms)):
+                    if moving is None:  # one problem: it moves, or the loop ends
+                        size_now = norm.item()
+                        going = (size_now > tol or steps < self.min_steps) and math.isfinite(size_now)
+                    else:
+                        moving = ((norm > tol) | (steps < self.min_steps)) & norm.isfinite()
+                        going = bool(moving.any())
+                    if not going or (gives_up and is_time_to_give_up(norms)):
                         del gradient
                         break
             optimizer = self._set(objective, steps) if every_step and steps else optimizer
             moved, state = optimizer.step(gradient, y, state)
-            y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
+            y = moved if moving is None else torch.where(moving.unsqueeze(-1), moved, y)
             del gradient, moved  # not to be held while the next gradient is formed
-            objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
+            objective.tally.inner_steps += rows if moving is None else int(moving.sum())
         residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms
 
@@ -238,6 +245,8 @@ def _statuses(
 ) -> tuple[Status, ...]:
     """How each row ended; the objective is evaluated, one value, only if the gradient of some row has grown."""
     r0, g0 = first or (residual, torch.zeros_like(residual))
+    if not residual.dim() and not residual.item() > GROWTH * r0.item():  # one problem, and nothing more to know
+        return (ended(residual.item(), 0.0, r0.item(), 0.0, tol=tol),)
     grown = residual > GROWTH * r0
     g = torch.where(grown, objective.value(y), 0.0) if bool(grown.any()) else torch.zeros_like(g0)
     table = torch.stack([residual, g, r0, g0 + rounding(g0)]).reshape(4, -1).tolist()

@@ -58,4 +58,4 @@ def rounding_unit(value: Tensor, leaf: Tensor) -> float:
 def end_of(leaf: Tensor) -> Any:
     """The node at which graphs end in a tensor. Of a leaf of a subclass torch names a view of it, which ends there."""
     node = torch.autograd.graph.get_gradient_edge(leaf).node
-    return [*ancestors(node)][-1] if leaf.is_leaf else node
+    return [*ancestors(node)][-1] if leaf.is_leaf and node.next_functions else node

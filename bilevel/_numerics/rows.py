@@ -32,11 +32,23 @@ def safe_row_norms(a: Tensor) -> Tensor:
     """
     norms = row_norms(a)
     low, high = _safe_range(a.dtype)
+    if a.dim() == 1 and low < norms.item() < high:  # by four operations less
+        return norms
     if a.shape[-1] == 0 or bool(((norms > low) & (norms < high)).all()):
         return norms
     largest = a.abs().amax(-1, keepdim=True)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
     return row_norms(a / scale) * scale.squeeze(-1)
+
+
+def all_finite(a: Tensor) -> bool:
+    """Whether every entry is a number: by its sum, unless that overflows, in one pass and without a mask in memory.
+
+    Example:
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([torch.inf, -torch.inf]))
+        (True, False)
+    """
+    return math.isfinite(a.sum().item()) or bool(a.isfinite().all())
 
 
 def row_norm_numbers(a: Tensor) -> list[float]:

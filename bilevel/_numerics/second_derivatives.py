@@ -147,6 +147,7 @@ _WRONG = {
     ),
     "StdBackward0": _STD,
 }
+_RIGHT: set[type] = set()  # the types of nodes of torch's that were met and are none of these: most of every graph
 # By the name of the class, of torch's operators that take functions.
 _HIGHER_ORDER = {"CondAutogradOp": "torch.cond", "WhileLoopAutogradOp": "while_loop", "ScanAutogradOp": "scan"}
 
@@ -186,20 +187,26 @@ def refuse_dropped_terms(value: Tensor, leaf: Tensor | None = None) -> None:
     Raises:
         NotImplementedError: if the graph holds such a node.
     """
-    end = None if leaf is None else end_of(leaf)
+    end = None if leaf is None or leaf.is_leaf else end_of(leaf)  # every graph ends in a leaf by itself
     for node in ancestors(value.grad_fn, end):
+        kind = type(node)
+        if kind in _RIGHT:
+            continue
         function = getattr(node, "_forward_cls", None)  # of custom functions only
         if function is None:
-            wrong = _WRONG.get(type(node).__name__)
-            if wrong is not None and wrong.holds(node) and (not wrong.has_gradient or _leads_to(node, end)):
+            wrong = _WRONG.get(kind.__name__)
+            if wrong is None:
+                _RIGHT.add(kind)
+            if wrong is not None and wrong.holds(node) and (not wrong.has_gradient or _leads_to(node, leaf)):
                 raise NotImplementedError(wrong.message())
             continue
         operation = _differentiable_once_only(function)
-        if operation and _leads_to(node, end):
+        if operation and _leads_to(node, leaf):
             raise NotImplementedError(_refusal(operation))
 
 
-def _leads_to(node: Any, end: Any) -> bool:
+def _leads_to(node: Any, leaf: Tensor | None) -> bool:
+    end = None if leaf is None else end_of(leaf)
     return end is None or any(ancestor is end for ancestor in ancestors(node, end))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
+from bilevel._numerics.rows import all_finite
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, Move, OptimizerState, Told, demand_numbers
 from bilevel._result import Status
 from bilevel._validate import demand_types
@@ -157,13 +158,13 @@ class Descent(AbstractAlgorithm[DescentState]):
 
     def _distance(self, oracle: Oracle, state: DescentState, found: FlatEstimate) -> Tensor:
         # A projection moves no further than its argument: the certified error adds to either measure.
-        error = 0.0 if found.bound is None else found.bound
-        return oracle.residual(state.x, found.grad) + error
+        distance = oracle.residual(state.x, found.grad)
+        return distance if found.bound is None else distance + found.bound
 
 
 def _failure(found: FlatEstimate) -> Status | None:
     """Why an estimate is not to be used; None: it is. On a kink of y*(x) its value is right, and h is of one side."""
-    if not (math.isfinite(float(found.value)) and bool(found.grad.isfinite().all())):
+    if not (math.isfinite(float(found.value)) and all_finite(found.grad)):
         return Status.nonfinite
     status = Status.worst(report.status for report in found.reports)
     return None if status.ok or status is Status.weakly_active else status

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from bilevel.arguments.fits import Fit, UnfitError, fit, refused, resolved
+from bilevel.arguments.fits import ANYTHING, Fit, UnfitError, fit, refused, resolved
 from bilevel.arguments.ranges import NUMBERS, Range, demand_range
 from bilevel.arguments.shapes import Shape, demand_shapes
 
@@ -35,8 +35,9 @@ class _Argument(NamedTuple):
 
 
 class _Arguments(NamedTuple):
-    places: list[_Argument]
-    names: dict[str, _Argument]
+    order: list[str]  # the names of those that are given by their places
+    places: list[_Argument | None]  # None: anything will do
+    names: dict[str, _Argument]  # of those that are looked at
     rest: _Argument | None  # *args
 
 
@@ -75,7 +76,7 @@ def checked(call: str = "", /, **allowed: Range | Shape) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def checking(*args: Any, **keywords: Any) -> Any:
-            places, names, rest = arguments()
+            order, places, names, rest = arguments()
             for k, value in enumerate(args):
                 argument = places[k] if k < len(places) else rest
                 if argument is not None and type(value) not in argument.exact:
@@ -83,11 +84,11 @@ def checked(call: str = "", /, **allowed: Range | Shape) -> Callable[[F], F]:
                     if taken is not value:
                         args = (*args[:k], taken, *args[k + 1 :])
             for name, value in keywords.items():
-                if name in names and type(value) not in names[name].exact:
-                    keywords[name] = names[name].taken(own, value)
+                argument = names.get(name)
+                if argument is not None and type(value) not in argument.exact:
+                    keywords[name] = argument.taken(own, value)
             if shapes:
-                placed = zip(places, args, strict=False)
-                demand_shapes(own, shapes, {each.name: value for each, value in placed} | keywords)
+                demand_shapes(own, shapes, dict(zip(order, args, strict=False)) | keywords)
             try:
                 return function(*args, **keywords)
             except (TypeError, ValueError) as error:
@@ -170,6 +171,7 @@ def _arguments(function: Callable[..., Any], ranges: Mapping[str, Range]) -> _Ar
     unknown = ranges.keys() - found.keys()
     assert not unknown, f"{function.__qualname__} has no argument {unknown}"
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [found[name] for name, each in parameters.items() if each.kind in by_place]
+    order = [name for name, each in parameters.items() if each.kind in by_place]
+    looked_at = {name: each for name, each in found.items() if each.range is not None or each.admitted is not ANYTHING}
     rest = next((found[name] for name, each in parameters.items() if each.kind is each.VAR_POSITIONAL), None)
-    return _Arguments(places, found, rest)
+    return _Arguments(order, [looked_at.get(name) for name in order], looked_at, rest)

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 import sys
 import types
 import typing
@@ -125,7 +126,11 @@ def demand_types(owner: Any, wanted: Mapping[str, str] | None = None) -> None:
     """
     kind: Any = type(owner)
     given = vars(owner)
-    for name, hint, admitted in fields(kind):
+    every, values, known = _read(kind)
+    types_ = tuple(map(type, values(given)))
+    # Whether a field is to be looked at follows from the types alone: what is left of it is known from the last time.
+    left = known.get(types_)
+    for name, hint, admitted in every if left is None else left:
         value = given[name]
         if type(value) in admitted.exact:
             continue
@@ -136,6 +141,21 @@ def demand_types(owner: Any, wanted: Mapping[str, str] | None = None) -> None:
             raise refused(kind.__name__, name, unfit, hint, (wanted or {}).get(name), more) from None
         if taken is not value:
             object.__setattr__(owner, name, taken)
+    if left is None and len(known) < _KNOWN:
+        known[types_] = tuple(field for field, kind in zip(every, types_, strict=True) if kind not in field[2].exact)
+
+
+_KNOWN = 64  # combinations of types that are kept of a class
+
+
+@functools.cache
+def _read(kind: Any) -> tuple[tuple[tuple[str, Any, Fit], ...], Callable[[Any], Any], dict[Any, Any]]:
+    """The fields of a dataclass, a function that reads them all, and what is to be looked at, by their types."""
+    every = fields(kind)
+    names = [name for name, _, _ in every]
+    if len(names) > 1:
+        return every, operator.itemgetter(*names), {}
+    return every, lambda given: [given[name] for name in names], {}
 
 
 @functools.cache

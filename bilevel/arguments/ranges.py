@@ -90,19 +90,21 @@ def demand_range(call: str, name: str, value: Any, allowed: Range, hint: str = "
         Traceback (most recent call last):
         ValueError: `CG(rtol=...)` must be below 1. Got inf.
     """
-    from bilevel.arguments.words import got
-
+    wrong: Any = value
     if isinstance(value, float | int):
         why, place = allowed.refuses(value), ""
-        text = got(value) if isinstance(value, int) and value.bit_length() > 63 else f"{value}"
     elif isinstance(value, Tensor):
-        why, place, text = allowed.refuses_entries(value), "in every entry", got(value)
+        why, place = allowed.refuses_entries(value), "in every entry"
     elif isinstance(value, list | tuple):
-        wrong = [part for part in value if isinstance(part, float | int) and allowed.refuses(part)]
-        why, place, text = allowed.refuses(wrong[0]) if wrong else "", "in every entry", f"{wrong[0] if wrong else ''}"
+        wrong = next((part for part in value if isinstance(part, float | int) and allowed.refuses(part)), None)
+        why, place = "" if wrong is None else allowed.refuses(wrong), "in every entry"
     else:
         return
     if why:
+        from bilevel.arguments.words import got  # which are read where something is wrong only
+
+        long = isinstance(wrong, int) and wrong.bit_length() > 63
+        text = got(wrong) if isinstance(wrong, Tensor) or (long and wrong is value) else f"{wrong}"
         raise ValueError(f"`{call}({name}=...)` must be {why}{place and ' '}{place}. Got {text}.{hint and ' '}{hint}")
 
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from bilevel.hypergrad.certified import Certified
 
 
+_NEEDED = frozenset({Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient})
+
+
 @final
 @dataclass(frozen=True)
 class AID(AbstractImplicit):
@@ -131,10 +134,7 @@ class AID(AbstractImplicit):
     def requires(self) -> frozenset[Property]:
         if (certified := self._certified) is not None:
             return certified.requires
-        needed = frozenset(
-            {Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient}
-        )
-        return needed - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else needed
+        return _NEEDED - {Property.second_derivatives} if isinstance(self.products, FiniteDifferences) else _NEEDED
 
     @property
     def accurate(self) -> bool:
@@ -204,8 +204,8 @@ class AID(AbstractImplicit):
         reports = (ended, *at.reports, report("linear solver", system), *beside)
         if at.second_order is not None and not self.linear.finds_indefinite:
             reports += (at.second_order(),)
-        kind = inner_problem(problem.problem)
-        if not start.count and kind.g is not None and not kind.features:
+        kind = None if start.count else inner_problem(problem.problem)
+        if kind is not None and kind.g is not None and not kind.features:
             reports += rounding_reports(used, problem, x, y, h, by_sign=used is not self)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:

@@ -16,6 +16,8 @@ from bilevel._result import Solved
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.requirements.properties import Property
 
+_OFFERS = frozenset({Property.stationary, Property.minimum, Property.smooth, Property.steps})
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class SmoothMinimization(AbstractInnerProblem):
 
     @property
     def offers(self) -> frozenset[Property]:
-        return frozenset({Property.stationary, Property.minimum, Property.smooth, Property.steps})
+        return _OFFERS
 
     @property
     def refusal(self) -> str:

@@ -202,7 +202,7 @@ class _OneBatch(AbstractData):
     """The same batch at every number: all samples there are."""
 
     def __init__(self, all_samples: Any) -> None:
-        self.all_samples = all_samples
+        self.all_samples, self._block = all_samples, Block(all_samples, number=0)
 
     def batch(self, index: int, first: int) -> Any:
         return self.all_samples
@@ -211,7 +211,7 @@ class _OneBatch(AbstractData):
         return self.all_samples
 
     def block(self, index: int, first: int) -> Block:
-        return Block(self.all_samples, number=0)
+        return self._block
 
     @property
     def has_whole(self) -> bool:

@@ -126,6 +126,7 @@ class _Look:
         self.f, self.g = _Part("f", problem.f_each), _Part("g", problem.g)
         self.unrepeatable = ""
         self.values: dict[str, Tensor] = {}
+        self._nearby: dict[str, Tensor] = {}
         self.sees: dict[str, tuple[bool, bool]] = {}  # whether f and g see x and y
         self.fx = torch.zeros_like(self.x)
         for part in (self.f, self.g) if self.has_g else (self.f,):
@@ -160,9 +161,10 @@ class _Look:
         return value if bool(value.isfinite().all()) else None
 
     def _near(self, leaf: str) -> Tensor:
-        at = self.x if leaf == "x" else self.y
-        near: Tensor = at + _MOVE * (1 + torch.linalg.vector_norm(at)) * _direction(at)
-        return near
+        if leaf not in self._nearby:  # for millions of weights the random numbers cost more than a gradient
+            at = self.x if leaf == "x" else self.y
+            self._nearby[leaf] = at + _MOVE * (1 + torch.linalg.vector_norm(at)) * _direction(at)
+        return self._nearby[leaf]
 
     def lacking(self, h: Tensor | None) -> dict[Property, str]:
         """What the problem lacks, with the reason; for whoever requires it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from functools import cache
+from typing import Any, cast
 
 from bilevel._estimate import AbstractRequiring
 from bilevel._inner import AbstractInnerSolver
@@ -15,12 +16,22 @@ def why_iteration(estimator: object) -> str:
     Such as a step length that is a function of x. What implicit estimators, references and certificates are about,
     y*(x), is then not what y is.
     """
-    if isinstance(estimator, AbstractInnerSolver):
-        return estimator.why_iteration
-    if not isinstance(estimator, AbstractRequiring):
-        return ""
-    parts = (getattr(estimator, name) for name in parts_of(type(estimator)))
-    return next((why for why in map(why_iteration, parts) if why), "")
+    is_solver, requires = _sort(cast(Any, estimator).__class__)
+    if is_solver:
+        found: str = cast(AbstractInnerSolver, estimator).why_iteration
+        return found
+    if requires:
+        for name in parts_of(cast(Any, estimator).__class__):
+            part = getattr(estimator, name)
+            if any(_sort(part.__class__)) and (why := why_iteration(part)):
+                return why
+    return ""
+
+
+@cache
+def _sort(kind: type) -> tuple[bool, bool]:
+    """Whether it is a class of inner solvers, and of what declares what it requires; asked before every estimate."""
+    return issubclass(kind, AbstractInnerSolver), issubclass(kind, AbstractRequiring)
 
 
 @cache

@@ -36,20 +36,21 @@ def why_not(
     """
     if not isinstance(estimator, AbstractRequiring):
         return ""
-    kind = inner_problem(problem)
+    kind, required = inner_problem(problem), estimator.requires
+    offers = kind.offers
     own = why_iteration(estimator)
-    if own and estimator.requires & _OF_SOLUTIONS:
-        first = min(estimator.requires & _OF_SOLUTIONS, key=list(Property).index)
+    if own and required & _OF_SOLUTIONS:
+        first = min(required & _OF_SOLUTIONS, key=list(Property).index)
         return refusal(estimator, _OWN.format(own=own, needed=first.value))
-    missing = estimator.requires - implied(kind.offers) - FOUND
+    missing = required - implied(offers) - FOUND
     if problem.init is not None:
         missing -= {Property.start_in_x}
     if lacking:
-        missing |= estimator.requires & lacking.keys()
+        missing |= required & lacking.keys()
     if missing:
         needed = min(missing, key=list(Property).index)
         return refusal(estimator, lacking.get(needed, _NO_START if needed is Property.start_in_x else kind.refusal))
-    if Property.stationary in kind.offers and any(unmet(each.demands, kind.operator) for each in estimator.solves_with):
+    if Property.stationary in offers and any(unmet(each.demands, kind.operator) for each in estimator.solves_with):
         return refusal(estimator, kind.refusal)
     parts = [(name, getattr(estimator, name)) for name in parts_of(type(estimator))]
     whys = [why_not(part, problem, lacking, indefinite) for _, part in parts if _requires(part.__class__)]
