@@ -44,7 +44,7 @@ def by_hand(batch: dict[str, Tensor], scale: float) -> tuple[float, dict[str, Te
             losses.append(-(scale * cosines).softmax(0)[sy == label].sum().log())
     value = torch.stack(losses).mean()
     names = dict(net.named_parameters())
-    return float(value), dict(zip(names, torch.autograd.grad(value, list(names.values())), strict=True))
+    return float(value.detach()), dict(zip(names, torch.autograd.grad(value, list(names.values())), strict=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])

@@ -1,6 +1,6 @@
 """NestedMAML: weights of tasks, of instances and of clusters, through an adaptation; exact, then by runs.
 
-`pytest -m slow tests/test_nested_maml.py` runs the gates, with the seeds that docs/neighbors.md reports.
+`pytest -m slow tests/test_nested_maml.py` runs the gates, with the seeds that docs/beyond_maml.md reports.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def test_f_in_the_initialization_is_maml_batch_normalization_included(steps: int
     own = NestedMAML(functional(module), cross_entropy, step=0.2, inner_steps=steps)
     y = {name: leaf.clone().requires_grad_() for name, leaf in own.net.params.items()}
     value = own.f(torch.zeros(1), y, tasks)
-    assert expected.value == pytest.approx(float(value))
+    assert expected.value == pytest.approx(float(value.detach()))
     found = dict(zip(y, torch.autograd.grad(value, list(y.values())), strict=True))
     torch.testing.assert_close(found, expected.grad)
 
@@ -281,7 +281,9 @@ def test_a_weight_at_zero_comes_back_where_its_derivative_is_negative() -> None:
 def test_perturbed_solves_side_by_side_give_the_same_number() -> None:
     """The adaptation takes derivatives inside of g, under the vectorized map of `ESJ` as well."""
     own, x, inner = linear(), weights(), Iterate(GradientDescent(0.05), max_steps=1)
-    torch.testing.assert_close(slope(own, x, ESJ(inner, directions=TASKS)), slope(own, x, ITD(inner)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        slope(own, x, ESJ(inner, directions=TASKS)), slope(own, x, ITD(inner)), rtol=1e-6, atol=0
+    )
 
 
 # --- runs

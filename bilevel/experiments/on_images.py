@@ -165,9 +165,7 @@ def matching_images(
     """Matching networks, without embeddings of a whole support set; the published attention has scale 1."""
     setup = Setup(source, setting)
     support = setup.way * setting.shots
-    learner = matching_net(
-        setup.body(), setup.features, setup.way, support, scale=scale, learn_scale=learn_scale
-    )
+    learner = matching_net(setup.body(), setup.features, setup.way, support, scale=scale, learn_scale=learn_scale)
     return setup.experiment(learner)
 
 

@@ -53,7 +53,8 @@ def matching_net(
 
     Cost of an estimate: one forward and one backward pass of the body, and support x queries cosines.
 
-    Source: Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra, "Matching networks for one shot learning", NeurIPS 2016.
+    Source: Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra, "Matching networks for one shot learning", NeurIPS
+    2016.
 
     Args:
         body: maps inputs `(n, ...)` to features, `(n, features)` or `(n, ...)` of so many entries.

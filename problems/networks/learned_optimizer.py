@@ -25,9 +25,9 @@ Loss: TypeAlias = Callable[[Point, Any, Tensor], Tensor]  # (point, task, number
 class LearnedOptimizer:
     """min_x mean_t f_t(u_N),  (u_{k+1}, m_{k+1}) = rule(x, u_k, grad l_t(u_k; k), m_k, k): learning to optimize.
 
-    The inner problem is an iteration, whose steps x changes: no argmin, and no condition that y solves. What is known of
-    a run is its y, {"point": u, "memory": m, "number": k, "sum": s}, and what is differentiated are its steps:
-    `ITD(OwnSteps())`, or through the last K steps alone `ITD(OwnSteps(), Truncated(K))`.
+    The inner problem is an iteration, whose steps x changes: no argmin, and no condition that y solves. y is
+    {"point": u, "memory": m, "number": k, "sum": s}, and what is differentiated are its steps: `ITD(OwnSteps())`, or
+    through the last K steps alone `ITD(OwnSteps(), Truncated(K))`.
 
     The outer objective is the loss where the steps end, or with `coefficients` c_1, ..., c_N the sum over k of
     c_k l_t(u_k), which the steps gather as they go; of either the logarithm with `logarithm`, which counts every factor
@@ -124,6 +124,7 @@ class LearnedOptimizer:
 
         More steps than were trained with are what a learned optimizer is for; rules say what they do beyond.
         """
+
         def loss(point: Point, task: Any, number: Tensor) -> Tensor:
             return self.loss(point, task, number)
 

@@ -1,4 +1,4 @@
-"""Learned optimizers by name: on quadratics beside Chebyshev's steps, on batches of logistic regressions, on networks."""
+"""Learned optimizers by name: on quadratics beside Chebyshev's steps, on logistic regressions, on small networks."""
 
 from __future__ import annotations
 

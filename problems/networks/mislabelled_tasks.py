@@ -71,8 +71,8 @@ def mislabelled_tasks(
 
     Metrics: `auc`, by which low weights rank wrong query labels before right ones; on the same 600 test tasks
     the accuracy after adaptation of what was learned (`nested`), and of what as many steps of the same Adam learn with
-    equal weights (`maml`), and from right labels (`oracle`, which nobody has); the mean difference of the first two
-    over episodes, and the half width of its 95 % interval.
+    equal weights (`maml`), from right labels (`oracle`, which nobody has), and from the validation tasks alone
+    (`validation`); the mean difference of the first two over episodes (`gain`), and the half width of its 95 % interval.
 
     Args:
         corrupted: the share of labels that are replaced.
@@ -110,7 +110,9 @@ def mislabelled_tasks(
         labels, found = corrupt(truth[f"{side}_y"].reshape(-1), corrupted, ways, draws)
         pool[f"{side}_y"] = labels.reshape(tasks, -1)
         wrong = found.reshape(tasks, -1) if side == "query" else wrong
-    right = Episodes(splits.validation, ways, shots, queries, rotations=True, dtype=torch.float32).sample(validation, seed + 2**20)
+    right = Episodes(splits.validation, ways, shots, queries, rotations=True, dtype=torch.float32).sample(
+        validation, seed + 2**20
+    )
     blocks = 3 if data is None else 4
     net = functional(made(lambda: conv_net(filters, blocks=blocks, size=size, classes=ways, seed=seed), seed))
     instance = task_weights(
@@ -128,7 +130,7 @@ def mislabelled_tasks(
     )
     own = NestedMAML(net, cross_entropy, step)
     tests = Episodes(splits.test, ways, shots, 15, dtype=torch.float32)
-    shown = _Shown(instance, own, wrong, {"maml": pool, "oracle": truth}, tests, (batch, max_steps, seed))
+    shown = _Shown(instance, own, wrong, {"maml": pool, "oracle": truth, "validation": right}, tests, (batch, max_steps, seed))
     return replace(
         instance,
         description=f"weights of {instance.x0.numel()} query instances, {corrupted:.0%} with wrong labels",
@@ -170,6 +172,7 @@ class _Shown:
         left.set_ylabel("density")
         left.legend()
         names = {"maml": "MAML", "nested": "NestedMAML", "oracle": "MAML, right labels (oracle)"}
+        names["validation"] = "MAML, validation tasks only"
         draw_bars(right, {label: metrics[f"test_accuracy_{name}"] for name, label in names.items()}, "test accuracy")
         figure.tight_layout()
 

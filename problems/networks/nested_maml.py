@@ -1,4 +1,4 @@
-"""Weights of the tasks that an initialization is learned from: three levels, of which the innermost is an adaptation."""
+"""Weights of the tasks that an initialization is learned from: three levels, the innermost of them an adaptation."""
 
 from __future__ import annotations
 

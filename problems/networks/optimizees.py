@@ -69,7 +69,7 @@ class Quadratics(AbstractTasks):
 @final
 @dataclass(frozen=True)
 class LogisticBatches(AbstractTasks):
-    """L(u; k) = mean over batch k of log(1 + exp(-b <a, u>)) + r |u|^2 / 2; f is the same over all samples, less its least.
+    """L(u; k) = mean over batch k of log(1 + exp(-b <a, u>)) + r |u|^2 / 2; f is that of all samples, less its least.
 
     Each task has coefficients of its own, features of unequal scales, and labels that a tenth of are flipped.
 
@@ -177,7 +177,7 @@ class SmallNetworks(AbstractTasks):
         return _cast({"inputs": inputs, "start": start}, self.dtype) | {"labels": (kinds % 2).expand(count, -1)}
 
     @staticmethod
-    def loss(point: Point, task: Any, number: Tensor) -> Tensor:
+    def loss(point: Point, task: Any, number: Tensor) -> Tensor:  # noqa: ARG004
         """The cross-entropy of all samples."""
         hidden = torch.tanh(task["inputs"] @ point["first"] + point["bias"])
         return cross_entropy(hidden @ point["second"], task["labels"])

@@ -165,7 +165,9 @@ class _Shown:
         left.legend()
         names = {"maml": "MAML, all tasks", "nested": "NestedMAML", "oracle": "MAML, right tasks only (oracle)"}
         names["validation"] = "MAML, validation tasks only"
-        values = {label: metrics[f"test_loss_{name}"] for name, label in names.items() if f"test_loss_{name}" in metrics}
+        values = {
+            label: metrics[f"test_loss_{name}"] for name, label in names.items() if f"test_loss_{name}" in metrics
+        }
         draw_bars(right, values, "squared error on new sinusoids, adapted")
         figure.tight_layout()
 

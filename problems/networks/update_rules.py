@@ -170,9 +170,7 @@ class CoordinateLSTM(AbstractRule):
         return {name: uniform(*shape) for name, shape in sizes.items()} | {"out": uniform(self.hidden)}
 
     def memory(self, point: Point) -> Tree:
-        return {
-            name: {part: u.new_zeros(u.numel(), self.hidden) for part in ("h", "c")} for name, u in point.items()
-        }
+        return {name: {part: u.new_zeros(u.numel(), self.hidden) for part in ("h", "c")} for name, u in point.items()}
 
     def step(self, x: Tree, point: Point, gradient: Point, memory: Tree, k: int) -> tuple[Point, Tree]:
         moved, kept = {}, {}
