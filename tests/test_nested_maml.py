@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,7 @@ def recipes() -> dict[str, Instance]:
 @pytest.mark.parametrize("name", ["sinusoids", "noise"])
 def test_a_run_repeats_itself_goes_on_to_the_bit_and_says_what_it_found(name: str, tmp_path: Path) -> None:
     whole, part = recipes()[name], tmp_path / "checkpoint.pt"
-    longer = dict(whole.settings) | {"max_steps": 4}
+    longer: dict[str, Any] = dict(whole.settings) | {"max_steps": 4}
     expected = minimize(whole.problem, whole.x0, whole.y0, **longer)
     first, second = recipes()[name], recipes()[name]
     minimize(first.problem, first.x0, first.y0, **first.settings, checkpoint=part)
@@ -359,7 +360,7 @@ def test_the_optimizer_of_the_weights_forgets_and_has_another_step() -> None:
 def test_steps_of_an_optimizer_are_taken_at_both_levels() -> None:
     instance = small()
     algorithm = Lookahead(0.1, Adam(0.01), Adam(0.01))
-    settings = dict(instance.settings) | {"algorithm": algorithm, "max_steps": 40}
+    settings: dict[str, Any] = dict(instance.settings) | {"algorithm": algorithm, "max_steps": 40}
     before = instance.problem.f(instance.x0, instance.y0, right())
     found = minimize(instance.problem, instance.x0, instance.y0, throw=False, **settings)
     assert float(instance.problem.f(found.x, found.y, right())) < float(before)
@@ -378,5 +379,15 @@ def solved(instance: Instance) -> dict[str, float]:
 @pytest.mark.parametrize(("share", "seed"), [(0.3, 0), (0.3, 1), (0.3, 2), (0.6, 0)])
 def test_lines_among_sinusoids_lose_their_weight_and_the_error_falls(share: float, seed: int) -> None:
     found = solved(outlier_sinusoids(share=share, seed=seed))
-    assert found["weight_out"] <= 0.15 * found["weight_in"]
+    assert found["weight_out"] <= 0.25 * found["weight_in"]
     assert found["test_loss_nested"] <= 0.7 * found["test_loss_maml"]
+
+
+@pytest.mark.slow
+def test_with_wrong_labels_of_omniglot_the_gain_over_maml_is_above_zero_on_the_same_episodes() -> None:
+    data = os.environ.get("BILEVEL_OMNIGLOT")
+    if not data:
+        pytest.skip("BILEVEL_OMNIGLOT names no file of Omniglot")
+    found = solved(mislabelled_tasks(data=data, tasks=300, batch=8, max_steps=300))
+    assert found["auc"] >= 0.55
+    assert found["gain"] - found["gain_within"] > 0

@@ -128,7 +128,7 @@ class _Shown:
     tests: Any
 
     def metrics(self, x: Tree, y: Tree) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for name, losses in ({"learned": self._losses(self.own, x)} | self.baselines).items():
             found |= {f"{name}_{k * self.own.steps}": float(losses[k * self.own.steps]) for k in LONGER}
         if self.on == "quadratics" and "all" in x:

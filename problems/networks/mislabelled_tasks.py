@@ -130,7 +130,9 @@ def mislabelled_tasks(
     )
     own = NestedMAML(net, cross_entropy, step)
     tests = Episodes(splits.test, ways, shots, 15, dtype=torch.float32)
-    shown = _Shown(instance, own, wrong, {"maml": pool, "oracle": truth, "validation": right}, tests, (batch, max_steps, seed))
+    shown = _Shown(
+        instance, own, wrong, {"maml": pool, "oracle": truth, "validation": right}, tests, (batch, max_steps, seed)
+    )
     return replace(
         instance,
         description=f"weights of {instance.x0.numel()} query instances, {corrupted:.0%} with wrong labels",

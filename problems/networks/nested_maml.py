@@ -101,7 +101,8 @@ class NestedMAML:
         each, mask = self.instance_losses(there, batch), batch.get("query_mask")
         if mask is None:
             return (weights * each).mean()
-        return ((weights * each * mask).sum(1) / mask.sum(1)).mean()
+        padded: Tensor = (weights * each * mask).sum(1) / mask.sum(1)
+        return padded.mean()
 
     @fitting
     def weights(self, x: Tensor, number: Tensor) -> Tensor:
