@@ -72,7 +72,8 @@ def mislabelled_tasks(
     Metrics: `auc`, by which low weights rank wrong query labels before right ones; on the same 600 test tasks
     the accuracy after adaptation of what was learned (`nested`), and of what as many steps of the same Adam learn with
     equal weights (`maml`), from right labels (`oracle`, which nobody has), and from the validation tasks alone
-    (`validation`); the mean difference of the first two over episodes (`gain`), and the half width of its 95 % interval.
+    (`validation`); the mean difference of the first two over episodes (`gain`), with half the width of its 95 %
+    interval.
 
     Args:
         corrupted: the share of labels that are replaced.
