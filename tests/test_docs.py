@@ -215,8 +215,8 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s+", "-", heading) for heading in plain}
 
 
-def test_the_readme_names_every_estimator_and_no_other() -> None:
-    rows = re.findall(r'^\| `"([\w-]+)"` \| ([^|]*) \|', (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_guide_names_every_estimator_and_no_other() -> None:
+    rows = re.findall(r'^\| `"([\w-]+)"` \| ([^|]*) \|', (ROOT / "docs" / "how_to_choose.md").read_text(), re.MULTILINE)
     assert {name: description.strip() for name, description in rows} == bilevel.estimators()
     assert len(rows) == len(bilevel.estimators())
 

@@ -11,16 +11,15 @@ from typing import Any, final
 from bilevel._estimate import Estimate
 from bilevel._result import Stats
 from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, check_padding, noise_seed, predict, ready
+from bilevel.few_shot.adapt import Adapted, check_padding, check_tasks, noise_seed, ready
 from bilevel.few_shot.board import Board
-from bilevel.few_shot.evaluate import Evaluation, score_tasks
+from bilevel.few_shot.evaluate import Evaluation, scores_of
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import OuterLoop, Reporting
 from bilevel.few_shot.trained import Ended, Progress, Trained
 from bilevel.few_shot.validate import Validation, Validations
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.watcher import AbstractWatcher, before_save
-from bilevel.tasks.ragged import check_batch
 
 _AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
 
@@ -42,7 +41,7 @@ class TrainingBatches:
         if step not in self.latest:
             self.latest.clear()
             batch = self.sample(step)
-            check_batch(batch)
+            check_tasks(self.learner, batch)
             self.latest[step] = ready(self.learner, self.learner.x0, batch, noise_seed(self.seed, step))
             if not self.looked_at:  # later batches may be the first that have padding
                 self.looked_at.extend([step] * check_padding(self.learner, self.learner.x0, self.latest[step]))
@@ -223,4 +222,4 @@ class TrainingRun(AbstractWatcher):
     def _score(self, step: int, estimate: Estimate) -> float:
         batch = self._batches(step)
         adapted = Adapted(estimate.y, (), Stats(), batch)
-        return float(score_tasks(predict(self._batches.learner, estimate.x, adapted), batch).mean())
+        return float(scores_of(self._batches.learner, estimate.x, adapted).mean())

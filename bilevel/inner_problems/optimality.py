@@ -139,7 +139,7 @@ class Optimality:
 
         least = default_margin(y)
         independent = independence(A, free, apart if self.moves else None, least)
-        blocks = SaddleBlocks(LinearOperator(leading, n), A_F, free)
+        blocks = SaddleBlocks(LinearOperator(leading, n), A_F, free, n - q)
         return Linearization(
             self.y,
             at.gradient,
