@@ -26,6 +26,7 @@ from bilevel.problems.networks.noisy_labels import descent
 from bilevel.problems.networks.task_weights import Pool, Tasks, task_weights
 from bilevel.tasks.digits import digits
 from bilevel.tasks.episodes import Episodes
+from bilevel.tasks.images import Splits
 from bilevel.tasks.omniglot import omniglot
 
 _TEST, _AT_ONCE = 600, 100  # episodes
@@ -100,7 +101,7 @@ def mislabelled_tasks(
         >>> mislabelled_tasks(tasks=4, validation=2, filters=4).x0.shape  # 3 ways, 5 queries each
         torch.Size([4, 15])
     """
-    splits = digits() if data is None else omniglot(data)
+    splits = _splits(data)
     ways = way or (3 if data is None else 5)
     size = splits.train.shape[-1]
     source = Episodes(splits.train, ways, shots, queries, rotations=True, dtype=torch.float32)
@@ -140,6 +141,15 @@ def mislabelled_tasks(
         metrics=shown.metrics,
         plot=shown.plot,
     )
+
+
+def _splits(data: str | Path | None) -> Splits:
+    if data is None:
+        return digits()
+    try:
+        return omniglot(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`mislabelled_tasks(data=...)`: {error}") from error
 
 
 @final
