@@ -90,6 +90,13 @@ def test_coefficients_of_the_steps_sum_the_losses_along_the_way() -> None:
     assert estimate(own, x0, tasks).value == pytest.approx(float((losses[:, 1] + 3 * losses[:, 3]).mean()), rel=1e-10)
 
 
+def test_a_loss_that_is_zero_has_a_finite_logarithm() -> None:
+    own = LearnedOptimizer(LearnedSteps(1, start=1.0), Quadratics.loss, steps=1, logarithm=True)
+    tasks = {"start": {"u": torch.ones(1, 1)}, "curvature": torch.ones(1, 1)}
+    found = estimate(own, own.start(tasks)[0], tasks)
+    assert math.isfinite(found.value) and bool(found.grad["all"].isfinite().all())
+
+
 def test_a_window_of_all_steps_is_the_whole_and_a_shorter_one_knows_the_last_steps_only() -> None:
     own, tasks = LearnedOptimizer(RULES["step"], Quadratics.loss, steps=3), ON["quadratics"].sample(4, 1)
     x0 = own.start(tasks)[0]

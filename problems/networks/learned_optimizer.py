@@ -31,7 +31,8 @@ class LearnedOptimizer:
 
     The outer objective is the loss where the steps end, or with `coefficients` c_1, ..., c_N the sum over k of
     c_k l_t(u_k), which the steps gather as they go; of either the logarithm with `logarithm`, which counts every factor
-    alike: without it tasks, and steps, whose loss is small to begin with have no say.
+    alike: without it tasks, and steps, whose loss is small to begin with have no say. Below the square of the rounding
+    unit a loss is taken for that, and not followed further.
 
     A task is a dict of tensors with `start`, a dict of tensors, u_0; the loss reads what it wants of the others. It is
     given the number of the step, `()`, for a batch of its own at each (`task["inputs"][number]`), and -1 for f.
@@ -97,7 +98,7 @@ class LearnedOptimizer:
             value = self.loss(y["point"], task, torch.full_like(y["number"], -1.0).long())
         else:
             value = y["sum"]
-        return value.log() if self.logarithm else value
+        return value.clamp_min(torch.finfo(value.dtype).eps ** 2).log() if self.logarithm else value
 
     def g(self, x: Tree, y: Tree, task: Any) -> Tensor:
         return self.loss(y["point"], task, y["number"].detach().long())

@@ -48,9 +48,9 @@ def learning_to_optimize(
 ) -> Instance:
     """An optimizer that is trained through N of its steps, and judged also on more of them than that.
 
-    Every step of the run draws new tasks, of which f is the logarithm of the loss after N steps: the relative squared
-    error of quadratics, what is above the least of logistic regressions, whose gradients come from batches, and the
-    cross-entropy of networks; see :class:`LearnedOptimizer`.
+    Every step of the run draws new tasks. f is the logarithm of the relative squared error of quadratics after N steps,
+    or of what is above the least loss of logistic regressions, whose gradients come from batches; of networks it is the
+    cross-entropy itself, whose logarithm would be learned on easy tasks alone. See :class:`LearnedOptimizer`.
 
     Metrics: on 300 new tasks the mean of that loss after N, 2 N and 5 N steps of the learned optimizer (`learned_8`,
     ...), of gradient descent with the constant step that is best after N among 14 (`constant_8`), and on quadratics
@@ -85,7 +85,8 @@ def learning_to_optimize(
     }
     chosen = rules[rule] if rule in rules else LearnedSteps(steps, rule, start)  # type: ignore[arg-type]
     coefficients = (1.0 / steps,) * steps if summed else None
-    own = LearnedOptimizer(chosen, source.loss, steps, coefficients, logarithm=True, first_order=rule == "lstm")
+    logarithm = on != "networks"
+    own = LearnedOptimizer(chosen, source.loss, steps, coefficients, logarithm, first_order=rule == "lstm")
     x0, y0 = own.start(source.sample(1, seed))
     shown = _Shown(own, on, source.sample(_TEST, seed + 2**20))
     return Instance(
