@@ -75,8 +75,8 @@ def test_the_luckiest_batch_does_not_end_a_run() -> None:
     for given in ({"algorithm": SOBA(0.1, 0.1)}, {"estimator": "aid-cg"}):
         for batches in (loader, lambda k: loader[k % 2]):
             with pytest.raises(ValueError, match=r"minimize\(tol=\.\.\.\).*only batches.*FiniteSum"):
-                minimize(PROBLEM, X, Y, data=batches, max_steps=3, tol=1e-2, **given)  # type: ignore[arg-type]
-            assert len(minimize(PROBLEM, X, Y, data=batches, max_steps=3, **given).history) == 4  # type: ignore[arg-type]
+                minimize(PROBLEM, X, Y, data=batches, max_steps=3, tol=1e-2, **given)
+            assert len(minimize(PROBLEM, X, Y, data=batches, max_steps=3, **given).history) == 4
     assert minimize(PROBLEM, X, Y, estimator="aid-cg", data=OF_G, max_steps=30, tol=1e-5).converged
 
 

@@ -139,7 +139,7 @@ def test_a_norm_or_a_ball_after_positively_homogeneous_terms_is_what_splitting_f
     assert closed_form(closed.flat()) is not None
     both = [split_prox(split, v, 0.7), closed.prox(v, 0.7)]
     torch.testing.assert_close(*both, rtol=1e-9, atol=1e-9)
-    for a, b in zip(*(torch.autograd.grad(found, (v, radius), w) for found in both), strict=True):  # type: ignore[call-overload]
+    for a, b in zip(*(torch.autograd.grad(found, (v, radius), w) for found in both), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     P, Q = split_derivative(split, 0.7), closed.derivative(V, 0.7)
     assert P is not None and Q is not None

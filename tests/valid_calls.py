@@ -818,6 +818,14 @@ BY_NAME: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def cone_program() -> tuple[Any, Any, Any]:
+    """A problem of cvxpy with its parameter and its variable."""
+    cp = importlib.import_module("cvxpy")
+    parameter, variable = cp.Parameter(2), cp.Variable(2)
+    return cp.Problem(cp.Minimize(cp.sum_squares(variable - parameter)), [variable >= 0]), parameter, variable
+
+
 # Not called with what is valid: the data, or the package that it belongs to, are not there.
 WITHOUT_DATA = {"omniglot", "convert_omniglot"}
 if importlib.util.find_spec("cvxpy") is None:
@@ -830,14 +838,6 @@ else:
     }
 if importlib.util.find_spec("gymnasium") is None:
     WITHOUT_DATA.add("vector_episodes")
-
-
-@functools.cache
-def cone_program() -> tuple[Any, Any, Any]:
-    """A problem of cvxpy with its parameter and its variable."""
-    cp = importlib.import_module("cvxpy")
-    parameter, variable = cp.Parameter(2), cp.Variable(2)
-    return cp.Problem(cp.Minimize(cp.sum_squares(variable - parameter)), [variable >= 0]), parameter, variable
 
 
 def valid(entry: Public) -> dict[str, Any]:

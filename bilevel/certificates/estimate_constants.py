@@ -187,7 +187,12 @@ def _for_each(found: list[Constants]) -> Constants:
     return replace(
         found[0],
         mu=min(mus) if len(mus) == len(found) else None,
-        **{name: most(name) for name in ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G")},
+        L=most("L"),
+        L_fyy=most("L_fyy"),
+        L_fxy=most("L_fxy"),
+        M_yy=most("M_yy"),
+        M_xy=most("M_xy"),
+        C_G=most("C_G"),
         confidence=max(0.0, 1 - sum(1 - one.confidence for one in found)),
     )
 

@@ -109,7 +109,7 @@ def certify_groups(
 
     def g(x: Tree, u: Tensor, *data: Any) -> Tensor:
         there = embedded(u)
-        found: Tensor = own.g(x, there, *data) + term.at(x, *data).value(there)  # type: ignore[misc]
+        found: Tensor = own.g(x, there, *data) + term.at(x, *data).value(there)
         return found
 
     restricted = FlatProblem(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,6 +34,7 @@ from bilevel.reinforcement.trajectories import rollout
 from bilevel.reinforcement.trust_region import TrustRegion
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.clipped import Clipped
+from bilevel.solvers.own_steps import OwnSteps
 from bilevel.tasks.source import AbstractTasks
 
 _SHOWN = 5  # tasks with a path in the picture
@@ -111,7 +113,7 @@ def maml_navigation(
         batch = tasks.sample(_SHOWN, seed)
         return _paths(learner, environment, meta.policy, x, batch, meta.params_of(x), "policy")
 
-    return _experiment(learner, tasks, "2-D navigation", Training(40, batch, loop), 10, inner_steps, paths=paths)
+    return _experiment(learner, tasks, "2-D navigation", Training(25, batch, loop), 10, inner_steps, paths=paths)
 
 
 def offline_navigation(
@@ -203,6 +205,8 @@ def _experiment(
     numbers: Callable[[Tree, int], Mapping[str, float]] | None = None,
     paths: Callable[[Tree, int], Paths] | None = None,
 ) -> Experiment:
+    if others is None:  # there is noise for more steps, but those of training are the score
+        learner = replace(learner, adapt=OwnSteps(inner_steps))
     validation, test = (tasks, tasks) if others is None else others
     curve = (0, 1, 2, 3) if inner_steps and others is None else ()
     return Experiment(

@@ -56,6 +56,16 @@ def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | No
     return Report(part, Status.worst(statuses), float(sizes.amin()), 0, statuses if A.dim() > 2 else ())
 
 
+def widening(apart: float) -> Report:
+    """Whether bounds that meet do so at this x only: y* then has a kink there, or there is no y at other x.
+
+    Args:
+        apart: the derivative in x of their distance, over that of the bounds themselves.
+    """
+    status = Status.dependent_constraints if apart > _SEEN else Status.successful
+    return Report("bounds that meet", status, apart, 0)
+
+
 def _singular_values(rows: Tensor) -> Tensor:
     """Those of rows of at most length one `(*batch, m, n)`, with zeros for what has none: `(*batch, m)`."""
     m, n = rows.shape[-2:]

@@ -126,7 +126,8 @@ def _scaling(terms: list[AbstractProxTerm]) -> AbstractProxTerm | None:
     With u the image of the others at v, v - u is in t dh(u) = t dh(a u): a u is the image of the sum, a what the ball
     or the norm makes of u. As h moves along u with it, P u = u, and the derivatives commute.
     """
-    round_ = [term for term in terms if isinstance(term, L2Ball)] or [term for term in terms if isinstance(term, L2)]
+    balls: list[AbstractProxTerm] = [term for term in terms if isinstance(term, L2Ball)]
+    round_ = balls or [term for term in terms if isinstance(term, L2)]
     if not round_ or len(terms) < 2:
         return None
     others = [term for term in terms if term is not round_[-1]]
