@@ -157,7 +157,8 @@ def test_chebyshev_steps_reach_the_optimum_of_the_worst_case() -> None:
 
 
 def small(**settings: Any) -> Instance:
-    return learning_to_optimize(steps=2, batch=2, **({"max_steps": 2} | settings))
+    given: dict[str, Any] = {"max_steps": 2} | settings
+    return learning_to_optimize(steps=2, batch=2, **given)
 
 
 @pytest.mark.parametrize("on", ON)
