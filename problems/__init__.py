@@ -40,6 +40,7 @@ from bilevel.problems.meta_learning import (
     ibaml_head,
     imaml,
     maml,
+    matching_net,
     no_inner_loop,
     proto_net,
     reptile,
@@ -52,11 +53,15 @@ from bilevel.problems.nested import nested
 from bilevel.problems.networks import byte_gpt, language_sources, python_texts
 from bilevel.problems.networks.distillation import distillation
 from bilevel.problems.networks.learned_augmentation import learned_augmentation
+from bilevel.problems.networks.learning_to_optimize import learning_to_optimize
+from bilevel.problems.networks.mislabelled_tasks import mislabelled_tasks
 from bilevel.problems.networks.mixed_operations import mixed_operations
 from bilevel.problems.networks.noisy_labels import noisy_labels
+from bilevel.problems.networks.outlier_sinusoids import outlier_sinusoids
 from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
 from bilevel.problems.networks.small_network import small_network
+from bilevel.problems.networks.task_weights import task_weights
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -123,16 +128,20 @@ __all__ = [
     "lasso",
     "lasso_diabetes",
     "learned_augmentation",
+    "learning_to_optimize",
     "log_sum_exp",
     "logistic",
     "logistic_breast_cancer",
     "maml",
+    "matching_net",
     "minimax",
+    "mislabelled_tasks",
     "mixed_operations",
     "multinomial_digits",
     "nested",
     "no_inner_loop",
     "noisy_labels",
+    "outlier_sinusoids",
     "proto_net",
     "proximal_tasks",
     "python_texts",
@@ -153,6 +162,7 @@ __all__ = [
     "svm",
     "svm_head",
     "svr",
+    "task_weights",
     "weighted_lasso",
     "weighted_logit",
 ]
@@ -238,6 +248,21 @@ _ENTRIES = (
         "representation",
         "ten million weights under a linear head, learned by forward passes and one backward",
         representation,
+    ),
+    Entry(
+        "nested-maml-sinusoids",
+        "weights of training tasks of which a share are no sinusoids (NestedMAML)",
+        outlier_sinusoids,
+    ),
+    Entry(
+        "nested-maml-images",
+        "weights of the instances of few-shot tasks with wrong labels (NestedMAML), digits or Omniglot",
+        mislabelled_tasks,
+    ),
+    Entry(
+        "learning-to-optimize",
+        "an optimizer whose steps, preconditioner or small network is learned through its steps",
+        learning_to_optimize,
     ),
     Entry(
         "rank-deficient",

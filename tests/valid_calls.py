@@ -703,6 +703,16 @@ BY_NAME: dict[str, dict[str, Any]] = {
     },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},
+    "matching_net": {"support": lambda: 2},
+    "learning_to_optimize": {"steps": lambda: 2},
+    "mislabelled_tasks": {"tasks": lambda: 2, "validation": lambda: 2, "filters": lambda: 2},
+    "outlier_sinusoids": {"tasks": lambda: 4, "validation": lambda: 2},
+    "task_weights": {
+        "module": lambda: nn.Linear(1, 1),
+        "loss": lambda: nn.functional.mse_loss,
+        "tasks": lambda: Sinusoid(shots=2, queries=2).sample(4, 0),
+        "validation": lambda: Sinusoid(shots=2, queries=2).sample(2, 1),
+    },
     "GaussNewton": {"outputs": lambda: lambda x, y: y, "loss": lambda: lambda x, z: z.sum()},
     "TruncatedCG": {"max_steps": lambda: 3},
     "small_network": {

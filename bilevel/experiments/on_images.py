@@ -20,6 +20,7 @@ from bilevel.problems.meta_learning.ibaml import ibaml, ibaml_head
 from bilevel.problems.meta_learning.imaml import imaml
 from bilevel.problems.meta_learning.kl_system import KLSystem
 from bilevel.problems.meta_learning.maml import maml
+from bilevel.problems.meta_learning.matching_net import matching_net
 from bilevel.problems.meta_learning.monte_carlo import MonteCarlo
 from bilevel.problems.meta_learning.outer_objective import OuterLoss, OuterObjective
 from bilevel.problems.meta_learning.posterior_descent import PosteriorDescent
@@ -155,6 +156,19 @@ def proto_net_images(
     return setup.experiment(learner, train_way=train_way, tester=tester)
 
 
+def matching_images(
+    source: Source,
+    setting: ImageSetting = FOUR,
+    scale: float = 10.0,
+    learn_scale: bool = True,
+) -> Experiment:
+    """Matching networks, without embeddings of a whole support set; the published attention has scale 1."""
+    setup = Setup(source, setting)
+    support = setup.way * setting.shots
+    learner = matching_net(setup.body(), setup.features, setup.way, support, scale=scale, learn_scale=learn_scale)
+    return setup.experiment(learner)
+
+
 def ridge_images(
     source: Source,
     setting: ImageSetting = EIGHT,
@@ -219,6 +233,7 @@ _METHODS: tuple[tuple[str, str, Callable[..., Experiment]], ...] = (
     ("imaml", "iMAML: all parameters adapted near the start, implicit gradients", imaml_images),
     ("ibaml", "iBaML: a Gaussian posterior of the head under a learned prior", ibaml_images),
     ("protonet", "prototypical networks: class means as a bilevel problem", proto_net_images),
+    ("matching", "matching networks: attention over the support set by cosines", matching_images),
     ("ridge", "ridge-regression head in closed form (R2D2)", ridge_images),
     ("svm", "support-vector head (MetaOptNet)", svm_images),
     ("embedding", "logistic heads on a shared embedding, solved to optimality", embedding_images),

@@ -9,6 +9,7 @@ from bilevel.problems.meta_learning.imaml import imaml as imaml
 from bilevel.problems.meta_learning.kl_products import KLDiagonal as KLDiagonal, KLProducts as KLProducts
 from bilevel.problems.meta_learning.kl_system import KLSystem as KLSystem
 from bilevel.problems.meta_learning.maml import maml as maml
+from bilevel.problems.meta_learning.matching_net import matching_net as matching_net
 from bilevel.problems.meta_learning.monte_carlo import MonteCarlo as MonteCarlo
 from bilevel.problems.meta_learning.outer_objective import OuterObjective as OuterObjective
 from bilevel.problems.meta_learning.posterior_descent import PosteriorDescent as PosteriorDescent
