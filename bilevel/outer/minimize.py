@@ -67,6 +67,7 @@ from bilevel.outer.together import demand_same_everywhere, without_shards
 from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.ranks.ranks import Ranks, demand_ranks
+from bilevel.ranks.sharded import REMEDY, shards_of
 from bilevel.requirements.starts import starts_warm
 
 
@@ -254,6 +255,7 @@ def minimize(
         "checkpoint_every": checkpoint_every,
         "resume": resume,
     }
+    shards = None if y0 is None else shards_of("minimize", y0, ranks)
     demand_same_everywhere(ranks, told, {"problem": problem, "data": data, "x0": x0, "y0": y0})
     batches = sources(data, None if problem.tasks else ranks)
     if ranks is None or problem.tasks:
@@ -289,13 +291,17 @@ def minimize(
             demand_arguments(name, function, ("x", "y"), first, "minimize({}=...)")
         if y0 is None:
             y0 = own_start("minimize", problem, x0, first)
+        if shards is not None:
+            demand_first_order(problem, algorithm, estimator, checkpoint, sweep)
+            problem, y0 = shards.problem(problem), shards.local()
         y, y_structure = ravel(y0, "y0")
         demand_alike("minimize(x0, y0)", x_structure, y_structure)
         x, y = x.detach().clone(), y.detach().clone()
         check_chunks("minimize", problem, chunk_size)
         flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
         if together is not None:
-            flat.over(together, (1.0, 1.0) if problem.tasks else first_shares(batches))
+            whole = (1.0, 1.0) if problem.tasks else first_shares(batches)
+            flat.over(together, whole, sharded=shards is not None)
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
 
@@ -376,7 +382,38 @@ def minimize(
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         by_norm = not chosen.values_are_phi
         compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
-        return iterate(run(compares), chosen, oracle, x, y, begun)
+        if shards is not None and not chosen.takes_shards:
+            raise ValueError(
+                f"`minimize(algorithm={chosen!r:.200})` does not apply to parameters that are shared out over ranks"
+                f" (`DTensor`): it asks for second derivatives, or for norms and products of all of y. {REMEDY}"
+            )
+        solution = iterate(run(compares), chosen, oracle, x, y, begun)
+        return solution if shards is None else replace(solution, y=shards.shared_out(solution.y))
+
+
+def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, checkpoint: Any, sweep: Any) -> None:
+    """Refuse what parameters that are shared out over ranks cannot be used with, whatever the algorithm.
+
+    Raises:
+        ValueError: naming it, and what to do.
+    """
+    if algorithm is None or algorithm in (DESCENT, AUTO) or isinstance(algorithm, Descent):
+        named = "implicit" if estimator is None else estimator
+        raise ValueError(
+            f"`minimize(estimator={named!r})` does not apply to parameters that are shared out over ranks (`DTensor`):"
+            f" hypergradient estimates differentiate grad_y g once more, and FSDP has gradients by `backward()` alone."
+            f" {REMEDY}"
+        )
+    if problem.tasks or problem.init is not None or problem.encode is not None or problem.inner is not None:
+        raise ValueError(
+            "`minimize(y0=...)` of parameters that are shared out over ranks (`DTensor`) needs a problem of f and g"
+            " alone, without tasks, init, encode or another kind of inner problem."
+        )
+    if checkpoint is not None or sweep is not None:
+        raise ValueError(
+            "`minimize(checkpoint=..., sweep=...)` do not apply to parameters that are shared out over ranks"
+            " (`DTensor`). Leave them out, and save the module by `torch.distributed.checkpoint` in a callback."
+        )
 
 
 def _demand_estimates(ranks: Ranks | None, algorithm: Any) -> None:

@@ -102,6 +102,25 @@ def share_of(count: int, rank: int, size: int) -> slice:
     return slice(count * rank // size, count * (rank + 1) // size)
 
 
+def everywhere(ranks: Ranks, call: Callable[[], T]) -> list[T]:
+    """What each rank finds by itself, in their order, on every rank: one message.
+
+    Raises:
+        BilevelError: on the other ranks, if one of them has raised something.
+    """
+    found: list[tuple[T, str] | str] = []
+    try:
+        mine: tuple[T, str] | str = (call(), "")
+    except BaseException as error:
+        ranks.gathered(f"{type(error).__name__}: {error}"[:500])
+        raise
+    found = ranks.gathered(mine)
+    failed = [f"rank {rank} ({each})" for rank, each in enumerate(found) if isinstance(each, str)]
+    if failed:
+        raise BilevelError(f"what all ranks do together was ended by {'; '.join(failed)}.", Status.interrupted)
+    return [each[0] for each in found if not isinstance(each, str)]
+
+
 def first_says(ranks: Ranks, asked: Callable[[], object]) -> bool:
     """What rank 0 answers, which alone is asked, on every rank: one message of one float.
 
