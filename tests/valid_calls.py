@@ -28,6 +28,7 @@ import bilevel.few_shot
 import bilevel.inner_problems
 import bilevel.problems
 import bilevel.problems.literature
+import bilevel.ranks
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
@@ -52,6 +53,7 @@ ROOMS = (
     "bilevel.algorithms",
     "bilevel.extending",
     "bilevel.federated",
+    "bilevel.ranks",
     "bilevel.problems.literature",
     "bilevel.testing",
     "bilevel.testing.properties",
@@ -222,6 +224,21 @@ def client(x: Tensor, y: Tensor, data: Tensor) -> Tensor:
 @functools.cache
 def clients() -> bilevel.federated.Clients:
     return bilevel.federated.Clients(BilevelProblem(client, client), X, Y, torch.ones(3, 2, **D))
+
+
+@functools.cache
+def group() -> Any:
+    """A process group of one, until `leave_group`."""
+    store = f"file://{folder() / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    return torch.distributed.group.WORLD
+
+
+def leave_group() -> None:
+    """Leave it, if it was asked for."""
+    if group.cache_info().currsize:
+        torch.distributed.destroy_process_group()
+        group.cache_clear()
 
 
 @functools.cache
@@ -479,6 +496,22 @@ BY_NAME: dict[str, dict[str, Any]] = {
         }
         for name in ("inner_gradients", "outer_gradients", "products")
     },
+    "ClientsOnRanks": {"own": clients, "group": group},
+    **{
+        f"ClientsOnRanks.{name}": {
+            **{"who": lambda: torch.tensor([0, 2]), "x": lambda: X},
+            **{"y": lambda: torch.zeros(2, 2, **D), "v": lambda: torch.ones(2, 2, **D)},
+        }
+        for name in ("inner_gradients", "outer_gradients", "products")
+    },
+    **{
+        f"{owner}.means": {
+            "who": lambda: torch.tensor([0, 2]),
+            "weights": lambda: torch.ones(2, **D),
+            "answers": lambda: torch.ones(2, 2, **D),
+        }
+        for owner in ("Clients", "ClientsOnRanks")
+    },
     "federate": {
         **{"clients": clients, "x0": lambda: X, "y0": lambda: Y, "steps": lambda: 2},
         "method": lambda: bilevel.federated.FederatedSOBA(0.1, 0.05),
@@ -490,6 +523,11 @@ BY_NAME: dict[str, dict[str, Any]] = {
         **{"server": lambda: bilevel.federated.Server(clients(), (2, 2)), "x": lambda: X, "y": lambda: Y},
         **{"step": lambda: 0.1, "steps": lambda: 2},
     },
+    "bilevel.ranks.Ranks": {"group": group},
+    "Ranks.total": {"tensors": lambda: torch.ones(2)},
+    "Ranks.gathered": {"value": lambda: [1, "a"]},
+    "bilevel.ranks.Shard": {"data": lambda: torch.ones(3, 2)},
+    "Shard.count": {"batch": lambda: torch.ones(3, 2)},
     "Participation.answered": {"asked": lambda: torch.tensor([0, 1])},
     "dirichlet_split": {"labels": lambda: torch.tensor([0, 1, 0, 1, 2, 2])},
     "stacked": {"tensors": lambda: [X], "parts": lambda: [torch.tensor([0]), torch.tensor([1])]},
