@@ -61,13 +61,14 @@ from bilevel.outer.records import Callback, Rules, Run
 from bilevel.outer.rounds import Rounds
 from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
+from bilevel.outer.shared_out import demand_first_order, demand_takes_shards
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
 from bilevel.outer.together import demand_same_everywhere, without_shards
 from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.ranks.ranks import Ranks, demand_ranks
-from bilevel.ranks.sharded import REMEDY, shards_of
+from bilevel.ranks.sharded import shards_of
 from bilevel.requirements.starts import starts_warm
 
 
@@ -382,38 +383,10 @@ def minimize(
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         by_norm = not chosen.values_are_phi
         compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
-        if shards is not None and not chosen.takes_shards:
-            raise ValueError(
-                f"`minimize(algorithm={chosen!r:.200})` does not apply to parameters that are shared out over ranks"
-                f" (`DTensor`): it asks for second derivatives, or for norms and products of all of y. {REMEDY}"
-            )
+        if shards is not None:
+            demand_takes_shards(chosen)
         solution = iterate(run(compares), chosen, oracle, x, y, begun)
         return solution if shards is None else replace(solution, y=shards.shared_out(solution.y))
-
-
-def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, checkpoint: Any, sweep: Any) -> None:
-    """Refuse what parameters that are shared out over ranks cannot be used with, whatever the algorithm.
-
-    Raises:
-        ValueError: naming it, and what to do.
-    """
-    if algorithm is None or algorithm in (DESCENT, AUTO) or isinstance(algorithm, Descent):
-        named = "implicit" if estimator is None else estimator
-        raise ValueError(
-            f"`minimize(estimator={named!r})` does not apply to parameters that are shared out over ranks (`DTensor`):"
-            f" hypergradient estimates differentiate grad_y g once more, and FSDP has gradients by `backward()` alone."
-            f" {REMEDY}"
-        )
-    if problem.tasks or problem.init is not None or problem.encode is not None or problem.inner is not None:
-        raise ValueError(
-            "`minimize(y0=...)` of parameters that are shared out over ranks (`DTensor`) needs a problem of f and g"
-            " alone, without tasks, init, encode or another kind of inner problem."
-        )
-    if checkpoint is not None or sweep is not None:
-        raise ValueError(
-            "`minimize(checkpoint=..., sweep=...)` do not apply to parameters that are shared out over ranks"
-            " (`DTensor`). Leave them out, and save the module by `torch.distributed.checkpoint` in a callback."
-        )
 
 
 def _demand_estimates(ranks: Ranks | None, algorithm: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -132,11 +133,8 @@ def _local(tensor: Any) -> Tensor:
 
 def is_shared_out(tensor: Any) -> bool:
     """Whether a tensor is one of `torch.distributed.tensor`."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # which nobody has one without
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def shards_of(call: str, y0: Tree, ranks: Any) -> Shards | None:
@@ -150,6 +148,8 @@ def shards_of(call: str, y0: Tree, ranks: Any) -> Shards | None:
     Raises:
         ValueError: if only some of its tensors are, or they are over other ranks than those of the group.
     """
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
     leaves = tree_leaves(y0)
     shared = [leaf for leaf in leaves if is_shared_out(leaf)]
     if not shared:
