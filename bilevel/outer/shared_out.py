@@ -8,6 +8,8 @@ from bilevel._problem import BilevelProblem
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.registry import DESCENT
+from bilevel.inner_problems.kinds import inner_problem
+from bilevel.inner_problems.smooth import SmoothMinimization
 from bilevel.named.registration import AUTO
 from bilevel.ranks.sharded import REMEDY
 
@@ -30,7 +32,8 @@ def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, 
             f"`minimize(algorithm={algorithm!r})` derives its steps from products with Hessians, which parameters that"
             f" are shared out over ranks (`DTensor`) do not have. {REMEDY}"
         )
-    if problem.tasks or problem.init is not None or problem.encode is not None or problem.inner is not None:
+    smooth = type(inner_problem(problem)) is SmoothMinimization
+    if problem.tasks or problem.init is not None or problem.encode is not None or not smooth:
         raise ValueError(
             "`minimize(y0=...)` of parameters that are shared out over ranks (`DTensor`) needs a problem of f and g"
             " alone, without tasks, init, encode or another kind of inner problem."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -58,7 +58,8 @@ class Shards:
 
     def problem(self, problem: BilevelProblem) -> BilevelProblem:
         """f and g of x and this rank's part of y."""
-        return replace(problem, f=self._of_parts(problem.f), g=self._of_parts(problem.g))
+        f, g = self._of_parts(problem.f), self._of_parts(problem.g)
+        return BilevelProblem(f, g, allow_unused=problem.allow_unused)
 
     def _of_parts(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def of_parts(x: Tree, y: Tree, *data: Any) -> Tensor:
