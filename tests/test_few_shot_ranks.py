@@ -18,7 +18,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.problems.meta_learning.imaml import imaml
 from bilevel.problems.meta_learning.maml import maml
 from bilevel.ranks import Ranks
-from bilevel.solvers import CG, Adam, GradientDescent, Iterate
+from bilevel.solvers import Adam, GradientDescent, Iterate
 from bilevel.tasks import Sinusoid
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -33,7 +33,7 @@ def _learners() -> dict[str, Learner]:
     steps = Iterate(GradientDescent(0.05), max_steps=3)
     return {
         "maml": maml(net, mse_loss, step=0.05, inner_steps=2),
-        "imaml": imaml(net, mse_loss, strength=2.0, inner=steps, linear=CG(rtol=0, max_steps=3)),
+        "imaml": imaml(net, mse_loss, regularization=2.0, inner=steps, linear_steps=3),
     }
 
 

@@ -38,8 +38,11 @@ ALGORITHMS: dict[str, Any] = {
 }
 
 
-def _network() -> nn.Module:
+def _network(name: str = "") -> nn.Sequential:
+    """A network; for order 2, which needs a convex g, a linear one."""
     torch.manual_seed(0)
+    if name == "f2sa-2":
+        return nn.Sequential(nn.Linear(4, 2)).double()
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
 
 
@@ -63,7 +66,7 @@ def _run(problem: BilevelProblem, y0: Any, name: str, group: Any = None, **more:
 
 
 def _alone(name: str) -> Any:
-    net = functional(_network())
+    net = functional(_network(name))
     return _run(_problem(net), net.params, name)
 
 
@@ -71,15 +74,20 @@ def _flat(y: Any) -> Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(y)])
 
 
-def _sharded(group: Any, rank: int) -> dict[str, Any]:
+def _fully_sharded(group: Any, name: str = "") -> nn.Sequential:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    module = _network()
-    mesh = DeviceMesh.from_group(group, "cpu")
-    for layer in (module[0], module[2]):  # type: ignore[index]
-        fully_shard(layer, mesh=mesh)
+    module, mesh = _network(name), DeviceMesh.from_group(group, "cpu")
+    for layer in module:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    return module
+
+
+def _sharded(group: Any, rank: int) -> dict[str, Any]:
+    module, linear = _fully_sharded(group), _fully_sharded(group, "f2sa-2")
     params = dict(module.named_parameters())
     before = {name: param.detach().full_tensor().clone() for name, param in params.items()}
     marks = {name: torch.full_like(param, 7.0) for name, param in params.items()}
@@ -88,7 +96,10 @@ def _sharded(group: Any, rank: int) -> dict[str, Any]:
     problem = _problem(lambda y, inputs: module(inputs))
     found: dict[str, Any] = {}
     for name in ALGORITHMS:
-        solution = _run(problem, params, name, group)
+        its = (problem, params)
+        if name == "f2sa-2":
+            its = (_problem(lambda y, inputs: linear(inputs)), dict(linear.named_parameters()))
+        solution = _run(*its, name, group)
         y = {name: leaf.full_tensor() for name, leaf in solution.y.items()}
         norms = [record.grad_norm for record in solution.history]
         found[name] = solution.x, y, [record.value for record in solution.history], norms

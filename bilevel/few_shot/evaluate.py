@@ -166,7 +166,7 @@ def evaluate(
         steps: how many steps the inner solver takes; None: `learner.adapt`'s own number.
         curve: other numbers of steps to report the score after, on the same tasks.
         group: a process group of `torch.distributed` whose ranks all call this alike: of each `batch` every one adapts
-            its share, and all return the evaluation of all tasks, with the oracle calls of the last rank. One message.
+            its share, and all return the evaluation of all tasks, with the sum of their oracle calls. One message.
 
     Raises:
         ValueError: if a number is out of range, a batch of tasks is malformed, predictions do not match the targets, or
@@ -244,8 +244,9 @@ class _Found:
         """Of all batches, of each what every rank has: the last has a share of any."""
         whole = _Found()
         for parts in batches:
-            whole.metric, whole.stats = parts[-1].metric, whole.stats + parts[-1].stats
+            whole.metric = parts[-1].metric
             for part in parts:
+                whole.stats = whole.stats + part.stats
                 whole.failed.update(part.failed)
                 for name in ("after", "before", "loss", "densities", "settled", "log_probabilities", "targets"):
                     vars(whole)[name].extend(vars(part)[name])
