@@ -138,7 +138,7 @@ def _sharded(group: Any, rank: int) -> dict[str, Any]:
     with shards.at(moved):
         there = problem.f(x, params, batch)
     of_parts = shards.problem(problem).f(x, dict(zip(params, moved, strict=True)), batch)
-    found["perturbed"] = float(here), float(there), float(of_parts)
+    found["perturbed"] = here.item(), there.item(), of_parts.item()
     return found
 
 
