@@ -47,7 +47,8 @@ def _network(name: str = "") -> nn.Sequential:
 
 
 def _misfit(out: Tensor, data: Any) -> Tensor:
-    return (out - data[1]).square().mean(0)
+    found: Tensor = (out - data[1]).square().mean(0)
+    return found
 
 
 def _problem(net: Any) -> BilevelProblem:
@@ -70,6 +71,11 @@ def _alone(name: str) -> Any:
     return _run(_problem(net), net.params, name)
 
 
+def _whole(leaf: Any) -> Tensor:
+    found: Tensor = leaf.detach().full_tensor()
+    return found
+
+
 def _flat(y: Any) -> Tensor:
     return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(y)])
 
@@ -89,7 +95,7 @@ def _fully_sharded(group: Any, name: str = "") -> nn.Sequential:
 def _sharded(group: Any, rank: int) -> dict[str, Any]:
     module, linear = _fully_sharded(group), _fully_sharded(group, "f2sa-2")
     params = dict(module.named_parameters())
-    before = {name: param.detach().full_tensor().clone() for name, param in params.items()}
+    before = {name: _whole(param).clone() for name, param in params.items()}
     marks = {name: torch.full_like(param, 7.0) for name, param in params.items()}
     for name, param in params.items():
         param.grad = marks[name]
@@ -100,11 +106,11 @@ def _sharded(group: Any, rank: int) -> dict[str, Any]:
         if name == "f2sa-2":
             its = (_problem(lambda y, inputs: linear(inputs)), dict(linear.named_parameters()))
         solution = _run(*its, name, group)
-        y = {name: leaf.full_tensor() for name, leaf in solution.y.items()}
+        y = {name: _whole(leaf) for name, leaf in solution.y.items()}
         norms = [record.grad_norm for record in solution.history]
         found[name] = solution.x, y, [record.value for record in solution.history], norms
     found["grads"] = all(param.grad is marks[name] for name, param in params.items())
-    found["values"] = all(torch.equal(before[name], param.detach().full_tensor()) for name, param in params.items())
+    found["values"] = all(torch.equal(before[name], _whole(param)) for name, param in params.items())
     own = Split(f=Shard(tuple(part[rank::2] for part in VAL)), g=Shard(tuple(part[rank::2] for part in TRAIN)))
     found["shard"] = _run(problem, params, "f2sa-1", group, data=own, evaluate_every=None).x
 
