@@ -160,5 +160,5 @@ def by_hand_augmentation(steps: int) -> Tensor:
 PAIRS = (
     Pair("noisy-labels", ours(noisy_labels), by_hand_labels, steps=20),
     Pair("learned-augmentation", ours(learned_augmentation), by_hand_augmentation, steps=110),
-    Pair("mixed-operations", ours(mixed_operations), by_hand_operations, steps=15),
+    Pair("mixed-operations", ours(mixed_operations), by_hand_operations, steps=40),
 )

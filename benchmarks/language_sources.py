@@ -42,7 +42,7 @@ from bilevel import (
 )
 from bilevel.algorithms import F2SA, SAMA, SOBA, ScaleBiO
 from bilevel.problems import byte_gpt, language_sources
-from bilevel.problems.networks.language_sources import CORRUPTED, NAMES_OF_ALGORITHMS
+from bilevel.problems.networks.language_sources import CORRUPTED, NAMES_OF_ALGORITHMS, STEP_TIMES_WIDTH
 from bilevel.solvers import CG, LBFGS, Adam, GradientDescent, Iterate
 
 TITLES = {"f2sa": "F2SA", "soba-fd": "SOBA, differences", "sama": "SAMA", "scalebio": "ScaleBiO"}
@@ -256,7 +256,7 @@ def main() -> int:
             draw(given.picture, runs)
     else:
         instance = language_sources(**settings)
-        y0 = trained(instance, given.trained, 2e-3)
+        y0 = trained(instance, given.trained, STEP_TIMES_WIDTH / given.width)
         if given.what == "head":
             rows, where = head(instance, y0, steps), "of the head, on features of a network"
         else:

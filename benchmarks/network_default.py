@@ -7,6 +7,8 @@ x that it ends with. What `minimize` asks of f and g once, at its first estimate
 
 Accuracy: at y trained to a small gradient in float64, against conjugate gradients on the Hessian
 itself to 1e-8, and that against a central difference of Phi along one direction.
+
+`--half`: the network under autocast to bfloat16 against float32, from a y that 50 steps of L-BFGS have come to.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from bilevel import AID, BilevelProblem, Start, hypergradient, minimize, ravel
 from bilevel.diagnostics.memory import peak_memory
 from bilevel.problems import small_network
-from bilevel.solvers import CG, LBFGS, Adam
+from bilevel.solvers import CG, LBFGS, Adam, TruncatedCG
 
 NETWORKS = ("mlp", "conv", "transformer")
 STEPS, PRODUCTS, DAMPING = 10, 10, 1e-3
@@ -91,7 +93,6 @@ def ours(problem: BilevelProblem, x0: Any, y0: Any, steps: int) -> tuple[Any, in
     """The same by `minimize`."""
     from bilevel import GaussNewton
     from bilevel.hypergrad import Online
-    from bilevel.solvers import TruncatedCG
 
     aid = AID(LBFGS(0.0, STEPS), TruncatedCG(PRODUCTS, 1e-3), DAMPING, GaussNewton())
     # the estimator of the name from a warm start; the cold one is no part of the comparison
@@ -168,14 +169,37 @@ def accuracy(network: str, samples: int) -> dict[str, Any]:
     return found
 
 
+HALF = (*((name, 300, -1.0) for name in NETWORKS), *((name, 30, d) for name in NETWORKS for d in (-1.0, -3.0)))
+
+
+def in_half(network: Any, samples: int, decay: float) -> str:
+    """A row of a table: the distance of the hypergradient under autocast from that in float32, and what it says."""
+    make = dict(network=network, n_train=samples, n_val=samples, decay=decay)
+    single, half = small_network(**make), small_network(**make, half=True)
+    trained = AID(LBFGS(0.0, 50), TruncatedCG(1))
+    y = hypergradient(single.problem, single.x0, single.y0, estimator=trained, throw=False).y
+    pair = [hypergradient(each.problem, each.x0, y, estimator="network", throw=False) for each in (single, half)]
+    a, b = (ravel(each.grad, "x")[0] for each in pair)
+    apart, last = float((a - b).norm() / a.norm()), pair[1].reports[-1]
+    return f"| {network} | {samples} | {decay:g} | {apart:.4f} | {last.residual:.4f} | `{pair[1].status.name}` |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--loops", action="store_true", help="time and memory only, not the accuracy")
+    parser.add_argument("--half", action="store_true", help="bfloat16 only")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     chosen = parser.parse_args()
+    if chosen.half:
+        print(
+            "| network | samples | decay | distance from float32 | measured | status |\n|---|---:|---:|---:|---:|---|"
+        )
+        for row in HALF:
+            print(in_half(*row), flush=True)
+        return
     rounds, steps, samples = (1, 2, 40) if chosen.quick else (chosen.rounds, 20, 300)
     rows = []
     for name in chosen.networks:

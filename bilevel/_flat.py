@@ -412,6 +412,15 @@ def _scalar(name: str, value: Tree) -> Tensor:
     return value.reshape(()) if value.dim() else value
 
 
+def row_structure(tree: Tree, name: str, *, several: bool) -> Structure:
+    """The structure of one task's y, from it or, of `several`, from those of all tasks stacked."""
+    vector, structure = ravel(tree, name)
+    if not several:
+        return structure
+    shapes = tuple(shape[1:] for shape in structure.shapes)
+    return Structure(structure.spec, shapes, vector.dtype, vector.device)
+
+
 def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
     """A structure of y as a vector `(q,)`; stacked ones, in task mode, as `(tasks, q)`. Not to be written to."""
     if problem.tasks is None:

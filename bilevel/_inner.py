@@ -68,7 +68,7 @@ class Objective:
         prox: (v, step) -> argmin_y h_x(y) + |y - v|^2 / (2 step), where the problem has a term h; differentiable.
         own: the problem's own step, where it is an iteration.
         solves: whether the y that is wanted solves an equation, and is not what some steps make of a start.
-        settings: setting -> the value of a setting of an optimizer that is a function of x; see `setting`.
+        settings: (setting, step) -> the value of a setting of an optimizer that is a function of x; see `setting`.
         active: (v, step) -> codes `(*batch, k)` of the manifold that the proximal map sends v to, where there are any:
             the support and its signs, say. Solvers go on until they stay.
         separable: what coordinate descent reads, where the problem is so.
@@ -94,7 +94,7 @@ class Objective:
         prox: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         own: OwnStep | None = None,
         solves: bool = True,
-        settings: Callable[[Setting], Tensor] | None = None,
+        settings: Callable[[Setting, int], Tensor] | None = None,
         active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
         separable: SeparableObjective | None = None,
         nonlinear: FlatConstraints | None = None,
@@ -130,8 +130,8 @@ class Objective:
 
         return Objective(lambda y: factor * self.function(y), self.tally, oracle=None if oracle is None else scaled)
 
-    def setting(self, setting: Setting) -> Tensor:
-        """The value at x of a setting that is a function of x: `(*batch, 1)` or `(*batch, q)`, differentiable in x.
+    def setting(self, setting: Setting, step: int = 0) -> Tensor:
+        """The value at x, for a step, of a function of x: `(*batch, 1)` or `(*batch, q)`, differentiable in x.
 
         NaN where it is out of its range.
 
@@ -143,7 +143,7 @@ class Objective:
                 f"`{setting.owner}({setting.name}=...)` is a function of x, and this objective one of y alone: pass a"
                 f" number. Functions of x are for `ITD`, `ESJ` and `FiniteDifference`."
             )
-        return self._settings(setting)
+        return self._settings(setting, step)
 
     def value(self, y: Tensor) -> Tensor:
         """g(x, y): `(*batch,)`, without a graph."""

@@ -73,11 +73,14 @@ class SaddleBlocks:
         A: the rows of the equalities `(*batch, m, q)`.
         free: the entries of the first q unknowns that are coupled to anything `(*batch, q)`; M is the identity on the
             others, and A zero.
+        slacks: k, if the last k of the first q unknowns are slacks, each in one of the last k rows of A, with
+            coefficient one, and M is zero on those that are free.
     """
 
     M: LinearOperator
     A: Tensor
     free: Tensor
+    slacks: int = 0
 
 
 @final
@@ -161,10 +164,13 @@ class LinearOperator(AbstractPortable):
             transposed_mv=None if other is None else lambda v: other(v).add(v, alpha=damping),
         )
 
-    def dense(self, like: Tensor) -> Tensor:
-        """A as a matrix `(n, n)`, or `(batch, n, n)`, by n products; `like` is a vector of the right shape."""
+    def dense(self, like: Tensor, columns_only: int | None = None) -> Tensor:
+        """A as a matrix `(n, n)`, or `(batch, n, n)`, by n products; `like` is a vector of the right shape.
+
+        Its first `columns_only` columns alone, where that is given.
+        """
         columns = []
-        for j in range(self.size):
+        for j in range(self.size if columns_only is None else columns_only):
             unit = torch.zeros_like(like)
             unit[..., j] = 1.0
             columns.append(self.mv(unit).clone())

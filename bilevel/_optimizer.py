@@ -5,18 +5,18 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, final
+from typing import Any, TypeAlias, TypeVar, cast, final
 
 from torch import Tensor
 
 from bilevel._result import Status
 from bilevel._sets import AbstractSet
-from bilevel.arguments.fits import demand_types
+from bilevel.arguments.fits import demand_types, takes
 from bilevel.arguments.ranges import Range
 from bilevel.portable.pickling import AbstractPortable
 
 OptimizerState: TypeAlias = dict[str, Any]  # tensors and numbers: what torch.save(weights_only=True) reads back
-OfX: TypeAlias = Callable[[Any], Any]  # a setting as a function of x, in the user's structure
+OfX: TypeAlias = Callable[[Any], Any] | Callable[[Any, int], Any]  # a setting of x, or of x and the number of the step
 Made = TypeVar("Made")
 
 
@@ -28,7 +28,7 @@ class Setting:
     Attributes:
         owner: whose, as one writes it.
         name: of the argument.
-        function: x -> a number, or the structure of y; with `by_step` a vector.
+        function: x -> a number, or the structure of y, with `by_step` a vector; or (x, k) -> the same for step k alone.
         allowed: the numbers that it may be.
         by_step: whether it has one number for each step.
     """
@@ -41,6 +41,18 @@ class Setting:
 
     def __post_init__(self) -> None:
         demand_types(self)
+
+    @property
+    def of_step(self) -> bool:
+        """Whether it is a function of (x, k), k = 0, 1, ... the number of the step."""
+        return not takes(self.function, 1)
+
+    def at(self, step: int) -> Callable[[Any], Any]:
+        """The function of x that it is at a step."""
+        if not self.of_step:
+            return cast("Callable[[Any], Any]", self.function)
+        function = cast("Callable[[Any, int], Any]", self.function)
+        return lambda x: function(x, step)
 
 
 class AbstractOptimizer(AbstractPortable, abc.ABC):

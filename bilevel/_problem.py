@@ -255,8 +255,6 @@ def demand_arguments(
         return
     try:
         inspect.signature(function).bind(*names)
-    except ValueError:  # a builtin without a signature: let the call itself tell
-        return
     except TypeError as error:
         wants_data = "missing" in str(error) and data is None
         hint = "Pass `data=...`." if wants_data else f"Write `def {name}({', '.join(names)}): ...`."
@@ -264,6 +262,8 @@ def demand_arguments(
             f"`{call.format(name)}` will be called as {name}({', '.join(names)}), which it does not accept"
             f" ({error}). {hint}"
         ) from error
+    except Exception:  # a builtin without a signature, an object that cannot be asked: let the call itself tell
+        return
 
 
 def _demand_one_kind(problem: BilevelProblem) -> None:

@@ -76,8 +76,8 @@ class Status(enum.Enum):
         " at each call?) or its gradient wrong; `tol` may also be below what this dtype can reach."
     )
     kink = (
-        "g has a kink at the inner solution: its gradient or its Hessian jumps there, so that derivatives of g do not"
-        " tell how y* moves with x. Give a non-smooth term as `prox=` (`bilevel.prox.L1`), replace it by a smooth one,"
+        "g, or the map of a fixed point, has a kink at the inner solution: derivatives jump there, and do not tell how"
+        " y* moves with x. Give a non-smooth term as `prox=` (`bilevel.prox.L1`), replace it by a smooth one,"
         " or use 'finite-difference' or `ESJ`, which do not differentiate g; where Phi itself has a kink, move x a"
         " little."
     )

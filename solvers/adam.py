@@ -32,7 +32,7 @@ class Adam(AbstractOptimizer):
 
     Source: Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015, algorithm 1.
 
-    Inside `Iterate` the step and the decays may be functions of x: learned ones.
+    Inside `Iterate` the step and the decays may be functions of x, or of (x, k) with k the number of the step: learned.
 
     Args:
         step: the step length.

@@ -23,7 +23,8 @@ class GradientDescent(AbstractOptimizer):
 
     Args:
         step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
-            and, where that fails, on the whole way. A function of x (inside `Iterate` only): a learned one.
+            and, where that fails, on the whole way. A function of x, or of (x, k) with k the number of the step
+            (inside `Iterate` only): a learned one.
 
     Raises:
         ValueError: if the step is not positive and finite, or a tensor of integers or with NaN.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import torch
@@ -42,8 +43,9 @@ class Iterate(AbstractUnrollable):
             solve, from an upper estimate of the largest curvature at y0: some 10 to 20 Hessian products. Where they
             fail, by divergence or by making no way towards the tolerance, the solve is repeated with step sizes from
             the largest curvature on the way, which takes about as many gradients to find as the solve has steps.
-            Settings that are functions of x take their values at the x of the solve; the inner problem is then an
-            iteration, whatever g is, and a value that is out of its range ends the solve with `Status.nonfinite`.
+            Settings that are functions of x, or of (x, k) with k = 0, 1, ... the number of the step, take their values
+            at the x of the solve; the inner problem is then an iteration, whatever g is, and a value that is out of its
+            range ends the solve with `Status.nonfinite`.
         max_steps: how many steps.
         tol: stop when the gradient norm is at most this; None or 0: take all the steps.
         line_search: finds the step length at each step, for `GradientDescent` (whose step, if it has one, multiplies
@@ -118,8 +120,7 @@ class Iterate(AbstractUnrollable):
         # The steps are those of `advance`, not called through it nor through the walk of `ITD`: an optimizer of any
         # state, such as `TorchOptim`, can be run though it cannot be unrolled.
         tol, norms = self.tol or 0.0, list[Tensor]()
-        with torch.no_grad():
-            optimizer = self.optimizer.at(objective.setting)
+        optimizer, every_step = self._set(objective, 0), any(setting.of_step for setting in self.optimizer.settings)
         size = norms_beside(y0.dtype, tol)
         y = y0.detach().clone()
         state = optimizer.init(y)
@@ -139,12 +140,18 @@ class Iterate(AbstractUnrollable):
                     if not moving.any() or (gives_up and is_time_to_give_up(norms)):
                         del gradient
                         break
+            optimizer = self._set(objective, steps) if every_step and steps else optimizer
             moved, state = optimizer.step(gradient, y, state)
             y = moved if not tol else torch.where(moving.unsqueeze(-1), moved, y)
             del gradient, moved  # not to be held while the next gradient is formed
             objective.tally.inner_steps += int(moving.sum()) if tol else moving.numel()
         residual = safe_row_norms(objective.last_gradient(y))
         return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms
+
+    def _set(self, objective: Objective, step: int) -> AbstractOptimizer:
+        """The optimizer with the values of its settings at the x at hand, for a step."""
+        with torch.no_grad():
+            return self.optimizer.at(partial(objective.setting, step=step))
 
     @property
     def tolerance(self) -> float | None:
@@ -212,7 +219,9 @@ class Iterate(AbstractUnrollable):
     def advance(self, objective: Objective, gradient: Tensor | None, state: State, index: int) -> State:
         assert gradient is not None
         y, *entries = state
-        optimizer = self.optimizer.at(objective.setting) if self.optimizer.settings else self.optimizer
+        optimizer = self.optimizer
+        if optimizer.settings:
+            optimizer = optimizer.at(partial(objective.setting, step=index))
         keys = optimizer.init(y.detach()).keys() if entries else ()
         point, new = optimizer.step(gradient, y, dict(zip(keys, entries, strict=True)))
         return (point, *new.values())

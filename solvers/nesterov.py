@@ -31,8 +31,9 @@ class Nesterov(AbstractOptimizer):
 
     Args:
         step: the step length; None (inside `Iterate` only) is 1 / L with L estimated at the start of each solve;
-            and, where that fails, on the whole way. A function of x (inside `Iterate` only): a learned one.
-        momentum: b_k in [0, 1) for all k; None is (k - 1) / (k + 2). Or a function of x (inside `Iterate` only).
+            and, where that fails, on the whole way. A function of x, or of (x, k) with k the number of the step
+            (inside `Iterate` only): a learned one.
+        momentum: b_k in [0, 1) for all k; None is (k - 1) / (k + 2). Or such a function.
 
     Raises:
         ValueError: if the step is not positive and finite, or a tensor of integers or with NaN, or the momentum is

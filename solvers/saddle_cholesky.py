@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel._linear import SYMMETRIC, AbstractLinearSolver, LinearOperator, OperatorProperties, SaddleBlocks
 from bilevel._numerics.half import widened
-from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.rows import matrix_times, safe_row_norms
 from bilevel._numerics.saddle_point import SaddlePoint, alone
 from bilevel._result import Solved, Status, first_statuses
 from bilevel.certificates.certificate import Constants
@@ -63,13 +63,25 @@ class SaddleCholesky(AbstractLinearSolver):
             none = b.new_zeros(*b.shape[:-1], 0, operator.size)
             blocks = SaddleBlocks(operator, none, torch.ones_like(b, dtype=torch.bool))
         q = blocks.M.size
-        M = widened(blocks.M.dense(b[..., :q]))
+        own, r, t = q - blocks.slacks, b[..., :q], b[..., q:]
+        A, off = blocks.A[..., :own], blocks.free[..., own:]  # a row with a free slack only says what that is
+        if blocks.slacks:
+            loose = torch.nn.functional.pad(off, (t.shape[-1] - blocks.slacks, 0))
+            pushed = torch.nn.functional.pad(torch.where(off, r[..., own:], 0.0), (t.shape[-1] - blocks.slacks, 0))
+            r, t = r[..., :own] - matrix_times(A.mT, pushed), torch.where(loose, 0.0, t)
+            A = A * ~loose.unsqueeze(-1)
+        free = blocks.free[..., :own]
+        M = widened(blocks.M.dense(b[..., :q], own)[..., :own, :])
         M = (M + M.mT) / 2
-        scale = (torch.diagonal(M, dim1=-2, dim2=-1).abs() * blocks.free).amax(-1)
+        scale = (torch.diagonal(M, dim1=-2, dim2=-1).abs() * free).amax(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        system = SaddlePoint.factor(M, widened(blocks.A), scale, torch.finfo(b.dtype).eps)
-        u, s = (part.to(b.dtype) for part in system.solve(widened(b[..., :q]), widened(b[..., q:])))
-        u = torch.where(alone(blocks.A, blocks.free).any(-2), b[..., :q] * 0, u)  # A u = 0: exactly 0 where it is alone
+        system = SaddlePoint.factor(M, widened(A), scale, torch.finfo(b.dtype).eps)
+        u, s = (part.to(b.dtype) for part in system.solve(widened(r), widened(t)))
+        u = torch.where(alone(A, free).any(-2), b[..., :own] * 0, u)  # A u = 0: exactly 0 where it is alone
+        if blocks.slacks:
+            left = (b[..., q:] - matrix_times(blocks.A[..., :own], u))[..., -blocks.slacks :]
+            u = torch.cat([u, torch.where(off, left, b[..., own:q])], -1)
+            s = torch.where(loose, pushed, s)
         v = torch.cat([u, s], dim=-1) if s.shape[-1] else u
         residual = safe_row_norms(operator.residual(b, v)[..., :q])
         return Solved(v, first_statuses((~system.definite, Status.not_positive_definite)), residual, 1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, learned, number, with_values
+from bilevel._optimizer import AbstractOptimizer, OptimizerState, Setting, learned, number, with_values
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, SHARE, demand_ranges
 
@@ -24,7 +24,7 @@ class Scheduled(AbstractOptimizer):
     `GradientDescent`, `HeavyBall`, `Nesterov`. Their own state (momentum, running means) does not see the factor.
 
     A learned schedule is `factors`, a function of x (inside `Iterate` only) whose entry k is c(k): a vector with one
-    for each step; steps beyond its end take the last.
+    for each step; steps beyond its end take the last. (A step that is a function of (x, k) needs none of this.)
 
     Cost: nothing beside the wrapped optimizer's. The number of steps so far is part of the state, so that a run that is
     resumed from a checkpoint goes on where its schedule was.
@@ -50,7 +50,7 @@ class Scheduled(AbstractOptimizer):
 
     optimizer: AbstractOptimizer
     schedule: Callable[[int], float] | None = None
-    factors: OfX | None = None
+    factors: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)

@@ -40,7 +40,8 @@ class WeightDecay(AbstractOptimizer):
 
     Args:
         optimizer: what takes the steps.
-        decay: the part of y that a step takes away, in [0, 1]; or a function of x (inside `Iterate` only).
+        decay: the part of y that a step takes away, in [0, 1]; or a function of x, or of (x, k) with k the number of
+            the step (inside `Iterate` only).
 
     Raises:
         TypeError: if the optimizer is none.

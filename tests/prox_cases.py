@@ -124,6 +124,7 @@ CASES: dict[str, Case] = {
     ),
     "Sum-TV1D-L1": Case(lambda w, a: Sum((L1(a), TV1D(w), Nonnegative())), (number(0.7), number(0.2)), (7,)),
     "Sum-groups-L1": Case(lambda w, a: Sum((GroupLasso(w, LABELS), L1(a))), (number(1.1), number(0.4))),
+    "Sum-L1-L2Ball": Case(lambda w, r: Sum((L2Ball(r), L1(w))), (numbers(0.3, 0.0, 0.6, 0.1), number(0.8))),
     "Quadratic": Case(Quadratic, (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
     "Quadratic-diagonal": Case(Quadratic, (numbers(1.0, 0.0, 2.0, 3.0), number(0.3))),
     "Quadratic-conjugate": Case(lambda Q, c: Quadratic(Q, c).conjugate(), (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),

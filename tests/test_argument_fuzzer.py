@@ -229,6 +229,7 @@ THE_USERS = (
     "bilevel.BilevelProblem.f",
     "bilevel.BilevelProblem.g",
     "bilevel.Instance.value",
+    "bilevel.reinforcement.rollout",  # with an environment and a task that are anything
     "bilevel.extending.outer_gradients",  # of vectors, in every step of an estimator
 )
 # What is outside the room of properties and raises AssertionError where one does not hold.

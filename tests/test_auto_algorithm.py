@@ -11,8 +11,12 @@ from torch import Tensor
 
 import bilevel.algorithms.auto as auto
 from bilevel import BilevelProblem, FiniteSum, Split, minimize
+from bilevel._flat import FlatProblem
+from bilevel._tree import ravel
 from bilevel.algorithms import available
 from bilevel.algorithms.registry import DESCENT
+from bilevel.algorithms.sign_steps import RATE, adam_rates
+from bilevel.named.setting import Setting
 
 STOCHASTIC = [name for name in available() if name not in (DESCENT, "auto")]
 START = float(objective(X, Y, OF_F))
@@ -126,3 +130,42 @@ def test_no_name_diverges_on_a_quadratic(name: str) -> None:
     )
     found = minimize(problem, zero, zero, algorithm=name, data=data, max_steps={"vrbo": 10}.get(name, 60))
     assert found.status.ok and abs(float(found.x) - 3) < 3
+
+
+def _rates(f: Any, g: Any, x: Tensor, y: Tensor) -> tuple[float, float]:
+    problem = FlatProblem(BilevelProblem(f, g), ravel(x)[1], ravel(y)[1], None)
+    return adam_rates(Setting(problem, x, y), 10.0)
+
+
+def _inner_slope(y: Tensor) -> Tensor:
+    at = y.clone().requires_grad_()
+    return torch.autograd.grad(objective(X, at, OF_G) + objective(X, at, OF_F) / 10, at)[0]
+
+
+def test_learning_rates_are_in_the_units_of_x_and_of_y() -> None:
+    """Along the signs s of a gradient d a quadratic of curvature B is least after |d|_1 / s'Bs."""
+
+    def g(x: Tensor, y: Tensor) -> Tensor:
+        return objective(x, y, OF_G)
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return objective(x, y, OF_F)
+
+    d = _inner_slope(Y)
+    B = torch.stack([_inner_slope(row) - _inner_slope(0 * Y) for row in torch.eye(len(Y)).double()])
+    inner, outer = _rates(f, g, X, Y)
+    assert inner == pytest.approx(0.01 * float(d.abs().sum() / (d.sign() @ B @ d.sign())), rel=1e-5)
+    for a, c in ((1e3, 1.0), (1e-2, 1e2)):
+        scaled = _rates(lambda x, y: f(x / c, y / a), lambda x, y: g(x / c, y / a), X * c, Y)  # noqa: B023  (called at once)
+        assert scaled == pytest.approx((a * inner, c * outer), rel=1e-4)
+
+
+def test_where_there_is_no_curvature_to_go_by_a_learning_rate_is_a_hundredth() -> None:
+    """Where g is not convex Phi has none; at a maximum neither has g; and there may be no gradient."""
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return objective(x, y, OF_F)
+
+    assert _rates(f, lambda x, y: objective(x, y, OF_G) - 3 * y[0] ** 2 + y[0] ** 4, X, Y)[1] == RATE
+    assert _rates(f, lambda x, y: -objective(x, y, OF_G), X, Y) == (RATE, RATE)
+    assert _rates(lambda _, y: 0 * y.sum(), lambda _, y: y.square().sum(), X, Y) == (RATE, RATE)

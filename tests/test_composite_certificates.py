@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel import AID, BilevelProblem, Certificate, Constants, Estimate, certify, hypergradient
 from bilevel.inner_problems import ProximalFixedPoint
-from bilevel.prox import L1, AbstractProxTerm, LInfBall, ProxDerivative
+from bilevel.prox import L1, AbstractProxTerm, GroupLasso, LInfBall, ProxDerivative
 from bilevel.prox.derivative import diagonal
 from bilevel.solvers import CG, FISTA, GMRES, ProximalGradient
 
@@ -82,6 +82,60 @@ def test_a_bound_that_is_given_holds(seed: int, digits: int, mu: bool) -> None:
     if math.isfinite(certificate.bound):
         assert float((found.y - exact.y).norm()) <= certificate.distance + 10.0**-digits
         assert certificate.proven
+
+
+GROUPS = [[0, 3], [1, 4], [2, 5]]
+
+
+def in_groups(case: Case, several: bool) -> tuple[BilevelProblem, Tensor]:
+    """The same with h = sum_g exp(x_g) |y_g|, or one weight for all."""
+    A, b, c, _ = case.data
+    problem = BilevelProblem(
+        lambda x, y: (y - c).square().sum() / 2 + (x.sum() * y).sum(),
+        lambda x, y: (A @ y - b).square().sum() / 2,
+        prox=lambda x: GroupLasso(x.exp(), GROUPS),
+    )
+    return problem, torch.tensor([2.0, 2.5, 1.0] if several else 2.0, dtype=DOUBLE)
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 300), st.integers(1, 9), st.booleans(), st.booleans())
+def test_on_active_groups_a_bound_that_is_given_holds(seed: int, digits: int, mu: bool, several: bool) -> None:
+    case, tol = Case(seed), 10.0**-digits
+    problem, x = in_groups(case, several)
+    zero = torch.zeros(case.q, dtype=DOUBLE)
+    solver = AID(ProximalGradient(tol=tol, max_steps=50_000, settled=0), CG(rtol=min(tol, 0.5)))
+    found = hypergradient(problem, x, zero, estimator=solver, throw=False)
+    exact = hypergradient(problem, x, zero, estimator=FINE)
+    constants = replace(case.constants(mu), L_fxy=case.q**0.5, C_G=0.0)
+    certificate = certify(problem, x, found, constants)
+    error = float((found.grad - exact.grad).norm())
+    assert error <= certificate.bound and certificate.theorem == "manifold"
+    if math.isfinite(certificate.bound):
+        assert certificate.proven and float((found.y - exact.y).norm()) <= certificate.distance + tol
+
+
+def test_groups_are_certified_where_they_are_certain_and_not_before() -> None:
+    case = Case(1)
+    problem, x = in_groups(case, several=True)
+    zero, constants = torch.zeros(case.q, dtype=DOUBLE), replace(case.constants(), L_fxy=case.q**0.5, C_G=0.0)
+    fine = certify(problem, x, hypergradient(problem, x, zero, estimator=FINE), constants)
+    assert fine.bound < 1e-8 and fine.proven
+    rough = hypergradient(problem, x, zero, estimator=AID(ProximalGradient(max_steps=2, tol=None), CG()), throw=False)
+    assert certify(problem, x, rough, constants).bound == math.inf
+    A, b, _, _ = case.data
+    slopes = torch.stack([(A.T @ b)[group].norm() for group in GROUPS]).log()
+    above = hypergradient(problem, slopes + 0.1, zero, estimator=FINE)
+    nothing = certify(problem, slopes + 0.1, above, constants)
+    assert nothing.bound < 1e-14 and nothing.proven and nothing.distance == 0
+    x[2] = 9.0
+    y = hypergradient(problem, x, zero, estimator=FINE).y
+    x[2] = (A.T @ (A @ y - b))[GROUPS[2]].norm().log() + 1e-6  # the third group is zero, and just so
+    for tol, certain in ((1e-4, False), (1e-9, True)):
+        solver = AID(ProximalGradient(tol=tol, max_steps=50_000, settled=0), CG(1e-10))
+        near = certify(problem, x, hypergradient(problem, x, zero, estimator=solver, throw=False), constants)
+        assert math.isfinite(near.bound) == certain
+        assert certain or "margin of the support" in near.reason
 
 
 def test_it_is_given_where_the_support_is_certain_and_not_before() -> None:

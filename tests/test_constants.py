@@ -152,10 +152,26 @@ def test_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="failure < 1/3"):
         estimate_constants(instance.problem, instance.x0, instance.y0, failure=0.5)
     tasks = BilevelProblem(lambda x, y, d: y.sum(), lambda x, y, d: (y - x).square().sum(), tasks=True)
-    with pytest.raises(ValueError, match="tasks=True"):
+    with pytest.raises(ValueError, match=r"the y of all tasks, must have the structure \(3,\). Got \(2,\)"):
         estimate_constants(tasks, torch.zeros(2), torch.zeros(2), data=torch.zeros(3, 1))
     with pytest.raises(ValueError, match="must be positive"):
         Constants(mu=0.0)
+
+
+def test_constants_of_tasks_hold_for_each_and_are_those_of_the_worst() -> None:
+    each = [random_quadratic(3, 4, eigenvalues=[1.0 + i, 2.0, 5.0, 9.0 - i], cross=0.5, seed=i) for i in range(3)]
+    names, kind = ("A", "B", "c", "C", "t", "E", "R", "s"), type(each[0])
+    data = {name: torch.stack([getattr(f, name) for f in each]) for name in names}
+    problem = BilevelProblem(lambda x, y, d: kind(**d).f(x, y), lambda x, y, d: kind(**d).g(x, y), tasks=True)
+    found = estimate_constants(problem, torch.zeros(3), torch.zeros(3, 4), data=data)
+    known = [f.constants() for f in each]
+    for name, worst in {"mu": min, "L": max, "L_fyy": max, "L_fxy": max, "C_G": max}.items():
+        assert getattr(found, name) == pytest.approx(worst(getattr(c, name) for c in known), rel=1e-9), name
+    assert 0.9 < found.confidence < 1 and found.heuristic >= {"L_fyy", "M_yy"}
+    alone = BilevelProblem(each[0].f, each[0].g)
+    x, one = torch.zeros(3), slice(0, 1)
+    first = estimate_constants(problem, x, torch.zeros(1, 4), data={k: t[one] for k, t in data.items()})
+    assert first == estimate_constants(alone, x, torch.zeros(4))
 
 
 def test_rounding_is_taken_off_a_computed_least_eigenvalue() -> None:

@@ -55,6 +55,32 @@ def test_constraints_that_meet_at_this_x_only_are_named(as_polytope: bool) -> No
     torch.testing.assert_close(above.grad[0], torch.tensor(0.0))
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["y", "task"])
+def test_bounds_that_meet_at_this_x_only_are_named_and_bounds_that_stay_together_are_not(inside: bool) -> None:
+    """y in [x, 2 - x] is a point at x = 1, and nothing beyond; y in [x^2, x^2] is y = x^2."""
+
+    def bounded(lower: Callable[[Tensor], Tensor], upper: Callable[[Tensor], Tensor]) -> BilevelProblem:
+        def constraints(x: Tensor, *_: Any) -> Polytope:
+            free = torch.tensor([torch.inf])
+            return Polytope(lower=torch.cat([lower(x), -free]), upper=torch.cat([upper(x), free]))
+
+        def g(x: Tensor, y: Tensor, *_: Any) -> Tensor:
+            return (y - 3 * x).square().sum() / 2
+
+        return BilevelProblem(lambda x, y, *_: y.sum(), g, constraints=constraints, tasks=inside)
+
+    given: dict[str, Any] = {"data": torch.zeros(2)} if inside else {}
+    meet = at(bounded(lambda x: x, lambda x: 2 - x), 1.0, **given)
+    assert meet.status is Status.dependent_constraints
+    assert statuses(meet)["bounds that meet"] is Status.dependent_constraints
+    together = at(bounded(lambda x: x.square(), lambda x: x.square() + 0 * x), 1.0, **given)
+    assert together.status.ok
+    torch.testing.assert_close(together.grad, torch.tensor([2.0 + 3.0]))
+    apart = at(bounded(lambda x: x, lambda x: 2 - x), 0.9, **given)
+    assert apart.status.ok and "bounds that meet" not in statuses(apart)
+    torch.testing.assert_close(apart.grad, torch.tensor([-1.0 + 3.0]))
+
+
 @pytest.mark.parametrize("as_polytope", [True, False])
 def test_constraints_that_stay_together_are_differentiated_though_dependent(as_polytope: bool) -> None:
     """The third goes through the corner of the other two at every x: the corner moves smoothly."""

@@ -119,5 +119,5 @@ def test_what_no_theorem_covers_is_refused_with_the_reason() -> None:
     assert "without tasks" in reason(tasks, data=torch.ones(2))
     assert not reason(BilevelProblem(f, g, constraints=lambda x: Polytope(A=torch.ones(1, 4), b=1.0)))
     ball = BilevelProblem(f, g, inequalities=lambda x, y: y.square().sum() - 1)
-    with pytest.raises(ValueError, match=r"`certify` does not apply: its theorems"):
+    with pytest.raises(ValueError, match=r"needs the constants L_cyy, L_cxy, M_cyy, M_cxy of nonlinear constraints"):
         reason(ball)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -323,3 +324,24 @@ def test_a_fixed_point_is_checked_like_any_inner_problem() -> None:
     kind = FixedPoint(lambda x, y: 0.5 * y.detach() + x)
     cut = check(BilevelProblem(lambda x, y: y.sum(), inner=kind), x, x)
     assert not cut.ok and cut.estimators["implicit"] and not cut.estimators["esj"]
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_a_kink_of_the_map_is_named_and_kinks_elsewhere_are_not(tasks: bool) -> None:
+    """y = relu(y + x) / 2 + 0 has y* = max(x, 0), with a kink at 0 where T has one; smooth maps have none anywhere."""
+    data: dict[str, Any] = {"data": torch.zeros(2, **D)} if tasks else {}
+
+    def posed(T: Callable[[Tensor, Tensor], Tensor]) -> BilevelProblem:
+        return BilevelProblem(
+            lambda x, y, *_: y.sum(), fixed_point=lambda x, y, *_: T(x, y), tasks=tasks, allow_unused=True
+        )
+
+    relu = posed(lambda x, y: (y + x).relu() / 2)
+    for x, expected in ((0.0, Status.kink), (0.3, Status.successful), (-0.3, Status.successful)):
+        found = hypergradient(relu, torch.full((3,), x, **D), torch.full((3,), 0.1, **D), throw=False, **data)
+        assert found.status is expected, x
+        if expected.ok:
+            close(found.grad, torch.full((3,), float(x > 0), **D), 1e-8)
+    smooth = posed(lambda x, y: (y + x).tanh() / 2 + (y * y).square() / 50)
+    for x in (0.0, 0.2, 1.0):
+        assert hypergradient(smooth, torch.full((3,), x, **D), torch.zeros(3, **D), **data).status.ok

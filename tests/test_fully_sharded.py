@@ -156,7 +156,8 @@ def test_first_order_algorithms_on_shared_out_parameters_are_those_of_whole_ones
     for name in ALGORITHMS:
         alone = _alone(name)
         x, y, values, norms = first[name]
-        tolerance = 1e-7 if name in ("soba", "sama") else 1e-11  # differences: rounding over their step
+        # differences of gradients lose digits to their step, and AdamW divides what is left by its size
+        tolerance = {"soba": 1e-7, "sama": 1e-7, "scalebio": 1e-9}.get(name, 1e-11)
         assert torch.equal(x, second[name][0]) and values == second[name][2], name
         assert torch.allclose(x, alone.x, rtol=0, atol=tolerance), (name, x, alone.x)
         assert torch.allclose(_flat(y), _flat(alone.y), rtol=0, atol=tolerance), name

@@ -349,7 +349,7 @@ def test_the_prior_that_made_the_tasks_is_recovered() -> None:
     )
     x0 = {"mean": torch.zeros(4), "log_variance": torch.zeros(4)}
     outer = HeavyBall(0.2, 0.5)
-    found = minimize(problem, x0, x0, estimator=estimator, outer=outer, data=lambda _: data, tol=3e-3, max_steps=200)
+    found = minimize(problem, x0, x0, estimator=estimator, outer=outer, data=data, tol=3e-3, max_steps=200)
     assert found.status is Status.successful
     # Four standard errors of the mean and of the variance of 2000 draws seen through the noise.
     assert bool(((found.x["mean"] - mean).abs() <= torch.tensor([0.042, 0.095, 0.071, 0.130])).all())

@@ -31,6 +31,7 @@ from bilevel import (
     hypergradient,
 )
 from bilevel._estimate import AbstractEstimator
+from bilevel._linear import LinearOperator, SaddleBlocks
 from bilevel.inner_problems.activity import Activity
 from bilevel.inner_problems.polytope import FlatPolytope
 from bilevel.solvers.cg import CG
@@ -42,6 +43,7 @@ from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.neumann import Neumann
 from bilevel.solvers.quadratic_program import QuadraticProgram
+from bilevel.solvers.saddle_cholesky import SaddleCholesky
 
 SOLVER = QuadraticProgram()
 
@@ -401,7 +403,7 @@ def test_what_is_not_known_of_constrained_problems_is_not_claimed() -> None:
     constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=1.0, M_yy=1.0, M_xy=1.0, C_G=1.0)
     curved = BilevelProblem(problem.f, problem.g, inequalities=lambda x, y: y - 0.1)
     found = hypergradient(curved, torch.zeros(3), torch.zeros(2))
-    with pytest.raises(ValueError, match="without constraints"):
+    with pytest.raises(ValueError, match="Missing: L_cyy, L_cxy, M_cyy, M_cxy"):
         certify(curved, torch.zeros(3), found, constants)
 
 
@@ -494,3 +496,26 @@ def test_multipliers_are_fitted_again_to_the_entries_that_they_have_set_free() -
     assert found.free.tolist() == [False, False, True, True]
     assert float(found.multipliers) == pytest.approx(-2.0)
     assert float(found.margin) == pytest.approx(0.25 / 6.25)  # relative to the largest entry of the gradient
+
+
+def test_slacks_are_eliminated_without_a_trace() -> None:
+    """A saddle-point system with slacks in its last unknowns, against the whole matrix: any right-hand side."""
+    m, q, k = 1, 4, 3
+    H, rows = spd(torch.linspace(1, 3, q), 0), gaussian((m + k) * q, seed=1).reshape(m + k, q)
+    rows[-1], rows[-1, 2] = 0.0, 2.0  # and y_2 alone in a row that holds
+    A = torch.cat([rows, torch.cat([torch.zeros(m, k), torch.eye(k)])], -1).expand(2, -1, -1)
+    free = torch.ones(2, q + k, dtype=torch.bool)
+    free[0, q], free[:, -1], free[1, 1] = False, False, False
+    A = A * free.unsqueeze(-2)
+    M = torch.nn.functional.pad(H, (0, k, 0, k)) * free.unsqueeze(-1) * free.unsqueeze(-2)
+    M = M + torch.diag_embed((~free).double())
+    whole = torch.cat([torch.cat([M, A.mT], -1), torch.cat([A, torch.zeros(2, m + k, m + k)], -1)], -2)
+
+    def operator(of: Tensor, **known: Any) -> LinearOperator:
+        return LinearOperator(lambda v: (of @ v.unsqueeze(-1)).squeeze(-1), of.shape[-1], **known)
+
+    b = gaussian(2 * (q + k + m + k), seed=2).reshape(2, -1)
+    b[:, -1] = 0.0  # of a row that fixes an entry
+    found = SaddleCholesky().solve(operator(whole, blocks=SaddleBlocks(operator(M), A, free, k)), b)
+    torch.testing.assert_close(found.value, torch.linalg.solve(whole, b), rtol=1e-9, atol=1e-9)
+    assert float(found.residual.max()) < 1e-9

@@ -211,15 +211,19 @@ def test_on_a_converged_head_f2sa_of_order_2_and_soba_by_differences_are_within_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_corrupted_source_ends_below_a_twentieth_for_at_least_three_of_four_algorithms(seed: int) -> None:
-    """About 90 s a seed on one core; the same with a million parameters: `bilevel run language-sources`."""
-    shares = {}
-    for name in NAMES_OF_ALGORITHMS:
-        made = language_sources(algorithm=name, width=64, depth=2, seed=seed)
+@pytest.mark.parametrize(("width", "seed"), [(200, 0), (200, 1), (64, 0), (64, 1), (64, 2)])
+def test_the_corrupted_source_ends_below_a_twentieth_for_at_least_three_of_four_algorithms(
+    width: int, seed: int
+) -> None:
+    """Some 90 s of one core an algorithm with a million parameters, 25 s with 120,000; the last where it is needed."""
+    shares: dict[str, float] = {}
+    for name in ("f2sa", "scalebio", "sama", "soba-fd"):
+        if sum(share < 0.05 for share in shares.values()) == 3:
+            break
+        made = language_sources(algorithm=name, width=width, seed=seed)
         solution = minimize(made.problem, made.x0, made.y0, **made.settings)
         shares[name] = torch.softmax(solution.x, 0)[-1].item()
-    assert sum(share < 0.05 for share in shares.values()) >= 3, shares
+    assert sum(share < 0.05 for share in shares.values()) == 3, shares
 
 
 def test_the_network_has_second_derivatives_that_are_those_of_differences(tiny: Instance) -> None:

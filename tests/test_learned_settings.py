@@ -70,6 +70,10 @@ def by_layer(x: Any) -> Any:
     return {"w": step(x), "b": x["raw"].exp()[:1] / 10}  # of keys in another order than those of y
 
 
+def by_layer_and_k(x: Any, k: int) -> Any:
+    return {"w": step(x) * (x["factors"][0] * k).cos().square(), "b": x["raw"].exp()[:1] / (10 + k)}
+
+
 def by_entry(x: Any) -> Any:
     return {"b": 0.2, "w": 0.1 * (x["raw"][0] * torch.arange(6.0).double()).sin().square().reshape(2, 3) + 0.1}
 
@@ -90,6 +94,11 @@ LEARNED: dict[str, AbstractOptimizer] = {
     "momentum of nesterov by layer": Nesterov(0.2, lambda x: {"w": first(x), "b": 0.5}),
     "adam": Adam(step, first, second),
     "decay of adam's squares": Adam(0.1, beta2=second),
+    "step of each layer and of k": GradientDescent(by_layer_and_k),
+    "heavy ball of k": HeavyBall(lambda x, k: step(x) / (1 + k), lambda x, k: first(x) ** (k + 1)),
+    "momentum of nesterov of k": Nesterov(0.2, lambda x, k: (x["raw"][0] - k).sigmoid()),
+    "adam of k": Adam(lambda x, k: step(x) / (1 + first(x) * k), lambda x, k: (x["raw"][0] + k).sigmoid(), second),
+    "weight decay of k": WeightDecay(GradientDescent(by_layer_and_k), lambda x, k: 0.1 * first(x) * (k % 2)),
     "schedule": Scheduled(GradientDescent(0.2), factors=factors),  # of fewer entries than there are steps
     "schedule of a learned momentum": Scheduled(HeavyBall(step, first), factors=factors),
     "schedule in k of a learned step": Scheduled(Adam(step), Cosine(STEPS)),
@@ -148,7 +157,7 @@ def test_every_form_of_itd_gives_the_slopes_of_phi_in_learned_settings(name: str
     assert learned > 1e-3  # these occur in the settings alone
 
 
-@pytest.mark.parametrize("name", ["step of each layer", "adam", "weight decay of adam"])
+@pytest.mark.parametrize("name", ["step of each layer", "adam", "weight decay of adam", "adam of k"])
 def test_esj_solves_each_perturbed_problem_with_its_own_settings(name: str) -> None:
     (x, y0), inner = start(), Iterate(LEARNED[name], STEPS)
     p = ravel(x)[0].numel()
@@ -168,6 +177,49 @@ def test_the_derivative_in_a_learned_step_is_that_of_its_closed_form() -> None:
         torch.testing.assert_close(found.y, (1 - x) ** 4 * y0)
 
 
+def test_a_setting_of_x_and_k_is_told_the_number_of_the_step() -> None:
+    """On y^2 / 2: y_N = y_0 prod_k (1 - x c_k), whose last factors alone truncated unrolling sees."""
+    problem = BilevelProblem(lambda x, y: y, lambda x, y: y.square() / 2)
+    x, y0 = torch.tensor(0.3).double(), torch.tensor(2.0).double()
+    c, told = [1.0, 0.5, 2.0, 1.5], list[int]()
+
+    def of_step(x: Tensor, k: int) -> Tensor:
+        told.append(k)
+        return x * c[k]
+
+    def expected(seen: int) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        y = y0
+        for k in range(4):
+            y = y * (1 - (leaf if k >= 4 - seen else x) * c[k])
+        return torch.autograd.grad(y, leaf)[0]
+
+    inner = Iterate(GradientDescent(of_step), 4)
+    for form, seen in ((Reverse(), 4), (Forward(), 4), (Checkpointed(), 4), (Truncated(2), 2)):
+        found = hypergradient(problem, x, y0, estimator=ITD(inner, form))
+        torch.testing.assert_close(found.grad, expected(seen), rtol=1e-12, atol=0)
+        assert set(told) == {0, 1, 2, 3}
+    found = hypergradient(problem, x, y0, estimator=FiniteDifference(inner))
+    torch.testing.assert_close(found.grad, expected(4), rtol=1e-7, atol=0)
+    esj = ESJ(inner, directions=1, radius=1e-6, distribution="rademacher")
+    torch.testing.assert_close(hypergradient(problem, x, y0, estimator=esj).grad, expected(4), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="step of its optimizer is a function of x"):
+        hypergradient(problem, x, y0, estimator=AID(inner, CG()))
+    with pytest.raises(ValueError, match=r"GradientDescent\(step=function\)\(x, k\)` must return a number, or the"):
+        hypergradient(problem, x, y0, estimator=ITD(Iterate(GradientDescent(lambda x, k: "long"), 4)))
+
+
+def test_a_default_of_a_function_of_x_is_not_taken_for_the_number_of_the_step() -> None:
+    x, y0 = start()
+    scale = 0.3
+    inner = Iterate(GradientDescent(lambda x, scale=scale: scale * x["log_step"].exp()), STEPS)
+    found, expected = (
+        hypergradient(PROBLEMS["network"], x, y0, estimator=ITD(each)).grad
+        for each in (inner, Iterate(LEARNED["step"], STEPS))
+    )
+    assert off(found, expected) <= 1e-14
+
+
 def test_truncated_unrolling_sees_the_settings_of_the_last_steps_alone() -> None:
     x, y0 = start()
     problem, descent = PROBLEMS["network"], LEARNED["step of each layer"]
@@ -178,7 +230,7 @@ def test_truncated_unrolling_sees_the_settings_of_the_last_steps_alone() -> None
 
 
 @pytest.mark.parametrize("tasks", [True, "loop"])
-@pytest.mark.parametrize("name", ["step of each layer", "heavy ball", "schedule"])
+@pytest.mark.parametrize("name", ["step of each layer", "heavy ball", "schedule", "step of each layer and of k"])
 def test_tasks_side_by_side_share_the_settings(name: str, tasks: Any) -> None:
     x, y0 = start()
 

@@ -12,11 +12,13 @@ import torch
 from bilevel import KKT, hypergradient, minimize
 from bilevel.cli import main
 from bilevel.problems import literature
+from bilevel.problems.literature.cuts import Cuts
 from bilevel.problems.literature.inner import Inner
 from bilevel.problems.literature.programs import Model
 from bilevel.solvers import InteriorPoint
 
 pytest.importorskip("scipy")
+np: Any = pytest.importorskip("numpy")
 
 A_FEW = (
     *("HenrionSurowiec2011_c2", "GumusFloudas2001Ex4", "Bard1988Ex1", "ClarkWesterberg1990a", "AllendeStill2013"),
@@ -43,6 +45,17 @@ def test_some_problems_of_every_class_are_solved_from_starts_that_know_nothing(n
     assert abs(gap) <= 1e-4
     assert inner_gap <= 1e-6
     assert violation <= 1e-6
+
+
+@pytest.mark.parametrize("beside", [-1e-5, 1e-5])
+def test_a_cut_beside_y_does_not_hold_the_point_where_it_is(beside: float) -> None:
+    """Its gradient there is as good as nothing, and the sign of that is chance."""
+    model = Model(literature.statement("MitsosBarton2006Ex317"))
+    y = -np.sqrt([0.125])  # a minimizer at x = -1/8, where f = 0.203 falls with x
+    z = np.concatenate([[-0.125], y])
+    found, violation = Cuts(model, Inner(model, 0))._program(z, [y + beside, -y + beside])
+    assert violation <= 1e-9
+    assert model.values(found).at[0] < 0.0626
 
 
 def test_the_same_seed_finds_the_same_bits_and_another_one_starts_elsewhere() -> None:

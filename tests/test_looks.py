@@ -69,6 +69,17 @@ def test_noise_does_not_pass_for_convergence() -> None:
     assert failed.value.status is Status.max_steps and not failed.value.partial.converged
 
 
+def test_the_luckiest_batch_does_not_end_a_run() -> None:
+    """Where batches alone are known nobody can tell a tolerance that is met from luck."""
+    loader = [tuple(part[k : k + 6] for part in OF_G) for k in (0, 6)]
+    for given in ({"algorithm": SOBA(0.1, 0.1)}, {"estimator": "aid-cg"}):
+        for batches in (loader, lambda k: loader[k % 2]):
+            with pytest.raises(ValueError, match=r"minimize\(tol=\.\.\.\).*only batches.*FiniteSum"):
+                minimize(PROBLEM, X, Y, data=batches, max_steps=3, tol=1e-2, **given)
+            assert len(minimize(PROBLEM, X, Y, data=batches, max_steps=3, **given).history) == 4
+    assert minimize(PROBLEM, X, Y, estimator="aid-cg", data=OF_G, max_steps=30, tol=1e-5).converged
+
+
 @pytest.mark.parametrize("throw", [True, False])
 def test_a_run_that_diverges_ends_so_and_keeps_the_best(throw: bool) -> None:
     try:

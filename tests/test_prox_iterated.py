@@ -10,7 +10,8 @@ from prox_cases import ITERATED, Case
 from torch import Tensor
 
 from bilevel import ravel
-from bilevel.prox import L1, L2, TV1D, TV2D, Box, L2Ball, Simplex, Sum
+from bilevel.prox import L1, L2, TV1D, TV2D, Box, GroupLasso, L2Ball, LInf, Nonnegative, Simplex, Sum
+from bilevel.prox.closed_sums import closed_form
 from bilevel.prox.grid_dual import differences, pulled_back
 from bilevel.prox.splitting import Split, split_derivative, split_prox
 
@@ -119,10 +120,31 @@ def test_what_composes_is_what_splitting_finds() -> None:
     torch.testing.assert_close(P.inverse(P.parts, w), Q.inverse(Q.parts, w), rtol=1e-8, atol=1e-8)
 
 
-def test_a_norm_after_a_positively_homogeneous_term_is_what_splitting_finds() -> None:
-    """prox_{|.| + h} = prox_{|.|} o prox_h for such an h (Yu 2013), which no rule of `Sum` knows for `TV1D`."""
-    expected = L2(0.5).prox(TV1D(0.4).prox(V, 0.7), 0.7)
-    torch.testing.assert_close(Sum((L2(0.5), TV1D(0.4))).prox(V, 0.7), expected, rtol=0, atol=1e-9)
+HOMOGENEOUS = {
+    "TV1D": (TV1D(0.4),),
+    "L1": (L1(0.53), Nonnegative()),
+    "groups": (L1(0.1), GroupLasso(0.3, torch.arange(12, device="cpu") // 3)),
+    "LInf": (LInf(0.6),),
+}
+
+
+@pytest.mark.parametrize("name", HOMOGENEOUS)
+@pytest.mark.parametrize("last", [L2, L2Ball])
+def test_a_norm_or_a_ball_after_positively_homogeneous_terms_is_what_splitting_finds(name: str, last: Any) -> None:
+    """prox_{r + h} = prox_r o prox_h for such an h (Yu 2013), and the derivatives commute."""
+    radius = torch.tensor(0.9, dtype=DOUBLE, requires_grad=True)
+    terms = (*HOMOGENEOUS[name], last(radius))
+    v, w = V.clone().requires_grad_(), torch.linspace(-1, 2, len(V), dtype=DOUBLE)
+    closed, split = Sum(terms[::-1]), Split.of(terms, V, 0.7, 1e-13, 10_000)
+    assert closed_form(closed.flat()) is not None
+    both = [split_prox(split, v, 0.7), closed.prox(v, 0.7)]
+    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad(found, (v, radius), w) for found in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    P, Q = split_derivative(split, 0.7), closed.derivative(V, 0.7)
+    assert P is not None and Q is not None
+    torch.testing.assert_close(P.inverse(P.parts, w), Q.inverse(Q.parts, w), rtol=1e-7, atol=1e-7)
+    assert closed_form((Box(-0.1, 0.2), last(radius))) is None  # a box is no such term
 
 
 def test_sets_that_do_not_meet_have_no_margin_and_sets_that_do_have_one() -> None:

@@ -29,6 +29,7 @@ import bilevel.inner_problems
 import bilevel.problems
 import bilevel.problems.literature
 import bilevel.ranks
+import bilevel.reinforcement
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
@@ -55,6 +56,7 @@ ROOMS = (
     "bilevel.federated",
     "bilevel.ranks",
     "bilevel.problems.literature",
+    "bilevel.reinforcement",
     "bilevel.testing",
     "bilevel.testing.properties",
     "bilevel.testing.strategies",
@@ -118,6 +120,14 @@ PROTOCOLS: tuple[Any, ...] = (
     bilevel.federated.AbstractClients,
     bilevel.federated.AbstractMethod,
     bilevel.federated.Server,
+    bilevel.reinforcement.AbstractEnvironment,
+    bilevel.reinforcement.AbstractPolicy,
+    bilevel.reinforcement.AbstractSurrogate,
+    bilevel.reinforcement.AbstractBaseline,
+    bilevel.reinforcement.Advantages,
+    bilevel.reinforcement.MetaPolicy,
+    bilevel.reinforcement.OfflinePolicy,
+    bilevel.reinforcement.Trajectories,
     type(bilevel.Reverse()).__base__,
     type(bilevel.extending.Exact()),
 )
@@ -222,6 +232,18 @@ def client(x: Tensor, y: Tensor, data: Tensor) -> Tensor:
 
 
 @functools.cache
+def vector_environment() -> Any:
+    import gymnasium
+
+    return gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+
+
+def pulled() -> bilevel.reinforcement.MetaPolicy:
+    return bilevel.reinforcement.MetaPolicy(
+        bilevel.reinforcement.CategoricalPolicy(net(1, 2)), bilevel.reinforcement.GaussianBandit(2)
+    )
+
+
 def clients() -> bilevel.federated.Clients:
     return bilevel.federated.Clients(BilevelProblem(client, client), X, Y, torch.ones(3, 2, **D))
 
@@ -528,6 +550,34 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Ranks.gathered": {"value": lambda: [1, "a"]},
     "bilevel.ranks.Shard": {"data": lambda: torch.ones(3, 2)},
     "Shard.count": {"batch": lambda: torch.ones(3, 2)},
+    **{
+        f"bilevel.reinforcement.{name}": {
+            "policy": lambda: bilevel.reinforcement.CategoricalPolicy(net(1, 2)),
+            "environment": lambda: bilevel.reinforcement.GaussianBandit(2),
+            "params": lambda: dict(net(1, 2).named_parameters()),
+            "tasks": lambda: {"means": torch.zeros(3, 2)},
+            "task": lambda: {"means": torch.zeros(2)},
+            "start": lambda: torch.zeros(4, 0),
+            "noise": lambda: torch.zeros(4, 1, 2),
+        }
+        for name in ("MetaPolicy", "OfflinePolicy", "maml_policy", "rollout", "collect")
+    },
+    "TrustRegion": {"meta": lambda: pulled()},
+    "Interaction": {
+        "policy": lambda: bilevel.reinforcement.OfflinePolicy(bilevel.reinforcement.CategoricalPolicy(net(1, 2))),
+        "collect": lambda: lambda task, params, seed: None,
+        "outer": lambda: GradientDescent(0.1),
+    },
+    "OfflineTasks": {"data": lambda: {"goal": torch.zeros(3, 2)}},
+    "CategoricalPolicy": {"module": net},
+    "GaussianPolicy": {"module": net, "actions": lambda: 1},
+    "Coverage": {name: lambda: torch.ones(2) for name in ("before", "after", "clipped")} | {"episodes": lambda: 3},
+    "vector_episodes": {
+        "environment": lambda: vector_environment(),
+        "policy": lambda: bilevel.reinforcement.CategoricalPolicy(net(4, 2)),
+        "params": lambda: dict(net(4, 2).named_parameters()),
+        "horizon": lambda: 2,
+    },
     "Participation.answered": {"asked": lambda: torch.tensor([0, 1])},
     "dirichlet_split": {"labels": lambda: torch.tensor([0, 1, 0, 1, 2, 2])},
     "stacked": {"tensors": lambda: [X], "parts": lambda: [torch.tensor([0]), torch.tensor([1])]},
@@ -796,10 +846,26 @@ BY_NAME: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def cone_program() -> tuple[Any, Any, Any]:
+    """A problem of cvxpy with its parameter and its variable."""
+    cp = importlib.import_module("cvxpy")
+    parameter, variable = cp.Parameter(2), cp.Variable(2)
+    return cp.Problem(cp.Minimize(cp.sum_squares(variable - parameter)), [variable >= 0]), parameter, variable
+
+
 # Not called with what is valid: the data, or the package that it belongs to, are not there.
 WITHOUT_DATA = {"omniglot", "convert_omniglot"}
 if importlib.util.find_spec("cvxpy") is None:
     WITHOUT_DATA.add("from_cvxpy")
+else:
+    BY_NAME["from_cvxpy"] = {
+        "problem": lambda: cone_program()[0],
+        "parameters": lambda: cone_program()[1],
+        "variables": lambda: cone_program()[2],
+    }
+if importlib.util.find_spec("gymnasium") is None:
+    WITHOUT_DATA.add("vector_episodes")
 
 
 def valid(entry: Public) -> dict[str, Any]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from bilevel._optimizer import Setting
 
 
-def settings_at(problem: FlatProblem, x: Tensor) -> Callable[[Setting], Tensor]:
-    """Setting -> its value at x, with the leading axes of y: `(*batch, 1)`, `(*batch, q)`, or one for each step.
+def settings_at(problem: FlatProblem, x: Tensor) -> Callable[[Setting, int], Tensor]:
+    """(setting, step) -> its value at x, with the leading axes of y: `(*batch, 1)`, `(*batch, q)`, or one a step.
 
     Differentiable in x. A value outside of its range is NaN: the steps make NaN of y with it, in that row of a batch
     alone, and so the solve ends with `Status.nonfinite`, not with an exception.
@@ -29,12 +29,17 @@ def settings_at(problem: FlatProblem, x: Tensor) -> Callable[[Setting], Tensor]:
         x: the outer variable `(p,)`, or several `(k, p)`.
     """
 
-    def value(setting: Setting) -> Tensor:
-        form = f"{setting.owner}({setting.name}=function)(x)"
+    def value(setting: Setting, step: int) -> Tensor:
+        form = f"{setting.owner}({setting.name}=function)({'x, k' if setting.of_step else 'x'})"
+        function = setting.at(step)
 
         def one(outer: Tree, *_: object) -> Tensor:
-            found = called(f"{setting.name}(x)", setting.function, outer)
-            return _series(found, problem.y, form) if setting.by_step else _entries(found, problem.y, form)
+            found = called(f"{setting.name}(x)", function, outer)
+            return (
+                _series(found, problem.y, form)
+                if setting.by_step and not setting.of_step
+                else _entries(found, problem.y, form)
+            )
 
         entries = problem.map(one, "g", x)
         return torch.where(setting.allowed.holds(entries), entries, math.nan)

@@ -15,8 +15,7 @@ from bilevel.algorithms.ma_soba import MASOBA
 from bilevel.algorithms.oracle import AbstractData
 from bilevel.algorithms.saba import SABA
 from bilevel.algorithms.srba import SRBA
-from bilevel.algorithms.step_lengths import REDUCED, inner_step, outer_step
-from bilevel.inner_problems.kinds import inner_objective
+from bilevel.algorithms.step_lengths import REDUCED, inner_step, is_convex, outer_step
 from bilevel.named.setting import Setting
 from bilevel.requirements.why_not import why_not
 from bilevel.solvers.adam import Adam
@@ -60,7 +59,7 @@ def chosen(s: Setting, data: AbstractData | Split) -> Choice:
     told = "" if twice else ", by differences of gradients, as g has no double backward"
     rho = REDUCED * inner_step(s)
     blocks = _blocks(data)
-    if blocks is None or (twice and not _is_convex(s)):
+    if blocks is None or (twice and not is_convex(s)):
         because = "the data are batches only" if blocks is None else "g is not convex in y, as of a network"
         algorithm = MASOBA(rho, Adam(_ADAM), rho, products=products)
         return Choice(algorithm, None, f"auto chose MA-SOBA with Adam: {because}{told}")
@@ -82,26 +81,6 @@ def _differentiable_twice(s: Setting) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def _is_convex(s: Setting) -> bool:
-    """Whether no negative eigenvalue of H at the start is found, beyond what rounding and the search leave."""
-    quiet = s.problem.with_tally(Tally())
-    y = quiet.start(s.x, s.y0).detach()
-    hessian = inner_objective(quiet, s.x).hessian(y)[2]
-    generator = torch.Generator("cpu").manual_seed(0)
-    v = torch.randn(y.shape, generator=generator, device="cpu").to(y)
-    top = float(inner_objective(quiet, s.x).largest_curvature(y).abs().max())
-    if not top > 0:
-        return True
-    for _ in range(_LOOKED):  # a power iteration on 2 top I - H, positive definite: towards the least eigenvalue
-        v = 2 * top * v - hessian.mv(v)
-        v = v / torch.linalg.vector_norm(v)
-    least = float((v * hessian.mv(v)).sum())
-    return least > -1e-3 * top
-
-
-_LOOKED = 20
 
 
 def _blocks(data: AbstractData | Split) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ _SAFETY = 4.0
 # times as curved as the others drives them apart, at half of it it does not; theory has 1/3 (SAGA), 1/2 (SARAH).
 REDUCED = 0.5
 _OVERSHOOT = 0.1  # of bounds by Lanczos steps, which an estimate of what is below them takes back
+_LOOKED = 20  # of the power iteration for the sign of the least curvature of g
 _TURNS = 4  # of the power iteration for the curvature of Phi; its size matters, not its digits
 
 
@@ -50,13 +51,13 @@ def outer_step(s: Setting, rho: float) -> float:
     """
     quiet = s.problem.with_tally(Tally())
     y0 = quiet.start(s.x, s.y0).detach()
-    y, h = _hypergradient(s, quiet, s.x, y0)
+    y, h = hypergradient_at(s, quiet, s.x, y0)
     curvature = 0.0
     length = torch.finfo(s.x.dtype).eps ** 0.25 * float(s.x.abs().max().clamp_min(1.0))
     direction = h if float(torch.linalg.vector_norm(h)) > 0 else torch.ones_like(s.x)
     for _ in range(_TURNS):
         direction = direction / torch.linalg.vector_norm(direction)
-        change = (_hypergradient(s, quiet, s.x + length * direction, y)[1] - h) / length
+        change = (hypergradient_at(s, quiet, s.x + length * direction, y)[1] - h) / length
         size = float(torch.linalg.vector_norm(change))
         if not (math.isfinite(size) and size > 0):
             break
@@ -73,7 +74,24 @@ def least_curvature(s: Setting) -> float:
     return _smallest(quiet, s.x, y)
 
 
-def _hypergradient(s: Setting, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
+def is_convex(s: Setting) -> bool:
+    """Whether no negative eigenvalue of H at the start is found, beyond what rounding and the search leave."""
+    quiet = s.problem.with_tally(Tally())
+    y = quiet.start(s.x, s.y0).detach()
+    hessian = inner_objective(quiet, s.x).hessian(y)[2]
+    generator = torch.Generator("cpu").manual_seed(0)
+    v = torch.randn(y.shape, generator=generator, device="cpu").to(y)
+    top = float(inner_objective(quiet, s.x).largest_curvature(y).abs().max())
+    if not top > 0:
+        return True
+    for _ in range(_LOOKED):  # a power iteration on 2 top I - H, positive definite: towards the least eigenvalue
+        v = 2 * top * v - hessian.mv(v)
+        v = v / torch.linalg.vector_norm(v)
+    least = float((v * hessian.mv(v)).sum())
+    return least > -1e-3 * top
+
+
+def hypergradient_at(s: Setting, problem: FlatProblem, x: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:
     """y*(x) and grad_x f - G v, accurately: `(*tasks, q)` and `(p,)`."""
     y = s.inner().solve(inner_objective(problem, x), y0).value
     at = Exact().linearize(problem, x, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from bilevel.algorithms.saba import SABA
 from bilevel.algorithms.sama import SAMA
 from bilevel.algorithms.scalebio import ScaleBiO
 from bilevel.algorithms.schedule import Power
+from bilevel.algorithms.sign_steps import adam_rates
 from bilevel.algorithms.soba import SOBA
 from bilevel.algorithms.srba import SPABA, SRBA
 from bilevel.algorithms.step_lengths import REDUCED, inner_step, least_curvature, outer_step
@@ -37,7 +39,6 @@ Made: TypeAlias = Callable[[float, float], AbstractAlgorithm[Any]]
 
 _CONSTANT_FOR = 1000  # steps before the default schedule has much effect: a transient, which needs long steps
 _WEIGHED = 11.0  # 1 + weight: x descends on f + weight (g - min g) at a y that lags, and not on Phi
-_RATE = 0.01  # of AdamW: entries of networks are about 1 at most, and move by a hundredth of that
 
 
 def stepped(make: Made, share: float = 1.0) -> Build:
@@ -119,9 +120,10 @@ def _hoag(s: Setting) -> AbstractAlgorithm[Any]:
 
 
 def _scalebio(s: Setting) -> AbstractAlgorithm[Any]:
-    algorithm = ScaleBiO(_RATE, _RATE)
+    algorithm = ScaleBiO(1.0, 1.0, schedule=Power(0.5, after=_CONSTANT_FOR))
     _demand(algorithm, s)
-    return algorithm
+    inner, outer = adam_rates(s, algorithm.weight)
+    return replace(algorithm, inner_step=inner, outer_step=outer)
 
 
 ROWS: tuple[tuple[str, Build, str], ...] = (

@@ -65,8 +65,9 @@ class Accuracy:
         """
         if self.constants is None and problem.tasks is not None:
             raise ValueError(
-                "certified accuracy of a problem with tasks needs `constants=`, valid for each of them: they are"
-                " estimated for one inner problem only."
+                "certified accuracy of a problem with tasks needs `constants=`, valid for each of them. Pass those of"
+                " your formulas, or a function x -> `estimate_constants(problem, x, y, data=data)` with the y of all"
+                " tasks stacked, as an estimate has it."
             )
         if self.constants is None:
             given = estimated(problem, x, y)

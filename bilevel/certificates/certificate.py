@@ -12,7 +12,8 @@ from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_types
 
 Source: TypeAlias = Literal["given", "structural", "estimated"]
-UPPER = ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus")  # the constants that are upper bounds
+# the constants that are upper bounds
+UPPER = ("L", "L_fyy", "L_fxy", "M_yy", "M_xy", "C_G", "L_f_minus", "L_cyy", "L_cxy", "M_cyy", "M_cxy")
 _SLACK = 1e-9  # mu = L of a multiple of the identity, each computed in its own way
 LOCAL = frozenset({"mu", "L", "C_G"})  # those that certificates can extend from the point where they were measured
 
@@ -48,6 +49,12 @@ class Constants:
         confidence: the probability that the other estimated ones hold.
         local: the names of those among mu, L and C_G that were measured at y only: certificates extend them along the
             segment, by M_yy and M_xy.
+        L_cyy: of constraints c on y, all of them together, equalities and the rows of a `Polytope` included: the
+            Lipschitz constant in y of grad_y c as a matrix, which bounds |sum_i u_i d2c_i/dy2| / |u|. 0 where c is
+            affine in y.
+        L_cxy: the same of grad_x c. 0 where c is c_1(y) + c_2(x).
+        M_cyy: the Lipschitz constant in y of sum_i u_i d2c_i/dy2, over |u|. 0 where c is quadratic in y.
+        M_cxy: the same of sum_i u_i d2c_i/dxdy.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -72,6 +79,10 @@ class Constants:
     heuristic: frozenset[str] = frozenset()
     confidence: float = 1.0
     local: frozenset[str] = frozenset()
+    L_cyy: float | None = None
+    L_cxy: float | None = None
+    M_cyy: float | None = None
+    M_cxy: float | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -147,7 +158,8 @@ class Certificate:
         terms: its parts: "inner" (the inner solution), "linear" (the linear system), "estimate" (the distance from z
             to the implicit gradient that was certified), "rounding"; or, where that is less, "estimate" (the distance
             to the refined hypergradient) and "refined" (its bound).
-        theorem: "A" (global mu), "B" (local, Newton-Kantorovich) or "penalty" (first-order).
+        theorem: "A" (global mu), "B" (local, Newton-Kantorovich), "penalty" (first-order), "manifold" (A or B there),
+            "face" (A or B there) or "kkt" (Newton-Kantorovich for the optimality conditions under constraints).
         proven: whether the bound is a theorem given `assumed`; otherwise some constant is a heuristic.
         confidence: the probability that the constants hold which were bounded from products.
         assumed: the constants, with their sources.

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from bilevel._estimate import Estimate
-from bilevel._flat import FlatProblem, ravel_rows
+from bilevel._flat import FlatProblem, ravel_rows, row_structure
 from bilevel._linear import AbstractLinearSolver
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
 from bilevel._result import Substitute
-from bilevel._tree import Structure, Tree, ravel
+from bilevel._tree import Tree, ravel
 from bilevel.arguments.checked import checked
 from bilevel.certificates.applies import no_certificate, no_certificate_at
 from bilevel.certificates.assumptions import NEEDED
 from bilevel.certificates.certificate import Certificate, Constants
 from bilevel.certificates.certify_flat import certify_flat
+from bilevel.certificates.curved_face import NEEDED as NEEDED_OF_CONSTRAINTS, certify_on_curved_face
 from bilevel.certificates.face import certify_on_face
 from bilevel.certificates.fixed_point import certify_fixed_point
 from bilevel.certificates.manifold import certify_on_manifold
 from bilevel.certificates.penalty import certify_penalty
+from bilevel.inner_problems.constrained import LinearlyConstrained
 from bilevel.inner_problems.kinds import inner_problem
+from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained
 from bilevel.requirements.properties import DoesNotApply, Feature
 from bilevel.solvers.cg import accurate_cg
 
@@ -61,15 +64,17 @@ def certify(
     and the like; what cancels inside of f and g it does not see, and so the certificate is then a heuristic. A mu or
     C_G that the products contradict makes the bound infinite.
 
-    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...) all of this holds on the
-    manifold that y* is on: mu, or the least curvature measured there, is that of the support; what is shown first is
-    that the margin of the support is larger than the error of y, so that y* has that support. Where it is not, the
-    bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
+    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...), or `GroupLasso` without tasks,
+    all of this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support;
+    what is shown first is that the margin of the support is larger than the error of y, so that y* has that support.
+    Where it is not, the bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
 
     Under linear constraints all of this holds on the face that y* is on, of a vertex without any curvature; what is
-    shown first is that strict complementarity has a margin larger than the error of y. Where it has not, where rows
-    move with x, with tasks and in float32 the bound is infinite, with the reason; for nonlinear constraints there is no
-    theorem. g has to be convex in y. See `docs/constraints.md`.
+    shown first is that strict complementarity has a margin larger than the error of y. Under nonlinear constraints, and
+    where rows move with x, Newton and Kantorovich's theorem is taken of the optimality conditions with what holds as
+    equations: it needs the constants of the constraints, L_cyy, L_cxy, M_cyy and M_cxy, and mu, L and C_G of none.
+    Where there is no such margin, with tasks and in float32 the bound is infinite, with the reason. g and the
+    constraints have to be convex in y. See `docs/constraints.md`.
 
     For a fixed point y = T(x, y) the constants are those of y - T(x, y): mu = 1 - rho where T contracts by rho in the
     2-norm, M_yy and M_xy of dT/dy and dT/dx, C_G of dT/dx. Without mu it is the least singular value of I - dT/dy at y
@@ -127,13 +132,14 @@ def certify(
     demand_autograd("certify")
     check_signature(problem, data)
     kind = inner_problem(problem)
-    own = {Feature.prox, Feature.constraints, Feature.fixed_point}  # kinds with theorems of their own
-    why = "" if own & kind.features and Feature.nonlinear_constraints not in kind.features else no_certificate(problem)
+    # kinds with theorems of their own
+    own = {Feature.prox, Feature.constraints, Feature.nonlinear_constraints, Feature.fixed_point}
+    why = "" if own & kind.features else no_certificate(problem)
     if why:
         raise ValueError(f"`certify` does not apply: {why}")
     x_vector, x_structure = ravel(x, "x")
     z = x_structure.ravel(estimate.grad, "`certify(x=..., estimate=...)`: estimate.grad")
-    flat = FlatProblem(problem, x_structure, _one_row(estimate.y, bool(problem.tasks)), data)
+    flat = FlatProblem(problem, x_structure, row_structure(estimate.y, "estimate.y", several=bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
     if (term := kind.term(flat)) is not None:
         if refine or first_order:
@@ -147,13 +153,35 @@ def certify(
     with torch.enable_grad():
         leaf = x_vector.detach().requires_grad_()
         constraints = kind.linear_constraints(flat, leaf)
-    if constraints is not None:
-        if refine or first_order:
+    if (constraints is not None or isinstance(kind, NonlinearlyConstrained)) and (refine or first_order):
+        raise ValueError(
+            "`certify(refine=..., first_order=...)` is for smooth inner problems. Here there are constraints: leave"
+            " them out."
+        )
+    if isinstance(kind, NonlinearlyConstrained):
+        missing = [name for name in NEEDED_OF_CONSTRAINTS if getattr(constants, name) is None]
+        if missing:
             raise ValueError(
-                "`certify(refine=..., first_order=...)` is for smooth inner problems. Here there are constraints: leave"
-                " them out."
+                f"`certify` needs the constants {', '.join(NEEDED_OF_CONSTRAINTS)} of nonlinear constraints on y (see"
+                f" `Constants`). Missing: {', '.join(missing)}. Give them: 0 where a derivative does not change with y."
             )
+        return certify_on_curved_face(
+            flat,
+            kind.constraints,
+            kind.polytope(flat, x_vector.detach()),
+            lambda x: kind.nonlinear(flat, x),
+            x_vector.detach(),
+            z.detach(),
+            y,
+            constants,
+        )
+    if constraints is not None:
         solver = accurate_cg(y) if linear is None else linear
+        if isinstance(kind, LinearlyConstrained) and constraints.A.requires_grad and constants.L_cxy is not None:
+            known = replace(constants, L_cyy=0.0, M_cyy=0.0, M_cxy=0.0)  # rows are affine in y
+            return certify_on_curved_face(
+                flat, kind.constraints, constraints, None, x_vector.detach(), z.detach(), y, known
+            )
         return certify_on_face(flat, constraints, leaf, z.detach(), y, constants, solver)
     if Feature.fixed_point in kind.features:
         if refine or first_order:
@@ -197,11 +225,3 @@ def _first_order(
         raise ValueError("`certify(first_order=True)` needs a mu that holds along the segment. Got one measured at y.")
     y_w = ravel_rows(problem, estimate.penalized[0], "estimate.penalized")
     return certify_penalty(problem, x, z, y, y_w, estimate.penalized[1], constants)
-
-
-def _one_row(y: Tree, tasks: bool) -> Structure:
-    vector, structure = ravel(y, "estimate.y")
-    if not tasks:
-        return structure
-    shapes = tuple(shape[1:] for shape in structure.shapes)
-    return Structure(structure.spec, shapes, vector.dtype, vector.device)

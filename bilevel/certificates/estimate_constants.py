@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel._calculus import Exact, cross_operator, grad
-from bilevel._flat import FlatProblem
+from bilevel._flat import FlatProblem, ravel_rows, row_structure
 from bilevel._linear import LinearOperator
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.spectrum import largest_eigenvalue, least_eigenvalue
@@ -59,7 +60,8 @@ def estimate_constants(
     change of H and G over `samples` random displacements by `radius`. Replace those that you know by formula.
 
     Cost: some 15 products for each of L, C_G, L_fyy, L_fxy, and twice that for each sample of M_yy and M_xy; for mu q
-    or `shift_steps` products.
+    or `shift_steps` products. With tasks that is done for one after the other, and what is returned holds for each of
+    them: the least mu, and of the others the largest.
 
     Source: Kuczynski, Wozniakowski, "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
     random start", SIAM J. Matrix Anal. Appl. 13 (1992).
@@ -67,7 +69,7 @@ def estimate_constants(
     Args:
         problem: f and g.
         x: the outer variable.
-        y: the inner solution, or a point near it: the y of the estimate that is to be certified.
+        y: the inner solution, or a point near it: the y of the estimate that is to be certified, with tasks stacked.
         data: the third argument of f and g, if they take one.
         mu: strong convexity where it is known from the formula of g (a ridge weight), which beats any estimate.
         radius: how far to displace y; None is a hundredth of 1 + |y|.
@@ -80,8 +82,7 @@ def estimate_constants(
         The constants, with source "estimated", and their confidence.
 
     Raises:
-        ValueError: if a number is out of range; if NaN or Inf is met; in task mode: give the constants, which hold for
-            every task.
+        ValueError: if a number is out of range; if NaN or Inf is met.
 
     Example:
         >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
@@ -99,12 +100,11 @@ def estimate_constants(
     for name, number in (("mu", mu), ("radius", radius)):
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"`estimate_constants({name}=...)` must be positive and finite, or None. Got {number}.")
-    if problem.tasks:
-        raise ValueError("`estimate_constants` needs one inner problem. Got tasks=True: give constants valid for each.")
     x_vector, x_structure = ravel(x, "x")
-    y_vector, y_structure = ravel(y, "y")
+    y_structure = row_structure(y, "y", several=bool(problem.tasks))
     demand_alike("estimate_constants(x, y)", x_structure, y_structure)
     flat = FlatProblem(problem, x_structure, y_structure, data)
+    y_vector = ravel_rows(flat, y, "`estimate_constants(y=...)`, the y of all tasks,") if problem.tasks else ravel(y)[0]
     try:
         return estimated(flat, x_vector.detach(), y_vector.detach(), mu, radius, samples, seed, failure, shift_steps)
     except NonfiniteError:
@@ -125,11 +125,20 @@ def estimated(
     failure: float = 0.01,
     shift_steps: int = 100,
 ) -> Constants:
-    """The constants in vectors; see :func:`estimate_constants`.
+    """The constants in vectors; see :func:`estimate_constants`. With tasks `at_y` is `(tasks, q)`.
 
     Raises:
         NonfiniteError: if a product is not finite.
     """
+    if flat.tasks is not None and flat.tasks > 1:
+        each = (flat.part(slice(k, k + 1)) for k in range(flat.tasks))
+        share = failure / flat.tasks  # no task may fail
+        return _for_each(
+            [
+                estimated(one, at_x, at_y[k : k + 1], mu, radius, samples, seed, share, shift_steps)
+                for k, one in enumerate(each)
+            ]
+        )
     hessian = Exact().linearize(flat, at_x, at_y).operator
     L = _finite(largest_eigenvalue(hessian, at_y, failure=failure, seed=seed))
     info = torch.finfo(at_y.dtype)
@@ -164,6 +173,27 @@ def estimated(
         heuristic=frozenset({"L_fyy", "L_fxy", "M_yy", "M_xy"}),
         confidence=1 - bounds * failure,
         local=frozenset(local),
+    )
+
+
+def _for_each(found: list[Constants]) -> Constants:
+    """Those that hold for each of several inner problems."""
+
+    def most(name: str) -> float | None:
+        known = [getattr(one, name) for one in found]
+        return None if None in known else float(max(known))
+
+    mus = [one.mu for one in found if one.mu is not None]
+    return replace(
+        found[0],
+        mu=min(mus) if len(mus) == len(found) else None,
+        L=most("L"),
+        L_fyy=most("L_fyy"),
+        L_fxy=most("L_fxy"),
+        M_yy=most("M_yy"),
+        M_xy=most("M_xy"),
+        C_G=most("C_G"),
+        confidence=max(0.0, 1 - sum(1 - one.confidence for one in found)),
     )
 
 

@@ -103,7 +103,12 @@ def certify_on_face(
     if y.dtype != torch.float64 or y.dim() != 1:
         return _refused(problem, z, constants, "certificates under constraints are in float64, and without tasks.")
     if moving.A.requires_grad:
-        return _refused(problem, z, constants, "rows of constraints move with x: faces that turn have no theorem.")
+        return _refused(
+            problem,
+            z,
+            constants,
+            "rows of constraints move with x: give L_cxy, the Lipschitz constant in y of their derivative in x.",
+        )
     at = Exact().linearize(problem, x, y)
     face = Face.at(moving, y, at.gradient, at.products(y)[0])
     U, sizes, Vh = torch.linalg.svd(face.J, full_matrices=True)

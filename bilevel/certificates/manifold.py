@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -19,6 +19,7 @@ from bilevel.certificates.assumptions import assumptions
 from bilevel.certificates.certificate import Assumption, Certificate, Constants, NonfiniteError
 from bilevel.certificates.certify_flat import beyond, distance, nothing, precise
 from bilevel.certificates.completed import FAILURE, completed
+from bilevel.certificates.groups import certify_groups, group_lasso_at
 from bilevel.certificates.measured import ROUNDING
 from bilevel.certificates.remarks import remark
 from bilevel.inner_problems.flat_term import FlatDerivative, FlatTerm
@@ -115,7 +116,8 @@ def certify_on_manifold(
         |z - h| <= |z - h_u| + d (L_fxy + M_xy |u|) + (C_G + |B_on| |P^+| / t) |du|
                    + |B_off| (d (L_fyy + M_yy |u|) + L |du|),  B = d prox / dx, the same on the whole piece.
 
-    g has to be convex in y.
+    g has to be convex in y. The group lasso, which is neither, has a smooth problem on its active groups instead; see
+    `certify_groups`.
     """
 
     def certificate(problem: FlatProblem, to: Callable[[Any], Any], doubled: bool) -> Certificate:  # noqa: ARG001  (T(y) is in the dtype of y)
@@ -146,6 +148,9 @@ def _certify(
     t, rows = 1 / known.L, y.shape[:-1].numel()
     step = torch.full_like(y[..., :1], t)
     y = term.prox(x, y - t * Exact().linearize(problem, x, y).gradient, t).detach()
+    if group_lasso_at(term, x) is not None:
+        given = certify_groups(problem, term, x, z, y, replace(known, mu=constants.mu), linear)
+        return _refused(problem, z, constants, given) if isinstance(given, str) else _noted(given, notes)
     at = Exact().linearize(problem, x, y)
     point = StationaryPoint(term, x, y, at, step, False, None)
     P = term.derivative(x, point.v, step)
@@ -223,6 +228,10 @@ def _certify(
         reason=reason,
         remark=remark(bound, norm, terms, known.L / least, refined=True),
     )
+
+
+def _noted(found: Certificate, notes: tuple[Assumption, ...]) -> Certificate:
+    return replace(found, assumed=(*found.assumed, *notes))
 
 
 def _refused(problem: FlatProblem, z: Tensor, constants: Constants, why: str, reach: float = math.inf) -> Certificate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 from bilevel._files import write_atomically
@@ -40,7 +40,7 @@ from bilevel.commands.result import versions
 from bilevel.commands.run import MISREAD, again, left, resuming
 from bilevel.few_shot.calibration import calibration_of
 from bilevel.few_shot.evaluate import Evaluation
-from bilevel.few_shot.experiment import Experiment
+from bilevel.few_shot.experiment import Experiment, Paths
 from bilevel.few_shot.options import Saving
 from bilevel.few_shot.trained import Progress, Trained
 from bilevel.named.registry import demand_names
@@ -337,11 +337,19 @@ def _finish(going: _Going, trained: Trained, seconds: float) -> None:
             f"training ended ({trained.ended}) at step {trained.history[-1].step}; evaluating x of step {trained.step}."
         )
     test = experiment.evaluate(trained.x, plan.seed, group=going.ranks.ranks)
+    numbers = {} if experiment.numbers is None else dict(experiment.numbers(trained.x, plan.seed))
+    paths = None if experiment.paths is None else experiment.paths(trained.x, plan.seed)
     failed = trained.ended == "failed"
     last = trained.history[-1]
     message = f"training failed at step {last.step}. {trained.message}" if failed else ""
     ending = _Ending(
-        last.status.name if failed else "successful", message, seconds + time.perf_counter() - began, trained, test
+        last.status.name if failed else "successful",
+        message,
+        seconds + time.perf_counter() - began,
+        trained,
+        test,
+        numbers,
+        paths,
     )
     content = _write(folder, head, lines, ending)
     if not request.quiet:
@@ -406,6 +414,8 @@ class _Ending:
     seconds: float
     trained: Trained | None = None
     test: Evaluation | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    paths: Paths | None = None
 
 
 def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], ending: _Ending) -> dict[str, Any]:
@@ -428,6 +438,8 @@ def _write(folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], en
         "training_seconds": lines[-1]["elapsed"],
         "seconds": ending.seconds,
         "notes": [],
+        "numbers": dict(ending.numbers),
+        **({} if ending.paths is None else {"paths": asdict(ending.paths)}),
     }
     unfinished = {} if test is None else {"status": FINISHING, "computed": {"status": ending.status}}
     write_result(folder, content | unfinished)
@@ -439,7 +451,7 @@ def _draw(folder: Folder, content: dict[str, Any], lines: list[dict[str, Any]]) 
     """The picture, and then the result, by which the run is finished."""
     notes = content["notes"]
     try:
-        write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"]))
+        write_atomically(folder.plot, lambda file: draw_training(file, lines, content["test"], content.get("paths")))
     except Exception as error:
         missing = isinstance(error, ImportError)
         notes.append(f"left out plot.png: {error if missing else f'{type(error).__name__}: {error}'}")
@@ -495,6 +507,7 @@ def _show(plan: _Plan, folder: Folder, content: Mapping[str, Any], test: Evaluat
         *([("after steps", curve)] if curve else []),
         ("test loss", str(test.loss)),
         *([("predictive NLL", str(test.nll))] if test.nll else []),
+        *((name, number(value)) for name, value in content["numbers"].items()),
         *([("90 % intervals hold", str(test.coverage))] if test.coverage else []),
         *((name, number(value)) for name, value in (content["calibration"] or {}).items()),
         *([("validation", f"{number(validation['score'])} at step {validation['step']}")] if validation else []),

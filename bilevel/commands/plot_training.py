@@ -8,13 +8,19 @@ from typing import Any, BinaryIO
 _SMOOTH = 50  # the running mean of the loss is over a share of the steps
 
 
-def draw_training(file: BinaryIO, lines: Sequence[Mapping[str, Any]], test: Mapping[str, Any] | None) -> None:
-    """The outer loss and the validation score against seconds.
+def draw_training(
+    file: BinaryIO,
+    lines: Sequence[Mapping[str, Any]],
+    test: Mapping[str, Any] | None,
+    paths: Mapping[str, Any] | None = None,
+) -> None:
+    """The outer loss and the validation score against seconds, and paths where there are any.
 
     Args:
         file: where to.
         lines: those of history.jsonl.
         test: the final evaluation, as in result.json.
+        paths: as there.
 
     Raises:
         ImportError: if matplotlib is missing, naming the extra to install.
@@ -24,11 +30,11 @@ def draw_training(file: BinaryIO, lines: Sequence[Mapping[str, Any]], test: Mapp
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('drawing plot.png needs matplotlib: `pip install "bilevel[plots]"`.') from error
-    figure = Figure(figsize=(9.0, 3.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.0 if paths is None else 13.0, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     seconds = [line["elapsed"] for line in lines]
     losses = [float(line["value"]) for line in lines]  # "NaN" where there was none
-    left, right = figure.subplots(1, 2)
+    left, right, *more = figure.subplots(1, 2 if paths is None else 3)
     left.plot(seconds, losses, color="#4c72b0", alpha=0.3 if len(losses) > _SMOOTH else 1.0, linewidth=0.8)
     if len(losses) > _SMOOTH:
         left.plot(seconds, _running_mean(losses, max(len(losses) // _SMOOTH, 5)), color="#4c72b0")
@@ -40,6 +46,9 @@ def draw_training(file: BinaryIO, lines: Sequence[Mapping[str, Any]], test: Mapp
         scores = [float(validation["score"]) for validation in validations]
         errors = [float(validation["interval"]) for validation in validations]
         right.errorbar(at, scores, errors, color="#c44e52", marker=".", linewidth=1, label="validation")
+        if metric == "return":
+            before = [float(validation["before"]) for validation in validations]
+            right.plot(at, before, color="#8172b2", marker=".", linewidth=1, linestyle="--", label="before adaptation")
     if test is not None:
         mean, interval = float(test["score"]["mean"]), float(test["score"]["interval"])
         right.axhline(mean, color="#55a868", linewidth=1, label=f"test {mean:.4g} +- {interval:.2g}")
@@ -50,7 +59,23 @@ def draw_training(file: BinaryIO, lines: Sequence[Mapping[str, Any]], test: Mapp
     for axes in (left, right):
         axes.set_xlabel("seconds")
         axes.grid(alpha=0.3)
+    if paths is not None:
+        _draw_paths(more[0], paths)
     figure.savefig(file, format="png")
+
+
+def _draw_paths(axes: Any, paths: Mapping[str, Any]) -> None:
+    """A path before and one after adaptation in each task, and its goal."""
+    colors = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b2")
+    for k, (goal, before, after) in enumerate(zip(paths["goals"], paths["before"], paths["after"], strict=True)):
+        color = colors[k % len(colors)]
+        axes.plot(*zip(*before, strict=True), color="#999999", linewidth=0.8, label=None if k else "before adaptation")
+        axes.plot(*zip(*after, strict=True), color=color, linewidth=1.4, label=None if k else "after")
+        axes.plot(*goal, color=color, marker="*", markersize=11, linestyle="none", label=None if k else "goal")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_title("paths in test tasks", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

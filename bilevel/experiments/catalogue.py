@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bilevel.experiments.on_images import IMAGES
+from bilevel.experiments.on_policies import POLICIES
 from bilevel.experiments.on_sinusoids import SINUSOIDS
 from bilevel.few_shot.experiment import NamedExperiment
 
@@ -14,4 +15,4 @@ def experiments() -> dict[str, NamedExperiment]:
         >>> experiments()["maml-sinusoid"].build(inner_steps=5).learner.name
         'MAML'
     """
-    return {entry.name: entry for entry in (*SINUSOIDS, *IMAGES)}
+    return {entry.name: entry for entry in (*SINUSOIDS, *IMAGES, *POLICIES)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -21,6 +21,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.inner_problems.kinds import inner_objective
 from bilevel.requirements.padding import Level, demand_padding_unseen, is_padded
 from bilevel.tasks._random import seed_of_step
+from bilevel.tasks.ragged import check_batch
 from bilevel.tasks.source import AbstractTasks
 
 _NOISE = 2**32  # the seeds of `prepare` and those of the tasks are unrelated
@@ -122,6 +123,38 @@ def predict(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
         return learner.predict(x, y, task)
 
     return _of_tasks(learner, one, adapted)
+
+
+def scored(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
+    """What `learner.score` gives each task: `(tasks,)`.
+
+    Raises:
+        ValueError: if that is no number a task.
+    """
+    score = learner.score
+    assert score is not None
+    found = _of_tasks(learner, lambda y, task: score(x, y, task), adapted)
+    if found.dim() != 1:
+        raise ValueError(f"`learner.score` must return a scalar for each task. Got {tuple(found.shape[1:])}.")
+    return found
+
+
+def check_tasks(learner: Learner, batch: Any, tasks: int | None = None) -> None:
+    """Refuse what is not a batch of tasks for this learner; with a score of its own it may be any tensors of tasks.
+
+    Raises:
+        TypeError: if it is not a mapping of tensors.
+        ValueError: if an entry is missing, or shapes or masks do not fit.
+    """
+    if learner.score is None:
+        check_batch(batch, tasks)
+        return
+    if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+        raise TypeError(f"a batch of tasks must be a mapping from names to tensors. Got {type(batch).__name__}.")
+    counts = {len(value) if value.ndim else 0 for value in batch.values()}
+    if len(counts) != 1 or not min(counts) or (tasks is not None and counts != {tasks}):
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items()) or "nothing"
+        raise ValueError(f"the first axis of every entry must be tasks, {tasks or 'at least 1'} of them. Got {shapes}.")
 
 
 @checked()

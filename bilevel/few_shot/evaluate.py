@@ -18,17 +18,27 @@ from bilevel._tree import Tree
 from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import COUNT, SEED, SIZE
-from bilevel.few_shot.adapt import Adapted, adapted, check_padding, demand_tasks, draws, noise_seed, predict, ready
+from bilevel.few_shot.adapt import (
+    Adapted,
+    adapted,
+    check_padding,
+    check_tasks,
+    demand_tasks,
+    draws,
+    noise_seed,
+    predict,
+    ready,
+    scored,
+)
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
 from bilevel.ranks.ranks import demand_ranks, everywhere
 from bilevel.tasks._random import seed_of_step
-from bilevel.tasks.ragged import check_batch
 from bilevel.tasks.source import AbstractTasks
 
 _LEVEL = 0.9  # of predictive intervals
 
-Metric: TypeAlias = Literal["accuracy", "mse"]
+Metric: TypeAlias = Literal["accuracy", "mse", "return"]
 
 
 @final
@@ -69,11 +79,12 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        metric: what a score is: "accuracy" (of integer targets) or "mse".
+        metric: what a score is: "accuracy" (of integer targets), "mse", or the "return" that `learner.score` gives.
         episodes: how many tasks.
         score: the metric after adaptation.
         before: the metric without adaptation: at the start of the inner iteration.
-        loss: after adaptation: minus the mean log-probability of the targets, or again the mean squared error.
+        loss: after adaptation: minus the mean log-probability of the targets, or again the mean squared error; minus
+            the return.
         curve: the metric after other numbers of steps, by that number.
         failed: how many tasks' adaptation did not succeed, by the name of the status. They are scored all the same,
             also those whose solver diverged, so that an x at which many do is not taken for a good one. A prediction
@@ -206,7 +217,7 @@ def evaluate(
         for part, first in enumerate(range(0, episodes, batch)):
             count = min(batch, episodes - first)
             sampled = tasks.sample(count, seed_of_step(seed, part))
-            check_batch(sampled, count)
+            check_tasks(learner, sampled, count)
             rows = None if ranks is None else ranks.rows(count)
 
             def at(steps: int | None, sampled: Any = sampled, part: int = part, rows: Any = rows) -> Adapted:
@@ -258,23 +269,25 @@ class _Found:
         self, learner: Learner, x: Tree, at: Callable[[int | None], Adapted], steps: int | None, curve: Sequence[int]
     ) -> None:
         own = at(steps)
-        predictions = predict(learner, x, own)
-        targets: Tensor = own.batch["query_y"]
-        self.metric = "mse" if targets.is_floating_point() else "accuracy"
+        self.metric = metric_of(learner, own.batch)
         self.failed.update(status.name for status in own.statuses if not status.ok)
         self.settled += [not status.lost for status in own.statuses]
         self.stats = self.stats + own.stats
-        scores = score_tasks(predictions, own.batch)
+        scores = scores_of(learner, x, own)
         self.after.append(scores)
-        self.before.append(scores if steps == 0 else score_tasks(predict(learner, x, at(0)), own.batch))
+        self.before.append(scores if steps == 0 else scores_of(learner, x, at(0)))
         for number in curve:
-            found = self.before[-1] if number == 0 else score_tasks(predict(learner, x, at(number)), own.batch)
+            found = self.before[-1] if number == 0 else scores_of(learner, x, at(number))
             self.curve.setdefault(number, []).append(found)
+        if self.metric == "return":
+            self.loss.append(-scores)
+            return
         if self.metric == "mse":
             self.loss.append(scores)
             if learner.draws is not None and learner.likelihood is not None:
                 self.densities.append(_score_draws(learner.likelihood, draws(learner, x, own), own.batch))
             return
+        predictions, targets = predict(learner, x, own), own.batch["query_y"]
         if bool(((predictions.exp().sum(-1) - 1).abs() > 1e-3).any()):  # logits: the learner did not know its loss
             predictions = predictions.log_softmax(-1)
         losses = nll_loss(predictions.transpose(1, 2), targets.long(), reduction="none")
@@ -304,6 +317,20 @@ class _Found:
             log_probabilities=torch.cat(self.log_probabilities) if self.log_probabilities else None,
             targets=torch.cat(self.targets) if self.targets else None,
         )
+
+
+def metric_of(learner: Learner, batch: Any) -> Metric:
+    """What the scores of a learner are on such tasks."""
+    if learner.score is not None:
+        return "return"
+    return "mse" if batch["query_y"].is_floating_point() else "accuracy"
+
+
+def scores_of(learner: Learner, x: Tree, adapted: Adapted) -> Tensor:
+    """The metric of each task `(tasks,)`."""
+    if learner.score is not None:
+        return scored(learner, x, adapted)
+    return score_tasks(predict(learner, x, adapted), adapted.batch)
 
 
 def score_tasks(predictions: Tensor, batch: Any) -> Tensor:

@@ -13,6 +13,7 @@ from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import SEED
+from bilevel.arguments.words import got
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import FORMERLY, Reporting, Saving, Validating, validating
@@ -23,6 +24,22 @@ from bilevel.portable.pickling import AbstractPortable
 from bilevel.tasks.source import AbstractTasks, batches
 
 _TEST = 2**35  # test tasks are drawn from a stream of seeds of their own
+
+
+@final
+@dataclass(frozen=True)
+class Paths:
+    """Paths in the plane, as plain numbers.
+
+    Attributes:
+        goals: (x, y) of each task.
+        before: the points of a path in each task, without adaptation.
+        after: the same after it.
+    """
+
+    goals: list[list[float]]
+    before: list[list[list[float]]]
+    after: list[list[list[float]]]
 
 
 @final
@@ -39,6 +56,9 @@ class Experiment:
         settings: of the training. (A mapping of keyword arguments of `train` is the old form.)
         evaluation: of the test. (A mapping of keyword arguments of `evaluate` is the old form.)
         tester: the learner of validation and test, where it is not that of training.
+        numbers: (x, seed) -> named numbers that are told beside the test; None: none.
+        paths: (x, seed) -> what is drawn beside the curves: paths in the plane before and after adaptation, and where
+            they are to lead, as `Paths`; None: nothing.
 
     Raises:
         TypeError: if a mapping of old has keywords that belong to a run, such as `out`.
@@ -52,6 +72,8 @@ class Experiment:
     settings: Training = Training()
     evaluation: Evaluating = Evaluating()
     tester: Learner | None = None
+    numbers: Callable[[Tree, int], Mapping[str, float]] | None = None
+    paths: Callable[[Tree, int], Paths] | None = None
 
     def __post_init__(self) -> None:
         demand_type("Experiment", "tester", self.tester, Learner | None)
@@ -109,7 +131,7 @@ class Experiment:
             told = rest.pop("callback", callback)
             callback = FORMERLY["callback"].build(told, taken(rest, FORMERLY["callback"].fields))
             if rest:
-                raise TypeError(f"`train` has no argument {next(iter(rest))!r}.")
+                raise TypeError(f"`Experiment.train(changes=...)`: `train` has no argument {got(next(iter(rest)))}.")
         return train(
             self.learner,
             self.tasks,

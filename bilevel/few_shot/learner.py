@@ -41,6 +41,9 @@ class Learner(AbstractPortable):
             Monte Carlo expectation); None: nothing.
         draws: (x, y, task) -> what `predict` averages over, `(samples, queries, ...)`: the query predictions of each
             draw of the task's posterior; None: there is no posterior.
+        score: (x, y, task) -> the return of one task, a scalar, the higher the better: what it is judged by where
+            there are no targets. Tasks are then any tensors with one leading axis; None: the accuracy, or the mean
+            squared error, of `predict`.
         likelihood: of numbers given such a draw, for predictive densities and intervals; None: it is not known.
     """
 
@@ -55,6 +58,7 @@ class Learner(AbstractPortable):
     prepare: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     draws: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)
     likelihood: AbstractLikelihood | None = field(default=None, repr=False)
+    score: Callable[[Tree, Tree, Any], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         demand_types(self)

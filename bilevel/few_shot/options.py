@@ -11,6 +11,7 @@ from bilevel._estimate import AbstractEstimator
 from bilevel._optimizer import AbstractOptimizer, demand_numbers
 from bilevel._sets import Constraint
 from bilevel._validate import Group
+from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import COUNT, SIZE, Range, demand_ranges
 from bilevel.few_shot.learner import Learner
@@ -31,6 +32,7 @@ class OuterLoop:
         optimizer: the outer optimizer. `Clipped(Adam(1e-3), max_norm=10.0)` clips gradients, and
             `Scheduled(Adam(1e-3), Cosine(max_steps))` changes the step length.
         estimator: how hypergradients are estimated; None: the learner's own.
+        algorithm: a whole algorithm in the place of optimizer and estimator, as for `minimize`; None: descent by them.
         constraint: a set for x, or for entries of it.
         chunk_size: how many tasks to treat at a time: bounds the memory; None: all.
         seconds: stop after so much time; None: never. It is looked at after each step.
@@ -42,7 +44,7 @@ class OuterLoop:
             `BilevelError`.
 
     Raises:
-        ValueError: if the time is not positive, or `skip` is negative.
+        ValueError: if the time is not positive, `skip` is negative, or there is an estimator beside an algorithm.
         TypeError: if the optimizer is none.
 
     Example:
@@ -52,6 +54,7 @@ class OuterLoop:
 
     optimizer: AbstractOptimizer = Adam(1e-3)
     estimator: AbstractEstimator | Auto | str | None = None
+    algorithm: AbstractAlgorithm[Any] | None = None
     constraint: Constraint = None
     chunk_size: int | None = None
     seconds: float | None = None
@@ -62,6 +65,9 @@ class OuterLoop:
         demand_types(self)
         demand_ranges(self, chunk_size=SIZE, seconds=Range(open=True, infinite=True), skip=COUNT)
         demand_numbers("OuterLoop", "optimizer", self.optimizer)
+        beside = [name for name in ("estimator", "chunk_size") if getattr(self, name) is not None]
+        if self.algorithm is not None and beside:
+            raise ValueError(f"`OuterLoop(algorithm=...)` has its own {beside[0]}. Leave `{beside[0]}=` out.")
 
 
 @final

@@ -131,12 +131,14 @@ def train(
         solution: Solution | None = None
         try:
             try:
+                descends, estimator = loop.algorithm is None, loop.estimator
                 solution = minimize(
                     learner.problem,
                     learner.x0,
                     learner.y0,
-                    estimator=learner.estimator if loop.estimator is None else loop.estimator,
-                    outer=loop.optimizer,
+                    algorithm=loop.algorithm,
+                    estimator=(learner.estimator if estimator is None else estimator) if descends else None,
+                    outer=loop.optimizer if descends else None,
                     max_steps=max_steps,
                     data=data,
                     constraint=loop.constraint,
@@ -145,7 +147,7 @@ def train(
                     checkpoint_every=Saving.every if kept_in is None else kept_in.every,
                     checkpoint_seconds=Saving.seconds if kept_in is None else kept_in.seconds,
                     resume=False if kept_in is None else kept_in.resume,
-                    warm_start=False,
+                    warm_start=False if descends else None,
                     chunk_size=loop.chunk_size,
                     throw=loop.throw,
                     skip=0 if loop.throw else loop.skip,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bilevel._estimate import Estimate
 from bilevel._result import Stats
-from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, check_padding, noise_seed, predict, ready, tasks_of
+from bilevel._tree import Tree, tree_leaves
+from bilevel.few_shot.adapt import Adapted, check_padding, check_tasks, noise_seed, ready, tasks_of
 from bilevel.few_shot.board import Board
-from bilevel.few_shot.evaluate import Evaluation, score_tasks
+from bilevel.few_shot.evaluate import Evaluation, scores_of
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.options import OuterLoop, Reporting
 from bilevel.few_shot.trained import Ended, Progress, Trained
@@ -24,7 +24,6 @@ from bilevel.few_shot.validate import Validation, Validations
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.watcher import AbstractEverywhere, before_save
 from bilevel.ranks.ranks import Ranks, first_says
-from bilevel.tasks.ragged import check_batch
 
 _AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
 
@@ -46,7 +45,7 @@ class TrainingBatches:
         if step not in self.latest:
             self.latest.clear()
             batch = self.sample(step)
-            check_batch(batch)
+            check_tasks(self.learner, batch)
             self.latest[step] = ready(self.learner, self.learner.x0, batch, noise_seed(self.seed, step))
             if not self.looked_at:  # later batches may be the first that have padding
                 self.looked_at.extend([step] * check_padding(self.learner, self.learner.x0, self.latest[step]))
@@ -247,10 +246,10 @@ class TrainingRun(AbstractEverywhere):
         batch, ranks = self._batches(step), self._ranks
         if ranks is None:
             return float(self._scores(estimate, batch).mean())
-        count = len(batch["query_y"])
+        count = next(leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         scores = self._scores(estimate, tasks_of(batch, ranks.rows(count)))
         return float(ranks.total(scores.sum())[0]) / count
 
     def _scores(self, estimate: Estimate, batch: Any) -> Tensor:
         adapted = Adapted(estimate.y, (), Stats(), batch)
-        return score_tasks(predict(self._batches.learner, estimate.x, adapted), batch)
+        return scores_of(self._batches.learner, estimate.x, adapted)

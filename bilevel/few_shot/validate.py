@@ -16,6 +16,7 @@ from bilevel._files import write_atomically
 from bilevel._tree import Tree, ravel
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.words import got
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.outer.saves import NotSavedError
 from bilevel.outside.checkpoints import load_plain
@@ -31,7 +32,7 @@ class Validation:
 
     Attributes:
         step: which.
-        metric: "accuracy" or "mse".
+        metric: "accuracy", "mse" or "return".
         score: its mean over the validation tasks after adaptation.
         interval: its 95 % interval is score +- interval.
         before: the mean before adaptation.
@@ -59,7 +60,7 @@ class Validation:
         """Whether it is strictly better; NaN is better than nothing."""
         if self.score != self.score or other is None:
             return self.score == self.score
-        return self.score > other.score if self.metric == "accuracy" else self.score < other.score
+        return self.score < other.score if self.metric == "mse" else self.score > other.score
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -173,7 +174,7 @@ def read_best(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = load_plain(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is not readable ({error}).") from error
+        raise ValueError(f"`read_best(path=...)`: {got(str(path))} is not readable ({str(error)[:200]}).") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} was not written by this version of bilevel.")
     try:

@@ -206,7 +206,7 @@ class AID(AbstractImplicit):
             reports += (at.second_order(),)
         kind = inner_problem(problem.problem)
         if not start.count and kind.g is not None and not kind.features:
-            reports += rounding_reports(used, problem, x, y, h)
+            reports += rounding_reports(used, problem, x, y, h, by_sign=used is not self)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
             return FlatEstimate(h, value, y, reports, substitute=substitute, multipliers=at.multipliers)

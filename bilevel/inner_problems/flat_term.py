@@ -59,7 +59,7 @@ class FlatTerm:
         structure = self.problem.y
 
         def one(x: Tree, v: Tensor, step: Tensor, *data: Any) -> Tensor:
-            found = self._at(x, *data).prox(structure.unravel(v), step.squeeze(-1))
+            found = self.at(x, *data).prox(structure.unravel(v), step.squeeze(-1))
             return structure.ravel(found, "prox(x).prox(v, step)")
 
         return self.problem.map(one, "g", x, v, _column(step, v))
@@ -68,7 +68,7 @@ class FlatTerm:
         """h_x(y): `(*batch,)`, infinite where y is not admitted."""
 
         def one(x: Tree, y: Tensor, *data: Any) -> Tensor:
-            return self._at(x, *data).value(self.problem.y.unravel(y))
+            return self.at(x, *data).value(self.problem.y.unravel(y))
 
         return self.problem.map(one, "g", x, y)
 
@@ -76,7 +76,7 @@ class FlatTerm:
         """How far v is from a kink of the map, relative to its entries: `(*batch,)`."""
 
         def one(x: Tree, v: Tensor, step: Tensor, *data: Any) -> Tensor:
-            return self._at(x, *data).margin(self.problem.y.unravel(v), step.squeeze(-1))
+            return self.at(x, *data).margin(self.problem.y.unravel(v), step.squeeze(-1))
 
         return self.problem.map(one, "g", x, v, _column(step, v))
 
@@ -84,7 +84,7 @@ class FlatTerm:
         """Codes of the manifold that the map sends v to `(*batch, k)`; k = 0 where the term has none."""
 
         def one(x: Tree, v: Tensor, step: Tensor, *data: Any) -> Tensor:
-            return self._at(x, *data).active(self.problem.y.unravel(v), step.squeeze(-1))
+            return self.at(x, *data).active(self.problem.y.unravel(v), step.squeeze(-1))
 
         with torch.no_grad():
             return self.problem.map(one, "g", x.detach(), v.detach(), _column(step, v))
@@ -94,7 +94,7 @@ class FlatTerm:
         kept: list[tuple[AbstractProxTerm, Any]] = []
 
         def one(x: Tree, v: Tensor, step: Tensor, *data: Any) -> Any:
-            term = self._at(x, *data)
+            term = self.at(x, *data)
             found = term.derivative(self.problem.y.unravel(v), step.squeeze(-1))
             kept.append((term, found))
             return (v, *(() if found is None else found.parts))
@@ -113,7 +113,7 @@ class FlatTerm:
         y = structure.unravel(x.new_zeros(sum(shape.numel() for shape in structure.shapes)))
 
         def one(x: Tree, *data: Any) -> Tensor:
-            found = self._at(x, *data).pieces(y)
+            found = self.at(x, *data).pieces(y)
             if found is None:
                 raise _NoPiecesError
             return found
@@ -129,13 +129,14 @@ class FlatTerm:
         found: list[bool] = []
 
         def one(x: Tree, *data: Any) -> Tensor:
-            found.append(self._at(x, *data).separable)
+            found.append(self.at(x, *data).separable)
             return torch.zeros((), device="cpu")
 
         self.problem.map(one, "g", x)
         return all(found)
 
-    def _at(self, x: Tree, *data: Any) -> AbstractProxTerm:
+    def at(self, x: Tree, *data: Any) -> AbstractProxTerm:
+        """The term at one x in the user's structure, with the data of g."""
         from bilevel.prox.term import AbstractProxTerm
 
         found = called("prox(x, data)", self.function, x, *data)

@@ -13,6 +13,7 @@ from bilevel._numerics.saddle_point import SaddlePoint
 from bilevel._result import Report, Status
 
 _SEEN = 1e-6  # of a motion of all constraints: less is none
+_REGULAR = 1e-6  # squares of singular values above which these are exact to ten digits by their squares
 
 
 def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | None, least: float) -> Report:
@@ -36,8 +37,7 @@ def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | No
     rows = A * free.unsqueeze(-2) / positive_or_one(torch.linalg.vector_norm(A, dim=-1)).unsqueeze(-1)
     lost = ~rows.isfinite().all(-1).all(-1)
     rows = torch.where(lost[..., None, None], 0.0, rows)
-    sizes = torch.linalg.svdvals(rows)
-    sizes = torch.nn.functional.pad(sizes, (0, m - sizes.shape[-1]))
+    sizes = _singular_values(rows)
     dependent = sizes.amin(-1) <= least
     if bool(dependent.any()) and moved is not None:
         U = torch.linalg.svd(rows, full_matrices=True)[0]
@@ -54,6 +54,28 @@ def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | No
         for a, b in zip(lost.reshape(-1).tolist(), dependent.reshape(-1).tolist(), strict=True)
     )
     return Report(part, Status.worst(statuses), float(sizes.amin()), 0, statuses if A.dim() > 2 else ())
+
+
+def widening(apart: float) -> Report:
+    """Whether bounds that meet do so at this x only: y* then has a kink there, or there is no y at other x.
+
+    Args:
+        apart: the derivative in x of their distance, over that of the bounds themselves.
+    """
+    status = Status.dependent_constraints if apart > _SEEN else Status.successful
+    return Report("bounds that meet", status, apart, 0)
+
+
+def _singular_values(rows: Tensor) -> Tensor:
+    """Those of rows of at most length one `(*batch, m, n)`, with zeros for what has none: `(*batch, m)`."""
+    m, n = rows.shape[-2:]
+    if m <= n and rows.dtype == torch.float64:  # of a batch in half the time, where no root of rounding is taken
+        squares = torch.linalg.eigvalsh(rows @ rows.mT)
+        if bool(squares.amin() > _REGULAR):
+            found: Tensor = squares.sqrt()
+            return found
+    sizes = torch.linalg.svdvals(rows)
+    return torch.nn.functional.pad(sizes, (0, m - sizes.shape[-1]))
 
 
 def second_order(blocks: SaddleBlocks, like: Tensor) -> Report:

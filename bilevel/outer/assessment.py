@@ -62,15 +62,15 @@ def bounded(problem: FlatProblem, x: Tensor, found: FlatEstimate, constants: Con
         problem: on all the data.
         x: `(p,)`.
         found: what :func:`assessed` found there.
-        constants: what is known of f and g; None: estimated there, as far as that can be done.
+        constants: what is known of f and g, of each task; None: estimated there, but for tasks over ranks.
     """
     from bilevel.certificates.certify_flat import certify_flat  # which few runs come to
     from bilevel.certificates.estimate_constants import estimated
 
     try:
-        known = estimated(problem, x, found.y) if constants is None and problem.tasks is None else constants
-        if known is None:
+        if constants is None and problem.tasks_over is not None:  # each rank would know those of its own tasks
             return found
+        known = estimated(problem, x, found.y) if constants is None else constants
         certificate = certify_flat(problem, x, found.grad, found.y, found.v, known, _linear())
     except (NonfiniteError, ValueError, NotImplementedError):  # what it needs is not there: nothing is certified
         return found

@@ -132,8 +132,9 @@ def minimize(
             the aid family, kkt, itd with a tolerance) and the data the same at every step, else `Adam(0.05)`.
         max_steps: how many outer steps; of `QuasiNewton` evaluations.
         tol: stop when |h| (with a constraint |x - P(x - h)|), or the algorithm's own measure of stationarity, is at
-            most this; missing it is a failure. None: the outer method's own, which may be missed (`QuasiNewton` has
-            one, optimizers have none and take all the steps).
+            most this, on all the data, which must be known (a loader's luckiest batch would end the run); missing it is
+            a failure. None: the outer method's own, which may be missed (`QuasiNewton` has one, optimizers have none
+            and take all the steps).
         data: for problems with a third argument: one batch (a tensor, dict or tuple) for every step; a `FiniteSum`; a
             loader (any other iterable that can be started again, as it is at its end: a `DataLoader`, or a list, whose
             entries are batches, one a step); a callable step -> batch, or (role, step) -> batch with the role "f" or
@@ -265,6 +266,11 @@ def minimize(
         demand_all_tasks(batches)
         _demand_estimates(ranks, algorithm)
     on_batches = has_whole(batches) and not is_fixed(batches)
+    if tol is not None and not has_whole(batches):
+        raise ValueError(
+            "`minimize(tol=...)` is compared with what all the data say, and `data=` has only batches of them: the"
+            " luckiest would end the run. Pass `data=FiniteSum(...)`, or leave `tol` out and take `max_steps`."
+        )
     if algorithm == AUTO and is_fixed(batches):
         algorithm = DESCENT
     if isinstance(algorithm, ValueFunction):

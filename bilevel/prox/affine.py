@@ -144,8 +144,8 @@ def _demand_tight(A: Tensor) -> None:
     if not bool((off <= torch.finfo(every.dtype).eps ** 0.75 * a).all() & (a > 0).all()):
         raise ValueError(
             "`Affine(A=...)` must be a number, or a matrix with A A' = a I: for others there is no proximal map in"
-            " closed form. Make z = A y + b a variable of its own, by an inner solver that splits (ADMM, primal-dual),"
-            " or smooth h."
+            " closed form. For differences there are `TV1D` and `TV2D`; else make z a leaf of y of its own with"
+            " |z - A y - b|^2 times a weight in g and h of z alone, or smooth h."
         )
 
 

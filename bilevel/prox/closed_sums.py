@@ -14,12 +14,15 @@ from bilevel.prox.derivative import ProxDerivative, composed, diagonal, scaled
 from bilevel.prox.elastic_net import ElasticNet
 from bilevel.prox.group_lasso import GroupLasso
 from bilevel.prox.l1 import L1, LInfBall
-from bilevel.prox.l2_ball import L2
+from bilevel.prox.l1_ball import LInf
+from bilevel.prox.l2_ball import L2, L2Ball
+from bilevel.prox.nuclear_norm import NuclearNorm
 from bilevel.prox.quadratic import Quadratic
 from bilevel.prox.term import AbstractProxTerm, least, on_leaves
 from bilevel.prox.total_variation import TV1D
 from bilevel.prox.total_variation_2d import TV2D
 
+_HOMOGENEOUS = (L1, L2, LInf, Nonnegative, GroupLasso, NuclearNorm, TV1D, TV2D)
 _INTERVALS = (Box, Nonnegative, LInfBall)
 
 
@@ -92,8 +95,14 @@ def closed_form(terms: tuple[AbstractProxTerm, ...]) -> Closed | None:
     """How the maps of these terms compose; None: not that one knows."""
     squares = tuple(term for term in terms if isinstance(term, Quadratic) and _is_number(term.Q))
     rest = [term for term in terms if not any(term is each for each in squares)]
+    scaling = _scaling(rest)
+    if (
+        scaling is not None
+    ):  # a norm and a ball shrink the image u of the others, whose subgradients there are all a u's
+        found = closed_form(tuple(term for term in rest if term is not scaling))
+        return None if found is None else Closed((*found.chain, scaling), squares)
     first = [term for term in rest if isinstance(term, TV1D) or (isinstance(term, TV2D) and not term.isotropic)]
-    last = [term for term in rest if isinstance(term, GroupLasso | L2)]
+    last = [term for term in rest if isinstance(term, GroupLasso)]
     bounds = [term for term in rest if isinstance(term, _INTERVALS)]
     others = [term for term in rest if not any(term is each for each in (*first, *last, *bounds))]
     if len(rest) <= 1:
@@ -109,6 +118,20 @@ def closed_form(terms: tuple[AbstractProxTerm, ...]) -> Closed | None:
     else:
         chain = [*first, *others, *bounds, *last]
     return Closed(tuple(chain), squares)
+
+
+def _scaling(terms: list[AbstractProxTerm]) -> AbstractProxTerm | None:
+    """The Euclidean ball, or norm, where the others are h(a y) = a h(y) for a > 0; None: that is not so.
+
+    With u the image of the others at v, v - u is in t dh(u) = t dh(a u): a u is the image of the sum, a what the ball
+    or the norm makes of u. As h moves along u with it, P u = u, and the derivatives commute.
+    """
+    balls: list[AbstractProxTerm] = [term for term in terms if isinstance(term, L2Ball)]
+    round_ = balls or [term for term in terms if isinstance(term, L2)]
+    if not round_ or len(terms) < 2:
+        return None
+    others = [term for term in terms if term is not round_[-1]]
+    return round_[-1] if all(isinstance(term, _HOMOGENEOUS) for term in others) else None
 
 
 def _box(term: AbstractProxTerm) -> Box:

@@ -77,6 +77,10 @@ class GroupLasso(AbstractProxTerm):
         labels, count = _labels("GroupLasso", self.groups, structure, self.weight)
         return (~shrinkage(flat, step * self.weight, labels, count).dead).long()
 
+    def labels(self, y: Structure) -> tuple[Tensor, int]:
+        """The group of each entry of y as one vector, and how many groups there are."""
+        return _labels("GroupLasso", self.groups, y, self.weight)
+
     def conjugate(self) -> GroupBall:
         return GroupBall(self.weight, self.groups)
 

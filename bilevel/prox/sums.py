@@ -25,22 +25,23 @@ class Sum(AbstractProxTerm):
 
     In closed form are one term and any of q |y|^2 / 2 + c' y (`Quadratic` with a number q); a separable one and bounds
     (`L1`, `ElasticNet`, diagonal `Quadratic` | `Box`, `Nonnegative`, `LInfBall`); `TV1D`, or an anisotropic `TV2D`, and
-    such ones whose parameters are numbers; `L1`, `Nonnegative`, or both, and a group lasso or Euclidean norm.
+    such ones whose parameters are numbers; `L1`, `Nonnegative`, or both, and a group lasso; and any of these norms,
+    cones and total variations, or a sum of them that is one of the above, and the Euclidean norm or ball.
 
     The others are split: prox_{t h}(v) is the y at rest, with k terms, of
 
         y = (v + sum_i (y_i + d_i)) / (k + 1),  y_i = prox_{t h_i}(y - d_i),  d_i <- d_i + y_i - y,
 
-    the alternating direction method of multipliers, to |y_i - y|, |y - y_before| <= tol max(|v|, |y|), or eps of the
-    dtype. That is locally linear; the error of y is this residual times 1 / (1 - rate). The same iteration, with the
-    derivatives P_i of the maps for these, gives products with the derivative and its adjoint: terms that have none
-    make a sum that cannot be differentiated. If it does not come to rest, as for sets that do not meet, the margin
+    the alternating direction method of multipliers, over-relaxed, to |y_i - y|, |y - y_before| <= tol max(|v|, |y|), or
+    eps of the dtype. That is locally linear; the error of y is this residual times 1 / (1 - rate). The same iteration,
+    with the derivatives P_i of the maps for these, gives products with the derivative and its adjoint: terms that have
+    none make a sum that cannot be differentiated. If it does not come to rest, as for sets that do not meet, the margin
     is NaN, and an estimate ends with `Status.nonfinite`. y is in the sets of the terms to the tolerance, the value
     there may be infinite.
 
     Source: Combettes and Pesquet, "Proximal splitting methods in signal processing", 2011; Friedman et al., "Pathwise
     coordinate optimization", Ann. Appl. Stat. 1 (2007), for `TV1D` and `L1`; Yu, "On decomposing the proximal map",
-    NeurIPS 2013.
+    NeurIPS 2013; Eckstein and Bertsekas, Math. Programming 55 (1992), for over-relaxation.
 
     Args:
         terms: h_1, h_2, ...

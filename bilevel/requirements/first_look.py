@@ -314,6 +314,8 @@ def _detached(name: str, leaf: str) -> str:
 
 def _moved(a: Tensor, b: Tensor) -> bool:
     """Whether two values differ by more than rounding; entries that are not finite tell nothing."""
+    if torch.equal(a, b):
+        return False
     told = a.isfinite() & b.isfinite()
     if not bool(told.any()):  # nor is there anything to tell where there are no entries
         return False

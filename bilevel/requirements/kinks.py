@@ -11,6 +11,7 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
 from bilevel._numerics.graphs import rounding_unit
 from bilevel._result import Report, Status, Tally
+from bilevel.inner_problems.fixed_point import FixedPoint
 from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.requirements.properties import Property
 from bilevel.solvers.lbfgs import LBFGS
@@ -33,7 +34,7 @@ _OFF = 0.02  # between the derivative of y* and a difference of solutions
 def kink_reports(
     estimator: AbstractRequiring, problem: FlatProblem, x: Tensor, y: Tensor, chunk_size: int | None = None
 ) -> tuple[Report, ...]:
-    """A report where g has a kink at the inner solution y, and the estimator relies on derivatives of g there.
+    """A report where g, or the map T of a fixed point, has a kink at the inner solution y that the estimator relies on.
 
     None is made where all is well, nor where y is what so many steps make of a start and no solution.
 
@@ -41,7 +42,11 @@ def kink_reports(
     two linear and three inner solves. Nothing is counted: it is asked once, at the first estimate of a run.
     """
     kind = inner_problem(problem.problem)
-    if not estimator.requires & SEEN_BY or Property.stationary not in kind.offers or kind.g is None:
+    if Property.stationary not in kind.offers:
+        return ()
+    if isinstance(kind, FixedPoint):
+        return _kink_of_the_map(problem, x, y) if Property.stationary in estimator.requires else ()
+    if not estimator.requires & SEEN_BY or kind.g is None:
         return ()
     if problem.problem.init is not None and Property.stationary not in estimator.requires:
         return ()  # it differentiates steps from a start that is part of the problem
@@ -57,6 +62,35 @@ def kink_reports(
     gradient = inner_objective(problem.with_tally(Tally()), x).gradient(y)
     residual = float(torch.linalg.vector_norm(gradient, dim=-1).max())
     return (Report("smoothness of g", Status.kink, residual, 0, statuses if found.dim() else ()),)
+
+
+def _kink_of_the_map(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Report, ...]:
+    """The same of T(x, .): its second difference across y is of order t where a slope jumps there, else of order t^2.
+
+    Cost: five evaluations of T. In float32 nothing is said.
+    """
+    with torch.no_grad():
+        x, problem = problem.with_tally(Tally()).encode(x)
+    x, y = x.detach(), y.detach()
+    T = inner_objective(problem, x).fixed_point
+    if T is None or torch.finfo(y.dtype).eps > 1e-10:
+        return ()
+    d, length = _direction(y), torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    t = torch.finfo(y.dtype).eps ** 0.4 * (1 + length)
+    with torch.no_grad():
+        middle = T(y)
+
+        def around(t: Tensor) -> tuple[Tensor, Tensor]:
+            right, left = T(y + t * d), T(y - t * d)
+            return right - left, right - 2 * middle + left
+
+        (slope, bend), (_, near) = around(t), around(_PART * t)
+        doubt = (_norm(bend) > _BEND * _norm(slope)) & (_norm(near) > _JUMP * _PART * _norm(bend)) & _alike(bend, near)
+    if not bool(doubt.any()):
+        return ()
+    statuses = tuple(Status.kink if one else Status.successful for one in doubt.reshape(-1).tolist())
+    residual = float(torch.linalg.vector_norm(middle - y, dim=-1).max())
+    return (Report("smoothness of T", Status.kink, residual, 0, statuses if doubt.dim() else ()),)
 
 
 def kinked(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:

@@ -174,12 +174,12 @@ def float32_near_float64(
 @checked(x=_FINITE, y0=_FINITE)
 def inputs_untouched(estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor) -> None:
     """The vectors that an estimator is given keep their bits, and their `.grad` stays None."""
-    x, y0 = x.detach().clone().requires_grad_(), y0.detach().clone()
-    kept = {"x": x, "start.y": y0}
+    x, start = x.detach().clone().requires_grad_(), ravel(y0)[0].detach().clone()
+    kept = {"x": x, "start.y": start}
     before = {name: tensor.detach().clone() for name, tensor in kept.items()}
     hypergradient(problem, x, y0, estimator=estimator, throw=False)
     flat = FlatProblem(problem, ravel(x)[1], ravel(y0)[1])
-    estimator.estimate(flat, x.detach(), FlatStart(y0))
+    estimator.estimate(flat, ravel(x)[0].detach(), FlatStart(start))
     for name, tensor in kept.items():
         same = torch.equal(tensor.detach(), before[name])
         assert same, f"inputs untouched: {name} was modified: {before[name].tolist()} became {tensor.tolist()}."
