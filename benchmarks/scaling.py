@@ -66,7 +66,7 @@ def seconds_a_step(samples: int, group: Any = None) -> float:
 
     def run(steps: int) -> float:
         began = time.perf_counter()
-        minimize(PROBLEM, x0, x0, algorithm=algorithm, data=data, max_steps=steps, evaluate_every=10**6, group=group)
+        minimize(PROBLEM, x0, x0, algorithm=algorithm, data=data, max_steps=steps, group=group)
         return time.perf_counter() - began
 
     run(1)

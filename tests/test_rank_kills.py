@@ -189,7 +189,7 @@ def test_what_has_nothing_to_share_is_refused_by_name_and_the_other_ranks_leave(
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(here: Path) -> None:
     Path("mine.py").write_text(DYING)
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    words += ["--master-port", "0", "-m", "bilevel", "run", "mine.py:dies", "--out", "out", "--quiet"]
+    words += ["--standalone", "-m", "bilevel", "run", "mine.py:dies", "--out", "out", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=170, env=environment, check=False)
     assert done.returncode == 0, done.stderr
