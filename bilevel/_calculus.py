@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bilevel._linear import LinearOperator
 from bilevel._numerics.known_point import KnownObjective
-from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
 from bilevel.arguments.checked import checked
@@ -472,7 +471,7 @@ class FiniteDifferences(AbstractProducts):
         def products(v: Tensor) -> tuple[Tensor, Tensor | None]:
             # One step for all tasks: gx is a sum over them, so that they must share it. Several x have one each.
             lead = x.dim() - 1
-            sizes, lengths = safe_row_norms(v.flatten(lead)), safe_row_norms(y.flatten(lead))
+            sizes, lengths = problem.row_norms(v.flatten(lead)), problem.row_norms(y.flatten(lead))
             t = step * (1 + lengths) / torch.where(sizes > 0, sizes, 1.0)
             t_y, t_x = (
                 t.reshape(*t.shape, *(1 for _ in y.shape[lead:])),

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set_random_state
 from bilevel._numerics.known_objective import AbstractKnownObjective
 from bilevel._numerics.misfits import Misfit, called
+from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
@@ -122,12 +123,13 @@ class FlatProblem:
         """`g` for its derivatives alone: with samples over ranks its value is this rank's part, and no message."""
         return self._g(x, y) if self.across is None else self.across.part("g", self._g, x, y)
 
-    def over(self, ranks: Ranks | None, shares: tuple[float, float]) -> None:
+    def over(self, ranks: Ranks | None, shares: tuple[float, float], *, sharded: bool = False) -> None:
         """Have the tasks, or else the samples, be over ranks; one rank alone has them all.
 
         Args:
             ranks: the processes; None: this one alone.
             shares: of f and of g, what this rank's samples are of all.
+            sharded: whether y is this rank's part of one that is shared out.
         """
         if ranks is None or ranks.size == 1:
             return
@@ -136,14 +138,14 @@ class FlatProblem:
         else:
             from bilevel.ranks.across import Across
 
-            self.across = Across(ranks, *shares)
+            self.across = Across(ranks, *shares, sharded=sharded)
 
     def by_itself(self) -> FlatProblem:
         """The problem with this rank's parts of f and g, whose derivatives :meth:`total` sums; itself where it is one.
 
         For what is linear in f and g, so that much can go into one message.
         """
-        if self.across is None or self.across.alone:
+        if self.across is None or self.across.alone or self.across.sharded:
             return self
         found = FlatProblem.__new__(FlatProblem)
         vars(found).update(vars(self), across=self.across.by_itself(), _outer=None)
@@ -151,7 +153,21 @@ class FlatProblem:
 
     def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """What the ranks have found :meth:`by_itself`, in sum, as one message; as it is where there are no ranks."""
-        return parts if self.across is None or self.across.alone else self.across.ranks.total(*parts)
+        if self.across is None or self.across.alone or self.across.sharded:
+            return parts
+        return self.across.ranks.total(*parts)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether y is this rank's part of one that is shared out."""
+        return self.across is not None and self.across.sharded
+
+    def row_norms(self, y: Tensor) -> Tensor:
+        """Euclidean norms of rows that are as y is: of all parts, where it is shared out (one message)."""
+        norms = safe_row_norms(y)
+        if self.across is None or not self.across.sharded:
+            return norms
+        return self.across.ranks.total(norms.square())[0].sqrt()
 
     def _f(self, x: Tensor, y: Tensor) -> Tensor:
         return self._value("f", self.problem.f, x, y)

@@ -75,6 +75,11 @@ class AbstractOptimizer(AbstractPortable, abc.ABC):
     def needs_curvature(self) -> bool:
         """Whether a step size was left open, to be derived from the largest curvature L."""
 
+    @property
+    def entry_by_entry(self) -> bool:
+        """Whether an entry of a step depends on that entry of gradients and points alone. No, unless said."""
+        return False
+
     @abc.abstractmethod
     def tuned(self, largest_curvature: Tensor) -> AbstractOptimizer:
         """This optimizer with open step sizes derived from L: `()`, or `(*batch, 1)` for rows."""

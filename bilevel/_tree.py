@@ -207,6 +207,12 @@ def _refuse_leaf(tree: Tree, name: str) -> None:
             )
         if leaf.layout != torch.strided:
             raise TypeError(f"{name} must hold dense tensors. Got {leaf.layout} at {where}. Write `.to_dense()`.")
+        if type(leaf).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} must hold whole tensors. Got a DTensor at {where}, which is shared out over ranks. First-order"
+                f" algorithms take such a y: `minimize(..., algorithm=F2SA(...), group=)`. For all else pass"
+                f" parameters that are whole on every rank, such as `tensor.full_tensor()`."
+            )
         if not _whole(leaf):
             raise TypeError(
                 f"{name} must hold plain tensors. Got a {type(leaf).__name__} at {where}, a subclass with operations of"

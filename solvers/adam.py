@@ -105,6 +105,10 @@ class Adam(AbstractOptimizer):
         return moved, {"m": m, "v": v, "count": count}
 
     @property
+    def entry_by_entry(self) -> bool:
+        return True
+
+    @property
     def needs_curvature(self) -> bool:
         return False
 

@@ -55,6 +55,10 @@ class GradientDescent(AbstractOptimizer):
         return point - number("GradientDescent", "step", self.step_size) * grad, state
 
     @property
+    def entry_by_entry(self) -> bool:
+        return True
+
+    @property
     def needs_curvature(self) -> bool:
         return self.step_size is None
 

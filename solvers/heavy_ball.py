@@ -70,6 +70,10 @@ class HeavyBall(AbstractOptimizer):
         return point + move, {"move": move}
 
     @property
+    def entry_by_entry(self) -> bool:
+        return True
+
+    @property
     def needs_curvature(self) -> bool:
         return self.step_size is None
 

@@ -72,6 +72,10 @@ class Nesterov(AbstractOptimizer):
         return u + momentum * (u - state["u"]), {"u": u, "count": count}
 
     @property
+    def entry_by_entry(self) -> bool:
+        return True
+
+    @property
     def needs_curvature(self) -> bool:
         return self.step_size is None
 

@@ -78,6 +78,10 @@ class Scheduled(AbstractOptimizer):
         return factors[..., min(k, factors.shape[-1] - 1)].unsqueeze(-1)
 
     @property
+    def entry_by_entry(self) -> bool:
+        return self.optimizer.entry_by_entry
+
+    @property
     def needs_curvature(self) -> bool:
         return self.optimizer.needs_curvature
 

@@ -67,6 +67,11 @@ class TorchOptim(AbstractOptimizer):
         return parameter.detach(), _state(optimizer, scheduler)
 
     @property
+    def entry_by_entry(self) -> bool:
+        names = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam")
+        return type(self._build(torch.zeros(1))[1]) in {getattr(torch.optim, name) for name in names}
+
+    @property
     def needs_curvature(self) -> bool:
         return False
 

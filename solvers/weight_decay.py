@@ -70,6 +70,10 @@ class WeightDecay(AbstractOptimizer):
         return moved - number("WeightDecay", "decay", self.decay) * point, state
 
     @property
+    def entry_by_entry(self) -> bool:
+        return self.optimizer.entry_by_entry
+
+    @property
     def needs_curvature(self) -> bool:
         return self.optimizer.needs_curvature
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from forks import ended, forked
 
 
-def on_ranks(size: int, call: Callable[[Any, int], Any], seconds: float = 60.0) -> list[Any]:
+def on_ranks(size: int, call: Callable[[Any, int], Any], seconds: float = 30.0) -> list[Any]:
     """What `call(group, rank)` returns on each rank; an exception is returned as it is."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

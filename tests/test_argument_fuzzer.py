@@ -22,7 +22,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from valid_calls import PROBLEM, WITHOUT_DATA, C, Public, X, Y, called, f, g, hints, parameters, public, valid
+from valid_calls import (
+    PROBLEM,
+    WITHOUT_DATA,
+    C,
+    Public,
+    X,
+    Y,
+    called,
+    f,
+    g,
+    hints,
+    leave_group,
+    parameters,
+    public,
+    valid,
+)
 
 import bilevel
 import bilevel.algorithms.registry
@@ -37,6 +52,14 @@ from bilevel.tasks import Sinusoid
 CALLS = int(os.environ.get("FUZZ_CALLS", "20000"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS = 20  # after which a call counts as one that does not end
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone() -> Iterator[None]:
+    """The group of one process that `Ranks` was called with does not outlast the module."""
+    yield
+    leave_group()
+
 
 # Hostile values, made anew for each call
 

@@ -15,6 +15,7 @@ from bilevel.algorithms import SOBA
 from bilevel.federated import (
     AggITD,
     Clients,
+    ClientsOnRanks,
     FederatedSOBA,
     FedNest,
     Participation,
@@ -274,3 +275,62 @@ def test_federated_soba_needs_at_most_half_the_rounds_of_the_others() -> None:
     ours = found.pop(benchmark["NAMES"][0])[0]
     for name, top in found.items():
         assert top is None or 2 * ours.rounds <= top[0].rounds, (name, ours, top)
+
+
+def _on_ranks(group: Any, rank: int) -> dict[str, Any]:
+    from bilevel.ranks import Ranks
+
+    rows = slice(0, 2) if rank == 0 else slice(2, M)
+    weights = WEIGHTS[rows]
+    own = Clients(PROBLEM, X, Y, tuple(part[rows] for part in DATA), weights)
+    found = {}
+    for name, method in ON_RANKS.items():
+        ranks = Ranks(group)
+        run = federate(
+            ClientsOnRanks(own, ranks, float(weights.sum())), X, Y, method=method, steps=4, participation=SOME
+        )
+        found[name] = run.x, run.y, run.traffic, ranks.messages, ranks.floats
+    return found
+
+
+SOME = Participation(share=0.67, dropout=0.1, seed=3)
+ON_RANKS: dict[str, Any] = {
+    "soba": FederatedSOBA(0.3, 0.1),
+    "soba, local steps": FederatedSOBA(0.3, 0.1, local_steps=3),
+    "aggitd": AggITD(0.3, 0.1, rounds=4),
+    "fednest": FedNest(0.3, 0.1, inner_rounds=2, terms=3, local_steps=2),
+}
+
+
+def test_clients_of_two_processes_are_those_of_one_and_a_round_is_one_message_of_sums() -> None:
+    pytest.importorskip("torch.distributed")
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("needs gloo")
+    from rank_processes import on_ranks
+
+    first, second = on_ranks(2, _on_ranks)
+    for found in (first, second):
+        if isinstance(found, Exception):
+            raise found
+    for name, method in ON_RANKS.items():
+        alone = federate(clients(), X, Y, method=method, steps=4, participation=SOME)
+        x, y, traffic, messages, _ = first[name]
+        assert torch.allclose(x, alone.x, rtol=0, atol=1e-12) and torch.allclose(y, alone.y, rtol=0, atol=1e-12), name
+        assert torch.equal(x, second[name][0]) and torch.equal(y, second[name][1]), name
+        assert traffic == alone.traffic and messages == 1 + traffic.rounds, name
+    assert first["soba"][4] == 4 * (2 * Q + P)
+
+
+def test_a_thousand_clients_go_side_by_side_in_one_process() -> None:
+    count = 1000
+    data = tuple(part[torch.arange(count) % M] for part in DATA)
+    many = Clients(PROBLEM, X, Y, data, WEIGHTS[torch.arange(count) % M])
+    method = FederatedSOBA(0.3, 0.1)
+    tenth = Participation(share=0.1, seed=1)
+    found = federate(many, X, Y, method=method, steps=3, participation=tenth)
+    assert found.traffic.down == 3 * 100 * (2 * Q + P) * 8
+    weights = many.weights
+    whole = federate(many, X, Y, method=method, steps=3)
+    by_hand = torch.stack([weights[k::M].sum() for k in range(M)])
+    few = federate(clients(by_hand), X, Y, method=method, steps=3)
+    assert torch.allclose(whole.x, few.x, rtol=0, atol=1e-12) and torch.allclose(whole.y, few.y, rtol=0, atol=1e-12)

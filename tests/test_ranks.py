@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -227,7 +230,8 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
         _run(name, group, 2, checkpoint=file, checkpoint_every=2)
         assert file.exists() or rank
         found[f"{name} resumed"] = _run(name, group, 4, checkpoint=file, resume=True).x
-        found[f"{name} undisturbed"] = _run(name, group, 4).x
+        found[f"{name} undisturbed"] = _run(name, group, 4, checkpoint=folder / "other", checkpoint_every=2).x
+        (folder / "other").unlink(missing_ok=True)
     found["files"] = sorted(path.name for path in folder.iterdir())
     return found
 
@@ -269,7 +273,7 @@ def test_ranks_refuse_fail_stop_and_resume_together(tmp_path: Path) -> None:
         assert torch.allclose(found["hypergradient"], h, rtol=0, atol=1e-12)
         for name in ("soba", "saba", "imaml"):
             assert torch.allclose(found[f"{name} resumed"], _run(name).x, rtol=0, atol=1e-12), name
-        for name in ("soba", "imaml"):  # tables are summed and shared anew
+        for name in ("soba", "saba", "imaml"):
             assert torch.equal(found[f"{name} resumed"], found[f"{name} undisturbed"])
     assert first["callback"] == ([0, 1, 2], Status.stopped, 3) and second["callback"] == ([], Status.stopped, 3)
     assert first["failing callback"][0] == "KeyError"
@@ -277,6 +281,35 @@ def test_ranks_refuse_fail_stop_and_resume_together(tmp_path: Path) -> None:
     assert first["files"] == ["imaml", "saba", "soba"]
     for name in ("soba", "saba", "imaml"):  # one process goes on from the file of two
         assert torch.allclose(_run(name, checkpoint=tmp_path / name, resume=True).x, _run(name).x, rtol=0, atol=1e-12)
+
+
+def _stopped(group: Any, rank: int, seconds: float) -> Any:
+    """A run in which rank 1 is stopped after step 1, for so long."""
+    numbers = Ranks(group).gathered(os.getpid())
+    timer = threading.Timer(seconds, os.kill, (numbers[1], signal.SIGCONT))
+
+    def stop(record: Any, estimate: Any) -> None:
+        if record.step == 1:
+            os.kill(numbers[1], signal.SIGSTOP)
+            timer.start()
+
+    try:
+        return _run("aid-cg", group, callback=stop).x
+    except BilevelError as error:
+        return error.status, len(error.partial.history), str(error)
+    finally:
+        if rank == 0:
+            timer.join()
+
+
+def test_a_rank_that_is_stopped_for_less_than_the_timeout_changes_nothing() -> None:
+    for found in on_ranks(2, lambda group, rank: _stopped(group, rank, 0.4)):
+        assert torch.allclose(found, _run("aid-cg").x, rtol=0, atol=1e-12)
+
+
+def test_a_rank_that_is_stopped_for_longer_is_an_error_on_the_others_with_what_was_computed() -> None:
+    first, _ = on_ranks(2, lambda group, rank: _stopped(group, rank, 2.0), seconds=0.5)
+    assert first[0] is Status.interrupted and first[1] == 2 and "waited in vain" in first[2]
 
 
 def _hangs(group: Any, rank: int) -> Any:

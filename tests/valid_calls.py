@@ -29,6 +29,7 @@ import bilevel.inner_problems
 import bilevel.problems
 import bilevel.problems.glm
 import bilevel.problems.literature
+import bilevel.ranks
 import bilevel.reinforcement
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
@@ -55,6 +56,7 @@ ROOMS = (
     "bilevel.algorithms",
     "bilevel.extending",
     "bilevel.federated",
+    "bilevel.ranks",
     "bilevel.problems.literature",
     "bilevel.reinforcement",
     "bilevel.testing",
@@ -246,6 +248,21 @@ def pulled() -> bilevel.reinforcement.MetaPolicy:
 
 def clients() -> bilevel.federated.Clients:
     return bilevel.federated.Clients(BilevelProblem(client, client), X, Y, torch.ones(3, 2, **D))
+
+
+@functools.cache
+def group() -> Any:
+    """A process group of one, until `leave_group`."""
+    store = f"file://{folder() / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    return torch.distributed.group.WORLD
+
+
+def leave_group() -> None:
+    """Leave it, if it was asked for."""
+    if group.cache_info().currsize:
+        torch.distributed.destroy_process_group()
+        group.cache_clear()
 
 
 @functools.cache
@@ -508,6 +525,22 @@ BY_NAME: dict[str, dict[str, Any]] = {
         }
         for name in ("inner_gradients", "outer_gradients", "products")
     },
+    "ClientsOnRanks": {"own": clients, "group": group},
+    **{
+        f"ClientsOnRanks.{name}": {
+            **{"who": lambda: torch.tensor([0, 2]), "x": lambda: X},
+            **{"y": lambda: torch.zeros(2, 2, **D), "v": lambda: torch.ones(2, 2, **D)},
+        }
+        for name in ("inner_gradients", "outer_gradients", "products")
+    },
+    **{
+        f"{owner}.means": {
+            "who": lambda: torch.tensor([0, 2]),
+            "weights": lambda: torch.ones(2, **D),
+            "answers": lambda: torch.ones(2, 2, **D),
+        }
+        for owner in ("Clients", "ClientsOnRanks")
+    },
     "federate": {
         **{"clients": clients, "x0": lambda: X, "y0": lambda: Y, "steps": lambda: 2},
         "method": lambda: bilevel.federated.FederatedSOBA(0.1, 0.05),
@@ -519,6 +552,11 @@ BY_NAME: dict[str, dict[str, Any]] = {
         **{"server": lambda: bilevel.federated.Server(clients(), (2, 2)), "x": lambda: X, "y": lambda: Y},
         **{"step": lambda: 0.1, "steps": lambda: 2},
     },
+    "bilevel.ranks.Ranks": {"group": group},
+    "Ranks.total": {"tensors": lambda: torch.ones(2)},
+    "Ranks.gathered": {"value": lambda: [1, "a"]},
+    "bilevel.ranks.Shard": {"data": lambda: torch.ones(3, 2)},
+    "Shard.count": {"batch": lambda: torch.ones(3, 2)},
     **{
         f"bilevel.reinforcement.{name}": {
             "policy": lambda: bilevel.reinforcement.CategoricalPolicy(net(1, 2)),

@@ -123,6 +123,15 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         """
         return None
 
+    @property
+    def takes_shards(self) -> bool:
+        """Whether y may be shared out over ranks, each of which has a part of its entries and of all that is like y.
+
+        So it is where nothing but first derivatives and operations entry by entry are taken of it, and norms by
+        `FlatProblem.row_norms`. No, unless said.
+        """
+        return False
+
     def is_apart(self, state: S) -> bool:
         """Whether a part of a state is this rank's own, in a run over ranks. No, unless said."""
         return False

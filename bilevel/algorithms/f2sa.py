@@ -25,7 +25,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, is_optimizer, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, entry_by_entry, is_optimizer, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
@@ -88,7 +88,8 @@ class F2SA(AbstractAlgorithm[Copies]):
     is *measured* where the run starts, on all the data where they are known, else on the first batches: the least
     eigenvalue of H_g - nu H_f, by 64 Lanczos steps that `stats` does not count. (weight mu above the curvature of f is
     sufficient, and not necessary.) Where it is not positive the default is order 1, and `Estimate.note` says so;
-    order=2 is refused. Once positive it may turn negative elsewhere: then y_-1 diverges.
+    order=2 is refused. Once positive it may turn negative elsewhere: then y_-1 diverges. (With parameters that are
+    shared out over ranks nothing is measured, and the order must be given.)
 
     `Estimate.y` is y_0 (order 1), or the mean (y_-1 + y_1) / 2 = y* + O(nu^2), of which neither alone is better than
     O(nu). `Estimate.value` is f at y_1, or the mean of its two values.
@@ -177,6 +178,13 @@ class F2SA(AbstractAlgorithm[Copies]):
         """
         if self.order == 1:
             return 1, None
+        if oracle.like.sharded:  # products with Hessians are not there
+            if self.order == 2:
+                return 2, None
+            raise DoesNotApply(
+                "with parameters that are shared out over ranks it cannot be measured whether g - f / weight is convex"
+                " in y. Pass `order=1`, or `order=2` where it is known to be."
+            )
         weight = weight_at(self.weight, 0)
         least, rounding = least_curvature(most_data(oracle), x, y, -1 / weight)
         convex = not least <= rounding  # where it is not a number something else will say so
@@ -234,9 +242,13 @@ class F2SA(AbstractAlgorithm[Copies]):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 
+    @property
+    def takes_shards(self) -> bool:
+        return entry_by_entry(self.inner_step)
+
     def stationarity(self, oracle: Oracle, state: Copies, found: Evaluated) -> Tensor:
         _, d_low, d_high = found.kept
-        return arrival(oracle.residual(state.x, found.estimate.grad), d_low, d_high)
+        return arrival(oracle.residual(state.x, found.estimate.grad), d_low, d_high, problem=oracle.like)
 
     def point(self, state: Copies) -> tuple[Tensor, Tensor]:
         return state.x, state.y

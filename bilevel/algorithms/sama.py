@@ -10,12 +10,11 @@ from torch import Tensor
 
 from bilevel._calculus import inner_gradient_in_x, outer_gradients
 from bilevel._estimate import FlatEstimate
-from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import residual_report
 from bilevel.algorithms.engine.slopes import REQUIRES, arrival, demand_in_g, demand_own_steps, slope
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, moved
+from bilevel.algorithms.engine.steps import Schedule, Step, begun, entry_by_entry, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
@@ -121,7 +120,7 @@ class SAMA(AbstractAlgorithm[Adapted]):
         problem, of_f, of_g = oracle.problem(g=last), oracle.block("f").scale, oracle.block("g", last).scale
         value, fx, fy = outer_gradients(problem, x, y)  # of the mean over tasks: so is what follows
         s = diagonal * fy
-        size = safe_row_norms(s.reshape(-1))
+        size = problem.row_norms(s.reshape(-1))
         t = self.radius / torch.where(size > 0, size, torch.ones_like(size))
         up, down = (inner_gradient_in_x(problem, x, y + t * sign * s) for sign in (1.0, -1.0))
         h = of_f * fx
@@ -137,8 +136,12 @@ class SAMA(AbstractAlgorithm[Adapted]):
         x, outer = moved(self.outer_step, gamma, found.estimate.grad, state.x, state.outer)
         return Adapted(oracle.project(x), y, outer, inner)
 
+    @property
+    def takes_shards(self) -> bool:
+        return entry_by_entry(self.inner_step)
+
     def stationarity(self, oracle: Oracle, state: Adapted, found: Evaluated) -> Tensor:
-        return arrival(oracle.residual(state.x, found.estimate.grad), found.kept[2])
+        return arrival(oracle.residual(state.x, found.estimate.grad), found.kept[2], problem=oracle.like)
 
     def point(self, state: Adapted) -> tuple[Tensor, Tensor]:
         return state.x, state.y

@@ -13,6 +13,7 @@ from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import BilevelError, Stats, Status
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.claim import Claim, claimed
+from bilevel.commands.company import Company, as_restarted, company
 from bilevel.commands.contents import (
     BEGUN,
     FINISHING,
@@ -58,11 +59,44 @@ def run_experiment(request: Request) -> None:
         Failure: if training met NaN, or the evaluation failed.
         KeyboardInterrupt: if it was interrupted; the files are written first.
     """
-    with claimed(request) as claim:
-        _claimed(request, claim)
+    with company() as ranks:
+        if not ranks.leads:
+            _follow(request, ranks)
+            return
+        with ranks.led():
+            request = as_restarted(request)
+            with claimed(request) as claim:
+                _claimed(request, claim, ranks)
 
 
-def _claimed(request: Request, claim: Claim) -> None:
+def _follow(request: Request, ranks: Company) -> None:
+    """Train and evaluate as rank 0 does, and leave everything else to it."""
+    told_first = ranks.told()
+    if told_first is None:
+        return
+    plan = _plan(request, told_first["recorded"])
+    experiment = _within(plan.experiment, told_first["limit"])
+    saving = Saving(told_first["out"], experiment.settings.checkpoint_every, told_first["resume"])
+    try:
+        trained = experiment.train(plan.seed, out=saving, callback=lambda _: False, group=ranks.ranks)
+    except BilevelError as error:
+        if not isinstance(error.partial, Trained) or error.partial.ended == "interrupted":
+            raise
+        trained = error.partial
+    experiment.evaluate(trained.x, plan.seed, group=ranks.ranks)
+    if trained.ended == "failed":
+        raise Failure(trained.message)
+
+
+def _within(experiment: Experiment, limit: float | None) -> Experiment:
+    """The experiment, with so many seconds for its training."""
+    if limit is None:
+        return experiment
+    settings = replace(experiment.settings, outer=replace(experiment.settings.loop, seconds=limit))
+    return replace(experiment, settings=settings)
+
+
+def _claimed(request: Request, claim: Claim, ranks: Company) -> None:
     folder, before = claim.folder, claim.before
     plan = _plan(request, None if before is None else before["settings"])
     head = {
@@ -86,7 +120,8 @@ def _claimed(request: Request, claim: Claim) -> None:
         folder.clear(but_result=True)
     if not claim.goes_on:  # before anything is computed: who is killed now has said what was to be run
         write_result(folder, head | {"status": BEGUN})
-    going = _Going(plan, folder, head, lines, claim.goes_on)
+    recorded = None if before is None else before["settings"]
+    going = _Going(plan, folder, head, lines, claim.goes_on, ranks, recorded)
     try:
         _run(going)
     except BaseException as error:
@@ -185,9 +220,17 @@ class _Going:
     """A run as it goes: its lines, and whether a new one has been `told`."""
 
     def __init__(
-        self, plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], goes_on: bool
+        self,
+        plan: _Plan,
+        folder: Folder,
+        head: dict[str, Any],
+        lines: list[dict[str, Any]],
+        goes_on: bool,
+        ranks: Company,
+        recorded: Mapping[str, Any] | None,
     ) -> None:
         self.plan, self.folder, self.head, self.lines, self.goes_on = plan, folder, head, lines, goes_on
+        self.ranks, self.recorded = ranks, recorded
         self.told = False
         self.home = Home()
 
@@ -226,10 +269,10 @@ def _run(going: _Going) -> None:
     plan, folder, head, lines = going.plan, going.folder, going.head, going.lines
     experiment, request, began = plan.experiment, plan.request, time.perf_counter()
     earlier = float(lines[-1]["elapsed"]) if lines else 0.0
+    limit = None
     if request.seconds is not None:
         limit = max(request.seconds - _time_to_evaluate(experiment), 1e-3)
-        settings = replace(experiment.settings, outer=replace(experiment.settings.loop, seconds=limit))
-        experiment = replace(experiment, settings=settings)
+        experiment = _within(experiment, limit)
     every, between = experiment.settings.checkpoint_every, request.checkpoint_seconds
     saving = Saving(folder.path, every, resuming(request, goes_on=going.goes_on), between or Saving.seconds)
 
@@ -239,7 +282,10 @@ def _run(going: _Going) -> None:
     with training_progress(experiment.settings.max_steps, quiet=request.quiet) as show:
         try:
             try:
-                trained = experiment.train(plan.seed, out=saving, callback=_Teller(going, show))
+                out, resume = str(folder.path), saving.resume
+                going.ranks.tell(recorded=going.recorded, limit=limit, out=out, resume=resume)
+                group = going.ranks.ranks
+                trained = experiment.train(plan.seed, out=saving, callback=_Teller(going, show), group=group)
             finally:
                 going.home.back_from(request.problem)
         except KeyboardInterrupt as error:
@@ -256,7 +302,7 @@ def _run(going: _Going) -> None:
         except BaseException as error:  # also `sys.exit` in f or g
             partial = error.partial if isinstance(error, BilevelError) else None
             if isinstance(partial, Trained) and partial.ended != "interrupted":
-                _finish(plan, folder, head, lines, partial, seconds())
+                _finish(going, partial, seconds())
                 return
             if not going.told:
                 if going.goes_on and isinstance(error, MISREAD) and not raised_by(error):
@@ -273,7 +319,7 @@ def _run(going: _Going) -> None:
                 message = f"{message} Its files could not be written: {failure}."
             raise Failure(message) from error
     try:
-        _finish(plan, folder, head, lines, trained, seconds())
+        _finish(going, trained, seconds())
     except KeyboardInterrupt as error:
         message = f"interrupted while what was trained was evaluated. Continue with: {again(request, folder)}"
         raise KeyboardInterrupt(message) from error
@@ -282,16 +328,15 @@ def _run(going: _Going) -> None:
         raise Failure(text) from error
 
 
-def _finish(
-    plan: _Plan, folder: Folder, head: dict[str, Any], lines: list[dict[str, Any]], trained: Trained, seconds: float
-) -> None:
+def _finish(going: _Going, trained: Trained, seconds: float) -> None:
     """Evaluate and write what was trained, failed or not."""
+    plan, folder, head, lines = going.plan, going.folder, going.head, going.lines
     experiment, request, began = plan.experiment, plan.request, time.perf_counter()
     if not request.quiet:
         note(
             f"training ended ({trained.ended}) at step {trained.history[-1].step}; evaluating x of step {trained.step}."
         )
-    test = experiment.evaluate(trained.x, plan.seed)
+    test = experiment.evaluate(trained.x, plan.seed, group=going.ranks.ranks)
     numbers = {} if experiment.numbers is None else dict(experiment.numbers(trained.x, plan.seed))
     paths = None if experiment.paths is None else experiment.paths(trained.x, plan.seed)
     failed = trained.ended == "failed"

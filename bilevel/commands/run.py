@@ -13,6 +13,7 @@ from bilevel._optimizer import AbstractOuterDriver
 from bilevel._result import BilevelError, Status
 from bilevel._tree import ravel
 from bilevel.commands.claim import Claim, claimed
+from bilevel.commands.company import Company, as_restarted, company, demand_shared
 from bilevel.commands.contents import (
     BEGUN,
     FINISHING,
@@ -51,13 +52,42 @@ def run(request: Request) -> None:
     """
     if request.seconds is not None:
         raise ValueError(f"`--seconds` limits the training of few-shot experiments, and {request.problem} is none.")
-    with claimed(request) as claim:
-        _run(request, claim)
+    with company() as ranks:
+        if not ranks.leads:
+            _follow(request, ranks)
+            return
+        with ranks.led():
+            request = as_restarted(request)
+            with claimed(request) as claim:
+                _run(request, claim, ranks)
 
 
-def _run(request: Request, claim: Claim) -> None:
+def _follow(request: Request, ranks: Company) -> None:
+    """Compute what rank 0 does, and leave everything else to it."""
+    told_first = ranks.told()
+    if told_first is None:
+        return
+    made = plan(request, told_first["recorded"])
+    try:
+        minimize(
+            made.instance.problem,
+            made.instance.x0,
+            made.instance.y0,
+            callback=lambda record, estimate: False,  # noqa: ARG005 (rank 0 alone calls its own)
+            checkpoint=told_first["checkpoint"],
+            resume=told_first["resume"],
+            throw=not request.keep_going,
+            group=ranks.ranks,
+            **made.options,
+        )
+    except BilevelError as error:
+        raise Failure(told(error, request.problem)) from error
+
+
+def _run(request: Request, claim: Claim, ranks: Company) -> None:
     folder, before = claim.folder, claim.before
     made = plan(request, None if before is None else before["settings"])
+    demand_shared(request, made, ranks)
     if claim.goes_on:
         read_checkpoint(folder)  # if it can be read
     if claim.goes_on and not request.force:
@@ -78,7 +108,7 @@ def _run(request: Request, claim: Claim) -> None:
         note(text)
     earlier = 0.0 if before is None else float(before.get("seconds") or 0.0)
     began = time.perf_counter()
-    going = _Going(request, made, claim)
+    going = _Going(request, made, claim, ranks)
     try:
         outcome, cause = _compute(going)
     except BaseException as error:
@@ -134,8 +164,8 @@ def again(request: Request, folder: Folder) -> str:
 class _Going:
     """A run as it goes: its records, and whether a new one has been `told`."""
 
-    def __init__(self, request: Request, made: Plan, claim: Claim) -> None:
-        self.request, self.made, self.claim = request, made, claim
+    def __init__(self, request: Request, made: Plan, claim: Claim, ranks: Company) -> None:
+        self.request, self.made, self.claim, self.ranks = request, made, claim, ranks
         self.records: list[Record] = []
         self.told = False
         self.home = Home()
@@ -183,6 +213,9 @@ def _compute(going: _Going) -> tuple[RunOutcome, BaseException | None]:
     with progress(made.options["max_steps"], quiet=request.quiet) as show:
         try:
             try:
+                resume, before = resuming(request, goes_on=goes_on), going.claim.before
+                recorded = None if before is None else before["settings"]
+                going.ranks.tell(recorded=recorded, checkpoint=str(folder.checkpoint), resume=resume)
                 solution = minimize(
                     instance.problem,
                     instance.x0,
@@ -190,8 +223,9 @@ def _compute(going: _Going) -> tuple[RunOutcome, BaseException | None]:
                     callback=_Teller(going, show),
                     checkpoint=folder.checkpoint,
                     checkpoint_seconds=request.checkpoint_seconds or SECONDS,
-                    resume=resuming(request, goes_on=goes_on),
+                    resume=resume,
                     throw=not request.keep_going,
+                    group=going.ranks.ranks,
                     **made.options,
                 )
             finally:

@@ -6,6 +6,7 @@ from bilevel.federated.federate import Federated as Federated, Reached as Reache
 from bilevel.federated.fednest import FedNest as FedNest
 from bilevel.federated.local_steps import local_steps as local_steps
 from bilevel.federated.method import AbstractMethod as AbstractMethod
+from bilevel.federated.on_ranks import ClientsOnRanks as ClientsOnRanks
 from bilevel.federated.server import Participation as Participation, Server as Server, Traffic as Traffic
 from bilevel.federated.soba import FederatedSOBA as FederatedSOBA
 from bilevel.federated.splits import dirichlet_split as dirichlet_split, stacked as stacked

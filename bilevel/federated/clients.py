@@ -41,6 +41,10 @@ class AbstractClients(abc.ABC):
     def products(self, who: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """grad_y g_m `(k, q)`, H_m v `(k, q)` and G_m v `(k, p)` at v `(k, q)`, in one pass."""
 
+    def means(self, who: Tensor, weights: Tensor, *answers: Tensor) -> tuple[Tensor, ...]:
+        """sum_m weights_m a_m of what those clients have answered, a row of each `(k, p)` or `(k, q)` for a client."""
+        return tuple(weights.to(each.dtype) @ each for each in answers)
+
 
 @final
 class Clients(AbstractClients):

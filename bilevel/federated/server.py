@@ -156,7 +156,7 @@ class Server:
             self.traffic = Traffic(so_far.rounds + 1, so_far.down + down * len(asked), so_far.up + size * answers)
             if len(who):
                 share = weights[who] * (count / len(who))
-                return tuple(share.to(each.dtype) @ each for each in found)
+                return self.clients.means(who, share, *found)
         raise ValueError(
             "`Participation(...)`: nobody has answered in 1000 rounds. Raise `share`, or lower `dropout` and `late`."
         )

@@ -100,9 +100,11 @@ def check_padding(learner: Learner, x: Tree, batch: Any, functions: Sequence[Lev
     return True
 
 
-def adapted(learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, seed: int = 0) -> Adapted:
-    """`adapt` without a look at the padding."""
-    batch = ready(learner, x, batch, seed)
+def adapted(
+    learner: Learner, x: Tree, batch: Any, *, steps: int | None = None, seed: int = 0, rows: slice | None = None
+) -> Adapted:
+    """`adapt` without a look at the padding; of the tasks in `rows`, if they are given."""
+    batch = tasks_of(ready(learner, x, batch, seed), rows)
     vector, flat, z, in_z = _at(learner, x, batch)
     start = in_z.start(z, vector).detach()
     if steps == 0:
@@ -211,6 +213,11 @@ def ready(learner: Learner, x: Tree, batch: Any, seed: int) -> Any:
 
     moved = tree_map(move, batch)
     return moved if learner.prepare is None else learner.prepare(moved, seed)
+
+
+def tasks_of(batch: Any, rows: slice | None) -> Any:
+    """Some of the tasks of a batch; None: all."""
+    return batch if rows is None else tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def demand_tasks(call: str, learner: Learner, **sources: AbstractTasks | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, final
 
@@ -32,6 +32,7 @@ from bilevel.few_shot.adapt import (
 )
 from bilevel.few_shot.learner import Learner
 from bilevel.few_shot.likelihood import AbstractLikelihood
+from bilevel.ranks.ranks import demand_ranks, everywhere
 from bilevel.tasks._random import seed_of_step
 from bilevel.tasks.source import AbstractTasks
 
@@ -156,6 +157,7 @@ def evaluate(
     seed: int = 0,
     steps: int | None = None,
     curve: Sequence[int] = (),
+    group: Any = None,
 ) -> Evaluation:
     """The mean over tasks of the accuracy (or squared error) on the queries, after adapting on the support set.
 
@@ -174,11 +176,14 @@ def evaluate(
         seed: of the tasks. Equal arguments give equal numbers.
         steps: how many steps the inner solver takes; None: `learner.adapt`'s own number.
         curve: other numbers of steps to report the score after, on the same tasks.
+        group: a process group of `torch.distributed` whose ranks all call this alike: of each `batch` every one adapts
+            its share, and all return the evaluation of all tasks, with the sum of their oracle calls. One message.
 
     Raises:
         ValueError: if a number is out of range, a batch of tasks is malformed, predictions do not match the targets, or
             the padding of the first batch that has some changes values.
         TypeError: if `learner` is none, or `tasks` has no `sample`.
+        BilevelError: if another rank has not answered within the timeout of the group, or something was raised there.
 
     Example:
         >>> from bilevel import ITD, BilevelProblem
@@ -202,19 +207,30 @@ def evaluate(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`evaluate({name}=...)` must be a positive integer. Got {value!r}.")
     demand_tasks("evaluate", learner, tasks=tasks)
+    ranks = demand_ranks("evaluate", group)
+    ranks = None if ranks is None or ranks.size == 1 else ranks
     began = time.perf_counter()
-    found, looked = _Found(), False
-    for part, first in enumerate(range(0, episodes, batch)):
-        count = min(batch, episodes - first)
-        sampled = tasks.sample(count, seed_of_step(seed, part))
-        check_tasks(learner, sampled, count)
 
-        def at(steps: int | None, sampled: Any = sampled, part: int = part) -> Adapted:
-            return adapted(learner, x, sampled, steps=steps, seed=noise_seed(seed, part))
+    def found() -> list[_Found]:
+        """What each batch gave, of this rank's tasks; there may be none."""
+        parts, looked = [], False
+        for part, first in enumerate(range(0, episodes, batch)):
+            count = min(batch, episodes - first)
+            sampled = tasks.sample(count, seed_of_step(seed, part))
+            check_tasks(learner, sampled, count)
+            rows = None if ranks is None else ranks.rows(count)
 
-        looked = looked or check_padding(learner, x, ready(learner, x, sampled, noise_seed(seed, part)))
-        found.add(learner, x, at, steps, curve)
-    return found.evaluation(time.perf_counter() - began)
+            def at(steps: int | None, sampled: Any = sampled, part: int = part, rows: Any = rows) -> Adapted:
+                return adapted(learner, x, sampled, steps=steps, seed=noise_seed(seed, part), rows=rows)
+
+            looked = looked or check_padding(learner, x, ready(learner, x, sampled, noise_seed(seed, part)))
+            parts.append(_Found())
+            if rows is None or rows.stop > rows.start:
+                parts[-1].add(learner, x, at, steps, curve)
+        return parts
+
+    each = [found()] if ranks is None else everywhere(ranks, found)
+    return _Found.of(zip(*each, strict=True)).evaluation(time.perf_counter() - began)
 
 
 @final
@@ -233,6 +249,21 @@ class _Found:
         self.stats = Stats()
         self.log_probabilities: list[Tensor] = []
         self.targets: list[Tensor] = []
+
+    @staticmethod
+    def of(batches: Iterable[Sequence[_Found]]) -> _Found:
+        """Of all batches, of each what every rank has: the last has a share of any."""
+        whole = _Found()
+        for parts in batches:
+            whole.metric = parts[-1].metric
+            for part in parts:
+                whole.stats = whole.stats + part.stats
+                whole.failed.update(part.failed)
+                for name in ("after", "before", "loss", "densities", "settled", "log_probabilities", "targets"):
+                    vars(whole)[name].extend(vars(part)[name])
+                for number, scores in part.curve.items():
+                    whole.curve.setdefault(number, []).extend(scores)
+        return whole
 
     def add(
         self, learner: Learner, x: Tree, at: Callable[[int | None], Adapted], steps: int | None, curve: Sequence[int]

@@ -110,6 +110,7 @@ class Experiment:
         *,
         out: str | os.PathLike[str] | Saving | None = None,
         callback: Callback | Reporting | None = None,
+        group: Any = None,
     ) -> Trained:
         """`train` on `tasks`, validated on `validation`.
 
@@ -119,6 +120,7 @@ class Experiment:
                 `replace(experiment, settings=...)` for the experiment with others.
             out: as for `train`.
             callback: as for `train`.
+            group: as for `train`.
         """
         settings, validation = self.settings, self.validating
         if changes is not None:
@@ -140,10 +142,13 @@ class Experiment:
             validation=validation,
             out=_kept(out, settings),
             callback=callback,
+            group=group,
         )
 
     @checked(seed=SEED)
-    def evaluate(self, x: Tree, seed: int = 0, changes: Mapping[str, Any] | None = None) -> Evaluation:
+    def evaluate(
+        self, x: Tree, seed: int = 0, changes: Mapping[str, Any] | None = None, *, group: Any = None
+    ) -> Evaluation:
         """`evaluate` on `test`.
 
         Args:
@@ -151,12 +156,14 @@ class Experiment:
             seed: of the tasks.
             changes: an old form, keyword arguments of `evaluate` in the place of `evaluation`; write
                 `replace(experiment, evaluation=...)` for the experiment with others.
+            group: as for `evaluate`.
         """
         own = self.evaluation
         if changes is not None:
             _warn("Experiment.evaluate(changes=...)", "replace(experiment, evaluation=Evaluating(...)).evaluate(x)")
             own = replace(own, **changes)
-        return own.evaluate(self.learner if self.tester is None else self.tester, x, self.test, seed + _TEST)
+        learner = self.learner if self.tester is None else self.tester
+        return own.evaluate(learner, x, self.test, seed + _TEST, group)
 
     @checked(seed=SEED)
     def instance(self, seed: int = 0) -> Instance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ from bilevel.outer.lock import held
 from bilevel.outer.minimize import minimize
 from bilevel.outer.partial import attach, tells_partial
 from bilevel.outer.solution import Solution
+from bilevel.outer.together import demand_same_everywhere
+from bilevel.ranks.ranks import Ranks, demand_ranks
 from bilevel.tasks.source import AbstractTasks, batches
 
 _VALIDATION = 2**34  # validation tasks are drawn from another stream of seeds than training tasks
@@ -55,6 +58,7 @@ def train(
     validation: AbstractTasks | Validating | None = None,
     out: str | os.PathLike[str] | Saving | None = None,
     callback: Callback | Reporting | None = None,
+    group: Any = None,
 ) -> Trained:
     """min_x E_t f(x, y_t(x), task_t) by outer steps on batches of new tasks; the x of the best validation is kept.
 
@@ -76,14 +80,19 @@ def train(
         validation: where validation tasks come from, or a `Validating` that says how often; None: no validation.
         out: a folder for `checkpoint.pt`, `best.pt` and `model.pt`, or a `Saving` that resumes; None: nothing is kept.
         callback: called with the `Progress` after each estimate; a true return value stops training. Or a `Reporting`.
+        group: a process group of `torch.distributed` whose ranks all call this alike. Of each batch every one treats
+            its share of the tasks (see `minimize`), of each validation likewise; all hold the same x. Rank 0 alone
+            tells the callback and writes files, and its clock is the one that counts; to resume, all must be able to
+            read the files. None: this process alone.
 
     Raises:
-        ValueError: if a number is out of range, a batch of tasks is malformed, the estimator does not apply, or another
-            run has the folder.
+        ValueError: if a number is out of range, a batch of tasks is malformed, the estimator does not apply, another
+            run has the folder, or ranks have other code, settings or tasks.
         TypeError: if `learner` is none, or a source of tasks has no `sample`.
         ImportError: if TensorBoard is asked for and missing.
         BilevelError: if more than `outer.skip` estimates in a row, or the last three, were not finite or diverged, or
-            `outer.throw` and one did not succeed; or a file could not be written.
+            `outer.throw` and one did not succeed; a file could not be written; or another rank has not answered within
+            the timeout of the group.
         BaseException: whatever the learner, the tasks or the callback raise, and Ctrl-C, as they are. Every exception
             that leaves here has an attribute `partial`: what was `Trained` until then, None if nothing was.
 
@@ -107,13 +116,18 @@ def train(
     """
     loop, chosen_by, kept_in = outer_loop(outer), validating(validation), saving(out)
     demand_tasks("train", learner, tasks=tasks, validation=None if chosen_by is None else chosen_by.tasks)
+    ranks = demand_ranks("train", group)
+    together = None if ranks is None or ranks.size == 1 else ranks
+    writes = together is None or together.rank == 0
+    told = {"max_steps": max_steps, "batch": batch, "seed": seed, "loop": loop}
+    _demand_alike(together, told, {"tasks": tasks, "validation": chosen_by}, kept_in, reporting(callback))
     place = Path(os.path.abspath("." if kept_in is None else kept_in.path))  # also if the current directory changes
-    with held(None if kept_in is None else kept_in.best, "train(out=...)", "folder"):
+    with held(None if kept_in is None or not writes else kept_in.best, "train(out=...)", "folder"):
         data = TrainingBatches(learner, batches(tasks, batch, seed), seed)
         clock = Clock(_earlier_seconds(kept_in), loop.seconds)
-        validator = _validator(learner, chosen_by, kept_in, seed)
-        reporter = Reporter(reporting(callback))
-        run = TrainingRun(data, max_steps, clock, validator, reporter, loop)
+        validator = _validator(learner, chosen_by, kept_in, seed, together)
+        reporter = Reporter(reporting(callback), together)
+        run = TrainingRun(data, max_steps, clock, validator, reporter, loop, together)
         solution: Solution | None = None
         try:
             try:
@@ -137,6 +151,7 @@ def train(
                     chunk_size=loop.chunk_size,
                     throw=loop.throw,
                     skip=0 if loop.throw else loop.skip,
+                    group=ranks,
                 )
             finally:
                 reporter.close()
@@ -149,7 +164,7 @@ def train(
                 raise BilevelError(str(error), error.status, run.interrupted(solution)) from error.__cause__
         assert solution is not None
         trained = run.trained(solution)
-        if kept_in is not None:
+        if kept_in is not None and writes:
             _write_module(place / "model.pt", trained)
         if trained.ended == "failed":
             raise _failure(trained, solution, loop)
@@ -191,14 +206,27 @@ def _failure(trained: Trained, solution: Solution, loop: OuterLoop) -> BilevelEr
     return BilevelError(f"`train` stopped at step {step}: {why} {solution.estimate.message}", status, trained)
 
 
-def _validator(learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int) -> Validator:
+def _demand_alike(
+    ranks: Ranks | None, settings: dict[str, object], made_of: dict[str, Any], kept_in: Saving | None, told: Reporting
+) -> None:
+    """Refuse ranks that would not train and validate the same."""
+    settings = {**settings, "out": kept_in is not None, "resume": kept_in is not None and kept_in.resume}
+    settings |= {"callback": told.callback is not None, "tensorboard": told.tensorboard is not None}
+    demand_same_everywhere(ranks, {**settings, "score_every": told.score_every}, made_of, "train")
+
+
+def _validator(
+    learner: Learner, given: Validating | None, kept_in: Saving | None, seed: int, ranks: Ranks | None
+) -> Validator:
     """Also without validations there may be those of an earlier part of the run."""
     path = None if kept_in is None else Path(os.path.abspath(kept_in.best))
-    kept = Validations.begin(path, learner.x0, resume=kept_in is not None and bool(kept_in.resume))
+    kept = Validations.begin(path, learner.x0, resume=kept_in is not None and bool(kept_in.resume), ranks=ranks)
     if given is None:
         return Validator(kept)
     own = learner if given.learner is None else given.learner
-    evaluation = functools.partial(evaluate, own, tasks=given.tasks, episodes=given.episodes, seed=seed + _VALIDATION)
+    evaluation = functools.partial(
+        evaluate, own, tasks=given.tasks, episodes=given.episodes, seed=seed + _VALIDATION, group=ranks
+    )
     return Validator(kept, evaluation, given.every, given.patience)
 
 

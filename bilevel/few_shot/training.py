@@ -77,7 +77,7 @@ class Evaluating:
         demand_ranges(self, episodes=SIZE, batch=SIZE, steps=COUNT, curve=COUNT)
 
     @checked(seed=SEED)
-    def evaluate(self, learner: Learner, x: Tree, tasks: AbstractTasks, seed: int = 0) -> Evaluation:
+    def evaluate(self, learner: Learner, x: Tree, tasks: AbstractTasks, seed: int = 0, group: Any = None) -> Evaluation:
         """`evaluate` with these numbers."""
         return evaluate(
             learner,
@@ -88,6 +88,7 @@ class Evaluating:
             seed=seed,
             steps=self.steps,
             curve=self.curve,
+            group=group,
         )
 
 

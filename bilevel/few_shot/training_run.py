@@ -6,12 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
+
+from torch import Tensor
 
 from bilevel._estimate import Estimate
 from bilevel._result import Stats
-from bilevel._tree import Tree
-from bilevel.few_shot.adapt import Adapted, check_padding, check_tasks, noise_seed, ready
+from bilevel._tree import Tree, tree_leaves
+from bilevel.few_shot.adapt import Adapted, check_padding, check_tasks, noise_seed, ready, tasks_of
 from bilevel.few_shot.board import Board
 from bilevel.few_shot.evaluate import Evaluation, scores_of
 from bilevel.few_shot.learner import Learner
@@ -19,7 +22,8 @@ from bilevel.few_shot.options import OuterLoop, Reporting
 from bilevel.few_shot.trained import Ended, Progress, Trained
 from bilevel.few_shot.validate import Validation, Validations
 from bilevel.outer.solution import Record, Solution
-from bilevel.outer.watcher import AbstractWatcher, before_save
+from bilevel.outer.watcher import AbstractEverywhere, before_save
+from bilevel.ranks.ranks import Ranks, first_says
 
 _AT_THE_END = 3  # lost estimates in a row at the end of a run are no accident
 
@@ -106,21 +110,32 @@ class Reporter:
 
     Args:
         given: whom, and how often a score is made for them.
+        ranks: the processes of which the first tells, and all learn its answer; None: this one alone.
 
     Raises:
         ImportError: if tensorboard is missing.
     """
 
-    def __init__(self, given: Reporting) -> None:
-        self._given = given
-        self._board = None if given.tensorboard is None else Board(given.tensorboard)
+    def __init__(self, given: Reporting, ranks: Ranks | None = None) -> None:
+        self._given, self._ranks = given, ranks
+        mine = given.tensorboard is not None and (ranks is None or ranks.rank == 0)
+        self._board = Board(given.tensorboard) if mine and given.tensorboard is not None else None
 
     def scores(self, step: int) -> bool:
         """Whether somebody is to be told the score of this step's batch."""
-        return (self._given.callback is not None or self._board is not None) and step % self._given.score_every == 0
+        return self._tells and step % self._given.score_every == 0
+
+    @property
+    def _tells(self) -> bool:
+        return self._given.callback is not None or self._given.tensorboard is not None
 
     def tell(self, progress: Progress) -> bool:
         """Tell them; whether the callback asks to stop."""
+        if self._ranks is None:
+            return self._told(progress)
+        return self._tells and first_says(self._ranks, partial(self._told, progress))
+
+    def _told(self, progress: Progress) -> bool:
         if self._board is not None:
             self._board.write(progress.record, progress.score, progress.validation)
         return self._given.callback is not None and bool(self._given.callback(progress))
@@ -136,7 +151,7 @@ class Reporter:
 
 
 @final
-class TrainingRun(AbstractWatcher):
+class TrainingRun(AbstractEverywhere):
     """What happens after each step, and what is left at the end.
 
     Args:
@@ -146,6 +161,7 @@ class TrainingRun(AbstractWatcher):
         validator: for its validations.
         reporter: for its reports.
         loop: of its outer steps.
+        ranks: the processes that train together, whose time is that of the first; None: this one alone.
     """
 
     def __init__(
@@ -156,7 +172,9 @@ class TrainingRun(AbstractWatcher):
         validator: Validator,
         reporter: Reporter,
         loop: OuterLoop = OuterLoop(),
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
         self._batches, self._last_step, self._clock, self._loop = batches, last_step, clock, loop
         self._validator, self._reporter = validator, reporter
         self._ended: Ended = "max_steps"
@@ -167,7 +185,7 @@ class TrainingRun(AbstractWatcher):
 
     def __call__(self, record: Record, estimate: Estimate) -> bool:
         """Validate, score and report as this step asks for; whether training ends here."""
-        out_of_time, at_end = self._clock.over(), record.step == self._last_step
+        out_of_time, at_end = self._over(), record.step == self._last_step
         validation = self._validator.at(record.step, estimate.x, self._clock, last=at_end or out_of_time)
         scores = self._reporter.scores(record.step) and not estimate.status.lost
         score = self._score(record.step, estimate) if scores else None
@@ -207,6 +225,11 @@ class TrainingRun(AbstractWatcher):
         self._ended = "interrupted"
         return replace(self.trained(solution), message=solution.message)
 
+    def _over(self) -> bool:
+        if self._ranks is None or self._clock.limit is None:
+            return self._clock.over()
+        return first_says(self._ranks, self._clock.over)
+
     def _failed(self, history: Sequence[Record]) -> bool:
         """Whether the run was ended by what did not succeed, or ends where it no longer does."""
         if self._ended == "max_steps" and history[-1].step < self._last_step:
@@ -220,6 +243,13 @@ class TrainingRun(AbstractWatcher):
         return self._reporter.tell(Progress(record, score, validation, best, self._clock.seconds()))
 
     def _score(self, step: int, estimate: Estimate) -> float:
-        batch = self._batches(step)
+        batch, ranks = self._batches(step), self._ranks
+        if ranks is None:
+            return float(self._scores(estimate, batch).mean())
+        count = next(leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        scores = self._scores(estimate, tasks_of(batch, ranks.rows(count)))
+        return float(ranks.total(scores.sum())[0]) / count
+
+    def _scores(self, estimate: Estimate, batch: Any) -> Tensor:
         adapted = Adapted(estimate.y, (), Stats(), batch)
-        return float(scores_of(self._batches.learner, estimate.x, adapted).mean())
+        return scores_of(self._batches.learner, estimate.x, adapted)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -19,6 +20,7 @@ from bilevel.arguments.words import got
 from bilevel.few_shot.evaluate import Evaluation
 from bilevel.outer.saves import NotSavedError
 from bilevel.outside.checkpoints import load_plain
+from bilevel.ranks.ranks import Ranks, first_says
 
 _FORMAT = 1
 
@@ -74,27 +76,28 @@ class Validations:
 
     Args:
         path: the file, or None.
+        ranks: the processes that all make the same validations, of which the first writes; None: this one alone.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, ranks: Ranks | None = None) -> None:
+        self.path, self._ranks = path, ranks
         self.x: Tree = None
         self._found: dict[int, Validation] = {}
 
     @staticmethod
-    def begin(path: Path | None, x0: Tree, *, resume: bool) -> Validations:
+    def begin(path: Path | None, x0: Tree, *, resume: bool, ranks: Ranks | None = None) -> Validations:
         """Those of a new run, or what the file of an earlier part of it holds.
 
         Raises:
             ValueError: if the file cannot be read, or is of another learner.
         """
-        validations = Validations(path)
+        validations = Validations(path, ranks)
         if resume and path is not None and path.exists():
             content = read_best(path)
             structure = ravel(x0, "x0")[1]
             validations.x = structure.unravel(structure.ravel(content["x"], f"x in {str(path)!r}").to(structure.device))
             validations._found = {entry["step"]: Validation(**entry) for entry in content["validations"]}
-        elif path is not None:
+        elif path is not None and (ranks is None or ranks.rank == 0):
             path.unlink(missing_ok=True)
         return validations
 
@@ -142,6 +145,12 @@ class Validations:
     def _save(self) -> None:
         if self.path is None:
             return
+        if self._ranks is None:
+            self._write(self.path)
+        else:
+            first_says(self._ranks, partial(self._write, self.path))
+
+    def _write(self, path: Path) -> None:
         best = self.best()
         content = {
             "format": _FORMAT,
@@ -150,9 +159,9 @@ class Validations:
             "validations": [entry.as_dict() for entry in self.until()],
         }
         try:
-            write_atomically(self.path, lambda file: torch.save(content, file))
+            write_atomically(path, lambda file: torch.save(content, file))
         except OSError as error:
-            raise NotSavedError(f"{str(self.path)!r} could not be written: {error}") from error
+            raise NotSavedError(f"{str(path)!r} could not be written: {error}") from error
 
 
 @checked()

@@ -91,6 +91,7 @@ class Looks:
         before = oracle.like.tally.sampled
         problem, x = oracle.whole(), algorithm.point(state)[0]
         certifiable = inner_problem(oracle.like.problem).offers >= _SMOOTH and not why_iteration(algorithm)
+        certifiable = certifiable and not problem.sharded  # else products of all of y would be needed
         seen = algorithm.on_everything(oracle, state, found)
         if seen is not None:
             residual = norm = float(oracle.residual(x, seen.grad))

@@ -61,12 +61,14 @@ from bilevel.outer.records import Callback, Rules, Run
 from bilevel.outer.rounds import Rounds
 from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
+from bilevel.outer.shared_out import demand_first_order, demand_takes_shards
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
 from bilevel.outer.together import demand_same_everywhere, without_shards
 from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.ranks.ranks import Ranks, demand_ranks
+from bilevel.ranks.sharded import shards_of
 from bilevel.requirements.starts import starts_warm
 
 
@@ -264,6 +266,7 @@ def minimize(
         "checkpoint_every": checkpoint_every,
         "resume": resume,
     }
+    shards = None if y0 is None else shards_of("minimize", y0, ranks)
     demand_same_everywhere(ranks, told, {"problem": problem, "data": data, "x0": x0, "y0": y0})
     batches = sources(data, None if problem.tasks else ranks)
     if ranks is None or problem.tasks:
@@ -304,13 +307,17 @@ def minimize(
             demand_arguments(name, function, ("x", "y"), first, "minimize({}=...)")
         if y0 is None:
             y0 = own_start("minimize", problem, x0, first)
+        if shards is not None:
+            demand_first_order(problem, algorithm, estimator, checkpoint, sweep)
+            problem, y0 = shards.problem(problem), shards.local()
         y, y_structure = ravel(y0, "y0")
         demand_alike("minimize(x0, y0)", x_structure, y_structure)
         x, y = x.detach().clone(), y.detach().clone()
         check_chunks("minimize", problem, chunk_size)
         flat = FlatProblem(problem, x_structure, y_structure, first, given=x0)
         if together is not None:
-            flat.over(together, (1.0, 1.0) if problem.tasks else first_shares(batches))
+            whole = (1.0, 1.0) if problem.tasks else first_shares(batches)
+            flat.over(together, whole, sharded=shards is not None)
         structures = {"x": x_structure.describe(), "y": y_structure.describe()}
         settings: dict[str, object] = {"constraint": constraint, **structures}
 
@@ -397,10 +404,13 @@ def minimize(
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
         by_norm = not chosen.values_are_phi
         compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
+        if shards is not None:
+            demand_takes_shards(chosen)
         made = run(compares)
         if compile and isinstance(chosen, Descent) and is_one_program(chosen, oracle, made.rules):
             return descend(made, chosen, oracle, x, y)
-        return iterate(made, chosen, oracle, x, y, begun)
+        solution = iterate(made, chosen, oracle, x, y, begun)
+        return solution if shards is None else replace(solution, y=shards.shared_out(solution.y))
 
 
 def _demand_estimates(ranks: Ranks | None, algorithm: Any) -> None:

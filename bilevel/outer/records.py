@@ -19,6 +19,7 @@ from bilevel.outer.partial import attach
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Record, Solution
 from bilevel.outer.trial import Trial
+from bilevel.outer.watcher import AbstractEverywhere
 from bilevel.ranks.ranks import Ranks, first_says
 
 Callback: TypeAlias = Callable[[Record, Estimate], bool | None]
@@ -115,7 +116,7 @@ class Run:
         callback, ranks = self.rules.callback, self.rules.ranks
         if callback is None:
             return False
-        if ranks is not None:
+        if ranks is not None and not isinstance(callback, AbstractEverywhere):
             return first_says(ranks, partial(callback, self.history[-1], estimate))
         return bool(callback(self.history[-1], estimate))
 

@@ -126,7 +126,7 @@ def _iterate(
             reached = _Reached(reached.step + 1, state, calls, *kept)
             oracle = oracle.at(reached.step)
             if rules.saves is not None and rules.saves.due(reached.step):
-                _save(run, algorithm, reached, initial)
+                reached = replace(reached, state=_save(run, algorithm, reached, initial))
         if at.found.back is not None:  # what is returned is not a trial point that was no good
             back = _Reached(reached.step + 1, at.found.back, Stats(), records=len(run.history))
             at = _look(run, algorithm, oracle.at(back.step), back, 0.0)
@@ -278,15 +278,20 @@ def _save(
     *,
     last: bool = False,
     together: bool = True,
-) -> None:
-    """Write the state; one that is over ranks is put together first, where the ranks are together."""
+) -> Any:
+    """Write the state; one that is over ranks is put together first, where the ranks are together.
+
+    Returns:
+        The state to go on from: what a run that resumes will have, so that the same bits follow.
+    """
     if run.rules.saves is None:
-        return
-    state, ranks = reached.state, run.rules.ranks
+        return reached.state
+    state, ranks, own = reached.state, run.rules.ranks, reached.state
     if ranks is not None and algorithm.is_apart(state):
         if not together:  # the file that was written before stands
-            return
+            return own
         state = algorithm.gathered(state, ranks)
+        own = algorithm.of_rank(state, ranks)
     run.rules.saves.save(
         reached.step,
         algorithm.point(state),
@@ -302,6 +307,7 @@ def _save(
         random=reached.drawn,
         loaders=reached.loaders,
     )
+    return own
 
 
 def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial: Any, oracle: Oracle) -> _Reached:

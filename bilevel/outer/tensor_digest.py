@@ -23,6 +23,8 @@ def tensor_text(tensor: Tensor) -> str:
         (True, 'tensor (2,) float32 #')
     """
     about = f"tensor {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    if type(tensor).__name__ == "DTensor":  # of which every rank has other entries, and none has all
+        return f"{about} shared out"
     try:
         return f"{about} #{digest(bytes_of(tensor))}"
     except (RuntimeError, NotImplementedError, TypeError, ValueError):

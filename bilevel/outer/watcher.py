@@ -21,6 +21,13 @@ class AbstractWatcher(ABC):
         """
 
 
+class AbstractEverywhere(AbstractWatcher):
+    """A watcher that every rank of a group calls, and that answers the same on all of them.
+
+    What one rank alone is to do in it, such as writing a file, goes by `first_says`, so that all learn of its failure.
+    """
+
+
 def before_save(callback: Any) -> None:
     """What is to be done for a callback before a checkpoint is written: for most of them nothing."""
     if isinstance(callback, AbstractWatcher):

@@ -63,12 +63,15 @@ class Across:
         f: w_r of the samples of f.
         g: that of those of g.
         alone: whether nothing is summed: values and derivatives are this rank's parts.
+        sharded: whether y is this rank's part of one that is shared out: its derivatives are whole as they come, and
+            values and those of x alone are summed.
     """
 
     ranks: Ranks
     f: float = 1.0
     g: float = 1.0
     alone: bool = False
+    sharded: bool = False
 
     def by_itself(self) -> Across:
         """The same without sums."""
@@ -94,7 +97,7 @@ class Across:
         """w_r g_r(S x, S y): derivatives are of the whole, the value is this rank's part of it."""
         if self.alone:
             return self.share(level) * function(x, y)
-        return self.share(level) * function(self.spread(x), self.spread(y))
+        return self.share(level) * function(self.spread(x), y if self.sharded else self.spread(y))
 
     def whole(self, level: str, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         """g(x, y), with its derivatives."""

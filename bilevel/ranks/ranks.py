@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bilevel._result import BilevelError, Status
+from bilevel.arguments.checked import checked
+from bilevel.arguments.ranges import COUNT
 
 T = TypeVar("T")
 
@@ -60,7 +63,17 @@ class Ranks:
         self.messages = self.floats = 0
 
     def total(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The sums over ranks of each tensor, of one dtype: one message. What is not finite on one is so on all."""
+        """The sums over ranks of each tensor, of one dtype: one message. What is not finite on one is so on all.
+
+        Raises:
+            TypeError: if there is none, or they are no tensors of one dtype.
+        """
+        kinds = {each.dtype if isinstance(each, Tensor) else type(each).__name__ for each in tensors}
+        if len(kinds) != 1 or not all(isinstance(each, Tensor) for each in tensors):
+            raise TypeError(
+                f"`Ranks.total(*tensors)` must be given tensors of one dtype, one at least. Got"
+                f" {', '.join(sorted(map(str, kinds))) or 'none'}. Convert them with `.to(...)`."
+            )
         parts = [tensor.reshape(-1) for tensor in tensors]
         message = torch.cat(parts)  # a copy: the collective writes to it
         self._send(message.numel(), lambda: dist.all_reduce(message, group=self.group))
@@ -68,11 +81,23 @@ class Ranks:
         return tuple(part.reshape(tensor.shape) for part, tensor in zip(sums, tensors, strict=True))
 
     def gathered(self, value: T) -> list[T]:
-        """What each rank has, in their order: plain data; one message, whose floats are not counted."""
+        """What each rank has, in their order: plain data; one message, whose floats are not counted.
+
+        Raises:
+            TypeError: if it cannot be sent.
+        """
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise TypeError(
+                f"`Ranks.gathered(value=...)` must be plain data, which can be pickled. Got {type(value).__name__}"
+                f" ({type(error).__name__}). Send numbers, texts, tensors, or lists and dicts of these."
+            ) from error
         found: list[Any] = [None] * self.size
         self._send(0, lambda: dist.all_gather_object(found, value, group=self.group))
         return found
 
+    @checked(count=COUNT)
     def rows(self, count: int) -> slice:
         """Which of so many things belong to this rank: consecutive ones, their numbers differing by at most 1."""
         return share_of(count, self.rank, self.size)
@@ -100,6 +125,25 @@ def share_of(count: int, rank: int, size: int) -> slice:
         [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
     """
     return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def everywhere(ranks: Ranks, call: Callable[[], T]) -> list[T]:
+    """What each rank finds by itself, in their order, on every rank: one message.
+
+    Raises:
+        BilevelError: on the other ranks, if one of them has raised something.
+    """
+    found: list[tuple[T, str] | str] = []
+    try:
+        mine: tuple[T, str] | str = (call(), "")
+    except BaseException as error:
+        ranks.gathered(f"{type(error).__name__}: {error}"[:500])
+        raise
+    found = ranks.gathered(mine)
+    failed = [f"rank {rank} ({each})" for rank, each in enumerate(found) if isinstance(each, str)]
+    if failed:
+        raise BilevelError(f"what all ranks do together was ended by {'; '.join(failed)}.", Status.interrupted)
+    return [each[0] for each in found if not isinstance(each, str)]
 
 
 def first_says(ranks: Ranks, asked: Callable[[], object]) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from bilevel._problem import Split
 from bilevel._tree import tree_leaves
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.ranks.ranks import Ranks
@@ -41,6 +42,7 @@ class Shard(AbstractPortable):
     def __post_init__(self) -> None:
         demand_types(self)
 
+    @checked()
     def count(self, batch: Any) -> int:
         """How many samples a batch has.
 

@@ -54,6 +54,10 @@ class AbstractPreset(AbstractAlgorithm[Any]):
     def error_bound(self, about: Beforehand) -> Bound:
         return self.loop.error_bound(about)
 
+    @property
+    def takes_shards(self) -> bool:
+        return self.loop.takes_shards
+
     def is_apart(self, state: Any) -> bool:
         return self.loop.is_apart(state)
 

@@ -19,6 +19,7 @@ from bilevel.algorithms.engine.steps import (
     along,
     begun,
     demand_steps as demand_steps,
+    entry_by_entry,
     is_optimizer,
     lengths,
     moved,
@@ -134,6 +135,12 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def error_bound(self, about: Beforehand) -> Bound:
         demand_direction(self.reduction)
         return self.direction.error_bound(about)
+
+    @property
+    def takes_shards(self) -> bool:
+        plain = isinstance(self.reduction, Plain) and isinstance(self.direction, Coupled) and self.linear_radius is None
+        first = Property.second_derivatives not in self.requires
+        return plain and first and entry_by_entry(self.inner_step)
 
     def is_apart(self, state: LoopState) -> bool:
         return self.reduction.is_apart(state.memory)

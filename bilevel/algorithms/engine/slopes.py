@@ -107,6 +107,8 @@ def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: f
         return f, slopes
 
 
-def arrival(outer: Tensor, *inner: Tensor) -> Tensor:
-    """The norm `()` of a residual of x and of what its inner iterates move along."""
+def arrival(outer: Tensor, *inner: Tensor, problem: FlatProblem | None = None) -> Tensor:
+    """The norm `()` of a residual of x and of what its inner iterates move along, whose parts may be on other ranks."""
+    if problem is not None and problem.sharded:
+        return torch.hypot(outer.reshape(()), problem.row_norms(torch.cat([d.reshape(-1) for d in inner])))
     return safe_row_norms(torch.cat([outer.reshape(1), *(d.reshape(-1) for d in inner)]))

@@ -120,6 +120,11 @@ def moved(
     return there if factor == 1.0 else torch.lerp(point, there, factor), after
 
 
+def entry_by_entry(step: Step | RowStep) -> bool:
+    """Whether a step of y asks nothing of its other entries."""
+    return not isinstance(step, AbstractOptimizer) or step.entry_by_entry
+
+
 def within(radius: float | None, v: Tensor) -> Tensor:
     """V, projected on |v| <= radius where there is one."""
     if radius is None:
@@ -136,7 +141,8 @@ def reports(d: Joint) -> tuple[Report, ...]:
 def size(oracle: Oracle, x: Tensor, d: Joint) -> Tensor:
     """|(d_x, d_y, d_v)| `()`, with the projection's residual for d_x where x is constrained."""
     outer = oracle.residual(x, d.x).reshape(1)
-    norm: Tensor = torch.linalg.vector_norm(
-        torch.cat([outer, d.y.reshape(-1), *(() if d.v is None else (d.v.reshape(-1),))])
-    )
+    inner = torch.cat([d.y.reshape(-1), *(() if d.v is None else (d.v.reshape(-1),))])
+    if oracle.like.sharded:
+        return torch.hypot(outer[0], oracle.like.row_norms(inner))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([outer, inner]))
     return norm
