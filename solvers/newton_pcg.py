@@ -101,6 +101,7 @@ class NewtonPCG(AbstractInnerSolver):
             d = torch.where(descends, d, -gradient)
             at = Along(y, value, d, row_dots(gradient, d))
             t, pending = active.to(value.dtype), active
+            trial, found = y, (value, gradient, hessian)
             for halvings in range(search.max_halvings + 1):
                 trial = torch.addcmul(y, t.unsqueeze(-1), d)
                 found = objective.hessian(trial)

@@ -297,7 +297,8 @@ def mine(X: Tensor, b: Tensor) -> Callable[..., Tensor]:
 )
 def test_a_declaration_of_another_function_is_refused(change: dict[str, Any], what: str) -> None:
     X, b = normal(20, 3), normal(20, seed=1)
-    model = GeneralizedLinearModel(X, b, **({"penalty": torch.exp} | change))
+    given: dict[str, Any] = {"penalty": torch.exp} | change
+    model = GeneralizedLinearModel(X, b, **given)
     with pytest.raises(ValueError, match=f"two forms of one function. Got {what} that differ"):
         declare(mine(X, b), model, torch.zeros(3, dtype=D), torch.zeros(3, dtype=D))
 

@@ -95,8 +95,9 @@ def test_products_with_the_fisher_matrix_are_second_derivatives_of_the_divergenc
     assert float(torch.linalg.eigvalsh(found)[0]) > -1e-10
 
 
-def test_the_loss_of_the_line_search_is_f_with_its_slope() -> None:
-    policy = meta(2)
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_loss_of_the_line_search_is_f_with_its_slope(first_order: bool) -> None:
+    policy = meta(2, first_order=first_order)
     seen, problem, x = seen_by(policy)
     leaf = x.clone().requires_grad_()
     value = seen.loss(problem.x.unravel(leaf))
@@ -105,6 +106,9 @@ def test_the_loss_of_the_line_search_is_f_with_its_slope() -> None:
     found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=problem.data)
     assert (slope - ravel(found.grad, "grad")[0]).abs().max() < 1e-10 * slope.abs().max()
     assert abs(float(value.detach()) - found.value) < 1e-12
+    estimator = TrustRegion(policy).estimator
+    other = hypergradient(learner.problem, learner.x0, learner.y0, estimator=estimator, data=problem.data)
+    assert torch.equal(ravel(other.grad, "grad")[0], ravel(found.grad, "grad")[0])
 
 
 def test_a_step_of_the_trust_region_goes_no_further_than_delta() -> None:

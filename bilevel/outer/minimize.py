@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -218,7 +218,7 @@ def minimize(
         3.0
     """
     demand_autograd("minimize")
-    if compile:
+    if TYPE_CHECKING or compile:
         from bilevel.compiled.descent import descend, is_one_program
         from bilevel.compiled.estimator import compiled
         from bilevel.compiled.refused import refused

@@ -116,7 +116,8 @@ class Run:
         callback, ranks = self.rules.callback, self.rules.ranks
         if callback is None:
             return False
-        if ranks is not None and not isinstance(callback, AbstractEverywhere):
+        everywhere: bool = isinstance(callback, AbstractEverywhere)
+        if ranks is not None and not everywhere:
             return first_says(ranks, partial(callback, self.history[-1], estimate))
         return bool(callback(self.history[-1], estimate))
 

@@ -111,7 +111,9 @@ class _ByBackward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> Any:
         shards, count = ctx.shards, ctx.count
         xs = [leaf.detach().requires_grad_() for leaf in ctx.saved_tensors[:count]]
         with torch.enable_grad(), shards.at(ctx.saved_tensors[count:]) as parameters:

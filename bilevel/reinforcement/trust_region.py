@@ -19,14 +19,12 @@ from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, SIZE, demand_ranges
-from bilevel.hypergrad.itd import ITD
 from bilevel.reinforcement.low_variance import LowVarianceCurvature
 from bilevel.reinforcement.meta_policy import MetaPolicy
 from bilevel.reinforcement.policy import Params
 from bilevel.reinforcement.trajectories import Trajectories
 from bilevel.requirements.properties import Property
 from bilevel.solvers.cg import CG
-from bilevel.solvers.own_steps import OwnSteps
 
 
 @final
@@ -106,7 +104,7 @@ class TrustRegion(AbstractAlgorithm[TrustRegionState]):
     @property
     def estimator(self) -> AbstractEstimator:
         """What h is estimated by."""
-        return ITD(OwnSteps(self.meta.inner_steps))
+        return self.meta.learner().estimator
 
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> TrustRegionState:
         return TrustRegionState(oracle.project(x), y, 0)
@@ -224,7 +222,8 @@ def _moved(meta: MetaPolicy, x: Tree, y: Params, episodes: Trajectories) -> Para
     with torch.enable_grad():
         y = {name: leaf if leaf.requires_grad else leaf.detach().requires_grad_() for name, leaf in y.items()}
         value = torch.vmap(lambda y, *parts: meta.surrogate.value(meta.policy, y, Trajectories(*parts)))
-        gradients = torch.autograd.grad(value(y, *episodes).sum(), list(y.values()), create_graph=True)
+        whole = not meta.first_order  # else y moves as x does
+        gradients = torch.autograd.grad(value(y, *episodes).sum(), list(y.values()), create_graph=whole)
         return {
             name: leaf + meta.step_of(x, name) * gradient
             for (name, leaf), gradient in zip(y.items(), gradients, strict=True)

@@ -107,7 +107,7 @@ class _SparseProduct(torch.autograd.Function):
         return _SparseProduct.apply(ctx.X, ctx.XT, tangents[2])  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def vmap(  # what it is called with
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]  # what it is called with
         info: Any,  # noqa: ARG004
         in_dims: tuple[int | None, ...],
         X: Tensor,
