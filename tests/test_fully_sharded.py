@@ -53,7 +53,7 @@ def _misfit(out: Tensor, data: Any) -> Tensor:
 
 def _problem(net: Any) -> BilevelProblem:
     def f(x: Tensor, y: Any, data: Any) -> Tensor:
-        return _misfit(net(y, data[0]), data).sum()
+        return ((1 + x / 4) * _misfit(net(y, data[0]), data)).sum()  # else h begins as rounding, which AdamW scales
 
     def g(x: Tensor, y: Any, data: Any) -> Tensor:
         return (x.exp() * _misfit(net(y, data[0]), data)).sum()
@@ -156,8 +156,7 @@ def test_first_order_algorithms_on_shared_out_parameters_are_those_of_whole_ones
     for name in ALGORITHMS:
         alone = _alone(name)
         x, y, values, norms = first[name]
-        # differences of gradients lose digits to their step, and AdamW divides what is left by its size
-        tolerance = {"soba": 1e-7, "sama": 1e-7, "scalebio": 1e-9}.get(name, 1e-11)
+        tolerance = 1e-7 if name in ("soba", "sama") else 1e-11  # differences: rounding over their step
         assert torch.equal(x, second[name][0]) and values == second[name][2], name
         assert torch.allclose(x, alone.x, rtol=0, atol=tolerance), (name, x, alone.x)
         assert torch.allclose(_flat(y), _flat(alone.y), rtol=0, atol=tolerance), name

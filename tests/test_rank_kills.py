@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -56,20 +55,7 @@ def tasks() -> Experiment:
     validation = Validating(Sinusoid(), every=10, episodes=6)
     return Experiment(learner, Sinusoid(), validation, Sinusoid(), settings=few,
                       evaluation=Evaluating(episodes=6))
-first = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
-def f(x, y, data):
-    f.calls += 1
-    if first and f.calls == 70 and os.environ.get("RANK") == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return misfit(y, data)
-f.calls = 0
 """
-DYING = (
-    MINE
-    + """
-dies = Instance(BilevelProblem(lambda x, y, data: f(x, y, data), problem.g), zero, zero, settings=soba.settings)
-"""
-)
 KINDS = ("mine.py:soba", "mine.py:saba", "mine.py:tasks")
 
 
@@ -184,16 +170,3 @@ def test_what_has_nothing_to_share_is_refused_by_name_and_the_other_ranks_leave(
     codes = _together(2, ["mine.py:alone"], Path("out"))
     assert codes[0] == 2 and "mine.py:alone cannot be run over 2 ranks" in Path("out.0.txt").read_text()
     assert not Path("out").exists()
-
-
-def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on(here: Path) -> None:
-    Path("mine.py").write_text(DYING)
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    words += ["--standalone", "-m", "bilevel", "run", "mine.py:dies", "--out", "out", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=170, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Signal 9" in done.stderr or "SIGKILL" in done.stderr, done.stderr
-    found = Left.at(Path("out"))
-    left, _ = _whole("mine.py:soba", 2, "whole")
-    assert found.tensors == left.tensors and found.history == left.history
