@@ -104,7 +104,7 @@ class FlatProblem:
 
     def g_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """y -> g(x, y) at one x, of which what does not change with y is made once: asked for at every inner step."""
-        plain = self.tasks is None and self.across is None and x.dim() == 1 and not x.requires_grad
+        plain = self.tasks is None and self.across is None and x.shape == (self.x.size,) and not x.requires_grad
         if not plain or (self.problem.encode is not None and not self.is_encoded):
             return partial(self.g, x)
         form = "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"

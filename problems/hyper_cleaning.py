@@ -96,6 +96,7 @@ class HyperCleaning:
         inputs, labels, numbers = batch
         return self._penalized((torch.sigmoid(x[numbers]) * sample_losses(logits(y, inputs), labels)).mean(), y)
 
+    @fitting
     def known(self, y: Tree, *, batches: bool = False) -> Callable[..., Tensor]:
         """g, on all samples or on batches; with its own derivatives where the model is linear in y."""
         if not isinstance(y, Tensor):

@@ -136,8 +136,8 @@ LOOSE: Any = lambda kind: kind  # noqa: E731  (what a type checker would refuse 
         ),
         (
             lambda: GradientDescent(LOOSE("a")),
-            "`GradientDescent(step=...)` must be a number or a tensor or a function of 1 argument or None."
-            " Got 'a' (str).",
+            "`GradientDescent(step=...)` must be a number or a tensor or a function of 1 argument or a function of 2"
+            " arguments or None. Got 'a' (str).",
         ),
         (lambda: Newton(linear=LOOSE(LBFGS())), "`Newton(linear=...)` must be a linear solver such as `CG()` or None."),
         (lambda: ESJ(LBFGS(), seed=LOOSE(torch.Generator())), "`ESJ(seed=...)` must be an integer. Got Generator."),

@@ -122,6 +122,7 @@ from bilevel.solvers import (
     Nesterov,
     Neumann,
     Newton,
+    NewtonPCG,
     NormalCG,
     Nystrom,
     NystromPreconditioner,
@@ -225,6 +226,7 @@ ELSEWHERE = {CompiledITD}
 INNER: dict[str, tuple[AbstractInnerSolver, str]] = {
     "LBFGS": (LBFGS(), "plain"),
     "Newton": (Newton(), "plain"),
+    "NewtonPCG": (NewtonPCG(), "plain"),
     "ClosedForm": (ClosedForm(lambda x: x), "plain"),
     "Iterate": (STEPS, "plain"),
     "Iterate, line search": (Iterate(GradientDescent(), 20, line_search=Armijo()), "plain"),

@@ -47,12 +47,14 @@ from bilevel import (
     hyperobjective,
     minimize,
     ravel,
+    reinforcement,
 )
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
 from bilevel._tree import tree_map
 from bilevel.algorithms import AugmentedLagrangian, Descent, FiniteSum, OuterConstraints
 from bilevel.attribution import KFAC, Influence
+from bilevel.compiled.estimator import Compiled
 from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
 from bilevel.federated import Clients, Server, Traffic
@@ -114,7 +116,7 @@ def public_classes() -> dict[str, Any]:
 PUBLIC = public_classes()
 # What lives within one call, between the parts of an estimate, and holds functions made there.
 WITHIN_A_CALL = {"Linearization", "Objective", "Oracle", "Move", "Told", "Evaluated", "LinearOperator", "Setting"}
-WITHIN_A_CALL |= {"Drawn", "Ranks"}  # and processes, which do not travel
+WITHIN_A_CALL |= {"Drawn", "Ranks", "ClientsOnRanks"}  # and processes, which do not travel
 
 
 def build_problem(name: str) -> Any:
@@ -278,6 +280,11 @@ def federated_clients() -> Clients:
     return Clients(BilevelProblem(portable_cases.f, portable_cases.f), torch.ones(2), torch.ones(2), torch.ones(2, 3))
 
 
+def pulled() -> reinforcement.MetaPolicy:
+    """A policy of one state and two arms."""
+    return reinforcement.MetaPolicy(reinforcement.CategoricalPolicy(nn.Linear(1, 2)), reinforcement.GaussianBandit(2))
+
+
 def instance_of(kind: Any, found: dict[type, Any]) -> Any:
     if kind in found:
         return found[kind]
@@ -306,6 +313,17 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Joint": lambda: Joint(torch.ones(2), torch.ones(3), None),
         "Reduced": lambda: Reduced(Joint(torch.ones(2), torch.ones(3), None), torch.ones(()), None),
         "Jacobi": lambda: Jacobi(),
+        "Compiled": lambda: Compiled(AID(Iterate(GradientDescent(0.1), 2), CG()), "eager"),
+        "Trajectories": lambda: reinforcement.Trajectories(*(torch.ones(2, 3) for _ in range(5))),
+        "CategoricalPolicy": lambda: reinforcement.CategoricalPolicy(nn.Linear(1, 2)),
+        "GaussianPolicy": lambda: reinforcement.GaussianPolicy(nn.Linear(1, 2), 2),
+        "MetaPolicy": pulled,
+        "OfflinePolicy": lambda: reinforcement.OfflinePolicy(pulled().policy),
+        "OfflineTasks": lambda: reinforcement.OfflineTasks({"goal": torch.ones(2, 3)}),
+        "TrustRegion": lambda: reinforcement.TrustRegion(pulled()),
+        "Interaction": lambda: reinforcement.Interaction(
+            reinforcement.OfflinePolicy(pulled().policy), portable_cases.collected, GradientDescent(0.1)
+        ),
         "Clients": federated_clients,
         "Server": lambda: Server(federated_clients(), (2, 2)),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),

@@ -52,7 +52,11 @@ class Samples:
         return isinstance(self.batches, Sequence) and len(self.batches) == 1
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        try:
+            return iter(self.batches)
+        except Exception as error:
+            kind = type(self.batches).__name__
+            raise TypeError(f"`influence({self.name}=...)` must be batches. Got {kind}, which gives none.") from error
 
     def losses(self, y: Tensor, batch: Any) -> Tensor:
         """The losses of a batch `(b,)`.

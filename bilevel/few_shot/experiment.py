@@ -44,7 +44,7 @@ class Paths:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Experiment:
+class Experiment(AbstractPortable):
     """What `bilevel run` trains and evaluates.
 
     Attributes:

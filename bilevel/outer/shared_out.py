@@ -6,7 +6,6 @@ from typing import Any
 
 from bilevel._problem import BilevelProblem
 from bilevel.algorithms.algorithm import AbstractAlgorithm
-from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.registry import DESCENT
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.inner_problems.smooth import SmoothMinimization
@@ -20,6 +19,8 @@ def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, 
     Raises:
         ValueError: naming it, and what to do.
     """
+    from bilevel.algorithms.descent import Descent  # a floor of imports less
+
     if algorithm is None or algorithm in (DESCENT, AUTO) or isinstance(algorithm, Descent):
         named = "implicit" if estimator is None else estimator
         raise ValueError(

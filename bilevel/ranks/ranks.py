@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel._result import BilevelError, Status
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import COUNT
+from bilevel.arguments.words import got
 
 T = TypeVar("T")
 
@@ -51,13 +52,13 @@ class Ranks:
     def __init__(self, group: Any) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(
-                "`group=` needs `torch.distributed`: call `torch.distributed.init_process_group('gloo')` first, as a"
-                " process that `torchrun` has started."
+                "`Ranks(group=...)` needs `torch.distributed`: call `torch.distributed.init_process_group('gloo')` first,"
+                " as a process that `torchrun` has started."
             )
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(
-                f"`group=` must be a group of `torch.distributed` that this process is one of. Got {group!r:.200}. Pass"
-                f" `torch.distributed.group.WORLD`, or what `new_group` returns to its members."
+                "`Ranks(group=...)` must be a group of `torch.distributed` that this process is one of. Got"
+                f" {got(group)}. Pass `torch.distributed.group.WORLD`, or what `new_group` returns to its members."
             )
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.messages = self.floats = 0

@@ -25,6 +25,7 @@ class GaussianModule(nn.Module):
         log_std: the logarithms of the standard deviations.
 
     Example:
+        >>> import torch
         >>> sorted(GaussianModule(nn.Linear(1, 1), torch.zeros(1)).state_dict())
         ['log_std', 'mean.bias', 'mean.weight']
     """
@@ -55,6 +56,7 @@ class GaussianPolicy(AbstractPolicy):
         ValueError: if the module has a parameter "log_std" of its own, or there is no action.
 
     Example:
+        >>> import torch
         >>> policy = GaussianPolicy(nn.Linear(2, 3), actions=3)
         >>> policy.log_prob(policy.params, torch.zeros(5, 2), torch.zeros(5, 3)).shape
         torch.Size([5])

@@ -32,6 +32,7 @@ class Navigation(AbstractEnvironment):
         ValueError: if a number is out of range.
 
     Example:
+        >>> import torch
         >>> task, action = {"goal": torch.tensor([0.3, 0.0])}, torch.tensor([[1.0, 0.0]])
         >>> Navigation().step(task, torch.zeros(1, 2), action, torch.zeros(1, 0))[0]
         tensor([[0.1000, 0.0000]])

@@ -38,10 +38,10 @@ def vector_episodes(
         TypeError: if the environment is no vector environment of it.
 
     Example:
-        >>> import gymnasium
         >>> from torch import nn
         >>> from bilevel.reinforcement import CategoricalPolicy
-        >>> environment = gymnasium.make_vec("CartPole-v1", num_envs=4, vectorization_mode="sync")
+        >>> from bilevel.reinforcement.vector_episodes import with_gymnasium
+        >>> environment = with_gymnasium().make_vec("CartPole-v1", num_envs=4, vectorization_mode="sync")
         >>> policy = CategoricalPolicy(nn.Linear(4, 2))
         >>> vector_episodes(environment, policy, policy.params, horizon=20).rewards.shape
         torch.Size([4, 20])
@@ -71,6 +71,20 @@ def vector_episodes(
     return Trajectories(observations, actions, torch.stack(earned, 1), lives, log_probs)
 
 
+def with_gymnasium() -> Any:
+    """The module `gymnasium`.
+
+    Raises:
+        ImportError: if it is missing, naming the extra to install.
+    """
+    try:
+        return importlib.import_module("gymnasium")
+    except ImportError as error:
+        raise ImportError(
+            'episodes of vector environments need gymnasium: `pip install "bilevel[gymnasium]"`.'
+        ) from error
+
+
 def _spaces(environment: Any) -> tuple[Any, Any]:
     """The spaces of one observation and of one action.
 
@@ -78,12 +92,7 @@ def _spaces(environment: Any) -> tuple[Any, Any]:
         ImportError: if gymnasium is missing.
         TypeError: if there are none.
     """
-    try:
-        gymnasium: Any = importlib.import_module("gymnasium")
-    except ImportError as error:
-        raise ImportError(
-            'episodes of vector environments need gymnasium: `pip install "bilevel[gymnasium]"`.'
-        ) from error
+    gymnasium = with_gymnasium()
     if not isinstance(environment, gymnasium.vector.VectorEnv | gymnasium.vector.VectorWrapper):
         raise TypeError(
             f"`vector_episodes(environment=...)` must be a `gymnasium.vector.VectorEnv`. Got"
@@ -93,7 +102,7 @@ def _spaces(environment: Any) -> tuple[Any, Any]:
 
 
 def _vectors(observation: Any, space: Any, like: Tensor) -> Tensor:
-    gymnasium: Any = importlib.import_module("gymnasium")
+    gymnasium = with_gymnasium()
     found = torch.as_tensor(observation)
     if isinstance(space, gymnasium.spaces.Discrete):
         return torch.nn.functional.one_hot((found - int(space.start)).long(), int(space.n)).to(like)
@@ -101,7 +110,7 @@ def _vectors(observation: Any, space: Any, like: Tensor) -> Tensor:
 
 
 def _taken(action: Tensor, space: Any) -> Any:
-    gymnasium: Any = importlib.import_module("gymnasium")
+    gymnasium = with_gymnasium()
     found = action.cpu().numpy()
     if isinstance(space, gymnasium.spaces.Discrete):
         return found + int(space.start)

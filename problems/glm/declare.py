@@ -93,10 +93,11 @@ def declare(
         >>> model = GeneralizedLinearModel(X, b, penalty=lambda x: x.exp())
         >>> g = declare(mine, model, torch.tensor(0.0), torch.zeros(2))
         >>> wrong = GeneralizedLinearModel(X, b, penalty=lambda x: 2 * x.exp())
-        >>> declare(mine, wrong, torch.tensor(0.0), torch.zeros(2))
-        Traceback (most recent call last):
-            ...
-        ValueError: `declare(g=..., known=...)` must be given two forms of one function. ...
+        >>> try:
+        ...     declare(mine, wrong, torch.tensor(0.0), torch.zeros(2))
+        ... except ValueError as error:
+        ...     print(str(error).partition(".  ")[0][:79])
+        `declare(g=..., known=...)` must be given two forms of one function. Got values
     """
     given = () if data is None else (data,)
     generator = torch.Generator().manual_seed(seed)
@@ -105,8 +106,13 @@ def declare(
     for _ in range(2):
         at = [each.detach() + torch.rand(each.shape, generator=generator).to(each) - 0.5 for each in (x, y)]
         v = torch.rand(y.shape, generator=generator).to(y) - 0.5
-        own = _by_autograd(g, outer, inner, at[0], at[1], v, given)
-        theirs = _by_formula(known, outer, inner, at[0], at[1], v, given)
+        try:
+            own = _by_autograd(g, outer, inner, at[0], at[1], v, given)
+            theirs = _by_formula(known, outer, inner, at[0], at[1], v, given)
+        except (RuntimeError, IndexError) as error:
+            shapes = f"x0 {tuple(x.shape)} and y0 {tuple(y.shape)} as vectors"
+            why = str(error).partition("\n")[0][:200]
+            raise ValueError(f"`declare(x0=..., y0=...)` must be what g takes. Got {shapes}: {why}") from error
         for name, a, b in zip(_NAMES, own, theirs, strict=True):
             size, gap = (float(torch.linalg.vector_norm(each)) for each in (a, a - b))
             if not gap <= tol * max(size, tol):
