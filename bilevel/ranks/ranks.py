@@ -52,8 +52,8 @@ class Ranks:
     def __init__(self, group: Any) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise ValueError(
-                "`Ranks(group=...)` needs `torch.distributed`: call `torch.distributed.init_process_group('gloo')` first,"
-                " as a process that `torchrun` has started."
+                "`Ranks(group=...)` needs `torch.distributed`: call `torch.distributed.init_process_group('gloo')`"
+                " first, as a process that `torchrun` has started."
             )
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(
