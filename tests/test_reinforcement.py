@@ -140,6 +140,21 @@ def test_the_first_derivative_of_every_surrogate_is_the_policy_gradient(build: A
     assert abs(float(mean(HERE) - expected_return(HERE))) < 1e-12
 
 
+@pytest.mark.parametrize("baseline", [Zero(), OfTime()])
+def test_dice_has_the_gradient_of_the_score_function_in_every_episode(
+    baseline: AbstractBaseline,
+) -> None:
+    """So that the baseline takes away what it takes away there: its mean is zero whatever its sign."""
+    episodes, _ = every_episode(HERE)
+    for k in range(0, len(episodes.rewards), 7):
+        one = Trajectories(*(part[k : k + 1] for part in episodes))
+        leaf = HERE.clone().requires_grad_()
+        found = []
+        for surrogate in (DiCE(DISCOUNT, baseline), ScoreFunction(Advantages(DISCOUNT, 1.0, baseline))):
+            found.append(torch.autograd.grad(surrogate.value(POLICY, {"weight": leaf}, one), leaf)[0])
+        assert (found[0] - found[1]).abs().max() < 1e-12
+
+
 def test_the_second_derivative_of_the_score_function_lacks_the_scores_of_the_episodes() -> None:
     surrogate = ScoreFunction(Advantages(DISCOUNT, 1.0, Zero()))
     found = derivatives(expected_surrogate(surrogate, HERE), HERE)[1]

@@ -225,6 +225,18 @@ def test_the_offline_hypergradient_is_that_of_differences() -> None:
     assert (found - differences).abs().max() < 1e-5 * found.abs().max()
 
 
+def test_leaving_the_data_costs_the_mean_of_the_logarithms_of_ratios() -> None:
+    policy = walker()
+    tasks = whole(data_of(policy))
+    task = {name: value[0] for name, value in tasks.items()}
+    other = {name: p + 0.2 for name, p in policy.params.items()}
+    free, dear = (OfflinePolicy(policy, regularization=c).f({}, other, task) for c in (0.0, 0.5))
+    data = part(data_of(policy), 0, "query")
+    ratios = (data.log_probs - policy.log_prob(other, data.observations, data.actions)) * data.alive
+    assert abs(float(dear - free - 0.5 * ratios.sum() / data.alive.sum())) < 1e-12
+    assert float(dear) > float(free)
+
+
 def test_data_that_say_nothing_of_a_policy_are_refused() -> None:
     policy = walker()
     data = data_of(policy)
@@ -268,7 +280,10 @@ def test_interaction_is_training_on_the_same_episodes() -> None:
     """Episodes that a function collects give the step that their hypergradient gives."""
     policy, bandit = CategoricalPolicy(module(1, 3)), GaussianBandit(3, 0.2)
 
+    seeds: list[int] = []
+
     def pulled(task: dict[str, Tensor], params: dict[str, Tensor], seed: int) -> Trajectories:
+        seeds.append(seed)
         noise = torch.randn(8, 1, 2, generator=torch.Generator().manual_seed(seed)).double()
         return rollout(bandit, policy, params, task, torch.zeros(8, 0), noise)
 
@@ -280,6 +295,7 @@ def test_interaction_is_training_on_the_same_episodes() -> None:
         return {name: value.double() for name, value in source(step).items()}
 
     solution = minimize(learner.problem, learner.x0, learner.y0, algorithm=algorithm, data=data, max_steps=3)
+    assert len(seeds) >= 24 and len(set(seeds)) == len(seeds)  # no two collections of a run see the same noise
     x = learner.x0
     memory = Adam(0.1).init(x["weight"].flatten())
     for step in range(3):

@@ -109,8 +109,11 @@ class Tracing:
             self._now = outer
             return tuple(_apart(found, inputs))
 
+        def asked(*inputs: Tensor) -> Tensor:
+            return _apart((going(*inputs[:n]),), inputs)[0]  # a flag that is carried is no answer by itself either
+
         copies = [each.clone() for each in carried]
-        return loop(lambda *inputs: going(*inputs[:n]), within, copies, list(others.values()))
+        return loop(asked, within, copies, list(others.values()))
 
     def whole(self, function: Callable[..., Tensors], *examples: Tensor) -> Traced:
         """The computation of vectors that `function` puts together of pieces."""
