@@ -1,0 +1,175 @@
+"""Affine expressions of a variable, and sums of terms in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel.arguments.fits import demand_type, demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_range
+from bilevel.portable.pickling import AbstractPortable
+from bilevel.terms.block import AbstractBlock
+from bilevel.terms.linear_map import AbstractLinearMap, Identity, Size
+from bilevel.terms.sampling import Matrix
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Affine(AbstractPortable):
+    """K y - c, written `K @ y - c`.
+
+    Args:
+        map: K.
+        offset: c; None: zero. Axes in front of its shape are those of a batch.
+    """
+
+    map: AbstractLinearMap
+    offset: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+
+    def at(self, y: Tensor) -> Tensor:
+        """K y - c."""
+        image = self.map.forward(y)
+        return image if self.offset is None else image - self.offset
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether it is y itself."""
+        return isinstance(self.map, Identity) and self.map.factor == 1 and self.offset is None
+
+    def __rmatmul__(self, outer: AbstractLinearMap | Tensor) -> Affine:
+        if isinstance(outer, Tensor):
+            outer = Matrix(outer, self.map.out_shape)
+        if not isinstance(outer, AbstractLinearMap):
+            return NotImplemented
+        if isinstance(self.map, Identity) and self.map.factor == 1:
+            if outer.in_shape != self.map.shape:
+                raise ValueError(f"`A @ y` needs an A of arrays {self.map.shape}. Got one of {outer.in_shape}.")
+            made = outer
+        else:
+            made = outer @ self.map
+        return Affine(made, None if self.offset is None else outer.forward(self.offset))
+
+    def __rmul__(self, factor: float | Tensor) -> Affine:
+        demand_type("c * expression", "c", factor, float | Tensor)
+        return Affine(factor * self.map, None if self.offset is None else factor * self.offset)
+
+    def __neg__(self) -> Affine:
+        return -1.0 * self
+
+    def __sub__(self, other: Any) -> Affine:
+        demand_type("expression - c", "c", other, float | Tensor)
+        c = torch.as_tensor(other)
+        if not c.is_floating_point():
+            c = c.to(torch.get_default_dtype())
+        return replace(self, offset=c if self.offset is None else self.offset + c)
+
+    def __add__(self, other: Any) -> Affine:
+        demand_type("expression + c", "c", other, float | Tensor)
+        return self - (-other)
+
+    def __radd__(self, other: Any) -> Affine:
+        return self + other
+
+    def __rsub__(self, other: Any) -> Affine:
+        return -self + other
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Term(AbstractPortable):
+    """weight * block(expression): `w * norm1(D @ y)`.
+
+    Args:
+        block: what is taken of the expression.
+        expression: K y - c.
+        weight: of the objective, whatever algorithm minimizes it: a number, or a tensor `(*batch,)` of one for each
+            array of a batch.
+    """
+
+    block: AbstractBlock
+    expression: Affine
+    weight: float | Tensor = 1.0
+
+    @property
+    def axes(self) -> int:
+        """How many axes K y has, without those of a batch."""
+        return len(self.expression.map.out_shape)
+
+    def value(self, y: Tensor) -> Tensor:
+        """weight * block(K y - c) of each array of a batch: `(*batch,)`."""
+        at = self.expression.at(y)
+        own = self.block.value(at, self.axes)
+        return torch.where(own == 0, own, self.weight * own)  # zero times infinity is none: an indicator has no weight
+
+    def __add__(self, other: Any) -> SumOfTerms:
+        return SumOfTerms((self,)) + other
+
+    def __radd__(self, other: Any) -> SumOfTerms:
+        return SumOfTerms((self,)) + other
+
+    def __rmul__(self, factor: float | Tensor) -> Term:
+        demand_type("w * term", "w", factor, float | Tensor)
+        if not isinstance(factor, Tensor):
+            demand_range("w * term", "w", factor, AT_LEAST_0)
+        return replace(self, weight=factor * self.weight)
+
+    def __mul__(self, factor: float | Tensor) -> Term:
+        return factor * self
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SumOfTerms(AbstractPortable):
+    """F(y) = sum_j w_j h_j(K_j y - c_j): an objective, written as a sum.
+
+    Args:
+        terms: its terms, at least one.
+
+    Raises:
+        ValueError: if terms are of variables of different shapes.
+
+    Example:
+        >>> from bilevel.terms import norm1, sum_squares, variable
+        >>> y = variable(2)
+        >>> F = 0.5 * sum_squares(y - torch.tensor([3.0, 0.1])) + 1.0 * norm1(y)
+        >>> F.value(torch.tensor([2.0, 0.0]))
+        tensor(2.5050)
+    """
+
+    terms: tuple[Term, ...]
+    shape: Size = field(init=False)
+
+    def __post_init__(self) -> None:
+        demand_types(self)
+        shapes = {term.expression.map.in_shape for term in self.terms}
+        if len(shapes) != 1:
+            raise ValueError(f"terms of a sum must be of one variable. Got variables of shapes {sorted(shapes)}.")
+        object.__setattr__(self, "shape", next(iter(shapes)))
+
+    def value(self, y: Tensor) -> Tensor:
+        """F(y) of each array of a batch `(*batch, *shape)`: `(*batch,)`."""
+        total = self.terms[0].value(y)
+        for term in self.terms[1:]:
+            total = total + term.value(y)
+        return total
+
+    def __add__(self, other: Any) -> SumOfTerms:
+        if isinstance(other, Term):
+            return SumOfTerms((*self.terms, other))
+        if isinstance(other, SumOfTerms):
+            return SumOfTerms((*self.terms, *other.terms))
+        if isinstance(other, int | float) and other == 0:  # sum() begins with it
+            return self
+        return NotImplemented
+
+    def __radd__(self, other: Any) -> SumOfTerms:
+        return self + other
+
+    def __rmul__(self, factor: float | Tensor) -> SumOfTerms:
+        return SumOfTerms(tuple(factor * term for term in self.terms))

@@ -1,0 +1,103 @@
+"""A'A of a linear map, in a form in which w_1 A_1'A_1 + w_2 A_2'A_2 + ... can be solved with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """A'A = c I + F^-1 diag(s) F + diag(d) + G: a sum of what has each a form of its own.
+
+    F is the real Fourier transform over the last axes, s real and even. Sums and multiples of such forms are again of
+    the form; (A'A)^-1 is closed where at most one of s, d, G is there.
+
+    Args:
+        scalar: c.
+        fourier: s `(*shape, n // 2 + 1)`, as `torch.fft.rfftn` orders the frequencies; broadcasts over channels.
+        axes: how many axes F is taken over.
+        diagonal: d, of the shape of y or one that broadcasts to it.
+        dense: G `(q, q)`, where y is a vector.
+        known: False: nothing is known of A'A.
+
+    Example:
+        >>> gram = Gram(scalar=2.0) + 3.0 * Gram(diagonal=torch.tensor([0.0, 1.0]))
+        >>> gram.solve(torch.tensor([2.0, 10.0]))
+        tensor([1., 2.])
+    """
+
+    scalar: float | Tensor = 0.0
+    fourier: Tensor | None = None
+    axes: int = 0
+    diagonal: Tensor | None = None
+    dense: Tensor | None = None
+    known: bool = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether `solve` has a closed form."""
+        return self.known and sum(part is not None for part in (self.fourier, self.diagonal, self.dense)) <= 1
+
+    def __add__(self, other: Gram) -> Gram:
+        if not (self.known and other.known):
+            return Gram(known=False)
+        both = self.fourier is not None and other.fourier is not None
+        if both and self.axes != other.axes:
+            return Gram(known=False)
+        return Gram(
+            self.scalar + other.scalar,
+            _sum(self.fourier, other.fourier),
+            max(self.axes, other.axes),
+            _sum(self.diagonal, other.diagonal),
+            _sum(self.dense, other.dense),
+        )
+
+    def __rmul__(self, factor: float | Tensor) -> Gram:
+        if not self.known:
+            return self
+        parts = (None if part is None else factor * part for part in (self.fourier, self.diagonal, self.dense))
+        fourier, diagonal, dense = parts
+        return Gram(factor * self.scalar, fourier, self.axes, diagonal, dense)
+
+    def solve(self, r: Tensor) -> Tensor:
+        """(A'A)^-1 r, where that is closed: two transforms, a division, or a factorization."""
+        if self.fourier is not None:
+            axes = tuple(range(-self.axes, 0))
+            below = self.fourier.to(r) + self.scalar
+            return torch.fft.irfftn(torch.fft.rfftn(r, dim=axes) / below, s=r.shape[-self.axes :], dim=axes)
+        if self.dense is not None:
+            eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
+            factor = torch.linalg.cholesky(self.dense + self.scalar * eye)
+            return torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
+        return r / (self.scalar if self.diagonal is None else self.diagonal + self.scalar)
+
+    def prepared(self) -> Callable[[Tensor], Tensor]:
+        """r -> (A'A)^-1 r, for many r: what does not depend on them is computed once."""
+        if self.dense is None:
+            return self.solve
+        eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.dense + self.scalar * eye))
+        return lambda r: r @ inverse
+
+    def largest(self) -> Tensor | float:
+        """A bound on the largest eigenvalue of A'A, exact where there is one part beside the scalar."""
+        top = self.scalar
+        if self.fourier is not None:
+            top = top + self.fourier.max()
+        if self.diagonal is not None:
+            top = top + self.diagonal.max()
+        if self.dense is not None:
+            top = top + torch.linalg.matrix_norm(self.dense, 2)
+        return top
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
