@@ -62,6 +62,7 @@ from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
 from bilevel.problems.networks.small_network import small_network
 from bilevel.problems.networks.task_weights import task_weights
+from bilevel.problems.proximal import compressed_sensing_mri, deblurring, deraining, energy_planning, joint_optics
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -110,11 +111,15 @@ __all__ = [
     "byte_gpt",
     "cardano",
     "catalogue",
+    "compressed_sensing_mri",
     "cournot",
+    "deblurring",
     "deep_equilibrium",
+    "deraining",
     "distillation",
     "double_well",
     "elastic_net_diabetes",
+    "energy_planning",
     "group_lasso",
     "highest_penalty",
     "hyper_cleaning",
@@ -123,6 +128,7 @@ __all__ = [
     "ibaml",
     "ibaml_head",
     "imaml",
+    "joint_optics",
     "lambert",
     "language_sources",
     "lasso",
@@ -264,6 +270,15 @@ _ENTRIES = (
         "an optimizer whose steps, preconditioner or small network is learned through its steps",
         learning_to_optimize,
     ),
+    Entry("deblurring", "the schedule of five steps of ADMM that deblur images", deblurring),
+    Entry(
+        "compressed-sensing-mri",
+        "images from a third of their frequencies, weights of two priors",
+        compressed_sensing_mri,
+    ),
+    Entry("deraining", "rain and image told apart, weights of four terms", deraining),
+    Entry("joint-optics", "the phase of a lens and the deconvolution behind it, for depth", joint_optics),
+    Entry("energy-planning", "storage and sun to build, a week's dispatch a linear program", energy_planning),
     Entry(
         "rank-deficient",
         "singular inner Hessian: the hypergradient does not exist (a failure test)",

@@ -174,8 +174,8 @@ def test_tests_and_scripts_import_sub_packages_by_their_full_name_too() -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("bilevel.problems.")])
 def test_only_methods_over_tasks_and_recipes_know_solvers_and_estimators(name: str) -> None:
     """A method is a problem over tasks with the estimator and the solvers that it is published with, a recipe one for
-    networks with those that work on it."""
-    if not {"meta_learning", "networks"} & set(name.split(".")):
+    networks or for proximal algorithms with those that work on it."""
+    if not {"meta_learning", "networks", "proximal"} & set(name.split(".")):
         rooms = {imported.split(".")[1] for imported in imports(MODULES[name]) if imported.startswith("bilevel.")}
         assert not rooms & {"solvers", "hypergrad"}
 

@@ -607,8 +607,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "small-network": {"n_train": 20, "n_val": 10, "width": 2, "double": True},
     "logistic-breast-cancer": {"smoothed_l1": True},
 }
-# Recipes for networks take batches, and have tests of their own.
-PLAIN = [name for name, entry in catalogue().items() if ".networks." not in entry.build.__module__]
+# Recipes for networks take batches, those of proximal algorithms solvers of their own; both have tests of their own.
+RECIPES = (".networks.", ".proximal.")
+PLAIN = [name for name, entry in catalogue().items() if not any(each in entry.build.__module__ for each in RECIPES)]
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -130,6 +130,11 @@ def build_problem(name: str) -> Any:
         "hyper-cleaning-synthetic": {"n_train": 12, "n_val": 6, "d": 3, "classes": 2},
         "mixed-operations": {"n_train": 12, "n_val": 6, "width": 2, "batch": 4},
         "distillation": {**data, "n_train": 12, "hidden": 2},
+        "deblurring": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
+        "compressed-sensing-mri": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
+        "deraining": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
+        "joint-optics": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
+        "energy-planning": {"hours": 24},
         "replay": {**data, "n_train": 12, "hidden": 2},
         "representation": {**data, "n_train": 12, "n_val": 6, "width": 2, "features": 2},
     }

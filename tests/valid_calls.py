@@ -51,6 +51,7 @@ ROOMS = (
     "bilevel.problems.glm",
     "bilevel.problems.meta_learning",
     "bilevel.tasks",
+    "bilevel.terms",
     "bilevel.few_shot",
     "bilevel.inner_problems",
     "bilevel.algorithms",

@@ -22,10 +22,11 @@ _RELAXATION = Range(open=True, below=2.0)
 @final
 @dataclass(frozen=True, eq=False)
 class ADMM(AbstractAlgorithm):
-    """y <- argmin q(y) + rho/2 sum_j |z_j - v_j + u_j|^2, v_j <- prox_{(w_j/rho) h_j}(z_j + u_j), u_j <- u_j + z_j - v_j.
+    """y <- argmin q + rho/2 sum_j |z_j - v_j + u_j|^2, v_j <- prox_{w_j h_j / rho}(z_j + u_j), u_j <- u_j + z_j - v_j.
 
-    z_j = K_j y - c_j. Minimizes F(y) = q(y) + sum_j w_j h_j(K_j y - c_j), q the squares and the linear terms, all else blocks. Any
-    rho > 0 leads to the same minimizer, for the thresholds w_j / rho are those of the objective; rho changes the speed.
+    z_j = K_j y - c_j. Minimizes F(y) = q(y) + sum_j w_j h_j(K_j y - c_j), q the squares and the linear terms, all else
+    blocks. Any rho > 0 leads to the same minimizer, for the thresholds w_j / rho are those of the objective; rho
+    changes the speed.
 
     The image step is the solution of one system, with the Hessian of q plus rho sum K_j'K_j: by two transforms where
     all of these are convolutions, differences and Fourier samples; a division where they are masks; a factorization

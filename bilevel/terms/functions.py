@@ -95,6 +95,7 @@ def penalty(term: AbstractProxTerm, expression: Affine) -> Term:
 def prior(denoise: Callable[..., Tensor], expression: Affine) -> Term:
     """A denoiser v, sigma -> D(v, sigma) in the place of the proximal map of w h: sigma^2 = w / rho.
 
-    No h need exist. What the algorithm converges to, if it does, is a fixed point; it does where D and the rest contract.
+    No h need exist. What the algorithm converges to, if it does, is a fixed point: it does where D and
+    the rest contract.
     """
     return Term(Denoiser(denoise), expression)

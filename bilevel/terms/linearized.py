@@ -140,9 +140,10 @@ class LinearizedADMM(AbstractAlgorithm):
 class PDHG(AbstractAlgorithm):
     """y' <- prox_{t w_0 h_0}(y - t [grad q(y) + sum_j K_j' p_j]), p_j <- prox_{rho (w_j h_j)*}(p_j + rho z_j).
 
-    z_j = K_j (2y' - y) - c_j: primal-dual hybrid gradient, with the gradient of the smooth part. h_0 is the first block of y itself, if there is
-    one; the others are dual. By Moreau's identity prox_{rho h*}(p) = p - rho prox_{h / rho}(p / rho). Converges for
-    1/t >= L/2 + rho sum |K_j|^2 to the minimizer of the objective, whatever rho. No system is solved.
+    z_j = K_j (2y' - y) - c_j: primal-dual hybrid gradient, with the gradient of the smooth part. h_0 is the first block
+    of y itself, if there is one; the others are dual. By Moreau's identity prox_{rho h*}(p) = p - rho prox_{h / rho}(p
+    / rho). Converges for 1/t >= L/2 + rho sum |K_j|^2 to the minimizer of the objective, whatever rho. No system is
+    solved.
 
     Cost of a step: A, A', K_j and K_j' once each, and the proximal maps.
 

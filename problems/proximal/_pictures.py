@@ -17,7 +17,7 @@ from bilevel.outside.images import SUFFIXES, open_image
 Pictures: TypeAlias = Literal["auto", "scikit-image", "synthetic"]
 
 # Which ship with scikit-image: other photographs are for testing than for training.
-_TRAIN = ("coffee", "chelsea", "coins", "rocket", "brick")
+_TRAIN = ("coffee", "chelsea", "coins", "rocket", "brick", "page", "cell", "clock", "gravel")
 _TEST = ("camera", "astronaut", "moon", "text")
 
 

@@ -13,8 +13,10 @@ from bilevel._instance import Instance
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, SEED, SIZE
+from bilevel.hypergrad.itd import ITD
 from bilevel.portable.pickling import AbstractPortable
-from bilevel.problems.imaging._pictures import Pictures, draw_images, gaussian, images, noise, psnr
+from bilevel.problems.proximal._pictures import Pictures, draw_images, gaussian, images, noise, psnr
+from bilevel.solvers.own_steps import OwnSteps
 from bilevel.terms import ADMM, Convolution, Gradient, Scheme, norm1, proximal_problem, sum_squares, variable
 
 Schedule = Mapping[str, Tensor]
@@ -115,7 +117,7 @@ class Deblurring(AbstractPortable):
             description=description,
             metrics=self.metrics,
             plot=self.plot,
-            settings={"estimator": "itd", "outer_step": 0.1, "max_steps": 150},
+            settings={"estimator": ITD(OwnSteps()), "outer_step": 0.1, "max_steps": 150},
         )
 
 
