@@ -62,7 +62,14 @@ from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
 from bilevel.problems.networks.small_network import small_network
 from bilevel.problems.networks.task_weights import task_weights
-from bilevel.problems.proximal import compressed_sensing_mri, deblurring, deraining, energy_planning, joint_optics
+from bilevel.problems.proximal import (
+    compressed_sensing_mri,
+    deblurring,
+    deraining,
+    energy_planning,
+    joint_optics,
+    learned_prior,
+)
 from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
@@ -134,6 +141,7 @@ __all__ = [
     "lasso",
     "lasso_diabetes",
     "learned_augmentation",
+    "learned_prior",
     "learning_to_optimize",
     "log_sum_exp",
     "logistic",
@@ -278,6 +286,7 @@ _ENTRIES = (
     ),
     Entry("deraining", "rain and image told apart, weights of four terms", deraining),
     Entry("joint-optics", "the phase of a lens and the deconvolution behind it, for depth", joint_optics),
+    Entry("learned-prior", "a denoiser that contracts as a prior for deblurring", learned_prior),
     Entry("energy-planning", "storage and sun to build, a week's dispatch a linear program", energy_planning),
     Entry(
         "rank-deficient",

@@ -151,10 +151,8 @@ def test_wavelets_by_name_are_those_of_pywavelets() -> None:
     pywt: Any = pytest.importorskip("pywt")
     A, y = Wavelets((16, 16), 1, "db2"), drawn(16, 16)
     assert adjoint_gap(A) < 1e-14
-    torch.testing.assert_close(A.adjoint(A.forward(y)), y, rtol=1e-9, atol=1e-9)
-    means = torch.tensor(pywt.dwt2(y.numpy(), "db2", mode="periodization")[0])
-    own = A.forward(y)[:8, :8]
-    assert float(own.square().sum()) == pytest.approx(float(means.square().sum()), rel=1e-6)
+    means = torch.tensor(pywt.dwt2(y.numpy(), "db2", mode="periodization")[0])  # which begins a pixel earlier
+    torch.testing.assert_close(A.forward(y.roll((1, 1), (0, 1)))[:8, :8], means)
     with pytest.raises(ValueError, match="orthogonal wavelet"):
         Wavelets((16, 16), 1, "bior2.2")
 
@@ -202,7 +200,7 @@ def test_two_thousand_steps_deblur_a_signal_of_sixty_as_cvxpy_does() -> None:
     objective = 0.5 * sum_squares(blur @ y - seen) + 0.02 * norm1(Gradient((60,)) @ y)
     exact = by_cvxpy(blur, seen, 0.02)
     with torch.no_grad():
-        found = ADMM(0.3).on(objective).run(seen, 2000)
+        found = ADMM(0.1).on(objective).run(seen, 2000)
         early = objective.value(ADMM(0.1).on(objective).run(seen, 500))
     assert relative(found, exact) <= 1e-6
     least = objective.value(exact)

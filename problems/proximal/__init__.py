@@ -11,3 +11,4 @@ from bilevel.problems.proximal.energy_planning import (
     energy_planning as energy_planning,
 )
 from bilevel.problems.proximal.joint_optics import JointOptics as JointOptics, joint_optics as joint_optics
+from bilevel.problems.proximal.learned_prior import LearnedPrior as LearnedPrior, learned_prior as learned_prior

@@ -68,7 +68,7 @@ def _photographs(test: bool) -> list[Tensor]:
 def _from_file(path: str, test: bool) -> list[Tensor]:
     if path.lower().endswith(SUFFIXES):
         picture = open_image(path, path, "L")
-        levels = torch.tensor(list(picture.getdata()), dtype=torch.float64, device="cpu") / 255
+        levels = torch.tensor(list(picture.tobytes()), dtype=torch.float64, device="cpu") / 255
         whole = levels.reshape(picture.height, picture.width)
         half = whole.shape[1] // 2
         return [whole[:, half:] if test else whole[:, :half]]
@@ -139,4 +139,3 @@ def draw_images(figure: Any, rows: Mapping[str, Tensor], truth: Tensor, count: i
             axis.set_title(f"{name} {own}".strip() if i == 0 else own, fontsize=8)
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.tight_layout()

@@ -103,6 +103,7 @@ class CompressedSensing(AbstractPortable):
             "learned": self.restored(x.detach(), self.test_seen),
         }
         draw_images(figure, rows, self.test_truth)
+        figure.tight_layout()
 
 
 @checked(side=SIZE, train=SIZE, test=SIZE, share=POSITIVE, level=AT_LEAST_0, seed=SEED)

@@ -106,6 +106,7 @@ class Deblurring(AbstractPortable):
                 "learned": self.restored(x, self.test_seen),
             }
         draw_images(figure, rows, self.test_truth)
+        figure.tight_layout()
 
     def instance(self, description: str = "") -> Instance:
         """The bilevel problem, from a constant schedule."""

@@ -98,6 +98,7 @@ class Deraining(AbstractPortable):
         """Test images before and after."""
         rows = {"with rain": self.test_seen, "learned": self.restored(x, self.test_seen)}
         draw_images(figure, rows, self.test_truth)
+        figure.tight_layout()
 
 
 def _maps(name: str) -> Any:

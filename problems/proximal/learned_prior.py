@@ -116,6 +116,7 @@ class LearnedPrior(AbstractPortable):
             "learned": self.restored(x, self.test_seen),
         }
         draw_images(figure, rows, self.test_truth)
+        figure.tight_layout()
 
 
 @checked(side=SIZE, train=SIZE, test=SIZE, filters=SIZE, size=SIZE, blur=POSITIVE, level=AT_LEAST_0, seed=SEED)
