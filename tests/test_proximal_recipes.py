@@ -70,7 +70,7 @@ def test_the_schedule_is_learned_without_derivatives_too() -> None:
 
 def test_a_dispatch_costs_what_it_does_for_highs_and_moves_as_finite_differences_of_it_do() -> None:
     pytest.importorskip("scipy")
-    instance = catalogue()["energy-planning"].build(hours=24)
+    instance: Any = catalogue()["energy-planning"].build(hours=24)
     plan: EnergyPlanning = instance.metrics.__self__
     assert adjoint_gap(plan.balances()) < 1e-15
     x = instance.x0

@@ -31,6 +31,7 @@ import bilevel.problems.glm
 import bilevel.problems.literature
 import bilevel.ranks
 import bilevel.reinforcement
+import bilevel.terms
 import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
@@ -114,6 +115,12 @@ PROTOCOLS: tuple[Any, ...] = (
     bilevel.inner_problems.AbstractKnownObjective,
     bilevel.problems.glm.AbstractRowLoss,
     bilevel.prox.AbstractProxTerm,
+    bilevel.terms.AbstractLinearMap,
+    bilevel.terms.AbstractAlgorithm,
+    bilevel.terms.Gram,
+    bilevel.terms.Scheme,
+    bilevel.terms.Affine,
+    bilevel.terms.Term,
     bilevel.prox.ProxDerivative,
     FlatProblem,
     bilevel.LinearOperator,
@@ -470,6 +477,10 @@ BY_ANNOTATION: dict[str, Callable[[], Any]] = {
     "Callable[..., Tree]": lambda: lambda x: x,
     "Callable[..., Polytope]": lambda: lambda x: Polytope(lower=0.0),
     "AbstractProxTerm": lambda: bilevel.prox.L1(1.0),
+    "AbstractLinearMap": lambda: bilevel.terms.Gradient((2,)),
+    "Affine": lambda: bilevel.terms.variable(2),
+    "Size": lambda: (2,),
+    "SumOfTerms": lambda: bilevel.terms.SumOfTerms((bilevel.terms.sum_squares(bilevel.terms.variable(2)),)),
     "Callable[..., AbstractProxTerm]": lambda: lambda x: bilevel.prox.L1(1.0),
     "Callable[[int], float]": lambda: Cosine(10),
     "Instance": lambda: quadratic(p=2, q=2),
@@ -672,6 +683,28 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "SpectralBall": {"radius": lambda: 1.0},
     "prox.Quadratic": {"Q": lambda: 1.0},
     "Affine": {"b": lambda: 0.0},
+    "terms.Affine": {"map": lambda: bilevel.terms.Identity((2,))},
+    "Convolution": {"kernel": lambda: torch.ones(1, **D)},
+    "FourierSamples": {"mask": lambda: torch.tensor([True, False])},
+    "Mosaic": {"colors": lambda: torch.tensor([[0, 1]])},
+    "terms.Matrix": {"matrix": lambda: matrix(2, 2)},
+    "LinearMap": {
+        **{"function": lambda: torch.clone, "transposed": lambda: torch.clone},
+        **{"in_shape": lambda: (2,), "out_shape": lambda: (2,)},
+    },
+    "Stacked": {"maps": lambda: (bilevel.terms.Gradient((2,)),)},
+    "Wavelets": {"shape": lambda: (2, 2), "levels": lambda: 1},
+    "terms.SumOfTerms": {"terms": lambda: (bilevel.terms.sum_squares(bilevel.terms.variable(2)),)},
+    "terms.Reached": {"state": dict},
+    "prior": {"denoise": lambda: lambda v, sigma: v},
+    "denoised": {"x": lambda: bilevel.terms.denoiser_start(2, 3), "v": lambda: matrix(4, 4)},
+    "proximal_problem": {
+        "scheme": lambda: (
+            lambda x: bilevel.terms.ADMM().on(
+                bilevel.terms.SumOfTerms((bilevel.terms.sum_squares(bilevel.terms.variable(2)),))
+            )
+        )
+    },
     "prox.Sum": {"terms": lambda: (bilevel.prox.L1(1.0),)},
     # problems
     "InverseLink": {"potential": Sinh, "B": lambda: matrix(2, 2)},

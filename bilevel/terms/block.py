@@ -62,11 +62,23 @@ class Product(AbstractBlock):
 
 @final
 @dataclass(frozen=True)
+class Absolute(AbstractBlock):
+    """sum_i |z_i|; prox_{t h}(v) = sign(v) max(|v| - t, 0), soft thresholding."""
+
+    def value(self, z: Tensor, axes: int) -> Tensor:
+        return z.abs().sum(over(axes)) if axes else z.abs()
+
+    def prox(self, v: Tensor, step: Tensor | float, axes: int) -> Tensor:
+        return v.sign() * (v.abs() - step).relu()
+
+
+@final
+@dataclass(frozen=True)
 class Norms(AbstractBlock):
     """sum_i |z_i| over the places i, |z_i| the length of z along its first axis: isotropic total variation."""
 
     def value(self, z: Tensor, axes: int) -> Tensor:
-        sizes = torch.linalg.vector_norm(z, dim=-axes)
+        sizes: Tensor = torch.linalg.vector_norm(z, dim=-axes)
         return sizes.sum(over(axes - 1)) if axes > 1 else sizes
 
     def prox(self, v: Tensor, step: Tensor | float, axes: int) -> Tensor:
@@ -102,8 +114,10 @@ class Proximal(AbstractBlock):
         rows = v.reshape(math.prod(batch), *v.shape[len(batch) :])
         if isinstance(step, Tensor) and step.dim():
             steps = step.reshape(step.shape[: step.dim() - axes]).expand(batch).reshape(-1)
-            return torch.vmap(self.term.prox)(rows, steps).reshape(v.shape)
-        return torch.vmap(lambda row: self.term.prox(row, step))(rows).reshape(v.shape)
+            together: Tensor = torch.vmap(self.term.prox)(rows, steps)
+        else:
+            together = torch.vmap(lambda row: self.term.prox(row, step))(rows)
+        return together.reshape(v.shape)
 
 
 @final

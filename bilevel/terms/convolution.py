@@ -67,7 +67,8 @@ class Convolution(AbstractLinearMap):
         padded = torch.nn.functional.pad(self.kernel, padding)
         shifts = [-(k // 2) for k in self.kernel.shape]
         axes = tuple(range(self.kernel.dim()))
-        return torch.fft.rfftn(torch.roll(padded, shifts, axes))
+        found: Tensor = torch.fft.rfftn(torch.roll(padded, shifts, axes))
+        return found
 
     def forward(self, y: Tensor) -> Tensor:
         return filtered(y, self._transfer, self.kernel.dim())
@@ -171,4 +172,5 @@ def _laplacian(sizes: Size) -> Tensor:
 def filtered(y: Tensor, transfer: Tensor, axes: int) -> Tensor:
     """F^-1 diag(transfer) F y over the last axes."""
     over = tuple(range(-axes, 0))
-    return torch.fft.irfftn(torch.fft.rfftn(y, dim=over) * transfer, s=y.shape[-axes:], dim=over)
+    found: Tensor = torch.fft.irfftn(torch.fft.rfftn(y, dim=over) * transfer, s=y.shape[-axes:], dim=over)
+    return found

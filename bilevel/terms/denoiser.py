@@ -61,4 +61,5 @@ def denoised(x: Mapping[str, Tensor], v: Tensor, modulus: float = 0.999) -> Tens
     s = x["log_scales"].to(v).exp().reshape(-1, 1, 1)
     responses = torch.fft.irfft2(W * torch.fft.rfft2(v).unsqueeze(-3), s=shape)
     noise = (W.conj() * torch.fft.rfft2(s * (responses / s).tanh())).sum(-3)
-    return modulus * (v - torch.fft.irfft2(noise, s=shape))
+    found: Tensor = modulus * (v - torch.fft.irfft2(noise, s=shape))
+    return found

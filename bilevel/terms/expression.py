@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_range
 from bilevel.portable.pickling import AbstractPortable
@@ -40,7 +41,7 @@ class Affine(AbstractPortable):
     @property
     def is_variable(self) -> bool:
         """Whether it is y itself."""
-        return isinstance(self.map, Identity) and self.map.factor == 1 and self.offset is None
+        return isinstance(self.map, Identity) and bool(self.map.factor == 1) and self.offset is None
 
     def __rmatmul__(self, outer: AbstractLinearMap | Tensor) -> Affine:
         if isinstance(outer, Tensor):
@@ -71,13 +72,13 @@ class Affine(AbstractPortable):
 
     def __add__(self, other: Any) -> Affine:
         demand_type("expression + c", "c", other, float | Tensor)
-        return self - (-other)
+        return self.__sub__(-other)
 
     def __radd__(self, other: Any) -> Affine:
-        return self + other
+        return self.__add__(other)
 
     def __rsub__(self, other: Any) -> Affine:
-        return -self + other
+        return (-self).__add__(other)
 
 
 @final
@@ -108,10 +109,10 @@ class Term(AbstractPortable):
         return torch.where(own == 0, own, self.weight * own)  # zero times infinity is none: an indicator has no weight
 
     def __add__(self, other: Any) -> SumOfTerms:
-        return SumOfTerms((self,)) + other
+        return SumOfTerms((self,)).__add__(other)
 
     def __radd__(self, other: Any) -> SumOfTerms:
-        return SumOfTerms((self,)) + other
+        return SumOfTerms((self,)).__add__(other)
 
     def __rmul__(self, factor: float | Tensor) -> Term:
         demand_type("w * term", "w", factor, float | Tensor)
@@ -152,6 +153,7 @@ class SumOfTerms(AbstractPortable):
             raise ValueError(f"terms of a sum must be of one variable. Got variables of shapes {sorted(shapes)}.")
         object.__setattr__(self, "shape", next(iter(shapes)))
 
+    @fitting
     def value(self, y: Tensor) -> Tensor:
         """F(y) of each array of a batch `(*batch, *shape)`: `(*batch,)`."""
         total = self.terms[0].value(y)
@@ -169,7 +171,7 @@ class SumOfTerms(AbstractPortable):
         return NotImplemented
 
     def __radd__(self, other: Any) -> SumOfTerms:
-        return self + other
+        return self.__add__(other)
 
     def __rmul__(self, factor: float | Tensor) -> SumOfTerms:
         return SumOfTerms(tuple(factor * term for term in self.terms))

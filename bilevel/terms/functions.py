@@ -9,9 +9,8 @@ from torch import Tensor
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_type
 from bilevel.prox.box import Box, Nonnegative
-from bilevel.prox.l1 import L1
 from bilevel.prox.term import AbstractProxTerm
-from bilevel.terms.block import Denoiser, Norms, Product, Proximal, Squares
+from bilevel.terms.block import Absolute, Denoiser, Norms, Product, Proximal, Squares
 from bilevel.terms.expression import Affine, Term
 from bilevel.terms.linear_map import Identity
 
@@ -41,7 +40,7 @@ def sum_squares(expression: Affine) -> Term:
 @checked()
 def norm1(expression: Affine) -> Term:
     """sum_i |(K y - c)_i|."""
-    return Term(Proximal(L1(1.0)), expression)
+    return Term(Absolute(), expression)
 
 
 @checked()

@@ -70,7 +70,8 @@ class Gram:
         if self.fourier is not None:
             axes = tuple(range(-self.axes, 0))
             below = self.fourier.to(r) + self.scalar
-            return torch.fft.irfftn(torch.fft.rfftn(r, dim=axes) / below, s=r.shape[-self.axes :], dim=axes)
+            found: Tensor = torch.fft.irfftn(torch.fft.rfftn(r, dim=axes) / below, s=r.shape[-self.axes :], dim=axes)
+            return found
         if self.dense is not None:
             eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
             factor = torch.linalg.cholesky(self.dense + self.scalar * eye)

@@ -103,14 +103,15 @@ def norm_squared(A: AbstractLinearMap, like: Tensor) -> Tensor | float:
         gram = A.gram
         if gram.known:
             top = gram.largest()
-            return top.detach().to(like) if isinstance(top, Tensor) else top
+            return torch.as_tensor(top).detach().to(like) if isinstance(top, Tensor) else top
         generator = torch.Generator().manual_seed(0)
         y = torch.rand(A.in_shape, generator=generator, dtype=torch.float64, device="cpu").to(like) + 0.1
         size = y.norm()
         for _ in range(_POWERS):
             y = A.adjoint(A.forward(y / size))
             size = y.norm().clamp_min(torch.finfo(y.dtype).tiny)
-        return _SLACK * size
+        found: Tensor = _SLACK * size
+        return found
 
 
 def system(gram: Gram, product: Apply, axes: int, rtol: float, max_steps: int) -> Solve:

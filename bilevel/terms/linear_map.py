@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class AbstractLinearMap(AbstractPortable, abc.ABC):
         """s and the number of axes where A = F^-1 diag(s) F, so that A commutes with other such maps."""
         return None
 
-    def __matmul__(self, other: Any) -> Composition:
+    def __matmul__(self, other: AbstractLinearMap) -> Composition:
         return Composition(self, other) if isinstance(other, AbstractLinearMap) else NotImplemented
 
     def __rmul__(self, factor: float | Tensor) -> Composition:
@@ -259,7 +259,7 @@ class Stacked(AbstractLinearMap):
         return torch.cat([each.forward(y).reshape(*batch, -1) for each in self.maps], -1)
 
     def adjoint(self, z: Tensor) -> Tensor:
-        parts = z.split([math.prod(each.out_shape) for each in self.maps], -1)
+        parts = torch.split(z, [math.prod(each.out_shape) for each in self.maps], -1)
         found = [
             each.adjoint(part.reshape(*z.shape[:-1], *each.out_shape))
             for each, part in zip(self.maps, parts, strict=True)

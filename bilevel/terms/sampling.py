@@ -62,8 +62,9 @@ class FourierSamples(AbstractLinearMap):
     def adjoint(self, z: Tensor) -> Tensor:
         d, values = self.mask.dim(), torch.view_as_complex(z.contiguous())
         empty = values.new_zeros(*values.shape[:-1], self.mask.numel())
-        spectrum = empty.index_copy(-1, self._at, values).unflatten(-1, self.in_shape)
-        return torch.fft.ifftn(spectrum, dim=tuple(range(-d, 0)), norm="ortho").real
+        spectrum = empty.index_copy(-1, self._at, values).reshape(*values.shape[:-1], *self.in_shape)
+        found: Tensor = torch.fft.ifftn(spectrum, dim=tuple(range(-d, 0)), norm="ortho").real
+        return found
 
     @property
     def gram(self) -> Gram:
@@ -211,7 +212,7 @@ class Matrix(AbstractLinearMap):
         return y.flatten(y.dim() - len(self.in_shape)) @ self.matrix.mT
 
     def adjoint(self, z: Tensor) -> Tensor:
-        return (z @ self.matrix).unflatten(-1, self.in_shape)
+        return (z @ self.matrix).reshape(*z.shape[:-1], *self.in_shape)
 
     @property
     def gram(self) -> Gram:

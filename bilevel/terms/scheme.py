@@ -131,8 +131,8 @@ class Scheme:
 def _moved(before: State, after: State) -> float:
     pairs = list(zip(tree_leaves(before), tree_leaves(after), strict=True))
     apart = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
-    size: float = sum(float(b.square().sum()) for _, b in pairs) ** 0.5
-    return apart / (1 + size)
+    size = sum(float(b.square().sum()) for _, b in pairs) ** 0.5
+    return float(apart / (1 + size))
 
 
 def at_step(setting: Any, k: int) -> Any:

@@ -141,7 +141,7 @@ def compressed_sensing_mri(
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = FourierSamples(mask).forward(truth)
         made += [truth, seen + noise(seen, level, 100 + 2 * seed + number)]
-    own = CompressedSensing(*made, mask)
+    own = CompressedSensing(made[0], made[1], made[2], made[3], mask)
     x0 = torch.full((2,), math.log(3e-3), dtype=torch.float64, device="cpu")
     return Instance(
         problem=proximal_problem(own.f, own.training),

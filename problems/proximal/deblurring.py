@@ -158,4 +158,6 @@ def deblurring(
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = Convolution(kernel, (side, side)).forward(truth)
         made += [truth, seen + noise(seen, level, 100 + 2 * seed + number)]
-    return Deblurring(*made, kernel, steps).instance(f"deblurring by {steps} learned steps, {origin}")
+    return Deblurring(made[0], made[1], made[2], made[3], kernel, steps).instance(
+        f"deblurring by {steps} learned steps, {origin}"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -101,7 +101,7 @@ class Deraining(AbstractPortable):
         figure.tight_layout()
 
 
-def _maps(name: str) -> Any:
+def _maps(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     return {"image": (_image, _of_image), "streaks": (_streaks, _of_streaks), "both": (_both, _of_both)}[name]
 
 
@@ -169,7 +169,7 @@ def deraining(
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = truth + _rain(truth, 200 + 2 * seed + number)
         made += [truth, seen + noise(seen, 0.01, 100 + 2 * seed + number)]
-    own = Deraining(*made, steps)
+    own = Deraining(made[0], made[1], made[2], made[3], steps)
     x0 = torch.tensor([0.02, 0.02, 0.02, 0.3], dtype=torch.float64, device="cpu").log()
     return Instance(
         problem=proximal_problem(own.f, own.training, steps=steps),

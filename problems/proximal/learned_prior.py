@@ -157,7 +157,7 @@ def learned_prior(
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = Convolution(kernel, (side, side)).forward(truth)
         made += [truth, seen + noise(seen, level, 100 + 2 * seed + number)]
-    own = LearnedPrior(*made, kernel)
+    own = LearnedPrior(made[0], made[1], made[2], made[3], kernel)
     start = denoiser_start(filters, size, 0.01, seed)
     x0 = {"filters": 0.3 * start["filters"], "log_scales": start["log_scales"]}
     return Instance(
