@@ -272,7 +272,14 @@ class _Loader(AbstractData):
                 go_on_from(self.known["drawn"])
             if not isinstance(self.loader, list):
                 self.begun = {"first": first, "drawn": drawn_so_far()}
-            for batch in self.loader:
+            try:
+                started = iter(self.loader)
+            except Exception as error:
+                error.add_note(
+                    f"`minimize(data=...)` is {type(self.loader).__name__}, which could not be iterated over."
+                )
+                raise
+            for batch in started:
                 empty = False
                 yield batch
             if empty:
