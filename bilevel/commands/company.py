@@ -67,11 +67,29 @@ def company() -> Iterator[Company]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store_of_this_start(size)
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Company(Ranks(dist.group.WORLD))
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(size: int) -> dist.Store | None:
+    """Where ranks tell each other their addresses, apart from those of earlier starts; None: torch finds it.
+
+    The agent of `torchrun` keeps one store over all restarts, and torch reads from it without saying of which start:
+    ranks that are started again would look for each other where the dead ones have been.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return dist.PrefixStore(f"start_{os.environ.get(_RESTARTS, '0')}", store)
 
 
 def as_restarted(request: Request) -> Request:
