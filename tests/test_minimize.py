@@ -492,9 +492,9 @@ def test_interrupted_run_resumes_bit_for_bit(error: type[BaseException], tmp_pat
 def test_a_signal_while_the_state_after_an_error_is_written_waits_for_it_and_one_after_a_signal_does_not(
     error: type[BaseException], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bilevel.outer import saves
+    from bilevel._files import write_atomically as original
 
-    instance, file, original, written = quadratic(), tmp_path / "state.pt", saves.write_atomically, list[int]()
+    instance, file, written = quadratic(), tmp_path / "state.pt", list[int]()
 
     def write(path: Any, action: Any) -> None:
         written.append(1)
@@ -506,7 +506,7 @@ def test_a_signal_while_the_state_after_an_error_is_written_waits_for_it_and_one
         if record.step == 7:
             raise error
 
-    monkeypatch.setattr(saves, "write_atomically", write)
+    monkeypatch.setattr("bilevel.outer.saves.write_atomically", write)
     arguments: dict[str, Any] = {"estimator": ESTIMATORS["esj"], "max_steps": 11}
     with pytest.raises(KeyboardInterrupt):
         minimize(

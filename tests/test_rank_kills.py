@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,9 +83,10 @@ def _one(rank: int, size: int, port: int, restarts: int, words: list[str], folde
     return code
 
 
-def _agent() -> torch.distributed.TCPStore:
+def _agent() -> Any:
     """What the agent of `torchrun` keeps over all its restarts: where ranks tell each other their addresses."""
-    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    made: Any = torch.distributed
+    return made.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _together(
@@ -93,7 +95,7 @@ def _together(
     folder: Path,
     restarts: int = 0,
     kill: tuple[int, float] | None = None,
-    agent: torch.distributed.TCPStore | None = None,
+    agent: Any = None,
 ) -> list[int]:
     """Start as many processes; kill one of them after a time, and as `torchrun` does end the others; how they ended."""
     agent = _agent() if agent is None else agent
