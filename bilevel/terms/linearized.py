@@ -152,7 +152,8 @@ class PDHG(AbstractAlgorithm):
 
     Args:
         rho: the dual step: a number, or a schedule `(N,)`.
-        step: t; None: the longest of these, a constant of the parameters.
+        step: t; None: the longest of these, a constant of the parameters, for which |K| takes 60 products each time
+            that the scheme is made where K'K has no known form.
 
     Raises:
         ValueError: if a number is out of range.

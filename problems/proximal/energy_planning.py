@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bilevel.problems._plots import COLORS
 from bilevel.solvers.fixed_point_iteration import FixedPointIteration
 from bilevel.solvers.gmres import GMRES
 from bilevel.terms import PDHG, LinearMap, Scheme, SumOfTerms, box, equal, inner, proximal_problem, variable
+from bilevel.terms.least_squares import norm_squared
 
 ROWS = ("coal", "gas", "oil", "wind", "sun", "discharge", "charge", "stored")
 """Of y: what is generated, given back, taken in each hour (MW), and what is in store at its end (MWh)."""
@@ -28,6 +30,7 @@ _LIMIT = (30.0, 35.0, 60.0)  # MW of coal, gas, oil
 _KEPT = 0.9  # of what is charged, and of what is discharged
 _HOURS = 4.0  # in which a store can be filled or emptied
 _BUILD = (300.0, 900.0)  # for a week: per MWh of storage, per MW of sun
+_RHO = 0.01
 _MONEY = 100.0  # the unit of costs in which the algorithm works
 
 
@@ -87,7 +90,7 @@ class EnergyPlanning(AbstractPortable):
 
     def scheme(self, x: Tensor) -> Scheme:
         """The algorithm for it."""
-        return PDHG(0.01).on(self.objective(x))
+        return PDHG(_RHO, _step(self.hours)).on(self.objective(x))
 
     def f(self, x: Tensor, y: Tensor) -> Tensor:
         """What building and running costs, in thousands."""
@@ -143,6 +146,14 @@ class EnergyPlanning(AbstractPortable):
         figure.tight_layout()
 
 
+@functools.lru_cache(maxsize=8)
+def _step(hours: int) -> float:
+    """The longest primal step, from |K|: computed once, for the scheme is made anew in every step."""
+    K = LinearMap(_balances, _balances_transposed, (len(ROWS), hours), (2, hours))
+    like = torch.zeros((), dtype=torch.float64, device="cpu")
+    return 0.99 / (_RHO * float(norm_squared(K, like)))
+
+
 def _balances(y: Tensor) -> Tensor:
     supply = y[..., :6, :].sum(-2) - y[..., 6, :]
     stored = y[..., 7, :] - torch.roll(y[..., 7, :], 1, -1) - _KEPT * y[..., 6, :] + y[..., 5, :] / _KEPT
@@ -191,6 +202,6 @@ def energy_planning(*, hours: int = 168, seed: int = 0) -> Instance:
         settings={
             "estimator": AID(FixedPointIteration(1000, tol=None), GMRES(1e-6, max_steps=400)),
             "outer_step": 0.1,
-            "max_steps": 30,
+            "max_steps": 20,
         },
     )
