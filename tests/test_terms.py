@@ -74,7 +74,8 @@ ZERO = torch.zeros(N, dtype=F64)
 
 def deblurred(w: Any = W, seen: Tensor = SEEN) -> SumOfTerms:
     y = variable(N)
-    return 0.5 * sum_squares(BLUR @ y - seen) + w * norm1(D @ y)
+    objective: SumOfTerms = 0.5 * sum_squares(BLUR @ y - seen) + w * norm1(D @ y)
+    return objective
 
 
 def dense(A: AbstractLinearMap) -> Tensor:
@@ -277,7 +278,9 @@ def test_images_side_by_side_are_each_by_itself_with_a_weight_of_its_own(algorit
     blur = Convolution(torch.full((3, 3), 1 / 9, dtype=F64), shape)
 
     def on(b: Tensor, w: Any) -> SumOfTerms:
-        return 0.5 * sum_squares(blur @ y - b) + w * norm1(Gradient(shape) @ y) + w * norm2_sum(Gradient(shape) @ y)
+        grad = Gradient(shape) @ y
+        found: SumOfTerms = 0.5 * sum_squares(blur @ y - b) + w * norm1(grad) + w * norm2_sum(grad)
+        return found
 
     together = algorithm.on(on(b, w)).run(torch.zeros(3, *shape, dtype=F64), 7)
     for k in range(3):
