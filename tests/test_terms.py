@@ -503,7 +503,7 @@ def test_a_denoiser_has_no_value_and_gets_the_deviation_of_its_noise() -> None:
         return v
 
     objective = sum_squares(variable(2)) + 0.5 * prior(denoise, variable(2))
-    with pytest.raises(NotImplementedError, match="no value"):
+    with pytest.raises(ValueError, match="no value"):
         objective.value(torch.zeros(2))
     ADMM(2.0).on(objective).run(torch.ones(2), 1)
     assert asked == [0.5]  # sqrt(w / rho)

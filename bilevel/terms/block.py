@@ -132,7 +132,10 @@ class Denoiser(AbstractBlock):
     function: Callable[[Tensor, Tensor | float], Tensor]
 
     def value(self, z: Tensor, axes: int) -> Tensor:
-        raise NotImplementedError("a denoiser has no value: only the fixed point of the algorithm is defined by it.")
+        raise ValueError(
+            "`SumOfTerms.value(y)` is of terms that have a value. Got a denoiser, which has no value: it defines the fixed"
+            " point of an algorithm and no objective."
+        )
 
     def prox(self, v: Tensor, step: Tensor | float, axes: int) -> Tensor:
         return self.function(v, step.sqrt() if isinstance(step, Tensor) else math.sqrt(step))
