@@ -133,8 +133,8 @@ class Denoiser(AbstractBlock):
 
     def value(self, z: Tensor, axes: int) -> Tensor:
         raise ValueError(
-            "`SumOfTerms.value(y)` is of terms that have a value. Got a denoiser, which has no value: it defines the fixed"
-            " point of an algorithm and no objective."
+            "`SumOfTerms.value(y)` is of terms that have a value. Got a denoiser, which has no value: it defines"
+            " the fixed point of an algorithm and no objective."
         )
 
     def prox(self, v: Tensor, step: Tensor | float, axes: int) -> Tensor:
