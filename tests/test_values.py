@@ -48,6 +48,7 @@ from bilevel import (
     minimize,
     ravel,
     reinforcement,
+    terms,
 )
 from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
@@ -116,7 +117,7 @@ def public_classes() -> dict[str, Any]:
 PUBLIC = public_classes()
 # What lives within one call, between the parts of an estimate, and holds functions made there.
 WITHIN_A_CALL = {"Linearization", "Objective", "Oracle", "Move", "Told", "Evaluated", "LinearOperator", "Setting"}
-WITHIN_A_CALL |= {"Drawn", "Ranks", "ClientsOnRanks"}  # and processes, which do not travel
+WITHIN_A_CALL |= {"Drawn", "Ranks", "ClientsOnRanks", "Scheme"}  # and processes, which do not travel
 
 
 def build_problem(name: str) -> Any:
@@ -333,6 +334,23 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Clients": federated_clients,
         "Server": lambda: Server(federated_clients(), (2, 2)),
         "GaussianLikelihood": lambda: GaussianLikelihood(0.5),
+        "Convolution": lambda: terms.Convolution(torch.ones(1), (2,)),
+        "Gradient": lambda: terms.Gradient((2,)),
+        "Expression": lambda: terms.variable(2),
+        "SumOfTerms": lambda: terms.SumOfTerms((terms.sum_squares(terms.variable(2)),)),
+        "Term": lambda: terms.norm1(terms.variable(2) - 1.0),
+        "Identity": lambda: terms.Identity((2,)),
+        "LinearMap": lambda: terms.LinearMap(portable_cases.number, portable_cases.number, (2,), (2,)),
+        "Stacked": lambda: terms.Stacked((terms.Gradient((2,)),)),
+        "FourierSamples": lambda: terms.FourierSamples(torch.tensor([True, False])),
+        "Matrix": lambda: terms.Matrix(torch.ones(1, 2)),
+        "Mosaic": lambda: terms.Mosaic(terms.bayer(2, 2)),
+        "Reached": lambda: (
+            terms.Reached(torch.ones(2), {"y": torch.ones(2)}, Status.successful, 0.0, 1)
+            if kind is terms.Reached
+            else guess(kind)
+        ),
+        "Wavelets": lambda: terms.Wavelets((2, 2), 1),
         "NonlinearlyConstrained": lambda: NonlinearlyConstrained(portable_cases.f, portable_cases.f),
         "FixedPointFamily": lambda: _fixed_points(),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),

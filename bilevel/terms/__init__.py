@@ -3,7 +3,7 @@
 from bilevel.terms.admm import ADMM as ADMM, HQS as HQS
 from bilevel.terms.convolution import Convolution as Convolution, Gradient as Gradient
 from bilevel.terms.denoiser import denoised as denoised, denoiser_start as denoiser_start
-from bilevel.terms.expression import Affine as Affine, SumOfTerms as SumOfTerms, Term as Term
+from bilevel.terms.expression import Expression as Expression, SumOfTerms as SumOfTerms, Term as Term
 from bilevel.terms.functions import (
     box as box,
     equal as equal,

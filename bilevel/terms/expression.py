@@ -1,4 +1,4 @@
-"""Affine expressions of a variable, and sums of terms in them."""
+"""Expression expressions of a variable, and sums of terms in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bilevel.terms.sampling import Matrix
 
 @final
 @dataclass(frozen=True, eq=False)
-class Affine(AbstractPortable):
+class Expression(AbstractPortable):
     """K y - c, written `K @ y - c`.
 
     Args:
@@ -43,7 +43,7 @@ class Affine(AbstractPortable):
         """Whether it is y itself."""
         return isinstance(self.map, Identity) and bool(self.map.factor == 1) and self.offset is None
 
-    def __rmatmul__(self, outer: AbstractLinearMap | Tensor) -> Affine:
+    def __rmatmul__(self, outer: AbstractLinearMap | Tensor) -> Expression:
         if isinstance(outer, Tensor):
             outer = Matrix(outer, self.map.out_shape)
         if not isinstance(outer, AbstractLinearMap):
@@ -54,30 +54,30 @@ class Affine(AbstractPortable):
             made = outer
         else:
             made = outer @ self.map
-        return Affine(made, None if self.offset is None else outer.forward(self.offset))
+        return Expression(made, None if self.offset is None else outer.forward(self.offset))
 
-    def __rmul__(self, factor: float | Tensor) -> Affine:
+    def __rmul__(self, factor: float | Tensor) -> Expression:
         demand_type("c * expression", "c", factor, float | Tensor)
-        return Affine(factor * self.map, None if self.offset is None else factor * self.offset)
+        return Expression(factor * self.map, None if self.offset is None else factor * self.offset)
 
-    def __neg__(self) -> Affine:
+    def __neg__(self) -> Expression:
         return -1.0 * self
 
-    def __sub__(self, other: Any) -> Affine:
+    def __sub__(self, other: Any) -> Expression:
         demand_type("expression - c", "c", other, float | Tensor)
         c = torch.as_tensor(other)
         if not c.is_floating_point():
             c = c.to(torch.get_default_dtype())
         return replace(self, offset=c if self.offset is None else self.offset + c)
 
-    def __add__(self, other: Any) -> Affine:
+    def __add__(self, other: Any) -> Expression:
         demand_type("expression + c", "c", other, float | Tensor)
         return self.__sub__(-other)
 
-    def __radd__(self, other: Any) -> Affine:
+    def __radd__(self, other: Any) -> Expression:
         return self.__add__(other)
 
-    def __rsub__(self, other: Any) -> Affine:
+    def __rsub__(self, other: Any) -> Expression:
         return (-self).__add__(other)
 
 
@@ -94,7 +94,7 @@ class Term(AbstractPortable):
     """
 
     block: AbstractBlock
-    expression: Affine
+    expression: Expression
     weight: float | Tensor = 1.0
 
     @property

@@ -11,11 +11,11 @@ from bilevel.arguments.fits import demand_type
 from bilevel.prox.box import Box, Nonnegative
 from bilevel.prox.term import AbstractProxTerm
 from bilevel.terms.block import Absolute, Denoiser, Norms, Product, Proximal, Squares
-from bilevel.terms.expression import Affine, Term
+from bilevel.terms.expression import Expression, Term
 from bilevel.terms.linear_map import Identity
 
 
-def variable(*shape: int) -> Affine:
+def variable(*shape: int) -> Expression:
     """y, an array of this shape; axes of a batch are not part of it.
 
     Example:
@@ -28,23 +28,23 @@ def variable(*shape: int) -> Affine:
         demand_type("variable", "shape", size, int)
     if any(size < 1 for size in shape):
         raise ValueError(f"`variable(*shape)` must be of positive sizes. Got {shape}.")
-    return Affine(Identity(shape))
+    return Expression(Identity(shape))
 
 
 @checked()
-def sum_squares(expression: Affine) -> Term:
+def sum_squares(expression: Expression) -> Term:
     """|K y - c|^2, everywhere: no hidden half."""
     return Term(Squares(), expression)
 
 
 @checked()
-def norm1(expression: Affine) -> Term:
+def norm1(expression: Expression) -> Term:
     """sum_i |(K y - c)_i|."""
     return Term(Absolute(), expression)
 
 
 @checked()
-def norm2_sum(expression: Affine) -> Term:
+def norm2_sum(expression: Expression) -> Term:
     """sum_i |(K y - c)_i|_2, the lengths taken along the first axis: of `D @ y` the isotropic total variation.
 
     Raises:
@@ -56,31 +56,31 @@ def norm2_sum(expression: Affine) -> Term:
 
 
 @checked()
-def box(expression: Affine, lower: float | Tensor | None = None, upper: float | Tensor | None = None) -> Term:
+def box(expression: Expression, lower: float | Tensor | None = None, upper: float | Tensor | None = None) -> Term:
     """0 where lower <= K y - c <= upper, infinite elsewhere."""
     return Term(Proximal(Box(lower, upper)), expression)
 
 
 @checked()
-def nonnegative(expression: Affine) -> Term:
+def nonnegative(expression: Expression) -> Term:
     """0 where K y - c >= 0, infinite elsewhere."""
     return Term(Proximal(Nonnegative()), expression)
 
 
 @checked()
-def equal(expression: Affine, value: float | Tensor = 0.0) -> Term:
+def equal(expression: Expression, value: float | Tensor = 0.0) -> Term:
     """0 where K y - c = value, infinite elsewhere."""
     return Term(Proximal(Box(value, value)), expression)
 
 
 @checked()
-def inner(c: Tensor, expression: Affine) -> Term:
+def inner(c: Tensor, expression: Expression) -> Term:
     """<c, K y - c'>, a cost."""
     return Term(Product(c), expression)
 
 
 @checked()
-def penalty(term: AbstractProxTerm, expression: Affine) -> Term:
+def penalty(term: AbstractProxTerm, expression: Expression) -> Term:
     """h(K y - c) for any h of `bilevel.prox`, or one of your own.
 
     Example:
@@ -91,7 +91,7 @@ def penalty(term: AbstractProxTerm, expression: Affine) -> Term:
 
 
 @checked()
-def prior(denoise: Callable[..., Tensor], expression: Affine) -> Term:
+def prior(denoise: Callable[..., Tensor], expression: Expression) -> Term:
     """A denoiser v, sigma -> D(v, sigma) in the place of the proximal map of w h: sigma^2 = w / rho.
 
     No h need exist. What the algorithm converges to, if it does, is a fixed point: it does where D and

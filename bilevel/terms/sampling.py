@@ -122,8 +122,8 @@ class Mosaic(AbstractLinearMap):
 
     Example:
         >>> Mosaic(bayer(2, 2)).forward(torch.arange(12.0).reshape(3, 2, 2))
-        tensor([[0., 5.],
-                [6., 11.]])
+        tensor([[ 0.,  5.],
+                [ 6., 11.]])
     """
 
     colors: Tensor
