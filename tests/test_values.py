@@ -345,11 +345,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "FourierSamples": lambda: terms.FourierSamples(torch.tensor([True, False])),
         "Matrix": lambda: terms.Matrix(torch.ones(1, 2)),
         "Mosaic": lambda: terms.Mosaic(terms.bayer(2, 2)),
-        "Reached": lambda: (
-            terms.Reached(torch.ones(2), {"y": torch.ones(2)}, Status.successful, 0.0, 1)
-            if kind is terms.Reached
-            else guess(kind)
-        ),
+        "Minimized": lambda: terms.Minimized(torch.ones(2), {"y": torch.ones(2)}, Status.successful, 0.0, 1),
         "Wavelets": lambda: terms.Wavelets((2, 2), 1),
         "NonlinearlyConstrained": lambda: NonlinearlyConstrained(portable_cases.f, portable_cases.f),
         "FixedPointFamily": lambda: _fixed_points(),

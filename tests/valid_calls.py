@@ -708,7 +708,9 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Stacked": {"maps": lambda: (bilevel.terms.Gradient((2,)),)},
     "Wavelets": {"shape": lambda: (2, 2), "levels": lambda: 1},
     "terms.SumOfTerms": {"terms": lambda: (bilevel.terms.sum_squares(bilevel.terms.variable(2)),)},
-    "terms.Reached": {"state": dict},
+    "Minimized": {"state": dict},
+    "variable": {"shape": lambda: 2},
+    "Scheme": {"begin": lambda: lambda y0: {"y": y0}, "advance": lambda: lambda state, k: state},
     "prior": {"denoise": lambda: lambda v, sigma: v},
     "denoised": {"x": lambda: bilevel.terms.denoiser_start(2, 3), "v": lambda: matrix(4, 4)},
     "proximal_problem": {
@@ -970,7 +972,7 @@ def owner(entry: Public) -> Any:
 
 def called(entry: Public, arguments: dict[str, Any]) -> Any:
     if entry.owner is None:
-        if entry.name.endswith(".gaussian"):
+        if entry.name.endswith((".gaussian", ".variable")):
             shape = arguments.pop("shape")
             return entry.call(shape, **arguments)
         return entry.call(**arguments)

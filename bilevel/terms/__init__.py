@@ -37,5 +37,5 @@ from bilevel.terms.sampling import (
     Mosaic as Mosaic,
     bayer as bayer,
 )
-from bilevel.terms.scheme import AbstractAlgorithm as AbstractAlgorithm, Reached as Reached, Scheme as Scheme
+from bilevel.terms.scheme import AbstractAlgorithm as AbstractAlgorithm, Minimized as Minimized, Scheme as Scheme
 from bilevel.terms.wavelets import Wavelets as Wavelets

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type
 from bilevel.arguments.ranges import POSITIVE, SEED, SIZE, WEIGHT
 
 
@@ -47,12 +48,24 @@ def denoised(x: Mapping[str, Tensor], v: Tensor, modulus: float = 0.999) -> Tens
         v: images `(*batch, h, w)`, of at least k pixels a side.
         modulus: m, in (0, 1].
 
+    Raises:
+        ValueError: if shapes do not fit.
+
     Example:
         >>> x, v = denoiser_start(3, 3), torch.rand(2, 8, 8, dtype=torch.float64)
         >>> bool((denoised(x, v) - denoised(x, 0 * v)).norm() < v.norm())
         True
     """
-    w = x["filters"].to(v)
+    if {"filters", "log_scales"} - set(x):
+        raise ValueError(f"`denoised(x=...)` must have `filters` and `log_scales`. Got {sorted(x)}.")
+    for name in ("filters", "log_scales"):
+        demand_type("denoised", f"x[{name!r}]", x[name], Tensor)
+    w, k = x["filters"].to(v), x["filters"].shape[-1:]
+    if w.dim() != 3 or x["log_scales"].shape != w.shape[:1] or v.dim() < 2 or any(n < k[0] for n in v.shape[-2:]):
+        raise ValueError(
+            "`denoised(x, v)` needs filters (C, k, k), log_scales (C,), and images of at least k pixels a side. Got"
+            f" {tuple(w.shape)}, {tuple(x['log_scales'].shape)} and {tuple(v.shape)}."
+        )
     w = w - w.mean((-1, -2), keepdim=True)
     shape = v.shape[-2:]
     W = torch.fft.rfft2(w, s=shape)

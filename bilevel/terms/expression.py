@@ -97,6 +97,9 @@ class Term(AbstractPortable):
     expression: Expression
     weight: float | Tensor = 1.0
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
     @property
     def axes(self) -> int:
         """How many axes K y has, without those of a batch."""

@@ -9,6 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.fits import demand_types
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,9 @@ class Gram:
     diagonal: Tensor | None = None
     dense: Tensor | None = None
     known: bool = True
+
+    def __post_init__(self) -> None:
+        demand_types(self)
 
     @property
     def closed(self) -> bool:

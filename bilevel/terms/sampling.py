@@ -9,7 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import SIZE
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.arguments.words import got
 from bilevel.terms.gram import Gram
@@ -158,6 +160,7 @@ class Mosaic(AbstractLinearMap):
         return Gram(diagonal=self._masks(torch.zeros((), dtype=torch.float64, device=self.colors.device)))
 
 
+@checked(height=SIZE, width=SIZE)
 def bayer(height: int, width: int) -> Tensor:
     """The colors of a Bayer filter, RGGB: red 0 and blue 2 on every other pixel of every other row, else green 1.
 

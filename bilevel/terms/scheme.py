@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bilevel._result import Status
 from bilevel._tree import tree_leaves
 from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, COUNT, POSITIVE
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.terms.expression import SumOfTerms, Term
@@ -36,7 +37,7 @@ class AbstractAlgorithm(AbstractPortable, abc.ABC):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Reached:
+class Minimized:
     """Where a run has ended.
 
     Attributes:
@@ -53,6 +54,9 @@ class Reached:
     residual: float
     steps: int
 
+    def __post_init__(self) -> None:
+        demand_types(self)
+
 
 @final
 class Scheme:
@@ -65,6 +69,7 @@ class Scheme:
         advance: z_k, k -> z_{k+1}.
     """
 
+    @checked()
     def __init__(self, begin: Callable[[Tensor], State], advance: Callable[[State, int], State]) -> None:
         self._begin, self._advance = begin, advance
 
@@ -104,7 +109,7 @@ class Scheme:
         return found
 
     @checked("Scheme.solve", tol=POSITIVE, max_steps=AT_LEAST_1)
-    def solve(self, y0: Tensor, *, tol: float = 1e-6, max_steps: int = 10_000, every: int = 10) -> Reached:
+    def solve(self, y0: Tensor, *, tol: float = 1e-6, max_steps: int = 10_000, every: int = 10) -> Minimized:
         """Steps until |T(z) - z| <= tol (1 + |z|), without a graph.
 
         Args:
@@ -125,7 +130,7 @@ class Scheme:
         status = Status.successful if residual <= tol else Status.max_steps
         if not residual < float("inf"):
             status = Status.nonfinite
-        return Reached(state["y"], state, status, residual, k)
+        return Minimized(state["y"], state, status, residual, k)
 
 
 def _moved(before: State, after: State) -> float:
