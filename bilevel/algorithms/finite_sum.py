@@ -133,6 +133,10 @@ class FiniteSum(AbstractData):
         visits = _visits(blocks, self.order == "iid", self.seed, self.stream, epoch)
         return self.block_number(visits[position])
 
+    @property
+    def batch_samples(self) -> int:
+        return self.samples if self.is_fixed else self.batch_size
+
     def batch(self, index: int, first: int) -> Any:
         return self.block(index, first).data
 
