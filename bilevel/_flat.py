@@ -224,7 +224,10 @@ class FlatProblem:
     def _map(self, function: Callable[..., Tensor], level: str, x: Tensor, *rows: Tensor) -> Tensor:
         uneven = self._uneven(level)
         if uneven is not None:
-            return uneven.each(lambda data, *given: self._of_group(data)._map(function, level, *given), x, *rows)
+            every: Tensor = uneven.each(
+                lambda data, *given: self._of_group(data)._map(function, level, *given), x, *rows
+            )
+            return every
         encode, count = None if self.is_encoded else self.problem.encode, len(rows)
         own, several = self.is_encoded and self.tasks is not None, x.dim() > 1  # own: each task has its part of x
         if self.tasks is None and not several:  # nothing is side by side

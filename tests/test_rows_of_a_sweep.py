@@ -126,7 +126,7 @@ def test_each_row_is_the_run_alone_though_seeds_and_sizes_of_blocks_differ(name:
 
 @pytest.mark.parametrize("name", ["soba", "saba", "spaba", "bsa"])
 def test_so_they_are_where_data_are_drawn_independently(name: str) -> None:
-    given: Any = replace(ALGORITHMS[name], inner_step=0.1)  # type: ignore[type-var]
+    given: Any = replace(ALGORITHMS[name], inner_step=0.1)
     demand_each_alone(given, {"seed": SEEDS, "ratio": [1.0, 4.0]}, split(order="iid"))
 
 
@@ -241,3 +241,12 @@ def test_a_preset_whose_loop_has_other_steps_than_it_says_runs_in_turns(series: 
     assert [batch.rows for batch in each] == [0, 0]
     each, _, _ = batches(Halved(0.1, 0.1, True), {"outer_step": [0.1, 0.2]}, split())
     assert [batch.rows for batch in each] == [2]
+
+
+@pytest.mark.parametrize("seed", [20261128, -20261128, 2**62])
+def test_a_seed_may_be_a_date_and_longer(seed: int) -> None:
+    """Products of it with numbers of steps are of more than the 64 bits that torch takes."""
+    orders = {tuple(FiniteSum(OF_G, 2, seed=s).block(t, 0).number for t in range(10)) for s in (seed, seed + 1)}
+    assert len(orders) == 2
+    for algorithm in (SPABA(0.1, 0.1, seed=seed), ESJS(0.1, 0.1, inner_steps=2, directions=2, seed=seed)):
+        assert run(algorithm, split(seed=seed), 3).status.ok

@@ -41,7 +41,7 @@ from bilevel.solvers import Adam
 EVEN_G, EVEN_F = samples(20, 0), samples(16, 1)
 STEPS: dict[str, Any] = {"inner_step": [0.05, 0.2], "outer_step": [0.02, 0.1, 0.2]}
 
-ALGORITHMS = {
+ALGORITHMS: dict[str, Any] = {
     "soba": SOBA(1.0, 1.0, schedule=Power(0.5)),
     "saba": SABA(1.0, 1.0),
     "srba": SRBA(1.0, 1.0, period=3),

@@ -15,6 +15,7 @@ from bilevel._calculus import AbstractProducts, Exact, grad, total
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import row_norm_numbers
 from bilevel._numerics.second_derivatives import explained
+from bilevel._numerics.seeds import within_64_bits
 from bilevel._result import Report, Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
@@ -389,5 +390,5 @@ def residual_report(part: str, direction: Tensor) -> Report:
 def generator(seed: int, step: int) -> torch.Generator:
     """Random numbers of one step, on the CPU, so that every device sees the same: a function of seed and step."""
     found = torch.Generator("cpu")
-    found.manual_seed(seed * 1_000_003 + step)
+    found.manual_seed(within_64_bits(seed * 1_000_003 + step))
     return found
