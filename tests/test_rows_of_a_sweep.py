@@ -12,7 +12,7 @@ from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, run, split
 from test_sweep import ALGORITHMS
 from torch import Tensor
 
-from bilevel import FiniteSum, Split, minimize
+from bilevel import BilevelProblem, FiniteSum, Split, minimize
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
@@ -269,3 +269,14 @@ def test_a_run_on_all_the_data_that_diverges_keeps_the_iterate_nearest_to_statio
 
 def test_the_best_on_all_the_data_is_not_that_of_the_luckiest_coin() -> None:
     assert not run(BSA(0.1, 0.1), Split(f=OF_F, g=OF_G), 3).best.compared
+
+
+@pytest.mark.parametrize("curvature", [0.3, 4.0, 50.0])
+def test_the_step_of_bome_by_its_name_fits_the_curvature_of_f_in_y(curvature: float) -> None:
+    """Phi is flat, so that a step of x alone would be a hundred times as long."""
+    problem = BilevelProblem(
+        lambda x, y: curvature * (y - 1).square() / 2, lambda x, y: (y - 0.05 * x).square() / 2 + 0.01 * y.square()
+    )
+    zero = torch.tensor(0.0).double()
+    found = minimize(problem, zero, zero, algorithm="bome", max_steps=300)
+    assert 0 < float(found.x) < 25 and abs(float(found.y) - 1) < 1
