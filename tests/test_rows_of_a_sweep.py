@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, final
 
 import pytest
@@ -12,7 +13,7 @@ from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, run, split
 from test_sweep import ALGORITHMS
 from torch import Tensor
 
-from bilevel import BilevelProblem, FiniteSum, Split, minimize
+from bilevel import BilevelProblem, FiniteSum, Solution, Split, minimize
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
@@ -280,3 +281,18 @@ def test_the_step_of_bome_by_its_name_fits_the_curvature_of_f_in_y(curvature: fl
     zero = torch.tensor(0.0).double()
     found = minimize(problem, zero, zero, algorithm="bome", max_steps=300)
     assert 0 < float(found.x) < 25 and abs(float(found.y) - 1) < 1
+
+
+def test_a_run_that_began_with_a_sweep_of_optimizers_is_resumed_and_saved(tmp_path: Path) -> None:
+    """Its checkpoint once held what no reader takes, and was lost."""
+    swept = {"outer_step": [Adam(0.01), TorchOptim(lambda p: torch.optim.SGD(p, lr=0.1))], "seed": [0, 1]}
+    given: dict[str, Any] = {"sweep": swept, "sweep_steps": 4}
+    soba, file = SOBA(0.1, 0.1, linear_step=0.1), tmp_path / "a.pt"
+    whole = run(soba, split(), 20, **given)
+    run(soba, split(), 9, checkpoint=file, **given)
+    found = run(soba, split(), 20, checkpoint=file, resume=True, **given)
+    assert torch.equal(found.x, whole.x) and found.sweep == whole.sweep
+    whole.save(tmp_path / "solution")
+    read = Solution.load(tmp_path / "solution").sweep
+    assert [trial.value for trial in read] == [trial.value for trial in whole.sweep]
+    assert str(read[0].settings["outer_step"]).startswith("Adam(step=0.01")

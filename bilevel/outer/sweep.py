@@ -191,16 +191,25 @@ class _Row:
 
 
 def recalled(
-    algorithm: AbstractAlgorithm[Any], data: AbstractData | Split, told: Sequence[Mapping[str, Any]]
+    algorithm: AbstractAlgorithm[Any],
+    sweep: Mapping[str, Sequence[Any]],
+    data: AbstractData | Split,
+    told: Sequence[Mapping[str, Any]],
 ) -> Winner | None:
     """What goes on, where the run that is resumed has swept already; its state is in its checkpoint.
 
     Args:
         algorithm: that was swept.
+        sweep: over which settings: a file tells optimizers and the like in words.
         data: of the run.
-        told: the rows, as `Trial.to_dict` has made them; None is returned where there are none.
+        told: the rows, as `Trial.to_dict` has made them; None is returned where there are none, or those of another
+            sweep, whose file is refused for its settings.
     """
-    trials = tuple(Trial.from_dict(row) for row in told)
+    found = combinations(algorithm, sweep)
+    rows = [Trial.from_dict(row) for row in told]
+    if len(rows) != len(found):
+        return None
+    trials = tuple(replace(row, settings=settings) for row, settings in zip(rows, found, strict=True))
     chosen = [trial for trial in trials if trial.chosen]
     if not chosen:
         return None
