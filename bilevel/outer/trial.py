@@ -10,7 +10,7 @@ from bilevel._result import Status
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import NUMBERS, demand_ranges
-from bilevel.outer.words import in_words
+from bilevel.outer.words import without_addresses
 from bilevel.portable.plain import demanded, number, refused
 
 
@@ -67,4 +67,4 @@ class Trial:
 
 def _plain(value: Any) -> Any:
     """What a file can hold and nothing is executed to read."""
-    return value if value is None or isinstance(value, bool | int | float | str) else in_words({"": value})[""]
+    return value if value is None or isinstance(value, bool | int | float | str) else without_addresses(repr(value))
