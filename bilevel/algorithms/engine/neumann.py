@@ -33,8 +33,7 @@ from bilevel.bounds.directions import truncated_series
 class Product(Protocol):
     """(k, r) -> H_k r, k = 1, 2, ...; of some of several runs side by side, where these are told."""
 
-    def __call__(self, k: int, r: Tensor, runs: Tensor | None = None, /) -> Tensor:
-        """The product."""
+    def __call__(self, k: int, r: Tensor, runs: Tensor | None = None, /) -> Tensor: ...
 
 
 @final
