@@ -264,7 +264,9 @@ class FlatProblem:
 
     def _uneven(self, level: str) -> Uneven | None:
         """The data of a level, where several runs have batches of several sizes."""
-        data = getattr(self.data, level) if level in self.own_data else None
+        if level not in self.own_data or not isinstance(self.data, Split):
+            return None
+        data = getattr(self.data, level)
         return data if isinstance(data, Uneven) else None
 
     def _of_group(self, data: Any) -> FlatProblem:

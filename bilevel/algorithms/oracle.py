@@ -74,6 +74,7 @@ class Block:
         """How many samples a run sees in it, on average."""
         return self.samples if self.sizes is None else float(self.sizes.mean())
 
+    @checked("Block.of_runs")
     def of_runs(self, runs: Tensor) -> Block:
         """That of some of several runs side by side."""
         if self.numbers is None:
