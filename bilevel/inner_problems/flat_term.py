@@ -13,14 +13,17 @@ from bilevel._numerics.batched import batched
 from bilevel._numerics.misfits import called
 from bilevel._tree import Tree
 
+from bilevel.inner_problems.flat_image import FlatImage
+
 if TYPE_CHECKING:
     from bilevel._flat import FlatProblem
+    from bilevel.prox.linear_image import LinearImage
     from bilevel.prox.term import AbstractProxTerm
 
 
 @final
 class _NoPiecesError(Exception):
-    """A term is not of the form that coordinate descent reads."""
+    """A term is not of the form that a solver asks for."""
 
 
 @final
@@ -123,6 +126,37 @@ class FlatTerm:
                 return self.problem.map(one, "g", x)
             except _NoPiecesError:
                 return None
+
+    def image(self, x: Tensor) -> FlatImage | None:
+        """k, A and b of h_x(y) = k(A y + b); None where the term is not one of a linear image."""
+        structure, ones = self.problem.y, x.new_zeros(self.problem.y.size)
+
+        def at(x: Tree, *data: Any) -> LinearImage:
+            found = self.at(x, *data).composition(structure.unravel(ones))
+            if found is None:
+                raise _NoPiecesError
+            return found
+
+        def whole(x: Tree, *data: Any) -> Tensor:
+            found = at(x, *data)
+            return torch.cat([found.A, found.b.unsqueeze(-1)], dim=-1)
+
+        def prox(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Any:
+            return at(x, *data).term.prox(p, step.squeeze(-1))
+
+        def active(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Tensor:
+            return at(x, *data).term.active(p, step.squeeze(-1))
+
+        try:
+            both = self.problem.map(whole, "g", x)
+        except _NoPiecesError:
+            return None
+        return FlatImage(
+            both[..., :-1],
+            both[..., -1],
+            lambda p, step: self.problem.map(prox, "g", x, p, _column(step, p)),
+            lambda p, step: self.problem.map(active, "g", x.detach(), p.detach(), _column(step, p)),
+        )
 
     def is_separable(self, x: Tensor) -> bool:
         """Whether the term at x says that it is a sum over entries."""

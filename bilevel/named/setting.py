@@ -107,6 +107,11 @@ class Setting:
         """Whether coordinate descent can read the inner problem."""
         return inner_objective(self.problem.with_tally(Tally()), self.x).separable is not None
 
+    @property
+    def _is_of_image(self) -> bool:
+        """Whether the term of the inner problem is one that splitting solvers take apart."""
+        return inner_objective(self.problem.with_tally(Tally()), self.x).image is not None
+
     def steps(self, per_step: int) -> int | None:
         """How many steps the budget is enough for, at so many gradients and products a step; None without a budget.
 
@@ -129,7 +134,7 @@ class Setting:
     def inner(self, per_step: int = 1, over: float = 1.0) -> AbstractInnerSolver:
         """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
-        That is coordinate descent for a linear model with a separable term.
+        That is coordinate descent for a linear model with a separable term, and `ADMM` for one of a linear image.
 
         One for constraints takes its own steps, some tens of systems in y, whatever the budget.
 
@@ -142,6 +147,7 @@ class Setting:
             over: of estimators that take differences of y, their length: its error is divided by that.
         """
         from bilevel.named.solved_on import SolvedOn
+        from bilevel.solvers.admm import ADMM
         from bilevel.solvers.clarabel import Clarabel
         from bilevel.solvers.coordinate_descent import CoordinateDescent
         from bilevel.solvers.interior_point import InteriorPoint
@@ -160,6 +166,8 @@ class Setting:
             return self._fixed_point(steps)
         if steps is None and self._is_separable:
             return CoordinateDescent(self.inner_tol())
+        if steps is None and self._is_of_image:
+            return ADMM(max_steps=10 * MOST_STEPS, tol=self.inner_tol())
         if self.features:
             return self._stepwise(steps, 0)
         if steps is not None:

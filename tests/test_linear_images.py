@@ -1,0 +1,184 @@
+"""Terms k(A y + b) with any matrix A: solvers that take them apart, estimators, batches, and what they cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import (
+    AID,
+    ESJ,
+    ITD,
+    BilevelProblem,
+    Constants,
+    FiniteDifference,
+    Penalty,
+    Status,
+    certify,
+    hypergradient,
+)
+from bilevel._inner import AbstractInnerSolver
+from bilevel.inner_problems import ProximalFixedPoint
+from bilevel.prox import L1, L2, TV1D, AbstractProxTerm, Affine, Box, Nonnegative, Sum
+from bilevel.solvers import ADMM, CG, FISTA, GMRES, PrimalDual, ProximalGradient
+
+DOUBLE = torch.float64
+N = 12
+GENERATOR = torch.Generator().manual_seed(0)
+K = torch.eye(N, dtype=DOUBLE).diff(dim=0)
+M = torch.randn(N + 3, N, generator=GENERATOR, dtype=DOUBLE) / 3
+TRUE = torch.tensor([0.0] * 3 + [1.0] * 4 + [-0.5] * 5, dtype=DOUBLE)
+B = M @ TRUE + 0.1 * torch.randn(N + 3, generator=GENERATOR, dtype=DOUBLE)
+W = torch.randn(7, N, generator=GENERATOR, dtype=DOUBLE)
+X, Y0 = torch.tensor([-1.5, 0.4], dtype=DOUBLE), torch.zeros(N, dtype=DOUBLE)
+
+
+def f(x: Tensor, y: Tensor) -> Tensor:
+    return (y - TRUE).square().sum() / 2 + x[1] * y[0]
+
+
+def g(x: Tensor, y: Tensor) -> Tensor:
+    return (M @ y - B * x[1].exp()).square().sum() / 2
+
+
+def scaled(x: Tensor) -> Tensor:
+    """A matrix that moves with x."""
+    return W * (1 + x[1] ** 2)
+
+
+TERMS: dict[str, Any] = {
+    "differences": lambda x: Affine(L1(x[0].exp()), K),
+    "any": lambda x: Affine(L1(x[0].exp()), scaled(x), x[0] / 10),
+    "norm": lambda x: Affine(L2(x[0].exp()), W, 0.1 * x[1]),
+    "bounds": lambda x: Sum((Affine(Box(None, 0.2 * x[0].exp()), W[:3], 0.0), L1(0.05))),
+    "fused": lambda x: Sum((Affine(L1(x[0].exp()), K), L1(0.1 * x[1].exp()), Nonnegative())),
+}
+SOLVERS: list[AbstractInnerSolver] = [
+    ADMM(tol=1e-11, max_steps=20_000),
+    PrimalDual(tol=1e-11, max_steps=100_000),
+    FISTA(tol=1e-11, max_steps=20_000),
+]
+EXACT = AID(SOLVERS[0], CG(1e-13))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_gradient_on_the_manifold_is_that_of_differences_of_accurate_solves(name: str) -> None:
+    problem = BilevelProblem(f, g, prox=TERMS[name])
+    found = hypergradient(problem, X, Y0, estimator=EXACT)
+    differences = hypergradient(problem, X, Y0, estimator=FiniteDifference(SOLVERS[0], step=1e-5))
+    assert found.status is Status.successful
+    torch.testing.assert_close(found.grad, differences.grad, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("name", ["any", "norm"])
+def test_solvers_that_take_the_term_apart_and_those_that_do_not_find_the_same(
+    name: str, solver: AbstractInnerSolver
+) -> None:
+    problem = BilevelProblem(f, g, prox=TERMS[name])
+    exact = hypergradient(problem, X, Y0, estimator=EXACT)
+    found = hypergradient(problem, X, Y0, estimator=AID(solver, CG(1e-13)))
+    torch.testing.assert_close(found.y, exact.y, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.grad, exact.grad, rtol=0, atol=1e-8)
+
+
+def test_differences_of_neighbors_are_total_variation() -> None:
+    exact = hypergradient(BilevelProblem(f, g, prox=lambda x: TV1D(x[0].exp())), X, Y0, estimator=AID(SOLVERS[2], CG()))
+    problem = BilevelProblem(f, g, prox=TERMS["differences"])
+    for estimator in (EXACT, "implicit", "aid-cg", AID(ProximalGradient(tol=1e-10, max_steps=20_000), CG(1e-12))):
+        found = hypergradient(problem, X, Y0, estimator=estimator)
+        torch.testing.assert_close(found.y, exact.y, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.grad, exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_every_estimator_that_applies_to_a_term_applies_to_one_of_a_linear_image() -> None:
+    problem = BilevelProblem(f, g, prox=TERMS["any"])
+    exact = hypergradient(problem, X, Y0, estimator=EXACT).grad
+    fixed = BilevelProblem(f, inner=ProximalFixedPoint(g, TERMS["any"]))
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    found = hypergradient(fixed, X, Y0, estimator=AID(SOLVERS[0], GMRES(1e-12)))
+    torch.testing.assert_close(found.grad, exact, **close)
+    with pytest.raises(ValueError, match="`CG` requires"):
+        hypergradient(fixed, X, Y0, estimator=AID(SOLVERS[0], CG()))
+    for steps in (FISTA(tol=None, max_steps=120), PrimalDual(tol=None, max_steps=1500)):
+        unrolled = hypergradient(problem, X, Y0, estimator=ITD(steps), throw=False)
+        torch.testing.assert_close(unrolled.grad, exact, rtol=1e-5, atol=1e-6)
+    jolted = hypergradient(problem, X, Y0, estimator=ESJ(ADMM(tol=1e-10), directions=2, radius=1e-5), throw=False)
+    torch.testing.assert_close(jolted.grad, exact, rtol=1e-2, atol=1e-3)
+    penalized = hypergradient(problem, X, Y0, estimator=Penalty(ADMM(tol=1e-10), weight=1e3), throw=False)
+    torch.testing.assert_close(penalized.grad, exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("tasks", [True, "loop"])
+def test_tasks_with_matrices_of_their_own_are_single_problems(tasks: Any) -> None:
+    data = {"W": torch.stack([W, W.flip(0) * 0.7]), "b": torch.stack([B, -B.flip(0)])}
+
+    def inner(x: Tensor, y: Tensor, task: Any) -> Tensor:
+        return (M @ y - task["b"] * x[1].exp()).square().sum() / 2
+
+    def term(x: Tensor, task: Any) -> AbstractProxTerm:
+        return Affine(L1(x[0].exp()), task["W"])
+
+    both = BilevelProblem(lambda x, y, _: f(x, y), inner, prox=term, tasks=tasks)
+    for solver in (*SOLVERS[:2], FISTA(tol=1e-10, max_steps=5000)):
+        together = hypergradient(both, X, Y0, data=data, estimator=AID(solver, CG(1e-13)))
+        singly = []
+        for k in range(2):
+            one = {key: part[k] for key, part in data.items()}
+            alone = BilevelProblem(lambda x, y, _: f(x, y), inner, prox=term)
+            singly.append(hypergradient(alone, X, Y0, data=one, estimator=EXACT))
+        torch.testing.assert_close(together.y, torch.stack([each.y for each in singly]), rtol=0, atol=1e-8)
+        mean = (singly[0].grad + singly[1].grad) / 2
+        torch.testing.assert_close(together.grad, mean, rtol=1e-7, atol=1e-7)
+
+
+def test_a_g_without_curvature_on_what_the_matrix_does_not_see_is_solved() -> None:
+    """g sees y_0 + y_1 alone, and the term the rest: H + rho A'A is definite though neither part is."""
+    A = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.5, -1.0]], dtype=DOUBLE)
+    problem = BilevelProblem(
+        lambda x, y: y.square().sum(),
+        lambda x, y: (y[0] + y[1] - 2).square() / 2,
+        prox=lambda x: Affine(L1(x.exp()), A),
+    )
+    for solver in SOLVERS:
+        found = hypergradient(problem, torch.tensor(-1.0, dtype=DOUBLE), Y0[:3], estimator=AID(solver, CG(1e-12)))
+        torch.testing.assert_close(found.y, torch.tensor([1.0, 1.0, 0.5], dtype=DOUBLE), rtol=0, atol=1e-8)
+        assert abs(float(found.grad)) < 1e-9
+
+
+def test_sets_that_the_image_does_not_meet_end_with_a_status() -> None:
+    far = Affine(Box(1.0, 2.0), torch.tensor([[1.0, 0.0], [-1.0, 1e-9]], dtype=DOUBLE), max_steps=200)
+    assert bool(far.margin(torch.ones(2, dtype=DOUBLE), 1.0).isnan())
+    problem = BilevelProblem(lambda x, y: y.sum(), lambda x, y: (y - x).square().sum() / 2, prox=lambda _: far)
+    solver = FISTA(step=1.0, max_steps=3)
+    found = hypergradient(problem, X, Y0[:2], estimator=AID(solver, CG()), throw=False)
+    assert not found.status.ok
+
+
+def test_numbers_of_32_bits_are_solved_to_their_own_accuracy() -> None:
+    def narrow(x: Tensor) -> AbstractProxTerm:
+        return Affine(L1(x[0].exp()), W.float())
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return (M.float() @ y - B.float()).square().sum() / 2
+
+    problem = BilevelProblem(lambda x, y: (y - TRUE.float()).square().sum() / 2, inner, prox=narrow)
+    found = hypergradient(problem, X.float(), Y0.float())
+    wide = BilevelProblem(
+        lambda x, y: (y - TRUE).square().sum() / 2,
+        lambda x, y: (M @ y - B).square().sum() / 2,
+        prox=lambda x: Affine(L1(x[0].exp()), W),
+    )
+    exact = hypergradient(wide, X, Y0, estimator=EXACT)
+    assert found.status is Status.successful
+    torch.testing.assert_close(found.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_certificates_refuse_it_with_the_reason() -> None:
+    problem = BilevelProblem(f, g, prox=TERMS["differences"])
+    known = Constants(mu=None, L=None, L_fyy=1.0, L_fxy=1.0, M_yy=0.0, M_xy=1.0, C_G=None)
+    found = certify(problem, X, hypergradient(problem, X, Y0), known)
+    assert found.bound == float("inf") and "separable" in found.reason
