@@ -37,8 +37,9 @@ class PrimalDual(AbstractProximalSteps):
     Cost: one gradient and one proximal map a step, and two of each at the end. Memory O(q).
 
     Source: Condat, "A primal-dual splitting method for convex optimization involving Lipschitzian, proximable and
-    linear composite terms", J. Optim. Theory Appl. 158 (2013), algorithm 3.2, and (24) for its steps; Chambolle, Pock, "A first-order
-    primal-dual algorithm for convex problems with applications to imaging", J. Math. Imaging Vis. 40 (2011).
+    linear composite terms", J. Optim. Theory Appl. 158 (2013), algorithm 3.2; Chambolle, Pock, "A
+    first-order primal-dual algorithm for convex problems with applications to imaging", J. Math. Imaging Vis. 40
+    (2011).
 
     Args:
         step: t; None: 1 / L, as `ProximalGradient` finds it.

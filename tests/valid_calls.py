@@ -742,7 +742,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
         name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))} | folds
         for name, folds in {
             "lasso_diabetes": dict[str, Any](),
-            **dict.fromkeys(("elastic_net_diabetes", "sparse_logistic", "svm", "svr"), {"folds": lambda: 2}),
+            **{key: {"folds": lambda: 2} for key in ("elastic_net_diabetes", "sparse_logistic", "svm", "svr")},
         }.items()
     },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},

@@ -12,7 +12,6 @@ from torch import Tensor
 from bilevel._numerics.batched import batched
 from bilevel._numerics.misfits import called
 from bilevel._tree import Tree
-
 from bilevel.inner_problems.flat_image import FlatImage
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ class Setting:
             return 0.0
         return double if self.double else single
 
-    def inner(self, per_step: int = 1, over: float = 1.0) -> AbstractInnerSolver:
+    def inner(self, per_step: int = 1, over: float = 1.0, reads: bool = True) -> AbstractInnerSolver:
         """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
         That is coordinate descent for a linear model with a separable term, and `ADMM` for one of a linear image.
@@ -145,6 +145,7 @@ class Setting:
         Args:
             per_step: how many gradients and products of g an inner step brings with it.
             over: of estimators that take differences of y, their length: its error is divided by that.
+            reads: whether it may read what g and the term are made of; not where it is to minimize g and more.
         """
         from bilevel.named.solved_on import SolvedOn
         from bilevel.solvers.admm import ADMM
@@ -164,9 +165,9 @@ class Setting:
             return QuadraticProgram()
         if Feature.fixed_point in self.features:
             return self._fixed_point(steps)
-        if steps is None and self._is_separable:
+        if steps is None and reads and self._is_separable:
             return CoordinateDescent(self.inner_tol())
-        if steps is None and self._is_of_image:
+        if steps is None and reads and self._is_of_image:
             return ADMM(max_steps=10 * MOST_STEPS, tol=self.inner_tol())
         if self.features:
             return self._stepwise(steps, 0)
