@@ -135,7 +135,7 @@ def _instance(
     name: str,
     folds: int | None,
 ) -> Instance:
-    """By held-out loss, or by that of the samples that folds leave out: their y are zero, so that they train nothing."""
+    """By held-out loss, or by that of the samples that folds leave out, whose y are zero: they train nothing."""
     shown, y0 = _ShownMachine(machine.held, machine.test), torch.zeros_like(machine.own.sample_targets())
     settings: dict[str, Any] = {"constraint": Range(*_RANGE), "max_steps": 12}
     if folds is None:

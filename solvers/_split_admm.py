@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,13 +61,13 @@ def split_admm(
     u, steps, aim = torch.zeros_like(z), 0, tol
     size = safe_row_norms(seen).unsqueeze(-1) + 1
     residual = torch.full_like(top.squeeze(-1), math.inf)
-    moving = torch.ones_like(residual, dtype=torch.bool)
+    moving = convex = ~image.margin(z, 1 / weight).isnan()  # where k is not convex nothing is to be found
     while True:
         if steps == max_steps or not moving.any():
             found, residual = image_of_steps(objective, y, t)
-            if steps == max_steps or not tol or not bool((residual > tol).any()):
+            if steps == max_steps or not tol or not bool((convex & (residual > tol)).any()):
                 return Solved(found, judged_rows(residual, tol or math.inf), residual, steps)
-            aim, moving = _LOWER * aim, residual > tol
+            aim, moving = _LOWER * aim, convex & (residual > tol)
         held = moving.unsqueeze(-1)
         y = torch.where(held, minimize(y, z - u - image.b, weight, size), y)
         seen = image.image(y)
@@ -80,8 +81,8 @@ def split_admm(
         dual = safe_row_norms(weight * image.back(z - before)).unsqueeze(-1)
         size = torch.maximum(primal, safe_row_norms(z - before).unsqueeze(-1))
         residual = torch.maximum(safe_row_norms(gradient + force), (top * primal / scale).squeeze(-1))
-        low, held_weight, at = residual <= aim, weight, p
-        still = settling.at(lambda at=at, weight=held_weight: image.active(at, 1 / weight), low, residual)
+        low = residual <= aim
+        still = settling.at(partial(image.active, p, 1 / weight), low, residual)
         moving = moving & (~low & residual.isfinite() | still)
         if rho is None and steps % _EVERY == 0 and steps <= _LATEST:
             one = torch.ones_like(weight)

@@ -54,7 +54,7 @@ TERMS: dict[str, Any] = {
     "any": lambda x: Affine(L1(x[0].exp()), scaled(x), x[0] / 10),
     "norm": lambda x: Affine(L2(x[0].exp()), W, 0.1 * x[1]),
     "bounds": lambda x: Sum((Affine(Box(None, 0.2 * x[0].exp()), W[:3], 0.0), L1(0.05))),
-    "fused": lambda x: Sum((Affine(L1(x[0].exp()), K), L1(0.1 * x[1].exp()), Nonnegative())),
+    "fused": lambda x: Sum((Affine(L1(x[0].exp()), K, 0.1 * x[1]), L1(0.1 * x[1].exp()), Nonnegative())),
 }
 SOLVERS: list[AbstractInnerSolver] = [
     ADMM(tol=1e-11, max_steps=20_000),
@@ -98,9 +98,8 @@ def test_every_estimator_that_applies_to_a_term_applies_to_one_of_a_linear_image
     problem = BilevelProblem(f, g, prox=TERMS["any"])
     exact = hypergradient(problem, X, Y0, estimator=EXACT).grad
     fixed = BilevelProblem(f, inner=ProximalFixedPoint(g, TERMS["any"]))
-    close = {"rtol": 1e-6, "atol": 1e-6}
     found = hypergradient(fixed, X, Y0, estimator=AID(SOLVERS[0], GMRES(1e-12)))
-    torch.testing.assert_close(found.grad, exact, **close)
+    torch.testing.assert_close(found.grad, exact, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="`CG` requires"):
         hypergradient(fixed, X, Y0, estimator=AID(SOLVERS[0], CG()))
     for steps in (FISTA(tol=None, max_steps=60), PrimalDual(tol=None, max_steps=600)):
@@ -116,7 +115,7 @@ def test_every_estimator_that_applies_to_a_term_applies_to_one_of_a_linear_image
 def test_tasks_with_matrices_of_their_own_are_single_problems(tasks: Any) -> None:
     data = {"W": torch.stack([W, W.flip(0) * 0.7]), "b": torch.stack([B, -B.flip(0)])}
 
-    def inner(x: Tensor, y: Tensor, task: Any) -> Tensor:
+    def inner(x: Tensor, y: Tensor, task: dict[str, Tensor]) -> Tensor:
         return (M @ y - task["b"] * x[1].exp()).square().sum() / 2
 
     def term(x: Tensor, task: Any) -> AbstractProxTerm:
@@ -147,6 +146,39 @@ def test_a_g_without_curvature_on_what_the_matrix_does_not_see_is_solved() -> No
         found = hypergradient(problem, torch.tensor(-1.0, dtype=DOUBLE), Y0[:3], estimator=AID(solver, CG(1e-12)))
         torch.testing.assert_close(found.y, torch.tensor([1.0, 1.0, 0.5], dtype=DOUBLE), rtol=0, atol=1e-8)
         assert abs(float(found.grad)) < 1e-9
+
+
+def test_on_a_cycle_of_equal_entries_the_derivative_is_their_mean_though_multipliers_are_not_unique() -> None:
+    """A' has a kernel of dimension one, which all edges of the cycle are in."""
+    cycle = torch.eye(4, dtype=DOUBLE) - torch.eye(4, dtype=DOUBLE).roll(1, 0)
+    for v in (torch.zeros(4, dtype=DOUBLE), torch.tensor([0.1, -0.2, 0.15, 0.0], dtype=DOUBLE)):
+        term = Affine(L1(1.0), cycle)
+        torch.testing.assert_close(term.prox(v, 1.0), v.mean().expand(4), rtol=0, atol=1e-11)
+        P = term.derivative(v, 1.0)
+        assert P is not None
+        columns = [P.times(P.parts, unit) for unit in torch.eye(4, dtype=DOUBLE)]
+        torch.testing.assert_close(torch.stack(columns), torch.full((4, 4), 0.25, dtype=DOUBLE), rtol=0, atol=1e-10)
+        assert float(term.margin(v, 1.0)) > 0.1
+
+
+def test_of_a_polyhedral_term_steps_of_newton_find_the_end_that_the_method_of_multipliers_only_nears() -> None:
+    v = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=DOUBLE).cumsum(0)
+    term = Affine(L1(0.7), torch.eye(30, dtype=DOUBLE).diff(dim=0), max_steps=64)
+    torch.testing.assert_close(term.prox(v, 1.0), TV1D(0.7).prox(v, 1.0), rtol=0, atol=1e-11)
+    assert float(term.margin(v, 1.0)) > 0
+
+
+def test_a_weight_that_is_negative_ends_at_once_with_a_status() -> None:
+    problem = BilevelProblem(f, g, prox=lambda x: Affine(L1(x[0]), W))
+    found = hypergradient(problem, X, Y0, throw=False)
+    assert found.status is Status.nonfinite
+    assert found.stats.inner_steps <= 20_000
+
+
+def test_a_matrix_of_integers_is_one_of_numbers() -> None:
+    A = torch.tensor([[1, -1, 0], [0, 2, -1]])
+    v = torch.tensor([2.0, -0.5, 1.0], dtype=DOUBLE)
+    torch.testing.assert_close(Affine(L1(0.3), A).prox(v, 1.0), Affine(L1(0.3), A.double()).prox(v, 1.0))
 
 
 def test_sets_that_the_image_does_not_meet_end_with_a_status() -> None:
@@ -181,4 +213,4 @@ def test_certificates_refuse_it_with_the_reason() -> None:
     problem = BilevelProblem(f, g, prox=TERMS["differences"])
     known = Constants(mu=None, L=None, L_fyy=1.0, L_fxy=1.0, M_yy=0.0, M_xy=1.0, C_G=None)
     found = certify(problem, X, hypergradient(problem, X, Y0), known)
-    assert found.bound == float("inf") and "separable" in found.reason
+    assert found.bound == float("inf") and "manifold of `Affine`" in found.reason

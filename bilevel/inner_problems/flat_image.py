@@ -21,12 +21,14 @@ class FlatImage:
         b: `(*batch, m)`, likewise.
         prox: (p, step) -> prox_{step k}(p), `(*batch, m)`; differentiable in x too.
         active: (p, step) -> codes of the manifold of k `(*batch, n)`.
+        margin: (p, step) -> how far p is from a kink of its map `(*batch,)`, NaN where k is not convex.
     """
 
     A: Tensor
     b: Tensor
     prox: Callable[[Tensor, Tensor | float], Tensor]
     active: Callable[[Tensor, Tensor | float], Tensor]
+    margin: Callable[[Tensor, Tensor | float], Tensor]
 
     def image(self, y: Tensor) -> Tensor:
         """A y + b."""

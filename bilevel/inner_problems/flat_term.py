@@ -146,6 +146,9 @@ class FlatTerm:
         def active(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Tensor:
             return at(x, *data).term.active(p, step.squeeze(-1))
 
+        def margin(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Tensor:
+            return at(x, *data).term.margin(p, step.squeeze(-1))
+
         try:
             both = self.problem.map(whole, "g", x)
         except _NoPiecesError:
@@ -155,18 +158,23 @@ class FlatTerm:
             both[..., -1],
             lambda p, step: self.problem.map(prox, "g", x, p, _column(step, p)),
             lambda p, step: self.problem.map(active, "g", x.detach(), p.detach(), _column(step, p)),
+            lambda p, step: self.problem.map(margin, "g", x.detach(), p.detach(), _column(step, p)),
         )
 
     def is_separable(self, x: Tensor) -> bool:
         """Whether the term at x says that it is a sum over entries."""
-        found: list[bool] = []
+        return self.one_at(x).separable
+
+    def one_at(self, x: Tensor) -> AbstractProxTerm:
+        """A term at x, of tasks that of one of them: to ask for what does not depend on values."""
+        found: list[AbstractProxTerm] = []
 
         def one(x: Tree, *data: Any) -> Tensor:
-            found.append(self.at(x, *data).separable)
+            found.append(self.at(x, *data))
             return torch.zeros((), device="cpu")
 
         self.problem.map(one, "g", x)
-        return all(found)
+        return found[-1]
 
     def at(self, x: Tree, *data: Any) -> AbstractProxTerm:
         """The term at one x in the user's structure, with the data of g."""

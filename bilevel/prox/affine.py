@@ -172,6 +172,7 @@ class Affine(AbstractProxTerm):
 def _is_tight(A: Tensor) -> bool:
     """Whether A A' = a I, to rounding, for all that are side by side."""
     every = torch.func.debug_unwrap(A.detach(), recurse=True)
+    every = every if every.is_floating_point() else every.double()
     probe = torch.cos(1.0 + torch.arange(every.shape[-2], device="cpu").to(every)).unsqueeze(-1)
     image, length = every @ (every.mT @ probe), every.square().sum((-2, -1), keepdim=True) / every.shape[-2]
     if not bool(((image - length * probe).abs() <= torch.finfo(every.dtype).eps ** 0.5 * length).all()):

@@ -178,13 +178,14 @@ class LinearImage:
             r = start - pulled - z
             return r, p, z, r.abs().max() / size
 
+        convex = ~self.term.margin(start, inner).isnan()  # a negative weight, which nothing comes to rest with
         w, z = torch.zeros_like(start), start
         if start_at is not None:
             w, z = start_at, seen(start_at)[2]
         for k in range(self.max_steps + 1):
             if k % _LOOKS == 0:
                 r, p, _, off = seen(w)
-                if _every((off <= unit) | off.isnan()):
+                if _every((off <= unit) | off.isnan() | ~convex):
                     break
                 Q = self._bend(p, inner)
                 if Q is not None:
@@ -192,14 +193,14 @@ class LinearImage:
                     _, _, image, less = seen(newton)
                     taken = less <= _BETTER * off
                     w, z = torch.where(taken, newton, w), torch.where(taken, image, z)
-                    if _every((torch.where(taken, less, off) <= unit) | off.isnan()):
+                    if _every((torch.where(taken, less, off) <= unit) | off.isnan() | ~convex):
                         break
             e = start - b + c * (G @ (z - b - w))  # of y = (I + c A'A)^-1 (v + c A' (z - b - w)) only A y + b is needed
             s = torch.lerp(z, V @ ((V.mT @ e) / (1 + c * values)) + b, _RELAXED)
             z = mapped(s + w)
             w = w + s - z
         _, p, _, off = seen(w)
-        return AtRest(v - c * (A.mT @ w), w, p, c, off <= unit)
+        return AtRest(v - c * (A.mT @ w), w, p, c, (off <= unit) & convex)
 
     def _bend(self, p: Tensor, step: Tensor) -> Bend | None:
         with torch.no_grad():

@@ -66,7 +66,7 @@ class Stacked(AbstractProxTerm):
 
     def _parts(self, y: Tree) -> list[tuple[AbstractProxTerm, Tree]]:
         flat = ravel(y, "z")[0]
-        cut = flat.split([structure.size for structure in self.structures])
+        cut = torch.split(flat, [structure.size for structure in self.structures])
         return [(t, s.unravel(part)) for t, s, part in zip(self.terms, self.structures, cut, strict=True)]
 
 
@@ -103,7 +103,7 @@ def _side_by_side(
     w: Tensor,
 ) -> Tensor:
     found, start = list[Tensor](), 0
-    cut = w.split([structure.size for structure in structures])
+    cut = torch.split(w, [structure.size for structure in structures])
     for product, count, structure, part in zip(products, counts, structures, cut, strict=True):
         found.append(ravel(product(parts[start : start + count], structure.unravel(part)))[0])
         start += count
