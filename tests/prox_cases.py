@@ -138,10 +138,6 @@ CASES: dict[str, Case] = {
     "Affine-matrix": Case(lambda w, b: Affine(L1(w), TIGHT, b), (number(0.9), numbers(0.3, -0.2))),
     "AffineAny": Case(lambda w, A, b: Affine(L1(w), A, b), (number(1.2), TALL, numbers(0.3, -0.2, 0.1, 0.5, 0.0))),
     "AffineAny-cycle": Case(lambda w: Affine(L1(w), CYCLE), (numbers(0.9, 0.4, 0.7, 0.3),), TWO_BY_TWO),
-    "AffineAny-norm": Case(lambda w, A: Affine(L2(w), A, 0.2), (number(1.1), TALL[:3])),
-    "Sum-AffineAny": Case(
-        lambda w, a: Sum((Affine(L1(w), CYCLE), L1(0.1), L2(a))), (numbers(0.5, 0.2, 0.4, 0.3), number(0.4)), TWO_BY_TWO
-    ),
     "Affine-conjugate": Case(lambda w, b: Affine(L1(w), TIGHT, b).conjugate(), (number(0.9), numbers(0.3, -0.2))),
 }
 

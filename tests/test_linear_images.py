@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -102,9 +103,9 @@ def test_every_estimator_that_applies_to_a_term_applies_to_one_of_a_linear_image
     torch.testing.assert_close(found.grad, exact, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="`CG` requires"):
         hypergradient(fixed, X, Y0, estimator=AID(SOLVERS[0], CG()))
-    for steps in (FISTA(tol=None, max_steps=60), PrimalDual(tol=None, max_steps=600)):
+    for steps in (FISTA(tol=None, max_steps=40), PrimalDual(tol=None, max_steps=400)):
         unrolled = hypergradient(problem, X, Y0, estimator=ITD(steps), throw=False)
-        torch.testing.assert_close(unrolled.grad, exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(unrolled.grad, exact, rtol=1e-3, atol=1e-3)
     jolted = hypergradient(problem, X, Y0, estimator=ESJ(ADMM(tol=1e-10), directions=2, radius=1e-5), throw=False)
     torch.testing.assert_close(jolted.grad, exact, rtol=1e-2, atol=1e-3)
     penalized = hypergradient(problem, X, Y0, estimator=Penalty(ADMM(tol=1e-10), weight=1e3), throw=False)
@@ -179,6 +180,21 @@ def test_a_matrix_of_integers_is_one_of_numbers() -> None:
     A = torch.tensor([[1, -1, 0], [0, 2, -1]])
     v = torch.tensor([2.0, -0.5, 1.0], dtype=DOUBLE)
     torch.testing.assert_close(Affine(L1(0.3), A).prox(v, 1.0), Affine(L1(0.3), A.double()).prox(v, 1.0))
+
+
+def test_what_neither_g_nor_the_matrix_sees_stays_where_it_starts() -> None:
+    """H + rho A'A is singular there; y is found all the same, and a system that tells its derivative is not."""
+    A, start = (
+        torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], dtype=DOUBLE),
+        torch.tensor([0.0, 0.0, 3.0], dtype=DOUBLE),
+    )
+    problem = BilevelProblem(
+        lambda x, y: y.square().sum(), lambda x, y: (y[0] - 2).square() / 2, prox=lambda x: Affine(L1(x.exp()), A)
+    )
+    found = hypergradient(problem, torch.tensor(-1.0, dtype=DOUBLE), start, estimator=EXACT, throw=False)
+    torch.testing.assert_close(found.y, torch.tensor([2 - math.exp(-1), math.exp(-1) - 2, 3.0], dtype=DOUBLE))
+    assert found.reports[0].status is Status.successful
+    assert not found.status.ok
 
 
 def test_sets_that_the_image_does_not_meet_end_with_a_status() -> None:
