@@ -74,9 +74,12 @@ class AbstractProximalSteps(AbstractUnrollable):
         """The y to return: an image of the proximal map, so that what it sets to zero is zero."""
 
     def tuned(self: Own, objective: Objective, y0: Tensor) -> Own:
-        if self.step is not None:
-            return self
-        return self._with_curvature(objective.largest_curvature(y0))
+        own = self.shaped(objective)
+        return own if own.step is not None else own._with_curvature(objective.largest_curvature(y0))
+
+    def shaped(self: Own, objective: Objective) -> Own:
+        """The same with what its state takes from the objective; most take nothing."""
+        return self
 
     def tuned_on_the_way(self: Own, objective: Objective, y0: Tensor) -> Own | None:
         if self.step is not None:
@@ -85,7 +88,7 @@ class AbstractProximalSteps(AbstractUnrollable):
         largest = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest)).max()
         start = largest.expand(y0.shape[:-1])
         found = curvature_on_the_way(objective, y0, start, self.max_steps, self.tol or 0.0, step_for_prox=True)
-        return self._with_curvature(found) if bool((found > start).any()) else None
+        return self.shaped(objective)._with_curvature(found) if bool((found > start).any()) else None
 
     def _with_curvature(self: Own, curvature: Tensor) -> Own:
         largest = float(curvature.max())  # one step for all rows

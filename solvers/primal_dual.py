@@ -79,9 +79,8 @@ class PrimalDual(AbstractProximalSteps):
     def with_step(self, step: float) -> PrimalDual:
         return replace(self, step=step)
 
-    def tuned(self, objective: Objective, y0: Tensor) -> PrimalDual:
-        found = AbstractProximalSteps.tuned(self, objective, y0)
-        return found if objective.image is None else replace(found, rows=objective.image.b.shape[-1])
+    def shaped(self, objective: Objective) -> PrimalDual:
+        return self if objective.image is None else replace(self, rows=objective.image.b.shape[-1])
 
     def begin(self, y0: Tensor) -> State:
         u = torch.zeros_like(y0) if self.rows is None else y0.new_zeros(*y0.shape[:-1], self.rows)

@@ -182,6 +182,21 @@ def test_a_matrix_of_integers_is_one_of_numbers() -> None:
     torch.testing.assert_close(Affine(L1(0.3), A).prox(v, 1.0), Affine(L1(0.3), A.double()).prox(v, 1.0))
 
 
+def test_where_curvature_grows_on_the_way_the_steps_are_derived_anew_and_u_keeps_its_entries() -> None:
+    """G = y^2 / 2 + 25 y^4 has curvature 1 at the start and 300 at y = 1, which the first steps fly past."""
+    problem = BilevelProblem(
+        lambda x, y: y.sum(),
+        lambda x, y: (y - 2).square().sum() / 2 + 25 * y.square().square().sum(),
+        prox=lambda x: Affine(L1(x.exp()), K[:5, :3] + W[:, :3]),
+    )
+    x, start = torch.tensor(-3.0, dtype=DOUBLE), Y0[:3]
+    found = [
+        hypergradient(problem, x, start, estimator=AID(solver, CG(1e-12)))
+        for solver in (PrimalDual(tol=1e-9, max_steps=20_000), ADMM(tol=1e-9))
+    ]
+    torch.testing.assert_close(found[0].grad, found[1].grad, rtol=1e-6, atol=1e-7)
+
+
 def test_what_neither_g_nor_the_matrix_sees_stays_where_it_starts() -> None:
     """H + rho A'A is singular there; y is found all the same, and a system that tells its derivative is not."""
     A, start = (
