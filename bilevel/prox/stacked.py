@@ -32,13 +32,15 @@ class Stacked(AbstractProxTerm):
     structures: tuple[Structure, ...]
 
     def value(self, y: Tree) -> Tensor:
-        return torch.stack([term.value(part) for term, part in self._parts(y)]).sum()
+        values = [term.value(part) for term, part in self._parts(y)]
+        return torch.stack(values).sum()
 
     def prox(self, v: Tree, step: Tensor | float) -> Tree:
         return torch.cat([ravel(term.prox(part, step))[0] for term, part in self._parts(v)])
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
-        return torch.stack([term.margin(part, step) for term, part in self._parts(v)]).min()
+        margins = [term.margin(part, step) for term, part in self._parts(v)]
+        return torch.stack(margins).min()
 
     def active(self, v: Tree, step: Tensor | float) -> Tensor:
         return torch.cat([term.active(part, step) for term, part in self._parts(v)])
