@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel._sets import Box
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.inner_problems.linear_model import LinearModel
 from bilevel.problems._plots import COLORS
 from bilevel.prox.elastic_net import ElasticNet
@@ -61,6 +62,7 @@ class SparseData:
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_ranges(self, variance=AT_LEAST_0)
 
 
 def l1_term(x: Tensor, *_: Any) -> L1:
