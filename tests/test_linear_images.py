@@ -169,6 +169,16 @@ def test_of_a_polyhedral_term_steps_of_newton_find_the_end_that_the_method_of_mu
     assert float(term.margin(v, 1.0)) > 0
 
 
+def test_a_sum_with_an_image_is_the_image_of_all_of_its_parts() -> None:
+    b, v = torch.linspace(-1, 1, 5, dtype=DOUBLE), torch.linspace(1, -2, N, dtype=DOUBLE).sin() * 2
+    both = Sum((Affine(L1(0.4), W, b), L1(0.2)))
+    weights = torch.cat([torch.full((5,), 0.4, dtype=DOUBLE), torch.full((N,), 0.2, dtype=DOUBLE)])
+    A, shift = torch.cat([W, torch.eye(N, dtype=DOUBLE)]), torch.cat([b, Y0])
+    one = Affine(L1(weights), A, shift)
+    torch.testing.assert_close(both.prox(v, 0.8), one.prox(v, 0.8), rtol=0, atol=1e-10)
+    torch.testing.assert_close(both.value(v), one.value(v))
+
+
 def test_a_weight_that_is_negative_ends_at_once_with_a_status() -> None:
     problem = BilevelProblem(f, g, prox=lambda x: Affine(L1(x[0]), W))
     found = hypergradient(problem, X, Y0, throw=False)
