@@ -194,8 +194,8 @@ def test_degrees_of_freedom_by_finite_differences_are_the_number_of_nonzeros() -
         assert abs(freedom - nonzeros) <= 3 * (2 * nonzeros) ** 0.5
 
 
-def traced(kind: str, X: Tensor, y: Tensor, x: Tensor) -> float:
-    """The trace of dXy/db, in closed form, for the smooth part of each term on the support."""
+def moved_with_targets(kind: str, X: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """J = dXy/db `(n, n)`, in closed form, from the smooth part of each term on the support."""
     n, S = X.shape[0], y != 0
     bend = X.new_zeros(int(S.sum()), int(S.sum()))
     if kind == "elastic-net":
@@ -205,12 +205,13 @@ def traced(kind: str, X: Tensor, y: Tensor, x: Tensor) -> float:
             own, size = slice(3 * k, 3 * k + 3), torch.linalg.vector_norm(group)
             bend[own, own] = x.exp() * (torch.eye(3, dtype=X.dtype) - torch.outer(group, group) / size**2) / size
     X_S = X[:, S]
-    return float(torch.trace(X_S @ torch.linalg.solve(X_S.T @ X_S / n + bend, X_S.T) / n))
+    found: Tensor = X_S @ torch.linalg.solve(X_S.T @ X_S / n + bend, X_S.T) / n
+    return found
 
 
 @pytest.mark.parametrize("kind", ["elastic-net", "group-lasso", "weighted-lasso"])
-def test_degrees_of_freedom_of_every_term_are_the_trace_of_what_the_fit_moves_with_the_targets(kind: str) -> None:
-    """Stein's lemma; a random direction u gives the trace of J up to 3 deviations of u'J u, 2 |J|^2 of variance."""
+def test_degrees_of_freedom_of_every_term_are_what_the_fit_moves_with_the_targets(kind: str) -> None:
+    """Stein's lemma: their mean over u is the trace of J; for one u it is u'J u, J averaged on the way."""
     n, arguments = 150, {"groups": 12, "size": 3} if kind == "group-lasso" else {"d": 40}
     instance = catalogue()[kind].build(criterion="sure", n=n, **arguments)
     generated_with: Any = {"blocks": 3} if kind == "group-lasso" else {}
@@ -219,12 +220,14 @@ def test_degrees_of_freedom_of_every_term_are_the_trace_of_what_the_fit_moves_wi
     assert data.variance is not None
     both, fine = instance.settings["data"], FISTA(tol=1e-9, max_steps=20_000)
     found = solution_path(instance.problem, [instance.x0], instance.y0, data=both, inner=fine)
-    y = found.y[0][0]
-    fit = float((data.train.X @ y - data.train.sample_targets()).square().sum()) - n * data.variance
+    fit = float((data.train.X @ found.y[0][0] - data.train.sample_targets()).square().sum()) - n * data.variance
     freedom = (2 * n * found.values[0] - fit) / (2 * data.variance)
-    trace = traced(kind, data.train.X, y, instance.x0)
-    assert trace > 2
-    assert abs(freedom - trace) <= 3 * (2 * trace) ** 0.5
+    (at, other), e, points = both["targets"], 2 * data.variance**0.5 / n**0.3, 12
+    shares = (torch.arange(points, dtype=DOUBLE) + 0.5).unsqueeze(1) / points
+    between = {"targets": at + shares * (other - at), "fits": shares[:, 0], "sign": shares[:, 0]}
+    ys = solution_path(instance.problem, [instance.x0], instance.y0, data=between, inner=fine).y[0]
+    J = torch.stack([moved_with_targets(kind, data.train.X, each, instance.x0) for each in ys]).mean(0)
+    assert freedom == pytest.approx(float((other - at) @ J @ (other - at)) / e**2, rel=0.03)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of cvxpylayers, about numpy's arrays
