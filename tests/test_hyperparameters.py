@@ -13,6 +13,7 @@ from bilevel import AID, BilevelProblem, FiniteDifference, Instance, hypergradie
 from bilevel._result import Status
 from bilevel.inner_problems import LinearModel
 from bilevel.problems import catalogue, highest_penalty, lasso, weighted_lasso
+from bilevel.problems._criteria import fold_weights
 from bilevel.problems._sparse import generated, l1_term
 from bilevel.prox import L1
 from bilevel.solvers import CG, FISTA, CoordinateDescent
@@ -192,6 +193,17 @@ def test_degrees_of_freedom_by_finite_differences_are_the_number_of_nonzeros() -
         freedom = (2 * n * path.values[0] - fit) / (2 * variance)
         nonzeros = int((y != 0).sum())
         assert abs(freedom - nonzeros) <= 3 * (2 * nonzeros) ** 0.5
+
+
+def test_folds_train_on_all_that_they_do_not_hold_out_and_weigh_samples_alike() -> None:
+    weights = fold_weights("lasso", 7, 3)
+    train, held = weights["train"], weights["held"]
+    for part in (train, held):
+        torch.testing.assert_close(part.sum(1), torch.ones(3, dtype=DOUBLE))
+        assert all(len(row[row > 0].unique()) == 1 for row in part)
+    assert bool(((train > 0) != (held > 0)).all()) and bool(((held > 0).sum(0) == 1).all())
+    with pytest.raises(ValueError, match=r"`lasso\(folds=\.\.\.\)` must be at least 2 and at most n = 7"):
+        fold_weights("lasso", 7, 8)
 
 
 def moved_with_targets(kind: str, X: Tensor, y: Tensor, x: Tensor) -> Tensor:
