@@ -206,6 +206,15 @@ def test_folds_train_on_all_that_they_do_not_hold_out_and_weigh_samples_alike() 
         fold_weights("lasso", 7, 8)
 
 
+@pytest.mark.parametrize("name", ["svm-cross-validation", "svr-cross-validation"])
+def test_samples_that_a_fold_leaves_out_support_nothing(name: str) -> None:
+    pytest.importorskip("sklearn")
+    instance = built(name)
+    y = at(instance, instance.x0).y
+    held = instance.settings["data"]["held"] > 0
+    assert not bool(y[held].any()) and bool(y[~held].any())
+
+
 def moved_with_targets(kind: str, X: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """J = dXy/db `(n, n)`, in closed form, from the smooth part of each term on the support."""
     n, S = X.shape[0], y != 0
