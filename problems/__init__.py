@@ -69,6 +69,7 @@ from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
 from bilevel.problems.sparse_regression import (
+    elastic_net,
     elastic_net_diabetes,
     group_lasso,
     lasso,
@@ -117,6 +118,7 @@ __all__ = [
     "deep_equilibrium",
     "distillation",
     "double_well",
+    "elastic_net",
     "elastic_net_diabetes",
     "federated_cleaning",
     "federated_maml",
@@ -211,6 +213,7 @@ _ENTRIES = (
     Entry("lasso", "lasso with one learned penalty: held-out loss, cross-validation or SURE, generated data", lasso),
     Entry("weighted-lasso", "lasso with a learned penalty for each of a hundred features", weighted_lasso),
     Entry("lasso-diabetes", "lasso with learned penalties, diabetes data", lasso_diabetes),
+    Entry("elastic-net", "elastic net with both penalties learned, by the same criteria, generated data", elastic_net),
     Entry("elastic-net-diabetes", "elastic net with both penalties learned, diabetes data", elastic_net_diabetes),
     Entry("group-lasso", "group lasso with a learned penalty, generated data", group_lasso),
     Entry("sparse-logistic", "logistic regression with a learned L1 penalty, breast cancer data", sparse_logistic),

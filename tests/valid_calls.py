@@ -747,11 +747,15 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "SparseData": dict.fromkeys(("train", "held", "test"), lambda: linear_model()),
     "highest_penalty": {"model": lambda: linear_model()},
     "lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
-    "weighted_lasso": {"n": lambda: 4, "d": lambda: 3},
-    "group_lasso": {"n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
+    "weighted_lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "elastic_net": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "group_lasso": {"folds": lambda: 2, "n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
     **{
-        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))}
-        for name in ("lasso_diabetes", "elastic_net_diabetes", "sparse_logistic", "svm", "svr")
+        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))} | folds
+        for name, folds in {
+            "lasso_diabetes": dict[str, Any](),
+            **{key: {"folds": lambda: 2} for key in ("elastic_net_diabetes", "sparse_logistic", "svm", "svr")},
+        }.items()
     },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},
