@@ -89,8 +89,10 @@ class Status(enum.Enum):
     )
     not_positive_definite = (
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
-        " minimum of g(x, .), under constraints along those that hold; solve the inner problem more accurately, add a"
-        " regularizer to g or pass `damping=`."
+        " minimum of g(x, .), under constraints along those that hold (second-order sufficiency fails, as where a"
+        " linear program has several solutions): solve the inner problem more accurately, add a regularizer to g or"
+        " pass `damping=`. Where several minimizers are meant, `minimize(algorithm=ValueFunction())` chooses among"
+        " them."
     )
     singular = (
         "The matrix is singular to rounding: the system has no unique solution, and this is the least squares solution"
