@@ -101,7 +101,8 @@ class SLSQP(AbstractInnerSolver):
             constraints=constraints,
             options={"ftol": 1e-14, "maxiter": self.max_steps},
         )
-        return found.x, int(found.nit), int(found.nit) >= self.max_steps
+        steps = int(found.get("nit", 0))  # there is none where all bounds meet
+        return found.x, steps, steps >= self.max_steps
 
 
 def _linear(kind: str, rows: Any, sides: Any, sign: float) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ class TrustConstr(AbstractInnerSolver):
             constraints=constraints,
             options={"gtol": 1e-10, "xtol": 1e-13, "barrier_tol": 1e-11, "maxiter": self.max_steps},
         )
-        return found.x, int(found.nit), int(found.status) == 0
+        return found.x, int(found.get("nit", 0)), int(found.get("status", 1)) == 0  # none where all bounds meet
 
 
 def _curved(optimize: Any, row: Row, value: str, rows: str, lower: float) -> Any:

@@ -17,6 +17,7 @@ from bilevel._sets import Box
 from bilevel._tree import Tree
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.active_sets import LinearConditions
+from bilevel.algorithms.engine.descent_left import descent_left
 from bilevel.algorithms.engine.global_inner import InnerMinimum, by_linear_program, by_multistart, is_linear
 from bilevel.algorithms.engine.optimistic import Optimistic
 from bilevel.algorithms.engine.programs import Program, in_numpy
@@ -38,6 +39,8 @@ _SHIFT = 1e3  # by how much a cut is relaxed where the point that it is from is 
 _ROUNDS = 8  # after so many what has passed the tests is what is returned
 _CHECK = 7919  # the seed of the independent solve
 _FEASIBLE = 1e-6
+_DESCENT = 1e-2  # of f, in terms of its gradient: y is known to 1e-3 where g is flat to second order
+_APART = 1e-2  # relative distance of minimizers that are two
 # What a cut leaves of the inner gap that is taken for none. A cut from a y_k beside y holds with equality there and has
 # next to no gradient, whose direction is chance: linearized, it would hold (x, y) where it is.
 _ROOM = 0.25 * _FEASIBLE
@@ -93,10 +96,11 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     on the gradient, which no minimizer needs to satisfy where the constraints have no regular multipliers. Lower values
     of f than that of the best point that has passed these tests are followed up, for at most eight steps.
 
-    The run ends, `successful`, where max(inner gap, violation of any constraint) <= `minimize(tol=...)`, 1e-6 if that
-    is None, at a local solution, and an independent global solve, with other points, four times as many, finds no
-    lower value of g. What is then known is that y is a minimizer as far as these solves tell (a proof only where they
-    are linear programs), and that f is locally least: the best that was found, and not the global optimum. Run it from
+    The run ends where max(inner gap, violation of any constraint) <= `minimize(tol=...)`, 1e-6 if that is None, at a
+    local solution, and an independent global solve, with other points, four times as many, finds no lower value of g:
+    y is a minimizer as far as these solves tell (a proof only where they are linear programs). It is `successful` if f
+    does not fall from there to first order, see `engine.descent_left`, and `descent_left` if it may: f is then not
+    known to be least even locally. Neither is a proof of the global optimum beyond the first step: run it from
     several x0. Where steps end first, the status says so. `Estimate.grad` is grad_x f - mu (grad_x g - grad V) for the
     multiplier mu of the gap that fits best in y, with grad V = grad_x (g + lambda'c + nu'e) at the minimizer (Danskin).
 
@@ -190,9 +194,15 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             measure = max(measure, g - least.value)
         if not math.isfinite(measure):
             measure = math.inf
-        report = Report("inner gap and constraints", Status.successful, max(measure, 0.0), state.round)
+        reports: tuple[Report, ...] = (
+            Report("inner gap and constraints", Status.successful, max(measure, 0.0), state.round),
+        )
+        if state.final and measure <= _FEASIBLE:
+            left = self._descent_left(oracle, problem, state, g)
+            status = Status.successful if left <= _DESCENT else Status.descent_left
+            reports = (*reports, Report("descent of f to first order", status, left, state.round))
         grad = self._slope(problem, x, y, least)
-        estimate = FlatEstimate(grad=grad, value=value.detach(), y=y, reports=(report,))
+        estimate = FlatEstimate(grad=grad, value=value.detach(), y=y, reports=reports)
         told = OuterConstraints(outer, max(outer, 0.0), 0.0, (), ())
         shown = max(measure, 0.0) if state.final else max(measure, 1.0)
         return Evaluated(estimate, (least, max(measure, 0.0), shown), None, None, 1e-6, told)
@@ -302,6 +312,21 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             function = in_numpy(partial(_program, problem, sizes=sizes, cuts=cuts, t=None, active=held), x)
             found.append(Program(function, equalities, low, fixed).solve(np.clip(z, low, fixed)))
         return found
+
+    def _descent_left(self, oracle: Oracle, problem: Optimistic, state: ValueFunctionState, g: float) -> float:
+        """What :func:`descent_left` says at a minimizer y, with the cuts that are as low for other minimizers."""
+        x, y = state.x, state.y
+        rows = []
+        for other in state.cuts:
+            with torch.no_grad():
+                value, (c, e) = float(problem.problem.g(x, other)), problem.inner(x, other)
+            feasible = not torch.cat([c, e.abs()]).gt(_FEASIBLE).any()
+            apart = float((other - y).abs().max()) > _APART * max(1.0, float(y.abs().max()))
+            if feasible and apart and value <= g + _FEASIBLE * max(1.0, abs(g)):
+                rows.append(torch.cat([other, danskin(problem, x, other)]))
+        others = torch.stack(rows) if rows else x.new_zeros(0, y.numel() + x.numel())
+        lower, upper = (as_numpy(bound) for bound in _bounds(oracle, x))
+        return descent_left(problem, x, y, (lower, upper), others)
 
     def _slope(self, problem: Optimistic, x: Tensor, y: Tensor, least: InnerMinimum) -> Tensor:
         """grad_x f - mu (grad_x g - grad V), mu the least squares solution of grad_y f = mu grad_y g, at least 0."""
