@@ -64,7 +64,8 @@ class Status(enum.Enum):
     )
     imprecise = (
         "Too few digits are left: differences are taken over so little (a short radius or step, a high weight) that"
-        " rounding, or the tolerance of the inner solver, is a large part of them. Lengthen the radius or step, lower"
+        " rounding, or the tolerance of the inner solver, is a large part of them; or an eigenvalue of dT/dy is so near"
+        " to 1 that a fixed point may be far from a y that met its tolerance. Lengthen the radius or step, lower"
         " the weight, tighten the tolerance, or compute in float64."
     )
     stagnated = (

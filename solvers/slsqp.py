@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
@@ -71,8 +70,7 @@ class SLSQP(AbstractInnerSolver):
         return True
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
-        return minimized("SLSQP", self._row, objective, y0, tol)
+        return minimized("SLSQP", self._row, objective, y0, self.tol, self.max_steps)
 
     @property
     def tolerance(self) -> float | None:
@@ -85,8 +83,6 @@ class SLSQP(AbstractInnerSolver):
         return replace(self, max_steps=steps)
 
     def _row(self, optimize: Any, row: Row, start: Any) -> tuple[Any, int, bool]:
-        if not self.max_steps:
-            return start, 0, True
         constraints = []
         for kind, matrix, sign in (("eq", (row.A, row.b), 1.0), ("ineq", (row.G, row.h), -1.0)):
             constraints += _linear(kind, *matrix, sign) if len(matrix[0]) else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
@@ -65,8 +64,7 @@ class TrustConstr(AbstractInnerSolver):
         return True
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
-        return minimized("TrustConstr", self._row, objective, y0, tol)
+        return minimized("TrustConstr", self._row, objective, y0, self.tol, self.max_steps)
 
     @property
     def tolerance(self) -> float | None:
@@ -79,8 +77,6 @@ class TrustConstr(AbstractInnerSolver):
         return replace(self, max_steps=steps)
 
     def _row(self, optimize: Any, row: Row, start: Any) -> tuple[Any, int, bool]:
-        if not self.max_steps:
-            return start, 0, True
         least, none = -float("inf"), 0.0
         constraints = [optimize.LinearConstraint(row.A, row.b, row.b)] if len(row.A) else []
         constraints += [optimize.LinearConstraint(row.G, least, row.h)] if len(row.G) else []

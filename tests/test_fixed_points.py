@@ -369,3 +369,16 @@ def test_a_linear_solver_of_ones_own_that_measures_no_residual_gives_the_derivat
     known = hypergradient(family.problem, x, torch.zeros(6, **D), estimator=AID(Anderson(1e-13, memory=20), Dense()))
     assert float(known.grad.norm()) > 0.1
     torch.testing.assert_close(found.grad, known.grad)
+
+
+def test_a_small_residual_that_is_no_small_error_is_no_success() -> None:
+    """|y - T| = e |y - x| for T = (1 - e) y + e x: y = 0 meets 1e-8 where e = 1e-9, at a distance of 1 from y* = x."""
+    for e, status in ((1e-9, Status.imprecise), (1e-4, Status.successful)):
+        problem = BilevelProblem(lambda x, y: y @ y / 2, fixed_point=lambda x, y, e=e: y + e * (x - y))
+        plain = AID(Broyden(), Dense())
+        found = hypergradient(problem, torch.ones(1, **D), torch.zeros(1, **D), estimator=plain, throw=False)
+        assert found.status is status
+        assert status is not Status.successful or abs(float(found.grad) - 1) < 2e-4
+    exact = AID(Broyden(1e-16), Dense())
+    problem = BilevelProblem(lambda x, y: y.square().sum() / 2, fixed_point=lambda x, y: y + 1e-9 * (x - y))
+    assert hypergradient(problem, torch.ones(1, **D), torch.zeros(1, **D), estimator=exact).status.ok

@@ -13,11 +13,12 @@ from bilevel import BilevelProblem, Box, Polytope, Status, minimize
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import ValueFunction
+from bilevel.algorithms.engine.danskin import danskin
 from bilevel.algorithms.engine.descent_left import descent_left
 from bilevel.algorithms.engine.global_inner import by_linear_program, by_multistart
 from bilevel.algorithms.engine.optimistic import Optimistic
 from bilevel.algorithms.oracle import Oracle
-from bilevel.algorithms.value_function import ValueFunctionState, danskin
+from bilevel.algorithms.value_function import ValueFunctionState
 from bilevel.outer.batches import sources
 from bilevel.solvers._scipy import as_numpy
 

@@ -17,6 +17,7 @@ from bilevel._sets import Box
 from bilevel._tree import Tree
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.active_sets import LinearConditions
+from bilevel.algorithms.engine.danskin import danskin, gradients, multipliers_at
 from bilevel.algorithms.engine.descent_left import descent_left
 from bilevel.algorithms.engine.global_inner import InnerMinimum, by_linear_program, by_multistart, is_linear
 from bilevel.algorithms.engine.optimistic import Optimistic
@@ -279,7 +280,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
 
         c, e = problem.inner(x, y)
         k, m = len(c), len(e)
-        multipliers = _multipliers(problem, x, y) if regular else np.zeros(k + m)
+        multipliers = multipliers_at(problem, x, y) if regular else np.zeros(k + m)
         lower, upper = (as_numpy(bound) for bound in _bounds(oracle, x))
         free = np.full(y.numel(), np.inf)
         if not regular:
@@ -332,48 +333,13 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         """grad_x f - mu (grad_x g - grad V), mu the least squares solution of grad_y f = mu grad_y g, at least 0."""
         with torch.enable_grad():
             leaf, own = x.detach().requires_grad_(), y.detach().requires_grad_()
-            fx, fy = _gradients(problem.problem.f(leaf, own), leaf, own)
-            gx, gy = _gradients(problem.problem.g(leaf, own), leaf, own)
+            fx, fy = gradients(problem.problem.f(leaf, own), leaf, own)
+            gx, gy = gradients(problem.problem.g(leaf, own), leaf, own)
         if not math.isfinite(least.value):
             return fx
         square = float(gy @ gy)
         mu = max(0.0, -float(fy @ gy) / square) if square > 1e-12 else 0.0
         return fx + mu * (gx - danskin(problem, x, least.y))
-
-
-def danskin(problem: Optimistic, x: Tensor, y: Tensor) -> Tensor:
-    """grad V(x) = grad_x (g + lambda'c + nu'e) at a minimizer y, with its multipliers; `(p,)`."""
-    multipliers = torch.from_numpy(_multipliers(problem, x, y)).to(x)
-    with torch.enable_grad():
-        leaf, own = x.detach().requires_grad_(), y.detach().requires_grad_()
-        values = torch.cat(problem.inner(leaf, own))
-        return _gradients(problem.problem.g(leaf, own) + multipliers @ values, leaf, own)[0]
-
-
-def _gradients(value: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if not value.requires_grad:
-        return torch.zeros_like(x), torch.zeros_like(y)
-    found = torch.autograd.grad(value, (x, y), allow_unused=True)
-    gx, gy = (torch.zeros_like(at) if part is None else part for part, at in zip(found, (x, y), strict=True))
-    return gx, gy
-
-
-def _multipliers(problem: Optimistic, x: Tensor, y: Tensor) -> Array:
-    """lambda >= 0 of the inequalities that hold with equality, and nu: nearest to stationarity in y; `(k + m,)`."""
-    import numpy as np
-
-    from bilevel.algorithms.engine.programs import values_and_rows
-
-    (c, e), (_, rows) = problem.inner(x, y), values_and_rows(lambda y: torch.cat(problem.inner(x, y)), y)
-    _, g = values_and_rows(lambda y: problem.problem.g(x, y).reshape(1), y)
-    k, J = len(c), as_numpy(rows).reshape(rows.shape)
-    found = np.zeros(k + len(e))
-    active = np.flatnonzero(np.concatenate([as_numpy(c) >= -1e-6, np.full(len(e), True)]))
-    if len(active) and np.isfinite(J).all() and bool(g.isfinite().all()):
-        lower = np.where(active < k, 0.0, -np.inf)
-        result = scipy_optimize("ValueFunction").lsq_linear(J[active].T, -as_numpy(g[0]), bounds=(lower, np.inf))
-        found[active] = result.x
-    return found
 
 
 def _cuts(problem: Optimistic, x: Tensor, y: Tensor, cuts: Tensor) -> Tensor:
