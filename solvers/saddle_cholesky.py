@@ -106,5 +106,5 @@ def _least(
     whole = torch.where(rows.unsqueeze(-1), whole, 0.0)
     inverse = torch.linalg.pinv(whole, rtol=torch.finfo(M.dtype).eps ** (2 / 3), hermitian=True)
     least = matrix_times(inverse, torch.where(rows, torch.cat(right, -1), 0.0))
-    u, s = least.split([M.shape[-1], A.shape[-2]], -1)
+    u, s = least[..., : M.shape[-1]], least[..., M.shape[-1] :]
     return torch.where(rows, u, found[0]), torch.where(rows, s, found[1])

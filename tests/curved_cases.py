@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from strategies import gaussian
@@ -58,7 +58,8 @@ class Bent:
     def constants(self, y: Tensor) -> Constants:
         """Within REACH of y."""
         far, x = float(y.abs().max()) + REACH, float(self.x[0].abs())
-        plain = {name: self.size(name) for name in ("M_cyy", "M_cxy", "M_yy", "M_xy", "L_fyy", "L_fxy")}
+        names = ("M_cyy", "M_cxy", "M_yy", "M_xy", "L_fyy", "L_fxy")
+        plain: dict[str, Any] = {name: self.size(name) for name in names}
         L_cyy = self.size("L_cyy") + self.size("M_cyy") * far + self.size("M_cxy") * x
         L_cxy = self.size("L_cxy") + self.size("M_cxy") * far
         return Constants(mu=None, **plain, L_cyy=L_cyy, L_cxy=L_cxy, radius=REACH)
@@ -104,10 +105,15 @@ class Bent:
 def gradient(of: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """Of a number; with a graph, whatever `at` hangs on."""
     leaf = at if at.requires_grad else at.detach().requires_grad_()
-    return torch.autograd.grad(of(leaf), leaf, create_graph=True)[0]
+    found: Tensor = torch.autograd.grad(of(leaf), leaf, create_graph=True)[0]
+    return found
 
 
 def jacobian(of: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    found = torch.autograd.functional.jacobian(of, at.detach())
-    assert isinstance(found, Tensor)
-    return found
+    """Row by row, without a graph."""
+    leaf = at.detach().requires_grad_()
+    values = of(leaf)
+    if not values.requires_grad:
+        return torch.zeros(len(values), len(leaf))
+    rows = [torch.autograd.grad(v, leaf, retain_graph=True, materialize_grads=True, allow_unused=True) for v in values]
+    return torch.stack([row[0] for row in rows])

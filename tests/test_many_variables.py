@@ -49,7 +49,8 @@ def test_no_matrix_is_formed_of_many_variables() -> None:
 
 
 def test_rows_that_are_sparse_or_a_function_are_refused_with_what_to_do() -> None:
-    for rows, error in ((torch.eye(3).to_sparse(), ValueError), (sum, TypeError)):
+    given: list[tuple[Any, type[Exception]]] = [(torch.eye(3).to_sparse(), ValueError), (sum, TypeError)]
+    for rows, error in given:
         for part in ("A", "G"):
             with pytest.raises(error, match=rf"`Polytope\({part}=...\)` must be .*`lower` and `upper`.*dense|jacrev"):
                 Polytope(**{part: rows})

@@ -352,5 +352,6 @@ def test_the_curvature_of_constraints_is_the_hessian_of_their_combination_bent_e
     """Solvers meet bent equalities, which are refused only where derivatives are taken."""
     bent = FlatConstraints(lambda y: y.pow(3)[..., :2], lambda y: (y[..., :1] * y[..., 1:2]).exp())
     y, z, nu = gaussian(3, seed=0), torch.tensor([0.5, 2.0]), torch.tensor([3.0])
-    exact = torch.autograd.functional.hessian(lambda y: z @ bent.inequalities(y) + nu @ bent.equalities(y), y)
+    hessian: Any = torch.autograd.functional.hessian
+    exact = hessian(lambda y: z @ bent.inequalities(y) + nu @ bent.equalities(y), y)
     torch.testing.assert_close(bent.tangents(y).curvature(z, nu).dense(y), exact)
