@@ -99,7 +99,8 @@ class Bent:
         c_x = gradient(lambda x: c(x, y), x).unsqueeze(0)
         cross = torch.cat([jacobian(lambda x: top(x, y), x), c_x])
         fx, fy = gradient(lambda x: self.f(x, y), x), gradient(lambda y: self.f(x, y), y)
-        return (fx - cross.T @ torch.linalg.solve(K, torch.cat([fy, torch.zeros(1)]))).detach()
+        v: Tensor = torch.linalg.solve(K, torch.cat([fy, torch.zeros(1)]))
+        return torch.sub(fx, cross.T @ v).detach()
 
 
 def gradient(of: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:

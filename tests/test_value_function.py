@@ -237,6 +237,18 @@ def test_a_degenerate_vertex_is_a_minimum_if_f_rises_on_all_pieces() -> None:
         assert (left_at(problem, at(1.0), at(1.0)) < 1e-12) is least
 
 
+def test_ways_that_leave_the_feasible_set_or_that_no_multipliers_go_with_are_not_open() -> None:
+    """f = 3 y - x at the kink of max(x, 0), and f = y - x / 2 at the end of max {y : x <= y <= 1}, where x <= 1."""
+    bent = BilevelProblem(
+        lambda x, y: (3 * y - x).sum(), lambda x, y: (y - x).square().sum(), inequalities=lambda x, y: -y
+    )
+    assert left_at(bent, at(0.0), at(0.0)) < 1e-12  # y = x < 0 would lower it
+    end = BilevelProblem(
+        lambda x, y: (y - x / 2).sum(), lambda x, y: -y.sum(), inequalities=lambda x, y: torch.cat([y - 1, x - y])
+    )
+    assert left_at(end, at(1.0), at(1.0)) < 1e-12  # y = x < 1 would lower it, and g pushes away from it
+
+
 def test_another_minimizer_of_g_holds_f_where_y_would_jump() -> None:
     """g = (y^2 - 1)^2 + x y: y is near 1 for x < 0, near -1 for x > 0, and f = (x - 1)^2 + (y - 1)^2 is held at 0."""
     problem = BilevelProblem(
