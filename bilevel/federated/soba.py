@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
+from bilevel.federated.clients import joint_norm, repeated
 from bilevel.federated.local_steps import local_steps
-from bilevel.federated.method import AbstractMethod, At, repeated
+from bilevel.federated.method import AbstractMethod, At
 from bilevel.federated.server import Server
 
 
@@ -72,5 +73,11 @@ class FederatedSOBA(AbstractMethod):
         y = at.y - self.inner_step * d_y
         if self.local_steps > 1:
             y = local_steps(server, at.x, at.y, step=self.inner_step, steps=self.local_steps, mean=d_y)
-        length = self.inner_step if self.linear_step is None else self.linear_step
-        return At(at.x - self.outer_step * d_x, y, at.v - length * d_v, d_x)
+        return At(at.x - self.outer_step * d_x, y, at.v - self._linear_length * d_v, d_x)
+
+    @property
+    def _linear_length(self) -> float:
+        return self.inner_step if self.linear_step is None else self.linear_step
+
+    def arrival(self, at: At, then: At) -> Tensor:
+        return joint_norm(then.h, (then.y - at.y) / self.inner_step, (then.v - at.v) / self._linear_length)
