@@ -157,12 +157,15 @@ class Acceleration(Protocol):
 
     def told(self, y: Tensor, r: Tensor) -> None:
         """Take an iterate and r = T(y) - y there."""
+        ...
 
     def next(self, y: Tensor, r: Tensor, damping: Tensor) -> Tensor:
         """The next iterate, after `told` of this one; `damping` is `(*batch, 1)`."""
+        ...
 
     def forgotten(self, rows: Tensor, y: Tensor, r: Tensor) -> None:
         """Begin anew in some rows, from y and its residual there."""
+        ...
 
 
 def accelerated(
