@@ -52,6 +52,7 @@ class Anderson(AbstractInnerSolver):
         ValueError: if a number is out of range; from `solve`, if the inner problem is no fixed point.
 
     Example:
+        >>> import torch
         >>> objective = Objective(lambda y: y.sum(-1), fixed_point=lambda y: 3 - 2 * y)  # expands
         >>> Anderson().solve(objective, torch.zeros(1)).value
         tensor([1.])

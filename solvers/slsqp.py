@@ -43,6 +43,7 @@ class SLSQP(AbstractInnerSolver):
         ImportError: from `solve`, without scipy.
 
     Example:
+        >>> import torch
         >>> from bilevel import KKT, BilevelProblem, hypergradient
         >>> problem = BilevelProblem(
         ...     lambda x, y: y.sum(),

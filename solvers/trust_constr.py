@@ -39,6 +39,7 @@ class TrustConstr(AbstractInnerSolver):
         ImportError: from `solve`, without scipy.
 
     Example:
+        >>> import torch
         >>> from bilevel import KKT, BilevelProblem, Polytope, hypergradient
         >>> nearest = BilevelProblem(
         ...     lambda x, y: y[0], lambda x, y: (y - x).square().sum(), constraints=lambda x: Polytope(lower=0.0)
