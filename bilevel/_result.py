@@ -323,7 +323,9 @@ class Tally:
                 demand_range("Tally", name, count, COUNT)
         if whole is not None:
             demand_type("Tally", "whole", whole, Tally | None)
-        self.f_samples, self.g_samples, self.whole = f_samples, g_samples, whole
+        self.f_samples: float = f_samples
+        self.g_samples: float = g_samples
+        self.whole = whole
         self.parts: list[Tally] = []
         self._zero()
 
@@ -333,8 +335,8 @@ class Tally:
         self.sample_calls = 0  # of parts that have been settled
         self.beside = 0  # gradients of g in x, where they are taken together with those in y
 
-    def part(self, f_samples: int, g_samples: int) -> Tally:
-        """A tally of calls for batches of these sizes, which count here as well."""
+    def part(self, f_samples: float, g_samples: float) -> Tally:
+        """A tally of calls for batches of these sizes, which count here as well; of several batches their mean."""
         found = Tally.__new__(Tally)  # at every step of a run: sizes of batches are counts
         found.f_samples, found.g_samples, found.whole, found.parts = f_samples, g_samples, self, []
         found._zero()
@@ -375,7 +377,7 @@ class Tally:
 
     def _calls(self) -> int:
         of_g = self.gradients + self.beside + self.hvps + self.cross_products
-        return self.sample_calls + self.g_samples * of_g + self.f_samples * self.outer_gradients
+        return self.sample_calls + round(self.g_samples * of_g + self.f_samples * self.outer_gradients)
 
     def _own(self) -> Stats:
         return Stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=self._calls())
