@@ -30,14 +30,14 @@ OuterLoss: TypeAlias = Literal["lagrangian", "reference"]
 @final
 @dataclass(frozen=True, eq=False)
 class FairAdaptation:
-    """min_{y0} max_{m0 >= 0} mean_t L_t(y_K) + m0 (u_t(y_K) - c) on query sets, y_K and its multiplier by K steps: PDFM.
+    """min_{y0} max_{m0 >= 0} mean_t L_t(y_K) + m0 (u_t(y_K) - c) on query sets, y_K by K primal-dual steps: PDFM.
 
     In a task, with u the unfairness on the support set, from the learned pair (y0, m0),
 
         y_{k+1} = y_k - step grad [L(y_k) + m_k (u(y_k) - c)],      m_{k+1} = [m_k + dual_step (u(ybar) - c)]_+,
 
-    ybar the mean of y_1, ..., y_{k+1}. u is the absolute value of a measure of the scores s of a binary group z, zbar its
-    mean: the decision-boundary covariance mean (z - zbar) s, or the difference of the groups' mean scores. Since
+    ybar the mean of y_1, ..., y_{k+1}. u is the absolute value of a measure of the scores s of a binary group z, zbar
+    its mean: the decision-boundary covariance mean (z - zbar) s, or the difference of the groups' mean scores. Since
 
         mean (z - zbar) s = zbar (1 - zbar) (E[s | z = 1] - E[s | z = 0])
 
@@ -83,7 +83,8 @@ class FairAdaptation:
         >>> from bilevel import ITD, hypergradient
         >>> from bilevel.modules.functional import functional
         >>> from bilevel.solvers import OwnSteps
-        >>> own = FairAdaptation(functional(torch.nn.Linear(2, 1)), torch.nn.functional.mse_loss, scored="output", steps=2)
+        >>> net = functional(torch.nn.Linear(2, 1))
+        >>> own = FairAdaptation(net, torch.nn.functional.mse_loss, scored="output", steps=2)
         >>> tasks = {f"{side}_{part}": torch.ones(3, 4, 2)[..., : 2 if part == "x" else 1]
         ...          for side in ("support", "query") for part in "xy"}
         >>> tasks |= {f"{side}_z": torch.tensor([[0.0, 1.0, 0.0, 1.0]]).expand(3, 4) for side in ("support", "query")}
@@ -152,14 +153,16 @@ class FairAdaptation:
 
     def f(self, x: Tree, y: Tree, task: Any) -> Tensor:
         value = task_loss(self.loss, outputs_of(self.net, y["params"], task, "query"), task, "query")
-        excess, dual = self.unfairness(y["params"], task, "query") - self.level, x["dual"]
+        excess = self.unfairness(y["params"], task, "query") - self.level
+        dual: Tensor = x["dual"]
         if self.outer == "lagrangian":
             value = value + dual.detach() * excess
         return value + (dual.detach() - dual) * excess.detach()  # no value, and ascent for who descends
 
     def g(self, x: Tree, y: Tree, task: Any) -> Tensor:
         value = task_loss(self.loss, outputs_of(self.net, y["params"], task, "support"), task, "support")
-        return value + y["dual"] * (self.unfairness(y["params"], task, "support") - self.level)
+        dual: Tensor = y["dual"]
+        return value + dual * (self.unfairness(y["params"], task, "support") - self.level)
 
     def init(self, x: Tree, _task: Any = None) -> Tree:
         none = {name: torch.zeros_like(leaf) for name, leaf in x["params"].items()}

@@ -34,12 +34,13 @@ ESTIMATOR = KKT(InteriorPoint())
 @final
 @dataclass(frozen=True, eq=False)
 class FairClassifier:
-    """y*(c) = argmin_y mean log(1 + exp(-t_i y'u_i)) + ridge |y|^2 / 2  subject to  |a'y| <= c,  a = mean (z_i - zbar) u_i.
+    """y*(c) = argmin_y {mean log(1 + exp(-t_i y'u_i)) + ridge |y|^2 / 2 : |a'y| <= c},  a = mean (z_i - zbar) u_i.
 
-    What `FairAdaptation` takes a few steps towards, solved: convex, with the covariance of the signed distance y'u, which is
-    linear in y. u is an input with a 1 after it, t = 2 y_i - 1. The outer variable is the level c; `KKT` differentiates the
-    optimality conditions. With m the multiplier of the constraint that holds, dg(y*(c))/dc = -m, and where none holds y*
-    does not move with c. At the c from which on none holds, |a'y| of the free minimizer, y* has a kink.
+    What `FairAdaptation` takes a few steps towards, solved: convex, with the covariance of the signed distance y'u,
+    which is linear in y. u is an input with a 1 after it, t = 2 y_i - 1. The outer variable is the level c; `KKT`
+    differentiates the optimality conditions. With m the multiplier of the constraint that holds, dg(y*(c))/dc = -m, and
+    where none holds y* does not move with c. At the c from which on none holds, |a'y| of the free minimizer, y* has a
+    kink.
 
     f is the loss on other data plus `price` times the square of the covariance of probabilities there.
 
@@ -59,7 +60,8 @@ class FairClassifier:
         >>> from bilevel import hypergradient
         >>> draws = GaussianGroups((0.2,), shots=40, queries=40).sample(1, 0)
         >>> own, new = (
-        ...     FairClassifier(*(draws[f"{side}_{part}"][0].double() for part in "xyz")) for side in ("support", "query")
+        ...     FairClassifier(*(draws[f"{side}_{part}"][0].double() for part in "xyz"))
+        ...     for side in ("support", "query")
         ... )
         >>> found = hypergradient(own.problem(new), own.level(0.1), own.y0, estimator=KKT(InteriorPoint()))
         >>> round(float(own.covariance(found.y).abs()), 6)
@@ -147,9 +149,7 @@ class FairClassifier:
         return BilevelProblem(f, self.g, constraints=self.constraints)
 
 
-@checked(
-    level=POSITIVE, price=AT_LEAST_0, angle=AT_LEAST_0, samples=SIZE, ridge=POSITIVE, max_steps=COUNT, seed=SEED
-)
+@checked(level=POSITIVE, price=AT_LEAST_0, angle=AT_LEAST_0, samples=SIZE, ridge=POSITIVE, max_steps=COUNT, seed=SEED)
 def fair_classifier(
     *,
     level: float = 0.4,
@@ -184,9 +184,11 @@ def fair_classifier(
         tensor(0.4000, dtype=torch.float64)
     """
     draws = GaussianGroups((angle,), shots=2 * samples, queries=_TEST).sample(1, seed)
-    parts = [draws[f"support_{part}"][0].double() for part in "xyz"]
-    own, other = (FairClassifier(*(p[rows] for p in parts), ridge, price) for rows in (slice(samples), slice(samples, None)))
-    tests = FairClassifier(*(draws[f"query_{part}"][0].double() for part in "xyz"))
+    x, y, z = (draws[f"support_{part}"][0].double() for part in "xyz")
+    own = FairClassifier(x[:samples], y[:samples], z[:samples], ridge, price)
+    other = FairClassifier(x[samples:], y[samples:], z[samples:], ridge, price)
+    x, y, z = (draws[f"query_{part}"][0].double() for part in "xyz")
+    tests = FairClassifier(x, y, z)
     shown = _Shown(own, tests)
     return Instance(
         problem=own.problem(other),
@@ -197,7 +199,6 @@ def fair_classifier(
         plot=shown.plot,
         settings={
             "estimator": ESTIMATOR,
-            
             "constraint": Box(lower=1e-3),
             "max_steps": max_steps,
         },

@@ -25,7 +25,7 @@ from bilevel.problems.networks._modules import made
 from bilevel.problems.networks.adapted import adapted
 from bilevel.problems.networks.ascending import Ascending
 from bilevel.problems.networks.fair_adaptation import FairAdaptation, Measure, OuterLoss, measured
-from bilevel.problems.networks.fair_sources import GaussianGroups, TableTasks, read_groups, scaled
+from bilevel.problems.networks.fair_sources import GaussianGroups, TableTasks, numbers, read_groups, scaled
 from bilevel.problems.networks.noisy_labels import descent
 from bilevel.solvers.adam import Adam
 from bilevel.solvers.own_steps import OwnSteps
@@ -54,7 +54,7 @@ def fair_meta_learning(
     level: float = 0.05,
     measure: Measure = "covariance",
     outer: OuterLoss = "lagrangian",
-    first_order: bool = False,
+    first_order: bool = True,
     step: float = 0.05,
     dual_step: float = 0.1,
     steps: int = 10,
@@ -70,20 +70,21 @@ def fair_meta_learning(
     """A start, and a multiplier, from which a few steps give a classifier that is fair to a group of people (PDFM).
 
     A network of 40 and 40 hidden units; see :class:`FairAdaptation`. Without `data` tasks are pairs of Gaussians in the
-    plane, 90 to learn from and 30 to test on (:class:`GaussianGroups`). `data` is a file of communities and crime, whose
-    tasks are states, of Adult, whose tasks are occupations, or of your own (:func:`read_groups`): tasks with at least 20
-    rows and 4 of either group, of which 70 % are learned from and the others tested on, as `split` draws them.
+    plane, 90 to learn from and 30 to test on (:class:`GaussianGroups`). `data` is a file of communities and crime,
+    whose tasks are states, of Adult, whose tasks are occupations, or of your own (:func:`read_groups`): tasks with at
+    least 20 rows and 4 of either group, of which 70 % are learned from and the others tested on, as `split` draws them.
 
-    Metrics, after adaptation on the test tasks, of what was learned (`fair`) and of what as many steps of Adam make of MAML
-    with as many inner steps (`maml`): the accuracy (`accuracy_...`), the mean over tasks of the absolute covariance of
-    probabilities with the group (`covariance_...`), that over the points of all tasks together (`pooled_...`), and the
-    mean absolute difference of the groups' mean probabilities (`difference_...`); and the multiplier that was learned.
+    Metrics, after adaptation on the test tasks, of what was learned (`fair`) and of what as many steps of Adam make of
+    MAML with as many inner steps (`maml`): the accuracy (`accuracy_...`), the mean over tasks of the absolute
+    covariance of probabilities with the group (`covariance_...`), that over the points of all tasks together
+    (`pooled_...`), and the mean absolute difference of the groups' mean probabilities (`difference_...`); and the
+    multiplier that was learned.
 
     Args:
         level: c.
         measure: of unfairness, "covariance" or "difference".
         outer: the outer loss, "lagrangian" or "reference".
-        first_order: without second derivatives.
+        first_order: without second derivatives, as published.
         step: of the adaptation.
         dual_step: of its multiplier.
         steps: of the adaptation.
@@ -105,9 +106,10 @@ def fair_meta_learning(
         tensor(1.)
     """
     if data is None:
-        source, tests = _Fixed(GaussianGroups(shots=shots, queries=queries).sample(_TRAIN, seed)), GaussianGroups(
-            shots=shots, queries=_QUERIES
-        ).sample(_TEST, seed + 2**20)
+        source, tests = (
+            _Fixed(GaussianGroups(shots=shots, queries=queries).sample(_TRAIN, seed)),
+            GaussianGroups(shots=shots, queries=_QUERIES).sample(_TEST, seed + 2**20),
+        )
         draw: Callable[[int], Batch] = source.batches(batch, seed)
         inputs = 2
     else:
@@ -140,18 +142,18 @@ def fair_meta_learning(
 
 
 def _parts(rows: Mapping[str, Tensor], split: int) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-    """The rows of tasks that are large enough, scaled by those that are learned from; which these are, and the others."""
+    """The rows, scaled by those that are learned from; which these are, and which are tested on."""
     names = [
         int(name)
-        for name in rows["task"].unique()
+        for name in numbers(rows["task"])
         if (here := rows["task"] == name).sum() >= _LEAST
         and min(int(rows["z"][here].sum()), int((1 - rows["z"][here]).sum())) >= _EACH
     ]
     few = round(0.7 * len(names))
     if not 0 < few < len(names):
         raise ValueError(
-            f"`fair_meta_learning(data=...)` needs two tasks or more with at least {_LEAST} rows and {_EACH} of either group."
-            f" Got {len(names)}."
+            f"`fair_meta_learning(data=...)` needs two tasks or more with at least {_LEAST} rows and {_EACH} of either"
+            f" group. Got {len(names)}."
         )
     order = torch.randperm(len(names), generator=generator(split, 7), device="cpu").tolist()
     train, test = (torch.tensor([names[k] for k in part], device="cpu") for part in (order[:few], order[few:]))
@@ -200,9 +202,7 @@ class _Shown:
             return torch.vmap(lambda y, task: plain.f({"params": y["params"], "dual": none}, y, task))(y, tasks).mean()
 
         steps = map(self.draw, range(self.max_steps))
-        return descent(
-            g, dict(self.own.net.params), steps, self.max_steps, lambda p: torch.optim.Adam(p, lr=_RATE)
-        )
+        return descent(g, dict(self.own.net.params), steps, self.max_steps, lambda p: torch.optim.Adam(p, lr=_RATE))
 
     def metrics(self, x: Tree, y: Tree) -> dict[str, float]:
         none = self.plain.x0["dual"]

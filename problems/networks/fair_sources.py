@@ -1,4 +1,4 @@
-"""Tasks with a binary group: Gaussians whose group is as correlated with the label as is asked for, and rows of a table."""
+"""Tasks with a binary group: Gaussians whose group is correlated with the label, and rows of a table."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _COVARIANCES = (((10.0, 1.0), (1.0, 3.0)), ((5.0, 1.0), (1.0, 5.0)))
 class GaussianGroups(AbstractTasks):
     """Two Gaussian classes in the plane; z = 1 with probability p_1 / (p_0 + p_1) at the point turned by an angle.
 
-    p_0 and p_1 are the densities of the classes: with an angle of 0 the group says as much of the label as the point does,
-    and with pi / 2 almost nothing. Each task has one of the angles, at random.
+    p_0 and p_1 are the densities of the classes: with an angle of 0 the group says as much of the label as the point
+    does, and with pi / 2 almost nothing. Each task has one of the angles, at random.
 
     Source: Zafar, Valera, Gomez Rodriguez, Gummadi, "Fairness constraints: mechanisms for fair classification", AISTATS
     2017, section 4.1.
@@ -80,7 +80,8 @@ def _log_density(x: Tensor, kind: int) -> Tensor:
     """Up to the constant that both have."""
     mean, C = (torch.tensor(part[kind], dtype=x.dtype, device="cpu") for part in (_MEANS, _COVARIANCES))
     off = x - mean
-    return -(off @ torch.linalg.inv(C) * off).sum(-1) / 2 - torch.logdet(C) / 2
+    found: Tensor = -(off @ torch.linalg.inv(C) * off).sum(-1) / 2 - torch.logdet(C) / 2
+    return found
 
 
 @final
@@ -120,19 +121,19 @@ class TableTasks(AbstractTasks):
         if not len(self.x) == len(self.y) == len(self.z) == len(self.task):
             sizes = ", ".join(str(len(each)) for each in (self.x, self.y, self.z, self.task))
             raise ValueError(f"`TableTasks(x, y, z, task)` must have as many rows each. Got {sizes}.")
-        if not len(self.task) or int(self.task.unique(return_counts=True)[1].min()) < 2:
+        if not len(self.task) or int(_counts(self.task).min()) < 2:
             raise ValueError("`TableTasks(task=...)` must have two rows of every task or more. Leave the others out.")
 
     @checked(count=SIZE, seed=SEED)
     def sample(self, count: int, seed: int) -> Batch:
-        draws, names = generator(seed, 0), self.task.unique()
+        draws, names = generator(seed, 0), numbers(self.task)
         each = torch.randint(len(names), (count,), generator=draws, device="cpu")
         return self._batch([names[k] for k in each], draws)
 
     @checked(seed=SEED)
     def every(self, seed: int) -> Batch:
         """All tasks, each once."""
-        return self._batch(list(self.task.unique()), generator(seed, 0))
+        return self._batch(list(numbers(self.task)), generator(seed, 0))
 
     def _batch(self, names: list[Tensor], draws: torch.Generator) -> Batch:
         made = []
@@ -156,10 +157,10 @@ def read_groups(path: str | Path) -> dict[str, Tensor]:
     """x `(n, d)`, y, z and task `(n,)` of an `.npz` file of people or places, in one of three forms.
 
     - `X`, `y`, `z` and `task`, as they are (y of numbers is cut at its median);
-    - communities and crime (UCI, "Communities and Crime Unnormalized"): `X`, `y` violent crimes for 100,000 people, `z` and
-      `state`; rows with y = 0, whose target is missing, are left out, and y = 1 is above the median;
-    - Adult (UCI): `num` `(n, 6)`, `cat` `(n, 8)` codes with `cat_names`, and `y`; z is the sex, the task the occupation,
-      and neither is among the inputs.
+    - communities and crime (UCI, "Communities and Crime Unnormalized"): `X`, `y` violent crimes for 100,000 people, `z`
+      and `state`; rows with y = 0, whose target is missing, are left out, and y = 1 is above the median;
+    - Adult (UCI): `num` `(n, 6)`, `cat` `(n, 8)` codes with `cat_names`, and `y`; z is the sex, the task the
+      occupation, and neither is among the inputs.
 
     Missing inputs (NaN) are replaced by the mean of their column. Nothing is scaled.
 
@@ -178,7 +179,7 @@ def read_groups(path: str | Path) -> dict[str, Tensor]:
     key = "task" if "task" in found else "state"
     if not {"X", "y", "z", key} <= found.keys():
         raise ValueError(
-            f"`read_groups(path=...)` must have `X`, `y`, `z` and `task` (or `state`), or `num`, `cat`, `cat_names` and `y`."
+            "`read_groups(path=...)` must have `X`, `y`, `z` and `task` (or `state`), or `num`, `cat`, `cat_names` and `y`."
             f" Got {str(path)!r} with {', '.join(sorted(arrays)) or 'none of them'}. See the function's documentation."
         )
     y = found["y"].double()
@@ -194,6 +195,15 @@ def _adult(found: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     own = [torch.nn.functional.one_hot(codes[name]) for name in names if name not in ("sex", "occupation")]
     x = torch.cat([found["num"].double(), *own], 1).float()
     return {"x": _filled(x), "y": found["y"].float(), "z": codes["sex"].float(), "task": codes["occupation"]}
+
+
+def numbers(task: Tensor) -> Tensor:
+    """The different numbers, in order."""
+    return torch.tensor(sorted(set(task.tolist())), device=task.device)
+
+
+def _counts(task: Tensor) -> Tensor:
+    return (task.unsqueeze(0) == numbers(task).unsqueeze(1)).sum(1)
 
 
 def _filled(x: Tensor) -> Tensor:

@@ -79,25 +79,29 @@ def semi_supervised(
     picks: int = 5,
     outer_picks: int = 5,
     ramp_steps: int = 100,
+    first_order: bool = False,
     rate: float = 1e-3,
     batch: int = 4,
     max_steps: int = 500,
     data: str | Path | None = None,
     seed: int = 0,
 ) -> Instance:
-    """Few-shot tasks with unlabelled images, which an adaptation may take as its own: PLATINUM and what it is compared with.
+    """Few-shot tasks with unlabelled images, which an adaptation may take as its own: PLATINUM and baselines.
 
     On digits 0 to 5, a network of 64 and 64 units learns, and digits 6 to 9 are for testing; with `data`, a file of
     Omniglot, a convolutional network, and the characters of the usual splits and their rotations. See
-    :class:`SemiSupervised`; the weight of the outer loss on unlabelled images rises over `ramp_steps` as in the publication.
+    :class:`SemiSupervised`; the weight of the outer loss on unlabelled images rises over `ramp_steps` as in the
+    publication.
 
-    Metrics, on the same 600 test tasks: the accuracy after adaptation of this learner (`accuracy`) and of MAML, pseudo-labels
-    and random choices, each trained for as many steps of the same Adam (`accuracy_maml`, ...); the mean differences over
-    tasks to each (`gain_maml`, ...), with half the width of their 95 % intervals (`..._within`); and of each the share of
-    choices with the right label (`precision_...`) and of distractors (`distractors_...`), over the steps of adaptation.
+    Metrics, on the same 600 test tasks: the accuracy after adaptation of this learner (`accuracy`) and of MAML,
+    pseudo-labels and random choices, each trained for as many steps of the same Adam (`accuracy_maml`, ...); the mean
+    differences over tasks to each (`gain_maml`, ...), with half the width of their 95 % intervals (`..._within`); and
+    of each the share of choices with the right label (`precision_...`) and of distractors (`distractors_...`), where
+    the adaptation ends.
 
     Args:
-        selection: of the samples, by an information: "fl2mi", "fl1mi", "gcmi", "logdet"; or "pseudo-labels", "random", "none".
+        selection: of the samples, by an information: "fl2mi", "fl1mi", "gcmi", "logdet"; or "pseudo-labels", "random",
+            "none".
         way: classes of a task; 0: 3 of digits, 5 of Omniglot.
         shots: support images of each.
         queries: query images of each.
@@ -110,6 +114,7 @@ def semi_supervised(
         picks: samples for each class in a step.
         outer_picks: samples for each class in f.
         ramp_steps: in which their weight in f rises to 1.
+        first_order: without second derivatives.
         rate: the step length of Adam.
         batch: tasks of a step.
         max_steps: of a run.
@@ -138,14 +143,23 @@ def semi_supervised(
         size = train.shape[-1]
         body, width = made(lambda: conv_net(filters, size=size, seed=seed), seed), features(filters, 4, size)
     head = made(lambda: nn.Linear(width, ways), seed)
-    own = SemiSupervised(functional(body), functional(head), SELECTIONS[selection], step, steps, picks, outer_picks)
+    own = SemiSupervised(
+        functional(body),
+        functional(head),
+        SELECTIONS[selection],
+        step,
+        steps,
+        picks,
+        outer_picks,
+        first_order=first_order,
+    )
     draw = Ramped(source, batch, seed, ramp_steps)
     shown = _Shown(own, selection, draw, tests, (max_steps, test_steps, seed), rate)
     return Instance(
         problem=own.problem,
         x0=own.x0,
         y0=own.y0(source.sample(1, seed)),
-        description=f"a start for {ways}-way tasks with {unlabeled} unlabelled images a class, {distractors} distractors",
+        description=f"a start for {ways}-way tasks with {unlabeled} unlabelled images of each class",
         metrics=shown.metrics,
         plot=shown.plot,
         settings={"estimator": ITD(OwnSteps()), "outer": Adam(rate), "data": draw, "max_steps": max_steps},
@@ -206,24 +220,31 @@ class _Shown:
 
     def metrics(self, x: Tree, y: Tree) -> dict[str, float]:
         several = {"": self.tested(self.own, x)} | self.baselines
-        found = {}
+        found: dict[str, float] = {}
         for name, each in several.items():
             end = "" if not name else "_" + {"none": "maml"}.get(name, name.replace("-", "_"))
             found |= {f"{key}{end}": float(value.nanmean()) for key, value in each.items()}
             if name:
                 gain = several[""]["accuracy"] - each["accuracy"]
-                found |= {f"gain{end}": float(gain.mean()), f"gain{end}_within": float(1.96 * gain.std() / len(gain) ** 0.5)}
+                found |= {
+                    f"gain{end}": float(gain.mean()),
+                    f"gain{end}_within": float(1.96 * gain.std() / len(gain) ** 0.5),
+                }
         return {name: value for name, value in found.items() if value == value}
 
     def plot(self, figure: Any, x: Tree, y: Tree) -> None:
         several = {self.name: self.tested(self.own, x)} | self.baselines
         left, right = figure.subplots(1, 2)
         labels = {name: NAMES.get(name, f"PLATINUM, {name.upper()}") for name in several}
-        draw_bars(left, {labels[name]: float(each["accuracy"].mean()) for name, each in several.items()}, "test accuracy")
+        draw_bars(
+            left, {labels[name]: float(each["accuracy"].mean()) for name, each in several.items()}, "test accuracy"
+        )
         shares = {name: each for name, each in several.items() if name != "none"}
         for k, (key, label) in enumerate((("precision", "right label"), ("distractors", "distractor"))):
             places = [place + 0.4 * k for place in range(len(shares))]
-            right.bar(places, [float(each[key].nanmean()) for each in shares.values()], 0.4, label=label, color=COLORS[k])
+            right.bar(
+                places, [float(each[key].nanmean()) for each in shares.values()], 0.4, label=label, color=COLORS[k]
+            )
         right.set_xticks([place + 0.2 for place in range(len(shares))], [labels[name] for name in shares], fontsize=8)
         right.set_xlabel("choice")
         right.set_ylabel("share of chosen images")
@@ -234,14 +255,16 @@ class _Shown:
         """Of each test task the accuracy, and the shares of choices with the right label and of distractors."""
         made: dict[str, list[Tensor]] = {"accuracy": [], "precision": [], "distractors": []}
         steps = self.run[1]
+        longer = replace(
+            own, steps=steps + 1, weight=lambda k, count: ramp(k / (count - 1))
+        )  # one more choice, no more steps
         for k in range(_TEST // _AT_ONCE):
             tasks = self.tests.sample(_AT_ONCE, 2**21 + k)
-            longer = replace(own, steps=steps)  # the weights of steps are those of as many
-            y = longer.adapted(x, tasks)
+            y = longer.adapted(x, tasks, steps)
             with torch.no_grad():
                 logits = torch.vmap(own.logits)(y["params"], tasks["query_x"])
             made["accuracy"].append((logits.argmax(-1) == tasks["query_y"]).double().mean(1))
-            chosen, truth = longer.adapted(x, tasks, steps - 1)["chosen"], tasks["unlabeled_y"]
+            chosen, truth = y["chosen"], tasks["unlabeled_y"]
             labels = torch.arange(chosen.shape[1], device=truth.device).reshape(1, -1, 1)
             count = chosen.sum((1, 2))
             made["precision"].append((chosen * (truth.unsqueeze(1) == labels)).sum((1, 2)) / count)

@@ -80,9 +80,9 @@ def _under_their_own(seen: Seen, score: Tensor, count: int) -> Tensor:
 class Informative(AbstractSelection):
     """For each class the samples that together say most of its support samples: A_k = argmax I(A; Z_k), greedily.
 
-    Samples are compared by the gradients of their losses in the last layer, (e, e h'), e = softmax - onehot(label), h the
-    features, whose cosine is that of the e times that of the (1, h): of support samples at their labels, of others at their
-    most probable ones. A sample may be taken under several labels.
+    Samples are compared by the gradients of their losses in the last layer, (e, e h'), e = softmax - onehot(label), h
+    the features, whose cosine is that of the e times that of the (1, h): of support samples at their labels, of others
+    at their most probable ones. A sample may be taken under several labels.
 
     Args:
         information: I.

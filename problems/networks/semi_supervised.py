@@ -36,20 +36,20 @@ def ramp(part: float) -> float:
 @final
 @dataclass(frozen=True, eq=False)
 class SemiSupervised:
-    """min_x mean_t CE(Q; y_T) + a CE(A'; y_T),  y_{k+1} = y_k - step grad [CE(S) + c_k CE(A_k)](y_k),  y_0 = x: PLATINUM.
+    """min_x mean_t CE(Q; y_T) + a CE(A'; y_T),  y_{k+1} = y_k - step grad [CE(S) + c_k CE(A_k)](y_k): PLATINUM.
 
-    A_k are samples of the task's unlabelled set, chosen at y_k with labels of their own by a `selection`; A' is chosen at
-    y_T among those that no step had. The choice is a function of y that is piecewise constant: derivatives do not go through
-    it, and the hypergradient is that of the iteration with the choices as they are. It is made once a step and is an entry
-    of y, so that everything that asks again at y_k sees the same. c_k is a function of the step's number.
+    A_k are samples of the task's unlabelled set, chosen at y_k with labels of their own by a `selection`; A' is chosen
+    at y_T among those that no step had. The choice is a function of y that is piecewise constant: derivatives do not go
+    through it, and the hypergradient is that of the iteration with the choices as they are. It is made once a step and
+    is an entry of y, so that everything that asks again at y_k sees the same. c_k is a function of the step's number.
 
     x is {"body", "head"}, y {"params", "chosen", "taken", "weight"}, a task a dict as learners take, and `unlabeled_x`
     `(n, ...)`; optionally `unlabeled_noise` `(T + 1, n)`, which random choices read, `outer_weight` `()`, an a of the
-    task, and `selection` `(T + 1, classes, n)`, choices that are held (:meth:`frozen`). g is then one function in every step
-    and can be handed to other estimators.
+    task, and `selection` `(T + 1, classes, n)`, choices that are held (:meth:`frozen`). g is then one function in every
+    step and can be handed to other estimators.
 
-    Cost of a hypergradient: T gradients of both losses and as many products with second derivatives for each task, T + 1
-    passes of its support and unlabelled sets for the choice, and the choice. Memory of T graphs.
+    Cost of a hypergradient: T gradients of both losses and as many products with second derivatives for each task, T +
+    1 passes of its support and unlabelled sets for the choice, and the choice. Memory of T graphs.
 
     Source: Li, Kothawade, Chen, Iyer, "PLATINUM: semi-supervised model agnostic meta-learning using submodular mutual
     information", ICML 2022. Its meta-training guides the inner choices by the query set ("cross") or by the support set
@@ -65,6 +65,7 @@ class SemiSupervised:
         outer_picks: samples for each class in f.
         weight: k -> c_k, with (k, T); None: `ramp(k / T)`.
         outer_weight: a, where tasks have none of their own.
+        first_order: hold gradients of the steps constant.
 
     Raises:
         ValueError: if a number is out of range.
@@ -79,12 +80,11 @@ class SemiSupervised:
     outer_picks: int = 5
     weight: Callable[[int, int], float] | None = None
     outer_weight: float = 1.0
+    first_order: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(
-            self, step=POSITIVE, steps=COUNT, picks=COUNT, outer_picks=COUNT, outer_weight=AT_LEAST_0
-        )
+        demand_ranges(self, step=POSITIVE, steps=COUNT, picks=COUNT, outer_picks=COUNT, outer_weight=AT_LEAST_0)
 
     @property
     def iteration(self) -> Iteration:
@@ -110,16 +110,18 @@ class SemiSupervised:
     @fitting
     def logits(self, params: Tree, inputs: Tensor) -> Tensor:
         """Of samples `(n, ...)`: `(n, classes)`."""
-        return self.head(params["head"], self.body(params["body"], inputs))
+        found: Tensor = self.head(params["head"], self.body(params["body"], inputs))
+        return found
 
     def f(self, x: Tree, y: Tree, task: Any) -> Tensor:
         value = cross_entropy(self.logits(y["params"], task["query_x"]), task["query_y"])
-        a = task.get("outer_weight", self.outer_weight)
+        a: Tensor | float = task.get("outer_weight", self.outer_weight)
         return value + a * self.unlabelled(y["params"], y["chosen"], task)
 
     def g(self, x: Tree, y: Tree, task: Any) -> Tensor:
         value = cross_entropy(self.logits(y["params"], task["support_x"]), task["support_y"])
-        return value + y["weight"].detach() * self.unlabelled(y["params"], y["chosen"], task)
+        weight: Tensor = y["weight"].detach()
+        return value + weight * self.unlabelled(y["params"], y["chosen"], task)
 
     @fitting
     def unlabelled(self, params: Tree, chosen: Tensor, task: Any) -> Tensor:
@@ -135,8 +137,9 @@ class SemiSupervised:
         return {"params": params, "chosen": chosen, "taken": chosen.amax(0), "weight": self._weight(0, chosen)}
 
     def advance(self, x: Tree, y: Tree, gradient: Tree, k: int, task: Any) -> Tree:
+        held = torch.Tensor.detach if self.first_order else _as_it_is
         params = {
-            part: {name: leaf - self.step * gradient["params"][part][name] for name, leaf in own.items()}
+            part: {name: leaf - self.step * held(gradient["params"][part][name]) for name, leaf in own.items()}
             for part, own in y["params"].items()
         }
         free = 1 - y["taken"].detach() if k + 1 >= self.steps else torch.ones_like(y["taken"])
@@ -149,7 +152,7 @@ class SemiSupervised:
         return torch.full_like(like[0, 0], part)
 
     def _choice(self, params: Tree, task: Any, k: int, free: Tensor) -> Tensor:
-        held = task.get("selection")
+        held: Tensor | None = task.get("selection")
         if held is not None:
             return held[min(k, len(held) - 1)].to(free)
         count = self.outer_picks if k >= self.steps else self.picks
@@ -172,3 +175,7 @@ class SemiSupervised:
         """The tasks with the choices at x, to be held."""
         made = [self.adapted(x, tasks, k)["chosen"] for k in range(self.steps + 1)]
         return {**tasks, "selection": torch.stack(made, 1)}
+
+
+def _as_it_is(gradient: Tensor) -> Tensor:
+    return gradient

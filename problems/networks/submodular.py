@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from bilevel.arguments.checked import checked, fitting
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_0, COUNT, POSITIVE, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_0, COUNT, POSITIVE, SHARE, demand_ranges
 from bilevel.portable.pickling import AbstractPortable
 
 Found: TypeAlias = tuple[Tensor, ...]  # what a greedy choice has so far
@@ -87,7 +87,7 @@ class GraphCut(AbstractInformation):
 @final
 @dataclass(frozen=True)
 class FacilityQueries(AbstractInformation):
-    """FL2MI = sum_q [max_{j in A} s_jq]_+ + eta sum_{j in A} max_q s_jq: every query near a sample, and every sample near one.
+    """FL2MI = sum_q [max_{j in A} s_jq]_+ + eta sum_{j in A} max_q s_jq: queries near samples, samples near queries.
 
     Submodular; monotone where similarities are at least 0.
 
@@ -144,7 +144,8 @@ class FacilitySamples(AbstractInformation):
     @fitting
     def value(self, chosen: Tensor, s: Similarities) -> Tensor:
         covered = torch.where(chosen.bool(), s.own, torch.zeros_like(s.own)).amax(1).clamp_min(0)
-        return torch.minimum(covered, self._cap(s)).sum()
+        cap = self._cap(s)
+        return torch.minimum(covered, cap).sum()
 
     def _cap(self, s: Similarities) -> Tensor:
         return self.eta * s.query.amax(1).clamp_min(0)
@@ -163,7 +164,7 @@ class FacilitySamples(AbstractInformation):
 @final
 @dataclass(frozen=True)
 class LogDeterminant(AbstractInformation):
-    """LogDetMI = log det K_A - log det (K_A - eta^2 S_AZ K_Z^-1 S_ZA),  K = S + ridge I: of Gaussians with covariance K.
+    """LogDetMI = log det K_A - log det (K_A - eta^2 S_AZ K_Z^-1 S_ZA),  K = S + ridge I.
 
     Monotone for eta up to 1. It need not be submodular, so that a greedy set has no bound.
 
@@ -184,9 +185,7 @@ class LogDeterminant(AbstractInformation):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        demand_ranges(self, eta=AT_LEAST_0, ridge=POSITIVE)
-        if self.eta > 1:
-            raise ValueError(f"`LogDeterminant(eta=...)` must be at most 1. Got {self.eta}.")
+        demand_ranges(self, eta=SHARE, ridge=POSITIVE)
 
     def _pair(self, s: Similarities) -> tuple[Tensor, Tensor]:
         K, Z = (part + self.ridge * torch.eye(len(part), dtype=part.dtype, device=part.device) for part in s[1:])
@@ -232,7 +231,8 @@ def greedy(information: AbstractInformation, s: Similarities, budget: int, free:
         budget: how many, at most the number of samples that are free.
         free: which samples may be chosen: ones `(n,)`; None: all.
     """
-    found, order = information.begin(s), []
+    found = information.begin(s)
+    order: list[Tensor] = []
     barred = torch.zeros_like(s.query[:, 0]) if free is None else 1 - free.to(s.query)
     rows = torch.arange(len(s.query), device=s.query.device)
     for _ in range(min(budget, len(s.query))):

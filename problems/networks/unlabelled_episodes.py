@@ -20,7 +20,7 @@ from bilevel.tasks.source import AbstractTasks, Batch
 @final
 @dataclass(frozen=True, eq=False)
 class UnlabelledEpisodes(AbstractTasks):
-    """`Episodes` with `unlabeled` more images of each class, whose labels nobody has, and of `distractors` other classes.
+    """`Episodes` with `unlabeled` more images of each class, without labels, and of `distractors` other classes.
 
     To the entries of :class:`~bilevel.tasks.Episodes` come `unlabeled_x`, `unlabeled_noise` `(tasks, steps + 1, n)` in
     [0, 1) for random choices, and `unlabeled_y`, for judging choices only: -1 at distractors.
@@ -65,8 +65,9 @@ class UnlabelledEpisodes(AbstractTasks):
     def sample(self, count: int, seed: int) -> Batch:
         whole, draws = self._episodes().sample(count, seed), generator(seed, 3)
         order = whole["query_y"].argsort(dim=1, stable=True)
-        images = _taken(whole["query_x"], order).unflatten(1, (self.way + self.distractors, -1))
-        labels = whole["query_y"].gather(1, order).unflatten(1, (self.way + self.distractors, -1))
+        grid = (count, self.way + self.distractors, self.queries + self.unlabeled)
+        images = _taken(whole["query_x"], order).reshape(*grid, *self.classes.shape)
+        labels = whole["query_y"].gather(1, order).reshape(grid)
         kept = whole["support_y"].argsort(dim=1, stable=True)[:, : self.way * self.shots]
         mixed = torch.stack(
             [torch.randperm(labels[0, :, self.queries :].numel(), generator=draws, device="cpu") for _ in range(count)]
