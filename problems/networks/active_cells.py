@@ -61,7 +61,7 @@ def active_cells(
     rate: float = 3e-3,
     batch: int = 8,
     plain_steps: int = 600,
-    max_steps: int = 2000,
+    max_steps: int = 1000,
     seed: int = 0,
 ) -> Instance:
     """Is a cell of this kind? MAML on three kinds of synthetic cells, then two others: augmented, and asking.

@@ -104,8 +104,8 @@ class TableTasks(AbstractTasks):
 
     Example:
         >>> rows = TableTasks(torch.rand(9, 2), torch.ones(9), torch.zeros(9), torch.arange(9) // 5, shots=3, queries=4)
-        >>> rows.sample(2, seed=0)["query_mask"].sum(1).sort().values
-        tensor([2., 2.])
+        >>> rows.every(seed=0)["query_mask"].sum(1)
+        tensor([3., 2.])
     """
 
     x: Tensor
@@ -179,8 +179,9 @@ def read_groups(path: str | Path) -> dict[str, Tensor]:
     key = "task" if "task" in found else "state"
     if not {"X", "y", "z", key} <= found.keys():
         raise ValueError(
-            "`read_groups(path=...)` must have `X`, `y`, `z` and `task` (or `state`), or `num`, `cat`, `cat_names` and `y`."
-            f" Got {str(path)!r} with {', '.join(sorted(arrays)) or 'none of them'}. See the function's documentation."
+            "`read_groups(path=...)` must have `X`, `y`, `z` and `task` (or `state`), or `num`, `cat`,"
+            " `cat_names` and `y`."
+            f" Got {str(path)!r} with {', '.join(sorted(arrays)) or 'none of them'}. See its documentation."
         )
     y = found["y"].double()
     kept = y > 0 if key == "state" else torch.ones(len(y), dtype=torch.bool, device="cpu")

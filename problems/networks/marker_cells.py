@@ -72,7 +72,9 @@ class MarkerCells(AbstractTasks):
         made: dict[str, Tensor] = {}
         for side, size in (("support", self.shots), ("query", self.queries)):
             label = torch.arange(size, device="cpu").expand(count, -1) % 2
-            label = label.gather(1, torch.rand(count, size, generator=draws, device="cpu").argsort(1))
+            label = label.gather(
+                1, torch.rand(count, size, generator=draws, device="cpu", dtype=torch.float32).argsort(1)
+            )
             others = torch.randint(1, len(own), (count, size), generator=draws, device="cpu")
             kind = own[(which + (1 - label) * others) % len(own)]
             made |= {f"{side}_x": self._patches(kind, draws), f"{side}_y": label}
@@ -87,14 +89,15 @@ class MarkerCells(AbstractTasks):
             rows, columns = ((grid - centre[..., k : k + 1]).square() for k in (0, 1))
             return torch.exp(-(rows.unsqueeze(-1) + columns.unsqueeze(-2)) / (2 * width**2))
 
-        shift = torch.randn(*shape, 2, generator=draws, device="cpu")
-        height = 0.7 + 0.6 * torch.rand(*shape, 3, 1, 1, generator=draws, device="cpu")
-        x = self.noise * torch.randn(*shape, self.channels, self.side, self.side, generator=draws, device="cpu")
+        shift = torch.randn(*shape, 2, generator=draws, device="cpu", dtype=torch.float32)
+        height = 0.7 + 0.6 * torch.rand(*shape, 3, 1, 1, generator=draws, device="cpu", dtype=torch.float32)
+        pixels = (*shape, self.channels, self.side, self.side)
+        x = self.noise * torch.randn(*pixels, generator=draws, device="cpu", dtype=torch.float32)
         nucleus = blob(self.side / 8, shift).unsqueeze(-3)
         x[..., :_NUCLEUS, :, :] += height[..., :_NUCLEUS, :, :] * nucleus
         soma = height[..., 2, :, :] * blob(self.side / 4, shift)
         place = torch.nn.functional.one_hot(kind + _NUCLEUS, self.channels).to(x)
-        return x + place[..., None, None] * soma.unsqueeze(-3)
+        return (x + place[..., None, None] * soma.unsqueeze(-3)).float()
 
 
 @final
@@ -139,8 +142,8 @@ class Augmented(AbstractTasks):
     def sample(self, count: int, seed: int) -> Batch:
         batch, draws = dict(self.source.sample(count, seed)), generator(seed, 5)
         channels = batch["support_x"].shape[2]
-        flips = torch.rand(count, generator=draws, device="cpu") < self.flip
-        orders = torch.rand(count, channels, generator=draws, device="cpu").argsort(1)
+        flips = torch.rand(count, generator=draws, device="cpu", dtype=torch.float32) < self.flip
+        orders = torch.rand(count, channels, generator=draws, device="cpu", dtype=torch.float32).argsort(1)
         turns = torch.randint(4, (count,), generator=draws, device="cpu")
         size = batch["support_y"].shape[1]
         kept = torch.randint(min(self.least, size), size + 1, (count, 1), generator=draws, device="cpu")

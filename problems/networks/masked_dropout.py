@@ -39,8 +39,8 @@ class MaskedDropout:
 
     x = y_0 is {"body", "head"}; y takes gradient steps on g, as in MAML.
 
-    Source: Yuan et al., "AGILE: few-shot learning of multiclass cell types with active selection", MICCAI 2020,
-    arXiv 2007.05009; Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016.
+    Source: Yuan et al., "Few is enough: task-augmented active meta-learning for brain cell classification", MICCAI
+    2020, arXiv 2007.05009; Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016.
 
     Args:
         body: the network up to the features, `(n, ...)` -> `(n, d)`.
@@ -139,7 +139,7 @@ class MaskedDropout:
     @checked()
     def masks(self, shape: tuple[int, ...], draws: torch.Generator) -> Tensor:
         """Of zeros and 1 / (1 - rate), `(*shape, d)`."""
-        kept = torch.rand(*shape, self.features, generator=draws, device="cpu") >= self.rate
+        kept = torch.rand(*shape, self.features, generator=draws, device="cpu", dtype=torch.float32) >= self.rate
         return kept.float() / (1 - self.rate)
 
     @checked(samples=SIZE, seed=SEED)
@@ -216,8 +216,8 @@ def acquire(
         The numbers, `(min(count, size),)`.
 
     Example:
-        >>> acquire(lambda rows: rows, lambda y: torch.arange(6.0), 6, first=1, batch=2, count=3, seed=0).tolist()[1:]
-        [5, 4]
+        >>> acquire(lambda rows: rows, lambda y: torch.arange(6.0), 6, first=1, batch=2, count=3, seed=0).tolist()
+        [4, 5, 3]
     """
     order = torch.randperm(size, generator=generator(seed, 9), device="cpu")
     labelled = order[: min(first, count)]

@@ -80,7 +80,9 @@ class UnlabelledEpisodes(AbstractTasks):
             "query_y": labels[:, : self.way, : self.queries].flatten(1),
             "unlabeled_x": _taken(images[:, :, self.queries :].flatten(1, 2), mixed),
             "unlabeled_y": torch.where(truth < self.way, truth, torch.full_like(truth, -1)),
-            "unlabeled_noise": torch.rand(count, self.steps + 1, mixed.shape[1], generator=draws, device="cpu"),
+            "unlabeled_noise": torch.rand(
+                count, self.steps + 1, mixed.shape[1], generator=draws, device="cpu", dtype=torch.float32
+            ),
         }
 
 
