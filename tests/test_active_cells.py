@@ -148,6 +148,24 @@ def test_masks_are_zeros_and_the_inverse_of_what_is_left_and_are_drawn_by_the_se
         own(1.0)
 
 
+def test_features_are_multiplied_by_the_mask_of_their_set() -> None:
+    net, draws = own(), torch.Generator().manual_seed(5)
+    data = net.prepare(tasks(1), 0)
+    task = {name: part[0] for name, part in data.items()}
+    for side, loss in (("support", net.g), ("query", net.f)):
+        features = net.body(net.x0["body"], task[f"{side}_x"]) * task[f"{side}_dropout"]
+        expected = cross_entropy(net.head(net.x0["head"], features), task[f"{side}_y"])
+        torch.testing.assert_close(loss(net.x0, net.x0, task), expected)
+    masks = net.masks((7, 5), draws)
+    drawn = net.drawn(net.x0, task["query_x"], samples=7, seed=3)
+    assert (
+        masks.shape == (7, 5, 6)
+        and drawn.shape == (7, 5, 2)
+        and torch.equal(drawn, net.drawn(net.x0, task["query_x"], 7, 3))
+    )
+    assert float(drawn.std(0).min()) > 1e-4
+
+
 @pytest.mark.parametrize("implicit", [False, True])
 def test_with_held_masks_the_hypergradient_is_that_of_differences(implicit: bool) -> None:
     """Conjugate gradients too need one linear system: g with another mask at each product has none."""

@@ -83,8 +83,9 @@ def test_the_multiplier_is_offered_the_violation_on_query_sets_whatever_the_oute
     assert found.value == pytest.approx(float(expected))
 
 
-def test_the_steps_are_those_of_the_paper_by_its_letters() -> None:
-    own, data = adaptation(steps=4), tasks(1)
+@pytest.mark.parametrize("level", [0.02, 0.9])  # with the latter the multiplier falls to zero on the way
+def test_the_steps_are_those_of_the_paper_by_its_letters(level: float) -> None:
+    own, data = adaptation(steps=4, level=level), tasks(1)
     task = {name: part[0] for name, part in data.items()}
     theta, dual, path = own.net.params, torch.tensor(1.0).double(), []
     for _ in range(4):

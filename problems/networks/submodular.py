@@ -258,7 +258,8 @@ def lazy_greedy(information: AbstractInformation, s: Similarities, budget: int) 
         s: the similarities.
         budget: how many.
     """
-    found, order, looked = information.begin(s), [], len(s.query)
+    found, looked = information.begin(s), len(s.query)
+    order: list[int] = []
     queue = [(-float(gain), j, 0) for j, gain in enumerate(information.gains(found, s))]
     heapq.heapify(queue)
     while queue and len(order) < budget:
