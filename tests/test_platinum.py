@@ -154,8 +154,8 @@ def test_lazy_choices_and_those_of_many_sets_at_once_are_the_plain_ones(name: st
         if name != "logdet":
             found, looked = lazy_greedy(own, s, 7)
             assert found.tolist() == mine and looked < sum(20 - k for k in range(7))
-    stacked = Similarities(*(torch.stack(parts) for parts in zip(*several, strict=True)))
-    found = torch.vmap(lambda *parts: greedy(own, Similarities(*parts), 7))(*stacked)
+    stacked = [torch.stack(parts) for parts in zip(*several, strict=True)]
+    found = torch.vmap(lambda query, mine, among: greedy(own, Similarities(query, mine, among), 7))(*stacked)
     assert found.tolist() == [greedy(own, s, 7).tolist() for s in several]
 
 
