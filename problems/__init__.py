@@ -55,6 +55,9 @@ from bilevel.problems.networks.active_cells import active_cells
 from bilevel.problems.networks.distillation import distillation
 from bilevel.problems.networks.fair_classifier import fair_classifier
 from bilevel.problems.networks.fair_meta_learning import fair_meta_learning
+from bilevel.problems.networks.federated_cleaning import federated_cleaning
+from bilevel.problems.networks.federated_maml import federated_maml
+from bilevel.problems.networks.federated_representation import federated_representation
 from bilevel.problems.networks.learned_augmentation import learned_augmentation
 from bilevel.problems.networks.learning_to_optimize import learning_to_optimize
 from bilevel.problems.networks.mislabelled_tasks import mislabelled_tasks
@@ -122,6 +125,9 @@ __all__ = [
     "elastic_net_diabetes",
     "fair_classifier",
     "fair_meta_learning",
+    "federated_cleaning",
+    "federated_maml",
+    "federated_representation",
     "group_lasso",
     "highest_penalty",
     "hyper_cleaning",
@@ -229,6 +235,11 @@ _ENTRIES = (
         "which sources of text, one of them corrupted, a byte-level GPT should be trained on",
         language_sources,
     ),
+    Entry("federated-cleaning", "mislabelled digits of clients whose samples stay with them", federated_cleaning),
+    Entry(
+        "federated-representation", "a layer and a head that clients learn together, digits", federated_representation
+    ),
+    Entry("federated-maml", "a start that hundreds of devices adapt to a sinusoid each", federated_maml),
     Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
     Entry("nested", "quadratic objectives with x and y in nested structures", nested),
     Entry("minimax", "a saddle point: g = -f, the implicit term vanishes", minimax),

@@ -516,6 +516,16 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
     "bounds.f2sa": {"weight": lambda: 10.0},
+    "bilevel.federated.FederatedMAML": {"inner_step": lambda: 0.1, "outer_step": lambda: 0.1},
+    "FederatedMAML.step": {
+        "server": lambda: bilevel.federated.Server(clients(), (2, 2)),
+        "at": lambda: bilevel.federated.method.At(X, X, X, X),
+        "number": lambda: 0,
+    },
+    "bilevel.federated.OverClients": {
+        "clients": clients,
+        "method": lambda: bilevel.federated.FederatedSOBA(0.1, 0.05),
+    },
     "bilevel.federated.Clients": {
         **{"problem": lambda: BilevelProblem(client, client), "x0": lambda: X, "y0": lambda: Y},
         "data": lambda: torch.ones(3, 2, **D),
@@ -813,6 +823,9 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
     },
     "byte_gpt": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2},
+    "federated_cleaning": {"clients": lambda: 3, "n_train": lambda: 30, "n_val": lambda: 20},
+    "federated_representation": {"clients": lambda: 3, "n_train": lambda: 30, "n_val": lambda: 20, "width": lambda: 3},
+    "federated_maml": {"devices": lambda: 4, "width": lambda: 3},
     "language_sources": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2}
     | {"each": lambda: 2, "max_steps": lambda: 1},
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},

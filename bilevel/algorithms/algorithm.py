@@ -87,6 +87,14 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         """Whether, on fixed data, the best iterate is that of the least measure of stationarity. No, unless said."""
         return False
 
+    @property
+    def sees_everything(self) -> bool:
+        """Whether its measure of stationarity, on data that are the same at every step, is one of all of them.
+
+        Of one that asks some parts of the data only, the luckiest would end a run: `tol` is refused. Yes, unless said.
+        """
+        return True
+
     @abc.abstractmethod
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> S:
         """The state before the first step, at x `(p,)` and y `(q,)`, one task's; x may have to be projected."""

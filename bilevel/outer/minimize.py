@@ -384,6 +384,11 @@ def minimize(
                 chosen = resolve_algorithm(algorithm, setting)
             if isinstance(chosen, ValueFunction) and on_x:
                 chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
+            if tol is not None and not chosen.sees_everything:
+                raise ValueError(
+                    f"`minimize(tol=...)` is compared with what all the data say, and `{type(chosen).__name__}` asks"
+                    f" only some in a step: the luckiest would end the run. Leave `tol` out and take `max_steps`."
+                )
             settings = {"algorithm": chosen, **settings}
             if compile:
                 if sweep is not None:

@@ -33,6 +33,7 @@ from bilevel.tasks.source import Batch, batches
 
 _RATE = 1e-3  # of Adam on the start, of a run and of the baseline
 _TRAIN, _TEST, _QUERIES = 90, 30, 400  # synthetic tasks, and points that each of the test is judged on
+_MEASURES: tuple[Measure, ...] = ("covariance", "difference")
 _LEAST, _EACH = 20, 4  # rows of a task of a table, and of either group in it
 
 
@@ -235,7 +236,7 @@ def _each(own: FairAdaptation, x: Tree, tasks: Batch) -> dict[str, Tensor]:
         right = ((scores > 0.5) == (tasks["query_y"] > 0.5)).to(scores) * mask
         found = {
             name: torch.vmap(lambda s, task, name=name: measured(s, task, "query", name).abs())(scores, tasks)
-            for name in ("covariance", "difference")
+            for name in _MEASURES
         }
     return {"scores": scores, "accuracy": right.sum(1) / mask.sum(1), **found}
 
