@@ -234,7 +234,7 @@ def _each(own: FairAdaptation, x: Tree, tasks: Batch) -> dict[str, Tensor]:
         scores = torch.vmap(lambda y, task: own.scores(y["params"], task, "query"))(y, tasks)
         mask = tasks.get("query_mask", torch.ones_like(scores))
         right = ((scores > 0.5) == (tasks["query_y"] > 0.5)).to(scores) * mask
-        found = {
+        found: dict[str, Tensor] = {
             name: torch.vmap(lambda s, task, name=name: measured(s, task, "query", name).abs())(scores, tasks)
             for name in _MEASURES
         }
