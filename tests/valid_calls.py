@@ -763,6 +763,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "learning_to_optimize": {"steps": lambda: 2},
     "mislabelled_tasks": {"tasks": lambda: 2, "validation": lambda: 2, "filters": lambda: 2},
     "outlier_sinusoids": {"tasks": lambda: 4, "validation": lambda: 2},
+    "fair_meta_learning": {"shots": lambda: 2, "queries": lambda: 2, "steps": lambda: 2},
+    "fair_classifier": {"samples": lambda: 20},
+    "semi_supervised": {"queries": lambda: 2, "unlabeled": lambda: 2, "steps": lambda: 2, "filters": lambda: 2},
+    "active_cells": {"shots": lambda: 2, "queries": lambda: 2, "filters": lambda: 2},
     "task_weights": {
         "module": lambda: nn.Linear(1, 1),
         "loss": lambda: nn.functional.mse_loss,
