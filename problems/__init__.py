@@ -51,7 +51,10 @@ from bilevel.problems.meta_learning import (
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
 from bilevel.problems.networks import byte_gpt, language_sources, python_texts
+from bilevel.problems.networks.active_cells import active_cells
 from bilevel.problems.networks.distillation import distillation
+from bilevel.problems.networks.fair_classifier import fair_classifier
+from bilevel.problems.networks.fair_meta_learning import fair_meta_learning
 from bilevel.problems.networks.federated_cleaning import federated_cleaning
 from bilevel.problems.networks.federated_maml import federated_maml
 from bilevel.problems.networks.federated_representation import federated_representation
@@ -61,6 +64,7 @@ from bilevel.problems.networks.mislabelled_tasks import mislabelled_tasks
 from bilevel.problems.networks.mixed_operations import mixed_operations
 from bilevel.problems.networks.noisy_labels import noisy_labels
 from bilevel.problems.networks.outlier_sinusoids import outlier_sinusoids
+from bilevel.problems.networks.platinum import semi_supervised
 from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
 from bilevel.problems.networks.small_network import small_network
@@ -77,6 +81,7 @@ from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
 from bilevel.problems.sparse_regression import (
+    elastic_net,
     elastic_net_diabetes,
     group_lasso,
     lasso,
@@ -113,6 +118,7 @@ __all__ = [
     "TabularMDP",
     "WeightedLogit",
     "abml",
+    "active_cells",
     "actor_critic",
     "anil",
     "asinh",
@@ -128,8 +134,11 @@ __all__ = [
     "deraining",
     "distillation",
     "double_well",
+    "elastic_net",
     "elastic_net_diabetes",
     "energy_planning",
+    "fair_classifier",
+    "fair_meta_learning",
     "federated_cleaning",
     "federated_maml",
     "federated_representation",
@@ -176,6 +185,7 @@ __all__ = [
     "ridge_head",
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
+    "semi_supervised",
     "shared_embedding",
     "small_network",
     "sparse_logistic",
@@ -225,6 +235,7 @@ _ENTRIES = (
     Entry("lasso", "lasso with one learned penalty: held-out loss, cross-validation or SURE, generated data", lasso),
     Entry("weighted-lasso", "lasso with a learned penalty for each of a hundred features", weighted_lasso),
     Entry("lasso-diabetes", "lasso with learned penalties, diabetes data", lasso_diabetes),
+    Entry("elastic-net", "elastic net with both penalties learned, by the same criteria, generated data", elastic_net),
     Entry("elastic-net-diabetes", "elastic net with both penalties learned, diabetes data", elastic_net_diabetes),
     Entry("group-lasso", "group lasso with a learned penalty, generated data", group_lasso),
     Entry("sparse-logistic", "logistic regression with a learned L1 penalty, breast cancer data", sparse_logistic),
@@ -283,6 +294,26 @@ _ENTRIES = (
         "nested-maml-images",
         "weights of the instances of few-shot tasks with wrong labels (NestedMAML), digits or Omniglot",
         mislabelled_tasks,
+    ),
+    Entry(
+        "fair-meta-learning",
+        "a start and a multiplier from which few steps give fair classifiers (PDFM), Gaussians, states or occupations",
+        fair_meta_learning,
+    ),
+    Entry(
+        "fair-classifier",
+        "how far the covariance of a classifier with a group is to be bounded: the level of a constraint, by KKT",
+        fair_classifier,
+    ),
+    Entry(
+        "semi-supervised-images",
+        "few-shot tasks with unlabelled images, chosen by submodular information (PLATINUM), digits or Omniglot",
+        semi_supervised,
+    ),
+    Entry(
+        "active-cells",
+        "kinds of cells told apart after few labels, some asked for; augmented tasks, held dropout (AGILE)",
+        active_cells,
     ),
     Entry(
         "learning-to-optimize",

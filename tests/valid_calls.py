@@ -703,7 +703,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "terms.Matrix": {"matrix": lambda: matrix(2, 2)},
     "LinearMap": {
         **{"function": lambda: torch.clone, "transposed": lambda: torch.clone},
-        **{"in_shape": lambda: (2,), "out_shape": lambda: (2,)},
+        **{"domain": lambda: (2,), "codomain": lambda: (2,)},
     },
     "Stacked": {"maps": lambda: (bilevel.terms.Gradient((2,)),)},
     "Wavelets": {"shape": lambda: (2, 2), "levels": lambda: 1},
@@ -784,11 +784,15 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "SparseData": dict.fromkeys(("train", "held", "test"), lambda: linear_model()),
     "highest_penalty": {"model": lambda: linear_model()},
     "lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
-    "weighted_lasso": {"n": lambda: 4, "d": lambda: 3},
-    "group_lasso": {"n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
+    "weighted_lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "elastic_net": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "group_lasso": {"folds": lambda: 2, "n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
     **{
-        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))}
-        for name in ("lasso_diabetes", "elastic_net_diabetes", "sparse_logistic", "svm", "svr")
+        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))} | folds
+        for name, folds in {
+            "lasso_diabetes": dict[str, Any](),
+            **{key: {"folds": lambda: 2} for key in ("elastic_net_diabetes", "sparse_logistic", "svm", "svr")},
+        }.items()
     },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},
@@ -796,6 +800,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "learning_to_optimize": {"steps": lambda: 2},
     "mislabelled_tasks": {"tasks": lambda: 2, "validation": lambda: 2, "filters": lambda: 2},
     "outlier_sinusoids": {"tasks": lambda: 4, "validation": lambda: 2},
+    "fair_meta_learning": {"shots": lambda: 2, "queries": lambda: 2, "steps": lambda: 2},
+    "fair_classifier": {"samples": lambda: 20},
+    "semi_supervised": {"queries": lambda: 2, "unlabeled": lambda: 2, "steps": lambda: 2, "filters": lambda: 2},
+    "active_cells": {"shots": lambda: 2, "queries": lambda: 2, "filters": lambda: 2},
     "task_weights": {
         "module": lambda: nn.Linear(1, 1),
         "loss": lambda: nn.functional.mse_loss,

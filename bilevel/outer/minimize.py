@@ -401,7 +401,7 @@ def minimize(
             swept_over = ", ".join(f"{name}={[*values]}" for name, values in sweep.items())
             settings["sweep"] = f"{swept_over}, steps={sweep_steps}"
             if resume and checkpoint is not None:
-                begun = recalled(chosen, batches, trials_of(checkpoint))
+                begun = recalled(chosen, sweep, batches, trials_of(checkpoint))
             if begun is None:
                 length = share if sweep_steps is None else min(sweep_steps, max_steps)
                 begun = swept(chosen, sweep, oracle, x, y, length, slack)

@@ -76,8 +76,8 @@ class LinearMap(AbstractLinearMap):
     Args:
         function: y -> A y.
         transposed: z -> A' z; `adjoint_gap` tells whether it is the adjoint.
-        in_shape: of y, without the axes of a batch.
-        out_shape: of A y, likewise.
+        domain: the shape of y, without the axes of a batch.
+        codomain: that of A y, likewise.
         known_gram: A'A, where it has a form to solve with.
 
     Example:
@@ -88,12 +88,20 @@ class LinearMap(AbstractLinearMap):
 
     function: Callable[[Tensor], Tensor]
     transposed: Callable[[Tensor], Tensor]
-    in_shape: Size = ()
-    out_shape: Size = ()
+    domain: Size = ()
+    codomain: Size = ()
     known_gram: Gram | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
+
+    @property
+    def in_shape(self) -> Size:
+        return self.domain
+
+    @property
+    def out_shape(self) -> Size:
+        return self.codomain
 
     def forward(self, y: Tensor) -> Tensor:
         return self.function(y)

@@ -119,7 +119,7 @@ class Scheme:
             every: look at the residual after each so many steps.
         """
         with torch.no_grad():
-            state, residual = self._begin(y0), float("inf")
+            state, residual, k = self._begin(y0), float("inf"), 0
             for k in range(1, max_steps + 1):
                 before, state = state, self._advance(state, k - 1)
                 if k % max(every, 1) and k < max_steps:

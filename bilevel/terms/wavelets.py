@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from importlib import import_module
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class Wavelets(AbstractLinearMap):
 
 def _coefficients(name: str) -> tuple[float, ...]:
     try:
-        import pywt
+        pywt: Any = import_module("pywt")
     except ImportError as error:
         raise ImportError(
             f'the wavelet {name!r} needs PyWavelets: `pip install "bilevel[imaging]"`. "haar" needs nothing.'

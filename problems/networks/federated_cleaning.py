@@ -75,7 +75,7 @@ def federated_cleaning(
         regularization: c.
         inner_step: of y and v.
         outer_step: of x.
-        local_steps: of y at each client between two rounds.
+        local_steps: of y and v at each client between two rounds.
         max_steps: of a run.
         data: the user's own data, with clean labels; see `bilevel.problems.Arrays`.
         seed: of the split of the data, of the corruption, of the clients and of who answers.

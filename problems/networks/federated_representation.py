@@ -86,7 +86,7 @@ def federated_representation(
         regularization: c.
         inner_step: of y and v.
         outer_step: of x.
-        local_steps: of y at each client between two rounds.
+        local_steps: of y and v at each client between two rounds.
         max_steps: of a run.
         data: the user's own data; see `bilevel.problems.Arrays`.
         seed: of the split of the data, of the clients, of who answers and of the layer at its start.

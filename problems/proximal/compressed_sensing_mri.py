@@ -136,7 +136,7 @@ def compressed_sensing_mri(
         torch.Size([2])
     """
     mask = _mask(side, share, seed)
-    made = []
+    made, origin = [], ""
     for number, count in enumerate((train, test)):
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = FourierSamples(mask).forward(truth)

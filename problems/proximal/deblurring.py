@@ -153,6 +153,7 @@ def deblurring(
         >>> instance.x0["log_rho"].shape
         torch.Size([5])
     """
+    origin = ""
     made, kernel = [], gaussian(blur, max(1, min(round(4 * blur), (side - 1) // 2)))
     for number, count in enumerate((train, test)):
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)

@@ -164,7 +164,7 @@ def deraining(
         >>> instance.y0["y"].shape
         torch.Size([2, 2, 16, 16])
     """
-    made = []
+    made, origin = [], ""
     for number, count in enumerate((train, test)):
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = truth + _rain(truth, 200 + 2 * seed + number)

@@ -158,7 +158,7 @@ def joint_optics(
         >>> instance.x0["phase"].tolist()
         [0.5, 0.5, 0.0, 0.0]
     """
-    made = []
+    made, origin = [], ""
     for number, count in enumerate((train, test)):
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         like = truth.expand(len(_DEPTHS), *truth.shape)
