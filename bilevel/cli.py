@@ -62,6 +62,7 @@ def parser() -> _Parser:
     top.add_argument("--version", action="version", version=f"bilevel {__version__}", help="show the version and exit")
     commands = top.add_subparsers(metavar="COMMAND", title="commands")
     _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ...", allow_abbrev=False))
+    _add_info(commands.add_parser("info", help="versions, threads, BLAS and devices: for reports", allow_abbrev=False))
     for name, add, purpose in (
         ("check", _add_check, "is a problem well posed, and which estimators apply to it"),
         ("compare", _add_compare, "the estimators on a problem: error, certificate, cost and time of each"),
@@ -91,6 +92,12 @@ def _add_list(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--debug", action="store_true", help=_DEBUG)
     command.set_defaults(command=_list)
+
+
+def _add_info(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_info)
 
 
 def _add_problem(command: argparse.ArgumentParser) -> None:
@@ -229,6 +236,13 @@ def _list(options: argparse.Namespace) -> int:
     from bilevel.commands.listing import listing, literature
 
     print(literature(as_json=options.json) if options.literature else listing(as_json=options.json))
+    return SUCCESS
+
+
+def _info(options: argparse.Namespace) -> int:
+    from bilevel.commands.info import info
+
+    info(as_json=options.json)
     return SUCCESS
 
 
