@@ -61,8 +61,8 @@ class Scaled:
     def predict(self, X: Array) -> Array:
         return self.model.predict(X / self.by)
 
-    def predict_log_proba(self, X: Array) -> Array:
-        return self.model.predict_log_proba(X / self.by)
+    def predict_proba(self, X: Array) -> Array:
+        return self.model.predict_proba(X / self.by)
 
 
 def squared(model: Any, X: Array, y: Array) -> float:
@@ -70,7 +70,8 @@ def squared(model: Any, X: Array, y: Array) -> float:
 
 
 def log_loss(model: Any, X: Array, y: Array) -> float:
-    return float(-model.predict_log_proba(X)[np.arange(len(y)), y].mean())
+    p = model.predict_proba(X)[np.arange(len(y)), y]
+    return float(-np.log(p.clip(1e-15)).mean())
 
 
 def ridge(X: Array, y: Array, a: Array) -> Any:
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)  # of coordinate descent at penalties far away
+    warnings.simplefilter("ignore", FutureWarning)
     print("| model | penalties | learned | one, by CV | random search | Optuna | s | s of CV | trials |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name in options.models.split(","):

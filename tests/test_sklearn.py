@@ -75,7 +75,9 @@ def test_scikit_learns_checks_pass(estimator: Any, check: Any) -> None:
 
 
 @pytest.mark.slow
-@parametrize_with_checks([*(each(cv=2, max_iter=3) for each in HO), SampleReweightingClassifier(), InfluenceScorer()])  # type: ignore[untyped-decorator]
+@parametrize_with_checks(
+    [*(each("each", cv=2, max_iter=3) for each in HO), SampleReweightingClassifier(), InfluenceScorer()]
+)  # type: ignore[untyped-decorator]
 def test_scikit_learns_checks_pass_with_a_penalty_for_each_feature(estimator: Any, check: Any) -> None:
     check(estimator)
 
@@ -113,7 +115,7 @@ def test_with_one_penalty_logistic_regression_is_that_of_scikit_learn(classes: i
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_machine_is_a_minimizer_of_its_objective(classes: int) -> None:
     X, y = classification(classes)
-    machine = SVCHO(cv=2, max_iter=2).fit(X, y)
+    machine = SVCHO("each", cv=2, max_iter=2).fit(X, y)
     t = np.where(y[:, None] == machine.classes_[None, -len(machine.coef_) :], 1.0, -1.0)
     slack = np.maximum(1 - t * (X @ machine.coef_.T + machine.intercept_), 0)
     slope = -(t * slack).T @ X / len(y) + machine.penalties_ * machine.coef_
@@ -135,7 +137,7 @@ def held_out(X: Any, y: Any, penalties: Any) -> float:
 
 def test_ridge_is_at_a_minimum_of_the_held_out_error_that_scikit_learn_computes() -> None:
     X, y = regression()
-    model = RidgeHO(cv=3, tol=1e-6, max_iter=200).fit(X, y)
+    model = RidgeHO("each", cv=3, tol=1e-6, max_iter=200).fit(X, y)
     assert model.validation_loss_ == pytest.approx(held_out(X, y, model.penalties_), rel=1e-8)
     for j in range(X.shape[1]):
         for factor in (0.9, 1.1):
@@ -147,13 +149,19 @@ def test_ridge_is_at_a_minimum_of_the_held_out_error_that_scikit_learn_computes(
 
 def test_the_loss_of_logistic_regression_is_the_one_that_scikit_learn_computes() -> None:
     X, y = classification()
-    model = LogisticRegressionHO(cv=3, max_iter=5).fit(X, y)
+    model = LogisticRegressionHO("each", cv=3, max_iter=5).fit(X, y)
     Z, losses = X / np.sqrt(model.penalties_), []
     for train, test in StratifiedKFold(3).split(X, y):
         fold = LogisticRegression(C=1 / len(train), tol=1e-10, max_iter=5000).fit(Z[train], y[train])
         p = fold.predict_proba(Z[test])[np.arange(len(test)), np.searchsorted(fold.classes_, y[test])]
         losses.append(-np.log(p).mean())
     assert model.validation_loss_ == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_each_feature_has_a_penalty_only_where_there_are_ten_samples_for_each() -> None:
+    for n, count in ((29, 1), (30, 3)):
+        model = RidgeHO(**SMALL).fit(*regression(n, 3))
+        assert len(np.unique((model.penalties_).round(9))) == count
 
 
 def test_features_of_equal_labels_share_a_penalty() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
@@ -11,6 +12,8 @@ from bilevel.outer.progress import LINES, Show, State, is_fancy, shown
 
 if TYPE_CHECKING:
     from bilevel.few_shot.train import Progress
+
+_COLUMNS = 80
 
 
 @contextlib.contextmanager
@@ -87,7 +90,9 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     print(title)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        for line in textwrap.wrap(value, max(20, _COLUMNS - width - 4), break_long_words=False) or [""]:
+            print(f"  {name:<{width}}  {line}".rstrip())
+            name = ""
 
 
 def note(text: str) -> None:

@@ -65,7 +65,7 @@ class AbstractLinearHO(BaseEstimator, abc.ABC):
         self, task: Task, posed: Posed, features: Features, start: Tensor, lower: float, upper: float
     ) -> tuple[Learned, Tensor]:
         """What is learned, and the penalties of the features as they came `(..., d)`."""
-        groups = group_numbers(self._name, self.penalties, features.count)
+        groups = group_numbers(self._name, self.penalties, features.count, features.X.shape[0])
         search = Search(self._name, groups, start, lower, upper, self.max_iter, self.tol)
         found = search.learn(task, posed)
         self.n_iter_ = found.steps
@@ -73,7 +73,7 @@ class AbstractLinearHO(BaseEstimator, abc.ABC):
         return found, found.x[..., groups].exp()
 
     def _references(self, features: Features, power: int) -> Tensor:
-        groups = group_numbers(self._name, self.penalties, features.count)
+        groups = group_numbers(self._name, self.penalties, features.count, features.X.shape[0])
         return references(features.scale, groups, power)
 
 

@@ -30,6 +30,8 @@ class ElasticNetHO(AbstractLinearRegressorHO):
 
     Args:
         penalties: "each": a pair for each feature; "one"; or a label for each feature, those of equal labels share one.
+            "auto" is "each" where there are ten samples or more for each feature, else "one": more penalties than that
+            fit what is held out, and predict worse than one.
         cv: a number of folds, a share of samples to hold out once (0.25), or a splitter of scikit-learn.
         fit_intercept: whether there is a b; it is not penalized.
         max_iter: outer steps of a stage, at most. Few are a way to choose the penalties less closely.
@@ -59,7 +61,7 @@ class ElasticNetHO(AbstractLinearRegressorHO):
 
     def __init__(
         self,
-        penalties: Any = "each",
+        penalties: Any = "auto",
         *,
         cv: Any = 5,
         fit_intercept: bool = True,

@@ -37,6 +37,8 @@ class LassoHO(AbstractLinearRegressorHO):
 
     Args:
         penalties: "each": one for each feature; "one"; or a label for each feature, those of equal labels share one.
+            "auto" is "each" where there are ten samples or more for each feature, else "one": more penalties than that
+            fit what is held out, and predict worse than one.
         cv: a number of folds, a share of samples to hold out once (0.25), or a splitter of scikit-learn.
         fit_intercept: whether there is a b; it is not penalized.
         max_iter: outer steps of a stage, at most. Few are a way to choose the penalties less closely.
@@ -59,7 +61,7 @@ class LassoHO(AbstractLinearRegressorHO):
         >>> draw = np.random.default_rng(0)
         >>> X = draw.normal(size=(60, 8))
         >>> y = 3 * X[:, 0] + draw.normal(size=60)
-        >>> model = LassoHO(cv=3, max_iter=10).fit(X, y)
+        >>> model = LassoHO("each", cv=3, max_iter=10).fit(X, y)
         >>> bool(abs(model.coef_[0]) > 10 * abs(model.coef_[1:]).max())
         True
     """
@@ -68,7 +70,7 @@ class LassoHO(AbstractLinearRegressorHO):
 
     def __init__(
         self,
-        penalties: Any = "each",
+        penalties: Any = "auto",
         *,
         cv: Any = 5,
         fit_intercept: bool = True,

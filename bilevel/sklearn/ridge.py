@@ -28,6 +28,8 @@ class RidgeHO(AbstractLinearRegressorHO):
 
     Args:
         penalties: "each": one for each feature; "one"; or a label for each feature, those of equal labels share one.
+            "auto" is "each" where there are ten samples or more for each feature, else "one": more penalties than that
+            fit what is held out, and predict worse than one.
         cv: a number of folds, a share of samples to hold out once (0.25), or a splitter of scikit-learn.
         fit_intercept: whether there is a b; it is not penalized.
         max_iter: outer steps of a stage, at most. Few are a way to choose the penalties less closely.
@@ -50,14 +52,14 @@ class RidgeHO(AbstractLinearRegressorHO):
         >>> draw = np.random.default_rng(0)
         >>> X = draw.normal(size=(60, 8))
         >>> y = 3 * X[:, 0] + draw.normal(size=60)
-        >>> model = RidgeHO().fit(X, y)
+        >>> model = RidgeHO("each").fit(X, y)
         >>> bool(model.penalties_[0] < model.penalties_[1:].min())
         True
     """
 
     def __init__(
         self,
-        penalties: Any = "each",
+        penalties: Any = "auto",
         *,
         cv: Any = 5,
         fit_intercept: bool = True,

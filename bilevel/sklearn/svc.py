@@ -55,6 +55,8 @@ class SVCHO(AbstractLinearClassifierHO):
 
     Args:
         penalties: "each": one for each feature; "one"; or a label for each feature, those of equal labels share one.
+            "auto" is "each" where there are ten samples or more for each feature, else "one": more penalties than that
+            fit what is held out, and predict worse than one.
         cv: a number of (stratified) folds, a share of samples to hold out once (0.25), or a splitter of scikit-learn.
         fit_intercept: whether there is a b; it is not penalized.
         max_iter: outer steps of a stage, at most. Few are a way to choose the penalties less closely.
@@ -84,7 +86,7 @@ class SVCHO(AbstractLinearClassifierHO):
 
     def __init__(
         self,
-        penalties: Any = "each",
+        penalties: Any = "auto",
         *,
         cv: Any = 5,
         fit_intercept: bool = True,
