@@ -468,8 +468,8 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     if gradient is not None:
         if type(gradient) is not Tensor:
             demand_type("report", "gradient", gradient, Tensor | None)
-        if not gradient.dim() or gradient.is_meta:
-            raise ValueError("`report(gradient=...)` must have an axis of entries that hold numbers.")
+        if not gradient.dim() or gradient.is_meta or not gradient.is_floating_point():
+            raise ValueError("`report(gradient=...)` must have an axis of entries that hold floating point numbers.")
         residual = safe_row_norms(gradient)
     worst = residual.item() if not residual.dim() else float(residual.max()) if residual.numel() else 0.0
     return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bilevel.arguments.ranges import POSITIVE, SEED, SIZE, demand_ranges
 from bilevel.problems._variational import normal_noise
 
 Gaussian: TypeAlias = dict[str, Tensor]  # mean and log_variance
+Side: TypeAlias = Literal["support", "query"]
 
 
 @final
@@ -57,7 +58,7 @@ class BayesianRegression:
         demand_ranges(self, variance=POSITIVE, kl_weight=POSITIVE)
 
     @fitting
-    def expectation(self, _: Gaussian, y: Gaussian, task: Mapping[str, Tensor], side: str = "support") -> Tensor:
+    def expectation(self, _: Gaussian, y: Gaussian, task: Mapping[str, Tensor], side: Side = "support") -> Tensor:
         """E_q[-log p] of one side."""
         X, b = task[f"{side}_x"], task[f"{side}_y"]
         fit = ((X @ y["mean"].unsqueeze(-1)).squeeze(-1) - b).square().sum(-1)

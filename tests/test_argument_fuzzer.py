@@ -233,7 +233,7 @@ THE_USERS = (
     "bilevel.extending.outer_gradients",  # of vectors, in every step of an estimator
 )
 # What is outside the room of properties and raises AssertionError where one does not hold.
-CHECKS_OF_PROPERTIES = ("bilevel.testing.check_algorithm", "bilevel.testing.check_estimator")
+CHECKS_OF_PROPERTIES = tuple(f"bilevel.testing.check_{what}" for what in ("algorithm", "estimator", "problem"))
 
 
 def opaque(entry: Public, changed: tuple[str, ...], error: BaseException) -> str:
@@ -248,9 +248,10 @@ def opaque(entry: Public, changed: tuple[str, ...], error: BaseException) -> str
         return ""  # that a property does not hold
     if entry.name == "bilevel.ravel" and "name" in changed and isinstance(error, TypeError | ValueError):
         return ""  # which says what it was told to
-    if not isinstance(error, CLEAR) or (isinstance(error, OSError) and "hostile" in str(error)):
+    notes = getattr(error, "__notes__", ())
+    if not isinstance(error, CLEAR) or (isinstance(error, OSError) and "hostile" in str(error) and not notes):
         return f"{type(error).__name__}: {error}"
-    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    text = "\n".join([str(error), *notes])
     if isinstance(error, BilevelError | NotImplementedError | ImportError):
         return ""
     if not any(re.search(rf"\b{re.escape(name)}\b", text) for name in changed):

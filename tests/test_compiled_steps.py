@@ -344,7 +344,7 @@ def test_where_there_is_no_compiler_the_error_names_what_is_missing(monkeypatch:
 
 @pytest.mark.slow  # some 20 seconds of compiling: pytest -m slow tests/test_compiled_steps.py
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("estimator", [ESTIMATORS[0], ESTIMATORS[1], ESTIMATORS[4], ESTIMATORS[5]])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS[:2], *ESTIMATORS[3:6]])
 def test_a_step_by_the_compiler_is_the_step(
     estimator: Any, dtype: torch.dtype, limit: float, tmp_path: Any, monkeypatch: Any, caplog: Any
 ) -> None:

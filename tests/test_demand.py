@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import mse_loss
 
 import bilevel.hypergrad
 import bilevel.hypergrad.unrolling
@@ -24,7 +25,11 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractOptimizer, AbstractOuterDriver
 from bilevel._validate import demand_type
+from bilevel.arguments.checked import checked
+from bilevel.federated import Clients
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling
+from bilevel.problems import mislabelled_tasks, task_weights
+from bilevel.problems.glm import GeneralizedLinearModel, declare
 from bilevel.solvers import (
     CG,
     LBFGS,
@@ -41,6 +46,8 @@ from bilevel.solvers import (
     ScipyMinimize,
 )
 from bilevel.solvers.nystrom import NystromPreconditioner
+from bilevel.tasks import Sinusoid
+from bilevel.testing.properties import same_on_leaves
 
 KINDS = (
     AbstractEstimator,
@@ -182,3 +189,47 @@ def test_one_argument_of_a_call_is_refused_alike() -> None:
     demand_type("minimize", "callback", print, Callable[..., Any] | None)
     with pytest.raises(TypeError, match=r"^`minimize\(callback=...\)` must be a function or None. Got 3 \(int\).$"):
         demand_type("minimize", "callback", 3, Callable[..., Any] | None)
+
+
+NOTHING = torch.ones(2, device="meta")
+QUADRATIC = bilevel.BilevelProblem(lambda x, y: (x * y).sum(), lambda x, y: ((y - x) ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: bilevel.influence(lambda y, b: (y - b) ** 2, NOTHING, torch.ones(3), torch.ones(2)),
+            "influence(params",
+        ),
+        (lambda: task_weights(torch.nn.Linear(1, 1), mse_loss, {}, Sinusoid().sample(3, 0)), "task_weights(tasks"),
+        (
+            lambda: task_weights(
+                torch.nn.Linear(1, 1), mse_loss, Sinusoid().sample(3, 0), {"support_x": torch.ones(2)}
+            ),
+            "task_weights(validation",
+        ),
+        (lambda: GeneralizedLinearModel(torch.ones(2, 2), torch.ones(2), penalty=float("nan")), "(penalty"),
+        (lambda: GeneralizedLinearModel(torch.ones(2, 2), torch.ones(2), weights=NOTHING), "(weights"),
+        (lambda: declare(LOOSE(None), LOOSE(None), torch.tensor([float("nan")]), torch.ones(2)), "declare"),
+        (lambda: Clients(QUADRATIC, torch.ones(1), torch.ones(1), NOTHING), "(data"),
+        (
+            lambda: same_on_leaves(AID(LBFGS(), CG()), LOOSE(QUADRATIC), torch.ones(2), torch.tensor(1.0)),
+            "same_on_leaves",
+        ),
+        (lambda: mislabelled_tasks(way=1), "mislabelled_tasks(way"),
+    ],
+)
+def test_what_holds_nothing_or_no_numbers_is_refused_by_name(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(words)):
+        call()
+
+
+def test_a_call_is_named_where_another_word_contains_its_name() -> None:
+    @checked()
+    def train(constraint: int) -> None:
+        raise ValueError("`minimize(constraint=...)` failed.")
+
+    with pytest.raises(ValueError, match="minimize") as caught:
+        train(1)
+    assert caught.value.__notes__ == ["In `train(constraint=...)`."]

@@ -89,7 +89,7 @@ def test_a_python_without_sources_is_told_what_it_lacks(monkeypatch: pytest.Monk
 
 
 def test_a_batch_has_as_many_windows_of_each_source_and_half_of_the_corrupted_ones_are_noise(tiny: Instance) -> None:
-    batches = tiny.settings["data"]
+    batches = tiny.settings["data"].batches
     windows, sources = batches("g", 5)
     assert sources.bincount().tolist() == [4] * 5
     text = [bytes(t.tolist()) for t in batches.train]
@@ -103,7 +103,7 @@ def test_a_batch_has_as_many_windows_of_each_source_and_half_of_the_corrupted_on
 
 
 def test_the_same_number_is_the_same_batch_and_another_another(tiny: Instance) -> None:
-    batches = tiny.settings["data"]
+    batches = tiny.settings["data"].batches
     assert torch.equal(batches("g", 3)[0], batches("g", 3)[0])
     assert not torch.equal(batches("g", 3)[0], batches("g", 4)[0])
     assert not torch.equal(batches("g", 3)[0][:16], batches("f", 3))
@@ -111,7 +111,7 @@ def test_the_same_number_is_the_same_batch_and_another_another(tiny: Instance) -
 
 
 def test_training_validation_and_test_text_are_disjoint_parts(tiny: Instance) -> None:
-    batches, texts = tiny.settings["data"], list(python_texts().values())
+    batches, texts = tiny.settings["data"].batches, list(python_texts().values())
     for train, held_out, text in zip(batches.train, batches.held_out, texts, strict=False):
         joined = torch.cat([train, held_out])
         assert torch.equal(joined, text[: len(joined)])

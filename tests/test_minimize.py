@@ -488,6 +488,36 @@ def test_interrupted_run_resumes_bit_for_bit(error: type[BaseException], tmp_pat
     assert content(resumed) == content(whole)
 
 
+@pytest.mark.parametrize(("error", "times"), [(RuntimeError, 2), (KeyboardInterrupt, 1)])
+def test_a_signal_while_the_state_after_an_error_is_written_waits_for_it_and_one_after_a_signal_does_not(
+    error: type[BaseException], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bilevel._files import write_atomically as original
+
+    instance, file, written = quadratic(), tmp_path / "state.pt", list[int]()
+
+    def write(path: Any, action: Any) -> None:
+        written.append(1)
+        if len(written) == 1:
+            raise KeyboardInterrupt  # as of the signal that all ranks are sent when one has died
+        original(path, action)
+
+    def fail(record: Record, estimate: Estimate) -> None:
+        if record.step == 7:
+            raise error
+
+    monkeypatch.setattr("bilevel.outer.saves.write_atomically", write)
+    arguments: dict[str, Any] = {"estimator": ESTIMATORS["esj"], "max_steps": 11}
+    with pytest.raises(KeyboardInterrupt):
+        minimize(
+            instance.problem, instance.x0, instance.y0, **arguments, callback=fail, checkpoint=file,
+            checkpoint_every=100,
+        )  # fmt: skip
+    assert len(written) == times
+    if times == 2:
+        assert torch.load(file, weights_only=True)["step"] == 7
+
+
 def test_error_inside_an_estimate_leaves_the_state_before_it(tmp_path: Path) -> None:
     file, calls = tmp_path / "state.pt", [0]
 

@@ -9,13 +9,13 @@ import io
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +75,7 @@ def _one(rank: int, size: int, port: int, restarts: int, words: list[str], folde
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     text = io.StringIO()
     with redirect_stderr(text), redirect_stdout(text):
         code = main(["run", *words, "--out", str(folder), "--quiet", "--debug"])
@@ -82,13 +83,23 @@ def _one(rank: int, size: int, port: int, restarts: int, words: list[str], folde
     return code
 
 
+def _agent() -> Any:
+    """What the agent of `torchrun` keeps over all its restarts: where ranks tell each other their addresses."""
+    made: Any = torch.distributed
+    return made.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _together(
-    size: int, words: list[str], folder: Path, restarts: int = 0, kill: tuple[int, float] | None = None
+    size: int,
+    words: list[str],
+    folder: Path,
+    restarts: int = 0,
+    kill: tuple[int, float] | None = None,
+    agent: Any = None,
 ) -> list[int]:
     """Start as many processes; kill one of them after a time, and as `torchrun` does end the others; how they ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    agent = _agent() if agent is None else agent
+    port = agent.port
     numbers = [forked(partial(_one, rank, size, port, restarts, words, folder)) for rank in range(size)]
     codes: dict[int, int] = {}
     began, told = time.monotonic(), 0
@@ -126,11 +137,11 @@ def _whole(kind: str, size: int, name: str) -> tuple[Left, float]:
 
 def _survives(kind: str, size: int, whole: tuple[Left, float], draw: random.Random, name: str) -> int:
     """Kill a rank at random moments, and start all again, until they end; how often one was killed."""
-    folder, kills, restarts = Path(name), 0, 0
+    folder, kills, restarts, agent = Path(name), 0, 0, _agent()
     while True:
         victim = draw.randrange(size)
         kill = (victim, draw.uniform(0, 1.05) * whole[1]) if kills < 4 else None
-        codes = _together(size, [kind], folder, restarts, kill)
+        codes = _together(size, [kind], folder, restarts, kill, agent)
         if -signal.SIGKILL not in codes:
             said_all = [Path(f"{name}.{rank}.txt").read_text() for rank in range(size)]
             assert codes == [0] * size, (codes, said_all)

@@ -28,7 +28,7 @@ from bilevel import (
     minimize,
 )
 from bilevel.algorithms import F2SA, SABA, SOBA, SRBA
-from bilevel.ranks import Ranks, Shard
+from bilevel.ranks import Ranks, Rows, Shard
 from bilevel.solvers import CG, Adam, GradientDescent, Iterate
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
@@ -204,6 +204,9 @@ def _faults(group: Any, rank: int, folder: Path) -> dict[str, Any]:
     size = torch.distributed.get_world_size(group)
     rows = [slice(0, 7), slice(7, N)][rank] if size == 2 else slice(0, N)  # unequal shards
     shard = Split(f=Shard(tuple(part[rank::size] for part in VAL)), g=Shard(tuple(part[rows] for part in TRAIN)))
+    moved = Rows(lambda role, k: tuple(part[k % 3 :] for part in (VAL if role == "f" else TRAIN)))  # rows of two sizes
+    found["rows"] = minimize(PROBLEM, X0, X0, data=moved, algorithm=SOBA(0.1, 0.05), max_steps=4, group=group).x
+    found["rows alone"] = minimize(PROBLEM, X0, X0, data=moved, algorithm=SOBA(0.1, 0.05), max_steps=4).x
     found["shards"] = minimize(PROBLEM, X0, X0, data=shard, estimator=AID_CG, outer=GD, max_steps=4, group=group).x
     estimate = hypergradient(PROBLEM, X0, X0, data=shard, estimator="aid-cg", group=group)
     found["hypergradient"] = estimate.grad
@@ -269,6 +272,7 @@ def test_ranks_refuse_fail_stop_and_resume_together(tmp_path: Path) -> None:
     h = hypergradient(PROBLEM, X0, X0, data=data, estimator="aid-cg").grad
     for found in (first, second):
         assert torch.allclose(found["swept"], found["swept alone"], rtol=0, atol=1e-12)
+        assert torch.allclose(found["rows"], found["rows alone"], rtol=0, atol=1e-12)
         assert torch.allclose(found["shards"], whole.x, rtol=0, atol=1e-12)
         assert torch.allclose(found["hypergradient"], h, rtol=0, atol=1e-12)
         for name in ("soba", "saba", "imaml"):

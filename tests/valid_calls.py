@@ -559,6 +559,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Ranks.gathered": {"value": lambda: [1, "a"]},
     "bilevel.ranks.Shard": {"data": lambda: torch.ones(3, 2)},
     "Shard.count": {"batch": lambda: torch.ones(3, 2)},
+    "bilevel.ranks.Rows": {"batches": lambda: lambda role, number: torch.ones(3, 2)},
+    "Rows.of_rank": {"batch": lambda: torch.ones(3, 2), "rank": lambda: 1, "ranks": lambda: 2},
     **{
         f"bilevel.reinforcement.{name}": {
             "policy": lambda: bilevel.reinforcement.CategoricalPolicy(net(1, 2)),

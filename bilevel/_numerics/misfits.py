@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 _TORCH = Path(torch.__file__).parent
 _LONG = 200  # characters of one argument, beyond which a description hides what it describes
-_DEVICES = re.compile(r"same device|found at least two devices")
+_DEVICES = re.compile(r"same device|found at least two devices|not on the expected device")
 _DTYPES = re.compile(r"dtype|scalar type|weight type|same type|different types|bool tensor", re.IGNORECASE)
 _SHAPES = re.compile(
     r"size|shape|dimension|broadcast|mat1 and mat2|must be matrices|1D tensors|number of (?:input )?channels|subscript",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,7 +153,9 @@ def _say_where(
 ) -> None:
     """Note the call, where the error is the first to be raised and does not name it."""
     notes = getattr(error, "__notes__", [])
-    if call.rpartition(".")[2] not in f"{error} {notes}" and all(note.startswith("In `") for note in notes):
+    if not re.search(rf"\b{call.rpartition('.')[2]}\b", f"{error} {notes}") and all(
+        note.startswith("In `") for note in notes
+    ):
         given = [*list(inspect.signature(function).parameters)[: len(args)], *keywords]
         error.add_note(f"In `{call}({', '.join(f'{name}=...' for name in given if name not in ('self', 'cls'))})`.")
 

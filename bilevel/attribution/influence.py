@@ -100,6 +100,10 @@ def influence(
     """
     demand_autograd("influence")
     y, structure = ravel(params, "params")
+    if y.device.type == "meta":
+        raise ValueError(
+            "`influence(params=...)` must hold numbers. Got tensors on the device 'meta', which have none."
+        )
     y = y.detach()
     if certify and mu is None and not l2 + damping > 0:
         raise ValueError(

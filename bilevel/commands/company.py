@@ -17,6 +17,7 @@ from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.commands.folder import Folder
 from bilevel.commands.plan import Plan, Request
 from bilevel.ranks.ranks import Ranks
+from bilevel.ranks.rows import Rows
 
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
@@ -67,11 +68,30 @@ def company() -> Iterator[Company]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store_of_this_start(size)
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Company(Ranks(dist.group.WORLD))
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_start(size: int) -> Any:
+    """Where ranks tell each other their addresses, apart from those of earlier starts; None: torch finds it.
+
+    The agent of `torchrun` keeps one store over all restarts, and torch reads from it without saying of which start:
+    ranks that are started again would look for each other where the dead ones have been.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    made: Any = dist  # which exports more than it says
+    store = made.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return made.PrefixStore(f"start_{os.environ.get(_RESTARTS, '0')}", store)
 
 
 def as_restarted(request: Request) -> Request:
@@ -102,9 +122,9 @@ def demand_shared(request: Request, made: Plan, company: Company) -> None:
         return
     data = made.options.get("data")
     sides = (data.f, data.g) if isinstance(data, Split) else (data,)
-    if not all(isinstance(side, FiniteSum) for side in sides):
+    if not all(isinstance(side, FiniteSum | Rows) for side in sides):
         raise ValueError(
             f"{request.problem} cannot be run over {company.ranks.size} ranks: it has neither tasks"
-            f" (`BilevelProblem(tasks=True)`) nor samples that they could share (`data=FiniteSum(...)` for f and g)."
-            f" Run it in one process, without `torchrun`."
+            f" (`BilevelProblem(tasks=True)`) nor samples that they could share (`data=FiniteSum(...)` or"
+            f" `Rows(...)` for f and g). Run it in one process, without `torchrun`."
         )

@@ -97,7 +97,11 @@ class Tracing:
         carried: Sequence[Tensor],
         fixed: Sequence[Tensor] = (),
     ) -> Tensors:
-        """`while going(*carried): carried = body(carried, fixed)`; bodies may call pieces and loops."""
+        """`while going(*carried): carried = body(carried, fixed)`; bodies may call pieces and loops.
+
+        Inductor (2.13) thinks the memory of what a loop begins with is free after it, though it is what the loop ends
+        with where its body never ran: what is read of the end is read together with the beginning.
+        """
         outer, n, m = self._now, len(carried), len(fixed)
         others: dict[int, Tensor] = {id(each): each for each in (*fixed, *outer)}  # each once
         places = [list(others).index(id(each)) for each in (*fixed, *outer)]
@@ -113,7 +117,9 @@ class Tracing:
             return _apart((going(*inputs[:n]),), inputs)[0]  # a flag that is carried is no answer by itself either
 
         copies = [each.clone() for each in carried]
-        return loop(asked, within, copies, list(others.values()))
+        goes = going(*copies)
+        ended = loop(asked, within, copies, list(others.values()))
+        return tuple(torch.where(goes, end, begun) for end, begun in zip(ended, copies, strict=True))
 
     def whole(self, function: Callable[..., Tensors], *examples: Tensor) -> Traced:
         """The computation of vectors that `function` puts together of pieces."""

@@ -83,6 +83,10 @@ class Clients(AbstractClients):
         both = (data.f, data.g) if isinstance(data, Split) else data
         leaves = [leaf for leaf in tree_leaves(both) if isinstance(leaf, Tensor)]
         counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves}
+        if any(leaf.is_meta for leaf in leaves):
+            raise ValueError(
+                "`Clients(data=...)` must hold numbers. Got tensors on the device 'meta', which have none."
+            )
         if len(counts) != 1 or not all(counts):
             raise ValueError(
                 f"`Clients(data=...)` must be tensors that share a leading axis of clients. Got leading sizes"

@@ -15,6 +15,7 @@ from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Block, Draws
 from bilevel.outer.randomness import drawn_so_far, go_on_from
 from bilevel.ranks.ranks import Ranks
+from bilevel.ranks.rows import Rows
 from bilevel.ranks.shard import Shard
 from bilevel.requirements.properties import DoesNotApply
 
@@ -30,6 +31,9 @@ def sources(data: Any, ranks: Ranks | None = None) -> AbstractData | Split:
         TypeError: if `data` is none of these, is an iterator, which cannot be started again, or an array or a list of
             arrays or numbers, which torch functions do not take.
     """
+    if isinstance(data, Rows):
+        each = [_Numbered(partial(data, "f")), _Numbered(partial(data, "g"))]
+        return Split(*each) if ranks is None else Split(*(_Part(side, data, ranks) for side in each))
     if ranks is not None:
         if isinstance(data, Split):
             return Split(_of_rank(data.f, ranks).independent(0), _of_rank(data.g, ranks).independent(1))
@@ -91,8 +95,9 @@ def _of_rank(data: Any, ranks: Ranks) -> AbstractData:
     inside = f"Shard({type(data.data).__name__})" if isinstance(data, Shard) else type(data).__name__
     raise ValueError(
         f"`minimize(group=...)` must know how the samples are shared. Got data={inside}. Pass"
-        f" `FiniteSum(tensors, batch_size)`, the same on every rank, of which each takes its part; or `Shard(batch)` or"
-        f" `Shard(step -> batch)`, what this rank alone has; or a problem with `tasks=True`, whose tasks are shared."
+        f" `FiniteSum(tensors, batch_size)` or `Rows((role, number) -> batch)`, the same on every rank, of which each"
+        f" takes its part; or `Shard(batch)` or `Shard(step -> batch)`, what this rank alone has; or a problem with"
+        f" `tasks=True`, whose tasks are shared."
     )
 
 
@@ -148,6 +153,24 @@ class _Own(AbstractData):
     @property
     def is_fixed(self) -> bool:
         return self.of.is_fixed
+
+
+@final
+class _Part(AbstractData):
+    """A rank's rows of batches that all ranks have."""
+
+    def __init__(self, of: AbstractData, rows: Rows, ranks: Ranks) -> None:
+        self.of, self.rows, self.ranks = of, rows, ranks
+
+    def batch(self, index: int, first: int) -> Any:
+        return self.block(index, first).data
+
+    def block(self, index: int, first: int) -> Block:
+        batch, share = self.rows.of_rank(self.of.batch(index, first), self.ranks.rank, self.ranks.size)
+        return Block(batch, share=share)
+
+    def whole(self) -> Any:
+        return self.of.whole()  # a refusal
 
 
 def first_shares(data: AbstractData | Split) -> tuple[float, float]:
@@ -272,7 +295,14 @@ class _Loader(AbstractData):
                 go_on_from(self.known["drawn"])
             if not isinstance(self.loader, list):
                 self.begun = {"first": first, "drawn": drawn_so_far()}
-            for batch in self.loader:
+            try:
+                started = iter(self.loader)
+            except Exception as error:
+                error.add_note(
+                    f"`minimize(data=...)` is {type(self.loader).__name__}, which could not be iterated over."
+                )
+                raise
+            for batch in started:
                 empty = False
                 yield batch
             if empty:

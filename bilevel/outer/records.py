@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +161,9 @@ class Run:
             error.add_note(f"The checkpoint could not be written either: {failure}")
         except BaseException as second:
             attach(second, self.so_far(f"{type(error).__name__}: {error}"))
+            if isinstance(error, Exception):  # the first signal, as where another rank has died: it waits for the file
+                with contextlib.suppress(Exception):
+                    save()
             raise
 
     def not_saved(self, failure: NotSavedError, solution: Solution | None = None) -> BilevelError:

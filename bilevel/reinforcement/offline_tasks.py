@@ -84,6 +84,9 @@ def collect(
         episodes: of each side.
         seed: of the noise.
 
+    Raises:
+        ValueError: if there are no tasks or no parameters, or the tasks' leading axes differ.
+
     Example:
         >>> from torch import nn
         >>> from bilevel.reinforcement import CategoricalPolicy, GaussianBandit
@@ -92,6 +95,11 @@ def collect(
         >>> data.data["support_rewards"].shape
         torch.Size([4, 5, 1])
     """
+    if not tasks or any(not each.dim() for each in tasks.values()) or len({len(each) for each in tasks.values()}) > 1:
+        shapes = {name: tuple(each.shape) for name, each in tasks.items()}
+        raise ValueError(f"`collect(tasks=...)` must be tensors with a leading axis of as many tasks. Got {shapes}.")
+    if not params:
+        raise ValueError("`collect(params=...)` must be the policy's parameters. Got none.")
     draws = generator(seed)
     like = next(iter(params.values()))
     count, wide = len(next(iter(tasks.values()))), policy.noise + environment.step_noise

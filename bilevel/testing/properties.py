@@ -22,7 +22,7 @@ from bilevel.arguments.ranges import AT_LEAST_0
 from bilevel.arguments.shapes import Shape
 
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-_FINITE = Shape()
+_X, _Y = Shape("p"), Shape("q")
 
 
 @checked()
@@ -50,7 +50,7 @@ def close(name: str, found: Tree, expected: Tree, tol: float, more: str = "") ->
         )
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def same_on_leaves(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     cut_x: Callable[[Tensor], Tree] | None = None, cut_y: Callable[[Tensor], Tree] | None = None,
@@ -73,7 +73,7 @@ def same_on_leaves(
     assert shapes == expected, f"one leaf or several: found leaves of the shapes {shapes}, expected {expected}."
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def permuting_leaves(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     order: Sequence[int] | None = None, inner_order: Sequence[int] | None = None,
@@ -92,7 +92,7 @@ def permuting_leaves(
     close("permuting leaves", [found[i] for i in back], estimate(estimator, problem, x, y0).grad, tol)
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def scaling_g(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     c: float = 2.0, scaled: AbstractEstimator | None = None,
@@ -103,7 +103,7 @@ def scaling_g(
     close(f"scaling g by {c:g}", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def term_in_x_of_g(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6
 ) -> None:
@@ -113,7 +113,7 @@ def term_in_x_of_g(
     close("a term in x only of g", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def term_in_x_of_f(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6
 ) -> None:
@@ -124,7 +124,7 @@ def term_in_x_of_f(
     close("a term in x only of f", found, expected, tol, " Is grad_x f part of it?")
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def orthogonal_change_of_y(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6, seed: int = 0
 ) -> None:
@@ -138,7 +138,7 @@ def orthogonal_change_of_y(
     close("an orthogonal change of y", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def linear_in_f(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-6,
     a: float = 2.0, b: float = -1.5,
@@ -155,7 +155,7 @@ def linear_in_f(
     close("linearity in f", estimate(estimator, both, x, y0).grad, a * first + b * second, slack * tol)
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def float32_near_float64(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-2,
     single: AbstractEstimator | None = None,
@@ -171,7 +171,7 @@ def float32_near_float64(
     close("float32 near float64", found, estimate(estimator, problem, x, y0).grad, tol)
 
 
-@checked(x=_FINITE, y0=_FINITE)
+@checked(x=_X, y0=_Y)
 def inputs_untouched(estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor) -> None:
     """The vectors that an estimator is given keep their bits, and their `.grad` stays None."""
     x, start = x.detach().clone().requires_grad_(), ravel(y0)[0].detach().clone()
@@ -186,7 +186,7 @@ def inputs_untouched(estimator: AbstractEstimator, problem: BilevelProblem, x: T
     assert x.grad is None, f"inputs untouched: `.grad` of x became {x.grad}, expected None."
 
 
-@checked(x=_FINITE, y0=_FINITE)
+@checked(x=_X, y0=_Y)
 def same_seed_same_bits(estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor) -> None:
     """Two calls give the same bits, whatever torch's global generator; its state is not advanced."""
     state = torch.get_rng_state()
@@ -204,7 +204,7 @@ def same_seed_same_bits(estimator: AbstractEstimator, problem: BilevelProblem, x
     assert not used, "same seed, same bits: torch's global generator was advanced. Draw from a generator of your own."
 
 
-@checked(tol=AT_LEAST_0, x=_FINITE, y0=_FINITE)
+@checked(tol=AT_LEAST_0, x=_X, y0=_Y)
 def warm_start_changes_nothing(
     estimator: AbstractEstimator, problem: BilevelProblem, x: Tensor, y0: Tensor, *, tol: float = 1e-5
 ) -> None:

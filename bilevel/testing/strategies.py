@@ -72,6 +72,7 @@ def orthogonal(n: int, seed: int) -> Tensor:
 def spd(eigenvalues: Tensor, seed: int) -> Tensor:
     """The symmetric matrix with these eigenvalues and random eigenvectors."""
     Q = orthogonal(eigenvalues.shape[0], seed)
+    eigenvalues = eigenvalues.to(Q)
     A = Q @ torch.diag(eigenvalues) @ Q.T
     return 0.5 * (A + A.T)
 

@@ -102,6 +102,9 @@ def declare(
     given = () if data is None else (data,)
     generator = torch.Generator().manual_seed(seed)
     (x, outer), (y, inner) = ravel(x0), ravel(y0)
+    for name, vector in (("x0", x), ("y0", y)):
+        if vector.is_meta or not bool(vector.isfinite().all()):
+            raise ValueError(f"`declare({name}=...)` must be finite in every entry.")
     tol = 1e-8 if y.dtype == torch.float64 else 1e-3
     for _ in range(2):
         at = [each.detach() + torch.rand(each.shape, generator=generator).to(each) - 0.5 for each in (x, y)]

@@ -15,7 +15,7 @@ from bilevel._numerics.known_objective import AbstractKnownObjective
 from bilevel._numerics.misfits import called
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.arguments.ranges import FINITE, POSITIVE, demand_range, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.inner_problems.linear_model import AbstractSampleLoss, Squared
 from bilevel.problems.glm._gram import Gram
@@ -84,6 +84,11 @@ class GeneralizedLinearModel(AbstractKnownObjective):
             )
         if isinstance(self.features, Tensor) and self.features.layout == torch.strided:
             demand_shapes("GeneralizedLinearModel", {"features": Shape("n d")}, {"features": self.features})
+        for name, each in (("weights", self.weights), ("penalty", self.penalty), ("rounded_l1", self.rounded_l1)):
+            if isinstance(each, Tensor):
+                demand_shapes("GeneralizedLinearModel", {name: Shape(kind="number")}, {name: each})
+            elif isinstance(each, float | int):
+                demand_range("GeneralizedLinearModel", name, each, FINITE)
         object.__setattr__(self, "_blocks", blocks_of(self.features) if isinstance(self.features, Tensor) else None)
 
     def __reduce__(self) -> Any:

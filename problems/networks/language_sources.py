@@ -20,6 +20,7 @@ from bilevel.modules.functional import Functional, functional
 from bilevel.problems._plots import draw_bars
 from bilevel.problems.networks.byte_gpt import byte_gpt
 from bilevel.problems.networks.text_sources import python_texts
+from bilevel.ranks.rows import Rows
 
 if TYPE_CHECKING:
     from bilevel.algorithms.algorithm import AbstractAlgorithm
@@ -246,7 +247,7 @@ def language_sources(
             "algorithm": _algorithm(
                 algorithm, inner_step, _OUTER_STEP[algorithm] if outer_step is None else outer_step
             ),
-            "data": batches,
+            "data": Rows(batches),
             "max_steps": max_steps,
         },
     )

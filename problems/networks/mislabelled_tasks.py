@@ -101,6 +101,8 @@ def mislabelled_tasks(
         >>> mislabelled_tasks(tasks=4, validation=2, filters=4).x0.shape  # 3 ways, 5 queries each
         torch.Size([4, 15])
     """
+    if way == 1:
+        raise ValueError("`mislabelled_tasks(way=...)` must be at least 2 classes, or 0 for its default. Got 1.")
     splits = _splits(data)
     ways = way or (3 if data is None else 5)
     size = splits.train.shape[-1]
@@ -148,8 +150,8 @@ def _splits(data: str | Path | None) -> Splits:
         return digits()
     try:
         return omniglot(data)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"`mislabelled_tasks(data=...)`: {error}") from error
+    except OSError as error:  # there is none, or its name is none
+        raise type(error)(f"`mislabelled_tasks(data=...)`: {str(error)[:300]}") from error
 
 
 @final

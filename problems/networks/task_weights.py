@@ -23,6 +23,7 @@ from bilevel.problems.networks._batches import generator
 from bilevel.problems.networks.lookahead import ByLargest, Lookahead
 from bilevel.problems.networks.nested_maml import NestedMAML, Positive
 from bilevel.solvers.adam import Adam
+from bilevel.tasks.ragged import check_batch
 
 Tasks: TypeAlias = Mapping[str, Tensor]
 Weighted: TypeAlias = Literal["tasks", "instances"]
@@ -76,7 +77,8 @@ def task_weights(
         an initialization y, for `functional(module).load(y)`, or `maml(module, loss)` with the same step.
 
     Raises:
-        ValueError: if a number is out of range, or C has another number of tasks.
+        TypeError: if an argument is of the wrong type.
+        ValueError: if a number is out of range, tasks lack an entry, or C has another number of tasks.
 
     Example:
         >>> from bilevel import minimize
@@ -88,6 +90,11 @@ def task_weights(
         >>> minimize(instance.problem, instance.x0, instance.y0, **instance.settings).x.shape
         torch.Size([40])
     """
+    for name, each in (("tasks", tasks), ("validation", validation)):
+        try:
+            check_batch(each)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`task_weights({name}=...)` must be a batch of tasks: {error}") from None
     net, count = as_functional(module), len(tasks["support_x"])
     if clusters is not None and len(clusters) != count:
         raise ValueError(
@@ -136,6 +143,9 @@ class Pool:
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, size=SIZE, seed=SEED)
+        sizes = {name: tuple(tensor.shape) for name, tensor in self.tasks.items()}
+        if "support_x" not in sizes or not all(sizes.values()) or len({shape[0] for shape in sizes.values()}) > 1:
+            raise ValueError(f"`Pool(tasks=...)` must have `support_x`, and tasks as its first axis. Got {sizes}.")
 
     def __call__(self, index: int) -> dict[str, Tensor]:
         count = len(self.tasks["support_x"])
