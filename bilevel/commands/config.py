@@ -61,8 +61,8 @@ def written(settings: Mapping[str, Any]) -> str:
     """
     given = {name: settings.get(name) for name in (*TEXTS, *NUMBERS)}
     lines = [f"{name} = {_value(value)}" for name, value in given.items() if value is not None]
-    arguments = settings.get("set") or {}
-    if arguments:
+    arguments = settings.get("set")
+    if isinstance(arguments, dict) and arguments:
         lines += ["", "[set]", *(f"{key} = {_value(value)}" for key, value in arguments.items())]
     return "\n".join(lines) + "\n"
 

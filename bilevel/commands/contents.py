@@ -161,7 +161,8 @@ def damaged(folder: Folder) -> ValueError:
 def write_result(folder: Folder, content: Mapping[str, Any]) -> None:
     """Replace result.json, and config.toml, which says how to ask for the same again."""
     text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    asked = written(content.get("settings") or {})
+    settings = content.get("settings")
+    asked = written(settings if isinstance(settings, Mapping) else {})
     if not folder.config.is_file() or folder.config.read_text(encoding="utf-8") != asked:
         write_atomically(folder.config, lambda file: file.write(asked.encode()))
     write_atomically(folder.result, lambda file: file.write(text.encode()))
