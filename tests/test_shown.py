@@ -47,7 +47,7 @@ def test_numbers_in_notebooks_are_those_of_the_result() -> None:
     solution = solved()
     assert f"{solution.value:.6g}" in solution._repr_html_() and "stats" not in solution._repr_html_()
     estimate = hypergradient(*POINT)
-    assert f"{float(estimate.grad.norm()):.6g}" in estimate._repr_html_()  # type: ignore[union-attr]
+    assert f"{float(estimate.grad.norm()):.6g}" in estimate._repr_html_()
 
 
 def test_the_table_of_a_comparison_has_no_empty_column() -> None:
@@ -85,7 +85,7 @@ def test_progress_changes_nothing_and_says_the_name_of_the_run(capsys: pytest.Ca
     assert [line.split("  ")[0] for line in lines] == [f"my run: step {k}/3" for k in range(4)]
     assert told == [0, 1, 2, 3] and f"Phi {solution.value:.6g}" in lines[-1]
     quiet = solved()
-    assert quiet.value == solution.value and (quiet.x == solution.x).all()  # type: ignore[union-attr]
+    assert quiet.value == solution.value and (quiet.x == solution.x).all()
     assert capsys.readouterr().err == ""
 
 
@@ -163,8 +163,8 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     with TensorBoard(tmp_path, settings={"lr": 0.1}) as board:
         solution = solved(callback=board)
     events = EventAccumulator(str(tmp_path))
-    events.Reload()  # type: ignore[no-untyped-call]
-    values = [each.value for each in events.Scalars("value")]  # type: ignore[no-untyped-call]
+    events.Reload()
+    values = [each.value for each in events.Scalars("value")]
     assert values == pytest.approx([record.value for record in solution.history], rel=1e-6)  # float32
 
 

@@ -198,7 +198,7 @@ def shown(names: Sequence[str], table: Sequence[Mapping[str, Any]], width: int =
             half = None if entry is None else entry["half_width"]
             cells.append("" if entry is None else f"{entry['mean']:.4g}" + ("" if half is None else f" ± {half:.1g}"))
         lines.append(cells)
-    lead, blocks = len(keys) + 1, []
+    lead, blocks = len(keys) + 1, list[str]()
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     column = lead
     while column < len(head) or not blocks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import final
+from typing import Any, final
 
 from bilevel.arguments.fits import demand_type
 from bilevel.tracking.tracker import AbstractTracker
@@ -37,20 +37,21 @@ class TensorBoard(AbstractTracker):
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise ImportError('`TensorBoard(...)` needs tensorboard: `pip install "bilevel[tensorboard]"`.') from error
-        self._writer = SummaryWriter(os.fspath(folder))  # type: ignore[no-untyped-call]
+        untyped: Any = SummaryWriter
+        self._writer: Any = untyped(os.fspath(folder))
         if settings:
             self.settings(settings)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():
-            self._writer.add_scalar(name, number, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, number, step)
 
     def settings(self, settings: dict[str, str | int | float | bool]) -> None:
         text = "\n".join(f"    {name} = {value}" for name, value in settings.items())
-        self._writer.add_text("settings", text)  # type: ignore[no-untyped-call]
+        self._writer.add_text("settings", text)
 
     def flush(self) -> None:
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

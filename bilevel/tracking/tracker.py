@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from types import TracebackType
+from typing import Self
 
 from bilevel._estimate import Estimate
 from bilevel.arguments.fits import demand_type
@@ -45,7 +46,7 @@ class AbstractTracker(AbstractWatcher):
     def before_save(self) -> None:
         self.flush()
 
-    def __enter__(self) -> AbstractTracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -46,7 +46,8 @@ class WandB(AbstractTracker):
             import wandb
         except ImportError as error:
             raise ImportError("`WandB(...)` needs wandb: `pip install wandb`.") from error
-        self._run: Any = wandb.init(project=project, name=run, mode=mode, config=settings or {})
+        untyped: Any = wandb
+        self._run: Any = untyped.init(project=project, name=run, mode=mode, config=settings or {})
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self._run.log(numbers, step=step)
