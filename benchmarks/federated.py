@@ -79,10 +79,11 @@ def made(seed: int = 0) -> tuple[Clients, Any, Tensor]:
 
 
 def methods(name: str) -> Iterator[AbstractMethod]:
-    """A method with every setting of the grid."""
+    """A method with every setting of the grid; the numbers of rounds are those of local steps of federated SOBA."""
     for inner, outer in itertools.product(INNER, OUTER):
         if name == NAMES[0]:
-            yield FederatedSOBA(inner, outer)
+            for rounds in (1, *ROUNDS):
+                yield FederatedSOBA(inner, outer, local_steps=rounds)
             continue
         for rounds in ROUNDS:
             if name == NAMES[1]:

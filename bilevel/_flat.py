@@ -13,6 +13,7 @@ from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set
 from bilevel._numerics.known_objective import AbstractKnownObjective
 from bilevel._numerics.misfits import Misfit, called
 from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.uneven import Uneven
 from bilevel._problem import BilevelProblem, Split
 from bilevel._result import Tally
 from bilevel._tree import Structure, Tree, ravel, tree_leaves, tree_map, tree_parts
@@ -97,6 +98,8 @@ class FlatProblem:
         Samples over ranks are each rank's part, and an encoding that is not taken yet is autograd's.
         """
         if self.across is not None or (self.problem.encode is not None and not self.is_encoded):
+            return None
+        if self._uneven("g") is not None:  # coefficients may have the sizes of batches, of which there are several
             return None
         inner = self.problem.inner
         given = self.problem.g_as_given if inner is None else inner.g
@@ -219,6 +222,12 @@ class FlatProblem:
         return self._map(function, level, x, *rows)
 
     def _map(self, function: Callable[..., Tensor], level: str, x: Tensor, *rows: Tensor) -> Tensor:
+        uneven = self._uneven(level)
+        if uneven is not None:
+            every: Tensor = uneven.each(
+                lambda data, *given: self._of_group(data)._map(function, level, *given), x, *rows
+            )
+            return every
         encode, count = None if self.is_encoded else self.problem.encode, len(rows)
         own, several = self.is_encoded and self.tasks is not None, x.dim() > 1  # own: each task has its part of x
         if self.tasks is None and not several:  # nothing is side by side
@@ -252,6 +261,17 @@ class FlatProblem:
         except Exception as error:
             found = self._otherwise(error, one, dims, inputs)
         return found
+
+    def _uneven(self, level: str) -> Uneven | None:
+        """The data of a level, where several runs have batches of several sizes."""
+        if level not in self.own_data or not isinstance(self.data, Split):
+            return None
+        data = getattr(self.data, level)
+        return data if isinstance(data, Uneven) else None
+
+    def _of_group(self, data: Any) -> FlatProblem:
+        """The same for runs with batches of one size."""
+        return self.on(Split(f=data, g=data), self.tally, self.own_data)
 
     def _otherwise(
         self, error: Exception, one: Callable[..., Any], dims: list[tuple[int | None, ...]], inputs: tuple[Tensor, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeAlias, final
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bilevel._optimizer import Setting
     from bilevel.certificates.certificate import Constants
     from bilevel.inner_problems.cone_form import FlatConeProgram
+    from bilevel.inner_problems.flat_image import FlatImage
     from bilevel.inner_problems.nonlinear_constraints import FlatConstraints
     from bilevel.inner_problems.polytope import FlatPolytope
     from bilevel.inner_problems.separable import SeparableObjective
@@ -76,6 +77,7 @@ class Objective:
         cones: the cone program that the inner problem is, in the place of a function, for solvers that heed it.
         fixed_point: y -> T(x, y) `(*batch, q)`, where the y that is wanted is its fixed point; differentiable.
         known: y -> (g, g to second order), where g knows its own derivatives.
+        image: gives k, A and b where the term is k(A y + b), for solvers that take it apart; else None.
 
     Example:
         >>> objective = Objective(lambda y: (y - 1).square().sum())
@@ -102,6 +104,7 @@ class Objective:
         cones: FlatConeProgram | None = None,
         fixed_point: Callable[[Tensor], Tensor] | None = None,
         known: Callable[[Tensor], tuple[Tensor, Linearization]] | None = None,
+        image: Callable[[], FlatImage | None] | None = None,
     ) -> None:
         self.function = function
         self.tally = Tally() if tally is None else tally
@@ -110,12 +113,18 @@ class Objective:
         self.linearization: Linearization | None = None
         self._linearize, self._oracle, self._settings, self._known = linearize, oracle, settings, known
         self.separable, self.nonlinear, self.cones, self.fixed_point = separable, nonlinear, cones, fixed_point
+        self._image = image
 
     @property
     def is_plain(self) -> bool:
         """Whether y is to minimize g alone: there are no constraints, no proximal map, no map, no steps of its own."""
         beyond = (self.constraints, self.nonlinear, self.prox, self.own, self.cones, self.fixed_point)
         return all(part is None for part in beyond)
+
+    @cached_property
+    def image(self) -> FlatImage | None:
+        """K, A and b where the term is k(A y + b) with the map of k alone known; made when first asked for."""
+        return None if self._image is None else self._image()
 
     def scaled(self, factor: float) -> Objective:
         """Factor times this objective, for solvers whose squares would be lost at its own scale; it cannot be unrolled.
@@ -412,6 +421,7 @@ def smooth_objective(
     active: Callable[[Tensor, Tensor | float], Tensor] | None = None,
     separable: SeparableObjective | None = None,
     nonlinear: FlatConstraints | None = None,
+    image: Callable[[], FlatImage | None] | None = None,
 ) -> Objective:
     """g(x, .) for inner solvers, with whatever else a kind has."""
     # From a start that depends on x, y may be meant as what steps make of it; an implicit estimator means the solution.
@@ -436,6 +446,7 @@ def smooth_objective(
         separable,
         nonlinear,
         known=made.known(problem, x),
+        image=image,
     )
 
 

@@ -64,7 +64,8 @@ class Status(enum.Enum):
     )
     imprecise = (
         "Too few digits are left: differences are taken over so little (a short radius or step, a high weight) that"
-        " rounding, or the tolerance of the inner solver, is a large part of them. Lengthen the radius or step, lower"
+        " rounding, or the tolerance of the inner solver, is a large part of them; or an eigenvalue of dT/dy is so near"
+        " to 1 that a fixed point may be far from a y that met its tolerance. Lengthen the radius or step, lower"
         " the weight, tighten the tolerance, or compute in float64."
     )
     stagnated = (
@@ -89,8 +90,10 @@ class Status(enum.Enum):
     )
     not_positive_definite = (
         "The matrix is not positive definite: its Cholesky factorization does not exist. y may not be a strict"
-        " minimum of g(x, .), under constraints along those that hold; solve the inner problem more accurately, add a"
-        " regularizer to g or pass `damping=`."
+        " minimum of g(x, .), under constraints along those that hold (second-order sufficiency fails, as where a"
+        " linear program has several solutions, or none): solve the inner problem more accurately, add a regularizer to"
+        " g or pass `damping=`. Where several minimizers are meant, `minimize(algorithm=ValueFunction())` chooses among"
+        " them."
     )
     singular = (
         "The matrix is singular to rounding: the system has no unique solution, and this is the least squares solution"
@@ -109,6 +112,12 @@ class Status(enum.Enum):
         "The parameters are no minimizer of the training objective: its gradient there is large beside those of single"
         " samples, so that what the first order says of leaving one out is not about them. Train on, to a small"
         " gradient (`LBFGS`, or a falling step), with the `l2` that is passed here; or raise `tol` to accept it."
+    )
+    descent_left = (
+        "y minimizes g(x, .) and all constraints hold, but f is not known to be least there, even locally: to first"
+        " order it falls along a direction that the conditions for y leave open, or there are none (no multipliers;"
+        " more than ten constraints on y hold). Run it from other x0 and take the lowest value; or pass"
+        " `throw=False` to accept the point, which is feasible."
     )
     infeasible = (
         "The constraints on y contradict each other: no y satisfies all of them. Check A, b and the bounds that"
@@ -314,7 +323,9 @@ class Tally:
                 demand_range("Tally", name, count, COUNT)
         if whole is not None:
             demand_type("Tally", "whole", whole, Tally | None)
-        self.f_samples, self.g_samples, self.whole = f_samples, g_samples, whole
+        self.f_samples: float = f_samples
+        self.g_samples: float = g_samples
+        self.whole = whole
         self.parts: list[Tally] = []
         self._zero()
 
@@ -324,8 +335,8 @@ class Tally:
         self.sample_calls = 0  # of parts that have been settled
         self.beside = 0  # gradients of g in x, where they are taken together with those in y
 
-    def part(self, f_samples: int, g_samples: int) -> Tally:
-        """A tally of calls for batches of these sizes, which count here as well."""
+    def part(self, f_samples: float, g_samples: float) -> Tally:
+        """A tally of calls for batches of these sizes, which count here as well; of several batches their mean."""
         found = Tally.__new__(Tally)  # at every step of a run: sizes of batches are counts
         found.f_samples, found.g_samples, found.whole, found.parts = f_samples, g_samples, self, []
         found._zero()
@@ -366,7 +377,7 @@ class Tally:
 
     def _calls(self) -> int:
         of_g = self.gradients + self.beside + self.hvps + self.cross_products
-        return self.sample_calls + self.g_samples * of_g + self.f_samples * self.outer_gradients
+        return self.sample_calls + round(self.g_samples * of_g + self.f_samples * self.outer_gradients)
 
     def _own(self) -> Stats:
         return Stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=self._calls())

@@ -51,13 +51,20 @@ from bilevel.problems.meta_learning import (
 from bilevel.problems.minimax import minimax
 from bilevel.problems.nested import nested
 from bilevel.problems.networks import byte_gpt, language_sources, python_texts
+from bilevel.problems.networks.active_cells import active_cells
 from bilevel.problems.networks.distillation import distillation
+from bilevel.problems.networks.fair_classifier import fair_classifier
+from bilevel.problems.networks.fair_meta_learning import fair_meta_learning
+from bilevel.problems.networks.federated_cleaning import federated_cleaning
+from bilevel.problems.networks.federated_maml import federated_maml
+from bilevel.problems.networks.federated_representation import federated_representation
 from bilevel.problems.networks.learned_augmentation import learned_augmentation
 from bilevel.problems.networks.learning_to_optimize import learning_to_optimize
 from bilevel.problems.networks.mislabelled_tasks import mislabelled_tasks
 from bilevel.problems.networks.mixed_operations import mixed_operations
 from bilevel.problems.networks.noisy_labels import noisy_labels
 from bilevel.problems.networks.outlier_sinusoids import outlier_sinusoids
+from bilevel.problems.networks.platinum import semi_supervised
 from bilevel.problems.networks.replay import replay
 from bilevel.problems.networks.representation import representation
 from bilevel.problems.networks.small_network import small_network
@@ -66,6 +73,7 @@ from bilevel.problems.proximal_tasks import ProximalTasks, proximal_tasks
 from bilevel.problems.quadratic import QuadraticFamily, quadratic, random_quadratic
 from bilevel.problems.ridge import Ridge, ridge, ridge_diabetes, ridge_orthonormal, ridge_per_feature_diabetes
 from bilevel.problems.sparse_regression import (
+    elastic_net,
     elastic_net_diabetes,
     group_lasso,
     lasso,
@@ -102,6 +110,7 @@ __all__ = [
     "TabularMDP",
     "WeightedLogit",
     "abml",
+    "active_cells",
     "actor_critic",
     "anil",
     "asinh",
@@ -114,7 +123,13 @@ __all__ = [
     "deep_equilibrium",
     "distillation",
     "double_well",
+    "elastic_net",
     "elastic_net_diabetes",
+    "fair_classifier",
+    "fair_meta_learning",
+    "federated_cleaning",
+    "federated_maml",
+    "federated_representation",
     "group_lasso",
     "highest_penalty",
     "hyper_cleaning",
@@ -156,6 +171,7 @@ __all__ = [
     "ridge_head",
     "ridge_orthonormal",
     "ridge_per_feature_diabetes",
+    "semi_supervised",
     "shared_embedding",
     "small_network",
     "sparse_logistic",
@@ -205,6 +221,7 @@ _ENTRIES = (
     Entry("lasso", "lasso with one learned penalty: held-out loss, cross-validation or SURE, generated data", lasso),
     Entry("weighted-lasso", "lasso with a learned penalty for each of a hundred features", weighted_lasso),
     Entry("lasso-diabetes", "lasso with learned penalties, diabetes data", lasso_diabetes),
+    Entry("elastic-net", "elastic net with both penalties learned, by the same criteria, generated data", elastic_net),
     Entry("elastic-net-diabetes", "elastic net with both penalties learned, diabetes data", elastic_net_diabetes),
     Entry("group-lasso", "group lasso with a learned penalty, generated data", group_lasso),
     Entry("sparse-logistic", "logistic regression with a learned L1 penalty, breast cancer data", sparse_logistic),
@@ -221,6 +238,11 @@ _ENTRIES = (
         "which sources of text, one of them corrupted, a byte-level GPT should be trained on",
         language_sources,
     ),
+    Entry("federated-cleaning", "mislabelled digits of clients whose samples stay with them", federated_cleaning),
+    Entry(
+        "federated-representation", "a layer and a head that clients learn together, digits", federated_representation
+    ),
+    Entry("federated-maml", "a start that hundreds of devices adapt to a sinusoid each", federated_maml),
     Entry("quadratic", "quadratic objectives at both levels, prescribed spectrum", quadratic),
     Entry("nested", "quadratic objectives with x and y in nested structures", nested),
     Entry("minimax", "a saddle point: g = -f, the implicit term vanishes", minimax),
@@ -258,6 +280,26 @@ _ENTRIES = (
         "nested-maml-images",
         "weights of the instances of few-shot tasks with wrong labels (NestedMAML), digits or Omniglot",
         mislabelled_tasks,
+    ),
+    Entry(
+        "fair-meta-learning",
+        "a start and a multiplier from which few steps give fair classifiers (PDFM), Gaussians, states or occupations",
+        fair_meta_learning,
+    ),
+    Entry(
+        "fair-classifier",
+        "how far the covariance of a classifier with a group is to be bounded: the level of a constraint, by KKT",
+        fair_classifier,
+    ),
+    Entry(
+        "semi-supervised-images",
+        "few-shot tasks with unlabelled images, chosen by submodular information (PLATINUM), digits or Omniglot",
+        semi_supervised,
+    ),
+    Entry(
+        "active-cells",
+        "kinds of cells told apart after few labels, some asked for; augmented tasks, held dropout (AGILE)",
+        active_cells,
     ),
     Entry(
         "learning-to-optimize",

@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel._sets import Box
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.inner_problems.linear_model import LinearModel
 from bilevel.problems._plots import COLORS
 from bilevel.prox.elastic_net import ElasticNet
@@ -50,15 +51,18 @@ class SparseData:
         held: the held-out loss.
         test: the loss on the test part.
         name: of the data.
+        variance: of the noise of the targets, where it is known.
     """
 
     train: LinearModel
     held: LinearModel
     test: LinearModel
     name: str
+    variance: float | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_ranges(self, variance=AT_LEAST_0)
 
 
 def l1_term(x: Tensor, *_: Any) -> L1:
@@ -71,10 +75,8 @@ def elastic_net_term(x: Tensor, *_: Any) -> ElasticNet:
     return ElasticNet(x[0].exp(), x[1].exp())
 
 
-def generated(
-    n: int, d: int, nonzeros: int, rho: float, snr: float, seed: int, blocks: int = 1
-) -> tuple[SparseData, float]:
-    """Three parts of n samples each, and the variance of the noise; nonzero entries in blocks of so many."""
+def generated(n: int, d: int, nonzeros: int, rho: float, snr: float, seed: int, blocks: int = 1) -> SparseData:
+    """Three parts of n samples each, with the variance of the noise; nonzero entries in blocks of so many."""
     if not rho < 1:
         raise ValueError(f"`rho=...` must be at least 0 and less than 1. Got {rho}.")
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +97,7 @@ def generated(
     parts = [
         LinearModel(columns[:, k * n : (k + 1) * n].contiguous().mT, targets[k * n : (k + 1) * n]) for k in range(3)
     ]
-    return SparseData(parts[0], parts[1], parts[2], "generated data"), float(noise.square().mean())
+    return SparseData(parts[0], parts[1], parts[2], "generated data", float(noise.square().mean()))
 
 
 def signs(labels: Tensor, classes: int) -> Tensor:

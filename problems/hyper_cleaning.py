@@ -181,7 +181,9 @@ def hyper_cleaning(
         ImportError: if scikit-learn is needed and missing.
         ValueError: if an argument is out of its range.
     """
-    family, shown, y0, description = _set_up(corrupted, n_train, n_val, hidden, regularization, data, seed, double)
+    family, shown, y0, description = set_up_cleaning(
+        corrupted, n_train, n_val, hidden, regularization, data, seed, double
+    )
     return Instance(
         problem=BilevelProblem(family.f, family.known(y0)),
         x0=torch.zeros_like(family.X[:, 0]),
@@ -238,7 +240,9 @@ def hyper_cleaning_batches(
         >>> solution.x.shape, solution.stats.sample_calls > 0
         (torch.Size([30]), True)
     """
-    family, shown, y0, description = _set_up(corrupted, n_train, n_val, hidden, regularization, data, seed, double)
+    family, shown, y0, description = set_up_cleaning(
+        corrupted, n_train, n_val, hidden, regularization, data, seed, double
+    )
     instance = Instance(
         problem=BilevelProblem(family._f_on, family.known(y0, batches=True)),
         x0=torch.zeros_like(family.X[:, 0]),
@@ -251,7 +255,7 @@ def hyper_cleaning_batches(
     return instance, family.samples
 
 
-def _set_up(
+def set_up_cleaning(
     corrupted: float,
     n_train: int,
     n_val: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_0, COUNT, POSITIVE, SEED, SIZE
 from bilevel.inner_problems.linear_model import LinearModel, LogLoss
+from bilevel.problems._criteria import Criterion, Validated, Validation, cross_validated, risk_estimated
 from bilevel.problems._data import Arrays, load
 from bilevel.problems._sparse import (
     START,
@@ -27,8 +28,6 @@ from bilevel.problems._sparse import (
 )
 from bilevel.prox.group_lasso import GroupLasso
 from bilevel.prox.term import AbstractProxTerm
-
-Criterion: TypeAlias = Literal["held-out", "cross-validation", "sure"]
 
 
 @checked(n=SIZE, d=SIZE, nonzeros=COUNT, rho=AT_LEAST_0, snr=POSITIVE, seed=SEED)
@@ -75,24 +74,28 @@ def lasso(
         >>> found.value < found.history[0].value
         True
     """
-    data, variance = generated(n, d, nonzeros, rho, snr, seed)
+    data = generated(n, d, nonzeros, rho, snr, seed)
     x0 = (highest_penalty(data.train) / START).log()
-    name = f"lasso on generated data, {criterion}"
-    if criterion == "cross-validation":
-        return _cross_validated(data, x0, folds, name)
-    if criterion == "sure":
-        return _sure(data, x0, variance, seed, name)
-    return _instance(data, x0, l1_term, name)
+    by = _by("lasso", criterion, data, l1_term, folds, seed)
+    return _instance(data, x0, l1_term, f"lasso on generated data, {criterion}", by=by)
 
 
 @checked(n=SIZE, d=SIZE, nonzeros=COUNT, rho=AT_LEAST_0, snr=POSITIVE, seed=SEED)
 def weighted_lasso(
-    *, n: int = 150, d: int = 100, nonzeros: int = 10, rho: float = 0.5, snr: float = 5.0, seed: int = 0
+    *,
+    n: int = 150,
+    d: int = 100,
+    nonzeros: int = 10,
+    rho: float = 0.5,
+    snr: float = 5.0,
+    criterion: Criterion = "held-out",
+    folds: int = 5,
+    seed: int = 0,
 ) -> Instance:
-    """:func:`lasso` with a penalty for each feature, exp(x_j) |y_j|, on held-out data.
+    """:func:`lasso` with a penalty for each feature, exp(x_j) |y_j|, by the same criteria.
 
-    The start is the penalty that is best for all features together, on a grid: from a start where too many entries
-    are zero their penalties have no influence.
+    The start is the penalty that is best for all features together on held-out data, on a grid: from a start where too
+    many entries are zero their penalties have no influence.
 
     Args:
         n: training samples.
@@ -100,6 +103,8 @@ def weighted_lasso(
         nonzeros: how many of them matter.
         rho: the correlation of neighboring features.
         snr: signal to noise, of norms.
+        criterion: what is minimized over x.
+        folds: of the cross-validation.
         seed: of the draw.
 
     Raises:
@@ -109,10 +114,52 @@ def weighted_lasso(
         >>> weighted_lasso(n=20, d=8).x0.shape
         torch.Size([8])
     """
-    data, _ = generated(n, d, nonzeros, rho, snr, seed)
+    data = generated(n, d, nonzeros, rho, snr, seed)
     shown = Shown(data, l1_term, (highest_penalty(data.train) / START).log())
     x0 = shown.grid[shown.path.best].expand(d).clone()
-    return _instance(data, x0, l1_term, "lasso on generated data, a penalty for each feature", steps=100)
+    by = _by("weighted_lasso", criterion, data, l1_term, folds, seed)
+    return _instance(data, x0, l1_term, f"lasso with a penalty for each feature, {criterion}", by=by, steps=100)
+
+
+@checked(n=SIZE, d=SIZE, nonzeros=COUNT, rho=AT_LEAST_0, snr=POSITIVE, seed=SEED)
+def elastic_net(
+    *,
+    n: int = 150,
+    d: int = 100,
+    nonzeros: int = 10,
+    rho: float = 0.5,
+    snr: float = 5.0,
+    criterion: Criterion = "held-out",
+    folds: int = 5,
+    seed: int = 0,
+) -> Instance:
+    """The elastic net, exp(x_0) |y|_1 + exp(x_1) |y|^2 / 2, on the data and by the criteria of :func:`lasso`.
+
+    Both penalties start at a tenth of the largest one of the lasso.
+
+    Source: Zou, Hastie, "Regularization and variable selection via the elastic net", JRSS B 67 (2005).
+
+    Args:
+        n: training samples.
+        d: number of features.
+        nonzeros: how many of them matter, at most.
+        rho: the correlation of neighboring features.
+        snr: signal to noise, of norms.
+        criterion: what is minimized over x.
+        folds: of the cross-validation.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+        >>> elastic_net(n=20, d=8, criterion="sure").x0.shape
+        torch.Size([2])
+    """
+    data = generated(n, d, nonzeros, rho, snr, seed)
+    x0 = (highest_penalty(data.train) / START).log().expand(2).clone()
+    by = _by("elastic_net", criterion, data, elastic_net_term, folds, seed)
+    return _instance(data, x0, elastic_net_term, f"elastic net on generated data, {criterion}", by=by)
 
 
 @checked(seed=SEED)
@@ -136,10 +183,14 @@ def lasso_diabetes(*, per_feature: bool = False, data: Arrays | None = None, see
 
 
 @checked(seed=SEED)
-def elastic_net_diabetes(*, data: Arrays | None = None, seed: int = 0) -> Instance:
+def elastic_net_diabetes(
+    *, criterion: Validation = "held-out", folds: int = 5, data: Arrays | None = None, seed: int = 0
+) -> Instance:
     """The elastic net, exp(x_0) |y|_1 + exp(x_1) |y|^2 / 2, on the data of :func:`lasso_diabetes`.
 
     Args:
+        criterion: what is minimized over x.
+        folds: of the cross-validation, of the training samples.
         data: the user's own data; see `bilevel.problems.Arrays`.
         seed: of the split.
 
@@ -148,16 +199,21 @@ def elastic_net_diabetes(*, data: Arrays | None = None, seed: int = 0) -> Instan
     """
     parts = _diabetes(data, seed)
     x0 = (highest_penalty(parts.train) / START).log().expand(2).clone()
-    return _instance(parts, x0, elastic_net_term, f"elastic net on {parts.name}")
+    by = _by("elastic_net_diabetes", criterion, parts, elastic_net_term, folds, seed)
+    return _instance(parts, x0, elastic_net_term, f"elastic net on {parts.name}, {criterion}", by=by)
 
 
 @checked(seed=SEED)
-def sparse_logistic(*, data: Arrays | None = None, seed: int = 0) -> Instance:
+def sparse_logistic(
+    *, criterion: Validation = "held-out", folds: int = 5, data: Arrays | None = None, seed: int = 0
+) -> Instance:
     """Logistic regression with exp(x) |y|_1 on scikit-learn's breast cancer data (569 x 30), or on `data`.
 
     Two classes; half of the samples train, a quarter validates, a quarter tests.
 
     Args:
+        criterion: what is minimized over x.
+        folds: of the cross-validation, of the training samples.
         data: the user's own data; see `bilevel.problems.Arrays`.
         seed: of the split.
 
@@ -172,14 +228,25 @@ def sparse_logistic(*, data: Arrays | None = None, seed: int = 0) -> Instance:
     )
     found = SparseData(train, held, test, "breast cancer" if data is None else "your data")
     x0 = (highest_penalty(train) / START).log()
-    return _instance(found, x0, l1_term, f"sparse logistic regression on {found.name}")
+    by = _by("sparse_logistic", criterion, found, l1_term, folds, seed)
+    return _instance(found, x0, l1_term, f"sparse logistic regression on {found.name}, {criterion}", by=by)
 
 
 @checked(n=SIZE, groups=SIZE, size=SIZE, active=COUNT, snr=POSITIVE, seed=SEED)
 def group_lasso(
-    *, n: int = 100, groups: int = 12, size: int = 4, active: int = 3, snr: float = 3.0, seed: int = 0
+    *,
+    n: int = 100,
+    groups: int = 12,
+    size: int = 4,
+    active: int = 3,
+    snr: float = 3.0,
+    criterion: Criterion = "held-out",
+    folds: int = 5,
+    seed: int = 0,
 ) -> Instance:
     """The group lasso, exp(x) sum_g |y_g|, on generated data of which a few groups of features matter.
+
+    By the criteria of :func:`lasso`.
 
     Args:
         n: training samples, and as many for validation and for testing.
@@ -187,6 +254,8 @@ def group_lasso(
         size: features in each.
         active: how many groups matter.
         snr: signal to noise, of norms.
+        criterion: what is minimized over x.
+        folds: of the cross-validation.
         seed: of the draw.
 
     Raises:
@@ -196,7 +265,7 @@ def group_lasso(
         >>> group_lasso(groups=3, size=2).y0.shape
         torch.Size([6])
     """
-    data, _ = generated(n, groups * size, min(active, groups) * size, 0.5, snr, seed, blocks=size)
+    data = generated(n, groups * size, min(active, groups) * size, 0.5, snr, seed, blocks=size)
     labels = torch.arange(groups, device="cpu").repeat_interleave(size)
     slopes = data.train.X.mT @ data.train.sample_targets() / n
     top = torch.linalg.vector_norm(slopes.reshape(groups, size), dim=1).max()
@@ -204,7 +273,8 @@ def group_lasso(
     def term(x: Tensor, *_: Any) -> GroupLasso:
         return GroupLasso(x.exp(), labels)
 
-    return _instance(data, (top / START).log(), term, "group lasso on generated data")
+    by = _by("group_lasso", criterion, data, term, folds, seed)
+    return _instance(data, (top / START).log(), term, f"group lasso on generated data, {criterion}", by=by)
 
 
 def _diabetes(data: Arrays | None, seed: int) -> SparseData:
@@ -219,69 +289,38 @@ def _diabetes(data: Arrays | None, seed: int) -> SparseData:
 
 
 def _instance(
-    data: SparseData, x0: Tensor, term: Callable[..., AbstractProxTerm], name: str, steps: int = 12
+    data: SparseData,
+    x0: Tensor,
+    term: Callable[..., AbstractProxTerm],
+    name: str,
+    *,
+    by: Validated | None = None,
+    start: Tensor | None = None,
+    steps: int = 12,
 ) -> Instance:
-    start = x0 if x0.dim() == 0 else (highest_penalty(data.train) / START).log()
-    shown = Shown(data, term, start)
+    """By held-out loss, or by a criterion of its own; the range of the search is that around `start`."""
+    middle = start if start is not None else x0 if x0.dim() == 0 else (highest_penalty(data.train) / START).log()
+    shown = Shown(data, term, middle)
+    problem = BilevelProblem(data.held, data.train, prox=term) if by is None else by.problem
+    settings: dict[str, Any] = {"constraint": clipped(middle), "max_steps": steps}
     return Instance(
-        problem=BilevelProblem(data.held, data.train, prox=term),
+        problem=problem,
         x0=x0,
         y0=torch.zeros_like(data.train.X[0]),
         description=name,
-        metrics=shown.metrics,
-        plot=shown.plot,
-        settings={"constraint": clipped(start), "max_steps": steps},
+        metrics=shown.metrics if by is None else lambda x, _: shown.metrics(x, shown.refitted(x)),
+        plot=shown.plot if by is None else lambda figure, x, _: shown.plot(figure, x, shown.refitted(x)),
+        settings=settings if by is None else settings | {"data": by.data},
     )
 
 
-def _cross_validated(data: SparseData, x0: Tensor, folds: int, name: str) -> Instance:
-    n = data.train.X.shape[0]
-    if not 2 <= folds <= n:
-        raise ValueError(f"`lasso(folds=...)` must be at least 2 and at most n = {n}. Got {folds}.")
-    held = torch.arange(folds, device="cpu").unsqueeze(1) == torch.arange(n, device="cpu") % folds
-    data_of_folds = {
-        "train": ~held / (~held).sum(1, keepdim=True).double(),
-        "held": held / held.sum(1, keepdim=True).double(),
-    }
-    train = LinearModel(data.train.X, data.train.targets, weights=lambda fold: fold["train"])
-    left_out = LinearModel(data.train.X, data.train.targets, weights=lambda fold: fold["held"])
-    shown = Shown(data, l1_term, x0)
-    return Instance(
-        problem=BilevelProblem(left_out, train, prox=l1_term, tasks=True),
-        x0=x0,
-        y0=torch.zeros_like(data.train.X[0]),
-        description=f"{name} in {folds} folds",
-        metrics=lambda x, _: shown.metrics(x, shown.refitted(x)),
-        plot=lambda figure, x, _: shown.plot(figure, x, shown.refitted(x)),
-        settings={"constraint": clipped(x0), "max_steps": 12, "data": data_of_folds},
-    )
-
-
-def _sure(data: SparseData, x0: Tensor, variance: float, seed: int, name: str) -> Instance:
-    """SURE = |b - X y|^2 - n s + 2 s dof, dof = <X y(b + e u) - X y(b), u> / e: two lassos side by side, over 2 n."""
-    X, b = data.train.X, data.train.sample_targets()
-    n, generator = X.shape[0], torch.Generator().manual_seed((seed + 1_000_003) % 2**63)  # not that of X
-    u = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
-    e = 2 * variance**0.5 / n**0.3
-    both = {
-        "targets": torch.stack([b, b + e * u]),
-        "fits": torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu"),
-        "sign": torch.tensor([-1.0, 1.0], dtype=torch.float64, device="cpu"),
-    }
-
-    def risk(_: Tensor, y: Tensor, part: dict[str, Tensor]) -> Tensor:
-        z = torch.nn.functional.linear(X, y)
-        fit = part["fits"] * ((z - b).square().sum() - n * variance)
-        total: Tensor = fit + part["sign"] * (2 * variance / e) * (z @ u)
-        return total / n  # the mean over the two is half of the sum
-
-    shown = Shown(data, l1_term, x0)
-    return Instance(
-        problem=BilevelProblem(risk, LinearModel(X, lambda part: part["targets"]), prox=l1_term, tasks=True),
-        x0=x0,
-        y0=torch.zeros_like(X[0]),
-        description=name,
-        metrics=lambda x, _: shown.metrics(x, shown.refitted(x)),
-        plot=lambda figure, x, _: shown.plot(figure, x, shown.refitted(x)),
-        settings={"constraint": clipped(x0), "max_steps": 12, "data": both},
-    )
+def _by(
+    call: str, criterion: Criterion, data: SparseData, term: Callable[..., AbstractProxTerm], folds: int, seed: int
+) -> Validated | None:
+    """The criterion; None: held-out loss."""
+    if criterion == "cross-validation":
+        return cross_validated(call, data.train, term, folds)
+    if criterion == "sure":
+        assert data.variance is not None
+        return risk_estimated(data.train, term, data.variance, seed)
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -150,3 +150,41 @@ class Safeguard:
         residual = safe_row_norms(self.y - image_of(objective, self.y))
         statuses = ended(residual, allowed(self.y, tol, rtol), self.y, self.first, self.start)
         return Solved(self.y, statuses, residual, steps)
+
+
+class Acceleration(Protocol):
+    """What a method makes of the iterates that it has seen; the state of one solve."""
+
+    def told(self, y: Tensor, r: Tensor) -> None:
+        """Take an iterate and r = T(y) - y there."""
+        ...
+
+    def next(self, y: Tensor, r: Tensor, damping: Tensor) -> Tensor:
+        """The next iterate, after `told` of this one; `damping` is `(*batch, 1)`."""
+        ...
+
+    def forgotten(self, rows: Tensor, y: Tensor, r: Tensor) -> None:
+        """Begin anew in some rows, from y and its residual there."""
+        ...
+
+
+def accelerated(
+    objective: Objective, guard: Safeguard, method: Acceleration, tol: float, rtol: float, max_steps: int
+) -> Solved:
+    """Iterate until all rows meet their tolerance, have given up, or the steps end."""
+    step = 0
+    for step in range(max_steps + 1):
+        moving = guard.moving(allowed(guard.y, tol, rtol))
+        if step == max_steps or not bool(moving.any()):
+            break
+        method.told(guard.at, guard.r)
+        if step:
+            back = guard.back() & moving
+            if bool(back.any()):
+                guard.begin_again(back)
+                method.forgotten(back, guard.at, guard.r)
+        new = method.next(guard.at, guard.r, guard.damping.unsqueeze(-1))
+        new = torch.where(moving.unsqueeze(-1), new, guard.at)
+        objective.tally.inner_steps += int(moving.sum())
+        guard.told(new, image_of(objective, new))
+    return guard.solved(objective, step, tol, rtol)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from typing import TypeVar, final
 
 import torch
@@ -73,9 +74,12 @@ class AbstractProximalSteps(AbstractUnrollable):
         """The y to return: an image of the proximal map, so that what it sets to zero is zero."""
 
     def tuned(self: Own, objective: Objective, y0: Tensor) -> Own:
-        if self.step is not None:
-            return self
-        return self._with_curvature(objective.largest_curvature(y0))
+        own = self.shaped(objective)
+        return own if own.step is not None else own._with_curvature(objective.largest_curvature(y0))
+
+    def shaped(self: Own, objective: Objective) -> Own:
+        """The same with what its state takes from the objective; most take nothing."""
+        return self
 
     def tuned_on_the_way(self: Own, objective: Objective, y0: Tensor) -> Own | None:
         if self.step is not None:
@@ -84,7 +88,7 @@ class AbstractProximalSteps(AbstractUnrollable):
         largest = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest)).max()
         start = largest.expand(y0.shape[:-1])
         found = curvature_on_the_way(objective, y0, start, self.max_steps, self.tol or 0.0, step_for_prox=True)
-        return self._with_curvature(found) if bool((found > start).any()) else None
+        return self.shaped(objective)._with_curvature(found) if bool((found > start).any()) else None
 
     def _with_curvature(self: Own, curvature: Tensor) -> Own:
         largest = float(curvature.max())  # one step for all rows
@@ -126,6 +130,17 @@ def _run(solver: AbstractProximalSteps, objective: Objective, y0: Tensor) -> tup
             objective.tally.inner_steps += int(moving.sum())
 
 
+def image_of_steps(objective: Objective, y: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The proximal gradient step from y, and its residual `(*batch,)`: the point that a solver is about to return."""
+    with torch.no_grad():
+        v = y - step * objective.gradient(y)
+        y = v if objective.prox is None else objective.prox(v, step)
+        gradient = objective.last_gradient(y)
+        v = y - step * gradient
+        moved = (v if objective.prox is None else objective.prox(v, step)) - y
+        return y, safe_row_norms(moved) / step.squeeze(-1)
+
+
 def _residual(objective: Objective, y: Tensor, gradient: Tensor, step: float) -> Tensor:
     v = y - step * gradient
     return safe_row_norms((v if objective.prox is None else objective.prox(v, step)) - y) / step
@@ -148,11 +163,16 @@ class Settling:
 
     def still(self, y: Tensor, gradient: Tensor, low: Tensor, residual: Tensor) -> Tensor:
         """Which rows have a low residual and a manifold that is still to settle: `(*batch,)`."""
+        active, step = self.active, self.step
+        return self.at(None if active is None else lambda: active(y - step * gradient, step), low, residual)
+
+    def at(self, manifold: Callable[[], Tensor] | None, low: Tensor, residual: Tensor) -> Tensor:
+        """The same for codes of the manifold that are made where they are looked at."""
         near = low & (residual > 0)  # where nothing moves at all, nothing is to be waited for
-        if self.active is None or not self.settled or not bool(near.any()):
+        if manifold is None or not self.settled or not bool(near.any()):
             self.last = self.count = None
             return torch.zeros_like(low)
-        codes = self.active(y - self.step * gradient, self.step)
+        codes = manifold()
         if self.last is None or self.count is None:
             self.last, self.count = codes, torch.zeros_like(residual)
         else:

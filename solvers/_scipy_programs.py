@@ -96,9 +96,12 @@ def as_rows(part: Tensor) -> Any:
 RowMethod: TypeAlias = Callable[[Any, "Row", Any], tuple[Any, int, bool]]
 
 
-def minimized(user: str, method: RowMethod, objective: Objective, y0: Tensor, tol: float) -> Solved:
+def minimized(
+    user: str, method: RowMethod, objective: Objective, y0: Tensor, tol: float | None, max_steps: int
+) -> Solved:
     """The problems of a batch one after the other; then all by Newton's method on the constraints that hold."""
     optimize = scipy_optimize(user)
+    tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if tol is None else tol
     given = ConvexProgram(objective, y0.detach())
     found, steps, spent = given.rows(y0), [0] * len(given.linear[0]), [False] * len(given.linear[0])
     lower, upper = given.linear[2:4]
@@ -108,6 +111,9 @@ def minimized(user: str, method: RowMethod, objective: Objective, y0: Tensor, to
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it stopped short: the violation is measured
+            if not max_steps:
+                spent[k] = True
+                continue
             x, steps[k], spent[k] = method(optimize, Row(given, k, found), as_numpy(found[k]))
         found[k] = torch.from_numpy(x.copy()).to(found)
     objective.tally.inner_steps += sum(steps)

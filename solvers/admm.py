@@ -15,12 +15,15 @@ from bilevel._numerics.rows import positive_or_one, safe_row_norms
 from bilevel._result import Solved, judged_rows
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, demand_ranges
+from bilevel.inner_problems.flat_image import FlatImage
 from bilevel.requirements.properties import Feature
 from bilevel.solvers._proximal_steps import Settling
+from bilevel.solvers._split_admm import split_admm
 from bilevel.solvers.cg import CG
 
 _DENSE = 512  # up to so many entries of y, H + rho I is factorized, once where g is quadratic
 _PART = 0.1  # of the residuals before, which Newton's steps for y leave
+_DAMPED = 1e-12  # of |A|^2, that is added to A'A
 _NEWTON = 10  # at most so many of them an iteration
 _BALANCE, _EVERY, _LATEST = (
     10.0,
@@ -38,6 +41,10 @@ class ADMM(AbstractInnerSolver):
     rho = sqrt(mu L) about like (1 - sqrt(mu / L))^k, as `FISTA` does, but by steps that solve a system in H + rho I. It
     is for g whose curvatures are far apart, or few y, where a factorization is cheap. z is returned, so that what the
     map sets to zero is zero; the residual |z - prox_{t h}(z - t grad_y g)| / t, t = 1 / L, is taken there.
+
+    Of a term k(A y + b) (`Affine` with a matrix) it takes k and A apart, A y + b - z in the place of y - z, and H +
+    rho A'A in that of H + rho I: with maps of k alone, over-relaxed by 1.6, up to the end, where the image of y under
+    the map of the whole term is returned. That is what it is best for.
 
     The minimization over y is by Newton's steps: one where g is quadratic. Up to 512 entries of y their matrix is
     factorized, and used as long as it serves; above that it is solved with `linear`.
@@ -100,6 +107,20 @@ class ADMM(AbstractInnerSolver):
         rho = (L * low).sqrt() if self.rho is None else torch.full_like(L, self.rho)
         t = 1 / L
         settling = Settling(objective, t, self.settled)
+        if objective.image is not None:
+            image, system = objective.image, _System(self.linear, objective.image)
+            return split_admm(
+                objective,
+                image,
+                y0,
+                rho=self.rho,
+                curvatures=(L, low),
+                max_steps=self.max_steps,
+                tol=self.tol,
+                settled=self.settled,
+                minimize=lambda y, c, rho, size: system.minimize(objective, y, c, rho, size),
+                changed=system.forget,
+            )
         system = _System(self.linear)
         y = z = y0.detach().clone()
         u, steps, size = torch.zeros_like(y), 0, safe_row_norms(y).unsqueeze(-1) + 1
@@ -122,9 +143,12 @@ class ADMM(AbstractInnerSolver):
             steps += 1
             objective.tally.inner_steps += int(moving.sum())
             if self.rho is None and steps % _EVERY == 0 and steps <= _LATEST:
-                factor = torch.where(primal > _BALANCE * dual, 2.0, torch.where(dual > _BALANCE * primal, 0.5, 1.0))
+                one = torch.ones_like(rho)
+                less = torch.where(dual > _BALANCE * primal, one / 2, one)
+                factor = torch.where(primal > _BALANCE * dual, 2 * one, less)
                 rho, u = rho * factor, u / factor
-                system.matrix = system.matrix if bool((factor == 1).all()) else None
+                if not bool((factor == 1).all()):
+                    system.forget()
             gradient = objective.gradient(z)
         objective.last_gradient(z)
         return Solved(z, judged_rows(residual, self.tol or math.inf), residual, steps)
@@ -132,11 +156,29 @@ class ADMM(AbstractInnerSolver):
 
 @final
 class _System:
-    """Newton's steps for argmin_y g(y) + rho / 2 |y - c|^2, and what is kept of one minimization for the next."""
+    """Newton's steps for argmin_y g(y) + rho / 2 |A y - c|^2, and what is kept of one minimization for the next."""
 
-    def __init__(self, linear: AbstractLinearSolver) -> None:
-        self.linear = linear
-        self.matrix: Tensor | None = None  # the Cholesky factor of H + rho I
+    def __init__(self, linear: AbstractLinearSolver, image: FlatImage | None = None) -> None:
+        self.linear, self.image = linear, image
+        self.matrix: Tensor | None = None  # the Cholesky factor of H + rho A'A
+
+    def forget(self) -> None:
+        """Rho is another."""
+        self.matrix = None
+
+    def _off(self, y: Tensor, c: Tensor) -> Tensor:
+        """A' (A y - c)."""
+        if self.image is None:
+            return y - c
+        return self.image.back((self.image.A @ y.unsqueeze(-1)).squeeze(-1) - c)
+
+    def _gram(self, y: Tensor) -> Tensor:
+        """A'A, as a matrix; by so little more than it that the sum with H is definite where neither is."""
+        unit = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        if self.image is None:
+            return unit
+        gram = self.image.A.detach().mT @ self.image.A.detach()
+        return gram + _DAMPED * self.image.squared_norm.unsqueeze(-1) * unit
 
     def minimize(self, objective: Objective, y: Tensor, c: Tensor, rho: Tensor, size: Tensor) -> Tensor:
         """From y, until the gradient is a part of rho times the size of the latest move."""
@@ -147,24 +189,26 @@ class _System:
                 gradient, hessian = objective.gradient(y), None
             else:
                 _, gradient, hessian = objective.hessian(y)
-            r = gradient + rho * (y - c)
+            r = gradient + rho * self._off(y, c)
             norm = safe_row_norms(r).unsqueeze(-1)
             if k and bool((norm <= _PART * rho * size).all() | ~norm.isfinite().all()):
                 break
             if dense and (self.matrix is None or bool((norm > 0.5 * before).any())):
                 hessian = objective.hessian(y)[2] if hessian is None else hessian
-                matrix = hessian.dense(y) + rho.unsqueeze(-1) * torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+                matrix = hessian.dense(y) + rho.unsqueeze(-1) * self._gram(y)
                 self.matrix = torch.linalg.cholesky_ex(matrix).L
             before = norm
             if dense and self.matrix is not None:
                 y = y - torch.cholesky_solve(r.unsqueeze(-1), self.matrix).squeeze(-1)
             elif hessian is not None:
-                y = y - self.linear.solve(_shifted(hessian, rho), r).value
+                y = y - self.linear.solve(self._shifted(hessian, rho), r).value
         return y
 
+    def _shifted(self, hessian: LinearOperator, rho: Tensor) -> LinearOperator:
+        def mv(v: Tensor) -> Tensor:
+            return hessian.mv(v) + rho * self._off(v, v.new_zeros(()))
 
-def _shifted(hessian: LinearOperator, rho: Tensor) -> LinearOperator:
-    return LinearOperator(lambda v: hessian.mv(v) + rho * v, hessian.size, positive_definite=True)
+        return LinearOperator(mv, hessian.size, positive_definite=True)
 
 
 def _generalized(objective: Objective, z: Tensor, gradient: Tensor, t: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import final
 
-import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective, unbounded
@@ -16,7 +15,7 @@ from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.requirements.properties import Feature
-from bilevel.solvers._fixed_points import Safeguard, allowed, demand_map, image_of
+from bilevel.solvers._fixed_points import Safeguard, accelerated, demand_map, image_of
 
 _FAR = 1e2  # times the least residual
 _PATIENCE = 20  # steps without a better one, and twice the memory
@@ -53,6 +52,7 @@ class Anderson(AbstractInnerSolver):
         ValueError: if a number is out of range; from `solve`, if the inner problem is no fixed point.
 
     Example:
+        >>> import torch
         >>> objective = Objective(lambda y: y.sum(-1), fixed_point=lambda y: 3 - 2 * y)  # expands
         >>> Anderson().solve(objective, torch.zeros(1)).value
         tensor([1.])
@@ -105,22 +105,6 @@ class Anderson(AbstractInnerSolver):
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         demand_map("Anderson", objective)
         y = y0.detach().clone()
+        guard = Safeguard(y, image_of(objective, y), self.damping, _FAR, _PATIENCE + 2 * self.memory)
         mixing = Mixing(y, self.memory, self.regularization)
-        image = image_of(objective, y)
-        guard = Safeguard(y, image, self.damping, _FAR, _PATIENCE + 2 * self.memory)
-        step = 0
-        for step in range(self.max_steps + 1):
-            moving = guard.moving(allowed(guard.y, self.tol, self.rtol))
-            if step == self.max_steps or not bool(moving.any()):
-                break
-            mixing.told(guard.at, guard.r)
-            if step:
-                back = guard.back() & moving
-                if bool(back.any()):
-                    guard.begin_again(back)
-                    mixing.forgotten(back, guard.at, guard.r)
-            new = mixing.next(guard.at, guard.r, guard.damping.unsqueeze(-1))
-            new = torch.where(moving.unsqueeze(-1), new, guard.at)
-            objective.tally.inner_steps += int(moving.sum())
-            guard.told(new, image_of(objective, new))
-        return guard.solved(objective, step, self.tol, self.rtol)
+        return accelerated(objective, guard, mixing, self.tol, self.rtol, self.max_steps)

@@ -16,7 +16,7 @@ from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, demand_ranges
 from bilevel.bounds.iterations import stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.requirements.properties import Feature
-from bilevel.solvers._fixed_points import Safeguard, allowed, demand_map, image_of
+from bilevel.solvers._fixed_points import Safeguard, accelerated, demand_map, image_of
 
 _FAR = 1e8  # times the least residual: the way of Broyden's method to a solution leads over hills
 _PATIENCE = 20  # steps without a better one, and the memory
@@ -92,25 +92,8 @@ class Broyden(AbstractInnerSolver):
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
         demand_map("Broyden", objective)
         y = y0.detach().clone()
-        inverse = _Inverse(y, self.memory)
         guard = Safeguard(y, image_of(objective, y), 1.0, _FAR, _PATIENCE + self.memory)
-        step = 0
-        for step in range(self.max_steps + 1):
-            moving = guard.moving(allowed(guard.y, self.tol, self.rtol))
-            if step == self.max_steps or not bool(moving.any()):
-                break
-            if step:
-                back = guard.back() & moving
-                if bool(back.any()):
-                    guard.begin_again(back)
-                    inverse.forgotten(back)
-            s = guard.damping.unsqueeze(-1) * inverse.times(guard.r)
-            s = torch.where(moving.unsqueeze(-1), s, 0.0)
-            before, new = guard.r, guard.at + s
-            objective.tally.inner_steps += int(moving.sum())
-            guard.told(new, image_of(objective, new))
-            inverse.told(s, before - guard.r)
-        return guard.solved(objective, step, self.tol, self.rtol)
+        return accelerated(objective, guard, _Inverse(y, self.memory), self.tol, self.rtol, self.max_steps)
 
 
 @final
@@ -121,14 +104,19 @@ class _Inverse:
         self.memory = memory
         self.u = like.new_zeros(*like.shape[:-1], 0, like.shape[-1])
         self.v = self.u.clone()
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def times(self, r: Tensor) -> Tensor:
         """B r."""
         product: Tensor = r + ((self.v @ r.unsqueeze(-1)) * self.u).sum(-2)
         return product
 
-    def told(self, s: Tensor, d: Tensor) -> None:
-        """B d = s from now on."""
+    def told(self, y: Tensor, r: Tensor) -> None:
+        """B d = s from now on, of the move s from the last iterate, and the fall d of its residual."""
+        before, self.last = self.last, (y, r)
+        if before is None:
+            return
+        s, d = y - before[0], before[1] - r
         if self.u.shape[-2] == self.memory:
             self.u, self.v = self.u[..., :0, :], self.v[..., :0, :]
         left = s + ((self.u @ s.unsqueeze(-1)) * self.v).sum(-2)  # B's
@@ -140,7 +128,16 @@ class _Inverse:
         self.u = torch.cat([self.u, u.unsqueeze(-2)], dim=-2)
         self.v = torch.cat([self.v, v.unsqueeze(-2)], dim=-2)
 
-    def forgotten(self, rows: Tensor) -> None:
-        """The identity again, in some rows."""
+    def next(self, y: Tensor, r: Tensor, damping: Tensor) -> Tensor:
+        """y + damping B r."""
+        return y + damping * self.times(r)
+
+    def forgotten(self, rows: Tensor, y: Tensor, r: Tensor) -> None:
+        """The identity again, in some rows, from y."""
         self.u = torch.where(rows[..., None, None], 0.0, self.u)
         self.v = torch.where(rows[..., None, None], 0.0, self.v)
+        assert self.last is not None
+        self.last = (
+            torch.where(rows.unsqueeze(-1), y, self.last[0]),
+            torch.where(rows.unsqueeze(-1), r, self.last[1]),
+        )

@@ -22,8 +22,8 @@ class SaddleCholesky(AbstractLinearSolver):
     """(u, s) with [[M, A'], [A, 0]] (u, s) = (r, t), by the Cholesky factor of M + w A'A.
 
     For M symmetric, positive definite on the null space of A; A may be rank deficient: u is unique, and s one of many.
-    Where M is not, `Status.not_positive_definite`. An operator without such blocks is all M, and has to be declared
-    positive definite.
+    Where M is not, `Status.not_positive_definite`, and the least squares solution of least norm. An operator without
+    such blocks is all M, and has to be declared positive definite.
 
     Cost: q products for M, one for the true residual; q^3 / 3 + q^2 m flops. Memory q^2 + m^2. The residual that is
     returned is of the first q equations, of what the vector is there for.
@@ -77,7 +77,12 @@ class SaddleCholesky(AbstractLinearSolver):
         scale = (torch.diagonal(M, dim1=-2, dim2=-1).abs() * free).amax(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         system = SaddlePoint.factor(M, widened(A), scale, torch.finfo(b.dtype).eps)
-        u, s = (part.to(b.dtype) for part in system.solve(widened(r), widened(t)))
+        u, s = system.solve(widened(r), widened(t))
+        told = M.isfinite().all(-1).all(-1) & A.isfinite().all(-1).all(-1) & b.isfinite().all(-1)
+        told = told.expand_as(system.definite)
+        if bool((told & ~system.definite).any()):
+            u, s = _least((told & ~system.definite).unsqueeze(-1), M, widened(A), (widened(r), widened(t)), (u, s))
+        u, s = u.to(b.dtype), s.to(b.dtype)
         u = torch.where(alone(A, free).any(-2), b[..., :own] * 0, u)  # A u = 0: exactly 0 where it is alone
         if blocks.slacks:
             left = (b[..., q:] - matrix_times(blocks.A[..., :own], u))[..., -blocks.slacks :]
@@ -85,7 +90,21 @@ class SaddleCholesky(AbstractLinearSolver):
             s = torch.where(loose, pushed, s)
         v = torch.cat([u, s], dim=-1) if s.shape[-1] else u
         residual = safe_row_norms(operator.residual(b, v)[..., :q])
-        return Solved(v, first_statuses((~system.definite, Status.not_positive_definite)), residual, 1)
+        statuses = first_statuses((~told, Status.nonfinite), (~system.definite, Status.not_positive_definite))
+        return Solved(v, statuses, residual, 1)
 
     def relative_error(self, constants: Constants, damping: float) -> float:
         return 0.0
+
+
+def _least(
+    rows: Tensor, M: Tensor, A: Tensor, right: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """For these rows of the batch the least squares solution of least norm, for the others what was found."""
+    none = A.new_zeros(*A.shape[:-1], A.shape[-2])
+    whole = torch.cat([torch.cat([M.expand(*A.shape[:-2], *M.shape[-2:]), A.mT], -1), torch.cat([A, none], -1)], -2)
+    whole = torch.where(rows.unsqueeze(-1), whole, 0.0)
+    inverse = torch.linalg.pinv(whole, rtol=torch.finfo(M.dtype).eps ** (2 / 3), hermitian=True)
+    least = matrix_times(inverse, torch.where(rows, torch.cat(right, -1), 0.0))
+    u, s = least[..., : M.shape[-1]], least[..., M.shape[-1] :]
+    return torch.where(rows, u, found[0]), torch.where(rows, s, found[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
@@ -44,6 +43,7 @@ class SLSQP(AbstractInnerSolver):
         ImportError: from `solve`, without scipy.
 
     Example:
+        >>> import torch
         >>> from bilevel import KKT, BilevelProblem, hypergradient
         >>> problem = BilevelProblem(
         ...     lambda x, y: y.sum(),
@@ -71,8 +71,7 @@ class SLSQP(AbstractInnerSolver):
         return True
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
-        return minimized("SLSQP", self._row, objective, y0, tol)
+        return minimized("SLSQP", self._row, objective, y0, self.tol, self.max_steps)
 
     @property
     def tolerance(self) -> float | None:
@@ -85,8 +84,6 @@ class SLSQP(AbstractInnerSolver):
         return replace(self, max_steps=steps)
 
     def _row(self, optimize: Any, row: Row, start: Any) -> tuple[Any, int, bool]:
-        if not self.max_steps:
-            return start, 0, True
         constraints = []
         for kind, matrix, sign in (("eq", (row.A, row.b), 1.0), ("ineq", (row.G, row.h), -1.0)):
             constraints += _linear(kind, *matrix, sign) if len(matrix[0]) else []
@@ -101,7 +98,8 @@ class SLSQP(AbstractInnerSolver):
             constraints=constraints,
             options={"ftol": 1e-14, "maxiter": self.max_steps},
         )
-        return found.x, int(found.nit), int(found.nit) >= self.max_steps
+        steps = int(found.get("nit", 0))  # there is none where all bounds meet
+        return found.x, steps, steps >= self.max_steps
 
 
 def _linear(kind: str, rows: Any, sides: Any, sign: float) -> list[dict[str, Any]]:

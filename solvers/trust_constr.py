@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from bilevel._inner import AbstractInnerSolver, Objective
@@ -40,6 +39,7 @@ class TrustConstr(AbstractInnerSolver):
         ImportError: from `solve`, without scipy.
 
     Example:
+        >>> import torch
         >>> from bilevel import KKT, BilevelProblem, Polytope, hypergradient
         >>> nearest = BilevelProblem(
         ...     lambda x, y: y[0], lambda x, y: (y - x).square().sum(), constraints=lambda x: Polytope(lower=0.0)
@@ -65,8 +65,7 @@ class TrustConstr(AbstractInnerSolver):
         return True
 
     def solve(self, objective: Objective, y0: Tensor) -> Solved:
-        tol = (1e-10 if y0.dtype == torch.float64 else 1e-5) if self.tol is None else self.tol
-        return minimized("TrustConstr", self._row, objective, y0, tol)
+        return minimized("TrustConstr", self._row, objective, y0, self.tol, self.max_steps)
 
     @property
     def tolerance(self) -> float | None:
@@ -79,8 +78,6 @@ class TrustConstr(AbstractInnerSolver):
         return replace(self, max_steps=steps)
 
     def _row(self, optimize: Any, row: Row, start: Any) -> tuple[Any, int, bool]:
-        if not self.max_steps:
-            return start, 0, True
         least, none = -float("inf"), 0.0
         constraints = [optimize.LinearConstraint(row.A, row.b, row.b)] if len(row.A) else []
         constraints += [optimize.LinearConstraint(row.G, least, row.h)] if len(row.G) else []
@@ -96,7 +93,7 @@ class TrustConstr(AbstractInnerSolver):
             constraints=constraints,
             options={"gtol": 1e-10, "xtol": 1e-13, "barrier_tol": 1e-11, "maxiter": self.max_steps},
         )
-        return found.x, int(found.nit), int(found.status) == 0
+        return found.x, int(found.get("nit", 0)), int(found.get("status", 1)) == 0  # none where all bounds meet
 
 
 def _curved(optimize: Any, row: Row, value: str, rows: str, lower: float) -> Any:

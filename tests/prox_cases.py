@@ -88,6 +88,12 @@ LABELS = torch.tensor([0, 1, 0, 2])
 GRAM = torch.tensor([[2.0, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]], dtype=DOUBLE)
 TIGHT = torch.tensor([[1.0, 1, 0, 0], [1, -1, 0, 0]], dtype=DOUBLE)
 
+TALL = torch.tensor(
+    [[1.0, 0.5, 0, 0.2], [0, 1, -1, 0.3], [0.4, 0, 1, 1], [-0.7, 0.2, 0.5, 0], [0.3, 0.3, -0.2, 0.9]], dtype=DOUBLE
+)
+CYCLE = torch.eye(4, dtype=DOUBLE) - torch.eye(4, dtype=DOUBLE).roll(1, 0)  # A' is not injective: rank 3
+TWO_BY_TWO = {"a": (2,), "b": (2, 1)}
+
 CASES: dict[str, Case] = {
     "L1": Case(L1, (number(0.9),)),
     "L1-weights": Case(L1, (numbers(0.9, 0.0, 2.0, 0.3),)),
@@ -130,6 +136,8 @@ CASES: dict[str, Case] = {
     "Quadratic-conjugate": Case(lambda Q, c: Quadratic(Q, c).conjugate(), (GRAM, numbers(1.0, -0.5, 0.2, 0.0))),
     "Affine-number": Case(lambda w, s, b: Affine(L1(w), s, b), (number(0.9), number(-1.5), number(0.4)), TWO),
     "Affine-matrix": Case(lambda w, b: Affine(L1(w), TIGHT, b), (number(0.9), numbers(0.3, -0.2))),
+    "AffineAny": Case(lambda w, A, b: Affine(L1(w), A, b), (number(1.2), TALL, numbers(0.3, -0.2, 0.1, 0.5, 0.0))),
+    "AffineAny-cycle": Case(lambda w: Affine(L1(w), CYCLE), (numbers(0.9, 0.4, 0.7, 0.3),), TWO_BY_TWO),
     "Affine-conjugate": Case(lambda w, b: Affine(L1(w), TIGHT, b).conjugate(), (number(0.9), numbers(0.3, -0.2))),
 }
 

@@ -153,8 +153,7 @@ def test_a_y_that_is_not_unique_is_no_success() -> None:
     inner = from_cvxpy(cp.Problem(cp.Minimize(cp.square(y[0] + y[1] - a)), [cp.norm_inf(y) <= 9]), a, y)
     problem = BilevelProblem(lambda x, y: y[0], inner=inner)
     found = hypergradient(problem, torch.tensor(1.0, dtype=D), inner.start(), throw=False)
-    assert Status.not_positive_definite in [report.status for report in found.reports]
-    assert bool(found.grad.isnan())
+    assert found.status is Status.not_positive_definite
 
 
 @pytest.mark.parametrize(("level", "status"), [(1.0, Status.weakly_active), (1.001, Status.successful)])

@@ -276,11 +276,11 @@ class Hand:
 
     def g(self, number: int) -> Parts:
         block = oracle(self.data, self.algorithm, self.step).block("g", number)
-        return Parts(block.data, block.scale)
+        return Parts(block.data, float(block.scale))
 
     def f(self, number: int = 0) -> Parts:
         block = oracle(self.data, self.algorithm, self.step).block("f", number)
-        return Parts(block.data, block.scale)
+        return Parts(block.data, float(block.scale))
 
     def whole_series(self, first: int, terms: int, eta: float, fy: Tensor) -> Tensor:
         v = r = eta * fy

@@ -151,6 +151,27 @@ def test_corrected_local_steps_keep_the_solution_and_plain_ones_leave_it() -> No
     assert float((away - y).norm()) <= 1e-9 * size
 
 
+def test_corrected_local_steps_keep_the_linear_iterate_too_and_gain_on_it() -> None:
+    """Where y = y* and v = v*, both stay; from another v, local steps of each client alone are steps towards it."""
+    h, _, _, d, _ = map(_mean, DATA)
+    y = _solution(X)
+    at = _at(y=y)._replace(v=torch.linalg.solve(h, y - d))
+    kept = FederatedSOBA(0.3, 0.1, local_steps=4).step(_server(), at, 0)
+    assert float((kept.y - at.y).abs().max()) <= 1e-12
+    assert float((kept.v - at.v).abs().max()) <= 1e-12
+    away = _at(y=y)
+    errors = []
+    for steps in (1, 4):
+        found, server = away, _server()
+        for _ in range(10):
+            found = FederatedSOBA(0.3, 1e-12, local_steps=steps).step(server, found, 0)
+        errors.append(float((found.v - at.v).norm()))
+    assert errors[1] < 0.2 * errors[0]
+    p, q = len(away.x), len(away.y)
+    assert server.traffic.up == 10 * 8 * M * (4 * q + p)
+    assert server.traffic.down == 10 * 8 * M * (4 * q + p)
+
+
 def test_soba_with_local_steps_ends_where_it_does_without() -> None:
     found = federate(clients(), X, Y, method=FederatedSOBA(0.6, 0.1, local_steps=2), steps=300)
     assert float(_hypergradient(torch.as_tensor(found.x)).norm()) <= 1e-9

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import pytest
 import torch
@@ -25,9 +25,10 @@ from bilevel import (
     minimize,
 )
 from bilevel._inner import Objective
-from bilevel._linear import LinearOperator
+from bilevel._linear import ANY, AbstractLinearSolver, LinearOperator, OperatorProperties
 from bilevel._numerics.arnoldi import arnoldi
 from bilevel._numerics.mixing import Mixing
+from bilevel._result import Solved
 from bilevel.hypergrad.unrolling.checkpointed import Checkpointed
 from bilevel.hypergrad.unrolling.forward import Forward
 from bilevel.inner_problems import FixedPoint
@@ -346,3 +347,38 @@ def test_a_kink_of_the_map_is_named_and_kinks_elsewhere_are_not(tasks: bool) -> 
     smooth = posed(lambda x, y: (y + x).tanh() / 2 + (y * y).square() / 50)
     for x in (0.0, 0.2, 1.0):
         assert hypergradient(smooth, torch.full((3,), x, **D), torch.zeros(3, **D), **data).status.ok
+
+
+@final
+@dataclass(frozen=True)
+class Own(AbstractLinearSolver):
+    """A user's solver, which knows nothing of `last_mv`."""
+
+    @property
+    def demands(self) -> OperatorProperties:
+        return ANY
+
+    def solve(self, operator: LinearOperator, b: Tensor, guess: Tensor | None = None) -> Solved:
+        columns = torch.stack([operator.mv(each) for each in torch.eye(len(b), **D)], 1)
+        return Solved(torch.linalg.solve(columns, b), (Status.successful,), torch.zeros((), **D), 1)
+
+
+def test_a_linear_solver_of_ones_own_that_measures_no_residual_gives_the_derivative() -> None:
+    family, x = drawn(1.4)
+    found = hypergradient(family.problem, x, torch.zeros(6, **D), estimator=AID(Anderson(1e-13, memory=20), Own()))
+    known = hypergradient(family.problem, x, torch.zeros(6, **D), estimator=AID(Anderson(1e-13, memory=20), Dense()))
+    assert float(known.grad.norm()) > 0.1
+    torch.testing.assert_close(found.grad, known.grad)
+
+
+def test_a_small_residual_that_is_no_small_error_is_no_success() -> None:
+    """|y - T| = e |y - x| for T = (1 - e) y + e x: y = 0 meets 1e-8 where e = 1e-9, at a distance of 1 from y* = x."""
+    for e, status in ((1e-9, Status.imprecise), (1e-4, Status.successful)):
+        problem = BilevelProblem(lambda x, y: y @ y / 2, fixed_point=lambda x, y, e=e: y + e * (x - y))
+        plain = AID(Broyden(), Dense())
+        found = hypergradient(problem, torch.ones(1, **D), torch.zeros(1, **D), estimator=plain, throw=False)
+        assert found.status is status
+        assert status is not Status.successful or abs(float(found.grad) - 1) < 2e-4
+    exact = AID(Broyden(1e-16), Dense())
+    problem = BilevelProblem(lambda x, y: y.square().sum() / 2, fixed_point=lambda x, y: y + 1e-9 * (x - y))
+    assert hypergradient(problem, torch.ones(1, **D), torch.zeros(1, **D), estimator=exact).status.ok

@@ -41,6 +41,7 @@ from bilevel.solvers.dense import Dense
 from bilevel.solvers.gradient_descent import GradientDescent
 from bilevel.solvers.iterate import Iterate
 from bilevel.solvers.lbfgs import LBFGS
+from bilevel.solvers.minres import MINRES
 from bilevel.solvers.neumann import Neumann
 from bilevel.solvers.quadratic_program import QuadraticProgram
 from bilevel.solvers.saddle_cholesky import SaddleCholesky
@@ -342,8 +343,38 @@ def test_a_minimizer_that_is_not_unique_is_reported() -> None:
         constraints=lambda x: Polytope(A=torch.ones(1, 3), b=1.0, lower=0.0),
     )
     found = hypergradient(problem, torch.ones(1), torch.zeros(3), estimator=KKT(SOLVER), throw=False)
-    assert found.status in (Status.not_positive_definite, Status.nonfinite)
-    assert Status.not_positive_definite in [report.status for report in found.reports]
+    assert found.status is Status.not_positive_definite
+    assert "linear program has several solutions" in found.status.value
+    by_products = AID(SOLVER, MINRES(rtol=1e-12))  # which finds the least squares solution of least norm, too
+    torch.testing.assert_close(
+        found.grad, hypergradient(problem, torch.ones(1), torch.zeros(3), estimator=by_products, throw=False).grad
+    )
+
+
+def test_a_batch_of_linear_programs_says_which_has_several_minimizers_and_solves_the_others() -> None:
+    """y = (0, x) where the second price is higher; anything between (x, 0) and (0, x) where they are equal."""
+    problem = BilevelProblem(
+        lambda x, y, price: (y * price).sum(),
+        lambda x, y, price: -(y * price).sum(),
+        constraints=lambda x, price: Polytope(G=torch.ones(1, 2), h=x, lower=0.0),
+        tasks=True,
+    )
+    x, y0, prices = torch.ones(1), torch.zeros(2), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+    found = hypergradient(problem, x, y0, data=prices, estimator=KKT(SOLVER), throw=False)
+    assert found.status is Status.not_positive_definite
+    linear = next(report for report in found.reports if report.part == "linear solver")
+    assert linear.statuses == (Status.successful, Status.not_positive_definite)
+    unique = hypergradient(problem, x, y0, data=prices[:1], estimator=KKT(SOLVER))
+    torch.testing.assert_close(unique.grad, torch.tensor([2.0]))
+
+
+def test_matrices_that_are_not_finite_are_named_before_what_they_are_not() -> None:
+    matrix = LinearOperator(lambda v: v * torch.tensor([1.0, torch.nan]), size=2, positive_definite=True)
+    assert SaddleCholesky().solve(matrix, torch.ones(2)).status is Status.nonfinite
+    flat = LinearOperator(lambda v: v * torch.tensor([1.0, 0.0]), size=2, positive_definite=True)
+    found = SaddleCholesky().solve(flat, torch.ones(2))
+    assert found.status is Status.not_positive_definite
+    torch.testing.assert_close(found.value, torch.tensor([1.0, 0.0]))
 
 
 REFUSING: list[tuple[str, AbstractEstimator]] = [

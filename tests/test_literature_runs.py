@@ -22,7 +22,7 @@ np: Any = pytest.importorskip("numpy")
 
 A_FEW = (
     *("HenrionSurowiec2011_c2", "GumusFloudas2001Ex4", "Bard1988Ex1", "ClarkWesterberg1990a", "AllendeStill2013"),
-    *("LiuHart1994", "DempeFranke2014Ex38", "CalveteGale1999P1", "DempeDutta2012Ex24", "Bard1988Ex3"),
+    *("LiuHart1994", "DempeFranke2014Ex38", "DempeDutta2012Ex24", "Bard1988Ex3"),
     *("MitsosBarton2006Ex314", "MitsosBarton2006Ex311", "Mirrlees1999", "FrankeEtal2018Ex53", "FrankeEtal2018Ex521"),
 )
 
@@ -39,7 +39,7 @@ def judged(name: str, starts: int) -> tuple[float, float, float]:
     return found["gap to the best known"], (found["inner value"] - lowest[0]) / max(1.0, abs(lowest[0])), violation
 
 
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", [*A_FEW, pytest.param("CalveteGale1999P1", marks=pytest.mark.slow)])
 def test_some_problems_of_every_class_are_solved_from_starts_that_know_nothing(name: str) -> None:
     gap, inner_gap, violation = judged(name, starts=4 if literature.statement(name).sizes == (1, 1) else 2)
     assert abs(gap) <= 1e-4

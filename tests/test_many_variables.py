@@ -48,6 +48,15 @@ def test_no_matrix_is_formed_of_many_variables() -> None:
     assert found.stats.hvps < q / 4  # a dense Hessian takes q
 
 
+def test_rows_that_are_sparse_or_a_function_are_refused_with_what_to_do() -> None:
+    given: list[tuple[Any, type[Exception]]] = [(torch.eye(3).to_sparse(), ValueError), (sum, TypeError)]
+    for rows, error in given:
+        for part in ("A", "G"):
+            with pytest.raises(error, match=rf"`Polytope\({part}=...\)` must be .*`lower` and `upper`.*dense|jacrev"):
+                Polytope(**{part: rows})
+    assert Polytope(A=torch.eye(3), G=torch.eye(3)).A is not None
+
+
 def test_contradictory_constraints_and_steps_used_up_are_statuses() -> None:
     def status(b: float, solver: ActiveSet) -> Status:
         problem = BilevelProblem(

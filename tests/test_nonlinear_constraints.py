@@ -13,6 +13,7 @@ from test_inequalities import optnet, problem as posed_as_polytope
 from torch import Tensor
 
 from bilevel import AID, ESJ, KKT, BilevelProblem, FiniteDifference, FullKKT, Polytope, Status, check, hypergradient
+from bilevel.inner_problems.nonlinear_constraints import FlatConstraints
 from bilevel.solvers import GMRES, MINRES, Dense, InteriorPoint, QuadraticProgram
 
 SOLVER = InteriorPoint(tol=1e-12)
@@ -345,3 +346,12 @@ def test_check_finds_such_a_problem_sound() -> None:
     found = check(posed, torch.tensor([3.0, 4.0]), torch.zeros(2))
     assert found.ok and not found.estimators["kkt"]
     assert {"independence", "whole conditions"} <= {verdict.name for verdict in found.verdicts}
+
+
+def test_the_curvature_of_constraints_is_the_hessian_of_their_combination_bent_equalities_included() -> None:
+    """Solvers meet bent equalities, which are refused only where derivatives are taken."""
+    bent = FlatConstraints(lambda y: y.pow(3)[..., :2], lambda y: (y[..., :1] * y[..., 1:2]).exp())
+    y, z, nu = gaussian(3, seed=0), torch.tensor([0.5, 2.0]), torch.tensor([3.0])
+    hessian: Any = torch.autograd.functional.hessian
+    exact = hessian(lambda y: z @ bent.inequalities(y) + nu @ bent.equalities(y), y)
+    torch.testing.assert_close(bent.tangents(y).curvature(z, nu).dense(y), exact)

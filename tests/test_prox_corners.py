@@ -54,6 +54,14 @@ TERMS: dict[str, tuple[Any, Any]] = {
     "TV1D": (TV1D(0.9), lambda cp, y: (0.9 * cp.norm1(y[1:] - y[:-1]), [])),
     "Quadratic": (Quadratic(Q, 0.3), lambda cp, y: (cp.quad_form(y, Q.numpy()) / 2 + 0.3 * cp.sum(y), [])),
     "Affine": (Affine(L1(0.9), 1.5, -0.3), lambda cp, y: (0.9 * cp.norm1(1.5 * y - 0.3), [])),
+    "AffineAny": (
+        Affine(LInf(0.9), Q[:4] - 0.3, 0.2),
+        lambda cp, y: (0.9 * cp.norm_inf((Q[:4] - 0.3).numpy() @ y + 0.2), []),
+    ),
+    "polyhedron": (
+        Sum((Affine(Box(None, 0.4), Q[:3]), L1(0.2), Nonnegative())),
+        lambda cp, y: (0.2 * cp.norm1(y), [Q[:3].numpy() @ y <= 0.4, y >= 0]),
+    ),
     "Sum": (
         Sum((L1(0.5), TV1D(0.4), Box(-0.2, None))),
         lambda cp, y: (0.5 * cp.norm1(y) + 0.4 * cp.norm1(y[1:] - y[:-1]), [y >= -0.2]),
@@ -201,7 +209,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "negative label": (lambda: GroupLasso(1.0, torch.tensor([0, -1])), "must be labels 0, 1"),
     "too few labels": (lambda: GroupLasso(1.0, torch.tensor([0, 1])).prox(V, 1.0), "each of the 5 entries of y. Got 2"),
     "weights": (lambda: GroupLasso(torch.ones(3), "all").prox(V, 1.0), "each of the 1 groups. Got 3"),
-    "not tight": (lambda: Affine(L1(1.0), Q), "a matrix with A A' = a I"),
+    "zero matrix": (lambda: Affine(L1(1.0), 0 * Q), "a matrix of zeros"),
     "zero map": (lambda: Affine(L1(1.0), 0.0), "must be other than zero"),
     "columns": (lambda: Affine(L1(1.0), torch.eye(3)).prox(V.float(), 1.0), "must have 5 columns"),
     "not square": (lambda: Quadratic(torch.ones(2, 3)), "must be square"),

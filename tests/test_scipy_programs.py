@@ -108,3 +108,19 @@ def test_without_scipy_the_extra_is_named(solver: AbstractInnerSolver, monkeypat
     problem = BilevelProblem(lambda x, y: y.sum(), log_cosh, constraints=linear)
     with pytest.raises(ImportError, match=rf"`{type(solver).__name__}` needs scipy"):
         hypergradient(problem, normal(5), torch.zeros(5, dtype=D), estimator=KKT(solver))
+
+
+@BOTH
+def test_bounds_that_leave_one_point_are_solved_without_a_step(solver: AbstractInnerSolver) -> None:
+    """scipy counts no steps there."""
+    for upper, status in ((0.0, Status.dependent_constraints), (1.0, Status.successful)):
+        problem = BilevelProblem(
+            lambda x, y: y.sum(),
+            lambda x, y: (y - x).square().sum(),
+            constraints=lambda x, upper=upper: Polytope(lower=0.0, upper=upper * x.exp() if upper else x),
+        )
+        found = hypergradient(
+            problem, torch.zeros(1, dtype=D), torch.zeros(1, dtype=D), estimator=KKT(solver), throw=False
+        )
+        assert found.reports[0].status.ok and abs(float(found.y)) < 1e-9
+        assert found.status is status or (upper and found.status is Status.weakly_active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from bilevel import BilevelProblem, Box, Polytope, Status, minimize
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import ValueFunction
+from bilevel.algorithms.engine.danskin import danskin
+from bilevel.algorithms.engine.descent_left import descent_left
 from bilevel.algorithms.engine.global_inner import by_linear_program, by_multistart
 from bilevel.algorithms.engine.optimistic import Optimistic
 from bilevel.algorithms.oracle import Oracle
-from bilevel.algorithms.value_function import ValueFunctionState, danskin
+from bilevel.algorithms.value_function import ValueFunctionState
 from bilevel.outer.batches import sources
+from bilevel.solvers._scipy import as_numpy
 
 pytest.importorskip("scipy")
 F64 = torch.float64
@@ -194,3 +198,73 @@ def test_the_inner_gap_is_measured_wherever_the_point_comes_from(inner: Any) -> 
     method = ValueFunction(inner=inner, samples=20, searches=2)
     measure = method.stationarity(oracle, state, method.evaluate(oracle, state))
     assert float(measure) == pytest.approx(0.5 * 0.2 + 0.5, abs=1e-8)
+
+
+def left_at(problem: BilevelProblem, x: Tensor, y: Tensor, *others: Tensor) -> float:
+    rows = torch.stack(others) if others else x.new_zeros(0, len(x) + len(y))
+    wide = as_numpy(torch.full_like(x, 4.0))
+    return descent_left(program(problem, x, y), x, y, (-wide, wide), rows)
+
+
+def test_what_f_may_still_fall_by_is_zero_at_local_minima_and_only_there() -> None:
+    """y = max(x, 0) under f = (x - a)^2 + (y - b)^2: on either piece, at the kink, and beside each of them."""
+
+    def bent(a: float, b: float) -> BilevelProblem:
+        return BilevelProblem(
+            lambda x, y: ((x - a).square() + (y - b).square()).sum(),
+            lambda x, y: (y - x).square().sum() / 2,
+            constraints=lambda x: Polytope(lower=0.0),
+        )
+
+    for a, b, at_x in ((1.0, 3.0, 2.0), (-1.0, 0.0, -1.0), (1.0, -1.0, 0.0)):
+        x = at(at_x)
+        assert left_at(bent(a, b), x, x.clamp_min(0)) < 1e-12
+        for beside in (-0.3, 0.3):
+            near = at(at_x + beside)
+            assert left_at(bent(a, b), near, near.clamp_min(0)) > 0.05
+    assert left_at(bent(1.0, 1.0), at(0.0), at(0.0)) > 0.5  # a kink that is no minimum: up the piece y = x
+    assert left_at(bent(-1.0, 0.0), at(0.0), at(0.0)) > 0.5  # and down the other one
+
+
+def test_a_degenerate_vertex_is_a_minimum_if_f_rises_on_all_pieces() -> None:
+    """y = min(x, 2 - x) maximizes y under three constraints at x = 1, the third between the others."""
+    for slope, least in ((-1.0, True), (1.0, False)):
+        problem = BilevelProblem(
+            lambda x, y, slope=slope: (slope * y).sum(),
+            lambda x, y: -y.sum(),
+            inequalities=lambda x, y: torch.cat([y - x, y - 2 + x, y - 1]),
+        )
+        assert (left_at(problem, at(1.0), at(1.0)) < 1e-12) is least
+
+
+def test_ways_that_leave_the_feasible_set_or_that_no_multipliers_go_with_are_not_open() -> None:
+    """f = 3 y - x at the kink of max(x, 0), and f = y - x / 2 at the end of max {y : x <= y <= 1}, where x <= 1."""
+    bent = BilevelProblem(
+        lambda x, y: (3 * y - x).sum(), lambda x, y: (y - x).square().sum(), inequalities=lambda x, y: -y
+    )
+    assert left_at(bent, at(0.0), at(0.0)) < 1e-12  # y = x < 0 would lower it
+    end = BilevelProblem(
+        lambda x, y: (y - x / 2).sum(), lambda x, y: -y.sum(), inequalities=lambda x, y: torch.cat([y - 1, x - y])
+    )
+    assert left_at(end, at(1.0), at(1.0)) < 1e-12  # y = x < 1 would lower it, and g pushes away from it
+
+
+def test_another_minimizer_of_g_holds_f_where_y_would_jump() -> None:
+    """g = (y^2 - 1)^2 + x y: y is near 1 for x < 0, near -1 for x > 0, and f = (x - 1)^2 + (y - 1)^2 is held at 0."""
+    problem = BilevelProblem(
+        lambda x, y: ((x - 1).square() + (y - 1).square()).sum(),
+        lambda x, y: ((y.square() - 1).square() + x * y).sum(),
+    )
+    assert left_at(problem, at(0.0), at(1.0)) > 0.5
+    assert left_at(problem, at(0.0), at(1.0), at(-1.0, -1.0)) < 1e-12  # y = -1, dV/dx = -1
+
+
+def test_without_multipliers_it_is_unknown_and_no_success() -> None:
+    """y^2 <= 0 has no Slater point: y = 0 minimizes g = y without multipliers."""
+    problem = BilevelProblem(
+        lambda x, y: x.square().sum() + y.sum(), lambda x, y: y.sum(), inequalities=lambda x, y: y.square()
+    )
+    assert left_at(problem, at(0.0), at(0.0)) == math.inf
+    method = ValueFunction(samples=20, searches=1)
+    found = minimize(problem, at(0.5), at(0.0), algorithm=method, constraint=Box(-1.0, 1.0), max_steps=6, throw=False)
+    assert found.status is Status.descent_left and "no multipliers" in found.status.value

@@ -516,6 +516,16 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "Report.from_dict": {"content": lambda: Report("inner solver", Status.successful, 0.0, 1).as_dict()},
     "bounds.penalty": {"weight": lambda: 10.0},
     "bounds.f2sa": {"weight": lambda: 10.0},
+    "bilevel.federated.FederatedMAML": {"inner_step": lambda: 0.1, "outer_step": lambda: 0.1},
+    "FederatedMAML.step": {
+        "server": lambda: bilevel.federated.Server(clients(), (2, 2)),
+        "at": lambda: bilevel.federated.method.At(X, X, X, X),
+        "number": lambda: 0,
+    },
+    "bilevel.federated.OverClients": {
+        "clients": clients,
+        "method": lambda: bilevel.federated.FederatedSOBA(0.1, 0.05),
+    },
     "bilevel.federated.Clients": {
         **{"problem": lambda: BilevelProblem(client, client), "x0": lambda: X, "y0": lambda: Y},
         "data": lambda: torch.ones(3, 2, **D),
@@ -737,11 +747,15 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "SparseData": dict.fromkeys(("train", "held", "test"), lambda: linear_model()),
     "highest_penalty": {"model": lambda: linear_model()},
     "lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
-    "weighted_lasso": {"n": lambda: 4, "d": lambda: 3},
-    "group_lasso": {"n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
+    "weighted_lasso": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "elastic_net": {"folds": lambda: 2, "n": lambda: 4, "d": lambda: 3},
+    "group_lasso": {"folds": lambda: 2, "n": lambda: 4, "groups": lambda: 2, "size": lambda: 2},
     **{
-        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))}
-        for name in ("lasso_diabetes", "elastic_net_diabetes", "sparse_logistic", "svm", "svr")
+        name: {"data": lambda: (torch.rand(12, 2), torch.tensor([0, 1] * 6))} | folds
+        for name, folds in {
+            "lasso_diabetes": dict[str, Any](),
+            **{key: {"folds": lambda: 2} for key in ("elastic_net_diabetes", "sparse_logistic", "svm", "svr")},
+        }.items()
     },
     "random_quadratic": {"eigenvalues": lambda: [1.0, 2.0]},
     "svm_head": {"support": lambda: 2},
@@ -749,6 +763,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "learning_to_optimize": {"steps": lambda: 2},
     "mislabelled_tasks": {"tasks": lambda: 2, "validation": lambda: 2, "filters": lambda: 2},
     "outlier_sinusoids": {"tasks": lambda: 4, "validation": lambda: 2},
+    "fair_meta_learning": {"shots": lambda: 2, "queries": lambda: 2, "steps": lambda: 2},
+    "fair_classifier": {"samples": lambda: 20},
+    "semi_supervised": {"queries": lambda: 2, "unlabeled": lambda: 2, "steps": lambda: 2, "filters": lambda: 2},
+    "active_cells": {"shots": lambda: 2, "queries": lambda: 2, "filters": lambda: 2},
     "task_weights": {
         "module": lambda: nn.Linear(1, 1),
         "loss": lambda: nn.functional.mse_loss,
@@ -809,6 +827,9 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "data": lambda: (torch.rand(12, 4), torch.arange(12) % 3),
     },
     "byte_gpt": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2},
+    "federated_cleaning": {"clients": lambda: 3, "n_train": lambda: 30, "n_val": lambda: 20},
+    "federated_representation": {"clients": lambda: 3, "n_train": lambda: 30, "n_val": lambda: 20, "width": lambda: 3},
+    "federated_maml": {"devices": lambda: 4, "width": lambda: 3},
     "language_sources": {"width": lambda: 4, "depth": lambda: 1, "heads": lambda: 2, "context": lambda: 2}
     | {"each": lambda: 2, "max_steps": lambda: 1},
     "hyper_cleaning_synthetic": {"n_train": lambda: 4, "n_val": lambda: 4, "d": lambda: 2, "classes": lambda: 2},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, final
+from typing import Any, Generic, TypeAlias, TypeVar, final
 
 from torch import Tensor
 
 from bilevel._estimate import AbstractRequiring, FlatEstimate
+from bilevel._optimizer import AbstractOptimizer
 from bilevel._result import Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.algorithms.outer_constraints import OuterConstraints
@@ -16,6 +17,7 @@ from bilevel.arguments.fits import demand_types
 from bilevel.ranks.ranks import Ranks
 
 S = TypeVar("S")
+RowStep: TypeAlias = float | Tensor | AbstractOptimizer  # a tensor `(rows,)` has one for each of several runs at once
 
 
 @final
@@ -87,6 +89,14 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         """Whether, on fixed data, the best iterate is that of the least measure of stationarity. No, unless said."""
         return False
 
+    @property
+    def sees_everything(self) -> bool:
+        """Whether its measure of stationarity, on data that are the same at every step, is one of all of them.
+
+        Of one that asks some parts of the data only, the luckiest would end a run: `tol` is refused. Yes, unless said.
+        """
+        return True
+
     @abc.abstractmethod
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> S:
         """The state before the first step, at x `(p,)` and y `(q,)`, one task's; x may have to be projected."""
@@ -99,15 +109,25 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
     def step(self, oracle: Oracle, state: S, found: Evaluated) -> S:
         """The state after a step."""
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[S] | None:
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[S] | None:
         """The same for several x side by side, each with steps of its own: every tensor of its state has one axis more.
 
         Args:
-            inner_step: of y `(rows,)`.
-            outer_step: of x `(rows,)`.
+            inner_step: of y `(rows,)`; where it is stepped by optimizers, one that steps each row by its own.
+            outer_step: the same of x.
 
         Returns:
             None, unless said: its runs are made one after the other.
+        """
+        return None
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractAlgorithm[S] | None:
+        """What `beside` has given, with coins of its own for each row: what is decided by a seed is decided by its.
+
+        Asked of algorithms that have a `seed` themselves, beside that of the order of the data.
+
+        Returns:
+            None, unless said: runs of different seeds are made one after the other.
         """
         return None
 

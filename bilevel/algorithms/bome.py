@@ -15,7 +15,7 @@ from bilevel._optimizer import OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import residual_report, rows_of_outer_gradients
 from bilevel.algorithms.engine.slopes import REQUIRES, arrival, demand_in_g, demand_own_steps, slope
-from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, is_optimizer, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, are_alike, begun, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
@@ -154,7 +154,7 @@ class BOME(AbstractAlgorithm[Pair]):
         q_x = torch.zeros_like(x) if gx is None or gx_best is None else of_g * (gx - gx_best)
         q_y = of_g * gy
         size = _products(q_x, q_y, q_x, q_y)
-        barrier = self.rate * (size if self.barrier == "gradient" else of_g * _gap(problem, x, g, best))
+        barrier = self.rate * (size if self.barrier == "gradient" else _times_rows(of_g, _gap(problem, x, g, best)))
         found = _descent((of_f * fx, of_f * fy), (q_x, q_y), size, barrier)
         reports = residual_report("inner iterate", found.q_y), residual_report("direction of y", found.y)
         return Evaluated(FlatEstimate(found.x, value, best, reports), found)
@@ -167,8 +167,8 @@ class BOME(AbstractAlgorithm[Pair]):
         y, of_y = moved(self.outer_step, xi, d.y, state.y, state.of_y)
         return Pair(oracle.project(x), y, outer, of_y)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Pair] | None:
-        if is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Pair] | None:
+        if not are_alike(self, inner_step, outer_step):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 
@@ -186,6 +186,11 @@ def _gap(problem: FlatProblem, x: Tensor, g: Tensor, best: Tensor) -> Tensor:
     with torch.no_grad():
         gap = g - problem.g(x, best)
     return gap.sum(-1) if problem.tasks else gap
+
+
+def _times_rows(factor: float | Tensor, values: Tensor) -> Tensor:
+    """factor values `(*several,)`, for a factor of each of several runs `(runs, 1)` as well."""
+    return factor.squeeze(-1) * values if isinstance(factor, Tensor) else factor * values
 
 
 def _products(x: Tensor, y: Tensor, other_x: Tensor, other_y: Tensor) -> Tensor:

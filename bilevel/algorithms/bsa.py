@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from torch import Tensor
-
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.algorithm import AbstractAlgorithm, RowStep
 from bilevel.algorithms.engine.neumann import RandomizedNeumann, series_beside
 from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.steps import Schedule, Step, demand_steps, number
@@ -87,7 +85,7 @@ class BSA(AbstractPreset):
             outer_schedule=self.outer_schedule,
         )
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Any] | None:
         return series_beside(self.loop, self.linear_step, inner_step, outer_step)
 
 
@@ -155,5 +153,5 @@ class TTSA(AbstractPreset):
             outer_schedule=self.outer_schedule,
         )
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Any] | None:
         return series_beside(self.loop, self.linear_step, inner_step, outer_step)

@@ -25,7 +25,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, entry_by_entry, is_optimizer, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, are_alike, begun, entry_by_entry, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
@@ -162,6 +162,10 @@ class F2SA(AbstractAlgorithm[Copies]):
         batches = 1 if self.shared else self.inner_steps + 1
         return Draws(f=batches, g=batches)
 
+    @property
+    def best_by_measure(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Copies:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
@@ -205,14 +209,15 @@ class F2SA(AbstractAlgorithm[Copies]):
         d_low = d_high = torch.zeros_like(low)
         for number in range(self.inner_steps):
             problem, of_f, of_g = self._batch(oracle, number + 1)
-            d_low = slope(problem, x, low, of_g, j * of_f / weight)
+            d_low = slope(problem, x, low, of_g, j * of_f / weight if j else 0.0)
             d_high = slope(problem, x, high, of_g, of_f / weight)
             low, of_low = moved(self.inner_step, rho, d_low, low, of_low)
             high, of_high = moved(self.inner_step, rho, d_high, high, of_high)
         problem, of_f, of_g = self._batch(oracle, 0)  # both copies on the same samples
         share = 1.0 if state.order == 1 else 0.5
         f_high, h_high = outer_slope(problem, x, high, share * of_f, share * weight * of_g)
-        f_low, h_low = outer_slope(problem, x, low, (1 - share) * of_f, -share * weight * of_g)
+        rest = (1 - share) * of_f if share < 1 else 0.0
+        f_low, h_low = outer_slope(problem, x, low, rest, -share * weight * of_g)
         value = f_high if state.order == 1 else torch.lerp(f_low, f_high, 0.5)
         kept = Copies(x, low, high, state.order, state.curvature, state.outer, of_low, of_high)
         reports = (residual_report("inner iterate", d_low), residual_report("penalized inner iterate", d_high))
@@ -222,7 +227,7 @@ class F2SA(AbstractAlgorithm[Copies]):
         moves = (kept, weight * d_low, weight * d_high)
         return Evaluated(FlatEstimate(h_high + h_low, value, kept.y, reports, note=note), moves)
 
-    def _batch(self, oracle: Oracle, number: int) -> tuple[FlatProblem, float, float]:
+    def _batch(self, oracle: Oracle, number: int) -> tuple[FlatProblem, float | Tensor, float | Tensor]:
         """A batch of both, and what makes means over it unbiased."""
         number = 0 if self.shared else number
         problem = oracle.problem(f=number, g=number)
@@ -237,8 +242,8 @@ class F2SA(AbstractAlgorithm[Copies]):
             oracle.project(x), kept.low, kept.high, state.order, state.curvature, outer, kept.of_low, kept.of_high
         )
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Copies] | None:
-        if is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Copies] | None:
+        if not are_alike(self, inner_step, outer_step):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 

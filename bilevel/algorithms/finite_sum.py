@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, final, get_args
 import torch
 from torch import Tensor
 
+from bilevel._numerics.seeds import within_64_bits
 from bilevel._tree import tree_leaves, tree_parts
 from bilevel.algorithms.oracle import AbstractData, Block
 from bilevel.arguments.fits import demand_types
@@ -133,6 +134,10 @@ class FiniteSum(AbstractData):
         visits = _visits(blocks, self.order == "iid", self.seed, self.stream, epoch)
         return self.block_number(visits[position])
 
+    @property
+    def batch_samples(self) -> int:
+        return self.samples if self.is_fixed else self.batch_size
+
     def batch(self, index: int, first: int) -> Any:
         return self.block(index, first).data
 
@@ -175,7 +180,7 @@ class FiniteSum(AbstractData):
 def _visits(blocks: int, independently: bool, seed: int, stream: int, epoch: int) -> tuple[int, ...]:
     """Which blocks an epoch visits, in order: a function of its arguments, on every machine."""
     generator = torch.Generator("cpu")
-    generator.manual_seed((seed * 1_000_003 + stream) * 1_000_003 + epoch)
+    generator.manual_seed(within_64_bits((seed * 1_000_003 + stream) * 1_000_003 + epoch))
     if independently:
         drawn = torch.randint(blocks, (blocks,), generator=generator, device="cpu")
     else:

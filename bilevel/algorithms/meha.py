@@ -25,7 +25,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import RowStep, Schedule, Step, begun, is_optimizer, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, Step, are_alike, begun, moved
 from bilevel.algorithms.growth import Growth
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
@@ -138,6 +138,10 @@ class MEHA(AbstractAlgorithm[Envelope]):
         """Of y and of theta."""
         return self.inner_step, self.inner_step if self.proximal_step is None else self.proximal_step
 
+    @property
+    def best_by_measure(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Envelope:
         kind = inner_problem(oracle.like.problem)
         composite = isinstance(kind, Composite)
@@ -203,8 +207,8 @@ class MEHA(AbstractAlgorithm[Envelope]):
         x, outer = moved(self.outer_step, gamma, found.estimate.grad, state.x, state.outer)
         return Envelope(oracle.project(x), kept.y, kept.theta, outer, kept.of_y, kept.of_theta)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Envelope] | None:
-        if any(is_optimizer(step) for step in (*self._steps, self.outer_step)):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Envelope] | None:
+        if isinstance(self.proximal_step, AbstractOptimizer) or not are_alike(self, inner_step, outer_step):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 

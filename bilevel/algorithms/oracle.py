@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.uneven import Uneven, of_rows
 from bilevel._problem import Split
 from bilevel._sets import AbstractSet
 from bilevel.arguments.checked import checked
@@ -35,6 +36,8 @@ class Block:
         share: of the mean over it, what the samples of this rank weigh, where they are over ranks and `data` are those.
         numbers: of runs side by side, each of which has a block of its own, which these are `(runs,)`; the data then
             have one axis of runs more. None: all see the same.
+        sizes: how many samples each of these has `(runs,)`, where they are not all as many; `samples` and `weight` are
+            then those of a whole block. None: they are all as many.
     """
 
     data: Any
@@ -44,15 +47,41 @@ class Block:
     weight: float = 1.0
     numbers: Tensor | None = None
     share: float = 1.0
+    sizes: Tensor | None = None
 
     def __post_init__(self) -> None:
         demand_types(self)
         demand_ranges(self, number=COUNT, count=AT_LEAST_1, samples=COUNT, weight=POSITIVE, share=AT_LEAST_0)
 
     @property
-    def scale(self) -> float:
-        """w N: what makes its mean, drawn from N blocks alike, an unbiased estimate of the mean over all samples."""
-        return self.weight * self.count
+    def scale(self) -> float | Tensor:
+        """w N: what makes its mean, drawn from N blocks alike, an unbiased estimate of the mean over all samples.
+
+        A number; of runs side by side whose blocks differ in size one for each, `(runs, 1)`.
+        """
+        return self.weights * self.count
+
+    @property
+    def weights(self) -> float | Tensor:
+        """`weight`, or where the blocks of several runs differ in size that of each `(runs, 1)`."""
+        if self.sizes is None:
+            return self.weight
+        weights: Tensor = (self.sizes * (self.weight / self.samples)).unsqueeze(-1)
+        return weights
+
+    @property
+    def seen(self) -> float:
+        """How many samples a run sees in it, on average."""
+        return self.samples if self.sizes is None else float(self.sizes.mean())
+
+    @checked("Block.of_runs")
+    def of_runs(self, runs: Tensor) -> Block:
+        """That of some of several runs side by side."""
+        if self.numbers is None:
+            return self
+        data = self.data.of_runs(runs) if isinstance(self.data, Uneven) else of_rows(self.data, runs)
+        sizes = None if self.sizes is None else self.sizes[runs.to(self.sizes.device)]
+        return replace(self, data=data, numbers=self.numbers[runs], sizes=sizes)
 
 
 class AbstractData(AbstractPortable, abc.ABC):
@@ -78,6 +107,11 @@ class AbstractData(AbstractPortable, abc.ABC):
     def samples(self) -> int:
         """How many samples there are in all; 0: that is not known."""
         return 0
+
+    @property
+    def batch_samples(self) -> int:
+        """How many samples a batch has, of blocks a whole one; 0: that is not known."""
+        return self.block(0, 0).samples
 
     @property
     def share(self) -> float:
@@ -168,6 +202,8 @@ class Oracle:
         step: int = 0,
     ) -> None:
         self.like, self.data, self.draws, self.region, self.step = like, data, draws, region, step
+        self.runs: Tensor | None = None  # of several runs side by side those that this is about; None: all
+        self._of: Oracle | None = None  # that of all of them
         self._drawn: dict[tuple[str, int], Block] = {}
         self._problems: dict[tuple[int, int], FlatProblem] = {}
 
@@ -182,6 +218,18 @@ class Oracle:
         """The oracle of another problem at the same step."""
         found = Oracle.__new__(Oracle)
         vars(found).update(vars(self), like=like, data=data, _drawn={}, _problems={})
+        return found
+
+    def of_runs(self, runs: Tensor) -> Oracle:
+        """The oracle of some of several runs side by side, at the same step: each of them sees its own batches.
+
+        Args:
+            runs: which `(count,)`, on the CPU.
+        """
+        found = Oracle.__new__(Oracle)
+        whole = self if self._of is None else self._of
+        runs = runs if self.runs is None else self.runs[runs]
+        vars(found).update(vars(self), runs=runs, _of=whole, _drawn={}, _problems={})
         return found
 
     def draw(self, role: Role, number: int = 0) -> Any:
@@ -210,15 +258,18 @@ class Oracle:
                     f"`Oracle.draw({role!r}, {number})` needs a number below {most}, which is how many the algorithm"
                     f" declares to draw at a step. Raise `draws`."
                 )
-            first = self.step * most
-            self._drawn[key, number] = source.block(first + number, first)
+            if self._of is not None and self.runs is not None:
+                self._drawn[key, number] = self._of.block(role, number).of_runs(self.runs)
+            else:
+                first = self.step * most
+                self._drawn[key, number] = source.block(first + number, first)
         return self._drawn[key, number]
 
     @property
     def epoch(self) -> int:
         """About how many steps, of one batch of f and of g each, see all samples once; 1 where that is not known."""
         sources = (self.data.f, self.data.g) if isinstance(self.data, Split) else (self.data, self.data)
-        batches = [source.block(0, 0).samples for source in sources]
+        batches = [source.batch_samples for source in sources]
         if not all(batches):
             return 1
         return -(-sum(source.samples for source in sources) // sum(batches))
@@ -231,7 +282,7 @@ class Oracle:
             data = of_f.data if alike else Split(f=of_f.data, g=of_g.data)
             own = {role for role, block in (("f", of_f), ("g", of_g)) if block.numbers is not None}
             shares = of_f.share, of_g.share
-            self._problems[f, g] = self._with(data, of_f.samples, of_g.samples, frozenset(own), shares)
+            self._problems[f, g] = self._with(data, of_f.seen, of_g.seen, frozenset(own), shares)
         return self._problems[f, g]
 
     def first(self) -> FlatProblem:
@@ -276,8 +327,8 @@ class Oracle:
     def _with(
         self,
         data: Any,
-        f_samples: int,
-        g_samples: int,
+        f_samples: float,
+        g_samples: float,
         own_data: frozenset[str] = frozenset(),
         shares: tuple[float, float] = (1.0, 1.0),
     ) -> FlatProblem:

@@ -23,7 +23,7 @@ from bilevel.algorithms.engine.slopes import (
     slope,
     weight_at,
 )
-from bilevel.algorithms.engine.steps import RowStep, Schedule, begun, is_optimizer, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, are_alike, begun, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
@@ -152,6 +152,10 @@ class PBGD(AbstractAlgorithm[Penalized]):
     def draws(self) -> Draws:
         return Draws(f=1, g=self.inner_steps + 1 if self.form == "value" else 2)
 
+    @property
+    def best_by_measure(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Penalized:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
@@ -215,8 +219,8 @@ class PBGD(AbstractAlgorithm[Penalized]):
         y, of_y = moved(self.inner_step, rho, kept.d_y, state.y, state.of_y)
         return Penalized(oracle.project(x), y, kept.omega, outer, of_y, kept.of_omega)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Penalized] | None:
-        if is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Penalized] | None:
+        if not are_alike(self, inner_step, outer_step):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import inner_gradient_in_x, outer_gradients
+from bilevel._calculus import inner_gradient_in_x
 from bilevel._estimate import FlatEstimate
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.direction import residual_report
+from bilevel.algorithms.engine.direction import residual_report, rows_of_outer_gradients
 from bilevel.algorithms.engine.slopes import REQUIRES, arrival, demand_in_g, demand_own_steps, slope
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, entry_by_entry, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, are_alike, begun, entry_by_entry, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
@@ -80,8 +80,8 @@ class SAMA(AbstractAlgorithm[Adapted]):
         3.0
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     inner_steps: int = 1
     radius: float = 0.01
     schedule: Schedule | None = None
@@ -99,6 +99,10 @@ class SAMA(AbstractAlgorithm[Adapted]):
     @property
     def draws(self) -> Draws:
         return Draws(f=1, g=self.inner_steps + 1)
+
+    @property
+    def best_by_measure(self) -> bool:
+        return True
 
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Adapted:
         x = oracle.project(x)
@@ -118,14 +122,15 @@ class SAMA(AbstractAlgorithm[Adapted]):
             y, inner = moved(self.inner_step, rho, d, y, inner)
         last = self.inner_steps  # not the number of f: their product is unbiased where one source serves both
         problem, of_f, of_g = oracle.problem(g=last), oracle.block("f").scale, oracle.block("g", last).scale
-        value, fx, fy = outer_gradients(problem, x, y)  # of the mean over tasks: so is what follows
+        value, fx, fy = rows_of_outer_gradients(problem, x, y)  # of the mean over tasks: so is what follows
         s = diagonal * fy
-        size = problem.row_norms(s.reshape(-1))
+        size = problem.row_norms(s.flatten(x.dim() - 1))
         t = self.radius / torch.where(size > 0, size, torch.ones_like(size))
-        up, down = (inner_gradient_in_x(problem, x, y + t * sign * s) for sign in (1.0, -1.0))
+        of_y = t.reshape(*t.shape, *(1 for _ in s.shape[t.dim() :]))
+        up, down = (inner_gradient_in_x(problem, x, y + sign * of_y * s) for sign in (1.0, -1.0))
         h = of_f * fx
         if up is not None and down is not None:
-            h = h - of_f * of_g * (up - down) / (2 * t)
+            h = h - of_f * of_g * (up - down) / (2 * t.unsqueeze(-1))
         reports = (residual_report("inner iterate", d),)
         return Evaluated(FlatEstimate(h, value, y, reports), (y, inner, d))
 
@@ -135,6 +140,11 @@ class SAMA(AbstractAlgorithm[Adapted]):
         gamma = rho if self.outer_schedule is None else self.outer_schedule(oracle.step)
         x, outer = moved(self.outer_step, gamma, found.estimate.grad, state.x, state.outer)
         return Adapted(oracle.project(x), y, outer, inner)
+
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Adapted] | None:
+        if not are_alike(self, inner_step, outer_step):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
 
     @property
     def takes_shards(self) -> bool:

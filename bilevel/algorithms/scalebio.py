@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
+from bilevel.algorithms.algorithm import AbstractAlgorithm, RowStep
+from bilevel.algorithms.engine.each_run import EachRun
 from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.steps import Schedule
 from bilevel.algorithms.f2sa import F2SA
@@ -83,6 +85,15 @@ class ScaleBiO(AbstractPreset):
             outer_schedule=self.outer_schedule,
             shared=True,
         )
+
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Any] | None:
+        return self.loop.beside(self._adams(inner_step, self.weight_decay), self._adams(outer_step, 0.0))
+
+    @staticmethod
+    def _adams(rates: RowStep, decay: float) -> EachRun:
+        """AdamW with a learning rate for each of several runs."""
+        assert isinstance(rates, Tensor)
+        return EachRun(tuple(TorchOptim(AdamW(rate, decay)) for rate in rates.tolist()))
 
 
 @final

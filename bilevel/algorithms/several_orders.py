@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.uneven import Uneven
 from bilevel._tree import tree_parts
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Block
@@ -19,39 +20,66 @@ from bilevel.algorithms.oracle import AbstractData, Block
 class SeveralOrders(AbstractData):
     """Batch number t is, for each run, that of its own order: one axis of runs before that of the samples.
 
-    All blocks must have one size, so that they can be stacked: `of` gives None where they have not.
+    Where a last block is smaller, some runs may see it while others see a whole one: then batches are in two groups.
 
-    Args:
+    Attributes:
         orders: the samples in the order of each run.
+        like: a tensor of the dtype and on the device of x, for weights.
     """
 
     orders: tuple[FiniteSum, ...]
+    like: Tensor
 
     @staticmethod
-    def of(orders: tuple[FiniteSum, ...]) -> AbstractData | None:
-        """The data of several runs; None: they cannot be stacked."""
-        first = orders[0]
-        if first.is_fixed:
-            return first
-        return None if first.samples % first.batch_size else SeveralOrders(orders)
+    def of(orders: tuple[FiniteSum, ...], like: Tensor) -> AbstractData:
+        """The data of several runs."""
+        return orders[0] if orders[0].is_fixed else SeveralOrders(orders, like)
+
+    @cached_property
+    def _whole_blocks(self) -> int:
+        """How many blocks are no smaller one at the end."""
+        return self.orders[0].samples // self.orders[0].batch_size
 
     @cached_property
     def _blocks(self) -> list[Tensor]:
-        """Each tensor as blocks `(N, batch_size, ...)`; a view."""
+        """Each tensor as whole blocks `(N, batch_size, ...)`; a view."""
         leaves, _ = tree_parts(self.orders[0].tensors)
-        return [leaf.unflatten(0, (self.orders[0].blocks, -1)) for leaf in leaves]
+        count, size = self._whole_blocks, self.orders[0].batch_size
+        return [leaf[: count * size].unflatten(0, (count, size)) for leaf in leaves]
 
     @property
     def samples(self) -> int:
         return self.orders[0].samples
 
+    @property
+    def batch_samples(self) -> int:
+        return self.orders[0].batch_samples
+
     def block(self, index: int, first: int) -> Block:
         each = [order.block(index, first) for order in self.orders]
         numbers = torch.tensor([block.number for block in each], device="cpu")
+        last = numbers == self._whole_blocks  # of the smaller one, where there is one
+        one = self.orders[0].block_number(0)
+        if not bool(last.any()):
+            return Block(self._stacked(numbers), None, one.count, one.samples, one.weight, numbers, self.share)
+        rest = self.orders[0].block_number(self._whole_blocks)
+        if bool(last.all()):
+            data = self._repeated(len(each))
+            return Block(data, None, rest.count, rest.samples, rest.weight, numbers, self.share)
+        groups = (~last).nonzero().squeeze(-1), last.nonzero().squeeze(-1)
+        data = Uneven(groups, (self._stacked(numbers[groups[0]]), self._repeated(len(groups[1]))))
+        sizes = self.like.new_tensor([block.samples for block in each])
+        return Block(data, None, one.count, one.samples, one.weight, numbers, self.share, sizes)
+
+    def _stacked(self, numbers: Tensor) -> Any:
         build = tree_parts(self.orders[0].tensors)[1]
-        data = build([blocks[numbers.to(blocks.device)] for blocks in self._blocks])
-        one = each[0]
-        return Block(data, None, one.count, one.samples, one.weight, numbers, self.share)
+        return build([blocks[numbers.to(blocks.device)] for blocks in self._blocks])
+
+    def _repeated(self, times: int) -> Any:
+        """The smaller block, for so many runs; all of its samples, whatever the rank."""
+        leaves, build = tree_parts(self.orders[0].tensors)
+        rest = [leaf[self._whole_blocks * self.orders[0].batch_size :] for leaf in leaves]
+        return build([leaf.expand(times, *leaf.shape) for leaf in rest])
 
     def batch(self, index: int, first: int) -> Any:
         return self.block(index, first).data

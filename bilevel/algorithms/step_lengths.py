@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel._calculus import Exact, outer_gradients
 from bilevel._flat import FlatProblem
+from bilevel._inner import Objective
 from bilevel._linear import LinearOperator
 from bilevel._numerics.spectrum import largest_eigenvalue
 from bilevel._result import Tally
@@ -38,6 +39,14 @@ def inner_step(s: Setting) -> float:
             found = float(inner_objective(quiet, x).largest_curvature(quiet.start(x, s.y0).detach()).abs().max())
             largest = max(largest, found if math.isfinite(found) else 0.0)
     return 1 / largest if largest > 0 and math.isfinite(largest) else 1.0
+
+
+def outer_curvature(s: Setting) -> float:
+    """The largest curvature of f in y at y0, in absolute value, of the first batch; 0 where it is no number."""
+    quiet = s.problem.with_tally(Tally())
+    y = quiet.start(s.x, s.y0).detach()
+    found = float(Objective(lambda y: quiet.f_each(s.x, y), quiet.tally).largest_curvature(y).abs().max())
+    return found if math.isfinite(found) else 0.0
 
 
 def outer_step(s: Setting, rho: float) -> float:

@@ -28,7 +28,7 @@ from bilevel.algorithms.schedule import Power
 from bilevel.algorithms.sign_steps import adam_rates
 from bilevel.algorithms.soba import SOBA
 from bilevel.algorithms.srba import SPABA, SRBA
-from bilevel.algorithms.step_lengths import REDUCED, inner_step, least_curvature, outer_step
+from bilevel.algorithms.step_lengths import REDUCED, inner_step, least_curvature, outer_curvature, outer_step
 from bilevel.algorithms.stocbio import StocBiO
 from bilevel.algorithms.vrbo import VRBO
 from bilevel.named.setting import Setting
@@ -81,6 +81,13 @@ def _meha(rho: float, gamma: float) -> MEHA:
 
 def _differences(kind: Callable[..., AbstractAlgorithm[Any]]) -> Build:
     return stepped(lambda rho, gamma: kind(rho, gamma, products=FiniteDifferences()), REDUCED)
+
+
+def _bome(s: Setting) -> AbstractAlgorithm[Any]:
+    """One step moves x and y, and y along f as well: it is no longer than curvatures in y allow."""
+    _demand(BOME(1.0, 1.0), s)
+    rho = inner_step(s)
+    return BOME(rho, min(_outer(s, rho), 1 / (1 / rho + outer_curvature(s))))
 
 
 # Descents, whose estimators say what they require at the first estimate only. Imported where they are asked for: they
@@ -160,7 +167,7 @@ ROWS: tuple[tuple[str, Build, str], ...] = (
         _weighed(partial(PBGD, form="gradient")),
         "descent on f + weight |grad g|^2",
     ),
-    ("bome", stepped(BOME), "descent on f as far as g - min g falls too, first derivatives only"),
+    ("bome", _bome, "descent on f as far as g - min g falls too, first derivatives only"),
     (
         "meha",
         stepped(_meha),

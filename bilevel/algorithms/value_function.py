@@ -17,6 +17,8 @@ from bilevel._sets import Box
 from bilevel._tree import Tree
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.active_sets import LinearConditions
+from bilevel.algorithms.engine.danskin import danskin, gradients, multipliers_at
+from bilevel.algorithms.engine.descent_left import descent_left
 from bilevel.algorithms.engine.global_inner import InnerMinimum, by_linear_program, by_multistart, is_linear
 from bilevel.algorithms.engine.optimistic import Optimistic
 from bilevel.algorithms.engine.programs import Program, in_numpy
@@ -38,6 +40,8 @@ _SHIFT = 1e3  # by how much a cut is relaxed where the point that it is from is 
 _ROUNDS = 8  # after so many what has passed the tests is what is returned
 _CHECK = 7919  # the seed of the independent solve
 _FEASIBLE = 1e-6
+_DESCENT = 1e-2  # of f, in terms of its gradient: y is known to 1e-3 where g is flat to second order
+_APART = 1e-2  # relative distance of minimizers that are two
 # What a cut leaves of the inner gap that is taken for none. A cut from a y_k beside y holds with equality there and has
 # next to no gradient, whose direction is chance: linearized, it would hold (x, y) where it is.
 _ROOM = 0.25 * _FEASIBLE
@@ -93,10 +97,11 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
     on the gradient, which no minimizer needs to satisfy where the constraints have no regular multipliers. Lower values
     of f than that of the best point that has passed these tests are followed up, for at most eight steps.
 
-    The run ends, `successful`, where max(inner gap, violation of any constraint) <= `minimize(tol=...)`, 1e-6 if that
-    is None, at a local solution, and an independent global solve, with other points, four times as many, finds no
-    lower value of g. What is then known is that y is a minimizer as far as these solves tell (a proof only where they
-    are linear programs), and that f is locally least: the best that was found, and not the global optimum. Run it from
+    The run ends where max(inner gap, violation of any constraint) <= `minimize(tol=...)`, 1e-6 if that is None, at a
+    local solution, and an independent global solve, with other points, four times as many, finds no lower value of g:
+    y is a minimizer as far as these solves tell (a proof only where they are linear programs). It is `successful` if f
+    does not fall from there to first order, see `engine.descent_left`, and `descent_left` if it may: f is then not
+    known to be least even locally. Neither is a proof of the global optimum beyond the first step: run it from
     several x0. Where steps end first, the status says so. `Estimate.grad` is grad_x f - mu (grad_x g - grad V) for the
     multiplier mu of the gap that fits best in y, with grad V = grad_x (g + lambda'c + nu'e) at the minimizer (Danskin).
 
@@ -190,9 +195,15 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             measure = max(measure, g - least.value)
         if not math.isfinite(measure):
             measure = math.inf
-        report = Report("inner gap and constraints", Status.successful, max(measure, 0.0), state.round)
+        reports: tuple[Report, ...] = (
+            Report("inner gap and constraints", Status.successful, max(measure, 0.0), state.round),
+        )
+        if state.final and measure <= _FEASIBLE:
+            left = self._descent_left(oracle, problem, state, g)
+            status = Status.successful if left <= _DESCENT else Status.descent_left
+            reports = (*reports, Report("descent of f to first order", status, left, state.round))
         grad = self._slope(problem, x, y, least)
-        estimate = FlatEstimate(grad=grad, value=value.detach(), y=y, reports=(report,))
+        estimate = FlatEstimate(grad=grad, value=value.detach(), y=y, reports=reports)
         told = OuterConstraints(outer, max(outer, 0.0), 0.0, (), ())
         shown = max(measure, 0.0) if state.final else max(measure, 1.0)
         return Evaluated(estimate, (least, max(measure, 0.0), shown), None, None, 1e-6, told)
@@ -269,7 +280,7 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
 
         c, e = problem.inner(x, y)
         k, m = len(c), len(e)
-        multipliers = _multipliers(problem, x, y) if regular else np.zeros(k + m)
+        multipliers = multipliers_at(problem, x, y) if regular else np.zeros(k + m)
         lower, upper = (as_numpy(bound) for bound in _bounds(oracle, x))
         free = np.full(y.numel(), np.inf)
         if not regular:
@@ -303,52 +314,32 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
             found.append(Program(function, equalities, low, fixed).solve(np.clip(z, low, fixed)))
         return found
 
+    def _descent_left(self, oracle: Oracle, problem: Optimistic, state: ValueFunctionState, g: float) -> float:
+        """What :func:`descent_left` says at a minimizer y, with the cuts that are as low for other minimizers."""
+        x, y = state.x, state.y
+        rows = []
+        for other in state.cuts:
+            with torch.no_grad():
+                value, (c, e) = float(problem.problem.g(x, other)), problem.inner(x, other)
+            feasible = not torch.cat([c, e.abs()]).gt(_FEASIBLE).any()
+            apart = float((other - y).abs().max()) > _APART * max(1.0, float(y.abs().max()))
+            if feasible and apart and value <= g + _FEASIBLE * max(1.0, abs(g)):
+                rows.append(torch.cat([other, danskin(problem, x, other)]))
+        others = torch.stack(rows) if rows else x.new_zeros(0, y.numel() + x.numel())
+        lower, upper = (as_numpy(bound) for bound in _bounds(oracle, x))
+        return descent_left(problem, x, y, (lower, upper), others)
+
     def _slope(self, problem: Optimistic, x: Tensor, y: Tensor, least: InnerMinimum) -> Tensor:
         """grad_x f - mu (grad_x g - grad V), mu the least squares solution of grad_y f = mu grad_y g, at least 0."""
         with torch.enable_grad():
             leaf, own = x.detach().requires_grad_(), y.detach().requires_grad_()
-            fx, fy = _gradients(problem.problem.f(leaf, own), leaf, own)
-            gx, gy = _gradients(problem.problem.g(leaf, own), leaf, own)
+            fx, fy = gradients(problem.problem.f(leaf, own), leaf, own)
+            gx, gy = gradients(problem.problem.g(leaf, own), leaf, own)
         if not math.isfinite(least.value):
             return fx
         square = float(gy @ gy)
         mu = max(0.0, -float(fy @ gy) / square) if square > 1e-12 else 0.0
         return fx + mu * (gx - danskin(problem, x, least.y))
-
-
-def danskin(problem: Optimistic, x: Tensor, y: Tensor) -> Tensor:
-    """grad V(x) = grad_x (g + lambda'c + nu'e) at a minimizer y, with its multipliers; `(p,)`."""
-    multipliers = torch.from_numpy(_multipliers(problem, x, y)).to(x)
-    with torch.enable_grad():
-        leaf, own = x.detach().requires_grad_(), y.detach().requires_grad_()
-        values = torch.cat(problem.inner(leaf, own))
-        return _gradients(problem.problem.g(leaf, own) + multipliers @ values, leaf, own)[0]
-
-
-def _gradients(value: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if not value.requires_grad:
-        return torch.zeros_like(x), torch.zeros_like(y)
-    found = torch.autograd.grad(value, (x, y), allow_unused=True)
-    gx, gy = (torch.zeros_like(at) if part is None else part for part, at in zip(found, (x, y), strict=True))
-    return gx, gy
-
-
-def _multipliers(problem: Optimistic, x: Tensor, y: Tensor) -> Array:
-    """lambda >= 0 of the inequalities that hold with equality, and nu: nearest to stationarity in y; `(k + m,)`."""
-    import numpy as np
-
-    from bilevel.algorithms.engine.programs import values_and_rows
-
-    (c, e), (_, rows) = problem.inner(x, y), values_and_rows(lambda y: torch.cat(problem.inner(x, y)), y)
-    _, g = values_and_rows(lambda y: problem.problem.g(x, y).reshape(1), y)
-    k, J = len(c), as_numpy(rows).reshape(rows.shape)
-    found = np.zeros(k + len(e))
-    active = np.flatnonzero(np.concatenate([as_numpy(c) >= -1e-6, np.full(len(e), True)]))
-    if len(active) and np.isfinite(J).all() and bool(g.isfinite().all()):
-        lower = np.where(active < k, 0.0, -np.inf)
-        result = scipy_optimize("ValueFunction").lsq_linear(J[active].T, -as_numpy(g[0]), bounds=(lower, np.inf))
-        found[active] = result.x
-    return found
 
 
 def _cuts(problem: Optimistic, x: Tensor, y: Tensor, cuts: Tensor) -> Tensor:

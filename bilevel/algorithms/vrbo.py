@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from torch import Tensor
-
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.algorithm import AbstractAlgorithm, RowStep
 from bilevel.algorithms.engine.nested import Nested
 from bilevel.algorithms.engine.neumann import Neumann, series_beside
 from bilevel.algorithms.engine.preset import AbstractPreset
@@ -86,5 +84,5 @@ class VRBO(AbstractPreset):
             outer_schedule=self.outer_schedule,
         )
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Any] | None:
         return series_beside(self.loop, self.linear_step, inner_step, outer_step)

@@ -43,7 +43,8 @@ class Constants:
         C_G: a bound on the norm of d2g/dxdy. None: bounded from the operator at y, with a stated confidence.
         L_f_minus: a bound on the most negative curvature of f in y: 0 where f is convex in y. None: L_fyy.
         radius: the constants hold for points within this distance of y*(x), and y is known to be among them, by the
-            convexity of g or otherwise; without mu, within this distance of the y that is certified.
+            convexity of g or otherwise; without mu, and under nonlinear constraints or rows that turn with x, within
+            this distance of the y that is certified.
         source: where they come from: "given" by the user, "structural" (from the formula of a problem), or
             "estimated" from products.
         heuristic: the names of those that are estimates without a guarantee.

@@ -25,7 +25,6 @@ from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded
 
 NEEDED = ("L_cyy", "L_cxy", "M_cyy", "M_cxy")
 _SCALES = tuple(2.0**k for k in range(-8, 9, 2))  # of the constraints, around that which makes both blocks alike
-_WIDER = 6  # doublings of the ball on which the Lipschitz constants have to hold
 
 
 @final
@@ -104,15 +103,15 @@ def certify_on_curved_face(
 
     g and c are convex in y, and e affine. With the constraints A that seem to hold at y as equations, and a scale s for
     their sizes, (y*, w*) is a zero of F(x, y, w) = (grad_y g + s J'w, s c_A), whose derivative K in (y, w) is
-    symmetric. Within rho of (y, w), with W = |w| + rho, it is Lipschitz with
+    symmetric. Within rho = 2 |F| / m of (y, w), with W = |w| + rho, it is Lipschitz with
 
-        M = |(M_yy + s M_cyy W + s L_cyy, s L_cyy)|,  and dF/dx with  |(M_xy + s M_cxy W + s L_cxy, s L_cxy)|,
+        M = |(M_yy + s M_cyy W + s L_cyy, s L_cyy)|,  and dF/dx with M likewise, of M_xy, M_cxy and L_cxy,
 
     where L_cyy bounds |sum_i u_i d2c_i/dy2| / |u|, and so on. By Newton and Kantorovich a zero lies within d of (y, w),
-    d = 2 |F| / (m + (m^2 - 2 M |F|)^(1/2)), m the least singular value of K, if the root is real and d <= rho; the
-    theorems of smooth problems bound the error of h with m and F in the place of mu and grad_y g, as their proof needs
-    no definiteness. The zero is y*(x), now and for x nearby, if all multipliers of inequalities are above d there, and
-    no other constraint j can hold: c_j(y) + |grad c_j| d + L_cyy d^2 / 2 < 0. So strict complementarity has a margin
+    d = 2 |F| / (m + (m^2 - 2 M |F|)^(1/2)) <= rho, m the least singular value of K, if the root is real; the theorems
+    of smooth problems bound the error of h with m and F in the place of mu and grad_y g, as their proof needs no
+    definiteness. The zero is y*(x), now and for x nearby, if all multipliers of inequalities are above d there, and no
+    other constraint j can hold: c_j(y) + |grad c_j| d + L_cyy d^2 / 2 < 0. So strict complementarity has a margin
     larger than the error; where it has not, the bound is infinite, with the reason. It is the least over some s.
 
     Cost: a gradient, and q + r backward passes through it for r constraints that hold; SVDs of q + r rows.
@@ -157,6 +156,7 @@ def certify_on_curved_face(
     why, reach = "", math.inf
     for scale in _SCALES if r else (1.0,):
         s = scale * alike
+        felt = s if r else 0.0  # constraints of which none holds are not in F
         size = torch.cat([y.new_ones(q), y.new_full((r,), s)])
         K, cross = at.K * size.unsqueeze(-1) * size, at.cross * size.unsqueeze(-1)
         w = at.w / s
@@ -173,24 +173,20 @@ def certify_on_curved_face(
         v = torch.linalg.solve(K, side)
         Kv, gv = K @ v, cross.T @ v
         zw = torch.cat([y, w])
-        rho, terms, found = 0.0, None, None
-        for _ in range(_WIDER):
-            known = _known(constants, s, float(w.norm()) + rho, least, float(singular.max()), cross)
-            found = measured(zw, v, F, side - Kv, fx, side, gv, known, Kv)
-            stretch = float(Kv.norm() / v.norm()) * (1 + 1e-12) if bool(v.any()) else None
-            found = replace(found, curvature=stretch)
-            try:
-                terms = bounded(found, known)
-            except NonfiniteError:
-                return refused("NaN or Inf was met")
-            if terms.distance <= rho or not math.isfinite(terms.distance):
-                break
-            rho = 2 * terms.distance
-        assert terms is not None and found is not None
+        known = of_conditions(constants, felt, float(w.norm()), least, float(singular.max()), cross)
+        found = measured(zw, v, F, side - Kv, fx, side, gv, known, Kv)
+        stretch = float(Kv.norm() / v.norm()) * (1 + 1e-12) if bool(v.any()) else None
+        found = replace(found, curvature=stretch)
+        rho = 2 * float(found.e) / least  # d lies between half of this and this, whatever M is
+        known = of_conditions(constants, felt, float(w.norm()) + rho, least, float(singular.max()), cross)
+        try:
+            terms = bounded(found, known)
+        except NonfiniteError:
+            return refused("NaN or Inf was met")
         d = terms.distance
         reach = min(reach, d)
-        if not d <= rho:
-            why = why or terms.reason or "the error of y is too large for the constants of the constraints."
+        if not math.isfinite(d):
+            why = why or terms.reason
             continue
         short = _short(at, w, d, s, constants)
         if short:
@@ -211,17 +207,23 @@ def _alike(K: Tensor, q: int) -> float:
     return top / side if top > 0 and side > 0 else 1.0
 
 
-def _known(constants: Constants, s: float, W: float, least: float, most: float, cross: Tensor) -> Constants:
-    """The constants of F, those of a smooth problem in (y, w)."""
+def of_conditions(constants: Constants, s: float, W: float, least: float, most: float, cross: Tensor) -> Constants:
+    """The constants of F, those of a smooth problem in (y, w), for constraints times s and multipliers within W.
+
+    With a = M_yy + M_cyy W and b = L_cyy, both of c times s, the change of K u is at most
+    |(a |dy| |u_y| + b (|dw| |u_y| + |dy| |u_w|), b |dy| |u_y|)| <= |(a + b, b)| |d| |u|. That of dF/dx has rows
+    a |dy| + b |dw| and b |dy|, a = M_xy + M_cxy W, b = L_cxy, which is at most the norm of [[a, b], [b, 0]] times |d|.
+    """
     L_cyy, L_cxy, M_cyy, M_cxy = (s * (getattr(constants, name) or 0.0) for name in NEEDED)
     assert constants.M_yy is not None and constants.M_xy is not None
+    cross_bend = constants.M_xy + M_cxy * W
     return replace(
         constants,
         mu=least,
         L=most,
         C_G=float(torch.linalg.matrix_norm(cross, 2)) * (1 + 1e-12) if cross.numel() else 0.0,
         M_yy=math.hypot(constants.M_yy + M_cyy * W + L_cyy, L_cyy),
-        M_xy=math.hypot(constants.M_xy + M_cxy * W + L_cxy, L_cxy),
+        M_xy=(cross_bend + math.hypot(cross_bend, 2 * L_cxy)) / 2,
         local=frozenset({"mu", "L", "C_G"}),
     )
 

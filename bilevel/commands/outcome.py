@@ -63,6 +63,7 @@ def write(request: Request, made: Plan, folder: Folder, outcome: RunOutcome, sec
         "status": outcome.status,
         "converged": outcome.solution is not None and outcome.solution.converged,
         "message": outcome.message,
+        "estimate_note": "" if outcome.solution is None else outcome.solution.estimate.note,
         "steps": outcome.steps,
         "initial": _values(history[0]) if history else None,
         "final": _values(history[-1]) if history else None,
@@ -170,6 +171,7 @@ def _show(made: Plan, folder: Folder, content: dict[str, Any]) -> None:
         *((name.replace("_", " "), _told(value)) for name, value in content["metrics"].items()),
         ("oracle calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)),
         ("outer steps", str(content["steps"])),
+        *([("note", content["estimate_note"])] if content.get("estimate_note") else []),
         ("seconds", f"{content['seconds']:.2f}"),
         ("files", f"{folder.path}: {', '.join(files)}"),
     ]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, COUNT, POSITIVE, demand_ranges
-from bilevel.federated.method import AbstractMethod, At, repeated
+from bilevel.federated.clients import joint_norm, repeated
+from bilevel.federated.method import AbstractMethod, At
 from bilevel.federated.server import Server
 
 
@@ -114,3 +115,10 @@ class AggITD(AbstractMethod):
         generator = torch.Generator("cpu")
         generator.manual_seed(self.seed * 1_000_003 + number)
         return int(torch.randint(self.rounds, (), generator=generator))
+
+    @property
+    def is_random(self) -> bool:
+        return not self.derandomized and self.draw is None
+
+    def arrival(self, at: At, then: At) -> Tensor:
+        return joint_norm(then.h, (then.y - at.y) / self.inner_step)

@@ -24,6 +24,9 @@ class AbstractClients(abc.ABC):
     of rounds in which some of them do so; a row of each argument and of each answer belongs to one of them.
     """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.weights)})"
+
     @property
     @abc.abstractmethod
     def weights(self) -> Tensor:
@@ -130,3 +133,14 @@ class Clients(AbstractClients):
         if isinstance(self._data, Split):
             return Split(f=tree_map(some, self._data.f), g=tree_map(some, self._data.g))
         return tree_map(some, self._data)
+
+
+def repeated(y: Tensor, who: Tensor) -> Tensor:
+    """A vector `(q,)` for each of several clients `(k, q)`."""
+    return y.expand(len(who), -1)
+
+
+def joint_norm(*directions: Tensor) -> Tensor:
+    """The norm of several vectors as one `()`."""
+    found: Tensor = torch.linalg.vector_norm(torch.cat(directions))
+    return found

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE, demand_ranges
+from bilevel.federated.clients import joint_norm, repeated
 from bilevel.federated.local_steps import local_steps
-from bilevel.federated.method import AbstractMethod, At, repeated
+from bilevel.federated.method import AbstractMethod, At
 from bilevel.federated.server import Server
 
 
@@ -93,3 +94,6 @@ class FedNest(AbstractMethod):
             v = v - a * (hv - fy)
         (h,) = server.ask(last, x, y, v, known=2)
         return At(x - self.outer_step * h, y, v, h)
+
+    def arrival(self, at: At, then: At) -> Tensor:
+        return joint_norm(then.h, (then.y - at.y) / self.inner_step)

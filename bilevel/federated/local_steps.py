@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE
 from bilevel.arguments.shapes import Shape
-from bilevel.federated.method import repeated
+from bilevel.federated.clients import repeated
 from bilevel.federated.server import Server
 
 

@@ -34,11 +34,15 @@ class AbstractMethod(abc.ABC):
         """The point after outer step `number`; rounds are asked of the server."""
 
     @property
+    def is_random(self) -> bool:
+        """Whether h depends on draws of the method's own, whoever answers. No, unless said."""
+        return False
+
+    @abc.abstractmethod
+    def arrival(self, at: At, then: At) -> Tensor:
+        """A norm `()` that is zero where a step moves nothing: of h, and of the directions that y and v have gone."""
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Its settings by name."""
         return dict(vars(self))
-
-
-def repeated(y: Tensor, who: Tensor) -> Tensor:
-    """A vector `(q,)` for each of several clients `(k, q)`."""
-    return y.expand(len(who), -1)

@@ -114,17 +114,26 @@ class Server:
         clients: the clients.
         sizes: p and q: no answer has another size.
         participation: who answers.
+        traffic: of earlier steps.
+        tried: how many rounds these have begun: what follows goes on from there.
 
     Attributes:
         traffic: so far.
+        tried: rounds that were begun so far, those that nobody answered in included.
     """
 
-    @checked()
+    @checked(tried=COUNT)
     def __init__(
-        self, clients: AbstractClients, sizes: tuple[int, int], participation: Participation = Participation()
+        self,
+        clients: AbstractClients,
+        sizes: tuple[int, int],
+        participation: Participation = Participation(),
+        *,
+        traffic: Traffic = Traffic(),
+        tried: int = 0,
     ) -> None:
         self.clients, self.sizes, self.participation = clients, sizes, participation
-        self.traffic, self._tried = Traffic(), 0
+        self.traffic, self.tried = traffic, tried
 
     def ask(self, work: Work, *sent: Tensor, known: int = 0) -> tuple[Tensor, ...]:
         """One round: the vectors are sent to those who take part, and their answers are averaged.
@@ -140,9 +149,9 @@ class Server:
         weights, count = self.clients.weights, len(self.clients.weights)
         down = sum(each.numel() * each.element_size() for each in sent[known:])
         for _ in range(1000):
-            asked = self.participation.asked(count, self._tried)
-            who, answers = self.participation.answered(asked, self._tried)
-            self._tried += 1
+            asked = self.participation.asked(count, self.tried)
+            who, answers = self.participation.answered(asked, self.tried)
+            self.tried += 1
             found = work(who, *sent) if len(who) else ()
             for each in found:
                 if each.shape not in ((len(who), self.sizes[0]), (len(who), self.sizes[1])):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
-from bilevel.federated.local_steps import local_steps
-from bilevel.federated.method import AbstractMethod, At, repeated
+from bilevel.federated.clients import joint_norm, repeated
+from bilevel.federated.method import AbstractMethod, At
 from bilevel.federated.server import Server
 
 
@@ -23,7 +23,13 @@ class FederatedSOBA(AbstractMethod):
 
     Each is linear in f_m and g_m at one point, so that the mean over clients is that of the whole, whatever their data.
 
-    Cost: one round a step: 2q + p floats down (x, y and v) and as many up; with local steps one round more, of q floats
+    With local steps, several of y and of v at each client between two means, corrected as in `local_steps`:
+
+        z_m <- z_m - rho (grad g_m(z_m) - grad g_m(y) + D_y),   u_m <- u_m - rho' (H_m u_m - H_m v + D_v),   H_m at y
+
+    from y and v, of which the means over the clients are the next y and v.
+
+    Cost: one round a step: 2q + p floats down (x, y and v) and as many up; with local steps one more, of 2q floats
     each way.
 
     Converges: as `SOBA` on f and g.
@@ -32,7 +38,7 @@ class FederatedSOBA(AbstractMethod):
         inner_step: rho.
         outer_step: gamma.
         linear_step: rho'; None: rho.
-        local_steps: of y at each client between two rounds, corrected (see `local_steps`); 1: the step above.
+        local_steps: of y and v at each client between two rounds; 1: the step above.
 
     Raises:
         TypeError: if an argument is of the wrong type.
@@ -69,8 +75,31 @@ class FederatedSOBA(AbstractMethod):
             return gy, hv - fy, fx - gv
 
         d_y, d_v, d_x = server.ask(work, at.x, at.y, at.v)
-        y = at.y - self.inner_step * d_y
+        x, y, v = at.x - self.outer_step * d_x, at.y - self.inner_step * d_y, at.v - self._linear_length * d_v
         if self.local_steps > 1:
-            y = local_steps(server, at.x, at.y, step=self.inner_step, steps=self.local_steps, mean=d_y)
-        length = self.inner_step if self.linear_step is None else self.linear_step
-        return At(at.x - self.outer_step * d_x, y, at.v - length * d_v, d_x)
+            y, v = self._locally(server, at, d_y, d_v)
+        return At(x, y, v, d_x)
+
+    def _locally(self, server: Server, at: At, d_y: Tensor, d_v: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps of z_m and u_m from y and v, corrected so that y and v stay where the means d_y and d_v are zero."""
+        clients, rho, length = server.clients, self.inner_step, self._linear_length
+
+        def work(who: Tensor, x: Tensor, y: Tensor, v: Tensor, d_y: Tensor, d_v: Tensor) -> tuple[Tensor, ...]:
+            ys, vs = repeated(y, who), repeated(v, who)
+            gy, hv, _ = clients.products(who, x, ys, vs)
+            z, u = ys, vs
+            for k in range(self.local_steps):
+                at_z = clients.inner_gradients(who, x, z) if k else gy
+                hu = clients.products(who, x, ys, u)[1] if k else hv
+                z, u = z - rho * (at_z - gy + d_y), u - length * (hu - hv + d_v)
+            return z - y, u - v  # so that the mean over some of them is one of steps
+
+        moved_y, moved_v = server.ask(work, at.x, at.y, at.v, d_y, d_v, known=3)
+        return at.y + moved_y, at.v + moved_v
+
+    @property
+    def _linear_length(self) -> float:
+        return self.inner_step if self.linear_step is None else self.linear_step
+
+    def arrival(self, at: At, then: At) -> Tensor:
+        return joint_norm(then.h, (then.y - at.y) / self.inner_step, (then.v - at.v) / self._linear_length)

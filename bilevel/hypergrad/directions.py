@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from bilevel._numerics.seeds import within_64_bits
+
 Distribution: TypeAlias = Literal["gaussian", "rademacher", "sphere", "orthonormal"]
 
 _WHOLE = 2**22  # numbers; what is more is drawn a direction at a time, in the dtype of x
@@ -68,7 +70,7 @@ def in_blocks(
 
 
 def _one_by_one(distribution: Distribution, k: int, x: Tensor, seed: int, size: int) -> Iterator[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(within_64_bits(seed))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for begin in range(0, k, size):
         u = torch.empty(min(size, k - begin), x.shape[-1], dtype=dtype, device="cpu")
@@ -84,7 +86,7 @@ def _one_by_one(distribution: Distribution, k: int, x: Tensor, seed: int, size: 
 
 def _at_once(call: str, distribution: Distribution, k: int, x: Tensor, seed: int) -> tuple[Tensor, float]:
     p = x.shape[-1]
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(within_64_bits(seed))
     if distribution == "orthonormal" and k > p:
         raise ValueError(
             f"`{call}(directions=..., distribution='orthonormal')` must be at most the number of outer variables, {p}."

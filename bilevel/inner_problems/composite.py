@@ -134,6 +134,7 @@ class Composite(AbstractInnerProblem):
             prox=lambda v, t: term.prox(x, v, t),
             active=lambda v, t: term.active(x, v, t),
             separable=self._separable(problem, x),
+            image=lambda: term.image(x),
         )
 
     def _separable(self, problem: FlatProblem, x: Tensor) -> SeparableObjective | None:

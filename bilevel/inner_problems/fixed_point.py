@@ -16,7 +16,7 @@ from bilevel._linear import FIXED_POINT, LinearOperator, OperatorProperties
 from bilevel._numerics.arnoldi import arnoldi
 from bilevel._numerics.learned_settings import settings_at
 from bilevel._numerics.misfits import called
-from bilevel._numerics.rows import row_dots
+from bilevel._numerics.rows import row_dots, safe_row_norms
 from bilevel._numerics.second_derivatives import explained
 from bilevel._result import Report, Solved, Status
 from bilevel._tree import Tree
@@ -24,6 +24,8 @@ from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
+
+_OFF = 1e-2  # of max(1, |y|), which y may be from the fixed point
 
 
 @final
@@ -180,9 +182,12 @@ class FixedPoint(AbstractInnerProblem):
 
         spectrum = arnoldi(lambda w: w - mv(w), y.detach(), self.products)
         singular = spectrum.singular(float(torch.finfo(y.dtype).eps), y.shape[-1])
+        apart, size = safe_row_norms((y - image).detach()), safe_row_norms(y.detach())
         reports = (
             _told("spectral radius of the fixed-point map", spectrum.radius, None, spectrum.steps),
             _told("least singular value of I - dT/dy", spectrum.least, singular, spectrum.steps),
+            # |y - T| over that value is what y may be off by, whatever tolerance was met.
+            _near("distance of y from the fixed point", apart / spectrum.least / size.clamp_min(1.0)),
         )
         operator = LinearOperator(
             mv, y.shape[-1], symmetric=False, transposed_mv=transposed, contraction=spectrum.radius
@@ -205,6 +210,13 @@ def _pulled(image: Tensor, leaves: tuple[Tensor, ...], w: Tensor, again: bool = 
         return tuple(None for _ in leaves)
     with explained():
         return torch.autograd.grad(image, leaves, w, retain_graph=True, create_graph=again, allow_unused=True)
+
+
+def _near(part: str, relative: Tensor) -> Report:
+    """The report of the largest relative distance, which is to be small; one that is not known is another's."""
+    known = relative[relative.isfinite()]
+    worst = float(known.max()) if known.numel() else 0.0
+    return Report(part, Status.imprecise if worst > _OFF else Status.successful, worst, 0)
 
 
 def _told(part: str, numbers: Tensor, failed: Tensor | None, steps: int) -> Report:

@@ -12,15 +12,17 @@ from torch import Tensor
 from bilevel._numerics.batched import batched
 from bilevel._numerics.misfits import called
 from bilevel._tree import Tree
+from bilevel.inner_problems.flat_image import FlatImage
 
 if TYPE_CHECKING:
     from bilevel._flat import FlatProblem
+    from bilevel.prox.linear_image import LinearImage
     from bilevel.prox.term import AbstractProxTerm
 
 
 @final
 class _NoPiecesError(Exception):
-    """A term is not of the form that coordinate descent reads."""
+    """A term is not of the form that a solver asks for."""
 
 
 @final
@@ -124,16 +126,55 @@ class FlatTerm:
             except _NoPiecesError:
                 return None
 
+    def image(self, x: Tensor) -> FlatImage | None:
+        """k, A and b of h_x(y) = k(A y + b); None where the term is not one of a linear image."""
+        structure, ones = self.problem.y, x.new_zeros(self.problem.y.size)
+
+        def at(x: Tree, *data: Any) -> LinearImage:
+            found = self.at(x, *data).composition(structure.unravel(ones))
+            if found is None:
+                raise _NoPiecesError
+            return found
+
+        def whole(x: Tree, *data: Any) -> Tensor:
+            found = at(x, *data)
+            return torch.cat([found.A, found.b.unsqueeze(-1)], dim=-1)
+
+        def prox(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Any:
+            return at(x, *data).term.prox(p, step.squeeze(-1))
+
+        def active(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Tensor:
+            return at(x, *data).term.active(p, step.squeeze(-1))
+
+        def margin(x: Tree, p: Tensor, step: Tensor, *data: Any) -> Tensor:
+            return at(x, *data).term.margin(p, step.squeeze(-1))
+
+        try:
+            both = self.problem.map(whole, "g", x)
+        except _NoPiecesError:
+            return None
+        return FlatImage(
+            both[..., :-1],
+            both[..., -1],
+            lambda p, step: self.problem.map(prox, "g", x, p, _column(step, p)),
+            lambda p, step: self.problem.map(active, "g", x.detach(), p.detach(), _column(step, p)),
+            lambda p, step: self.problem.map(margin, "g", x.detach(), p.detach(), _column(step, p)),
+        )
+
     def is_separable(self, x: Tensor) -> bool:
         """Whether the term at x says that it is a sum over entries."""
-        found: list[bool] = []
+        return self.one_at(x).separable
+
+    def one_at(self, x: Tensor) -> AbstractProxTerm:
+        """A term at x, of tasks that of one of them: to ask for what does not depend on values."""
+        found: list[AbstractProxTerm] = []
 
         def one(x: Tree, *data: Any) -> Tensor:
-            found.append(self.at(x, *data).separable)
+            found.append(self.at(x, *data))
             return torch.zeros((), device="cpu")
 
         self.problem.map(one, "g", x)
-        return all(found)
+        return found[-1]
 
     def at(self, x: Tree, *data: Any) -> AbstractProxTerm:
         """The term at one x in the user's structure, with the data of g."""

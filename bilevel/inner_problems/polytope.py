@@ -36,7 +36,8 @@ class Polytope:
         h: their right-hand sides `(k,)`, or one number; inf: this one is none.
 
     Raises:
-        ValueError: if A or G is not a matrix.
+        TypeError: if an argument is of the wrong type, as a function in the place of a matrix is.
+        ValueError: if A or G is not a dense matrix.
 
     Example:
         >>> simplex = Polytope(A=torch.ones(1, 3), b=1.0, lower=0.0)
@@ -53,6 +54,8 @@ class Polytope:
     h: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
+        for name, rows in (("A", self.A), ("G", self.G)):
+            _demand_dense(name, rows)
         demand_types(self)
         shapes = {"A": Shape("m q"), "b": Shape(), "G": Shape("k q"), "h": Shape(finite=False)}
         demand_shapes("Polytope", shapes, vars(self))
@@ -187,3 +190,22 @@ def padded(vector: Tensor, like: Tensor) -> Tensor:
 def _like(value: float | Tensor, like: Tensor) -> Tensor:
     """A number or tensor in the dtype and on the device of another, whatever torch's own default is."""
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _demand_dense(name: str, rows: Any) -> None:
+    """Refuse rows that are sparse, or known by products only, saying what to do."""
+    cure = (
+        " Solvers hold the rows of A and G as they are, with a slack for each row of G, so that they have to be few if"
+        " y are many. Say limits of single entries by `lower` and `upper`, which cost nothing; put many other rows into"
+        " g as a penalty, or into few by their largest violation"
+    )
+    if isinstance(rows, Tensor) and rows.layout != torch.strided:
+        raise ValueError(
+            f"`Polytope({name}=...)` must be a dense matrix. Got one of layout {rows.layout}.{cure}; or pass"
+            f" `{name}.to_dense()`."
+        )
+    if callable(rows) and not isinstance(rows, Tensor):
+        raise TypeError(
+            f"`Polytope({name}=...)` must be a matrix, and not a function that multiplies by one. Got"
+            f" {type(rows).__name__}.{cure}; or pass the matrix, `torch.func.jacrev` of the function at any y."
+        )

@@ -137,7 +137,7 @@ def penalty(s: Setting) -> AbstractEstimator:
     """`Penalty`: three inner problems: that of g, and those of two weights, at a weight whose error was measured."""
     from bilevel.hypergrad.penalty import Penalty
 
-    inner, accuracy = s.inner(per_step=3), PENALTY_ACCURACY[0 if s.double else 1]
+    inner, accuracy = s.inner(per_step=3, reads=False), PENALTY_ACCURACY[0 if s.double else 1]
 
     def at(weight: float) -> Penalty:
         return Penalty(inner, weight, extrapolate=True, accuracy=accuracy)

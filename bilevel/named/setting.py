@@ -107,6 +107,11 @@ class Setting:
         """Whether coordinate descent can read the inner problem."""
         return inner_objective(self.problem.with_tally(Tally()), self.x).separable is not None
 
+    @property
+    def _is_of_image(self) -> bool:
+        """Whether the term of the inner problem is one that splitting solvers take apart."""
+        return inner_objective(self.problem.with_tally(Tally()), self.x).image is not None
+
     def steps(self, per_step: int) -> int | None:
         """How many steps the budget is enough for, at so many gradients and products a step; None without a budget.
 
@@ -126,10 +131,10 @@ class Setting:
             return 0.0
         return double if self.double else single
 
-    def inner(self, per_step: int = 1, over: float = 1.0) -> AbstractInnerSolver:
+    def inner(self, per_step: int = 1, over: float = 1.0, reads: bool = True) -> AbstractInnerSolver:
         """For estimators that take any inner solver: L-BFGS, or one that heeds what the inner problem has beyond a g.
 
-        That is coordinate descent for a linear model with a separable term.
+        That is coordinate descent for a linear model with a separable term, and `ADMM` for one of a linear image.
 
         One for constraints takes its own steps, some tens of systems in y, whatever the budget.
 
@@ -140,8 +145,10 @@ class Setting:
         Args:
             per_step: how many gradients and products of g an inner step brings with it.
             over: of estimators that take differences of y, their length: its error is divided by that.
+            reads: whether it may read what g and the term are made of; not where it is to minimize g and more.
         """
         from bilevel.named.solved_on import SolvedOn
+        from bilevel.solvers.admm import ADMM
         from bilevel.solvers.clarabel import Clarabel
         from bilevel.solvers.coordinate_descent import CoordinateDescent
         from bilevel.solvers.interior_point import InteriorPoint
@@ -158,8 +165,10 @@ class Setting:
             return QuadraticProgram()
         if Feature.fixed_point in self.features:
             return self._fixed_point(steps)
-        if steps is None and self._is_separable:
+        if steps is None and reads and self._is_separable:
             return CoordinateDescent(self.inner_tol())
+        if steps is None and reads and self._is_of_image:
+            return ADMM(max_steps=10 * MOST_STEPS, tol=self.inner_tol())
         if self.features:
             return self._stepwise(steps, 0)
         if steps is not None:

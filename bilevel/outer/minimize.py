@@ -393,6 +393,11 @@ def minimize(
                 chosen = resolve_algorithm(algorithm, setting)
             if isinstance(chosen, ValueFunction) and on_x:
                 chosen = replace(chosen, inequalities=outer_inequalities, equalities=outer_equalities)
+            if tol is not None and not chosen.sees_everything:
+                raise ValueError(
+                    f"`minimize(tol=...)` is compared with what all the data say, and `{type(chosen).__name__}` asks"
+                    f" only some in a step: the luckiest would end the run. Leave `tol` out and take `max_steps`."
+                )
             settings = {"algorithm": chosen, **settings}
             if compile:
                 if sweep is not None:
@@ -405,7 +410,7 @@ def minimize(
             swept_over = ", ".join(f"{name}={[*values]}" for name, values in sweep.items())
             settings["sweep"] = f"{swept_over}, steps={sweep_steps}"
             if resume and checkpoint is not None:
-                begun = recalled(chosen, batches, trials_of(checkpoint))
+                begun = recalled(chosen, sweep, batches, trials_of(checkpoint))
             if begun is None:
                 length = share if sweep_steps is None else min(sweep_steps, max_steps)
                 begun = swept(chosen, sweep, oracle, x, y, length, slack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, final
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
+from bilevel._optimizer import AbstractOptimizer
 from bilevel._problem import Split
 from bilevel._result import Status
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.engine.direction import rows_of_outer_gradients
-from bilevel.algorithms.engine.rows import row_of
+from bilevel.algorithms.engine.each_run import beside_steps
+from bilevel.algorithms.engine.preset import AbstractPreset
+from bilevel.algorithms.engine.rows import is_row, row_of
 from bilevel.algorithms.finite_sum import FiniteSum
 from bilevel.algorithms.oracle import AbstractData, Oracle
 from bilevel.algorithms.several_orders import SeveralOrders
@@ -112,18 +115,18 @@ def reordered(data: AbstractData | Split, settings: Mapping[str, Any]) -> Abstra
     raise ValueError("`minimize(sweep={'seed': ...})` is the seed of a `FiniteSum`. Pass `data=FiniteSum(...)`.")
 
 
-def _side_by_side(data: AbstractData | Split, each: Sequence[Mapping[str, Any]]) -> AbstractData | Split | None:
-    """The data for several runs at once, each in the order of its settings; None: they cannot be stacked."""
+def _side_by_side(data: AbstractData | Split, each: Sequence[Mapping[str, Any]], like: Tensor) -> AbstractData | Split:
+    """The data for several runs at once, each in the order of its settings."""
     orders = [reordered(data, settings) for settings in each]
     if not isinstance(data, Split) or "seed" not in each[0]:
         return data
 
-    def stacked(sides: list[AbstractData]) -> AbstractData | None:
+    def stacked(sides: list[AbstractData]) -> AbstractData:
         sums = tuple(side for side in sides if isinstance(side, FiniteSum))
-        return SeveralOrders.of(sums) if sums else sides[0]
+        return SeveralOrders.of(sums, like) if sums else sides[0]
 
     f, g = (stacked([getattr(order, side) for order in orders]) for side in ("f", "g"))
-    return None if f is None or g is None else Split(f=f, g=g)
+    return Split(f=f, g=g)
 
 
 def swept(
@@ -137,10 +140,9 @@ def swept(
 ) -> Winner:
     """Run every combination for so many steps from the same start, and say which one has come furthest.
 
-    Combinations that differ in `inner_step`, `outer_step`, `ratio` or the order of the data alone are one batch over a
-    leading axis, where the algorithm can be (`AbstractAlgorithm.beside`) and blocks are of one size; what else is
-    swept, and the seed of an algorithm's own coins, makes one batch after the other. The best is that of the lowest Phi
-    on all the data, among those that are numbers.
+    Combinations that differ in `inner_step`, `outer_step`, `ratio` or `seed` alone are one batch over a leading axis,
+    where the algorithm can be (`AbstractAlgorithm.beside`, and `of_seeds` where it has coins); what else is swept makes
+    one batch after the other. The best is that of the lowest Phi on all the data, among those that are numbers.
 
     Args:
         algorithm: what is run.
@@ -155,13 +157,8 @@ def swept(
     Cost: `steps` steps of every combination, and for each a gradient of f, and some ten of g, on all the data.
     """
     found = combinations(algorithm, sweep)
-    groups: dict[str, list[int]] = {}
-    alike = STEPS if oracle.like.problem.tasks or _has_seed(algorithm) else (*STEPS, "seed")
-    for k, settings in enumerate(found):
-        rest = {name: value for name, value in settings.items() if name not in (*alike, "ratio")}
-        groups.setdefault(repr(rest), []).append(k)
     rows: dict[int, _Row] = {}
-    for members in groups.values():
+    for members in _alike(found, range(len(found)), (*STEPS, "ratio", "seed")):
         for batch in _batches(algorithm, found, members, oracle.data, x):
             at = Oracle(oracle.like, batch.data, batch.draws, oracle.region)
             rows |= batch.run(at, x, y, steps)
@@ -194,16 +191,25 @@ class _Row:
 
 
 def recalled(
-    algorithm: AbstractAlgorithm[Any], data: AbstractData | Split, told: Sequence[Mapping[str, Any]]
+    algorithm: AbstractAlgorithm[Any],
+    sweep: Mapping[str, Sequence[Any]],
+    data: AbstractData | Split,
+    told: Sequence[Mapping[str, Any]],
 ) -> Winner | None:
     """What goes on, where the run that is resumed has swept already; its state is in its checkpoint.
 
     Args:
         algorithm: that was swept.
+        sweep: over which settings: a file tells optimizers and the like in words.
         data: of the run.
-        told: the rows, as `Trial.to_dict` has made them; None is returned where there are none.
+        told: the rows, as `Trial.to_dict` has made them; None is returned where there are none, or those of another
+            sweep, whose file is refused for its settings.
     """
-    trials = tuple(Trial.from_dict(row) for row in told)
+    found = combinations(algorithm, sweep)
+    rows = [Trial.from_dict(row) for row in told]
+    if len(rows) != len(found):
+        return None
+    trials = tuple(replace(row, settings=settings) for row, settings in zip(rows, found, strict=True))
     chosen = [trial for trial in trials if trial.chosen]
     if not chosen:
         return None
@@ -243,6 +249,29 @@ class _Batch:
         return {k: _Row(value, partial(row_of, state, row)) for row, (k, value) in pairs}
 
 
+def _alike(found: list[dict[str, Any]], members: Iterable[int], but_for: Sequence[str]) -> list[list[int]]:
+    """Combinations in groups of those that differ in these settings alone, their steps being of one kind."""
+    groups: dict[str, list[int]] = {}
+    for k in members:
+        rest = {name: value for name, value in found[k].items() if name not in but_for}
+        kinds = [isinstance(found[k].get(name), AbstractOptimizer) for name in STEPS]
+        groups.setdefault(repr((rest, kinds)), []).append(k)
+    return list(groups.values())
+
+
+def _are_rows(
+    beside: AbstractAlgorithm[Any], algorithm: AbstractAlgorithm[Any], each: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether each row is the combination that it stands for, but for its seed: no setting is one that steps make."""
+    seed = {"seed": each[0]["seed"]} if "seed" in each[0] else {}
+    for k, settings in enumerate(each):
+        one = configured(algorithm, {**settings, **seed})
+        alone = one.loop if isinstance(one, AbstractPreset) else one
+        if type(alone) is type(beside) and not is_row(beside, k, alone):  # else it is nobody's but its author's
+            return False
+    return True
+
+
 def _batches(
     algorithm: AbstractAlgorithm[Any],
     found: list[dict[str, Any]],
@@ -250,14 +279,20 @@ def _batches(
     data: AbstractData | Split,
     like: Tensor,
 ) -> list[_Batch]:
+    """Combinations of one group as one batch, or as several where the algorithm cannot be side by side."""
     each = [configured(algorithm, found[k]) for k in members]
-    steps = [[getattr(one, name, None) for one in each] for name in STEPS]
-    numbers = all(isinstance(step, int | float) for row in steps for step in row)
-    together = _side_by_side(data, [found[k] for k in members]) if len(members) > 1 and numbers else None
-    if together is not None:
-        columns = [torch.tensor(row, dtype=like.dtype, device=like.device) for row in steps]
-        beside = each[0].beside(columns[0], columns[1])
+    if len(members) > 1:
+        inner, outer = (beside_steps([getattr(one, name, None) for one in each], like) for name in STEPS)
+        beside = None if inner is None or outer is None else each[0].beside(inner, outer)
+        if beside is not None and not _are_rows(beside, algorithm, [found[k] for k in members]):
+            beside = None
+        orders = _alike(found, members, (*STEPS, "ratio"))
+        if beside is not None and len(orders) > 1 and _has_seed(algorithm):
+            beside = beside.of_seeds(tuple(found[k]["seed"] for k in members))
+            if beside is None:
+                return [batch for group in orders for batch in _batches(algorithm, found, group, data, like)]
         if beside is not None:
+            together = _side_by_side(data, [found[k] for k in members], like)
             return [_Batch(beside, together, members, len(members))]
     return [_Batch(one, reordered(data, found[k]), [k], 0) for one, k in zip(each, members, strict=True)]
 

@@ -10,6 +10,7 @@ from bilevel._result import Status
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import NUMBERS, demand_ranges
+from bilevel.outer.words import without_addresses
 from bilevel.portable.plain import demanded, number, refused
 
 
@@ -39,9 +40,9 @@ class Trial:
         demand_ranges(self, value=NUMBERS)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data; :meth:`from_dict` is the inverse."""
+        """The row as plain data, objects such as an optimizer in words; :meth:`from_dict` is the inverse for others."""
         return {
-            "settings": dict(self.settings),
+            "settings": {name: _plain(value) for name, value in self.settings.items()},
             "value": self.value,
             "status": self.status.name,
             "chosen": self.chosen,
@@ -62,3 +63,8 @@ class Trial:
                 Status[demanded(content, "status", str)],
                 demanded(content, "chosen", bool),
             )
+
+
+def _plain(value: Any) -> Any:
+    """What a file can hold and nothing is executed to read."""
+    return value if value is None or isinstance(value, bool | int | float | str) else without_addresses(repr(value))

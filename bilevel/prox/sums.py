@@ -8,13 +8,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel._tree import Tree, tree_map
+from bilevel._tree import Tree, ravel, tree_map
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, SIZE, demand_ranges
 from bilevel.prox.closed_sums import Closed, closed_form
 from bilevel.prox.conjugate import Conjugate
 from bilevel.prox.derivative import ProxDerivative
+from bilevel.prox.linear_image import LinearImage
 from bilevel.prox.splitting import Split, split_derivative, split_prox
+from bilevel.prox.stacked import stacked
 from bilevel.prox.term import AbstractProxTerm
 
 
@@ -28,7 +30,8 @@ class Sum(AbstractProxTerm):
     such ones whose parameters are numbers; `L1`, `Nonnegative`, or both, and a group lasso; and any of these norms,
     cones and total variations, or a sum of them that is one of the above, and the Euclidean norm or ball.
 
-    The others are split: prox_{t h}(v) is the y at rest, with k terms, of
+    A sum of which one is `Affine` with any matrix is one of a linear image, of all of them side by side, and found as
+    that is. The others are split: prox_{t h}(v) is the y at rest, with k terms, of
 
         y = (v + sum_i (y_i + d_i)) / (k + 1),  y_i = prox_{t h_i}(y - d_i),  d_i <- d_i + y_i - y,
 
@@ -72,10 +75,15 @@ class Sum(AbstractProxTerm):
 
     def prox(self, v: Tree, step: Tensor | float) -> Tree:
         closed = self._closed()
+        if closed is None and (image := self.composition(v)) is not None:
+            flat, structure = ravel(v, "v")
+            return structure.unravel(image.prox(flat, step))
         return split_prox(self._split(v, step), v, step) if closed is None else closed.prox(v, step)
 
     def margin(self, v: Tree, step: Tensor | float) -> Tensor:
         closed = self._closed()
+        if closed is None and (image := self.composition(v)) is not None:
+            return image.margin(ravel(v, "v")[0], step)
         if closed is None:
             return self._split(v, step).margin(step)
         margin, value = closed.margin(v, step), self.value(closed.prox(v, step))
@@ -83,14 +91,21 @@ class Sum(AbstractProxTerm):
 
     def derivative(self, v: Tree, step: Tensor | float) -> ProxDerivative | None:
         closed = self._closed()
+        if closed is None and (image := self.composition(v)) is not None:
+            return image.derivative(ravel(v, "v")[0], step)
         return split_derivative(self._split(v, step), step) if closed is None else closed.derivative(v, step)
 
     def active(self, v: Tree, step: Tensor | float) -> Tensor:
         closed = self._closed()
+        if closed is None and (image := self.composition(v)) is not None:
+            return image.active(ravel(v, "v")[0], step)
         points = self._split(v, step).points if closed is None else closed.points(v, step)
         terms, step = (self.terms, step) if closed is None else (closed.chain, closed.step(step))
         found = [term.active(point, step) for term, point in zip(terms, points, strict=True)]
         return torch.cat([*found, AbstractProxTerm.active(self, v, step)])
+
+    def composition(self, y: Tree) -> LinearImage | None:
+        return stacked(self.flat(), y, self.tol, self.max_steps)
 
     def conjugate(self) -> Conjugate:
         return Conjugate(self)

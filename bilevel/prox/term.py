@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from bilevel._tree import Tree, tree_leaves, tree_map, tree_parts
 from bilevel.arguments.ranges import NUMBERS, demand_range
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.prox.derivative import ProxDerivative
+
+if TYPE_CHECKING:
+    from bilevel.prox.linear_image import LinearImage
 
 
 class AbstractProxTerm(AbstractPortable, abc.ABC):
@@ -72,6 +75,13 @@ class AbstractProxTerm(AbstractPortable, abc.ABC):
         """h(y) = sum_i a_i |y_i| + c_i y_i^2 / 2 on l <= y <= u, as rows a, c, l, u `(4, q)`; None: it is not so.
 
         What coordinate descent reads. The bounds may be infinite; y is one tensor, and only its shape is read.
+        """
+        return None
+
+    def composition(self, y: Tree) -> LinearImage | None:
+        """h(y) = k(A y + b) with the map of k known, and that of h only by an iteration; None: it is not so.
+
+        What solvers take apart that split, `ADMM` and `PrimalDual`; of y only the structure is read.
         """
         return None
 

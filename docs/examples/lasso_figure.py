@@ -25,7 +25,7 @@ def main(path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the picture needs matplotlib: `pip install 'bilevel[plot]'`") from error
-    data, _ = generated(150, 100, 10, 0.5, 5.0, 0)
+    data = generated(150, 100, 10, 0.5, 5.0, 0)
     top = float(highest_penalty(data.train).log())
     grid = [torch.tensor(top - math.log(1e3) * k / 29, dtype=torch.float64) for k in range(30)]
     figure = Figure(figsize=(10, 3.6))

@@ -84,6 +84,13 @@ class GeneralizedLinearModel(AbstractKnownObjective):
             )
         if isinstance(self.features, Tensor) and self.features.layout == torch.strided:
             demand_shapes("GeneralizedLinearModel", {"features": Shape("n d")}, {"features": self.features})
+        elif isinstance(self.features, Tensor):
+            kept = self.features.sparse_dim() if self.features.layout is torch.sparse_coo else 2
+            if self.features.dim() != 2 or kept != 2:
+                raise ValueError(
+                    "`GeneralizedLinearModel(features=...)` must be a matrix (n, d), sparse in both axes. Got shape"
+                    f" {tuple(self.features.shape)}, {self.features.layout}."
+                )
         for name, each in (("weights", self.weights), ("penalty", self.penalty), ("rounded_l1", self.rounded_l1)):
             if isinstance(each, Tensor):
                 demand_shapes("GeneralizedLinearModel", {name: Shape(kind="number")}, {name: each})

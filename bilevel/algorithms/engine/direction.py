@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, final
 
@@ -15,6 +15,7 @@ from bilevel._calculus import AbstractProducts, Exact, grad, total
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import row_norm_numbers
 from bilevel._numerics.second_derivatives import explained
+from bilevel._numerics.seeds import within_64_bits
 from bilevel._result import Report, Status
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
@@ -47,6 +48,10 @@ class Joint(NamedTuple):
         """factor self."""
         return Joint(factor * self.x, factor * self.y, None if self.v is None else factor * self.v)
 
+    def of_runs(self, runs: Tensor) -> Joint:
+        """Those of some of several runs side by side."""
+        return Joint(self.x[runs], self.y[runs], None if self.v is None else self.v[runs])
+
 
 class Pieces(NamedTuple):
     """What a batch of g and one of f say of (D_y, D_v, D_x), apart: each is a mean over its own batch.
@@ -65,10 +70,10 @@ class Pieces(NamedTuple):
     fy: Tensor
     fx: Tensor
 
-    def weighted(self, of_f: float, of_g: float) -> Pieces:
+    def weighted(self, of_f: float | Tensor, of_g: float | Tensor) -> Pieces:
         """Those of g times one factor, those of f times another."""
-        gy, hv, gv = (piece if of_g == 1 else of_g * piece for piece in self[:3])
-        fy, fx = (piece if of_f == 1 else of_f * piece for piece in self[3:])
+        gy, hv, gv = (times(of_g, piece) for piece in self[:3])
+        fy, fx = (times(of_f, piece) for piece in self[3:])
         return Pieces(gy, hv, gv, fy, fx)
 
     def joint(self) -> Joint:
@@ -82,7 +87,8 @@ Known: TypeAlias = tuple[Tensor, Tensor, Tensor]  # f, grad_x f and grad_y f
 class Drawn(NamedTuple):
     """What a direction is formed from: one batch of f and numbered ones of g, or all the data under every number.
 
-    Means over a batch of g times `of_g`, and those over that of f times `of_f`, are unbiased.
+    Means over a batch of g times `of_g`, and those over that of f times `of_f`, are unbiased: numbers, or one for each
+    of several runs side by side `(runs, 1)`.
 
     Attributes:
         problem: number -> the problem with that batch of g, from 0, and the one batch of f.
@@ -91,13 +97,25 @@ class Drawn(NamedTuple):
         chance: (seed, n) -> a number below n that belongs to these batches, whatever the point; None: on all the data
             nothing is left to chance.
         checked: whether g has been found to have a second derivative, at an earlier step.
+        runs: of several runs side by side those that this is for; None: all.
+        part: runs -> the same for some of these; None: as this is.
     """
 
     problem: Callable[[int], FlatProblem]
-    of_f: float
-    of_g: Callable[[int], float]
+    of_f: float | Tensor
+    of_g: Callable[[int], float | Tensor]
     chance: Callable[[int, int], int] | None
     checked: bool = False
+    runs: Tensor | None = None
+    part: Callable[[Tensor], Drawn] | None = None
+
+    def of_each(self, values: Sequence[Any]) -> list[Any]:
+        """Of what there is for each of several runs side by side that of those that these batches are for."""
+        return list(values) if self.runs is None else [values[int(k)] for k in self.runs]
+
+    def of_runs(self, runs: Tensor) -> Drawn:
+        """The same for some of them; all the data are those of every run."""
+        return self if self.part is None else self.part(runs)
 
     @staticmethod
     def batches(oracle: Oracle, f: int = 0, g: int = 0) -> Drawn:
@@ -108,13 +126,15 @@ class Drawn(NamedTuple):
             lambda k: oracle.block("g", g + k).scale,
             lambda seed, n: int(torch.randint(n, (g + 1,), generator=generator(seed, oracle.step), device="cpu")[g]),
             oracle.step > 0,
+            oracle.runs,
+            lambda runs: Drawn.batches(oracle.of_runs(runs), f, g),
         )
 
     @staticmethod
     def everything(oracle: Oracle) -> Drawn:
         """All the data."""
         whole = oracle.whole()
-        return Drawn(lambda _: whole, 1.0, lambda _: 1.0, None)
+        return Drawn(lambda _: whole, 1.0, lambda _: 1.0, None, runs=oracle.runs)
 
 
 class AbstractDirection(AbstractPortable, abc.ABC):
@@ -149,6 +169,18 @@ class AbstractDirection(AbstractPortable, abc.ABC):
     def goes_beside(self) -> bool:
         """Whether it is formed for several (x, y, v) side by side as well as for one. No, unless it says so."""
         return False
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether nothing of it is left to chance but the batches. No, unless it says so."""
+        return False
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractDirection | None:
+        """The same for several runs side by side, what is left to chance decided by a seed for each; None, unless said.
+
+        One that leaves nothing to chance but the batches is itself.
+        """
+        return None
 
     @abc.abstractmethod
     def joint(self, drawn: Drawn, at: Joint) -> tuple[Joint, Tensor]:
@@ -217,6 +249,13 @@ class Coupled(AbstractDirection):
     @property
     def goes_beside(self) -> bool:
         return True
+
+    @property
+    def is_certain(self) -> bool:
+        return True
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> Coupled:
+        return self
 
     def linear_start(self, y: Tensor) -> Tensor | None:
         return torch.zeros_like(y)
@@ -318,9 +357,16 @@ def demand_row_step(loop: Any, name: str, step: float | Tensor | None) -> None:
         raise ValueError(f"`{call}` must be one positive finite number for each row. Got {step}.")
 
 
-def minus(fx: Tensor, cross: Tensor | None, factor: float) -> Tensor:
+def times(factor: float | Tensor, rows: Tensor) -> Tensor:
+    """factor rows, itself for a factor of 1; a tensor `(runs, 1)` has one for each of several runs `(runs, n)`."""
+    return rows if not isinstance(factor, Tensor) and factor == 1 else factor * rows
+
+
+def minus(fx: Tensor, cross: Tensor | None, factor: float | Tensor) -> Tensor:
     """grad_x f - factor G v, where g depends on x."""
-    return fx if cross is None else torch.sub(fx, cross, alpha=factor)
+    if cross is None:
+        return fx
+    return fx - factor * cross if isinstance(factor, Tensor) else torch.sub(fx, cross, alpha=factor)
 
 
 def rows_of_inner_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> Tensor:
@@ -353,5 +399,5 @@ def residual_report(part: str, direction: Tensor) -> Report:
 def generator(seed: int, step: int) -> torch.Generator:
     """Random numbers of one step, on the CPU, so that every device sees the same: a function of seed and step."""
     found = torch.Generator("cpu")
-    found.manual_seed(seed * 1_000_003 + step)
+    found.manual_seed(within_64_bits(seed * 1_000_003 + step))
     return found

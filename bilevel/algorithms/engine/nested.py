@@ -15,9 +15,9 @@ from bilevel.algorithms.engine.steps import (
     RowStep,
     Schedule,
     along,
+    are_alike,
     begun,
     demand_steps,
-    is_optimizer,
     lengths,
     moved,
     reports,
@@ -108,6 +108,10 @@ class Nested(AbstractAlgorithm[LoopState]):
         each, times = self.direction.draws, self.inner_steps + 1
         return Draws(f=times * each.f, g=times * each.g)
 
+    @property
+    def best_by_measure(self) -> bool:
+        return self.direction.is_certain
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
@@ -142,10 +146,14 @@ class Nested(AbstractAlgorithm[LoopState]):
                 at = Joint(at.x, y, v)
         return LoopState(*at, Carried(*d, value), outer, inner)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
-        if not self.direction.goes_beside or is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[LoopState] | None:
+        if not (self.direction.goes_beside and are_alike(self, inner_step, outer_step)):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractAlgorithm[LoopState] | None:
+        direction = self.direction.of_seeds(seeds)
+        return None if direction is None else replace(self, direction=direction)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         d: Joint = found.kept

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from typing import Any, Protocol, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from bilevel._calculus import AbstractProducts, Exact
-from bilevel.algorithms.algorithm import AbstractAlgorithm
+from bilevel.algorithms.algorithm import AbstractAlgorithm, RowStep
 from bilevel.algorithms.engine.direction import (
     AbstractDirection,
     Drawn,
@@ -20,6 +20,7 @@ from bilevel.algorithms.engine.direction import (
     demand_row_step,
     minus,
     rows_of_outer_gradients,
+    times,
 )
 from bilevel.algorithms.oracle import Draws
 from bilevel.arguments.fits import demand_types
@@ -28,7 +29,11 @@ from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.directions import truncated_series
 
-Product: TypeAlias = Callable[[int, Tensor], Tensor]  # (k, r) -> H_k r, k = 1, 2, ...
+
+class Product(Protocol):
+    """(k, r) -> H_k r, k = 1, 2, ...; of some of several runs side by side, where these are told."""
+
+    def __call__(self, k: int, r: Tensor, runs: Tensor | None = None, /) -> Tensor: ...
 
 
 @final
@@ -82,8 +87,15 @@ class Neumann(AbstractDirection):
     def error_bound(self, about: Beforehand) -> Bound:
         return _bound(self, self.terms, self.step, about)
 
+    @property
+    def is_certain(self) -> bool:
+        return True
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> Neumann:
+        return self
+
     def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
-        step = _step_of_rows(self.step, b)
+        step = _step_of_rows(self.step, b, drawn)
         v = r = step * b
         for k in range(1, self.terms):
             r = _less(r, product(k, r), step)
@@ -104,7 +116,7 @@ class RandomizedNeumann(AbstractDirection):
     Args:
         terms: K.
         step: of the series, or one for each of several runs at once `(rows,)`.
-        seed: of k, a function of it and the number of the step.
+        seed: of k, a function of it and the number of the step; one for each of several runs at once.
         products: of second derivatives; `FiniteDifferences()` where operations have no double backward.
 
     Raises:
@@ -114,7 +126,7 @@ class RandomizedNeumann(AbstractDirection):
 
     terms: int
     step: float | Tensor
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
     products: AbstractProducts = Exact()
 
     def __post_init__(self) -> None:
@@ -142,18 +154,39 @@ class RandomizedNeumann(AbstractDirection):
     def error_bound(self, about: Beforehand) -> Bound:
         return _bound(self, self.terms, self.step, about)
 
+    def of_seeds(self, seeds: tuple[int, ...]) -> RandomizedNeumann:
+        return replace(self, seed=seeds)
+
     def _v(self, drawn: Drawn, product: Product, b: Tensor) -> Tensor:
         if drawn.chance is None:
             return Neumann(self.terms, self.step)._v(drawn, product, b)
-        step = _step_of_rows(self.step, b)
+        step = _step_of_rows(self.step, b, drawn)
         v = self.terms * step * b
+        if isinstance(self.seed, tuple):
+            return self._v_of_each(drawn, product, v, step, self.seed)
         for k in range(1, 1 + drawn.chance(self.seed, self.terms)):
             v = _less(v, product(k, v), step)
         return v
 
+    def _v_of_each(
+        self, drawn: Drawn, product: Product, v: Tensor, step: float | Tensor, seeds: tuple[int, ...]
+    ) -> Tensor:
+        """The terms of several runs, of which each has its own number of factors."""
+        chance = drawn.chance
+        assert chance is not None
+        factors = torch.tensor([chance(seed, self.terms) for seed in drawn.of_each(seeds)], device="cpu")
+        for k in range(1, 1 + int(factors.max())):
+            runs = (factors >= k).nonzero().squeeze(-1)
+            own = step[runs] if isinstance(step, Tensor) else step
+            v = v.index_copy(0, runs.to(v.device), _less(v[runs], product(k, v[runs], runs), own))
+        return v
 
-def _step_of_rows(step: float | Tensor, like: Tensor) -> float | Tensor:
-    return step.reshape(-1, *(1 for _ in like.shape[1:])) if isinstance(step, Tensor) else step
+
+def _step_of_rows(step: float | Tensor, like: Tensor, drawn: Drawn) -> float | Tensor:
+    if not isinstance(step, Tensor):
+        return step
+    step = step if drawn.runs is None else step[drawn.runs]
+    return step.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def _less(r: Tensor, product: Tensor, step: float | Tensor) -> Tensor:
@@ -162,7 +195,7 @@ def _less(r: Tensor, product: Tensor, step: float | Tensor) -> Tensor:
 
 
 def series_beside(
-    loop: AbstractAlgorithm[Any], linear_step: float | None, inner_step: Tensor, outer_step: Tensor
+    loop: AbstractAlgorithm[Any], linear_step: float | None, inner_step: RowStep, outer_step: RowStep
 ) -> AbstractAlgorithm[Any] | None:
     """A loop for several runs at once, whose series has the steps of y where it has none of its own."""
     beside = loop.beside(inner_step, outer_step)
@@ -214,12 +247,13 @@ def _products(direction: AbstractDirection, drawn: Drawn, at: Joint) -> Product:
     """(k, r) -> H_k r, unbiased; a graph is kept for as long as one problem is asked for."""
     kept: list[tuple[object, Callable[[Tensor], Tensor]]] = []
 
-    def product(k: int, r: Tensor) -> Tensor:
+    def product(k: int, r: Tensor, runs: Tensor | None = None) -> Tensor:
+        if runs is not None:
+            some, (x, y, _) = drawn.of_runs(runs), at.of_runs(runs)
+            return times(some.of_g(k), direction.products.curvature(some.problem(k), x, y).operator.mv(r))
         problem = drawn.problem(k)
         if not kept or kept[0][0] is not problem:
             kept[:] = [(problem, direction.products.curvature(problem, at.x, at.y).operator.mv)]
-        scale = drawn.of_g(k)
-        found = kept[0][1](r)
-        return found if scale == 1 else scale * found
+        return times(drawn.of_g(k), kept[0][1](r))
 
     return product

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
+from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated, RowStep
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
@@ -36,6 +36,10 @@ class AbstractPreset(AbstractAlgorithm[Any]):
     def draws(self) -> Draws:
         return self.loop.draws
 
+    @property
+    def best_by_measure(self) -> bool:
+        return self.loop.best_by_measure
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Any:
         return self.loop.init(oracle, x, y)
 
@@ -45,7 +49,7 @@ class AbstractPreset(AbstractAlgorithm[Any]):
     def step(self, oracle: Oracle, state: Any, found: Evaluated) -> Any:
         return self.loop.step(oracle, state, found)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[Any] | None:
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Any] | None:
         return self.loop.beside(inner_step, outer_step)
 
     def stationarity(self, oracle: Oracle, state: Any, found: Evaluated) -> Tensor:

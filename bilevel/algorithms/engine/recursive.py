@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -81,6 +81,9 @@ class Sarah(AbstractReduction):
     def keeps_direction(self) -> bool:
         return True
 
+    def of_seeds(self, seeds: tuple[int, ...]) -> Sarah:
+        return self
+
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()
 
@@ -102,11 +105,11 @@ class Page(AbstractReduction):
 
     Args:
         probability: of a full evaluation, in (0, 1]; None: one over the steps that see all samples once.
-        seed: of the coin, a function of it and the number of the step.
+        seed: of the coin, a function of it and the number of the step; one for each of several runs side by side.
     """
 
     probability: float | None = None
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -120,12 +123,40 @@ class Page(AbstractReduction):
         return Past()
 
     def reduce(self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past) -> Reduced:
-        coin = torch.rand((), generator=generator(self.seed, oracle.step), device="cpu", dtype=torch.float64)
-        if memory.x is None or float(coin) < (self.probability or 1 / oracle.epoch):
+        full = [memory.x is None or self._falls(oracle, seed) for seed in self._seeds]
+        if all(full):
             joint, value = direction.on_everything(oracle, at)
-        else:
+        elif not any(full):
             joint, value = _recursive(oracle, direction, at, memory)
+        else:
+            joint, value = self._apart(oracle, direction, at, memory, torch.tensor(full, device="cpu"))
         return Reduced(joint, value, Past.of(at, joint))
+
+    @property
+    def _seeds(self) -> tuple[int, ...]:
+        return self.seed if isinstance(self.seed, tuple) else (self.seed,)
+
+    def _falls(self, oracle: Oracle, seed: int) -> bool:
+        """Whether a coin asks for all the data at a step."""
+        coin = torch.rand((), generator=generator(seed, oracle.step), device="cpu", dtype=torch.float64)
+        return float(coin) < (self.probability or 1 / oracle.epoch)
+
+    def _apart(
+        self, oracle: Oracle, direction: AbstractDirection, at: Joint, memory: Past, full: Tensor
+    ) -> tuple[Joint, Tensor]:
+        """Of several runs those whose coins ask for all the data, and then the others."""
+        some, rest = full.nonzero().squeeze(-1), (~full).nonzero().squeeze(-1)
+        new, value = direction.on_everything(oracle.of_runs(some), at.of_runs(some))
+        before = Past.of(memory.point().of_runs(rest), memory.direction().of_runs(rest))
+        change, other = _recursive(oracle.of_runs(rest), direction, at.of_runs(rest), before)
+        back = torch.cat([some, rest]).argsort()
+        pairs = zip((*new, value), (*change, other), strict=True)
+        x, y, v, f = (None if a is None or b is None else torch.cat([a, b])[back] for a, b in pairs)
+        assert x is not None and y is not None and f is not None
+        return Joint(x, y, v), f
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> Page:
+        return replace(self, seed=seeds)
 
 
 @final
@@ -149,6 +180,9 @@ class Storm(AbstractReduction):
     @property
     def keeps_direction(self) -> bool:
         return True
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> Storm:
+        return self
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Past:
         return Past()

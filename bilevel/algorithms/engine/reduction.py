@@ -39,6 +39,13 @@ class AbstractReduction(AbstractPortable, abc.ABC):
         """Whether on all the data what it gives is the direction itself. No, unless it says so; bounds rest on it."""
         return False
 
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractReduction | None:
+        """The same for several runs side by side, what is left to chance decided by a seed for each; None, unless said.
+
+        One that leaves nothing to chance but the batches is itself.
+        """
+        return None
+
     @abc.abstractmethod
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
         """The memory before the first step."""
@@ -69,6 +76,9 @@ class Plain(AbstractReduction):
     def keeps_direction(self) -> bool:
         return True
 
+    def of_seeds(self, seeds: tuple[int, ...]) -> Plain:
+        return self
+
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Any:
         return None
 
@@ -98,6 +108,9 @@ class MovingAverage(AbstractReduction):
 
     def __post_init__(self) -> None:
         demand_types(self)
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> MovingAverage:
+        return self
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Averaged:
         return Averaged()

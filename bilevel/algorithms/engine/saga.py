@@ -56,7 +56,7 @@ class Table(AbstractRows):
         assert number is not None
         change = new - self.rows[_place(number)]
         reduced = self.mean + block.scale * change
-        return reduced, Table(self.rows, self.mean + block.weight * change, number, new)
+        return reduced, Table(self.rows, self.mean + block.weights * change, number, new)
 
 
 def _place(number: int | Tensor) -> Any:
@@ -92,6 +92,9 @@ class Saga(AbstractReduction):
     @property
     def keeps_direction(self) -> bool:
         return True
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> Saga:
+        return self
 
     def init(self, oracle: Oracle, direction: AbstractDirection, at: Joint) -> Tables:
         of_g, of_f = oracle.block("g"), oracle.block("f")

@@ -17,10 +17,10 @@ from bilevel.algorithms.engine.steps import (
     Schedule as Schedule,
     Step as Step,
     along,
+    are_alike,
     begun,
     demand_steps as demand_steps,
     entry_by_entry,
-    is_optimizer,
     lengths,
     moved,
     reports,
@@ -98,6 +98,10 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def draws(self) -> Draws:
         return self.direction.draws
 
+    @property
+    def best_by_measure(self) -> bool:
+        return self.direction.is_certain
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
@@ -123,10 +127,17 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
             v = within(self.linear_radius, along(v, d.v, rho, length))
         return LoopState(oracle.project(x), y, v, reduced.memory, outer, inner)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
-        if not self.direction.goes_beside or is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[LoopState] | None:
+        if not (self.direction.goes_beside and are_alike(self, inner_step, outer_step)):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractAlgorithm[LoopState] | None:
+        direction = self.direction.of_seeds(seeds)
+        reduction = self.reduction.of_seeds(seeds)
+        if direction is None or reduction is None:
+            return None
+        return replace(self, direction=direction, reduction=reduction)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         reduced: Reduced = found.kept

@@ -68,8 +68,10 @@ def demand_in_g(oracle: Oracle, x: Tensor, y: Tensor) -> None:
         inner_gradient_in_x(oracle.problem().with_tally(Tally()), x, y)
 
 
-def slope(problem: FlatProblem, x: Tensor, y: Tensor, of_g: float, of_f: float = 0.0) -> Tensor:
+def slope(problem: FlatProblem, x: Tensor, y: Tensor, of_g: float | Tensor, of_f: float | Tensor = 0.0) -> Tensor:
     """of_g grad_y g + of_f grad_y f `(*several, *tasks, q)`; each task's own f, and not the mean over tasks.
+
+    Factors are numbers, or those of several runs on batches of their own `(runs, 1)`; so they are below.
 
     Cost: one gradient of g, and one of f unless `of_f` is zero, by one backward pass.
     """
@@ -78,16 +80,16 @@ def slope(problem: FlatProblem, x: Tensor, y: Tensor, of_g: float, of_f: float =
     with torch.enable_grad(), explained():
         y = y.detach().requires_grad_()
         one = problem.by_itself()
-        value = total(one.g(x, y))
-        if of_g != 1:
-            value = of_g * value
-        if of_f:
+        value = _weighed(of_g, one.g(x, y))
+        if not _is_zero(of_f):
             problem.tally.outer_gradients += rows
-            value = value + of_f * total(one.f_each(x, y))
+            value = value + _weighed(of_f, one.f_each(x, y))
         return problem.total(grad(value, y))[0]
 
 
-def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: float) -> tuple[Tensor, Tensor]:
+def outer_slope(
+    problem: FlatProblem, x: Tensor, y: Tensor, of_f: float | Tensor, of_g: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """f `(*several,)`, and of_f grad_x f + of_g grad_x g `(*several, p)`, both means over tasks.
 
     Cost: one gradient of g, and one of f unless `of_f` is zero (f is then not evaluated, and 0), by one backward pass.
@@ -97,14 +99,25 @@ def outer_slope(problem: FlatProblem, x: Tensor, y: Tensor, of_f: float, of_g: f
     with torch.enable_grad(), explained():
         x, y = x.detach().requires_grad_(), y.detach()
         one = problem.by_itself()
-        value = of_g / (problem.tasks or 1) * total(one.g(x, y))
+        value = _weighed(of_g / (problem.tasks or 1), one.g(x, y))
         f = value.new_zeros(x.shape[:-1])
-        if of_f:
+        if not _is_zero(of_f):
             problem.tally.outer_gradients += rows
             f = one.f(x, y)
-            value = value + of_f * total(f)
+            value = value + _weighed(of_f, f)
         f, slopes = problem.total(f.detach(), grad(value, x))
         return f, slopes
+
+
+def _is_zero(factor: float | Tensor) -> bool:
+    return not isinstance(factor, Tensor) and factor == 0
+
+
+def _weighed(factor: float | Tensor, values: Tensor) -> Tensor:
+    """factor times the sum of values `()`, or of several runs `(runs,)` with a factor for each `(runs, 1)`."""
+    if isinstance(factor, Tensor):
+        return total(factor.squeeze(-1) * values)
+    return total(values) if factor == 1 else factor * total(values)
 
 
 def arrival(outer: Tensor, *inner: Tensor, problem: FlatProblem | None = None) -> Tensor:

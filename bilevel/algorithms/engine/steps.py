@@ -13,13 +13,13 @@ from bilevel._calculus import Exact
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._optimizer import AbstractOptimizer, OptimizerState, demand_numbers
 from bilevel._result import Report
+from bilevel.algorithms.algorithm import RowStep as RowStep
 from bilevel.algorithms.engine.direction import AbstractDirection, Joint, demand_row_step, residual_report
 from bilevel.algorithms.oracle import Oracle
 from bilevel.requirements.properties import Property
 
 Schedule: TypeAlias = Callable[[int], float]  # step -> factor
 Step: TypeAlias = float | AbstractOptimizer
-RowStep: TypeAlias = float | Tensor | AbstractOptimizer  # a tensor `(rows,)` has one for each of several runs at once
 
 
 @final
@@ -77,9 +77,13 @@ def demand_steps(
         raise ValueError(f"`{call}(inner_step=<an optimizer>)` needs `linear_step=`, a number, for v.")
 
 
-def is_optimizer(step: RowStep) -> bool:
-    """Whether an iterate is stepped by an optimizer, which has no step for each of several runs."""
-    return isinstance(step, AbstractOptimizer)
+def are_alike(loop: Any, inner_step: RowStep, outer_step: RowStep) -> bool:
+    """Whether steps of several runs may take the place of a loop's own: numbers that of numbers, optimizers of those.
+
+    A preset whose numbers are learning rates of optimizers is a loop with optimizers, in which they are no steps.
+    """
+    pairs = (loop.inner_step, inner_step), (loop.outer_step, outer_step)
+    return all(isinstance(own, AbstractOptimizer) == isinstance(rows, AbstractOptimizer) for own, rows in pairs)
 
 
 def lengths(inner_step: RowStep, linear_step: float | None) -> float | Tensor:

@@ -27,9 +27,9 @@ from bilevel.algorithms.engine.steps import (
     RowStep,
     Schedule,
     along,
+    are_alike,
     begun,
     demand_steps,
-    is_optimizer,
     lengths,
     moved,
     reports,
@@ -121,6 +121,10 @@ class Turns(AbstractAlgorithm[LoopState]):
         linear = self.direction.is_linear
         return int(linear and self.apart), self.inner_steps + (self.linear_steps if linear else 0)
 
+    @property
+    def best_by_measure(self) -> bool:
+        return self.direction.is_certain
+
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
@@ -159,10 +163,17 @@ class Turns(AbstractAlgorithm[LoopState]):
         x, outer = moved(self.outer_step, gamma, made.d.x, state.x, state.outer)
         return LoopState(oracle.project(x), made.at.y, made.at.v, made.reduced.memory, outer, made.inner)
 
-    def beside(self, inner_step: Tensor, outer_step: Tensor) -> AbstractAlgorithm[LoopState] | None:
-        if not self.direction.goes_beside or is_optimizer(self.inner_step) or is_optimizer(self.outer_step):
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[LoopState] | None:
+        if not (self.direction.goes_beside and are_alike(self, inner_step, outer_step)):
             return None
         return replace(self, inner_step=inner_step, outer_step=outer_step)
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractAlgorithm[LoopState] | None:
+        direction = self.direction.of_seeds(seeds)
+        reduction = self.reduction.of_seeds(seeds)
+        if direction is None or reduction is None:
+            return None
+        return replace(self, direction=direction, reduction=reduction)
 
     def stationarity(self, oracle: Oracle, state: LoopState, found: Evaluated) -> Tensor:
         made: _Made = found.kept

@@ -1,0 +1,53 @@
+"""Data of several runs side by side whose batches are not of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel._tree import tree_map
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Uneven:
+    """Batches of several runs, in groups of one size each: of a finite sum the whole blocks, and the last ones.
+
+    Attributes:
+        runs: which runs `(count,)` are in a group; each run is in one of them.
+        data: of a group, with an axis of its runs in front.
+    """
+
+    runs: tuple[Tensor, ...]
+    data: tuple[Any, ...]
+
+    def each(self, function: Callable[..., Any], *rows: Tensor) -> Any:
+        """function(data, *rows) of each group, put together in the order of the runs: a tensor or a tuple of them."""
+        found = [function(data, *(row[runs] for row in rows)) for runs, data in zip(self.runs, self.data, strict=True)]
+        back = torch.cat(self.runs).argsort()
+        if isinstance(found[0], tuple):
+            return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
+        return torch.cat(found)[back]
+
+    def of_runs(self, runs: Tensor) -> Any:
+        """The batches of these runs, in this order: groups again, or one batch for each where they are of one size."""
+        place = {int(run): k for k, run in enumerate(runs)}
+        groups, data = [], []
+        for members, batch in zip(self.runs, self.data, strict=True):
+            kept = [(place[int(run)], k) for k, run in enumerate(members) if int(run) in place]
+            if kept:
+                where, rows = (torch.tensor(part, device="cpu") for part in zip(*kept, strict=True))
+                groups.append(where)
+                data.append(of_rows(batch, rows))
+        if len(groups) == 1:
+            return of_rows(data[0], groups[0].argsort())
+        return Uneven(tuple(groups), tuple(data))
+
+
+def of_rows(batch: Any, rows: Tensor) -> Any:
+    """These rows of every tensor of a structure."""
+    return tree_map(lambda leaf: leaf[rows.to(leaf.device)], batch)
