@@ -340,7 +340,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "SumOfTerms": lambda: terms.SumOfTerms((terms.sum_squares(terms.variable(2)),)),
         "Term": lambda: terms.norm1(terms.variable(2) - 1.0),
         "Identity": lambda: terms.Identity((2,)),
-        "LinearMap": lambda: terms.LinearMap(torch.neg, torch.neg, (2,), (2,)),
+        "LinearMap": lambda: terms.LinearMap(torch.relu, torch.relu, (2,), (2,)),
         "Stacked": lambda: terms.Stacked((terms.Gradient((2,)),)),
         "FourierSamples": lambda: terms.FourierSamples(torch.tensor([True, False])),
         "Matrix": lambda: terms.Matrix(torch.ones(1, 2)),

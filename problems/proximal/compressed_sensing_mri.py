@@ -151,7 +151,7 @@ def compressed_sensing_mri(
         metrics=own.metrics,
         plot=own.plot,
         settings={
-            "estimator": AID(Anderson(1e-2, max_steps=300), GMRES(1e-2, max_steps=100)),
+            "estimator": AID(Anderson(1e-3, max_steps=500), GMRES(1e-3, max_steps=200)),
             "outer_step": 0.2,
             "max_steps": 25,
         },

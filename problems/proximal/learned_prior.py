@@ -169,7 +169,7 @@ def learned_prior(
         metrics=own.metrics,
         plot=own.plot,
         settings={
-            "estimator": AID(Anderson(2e-2, max_steps=200, memory=5), GMRES(2e-2, max_steps=60)),
+            "estimator": AID(Anderson(2e-4, max_steps=300), GMRES(1e-2, max_steps=100)),
             "outer_step": 0.04,
             "max_steps": 150,
         },
