@@ -89,14 +89,15 @@ def test_scikit_learns_checks_pass_with_a_penalty_for_each_feature(estimator: An
 def test_with_one_penalty_the_models_are_those_of_scikit_learn(intercept: bool) -> None:
     X, y = regression()
     own: dict[str, Any] = {"cv": 3, "fit_intercept": intercept}
-    ridge, lasso, net = (each("one", **own).fit(X, y) for each in (RidgeHO, LassoHO, ElasticNetHO))
+    models: list[Any] = [each("one", **own).fit(X, y) for each in (RidgeHO, LassoHO, ElasticNetHO)]
+    ridge, lasso, net = models
     a, c = net.l1_penalties_[0], net.l2_penalties_[0]
     others = (
         Ridge(alpha=len(y) * ridge.penalties_[0], fit_intercept=intercept),
         Lasso(alpha=lasso.penalties_[0], fit_intercept=intercept, tol=1e-12),
         ElasticNet(alpha=a + c, l1_ratio=a / (a + c), fit_intercept=intercept, tol=1e-12),
     )
-    for mine, theirs in zip((ridge, lasso, net), others, strict=True):
+    for mine, theirs in zip(models, others, strict=True):
         theirs.fit(X, y)
         np.testing.assert_allclose(mine.coef_, theirs.coef_, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(mine.intercept_, theirs.intercept_, rtol=1e-5, atol=1e-7)
@@ -190,7 +191,7 @@ def test_names_of_columns_are_kept_and_compared() -> None:
     pandas = pytest.importorskip("pandas")
     X, y = regression(d=3)
     frame = pandas.DataFrame(X, columns=["a", "b", "c"])
-    model = RidgeHO("one", **SMALL).fit(frame, pandas.Series(y))
+    model: Any = RidgeHO("one", **SMALL).fit(frame, pandas.Series(y))
     assert model.feature_names_in_.tolist() == ["a", "b", "c"]
     with pytest.raises(ValueError, match="feature names"):
         model.predict(frame[["b", "a", "c"]])
@@ -205,7 +206,8 @@ def test_they_go_into_pipelines_and_searches_and_come_back_from_pickle() -> None
     ).fit(X, y)
     best = pickle.loads(pickle.dumps(search)).best_estimator_
     assert (best.predict(X) == search.predict(X)).all()
-    again = clone(best).fit(X, y)
+    copied: Any = clone(best)
+    again = copied.fit(X, y)
     np.testing.assert_array_equal(again[-1].penalties_, best[-1].penalties_)
     assert len(pickle.dumps(best)) < 100_000  # without the data
 

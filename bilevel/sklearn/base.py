@@ -138,7 +138,7 @@ def numbered(name: str, y: Any) -> tuple[Any, Tensor]:
         ValueError: if they are not classes, or there is only one.
     """
     check_classification_targets(y)
-    encoder = LabelEncoder()
+    encoder: Any = LabelEncoder()
     numbers = encoder.fit_transform(y)
     if len(encoder.classes_) < 2:
         raise ValueError(f"`{name}.fit(y=...)` must have at least two classes. Got one class: {encoder.classes_[0]!r}.")

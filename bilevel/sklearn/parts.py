@@ -35,7 +35,9 @@ def weights_of_folds(
         cv = (StratifiedShuffleSplit if classifier else ShuffleSplit)(1, test_size=cv, random_state=random_state)
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
         cv = list(cv)
-    splits = list(check_cv(cv, y, classifier=classifier).split(X, y))
+    made: Any = check_cv
+    splitter = made(cv, y, classifier=classifier)
+    splits = list(splitter.split(X, y))
     train, held = torch.zeros(2, len(splits), X.shape[0], dtype=torch.float64)
     for k, (trains, tests) in enumerate(splits):
         train[k, torch.as_tensor(trains)] = 1.0
