@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from bilevel._result import Report, Stats, Status, Substitute
-from bilevel._tree import Tree
+from bilevel._tree import Tree, tree_leaves
 from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
 from bilevel.inner_problems.multipliers import Multipliers
+from bilevel.portable.html import card
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.portable.plain import checked, demanded, number, optional_number, plain, refused, restored, same_bits
 from bilevel.portable.result import AbstractResult
@@ -233,6 +234,21 @@ class Estimate(AbstractResult):
                 warm=_Remade({"y": content["y"], "v": content["v"], **demanded(content, "start", dict)}),
                 **{name: optional_number(content, name) for name in _NUMBERS},
             )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        told = [(report.part, f"{report.status.name}, residual {report.residual:.2e}") for report in self.reports]
+        calls = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.stats.as_dict().items() if count)
+        size = float(torch.linalg.vector_norm(torch.stack([leaf.norm().cpu() for leaf in tree_leaves(self.grad)])))
+        errors = [
+            (name.replace("_", " "), f"{value:.2e}")
+            for name, value in (("standard_error", self.standard_error), ("bias", self.bias), ("bound", self.bound))
+            if value is not None
+        ]
+        rows = [("Phi", f"{float(self.value):.6g}"), ("|h|", f"{size:.6g}"), ("status", self.status.name)]
+        return card(
+            "Estimate", [*rows, ("message", self.message), *errors, *told, ("calls", calls), ("note", self.note)]
+        )
 
     @arguments("Estimate.save")
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -62,6 +62,7 @@ def parser() -> _Parser:
     top.add_argument("--version", action="version", version=f"bilevel {__version__}", help="show the version and exit")
     commands = top.add_subparsers(metavar="COMMAND", title="commands")
     _add_list(commands.add_parser("list", help="what there is: problems, estimators, solvers, ...", allow_abbrev=False))
+    _add_info(commands.add_parser("info", help="versions, threads, BLAS and devices: for reports", allow_abbrev=False))
     for name, add, purpose in (
         ("check", _add_check, "is a problem well posed, and which estimators apply to it"),
         ("compare", _add_compare, "the estimators on a problem: error, certificate, cost and time of each"),
@@ -77,6 +78,10 @@ def parser() -> _Parser:
                 allow_abbrev=False,
             )
         )
+    _add_report(commands.add_parser("report", help="one HTML page of a run, or of several", allow_abbrev=False))
+    _add_completion(
+        commands.add_parser("completion", help="a script that completes words in a shell", allow_abbrev=False)
+    )
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return top
@@ -93,11 +98,31 @@ def _add_list(command: argparse.ArgumentParser) -> None:
     command.set_defaults(command=_list)
 
 
-def _add_problem(command: argparse.ArgumentParser) -> None:
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folders", nargs="+", metavar="DIR", help="a folder of `bilevel run --out DIR`")
+    command.add_argument("--out", metavar="FILE", help="the page; default: report.html in the first folder")
+    command.add_argument("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_report)
+
+
+def _add_completion(command: argparse.ArgumentParser) -> None:
+    command.add_argument("shell", choices=("bash", "zsh", "fish"), help='bash: eval "$(bilevel completion bash)"')
+    command.add_argument("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_completion)
+
+
+def _add_info(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--debug", action="store_true", help=_DEBUG)
+    command.set_defaults(command=_info)
+
+
+def _add_problem(command: argparse.ArgumentParser, *, needed: bool = True) -> None:
     add = command.add_argument
     add(
         "problem",
         metavar="PROBLEM",
+        nargs=None if needed else "?",
         help="a name from `bilevel list`, or literature:NAME (see `bilevel list --literature`), or my_file.py:NAME,"
         " where NAME is a BilevelProblem with x0 and y0 next to it, an Instance, an Experiment, or a function that"
         " returns (problem, x0, y0), an Instance or, annotated so, an Experiment",
@@ -170,8 +195,23 @@ def _budgets(text: str) -> tuple[int, ...]:
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    _add_problem(command)
+    _add_problem(command, needed=False)
     add = command.add_argument
+    add("--config", metavar="FILE", help="settings as TOML, as every run leaves them in config.toml; flags here win")
+    add(
+        "--seeds",
+        metavar="SEEDS",
+        help="a run for each of these, such as 0-9 or 1,5; the table has means and intervals",
+    )
+    add(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,C",
+        help="a run for each value of a flag (step, steps, tol, estimator, algorithm, outer), else of an argument of"
+        " the problem; repeatable: all combinations",
+    )
+    add("--device", metavar="DEVICE", help="where tensors are made, such as cuda")
     add("--estimator", metavar="NAME", help="how hypergradients are estimated (see `bilevel list`)")
     add(
         "--algorithm",
@@ -232,6 +272,13 @@ def _list(options: argparse.Namespace) -> int:
     return SUCCESS
 
 
+def _info(options: argparse.Namespace) -> int:
+    from bilevel.commands.info import info
+
+    info(as_json=options.json)
+    return SUCCESS
+
+
 def _check(options: argparse.Namespace) -> int:
     from bilevel.commands.arguments import with_data
     from bilevel.commands.check import check
@@ -272,13 +319,73 @@ def _run(options: argparse.Namespace) -> int:
     from bilevel.commands.plan import Request
     from bilevel.commands.run import run
 
-    apart = ("command", "parser", "debug", "set", "source")
+    if options.config is not None:
+        _configure(options)
+    if options.problem is None:
+        raise ValueError("`bilevel run` needs a PROBLEM: a name from `bilevel list`, or an entry of `--config FILE`.")
+    apart = ("command", "parser", "debug", "set", "source", "config", "seeds", "sweep")
     wanted = {name: value for name, value in vars(options).items() if name not in apart}
     request = Request(**wanted, arguments=with_data(options.set, options.source))
-    if is_experiment(options.problem):
-        run_experiment(request)
-    else:
-        run(request)
+    carry_out = run_experiment if is_experiment(options.problem) else run
+    if carry_out is run_experiment and request.device is not None:
+        raise ValueError("`--device` is for problems; few-shot experiments are where their networks are made.")
+    if options.seeds is None and not options.sweep:
+        carry_out(request)
+        return SUCCESS
+    from bilevel.commands.many import run_many, seeds_of
+
+    if options.seeds is not None and options.seed is not None:
+        raise ValueError("the seed was given twice: by `--seed` and by `--seeds`. Leave one of them out.")
+    try:
+        seeds = () if options.seeds is None else seeds_of(options.seeds)
+    except ValueError as error:
+        raise ValueError(f"`--seeds` {error}.") from error
+    run_many(request, seeds, options.sweep, carry_out, quiet=options.quiet)
+    return SUCCESS
+
+
+def _configure(options: argparse.Namespace) -> None:
+    """Settings of the file where the command line says nothing."""
+    from bilevel.commands.config import read
+
+    found = read(options.config)
+    arguments = found.pop("set", [])
+    if options.seeds is not None:
+        found.pop("seed", None)
+    words = [f"--{name}={value}" for name, value in found.items() if name != "problem"]
+    problem = [found["problem"]] if "problem" in found else []
+    own: argparse.Namespace = options.parser.parse_args([*words, *map(str, problem)])
+    for name in found:
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(own, name))
+    options.set = [*arguments, *options.set]
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bilevel.commands.report import report
+
+    print(report(options.folders, options.out))
+    return SUCCESS
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from bilevel.commands.completion import script
+    from bilevel.commands.listing import contents
+
+    top = parser()
+    commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
+    flags = {
+        name: sorted(word for action in command._actions for word in action.option_strings if word.startswith("--"))
+        for name, command in commands.items()
+    }
+    known = contents()
+    names = {
+        "problem": [*known["problems"], *known["few-shot experiments"]],
+        "estimator": list(known["estimators"]),
+        "outer": list(known["outer methods"]),
+        "algorithm": list(known["algorithms"]),
+    }
+    print(script(options.shell, flags, names), end="")
     return SUCCESS
 
 

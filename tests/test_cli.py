@@ -21,10 +21,11 @@ from bilevel._files import write_atomically
 from bilevel.cli import main
 from bilevel.commands import outcome as outcome_module, progress as progress_module
 from bilevel.commands.arguments import bind, convert, takes
+from bilevel.outer import progress as shown_module
 from bilevel.problems import catalogue, quadratic
 from bilevel.solvers import Adam
 
-FILES = ["checkpoint.pt", "history.jsonl", "plot.png", "result.json", "solution.pt"]
+FILES = ["checkpoint.pt", "config.toml", "history.jsonl", "plot.png", "result.json", "solution.pt"]
 USER_PROBLEM = """
 import torch
 from bilevel import BilevelProblem, Instance
@@ -106,7 +107,7 @@ def test_list_names_everything_once_with_one_line(capsys: pytest.CaptureFixture[
 def test_list_as_json_holds_the_descriptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["estimators"] == bilevel.estimators()
+    assert {name: text for name, text in found["estimators"].items() if name != "auto"} == bilevel.estimators()
     assert found["problems"] == {name: entry.description for name, entry in catalogue().items()}
     assert found["linear solvers"]["CG"].startswith("Conjugate gradients")
     assert {"linear solvers", "inner solvers", "optimizers", "outer methods", "algorithms"} <= found.keys()
@@ -481,13 +482,13 @@ def test_a_file_is_replaced_whole_or_not_at_all() -> None:
 def test_the_files_on_disk_are_complete_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def look(value: float) -> str:
+    def look(record: Any) -> str:
         found = result()
         seen.append((found["status"], [record["step"] for record in history()]))
-        return original(value)
+        return original(record)
 
-    original = progress_module.number  # called with each line of progress, after the step was written
-    monkeypatch.setattr(progress_module, "number", look)
+    original = shown_module.in_short  # called with each line of progress, after the step was written
+    monkeypatch.setattr(shown_module, "in_short", look)
     assert main(["run", "quadratic", "--steps", "3", "--out", "out"]) == 0
     assert seen[:4] == [("running", list(range(k + 1))) for k in range(4)]
 
@@ -734,7 +735,7 @@ def test_a_seed_without_effect_is_noted(capsys: pytest.CaptureFixture[str]) -> N
         (["run", "quadratic", "--step", "-1"], "argument --step: must be a positive number. Got '-1'"),
         (["run", "quadratic", "--tol", "nan"], "argument --tol: must be a number >= 0. Got 'nan'"),
         (["run", "quadratic", "--steps", "1.5"], "argument --steps: must be an integer >= 0. Got '1.5'"),
-        (["run"], "the following arguments are required: PROBLEM"),
+        (["run"], "needs a PROBLEM"),
         (["walk"], "invalid choice: 'walk'"),
         ([], "a command is needed"),
         (["run", "quadratic", "--set", "kappa=0"], "`quadratic(kappa=...)` must be at least 1"),
@@ -988,8 +989,8 @@ def test_progress_where_there_is_no_terminal_is_a_few_lines(capsys: pytest.Captu
     assert main(["run", "quadratic", "--steps", "55", "--out", "out"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert 10 <= len(lines) <= 13
-    assert lines[0].startswith("step  0/55  Phi ")
-    assert lines[-1].startswith("step 55/55  Phi ")
+    assert lines[0].startswith("quadratic: step  0/55  Phi ")
+    assert lines[-1].startswith("quadratic: step 55/55  Phi ")
 
 
 @pytest.mark.usefixtures("here")
@@ -1002,7 +1003,8 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("here")
 def test_in_a_terminal_the_same_is_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(progress_module, "_fancy", lambda _: True)
+    for module in (progress_module, shown_module):
+        monkeypatch.setattr(module, "is_fancy", lambda _: True)
     assert main(["run", "quadratic", "--steps", "2", "--out", "out"]) == 0
     captured = capsys.readouterr()
     assert "2/2" in captured.err

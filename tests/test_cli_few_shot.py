@@ -55,7 +55,7 @@ def test_a_run_leaves_its_result_history_model_and_picture(tmp_path: Path, monke
     out = tmp_path / "run"
     assert cli.main([*RUN, "--steps", "7", "--seed", "2", "--out", str(out)]) == 0
     names = {file.name for file in out.iterdir()}
-    assert names == {"result.json", "history.jsonl", "checkpoint.pt", "best.pt", "model.pt", "plot.png"}
+    assert names == {"result.json", "config.toml", "history.jsonl", "checkpoint.pt", "best.pt", "model.pt", "plot.png"}
     found = result(out)
     assert found["status"] == "successful"
     assert found["ended"] == "max_steps"

@@ -264,7 +264,8 @@ def complaint(case: list[str], code: object, out: str, error: str) -> str | None
     """What is wrong with how a command line was answered, or None."""
     if code not in CODES:
         return f"exit code {code!r} is not documented"
-    lines = [line for line in error.split("\n")[:-1] if not line.startswith(("bilevel: note: ", "step "))]
+    shown = re.compile(r"bilevel: note: |step |[^\n]*: step +\d+/\d+  ")  # progress has the name of the run in front
+    lines = [line for line in error.split("\n")[:-1] if not shown.match(line)]
     if "--debug" in case:
         return None if not lines or lines[-1].startswith("bilevel: error: ") else "the last line is no error"
     if len(lines) != (0 if code == cli.SUCCESS else 1):

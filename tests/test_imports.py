@@ -20,7 +20,9 @@ DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 # stand for their modules; a module that is named stands where it is named, wherever its room does.
 LAYERS = tuple(re.findall(r"^\d+ +(.*?)(?: {2,}.*)?$", DESIGN.split("## Layers")[1].split("```")[1], re.MULTILINE))
 FLOORS = 10  # of imports at import time, of what is not on top of the library
-ON_TOP = tuple(f"bilevel.{r}" for r in ("cli", "__main__", "commands", "experiments", "few_shot", "tasks", "testing"))
+ON_TOP = tuple(
+    f"bilevel.{r}" for r in ("cli", "__main__", "commands", "experiments", "few_shot", "sklearn", "tasks", "testing")
+)
 AT_THE_ROOT = 20  # modules
 # An estimator that is another one with settings of its own, and a wrapper that an estimator puts around itself.
 ESTIMATORS_IN_ESTIMATORS = {("kkt", "aid"), ("aid", "certified")}
@@ -153,10 +155,21 @@ def test_there_are_few_floors_of_imports() -> None:
     assert not too_high
 
 
+# Rooms whose classes are those of another library: what they need beyond torch, once they are imported by name.
+OF_ANOTHER = {"bilevel.sklearn": {"sklearn", "numpy"}}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_on_import_a_module_needs_torch_and_the_standard_library_only(name: str) -> None:
     roots = {imported.split(".")[0] for imported in imports(MODULES[name], top_level=True)}
-    assert roots <= STANDARD | {"torch", "bilevel"}
+    room = ".".join(name.split(".")[:2])
+    assert roots <= STANDARD | {"torch", "bilevel"} | OF_ANOTHER.get(room, set())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_other_room_imports_one_that_needs_another_library(name: str) -> None:
+    if not name.startswith(tuple(OF_ANOTHER)):
+        assert not [imported for imported in imports(MODULES[name]) if imported.startswith(tuple(OF_ANOTHER))]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -313,7 +313,7 @@ def test_a_second_signal_ends_a_run_at_once_and_leaves_no_half_file() -> None:
     os.kill(number, signal.SIGTERM)
     assert ended(number) == 143
     names = sorted(path.name for path in Path("out").iterdir())
-    assert names == ["checkpoint.pt", "history.jsonl", "result.json", "solution.pt"]
+    assert names == ["checkpoint.pt", "config.toml", "history.jsonl", "result.json", "solution.pt"]
 
 
 def test_a_signal_that_is_ignored_stays_ignored_and_other_threads_set_none() -> None:

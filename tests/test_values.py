@@ -118,6 +118,7 @@ PUBLIC = public_classes()
 # What lives within one call, between the parts of an estimate, and holds functions made there.
 WITHIN_A_CALL = {"Linearization", "Objective", "Oracle", "Move", "Told", "Evaluated", "LinearOperator", "Setting"}
 WITHIN_A_CALL |= {"Drawn", "Ranks", "ClientsOnRanks", "Scheme"}  # and processes, which do not travel
+WITHIN_A_CALL |= {"TensorBoard", "MLflow", "WandB"}  # and what is open: files, a tracker's run
 
 
 def build_problem(name: str) -> Any:

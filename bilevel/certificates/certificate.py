@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, final
 from bilevel._result import Stats
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.html import card
 
 Source: TypeAlias = Literal["given", "structural", "estimated"]
 # the constants that are upper bounds
@@ -222,6 +223,21 @@ class Certificate:
         }
         plain: dict[str, Any] = _finite(content)
         return plain
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        low, high = self.norm_interval
+        sure = "" if self.confidence == 1 else f", with probability {self.confidence:.3g}"
+        rows = [
+            ("|grad - h|", f"<= {self.bound:.3g} ({'proven' if self.proven else 'heuristic'}{sure})"),
+            ("theorem", self.theorem),
+            ("parts", ", ".join(f"{name} {value:.3g}" for name, value in self.terms.items() if value > 0)),
+            ("|h|", f"{low:.3g} to {high:.3g}"),
+            ("-grad is", "a descent direction" if self.descent else "not known to be a descent direction"),
+            ("assumed", "; ".join(map(str, self.assumed))),
+            ("note", " ".join(text for text in (self.reason, self.remark) if text)),
+        ]
+        return card("Certificate", rows)
 
     def __str__(self) -> str:
         kind = "proven" if self.proven else "heuristic"

@@ -16,6 +16,7 @@ from torch import Tensor
 from bilevel._files import write_atomically
 from bilevel._result import Status
 from bilevel._tree import Tree
+from bilevel.commands.config import written
 from bilevel.commands.folder import Folder
 from bilevel.commands.result import plain
 from bilevel.outer.checkpoint import read_checkpoint as checkpoint_content
@@ -45,6 +46,7 @@ _SETTINGS: Mapping[str, Any] = MappingProxyType(
         "steps": int | None,
         "tol": int | float | None,
         "seconds": int | float | None,
+        "device": str | None,
     }
 )
 _NEEDED = ("problem", "set")  # the others were not there in all versions, and None says the same
@@ -157,8 +159,12 @@ def damaged(folder: Folder) -> ValueError:
 
 
 def write_result(folder: Folder, content: Mapping[str, Any]) -> None:
-    """Replace result.json."""
+    """Replace result.json, and config.toml, which says how to ask for the same again."""
     text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    settings = content.get("settings")
+    asked = written(settings if isinstance(settings, Mapping) else {})
+    if not folder.config.is_file() or folder.config.read_text(encoding="utf-8") != asked:
+        write_atomically(folder.config, lambda file: file.write(asked.encode()))
     write_atomically(folder.result, lambda file: file.write(text.encode()))
 
 

@@ -26,6 +26,11 @@ class Folder:
         return self.path / "result.json"
 
     @property
+    def config(self) -> Path:
+        """What was asked for, as `bilevel run --config` reads it: TOML."""
+        return self.path / "config.toml"
+
+    @property
     def history(self) -> Path:
         """One JSON record a line and outer step."""
         return self.path / "history.jsonl"
@@ -68,7 +73,7 @@ class Folder:
     @property
     def files(self) -> tuple[Path, ...]:
         """All of them."""
-        own = self.result, self.history, self.plot, self.checkpoint, self.records
+        own = self.result, self.config, self.history, self.plot, self.checkpoint, self.records
         return *own, self.solution, self.best, self.model
 
     def demand_files(self) -> None:

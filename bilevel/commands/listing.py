@@ -13,6 +13,7 @@ from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel.arguments.nearest import nearest
+from bilevel.named.registration import AUTO
 
 _SHORT = {"gd": "gradient-descent"}
 _ROLES: dict[str, type] = {
@@ -60,7 +61,7 @@ def contents() -> dict[str, dict[str, str]]:
     found = {
         "problems": {name: entry.description for name, entry in catalogue().items()},
         "few-shot experiments": {name: entry.description for name, entry in experiments().items()},
-        "estimators": estimators(),
+        "estimators": estimators() | {AUTO: "the cheapest of them whose error meets 1 % on the problem at hand"},
     }
     for kind, role in _ROLES.items():
         found[kind] = {cls.__name__: _first_line(cls) for cls in _classes(bilevel.solvers, role)}

@@ -24,13 +24,16 @@ LITERATURE = "literature:"  # before the name of a test problem
 _LOADED: dict[tuple[str, int, int], ModuleType] = {}  # by path, time and size
 
 
-def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[Instance, bool]:
+def load(
+    problem: str, arguments: Mapping[str, str], seed: int | None, device: str | None = None
+) -> tuple[Instance, bool]:
     """The instance that PROBLEM names, and whether the seed was used in building it.
 
     Args:
         problem: a name of the catalogue, `literature:NAME`, or `my_file.py:NAME`.
         arguments: what `--set` gave, as text; typed from the signature of the function that builds the instance.
         seed: passed to that function if it takes one.
+        device: likewise; None: the function's own.
 
     Raises:
         ValueError: if there is no such problem, or it does not take these arguments.
@@ -42,7 +45,7 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
         return experiment.instance(0 if seed is None else seed), seeded
     own = _own(problem)
     if own is not None:
-        return _instance(problem, own[1], own[0], arguments, seed)
+        return _instance(problem, own[1], own[0], arguments, seed, device)
     if problem.startswith(LITERATURE):
         from bilevel.problems import literature
 
@@ -58,7 +61,7 @@ def load(problem: str, arguments: Mapping[str, str], seed: int | None) -> tuple[
             f"there is no problem {problem!r}. {near}`bilevel list` shows the names; a problem of your own is"
             f" my_file.py:NAME."
         )
-    return _instance(problem, known[problem].build, None, arguments, seed)
+    return _instance(problem, known[problem].build, None, arguments, seed, device)
 
 
 def is_experiment(problem: str) -> bool:
@@ -175,12 +178,17 @@ def _member(module: ModuleType, path: str, name: str) -> Any:
 
 
 def _instance(
-    problem: str, found: Any, module: ModuleType | None, arguments: Mapping[str, str], seed: int | None
+    problem: str,
+    found: Any,
+    module: ModuleType | None,
+    arguments: Mapping[str, str],
+    seed: int | None,
+    device: str | None = None,
 ) -> tuple[Instance, bool]:
     if isinstance(found, Instance | BilevelProblem) or not callable(found):
         _refuse_arguments(problem, arguments)
         return _complete(problem, found, module), False
-    built = _built(problem, found, module, arguments, seed)
+    built = _built(problem, found, module, arguments, seed, device)
     return _complete(problem, built, module), takes(found, "seed") and seed is not None
 
 
@@ -190,13 +198,21 @@ def _refuse_arguments(problem: str, arguments: Mapping[str, str]) -> None:
 
 
 def _built(
-    problem: str, found: Callable[..., Any], module: ModuleType | None, arguments: Mapping[str, str], seed: int | None
+    problem: str,
+    found: Callable[..., Any],
+    module: ModuleType | None,
+    arguments: Mapping[str, str],
+    seed: int | None,
+    device: str | None = None,
 ) -> Any:
     """What a function makes of the arguments, and of the seed if it takes one."""
     seeded = takes(found, "seed") and seed is not None
     if seeded and "seed" in arguments:
         raise ValueError("the seed was given twice: by `--seed` and by `--set seed=...`. Use `--seed`.")
-    bound, home = bind(problem, found, arguments, {"seed": seed} if seeded else {}), Home()
+    given: dict[str, Any] = {"seed": seed} if seeded else {}
+    if device is not None and takes(found, "device") and "device" not in arguments:
+        given["device"] = device
+    bound, home = bind(problem, found, arguments, given), Home()
     try:
         return found(**bound)
     except (ValueError, ImportError, KeyboardInterrupt):  # its own words are the best ones

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, final
 
+import torch
+
 from bilevel._estimate import AbstractEstimator
 from bilevel._flat import FlatProblem
 from bilevel._instance import Instance
@@ -19,6 +21,7 @@ from bilevel.arguments.nearest import nearest
 from bilevel.commands.arguments import split, takes
 from bilevel.commands.listing import outer_method
 from bilevel.commands.loading import load
+from bilevel.named.registration import AUTO
 from bilevel.named.registry import demand_names, resolve
 from bilevel.outer.batches import first_batch
 
@@ -26,7 +29,7 @@ _KNOWN = {
     *("algorithm", "estimator", "outer", "outer_step", "max_steps", "tol", "data", "constraint", "warm_start"),
     "outer_inequalities",
 }
-_FIXED = ("algorithm", "estimator", "outer", "step", "seed")  # what cannot change when a run is resumed
+_FIXED = ("algorithm", "estimator", "outer", "step", "seed", "device")  # what cannot change when a run is resumed
 
 
 @final
@@ -43,6 +46,7 @@ class Request:
     tol: float | None = None
     seed: int | None = None
     seconds: float | None = None
+    device: str | None = None
     arguments: tuple[str, ...] = ()
     out: str | None = None
     resume: bool = False
@@ -86,7 +90,8 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
     arguments = split(request.arguments)
     if recorded is not None:
         request, arguments = merge(request, arguments, recorded)
-    instance, seeded = load(request.problem, arguments, request.seed)
+    instance, seeded = load(request.problem, arguments, request.seed, request.device)
+    _demand_device(request, instance)
     known = instance.settings
     unknown = set(known) - _KNOWN
     if unknown:
@@ -98,7 +103,7 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
     if algorithm is not None:
         return _of_algorithm(request, arguments, instance, algorithm, seeded)
     estimator = request.estimator if request.estimator is not None else known.get("estimator", "implicit")
-    if isinstance(estimator, str):
+    if isinstance(estimator, str) and estimator != AUTO:
         demand_names(estimator)
     asked, notes = estimator if isinstance(estimator, str) else None, []
     if request.seed is not None:
@@ -119,12 +124,29 @@ def plan(request: Request, recorded: Mapping[str, Any] | None) -> Plan:
         "step": step,
         "steps": options["max_steps"],
         "tol": options["tol"],
+        "device": request.device,
         "chosen": {
             "estimator": estimator if isinstance(estimator, str) else repr(estimator),
             "outer": "the default" if outer is None else repr(outer),
         },
     }
     return Plan(instance, options, settings, notes)
+
+
+def _demand_device(request: Request, instance: Instance) -> None:
+    """Refuse a device on which the problem is not: tensors that f and g close over are the problem's own.
+
+    Raises:
+        ValueError: saying where it is.
+    """
+    if request.device is None:
+        return
+    found = ravel(instance.x0, "x0")[1].device
+    if found.type != torch.device(request.device).type:
+        raise ValueError(
+            f"`--device {request.device}` is not where {request.problem} is: its x0 is on {found}. A file's problem"
+            f" follows the device where it makes tensors without naming one, or takes an argument `device`."
+        )
 
 
 def _algorithm(request: Request, known: Mapping[str, Any]) -> Any:
@@ -168,6 +190,7 @@ def _of_algorithm(
         "step": None,
         "steps": options["max_steps"],
         "tol": options["tol"],
+        "device": request.device,
         "chosen": {"algorithm": algorithm if isinstance(algorithm, str) else repr(algorithm)},
     }
     return Plan(instance, options, settings, notes)

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO, TypeAlias, final
+from typing import TYPE_CHECKING, final
 
-from bilevel.outer.solution import Record
+from bilevel.outer.progress import LINES, Show, State, is_fancy, shown
 
 if TYPE_CHECKING:
     from bilevel.few_shot.train import Progress
 
-Show: TypeAlias = Callable[[Record], None]
-State: TypeAlias = Callable[[Record], str]
-_LINES = 10  # of progress where there is no terminal
+_COLUMNS = 80
 
 
 @contextlib.contextmanager
-def progress(max_steps: int, *, quiet: bool, state: State | None = None) -> Iterator[Show]:
+def progress(max_steps: int, *, quiet: bool, state: State | None = None, name: str = "") -> Iterator[Show]:
     """A function to be called with the record of each step; `state` says what is shown of it."""
-    state = _state if state is None else state
     if quiet:
         yield lambda record: None  # noqa: ARG005
-    elif _fancy(sys.stderr):
-        with _bar(max_steps, state) as show:
-            yield show
     else:
-        every = max(1, max_steps // _LINES)
-
-        def line(record: Record) -> None:
-            if record.step % every == 0 or record.step == max_steps:
-                print(f"step {record.step:>{len(str(max_steps))}}/{max_steps}  {state(record)}", file=sys.stderr)
-
-        yield line
+        with shown(max_steps, name, state) as show:
+            yield show
 
 
 @contextlib.contextmanager
@@ -41,10 +31,10 @@ def training_progress(max_steps: int, *, quiet: bool) -> Iterator[Callable[[Prog
     """A function to be called with the progress of each training step; without a terminal, a line a validation."""
     if quiet:
         yield lambda progress: None  # noqa: ARG005
-    elif _fancy(sys.stderr):
+    elif is_fancy(sys.stderr):
         latest: list[Progress] = []
-        shown = _Training()
-        with _bar(max_steps, lambda _: shown.of(latest[-1])) as show:
+        told_so_far = _Training()
+        with shown(max_steps, state=lambda _: told_so_far.of(latest[-1])) as show:
 
             def update(progress: Progress) -> None:
                 latest[:] = [progress]
@@ -52,7 +42,7 @@ def training_progress(max_steps: int, *, quiet: bool) -> Iterator[Callable[[Prog
 
             yield update
     else:
-        every, told = max(1, max_steps // _LINES), _Training()
+        every, told = max(1, max_steps // LINES), _Training()
 
         def line(progress: Progress) -> None:
             text, step = told.of(progress), progress.record.step
@@ -85,7 +75,7 @@ class _Training:
 
 def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values."""
-    if _fancy(sys.stdout):
+    if is_fancy(sys.stdout):
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -100,7 +90,9 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     print(title)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        for line in textwrap.wrap(value, max(20, _COLUMNS - width - 4), break_long_words=False) or [""]:
+            print(f"  {name:<{width}}  {line}".rstrip())
+            name = ""
 
 
 def note(text: str) -> None:
@@ -111,26 +103,3 @@ def note(text: str) -> None:
 def number(value: float | str) -> str:
     """Six digits; of a number that JSON does not have, also of its text."""
     return f"{float(value):.6g}"
-
-
-@contextlib.contextmanager
-def _bar(max_steps: int, state: State) -> Iterator[Show]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[state]}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=max_steps, state="")
-        yield lambda record: bar.update(task, completed=record.step, state=state(record))
-
-
-def _state(record: Record) -> str:
-    failed = "" if record.status.ok else f"  {record.status.name}"
-    return f"Phi {number(record.value)}  |h| {record.grad_norm:.2e}{failed}"
-
-
-def _fancy(stream: TextIO) -> bool:
-    """Whether to draw with rich."""
-    import importlib.util
-
-    return stream.isatty() and importlib.util.find_spec("rich") is not None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, final
+
+import torch
 
 from bilevel._estimate import Estimate
 from bilevel._instance import Instance
@@ -52,7 +55,7 @@ def run(request: Request) -> None:
     """
     if request.seconds is not None:
         raise ValueError(f"`--seconds` limits the training of few-shot experiments, and {request.problem} is none.")
-    with company() as ranks:
+    with placed(request.device), company() as ranks:
         if not ranks.leads:
             _follow(request, ranks)
             return
@@ -60,6 +63,25 @@ def run(request: Request) -> None:
             request = as_restarted(request)
             with claimed(request) as claim:
                 _run(request, claim, ranks)
+
+
+@contextlib.contextmanager
+def placed(device: str | None) -> Iterator[None]:
+    """Tensors that are made without saying where go to this device; None: where they do anyhow.
+
+    Raises:
+        ValueError: if it is none that torch has here.
+    """
+    if device is None:
+        yield
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise ValueError(f"`--device {device}` is not here: {why}. `bilevel info` lists devices.") from error
+    with torch.device(device):
+        yield
 
 
 def _follow(request: Request, ranks: Company) -> None:
@@ -210,7 +232,8 @@ def _compute(going: _Going) -> tuple[RunOutcome, BaseException | None]:
         records.extend(read_records(folder))
     else:  # before anything is computed: who is killed now has said what was to be run
         write_result(folder, head(request, made) | {"status": BEGUN})
-    with progress(made.options["max_steps"], quiet=request.quiet) as show:
+    name = request.problem.rpartition("/")[2]
+    with progress(made.options["max_steps"], quiet=request.quiet, name=name) as show:
         try:
             try:
                 resume, before = resuming(request, goes_on=goes_on), going.claim.before

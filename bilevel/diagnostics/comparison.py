@@ -8,6 +8,10 @@ from typing import Any, final
 
 from bilevel._result import Stats
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.frames import frame
+from bilevel.portable.html import grid
+
+_HEAD = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
 
 
 @final
@@ -91,26 +95,41 @@ class Comparison:
             "rows": [asdict(row) for row in self.rows],
         }
 
+    def to_pandas(self) -> Any:
+        """The rows as a `pandas.DataFrame`, with oracle counts as columns "stats.hvps", ...
+
+        Raises:
+            ImportError: if pandas is missing: `pip install "bilevel[pandas]"`.
+        """
+        return frame("Comparison.to_pandas()", [asdict(row) for row in self.rows])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        return grid(self._title, _HEAD, [self._cells(row) for row in self.rows if row.applies], self._notes())
+
     def __str__(self) -> str:
-        head = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
-        table: list[tuple[str, ...]] = [head]
+        table: list[tuple[str, ...]] = [_HEAD]
         for row in self.rows:
             if row.applies:
                 table.append(self._cells(row))
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        shown = [i for i in range(len(_HEAD)) if i == 0 or any(line[i] for line in table[1:])]  # no empty columns
+        widths = [max(len(line[i]) for line in table) for i in range(len(_HEAD))]
         lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in table
+            "  ".join(line[i].ljust(widths[i]) if i == 0 else line[i].rjust(widths[i]) for i in shown) for line in table
         ]
+        return "\n".join(line.rstrip() for line in (self._title, *lines, *self._notes()))
+
+    @property
+    def _title(self) -> str:
         known = f"known to within {self.reference_error:.2g}" if self.reference_error >= 0 else "of unknown accuracy"
-        lines.insert(0, f"|h| = {self.norm:.6g} by {self.reference}, {known}")
+        return f"|h| = {self.norm:.6g} by {self.reference}, {known}"
+
+    def _notes(self) -> list[str]:
+        lines = []
         if any(row.certificate is not None and self.norm < row.certificate < math.inf for row in self.rows):
             lines.append("certified errors above 1 are valid and say little: the remark of `certify(...)` says why")
         lines += [f"{row.name} solves another system: {row.substitute}" for row in self.rows if row.substitute]
-        for row in self.rows:
-            if not row.applies:
-                lines.append(f"not {row.name}: {row.reason}")
-        return "\n".join(line.rstrip() for line in lines)
+        return lines + [f"not {row.name}: {row.reason}" for row in self.rows if not row.applies]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         def number(value: float | None, form: str = ".1e") -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.html import grid
 
 
 class Outcome(enum.Enum):
@@ -65,6 +66,13 @@ class Check:
             ],
             "estimators": dict(self.estimators),
         }
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = [(v.name, v.outcome.value, v.found + (f" -> {v.remedy}" if v.remedy else "")) for v in self.verdicts]
+        apply = [name for name, why in self.estimators.items() if not why]
+        notes = [f"estimators that apply: {', '.join(apply) or 'none'}"]
+        return grid("Check: " + ("ok" if self.ok else "failed"), ("test", "outcome", "found"), rows, notes)
 
     def __str__(self) -> str:
         width = max(len(v.name) for v in self.verdicts)

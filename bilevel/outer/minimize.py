@@ -57,6 +57,7 @@ from bilevel.outer.fingerprint import Fingerprint
 from bilevel.outer.lock import held
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import tells_partial
+from bilevel.outer.progress import Shown, shown
 from bilevel.outer.records import Callback, Rules, Run
 from bilevel.outer.rounds import Rounds
 from bilevel.outer.run import iterate
@@ -111,6 +112,7 @@ def minimize(
     skip: int = 0,
     group: Any = None,
     compile: bool = False,
+    progress: bool | str = False,
 ) -> Solution:
     """min_x Phi(x) = f(x, y*(x)): by steps along hypergradient estimates h, or by another algorithm.
 
@@ -195,6 +197,8 @@ def minimize(
         compile: whether a step (inner steps, linear solve, cross product, outer update) is to be one compiled program,
             for `AID` and `ITD` of fixed inner steps; see `Compiled`. With a callback, a checkpoint or a line search
             the estimate is one, and the rest is as always. What cannot be compiled is refused by name.
+        progress: show on stderr how far the run is, Phi, |h| and the time that is left: a bar in terminals and
+            notebooks where rich is installed (the extra `cli`), else a line now and then. A text is the run's name.
 
     Returns:
         The solution: where it ended, whether it has `converged`, and the `best` iterate.
@@ -217,7 +221,12 @@ def minimize(
         >>> round(float(solution.x), 4)
         3.0
     """
+    arguments = dict(locals())
     demand_autograd("minimize")
+    if progress is not False:
+        _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every, checkpoint_seconds, resume)
+        with shown(max_steps, progress if isinstance(progress, str) else "") as show:
+            return minimize(**{**arguments, "progress": False, "callback": Shown(show, callback)})
     if TYPE_CHECKING or compile:
         from bilevel.compiled.descent import descend, is_one_program
         from bilevel.compiled.estimator import compiled

@@ -18,6 +18,8 @@ from bilevel.arguments.checked import checked as arguments
 from bilevel.arguments.fits import demand_types
 from bilevel.inner_problems.multipliers import Multipliers
 from bilevel.outer.trial import Trial
+from bilevel.portable.frames import frame
+from bilevel.portable.html import card
 from bilevel.portable.plain import checked, demanded, number, plain, refused, restored
 from bilevel.portable.result import AbstractResult
 from bilevel.portable.tensor_file import damaged, read_tensors, write_tensors
@@ -227,6 +229,32 @@ class Solution(AbstractResult):
                 best=Best.from_dict(demanded(content, "best", dict)),
                 sweep=tuple(map(Trial.from_dict, content.get("sweep", ()))),
             )
+
+    def to_pandas(self) -> Any:
+        """The history as a `pandas.DataFrame`, a row for each record, with oracle counts as columns "stats.hvps", ...
+
+        Raises:
+            ImportError: if pandas is missing: `pip install "bilevel[pandas]"`.
+        """
+        return frame("Solution.to_pandas()", [record.as_dict() for record in self.history])
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        calls = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.stats.as_dict().items() if count)
+        first, last = (self.history[0], self.history[-1]) if self.history else (None, None)
+        norms = "" if first is None or last is None else f"{first.grad_norm:.2e} -> {last.grad_norm:.2e}"
+        values = f"{self.value:.6g}" if first is None else f"{first.value:.6g} -> {self.value:.6g}"
+        rows = [
+            ("status", self.status.name + ("" if self.converged else ", not converged")),
+            ("message", self.message),
+            ("Phi", values),
+            ("|h|", norms),
+            ("best", f"{self.best.value:.6g} at step {self.best.step}"),
+            ("steps", str(max(0, len(self.history) - 1))),
+            ("seconds", f"{sum(record.seconds for record in self.history):.2f}"),
+            ("calls", calls),
+        ]
+        return card("Solution", rows)
 
     @arguments("Solution.save")
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,165 @@
+"""What the estimators of this package share: arguments, their checks, and predictions of a linear model."""
+
+from __future__ import annotations
+
+import abc
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.preprocessing import LabelEncoder
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from bilevel.outer.solution import Solution
+from bilevel.sklearn.features import Features
+from bilevel.sklearn.groups import group_numbers, references
+from bilevel.sklearn.learning import Learned, Posed, Search, Task
+from bilevel.sklearn.parts import weights_of_folds
+
+
+class AbstractLinearHO(BaseEstimator, abc.ABC):
+    """A linear model whose penalties are learned. Parameters are those of the constructor; `fit` looks at them."""
+
+    penalties: Any
+    cv: Any
+    fit_intercept: bool
+    max_iter: int
+    tol: float
+    random_state: Any
+    coef_: Any
+    intercept_: Any
+    power = 2  # of the coefficients in the penalty
+
+    def __sklearn_tags__(self) -> Any:
+        tags = BaseEstimator.__sklearn_tags__(self)
+        tags.input_tags.sparse = True
+        tags.target_tags.required = True
+        return tags
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _inputs(self, X: Any, y: Any, **others: Any) -> tuple[Any, Any]:
+        check_numbers(self._name, max_iter=(self.max_iter, int, 1), tol=(self.tol, float, 0))
+        return checked_inputs(self, X, y, **others)
+
+    def _new_inputs(self, X: Any) -> Any:
+        check_is_fitted(self)
+        return validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
+
+    def _predicted(self, X: Any) -> Any:
+        X = self._new_inputs(X)
+        return np.asarray(X @ self.coef_.T + self.intercept_)
+
+    def _task(self, X: Any, y: Any, targets: Tensor, features: Features, loss: Any, outputs: int) -> Task:
+        classifier = isinstance(self, ClassifierMixin)
+        folds = weights_of_folds(self._name, self.cv, X, y, classifier=classifier, random_state=self.random_state)
+        return Task(features.X, targets, loss, outputs, *folds)
+
+    def _learn(
+        self, task: Task, posed: Posed, features: Features, start: Tensor, lower: float, upper: float
+    ) -> tuple[Learned, Tensor]:
+        """What is learned, and the penalties of the features as they came `(..., d)`."""
+        groups = group_numbers(self._name, self.penalties, features.count, features.X.shape[0])
+        search = Search(self._name, groups, start, lower, upper, self.max_iter, self.tol)
+        found = search.learn(task, posed)
+        self.n_iter_ = found.steps
+        self.solution_ = Solution.from_dict(found.solution.to_dict())  # without the data that it holds on to
+        return found, found.x[..., groups].exp()
+
+    def _references(self, features: Features, power: int) -> Tensor:
+        groups = group_numbers(self._name, self.penalties, features.count, features.X.shape[0])
+        return references(features.scale, groups, power)
+
+
+class AbstractLinearRegressorHO(RegressorMixin, AbstractLinearHO, abc.ABC):
+    """A linear model of numbers."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = AbstractLinearHO.__sklearn_tags__(self)
+        of_regressors = RegressorMixin.__sklearn_tags__(self)
+        tags.estimator_type, tags.regressor_tags = of_regressors.estimator_type, of_regressors.regressor_tags
+        return tags
+
+    def predict(self, X: Any) -> Any:
+        """The predictions `(n,)`."""
+        return self._predicted(X)
+
+    def _standard(self, X: Any, y: Any) -> tuple[Features, Tensor, float, float]:
+        """Features and targets of spread 1, and what gives the targets back: spread and mean."""
+        features = Features.of(X, self.fit_intercept)
+        mean = float(y.mean()) if self.fit_intercept else 0.0
+        spread = float(np.sqrt(np.mean((y - mean) ** 2))) or 1.0
+        return features, torch.from_numpy((y - mean) / spread).unsqueeze(1), spread, mean
+
+
+class AbstractLinearClassifierHO(ClassifierMixin, AbstractLinearHO, abc.ABC):
+    """A linear model of classes: one output for two of them, else one for each."""
+
+    classes_: Any
+
+    def __sklearn_tags__(self) -> Any:
+        tags = AbstractLinearHO.__sklearn_tags__(self)
+        of_classifiers = ClassifierMixin.__sklearn_tags__(self)
+        tags.estimator_type, tags.classifier_tags = of_classifiers.estimator_type, of_classifiers.classifier_tags
+        return tags
+
+    def decision_function(self, X: Any) -> Any:
+        """The outputs `(n,)`, or `(n, C)` for more than two classes."""
+        found = self._predicted(X)
+        return found[:, 0] if len(self.classes_) == 2 else found
+
+    def predict(self, X: Any) -> Any:
+        """The classes `(n,)`."""
+        found = self.decision_function(X)
+        return self.classes_[(found > 0).astype(int) if found.ndim == 1 else found.argmax(1)]
+
+    def _labels(self, y: Any) -> Tensor:
+        """The numbers of the classes `(n,)`."""
+        self.classes_, numbers = numbered(self._name, y)
+        return numbers
+
+
+def checked_inputs(estimator: Any, X: Any, y: Any, **others: Any) -> tuple[Any, Any]:
+    """X and y as arrays, or X as a CSR matrix."""
+    X, y = validate_data(estimator, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2, **others)
+    return X, y
+
+
+def numbered(name: str, y: Any) -> tuple[Any, Tensor]:
+    """The classes, and labels as their numbers.
+
+    Raises:
+        ValueError: if they are not classes, or there is only one.
+    """
+    check_classification_targets(y)
+    encoder: Any = LabelEncoder()
+    numbers = encoder.fit_transform(y)
+    if len(encoder.classes_) < 2:
+        raise ValueError(f"`{name}.fit(y=...)` must have at least two classes. Got one class: {encoder.classes_[0]!r}.")
+    return encoder.classes_, torch.from_numpy(numbers.astype(np.int64))
+
+
+def is_classification(y: Any) -> bool:
+    """Whether targets are classes: texts, booleans or whole numbers."""
+    return type_of_target(y) in ("binary", "multiclass")
+
+
+def check_numbers(name: str, **given: tuple[Any, type, float]) -> None:
+    """Refuse numbers of another type, or below what they are at least.
+
+    Raises:
+        TypeError: naming the parameter.
+        ValueError: likewise.
+    """
+    for key, (value, kind, least) in given.items():
+        wanted = numbers.Integral if kind is int else numbers.Real
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise TypeError(f"`{name}({key}=...)` must be {'an int' if kind is int else 'a number'}. Got {value!r}.")
+        if not float(value) >= least:
+            raise ValueError(f"`{name}({key}=...)` must be at least {least}. Got {value!r}.")
