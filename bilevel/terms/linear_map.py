@@ -15,6 +15,7 @@ from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import SEED
 from bilevel.portable.pickling import AbstractPortable
+from bilevel.prox.term import demand_number
 from bilevel.terms.gram import Gram
 
 Size = tuple[int, ...]
@@ -129,6 +130,7 @@ class Identity(AbstractLinearMap):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_number("Identity", "factor", self.factor)
 
     @property
     def in_shape(self) -> Size:

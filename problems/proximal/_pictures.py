@@ -42,12 +42,27 @@ def images(
     """
     generator = torch.Generator().manual_seed(2 * seed + test)
     if data:
+        demand_readable(data)
         return _parts(_from_file(data, test), count, side, generator, Path(data).name), Path(data).name
     if pictures == "auto":
         pictures = "scikit-image" if find_spec("skimage") is not None else "synthetic"
     if pictures == "synthetic":
         return torch.stack([_synthetic(side, generator) for _ in range(count)]), "synthetic images"
     return _parts(_photographs(test), count, side, generator, pictures), "photographs of scikit-image"
+
+
+def demand_readable(path: str) -> None:
+    """Refuse a path of no file.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        there = Path(path).is_file()
+    except (OSError, ValueError):  # too long, or with characters that none has
+        there = False
+    if not there:
+        raise ValueError(f"`data` must be the path of a PNG, JPEG or .npz file. Got {path[:200]!r}, which is none.")
 
 
 def _photographs(test: bool) -> list[Tensor]:

@@ -153,7 +153,7 @@ def learned_prior(
         torch.Size([2, 7, 7])
     """
     origin = ""
-    made, kernel = [], gaussian(blur, max(1, min(round(4 * blur), (side - 1) // 2)))
+    made, kernel = [], gaussian(blur, max(1, round(min(4 * blur, (side - 1) // 2))))
     for number, count in enumerate((train, test)):
         truth, origin = images(count, side, test=bool(number), pictures=pictures, data=data, seed=seed)
         seen = Convolution(kernel, (side, side)).forward(truth)
