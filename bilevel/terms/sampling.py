@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import SIZE
+from bilevel.arguments.ranges import SIZE, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.arguments.words import got
 from bilevel.terms.gram import Gram
@@ -133,6 +133,7 @@ class Mosaic(AbstractLinearMap):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        demand_ranges(self, count=SIZE)
         demand_shapes("Mosaic", {"colors": Shape("...", kind="integer")}, vars(self))
         if not bool(((self.colors >= 0) & (self.colors < self.count)).all()):
             raise ValueError(f"`Mosaic(colors=...)` must be from 0 to {self.count - 1}. Got {got(self.colors)}.")

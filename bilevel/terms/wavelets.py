@@ -100,11 +100,11 @@ def _coefficients(name: str) -> tuple[float, ...]:
         pywt: Any = import_module("pywt")
     except ImportError as error:
         raise ImportError(
-            f'the wavelet {name!r} needs PyWavelets: `pip install "bilevel[imaging]"`. "haar" needs nothing.'
+            f'the wavelet {name[:60]!r} needs PyWavelets: `pip install "bilevel[imaging]"`. "haar" needs nothing.'
         ) from error
     if name not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(name).orthogonal:
         raise ValueError(
-            f'`Wavelets(wavelet=...)` must be an orthogonal wavelet of PyWavelets, such as "db2". Got {name!r}.'
+            f'`Wavelets(wavelet=...)` must be an orthogonal wavelet of PyWavelets, such as "db2". Got {name[:60]!r}.'
         )
     return tuple(float(h) for h in pywt.Wavelet(name).rec_lo)
 

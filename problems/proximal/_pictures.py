@@ -131,7 +131,7 @@ def noise(like: Tensor, level: float, seed: int) -> Tensor:
 def gaussian(width: float, radius: int) -> Tensor:
     """A Gaussian kernel `(2 radius + 1, 2 radius + 1)` of sum one."""
     at = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu")
-    line = (-at.square() / (2 * width**2)).exp()
+    line = (-(at / width).square() / 2).exp()
     kernel = line.unsqueeze(-1) * line
     return kernel / kernel.sum()
 
