@@ -17,10 +17,8 @@ from bilevel import BilevelProblem, FiniteSum, Solution, Split, minimize
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
-    BSA,
     ESJS,
     MEHA,
-    SABA,
     SAMA,
     SOBA,
     SPABA,
@@ -30,7 +28,6 @@ from bilevel.algorithms import (
     RandomizedNeumann,
     ScaleBiO,
     SingleLoop,
-    StocBiO,
 )
 from bilevel.algorithms.engine.rows import row_of
 from bilevel.algorithms.engine.saga import Table
@@ -254,22 +251,6 @@ def test_a_seed_may_be_a_date_and_longer(seed: int) -> None:
     assert len(orders) == 2
     for algorithm in (SPABA(0.1, 0.1, seed=seed), ESJS(0.1, 0.1, inner_steps=2, directions=2, seed=seed)):
         assert run(algorithm, split(seed=seed), 3).status.ok
-
-
-@pytest.mark.parametrize(
-    "algorithm", [SOBA(5.0, 0.1), SABA(5.0, 0.1), StocBiO(5.0, 0.1), MEHA(5.0, 0.1), SAMA(5.0, 0.1)]
-)
-def test_a_run_on_all_the_data_that_diverges_keeps_the_iterate_nearest_to_stationarity(algorithm: Any) -> None:
-    """And not the last one that is a number."""
-    found = run(algorithm, Split(f=OF_F, g=OF_G), 2000, throw=False)
-    assert found.failed
-    least = min(record.grad_norm for record in found.history if record.status.ok)
-    assert found.best.compared and found.best.grad_norm == least
-    assert float(found.best.x.norm()) < 100
-
-
-def test_the_best_on_all_the_data_is_not_that_of_the_luckiest_coin() -> None:
-    assert not run(BSA(0.1, 0.1), Split(f=OF_F, g=OF_G), 3).best.compared
 
 
 @pytest.mark.parametrize("curvature", [0.3, 4.0, 50.0])

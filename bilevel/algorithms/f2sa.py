@@ -162,10 +162,6 @@ class F2SA(AbstractAlgorithm[Copies]):
         batches = 1 if self.shared else self.inner_steps + 1
         return Draws(f=batches, g=batches)
 
-    @property
-    def best_by_measure(self) -> bool:
-        return True
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Copies:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()

@@ -138,10 +138,6 @@ class MEHA(AbstractAlgorithm[Envelope]):
         """Of y and of theta."""
         return self.inner_step, self.inner_step if self.proximal_step is None else self.proximal_step
 
-    @property
-    def best_by_measure(self) -> bool:
-        return True
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Envelope:
         kind = inner_problem(oracle.like.problem)
         composite = isinstance(kind, Composite)

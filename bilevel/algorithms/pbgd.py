@@ -152,10 +152,6 @@ class PBGD(AbstractAlgorithm[Penalized]):
     def draws(self) -> Draws:
         return Draws(f=1, g=self.inner_steps + 1 if self.form == "value" else 2)
 
-    @property
-    def best_by_measure(self) -> bool:
-        return True
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Penalized:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()

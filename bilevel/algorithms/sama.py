@@ -100,10 +100,6 @@ class SAMA(AbstractAlgorithm[Adapted]):
     def draws(self) -> Draws:
         return Draws(f=1, g=self.inner_steps + 1)
 
-    @property
-    def best_by_measure(self) -> bool:
-        return True
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Adapted:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()

@@ -64,10 +64,10 @@ class SeveralOrders(AbstractData):
             return Block(self._stacked(numbers), None, one.count, one.samples, one.weight, numbers, self.share)
         rest = self.orders[0].block_number(self._whole_blocks)
         if bool(last.all()):
-            data = self._repeated(len(each))
+            data = self._repeated(rest.data, len(each))
             return Block(data, None, rest.count, rest.samples, rest.weight, numbers, self.share)
         groups = (~last).nonzero().squeeze(-1), last.nonzero().squeeze(-1)
-        data = Uneven(groups, (self._stacked(numbers[groups[0]]), self._repeated(len(groups[1]))))
+        data = Uneven(groups, (self._stacked(numbers[groups[0]]), self._repeated(rest.data, len(groups[1]))))
         sizes = self.like.new_tensor([block.samples for block in each])
         return Block(data, None, one.count, one.samples, one.weight, numbers, self.share, sizes)
 
@@ -75,11 +75,9 @@ class SeveralOrders(AbstractData):
         build = tree_parts(self.orders[0].tensors)[1]
         return build([blocks[numbers.to(blocks.device)] for blocks in self._blocks])
 
-    def _repeated(self, times: int) -> Any:
-        """The smaller block, for so many runs; all of its samples, whatever the rank."""
-        leaves, build = tree_parts(self.orders[0].tensors)
-        rest = [leaf[self._whole_blocks * self.orders[0].batch_size :] for leaf in leaves]
-        return build([leaf.expand(times, *leaf.shape) for leaf in rest])
+    def _repeated(self, data: Any, times: int) -> Any:
+        leaves, build = tree_parts(data)
+        return build([leaf.expand(times, *leaf.shape) for leaf in leaves])
 
     def batch(self, index: int, first: int) -> Any:
         return self.block(index, first).data

@@ -76,10 +76,6 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
     def draws(self) -> Draws:
         return self.loop.draws
 
-    @property
-    def best_by_measure(self) -> bool:
-        return self.loop.best_by_measure
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         for name, step in (("outer_step", self.loop.outer_step), ("inner_step", self.loop.inner_step)):
             if isinstance(step, AbstractOptimizer):

@@ -87,10 +87,9 @@ class Best(AbstractResult):
     estimate succeeded; where there is none of them, the first iterate.
 
     Values are compared only where they are of one function Phi: the data are the same at every step, and the algorithm
-    solves the inner problem at each. Those of a single loop such as `SOBA`, at whose inner iterate f may be anything,
-    tell nothing: there it is the iterate of the least measure of stationarity on all the data, where these are known.
-    Where they are not, or an algorithm has coins that this would be the luckiest of (`BSA`, `ESJS`), it is the last
-    iterate whose estimate succeeded.
+    solves the inner problem at each. Those of different batches, and those of a single loop such as `SOBA`, at whose
+    inner iterate f may be anything, tell nothing: there it is the last iterate whose estimate succeeded, or, on the
+    batches of a `FiniteSum`, the one of the least measure of stationarity on all the data.
 
     Attributes:
         step: the step of its record.
@@ -98,7 +97,7 @@ class Best(AbstractResult):
         y: the inner solution there: the structure of y0.
         value: Phi(x).
         grad_norm: as in its record.
-        compared: whether it was chosen by its value, or, where values are not Phi's, by its norm.
+        compared: whether it was chosen by its value, or, on batches and where values are not Phi's, by its norm.
     """
 
     step: int

@@ -170,11 +170,6 @@ class AbstractDirection(AbstractPortable, abc.ABC):
         """Whether it is formed for several (x, y, v) side by side as well as for one. No, unless it says so."""
         return False
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether nothing of it is left to chance but the batches. No, unless it says so."""
-        return False
-
     def of_seeds(self, seeds: tuple[int, ...]) -> AbstractDirection | None:
         """The same for several runs side by side, what is left to chance decided by a seed for each; None, unless said.
 
@@ -248,10 +243,6 @@ class Coupled(AbstractDirection):
 
     @property
     def goes_beside(self) -> bool:
-        return True
-
-    @property
-    def is_certain(self) -> bool:
         return True
 
     def of_seeds(self, seeds: tuple[int, ...]) -> Coupled:

@@ -108,10 +108,6 @@ class Nested(AbstractAlgorithm[LoopState]):
         each, times = self.direction.draws, self.inner_steps + 1
         return Draws(f=times * each.f, g=times * each.g)
 
-    @property
-    def best_by_measure(self) -> bool:
-        return self.direction.is_certain
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()

@@ -87,10 +87,6 @@ class Neumann(AbstractDirection):
     def error_bound(self, about: Beforehand) -> Bound:
         return _bound(self, self.terms, self.step, about)
 
-    @property
-    def is_certain(self) -> bool:
-        return True
-
     def of_seeds(self, seeds: tuple[int, ...]) -> Neumann:
         return self
 

@@ -36,10 +36,6 @@ class AbstractPreset(AbstractAlgorithm[Any]):
     def draws(self) -> Draws:
         return self.loop.draws
 
-    @property
-    def best_by_measure(self) -> bool:
-        return self.loop.best_by_measure
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Any:
         return self.loop.init(oracle, x, y)
 

@@ -98,10 +98,6 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
     def draws(self) -> Draws:
         return self.direction.draws
 
-    @property
-    def best_by_measure(self) -> bool:
-        return self.direction.is_certain
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()

@@ -121,10 +121,6 @@ class Turns(AbstractAlgorithm[LoopState]):
         linear = self.direction.is_linear
         return int(linear and self.apart), self.inner_steps + (self.linear_steps if linear else 0)
 
-    @property
-    def best_by_measure(self) -> bool:
-        return self.direction.is_certain
-
     def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> LoopState:
         x = oracle.project(x)
         y = oracle.problem().start(x, y).detach()
