@@ -158,7 +158,7 @@ def test_several_callbacks_are_all_told_and_each_may_end_the_run(tmp_path: Path)
 
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]
 
     with TensorBoard(tmp_path, settings={"lr": 0.1}) as board:
         solution = solved(callback=board)

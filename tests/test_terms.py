@@ -515,19 +515,19 @@ def test_a_denoiser_has_no_value_and_gets_the_deviation_of_its_noise() -> None:
 def test_what_does_not_fit_is_refused_in_words() -> None:
     y = variable(4)
     with pytest.raises(ValueError, match="takes what B gives"):
-        D @ Gradient((N,))
+        _ = D @ Gradient((N,))
     with pytest.raises(ValueError, match="arrays \\(4,\\)"):
-        D @ y
+        _ = D @ y
     with pytest.raises(ValueError, match="one variable"):
-        sum_squares(y) + sum_squares(variable(5))
+        _ = sum_squares(y) + sum_squares(variable(5))
     with pytest.raises(ValueError, match=r"`w \* term\(w=...\)` must be at least 0"):
-        -1.0 * norm1(y)
+        _ = -1.0 * norm1(y)
     with pytest.raises(ValueError, match="must be 1 with the order"):
         ADMM(order="vyu", relaxation=1.5)
     with pytest.raises(ValueError, match="a schedule"):
         ADMM(torch.ones(2, 2))
     with pytest.raises(ValueError, match="columns"):
-        drawn(2, 3) @ variable(4)
+        _ = drawn(2, 3) @ variable(4)
     assert (drawn(2, 4) @ y).map.out_shape == (2,)
 
 

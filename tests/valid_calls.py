@@ -36,6 +36,7 @@ import bilevel.testing
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
+from bilevel.federated.method import At
 from bilevel.few_shot import Evaluating, Learner, Score, Training, Validation
 from bilevel.problems import maml, quadratic
 from bilevel.problems.inverse_link import Sinh
@@ -532,7 +533,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "bilevel.federated.FederatedMAML": {"inner_step": lambda: 0.1, "outer_step": lambda: 0.1},
     "FederatedMAML.step": {
         "server": lambda: bilevel.federated.Server(clients(), (2, 2)),
-        "at": lambda: bilevel.federated.method.At(X, X, X, X),
+        "at": lambda: At(X, X, X, X),
         "number": lambda: 0,
     },
     "bilevel.federated.OverClients": {

@@ -43,8 +43,8 @@ class MLflow(AbstractTracker):
         demand_type("MLflow", "run", run, str | None)
         demand_type("MLflow", "uri", uri, str | None)
         try:
-            import mlflow.entities
-            from mlflow.tracking import MlflowClient
+            import mlflow.entities  # pyright: ignore[reportMissingImports]
+            from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError('`MLflow(...)` needs mlflow: `pip install "bilevel[mlflow]"`.') from error
         self._entities: Any = mlflow.entities

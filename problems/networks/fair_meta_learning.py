@@ -234,10 +234,11 @@ def _each(own: FairAdaptation, x: Tree, tasks: Batch) -> dict[str, Tensor]:
         scores = torch.vmap(lambda y, task: own.scores(y["params"], task, "query"))(y, tasks)
         mask = tasks.get("query_mask", torch.ones_like(scores))
         right = ((scores > 0.5) == (tasks["query_y"] > 0.5)).to(scores) * mask
-        found: dict[str, Tensor] = {
-            name: torch.vmap(lambda s, task, name=name: measured(s, task, "query", name).abs())(scores, tasks)
-            for name in _MEASURES
-        }
+
+        def unfair(name: Measure) -> Tensor:
+            return torch.vmap(lambda s, task: measured(s, task, "query", name).abs())(scores, tasks)
+
+        found: dict[str, Tensor] = {name: unfair(name) for name in _MEASURES}
     return {"scores": scores, "accuracy": right.sum(1) / mask.sum(1), **found}
 
 

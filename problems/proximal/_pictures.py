@@ -67,7 +67,7 @@ def demand_readable(path: str) -> None:
 
 def _photographs(test: bool) -> list[Tensor]:
     try:
-        import skimage.data
+        import skimage.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             'the photographs need scikit-image: `pip install "bilevel[imaging]"`; `--set pictures=synthetic` does'
