@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_1, BELOW_1, POSITIVE, Range, demand_range, demand_ranges
+from bilevel.arguments.ranges import AT_LEAST_1, BELOW_1, Range, demand_ranges
 from bilevel.terms.expression import SumOfTerms
 from bilevel.terms.gram import Gram
 from bilevel.terms.least_squares import Parts, Solve, system
-from bilevel.terms.scheme import AbstractAlgorithm, Scheme, State, at_step, proximal_step
+from bilevel.terms.scheme import AbstractAlgorithm, Scheme, State, at_step, demand_settings, proximal_step
 
 Order = Literal["yvu", "vyu", "vuy"]
 _RELAXATION = Range(open=True, below=2.0)
@@ -149,17 +149,6 @@ class HQS(AbstractAlgorithm):
             return {"y": y, "v": made.proximal(made.images(y), k)}
 
         return Scheme(begin, advance)
-
-
-def demand_settings(call: str, rho: float | Tensor, thresholds: Tensor | None) -> None:
-    """Refuse a rho that is no positive number, and schedules of other axes than there are."""
-    if not isinstance(rho, Tensor):
-        demand_range(call, "rho", rho, POSITIVE)
-    elif rho.dim() > 1:
-        raise ValueError(f"`{call}(rho=...)` must be a number or a schedule `(N,)`. Got axes {tuple(rho.shape)}.")
-    if thresholds is not None and not 1 <= thresholds.dim() <= 2:
-        shape = tuple(thresholds.shape)
-        raise ValueError(f"`{call}(thresholds=...)` must be a schedule `(N,)` or `(N, blocks)`. Got axes {shape}.")
 
 
 @final

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_range
-from bilevel.terms.admm import demand_settings
 from bilevel.terms.expression import SumOfTerms, Term
 from bilevel.terms.least_squares import Parts, norm_squared, spread
-from bilevel.terms.scheme import AbstractAlgorithm, Scheme, State, at_step, proximal_step
+from bilevel.terms.scheme import AbstractAlgorithm, Scheme, State, at_step, demand_settings, proximal_step
 
 _SHORT = 0.99  # of the longest step that is known to converge
 

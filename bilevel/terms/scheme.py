@@ -15,7 +15,7 @@ from bilevel._result import Status
 from bilevel._tree import tree_leaves
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, COUNT, POSITIVE
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, COUNT, POSITIVE, demand_range
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.terms.expression import SumOfTerms, Term
 from bilevel.terms.least_squares import spread
@@ -151,3 +151,14 @@ def proximal_step(term: Term, rho: Any, thresholds: Tensor | None, k: int, numbe
         return spread(term.weight / rho, term.axes)
     raw = thresholds[k]
     return raw[number] if raw.dim() else raw
+
+
+def demand_settings(call: str, rho: float | Tensor, thresholds: Tensor | None) -> None:
+    """Refuse a rho that is no positive number, and schedules of other axes than there are."""
+    if not isinstance(rho, Tensor):
+        demand_range(call, "rho", rho, POSITIVE)
+    elif rho.dim() > 1:
+        raise ValueError(f"`{call}(rho=...)` must be a number or a schedule `(N,)`. Got axes {tuple(rho.shape)}.")
+    if thresholds is not None and not 1 <= thresholds.dim() <= 2:
+        shape = tuple(thresholds.shape)
+        raise ValueError(f"`{call}(thresholds=...)` must be a schedule `(N,)` or `(N, blocks)`. Got axes {shape}.")
