@@ -32,6 +32,7 @@ from bilevel.algorithms import (
     SingleLoop,
     Storm,
 )
+from bilevel.algorithms.engine.recursive import Page, Past
 from bilevel.algorithms.engine.saga import Table, Tables
 from bilevel.extending import Joint
 from bilevel.outer.batches import sources
@@ -237,6 +238,16 @@ def test_recursive_differences_cost_two_evaluations_and_now_and_then_all() -> No
         full = 3 * len(OF_G[0]) + len(OF_F[0])
         expected += full if step % 4 == 0 else 2 * (3 * each.block("g").samples + each.block("f").samples)
     assert run(SRBA(0.1, 0.1, period=4), split(), 8).stats.sample_calls == expected
+
+
+@pytest.mark.parametrize("probability", [0.15, 0.7])
+def test_a_coin_asks_for_all_the_data_as_often_as_its_probability_says(probability: float) -> None:
+    """Within four standard deviations; elsewhere the direction is a difference added to that of the step before."""
+    at, before, steps = point(1), point(2), 300
+    whole, past = Coupled().on_everything(oracle(split()), at)[0], Past.of(before, point(3))
+    found = [Page(probability).reduce(oracle(split(), step), Coupled(), at, past).joint for step in range(steps)]
+    share = sum(torch.equal(each.x, whole.x) for each in found) / steps
+    assert abs(share - probability) < 4 * (probability * (1 - probability) / steps) ** 0.5
 
 
 RESUMED = {
