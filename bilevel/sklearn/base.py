@@ -24,15 +24,26 @@ from bilevel.sklearn.parts import weights_of_folds
 class AbstractLinearHO(BaseEstimator, abc.ABC):
     """A linear model whose penalties are learned. Parameters are those of the constructor; `fit` looks at them."""
 
-    penalties: Any
-    cv: Any
-    fit_intercept: bool
-    max_iter: int
-    tol: float
-    random_state: Any
     coef_: Any
     intercept_: Any
     power = 2  # of the coefficients in the penalty
+
+    def __init__(
+        self,
+        penalties: Any = "auto",
+        *,
+        cv: Any = 5,
+        fit_intercept: bool = True,
+        max_iter: int = 30,
+        tol: float = 1e-3,
+        random_state: Any = None,
+    ) -> None:
+        self.penalties = penalties
+        self.cv = cv
+        self.fit_intercept = fit_intercept
+        self.max_iter = max_iter
+        self.tol = tol
+        self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
         tags = BaseEstimator.__sklearn_tags__(self)

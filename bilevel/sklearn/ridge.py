@@ -57,23 +57,6 @@ class RidgeHO(AbstractLinearRegressorHO):
         True
     """
 
-    def __init__(
-        self,
-        penalties: Any = "auto",
-        *,
-        cv: Any = 5,
-        fit_intercept: bool = True,
-        max_iter: int = 30,
-        tol: float = 1e-3,
-        random_state: Any = None,
-    ) -> None:
-        self.penalties = penalties
-        self.cv = cv
-        self.fit_intercept = fit_intercept
-        self.max_iter = max_iter
-        self.tol = tol
-        self.random_state = random_state
-
     def fit(self, X: Any, y: Any) -> RidgeHO:
         """Learn the penalties, and fit all samples with them."""
         X, y = self._inputs(X, y, y_numeric=True)
