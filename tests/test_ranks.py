@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from bilevel import (
     minimize,
 )
 from bilevel.algorithms import F2SA, SABA, SOBA, SRBA
+from bilevel.outer.batches import sources
 from bilevel.ranks import Ranks, Rows, Shard
 from bilevel.solvers import CG, Adam, GradientDescent, Iterate
 
@@ -330,3 +332,23 @@ def _hangs(group: Any, rank: int) -> Any:
 def test_a_rank_that_hangs_is_an_error_after_the_timeout_with_what_was_computed() -> None:
     _, second = on_ranks(2, _hangs, seconds=0.5)
     assert second[0] is Status.interrupted and second[1] == 3 and "waited in vain" in second[2]
+
+
+def test_rows_are_both_sides_and_are_drawn_once_a_step() -> None:
+    drawn: list[tuple[str, int]] = []
+
+    def batches(role: str, number: int) -> Any:
+        drawn.append((role, number))
+        return VAL if role == "f" else TRAIN
+
+    data = Rows(batches)
+    with pytest.raises(ValueError, match=r"pass it by itself, `data=Rows\(...\)`"):
+        minimize(PROBLEM, X0, X0, data=Split(f=data, g=data), algorithm=SOBA(0.1, 0.05), max_steps=2)
+    ranks: Any = SimpleNamespace(rank=1, size=2)
+    part = sources(data, ranks)
+    assert isinstance(part, Split)
+    for number in range(3):
+        n, first = len(TRAIN[0]), part.g.block(number, number)
+        assert part.g.block(number, number) is first and first.share == (n - n // 2) / n
+        assert torch.equal(part.g.batch(number, number)[0], TRAIN[0][len(TRAIN[0]) // 2 :])
+    assert drawn == [("g", 0), ("g", 1), ("g", 2)]

@@ -122,7 +122,7 @@ def demand_shared(request: Request, made: Plan, company: Company) -> None:
         return
     data = made.options.get("data")
     sides = (data.f, data.g) if isinstance(data, Split) else (data,)
-    if not all(isinstance(side, FiniteSum | Rows) for side in sides):
+    if not (isinstance(data, Rows) or all(isinstance(side, FiniteSum) for side in sides)):
         raise ValueError(
             f"{request.problem} cannot be run over {company.ranks.size} ranks: it has neither tasks"
             f" (`BilevelProblem(tasks=True)`) nor samples that they could share (`data=FiniteSum(...)` or"

@@ -30,10 +30,16 @@ def sources(data: Any, ranks: Ranks | None = None) -> AbstractData | Split:
     Raises:
         TypeError: if `data` is none of these, is an iterator, which cannot be started again, or an array or a list of
             arrays or numbers, which torch functions do not take.
+        ValueError: if with ranks nothing says what a rank has, or `Rows` are one side of a `Split`.
     """
     if isinstance(data, Rows):
         each = [_Numbered(partial(data, "f")), _Numbered(partial(data, "g"))]
         return Split(*each) if ranks is None else Split(*(_Part(side, data, ranks) for side in each))
+    if isinstance(data, Split) and any(isinstance(side, Rows) for side in (data.f, data.g)):
+        raise ValueError(
+            "`minimize(data=Split(...))` has a side for f and one for g, and `Rows((role, number) -> batch)` is both:"
+            " pass it by itself, `data=Rows(...)`."
+        )
     if ranks is not None:
         if isinstance(data, Split):
             return Split(_of_rank(data.f, ranks).independent(0), _of_rank(data.g, ranks).independent(1))
@@ -161,13 +167,18 @@ class _Part(AbstractData):
 
     def __init__(self, of: AbstractData, rows: Rows, ranks: Ranks) -> None:
         self.of, self.rows, self.ranks = of, rows, ranks
+        self.latest: dict[int, Block] = {}
 
     def batch(self, index: int, first: int) -> Any:
         return self.block(index, first).data
 
     def block(self, index: int, first: int) -> Block:
-        batch, share = self.rows.of_rank(self.of.batch(index, first), self.ranks.rank, self.ranks.size)
-        return Block(batch, share=share)
+        for passed in [number for number in self.latest if number < first]:
+            del self.latest[passed]
+        if index not in self.latest:  # a step asks for its batch and for its share
+            batch, share = self.rows.of_rank(self.of.batch(index, first), self.ranks.rank, self.ranks.size)
+            self.latest[index] = Block(batch, share=share)
+        return self.latest[index]
 
     def whole(self) -> Any:
         return self.of.whole()  # a refusal

@@ -221,12 +221,12 @@ def minimize(
         >>> round(float(solution.x), 4)
         3.0
     """
-    arguments = dict(locals())
-    demand_autograd("minimize")
     if progress is not False:
+        arguments = dict(locals())
         _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every, checkpoint_seconds, resume)
         with shown(max_steps, progress if isinstance(progress, str) else "") as show:
             return minimize(**{**arguments, "progress": False, "callback": Shown(show, callback)})
+    demand_autograd("minimize")
     if TYPE_CHECKING or compile:
         from bilevel.compiled.descent import descend, is_one_program
         from bilevel.compiled.estimator import compiled
