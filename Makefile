@@ -29,6 +29,11 @@ help:
 
 demo: $(VENV)/.demo
 	$(IN_VENV) -m bilevel run hyper-cleaning --out runs/demo --overwrite
+	@echo
+	@echo "Phi is the loss on clean validation data, and |h| the length of its hypergradient in the weights: both fell, and where"
+	@echo "|h| is zero no weight can be changed for the better. auc is how often a wrong label got a lower weight than a right one:"
+	@echo "1 is always, 0.5 is chance. Compare the three accuracies: with the learned weights the test accuracy is near that of the"
+	@echo "oracle, which knows the wrong labels. Look at runs/demo/plot.png: the weights, and the digits of least weight."
 
 test: $(VENV)/.test
 	$(IN_VENV) -m pytest $(PYTEST_FLAGS)

@@ -125,6 +125,22 @@ def test_a_run_that_fails_is_counted_and_the_others_are_made(capsys: pytest.Capt
     assert result("m/a=1")["status"] == "successful" or result("m/a=1")["final"]["value"] < 1e-6
 
 
+def test_a_mean_is_over_the_runs_that_succeeded_and_says_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
+    """A value that is not a number was left out in silence."""
+    Path("p.py").write_text(
+        "import torch\nfrom bilevel import BilevelProblem\n"
+        "def problem(seed: int = 0):\n"
+        "    zero = torch.tensor(0.0).double()\n"
+        "    f = lambda x, y: (y - seed) ** 2 / 2 + 3 if seed != 1 else y * float('nan')\n"
+        "    return BilevelProblem(f, lambda x, y: (y - x) ** 2 / 2), zero, zero\n"
+    )
+    assert main(["run", "p.py:problem", "--seeds", "0-2", "--steps", "0", "--out", "m"]) == 1
+    (row,) = json.loads(Path("m/runs.json").read_text())["rows"]
+    assert (row["runs"], row["succeeded"]) == (3, 2)
+    assert row["value"]["mean"] == pytest.approx((3 + 5) / 2)
+    assert "2 of 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
@@ -157,7 +173,7 @@ def test_an_interval_is_students() -> None:
 
 
 def test_a_table_that_is_too_wide_goes_on_below() -> None:
-    row: dict[str, Any] = {"combination": {"key": "value"}, "runs": 1}
+    row: dict[str, Any] = {"combination": {"key": "value"}, "runs": 1, "succeeded": 1}
     names = [f"metric_number_{i}" for i in range(9)]
     row |= {name: {"mean": 1 / 3, "half_width": 0.1} for name in names}
     text = shown(names, [row])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 from bilevel._files import write_atomically
+from bilevel._result import Status
 from bilevel.commands.contents import read_result
 from bilevel.commands.folder import Folder
 from bilevel.commands.plan import Request
@@ -151,14 +152,15 @@ def run_many(
 
 
 def summary(rows: Sequence[tuple[One, Mapping[str, Any]]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """A row for each combination: means over seeds with half of the 95 % interval of the mean."""
+    """A row for each combination: means over the runs that succeeded, with half of the 95 % interval of the mean."""
     groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, Any]]] = {}
     for one, result in rows:
         groups.setdefault(one.combination, []).append(result)
     table, names = [], ["value", "grad_norm", "seconds"]
     for combination, results in groups.items():
         columns: dict[str, list[float]] = {}
-        for result in results:
+        good = [result for result in results if _succeeded(result)]
+        for result in good:
             final = result.get("final") or {}
             values = {name: final.get(name) for name in ("value", "grad_norm")}
             values |= {"seconds": result.get("seconds"), **(result.get("metrics") or {})}
@@ -166,10 +168,15 @@ def summary(rows: Sequence[tuple[One, Mapping[str, Any]]]) -> tuple[list[str], l
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     columns.setdefault(name, []).append(float(value))
         names += [name for name in columns if name not in names]
-        row: dict[str, Any] = {"combination": dict(combination), "runs": len(results)}
+        row: dict[str, Any] = {"combination": dict(combination), "runs": len(results), "succeeded": len(good)}
         row |= {name: {"mean": statistics.fmean(v), "half_width": half_width(v)} for name, v in columns.items()}
         table.append(row)
     return names, table
+
+
+def _succeeded(result: Mapping[str, Any]) -> bool:
+    status = str(result.get("status"))
+    return status in Status.__members__ and Status[status].ok
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -186,13 +193,18 @@ def half_width(values: Sequence[float]) -> float | None:
     return quantile * statistics.stdev(values) / math.sqrt(n)
 
 
+def _runs(row: Mapping[str, Any]) -> str:
+    """How many runs a mean is over, and of how many."""
+    return str(row["runs"]) if row["succeeded"] == row["runs"] else f"{row['succeeded']} of {row['runs']}"
+
+
 def shown(names: Sequence[str], table: Sequence[Mapping[str, Any]], width: int = 80) -> str:
     """The table as text within `width` columns: names that do not fit beside each other go below."""
     keys = list(table[0]["combination"]) if table else []
     head = [*keys, "runs", *names]
     lines = [head]
     for row in table:
-        cells = [row["combination"][key] for key in keys] + [str(row["runs"])]
+        cells = [row["combination"][key] for key in keys] + [_runs(row)]
         for name in names:
             entry = row.get(name)
             half = None if entry is None else entry["half_width"]

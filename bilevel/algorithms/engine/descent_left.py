@@ -22,9 +22,8 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 _ACTIVE = 1e-5  # of a constraint of size 1: it may hold
 _SETS = 10  # constraints that hold at most: their subsets are gone through
 _STATIONARY = 1e-4  # of the gradients that cancel
-_REGULAR = (
-    1e-5  # the least singular value of independent rows, in terms of max(1, the largest); violations are absolute
-)
+# The least singular value of independent rows, in terms of max(1, the largest); violations are absolute.
+_REGULAR = 1e-5
 
 
 def descent_left(problem: Optimistic, x: Tensor, y: Tensor, limits: tuple[Array, Array], others: Tensor) -> float:
