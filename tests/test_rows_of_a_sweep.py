@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bilevel import BilevelProblem, FiniteSum, Solution, Split, minimize
 from bilevel._flat import FlatProblem
+from bilevel._numerics.uneven import Uneven
 from bilevel._tree import ravel
 from bilevel.algorithms import (
     ESJS,
@@ -207,6 +208,23 @@ def test_the_best_of_seeds_on_ragged_blocks_goes_on_as_if_it_had_run_alone() -> 
     alone = run(SPABA(0.1, **chosen), split(seed=chosen["seed"]), 24)
     torch.testing.assert_close(found.x, alone.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.y, alone.y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4], [4, 0, 3], [2, 4], [0, 1, 3], [1, 0, 3], [2]])
+def test_batches_of_two_sizes_are_told_apart_in_whatever_order_they_are_asked_for(asked: list[int]) -> None:
+    """Run k has samples of value k, three of them or two."""
+    sizes, groups = [3, 3, 2, 3, 2], ([3, 0, 1], [4, 2])
+    data = tuple({"a": torch.tensor([[float(k)] * sizes[k] for k in group])} for group in groups)
+    uneven = Uneven(tuple(torch.tensor(group) for group in groups), data)
+    own = torch.arange(5.0)
+    assert torch.equal(
+        uneven.each(lambda part, rows: part["a"].sum(-1) + 100 * rows, own), own * (100 + torch.tensor(sizes))
+    )
+    found = uneven.of_runs(torch.tensor(asked))
+    expected = torch.tensor([float(k * sizes[k]) for k in asked])
+    total = found.each(lambda part: part["a"].sum(-1)) if isinstance(found, Uneven) else found["a"].sum(-1)
+    assert torch.equal(total, expected)
+    assert isinstance(found, Uneven) == (len({sizes[k] for k in asked}) == 2)
 
 
 def test_rows_of_float32_stay_so_on_ragged_blocks() -> None:

@@ -10,7 +10,18 @@ import pytest
 import torch
 from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, samples, split
 
-from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Solution, Split, Status, minimize, prox
+from bilevel import (
+    BilevelError,
+    BilevelProblem,
+    Box,
+    FiniteDifferences,
+    FiniteSum,
+    Solution,
+    Split,
+    Status,
+    minimize,
+    prox,
+)
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
@@ -186,8 +197,13 @@ def test_combinations_that_diverge_are_told_and_not_chosen() -> None:
     found = run(SOBA(0.1, 0.1), split(), 400, sweep={"outer_step": [0.1, 100.0]}, sweep_steps=300)
     assert [trial.status for trial in found.sweep] == [Status.successful, Status.diverged]
     assert found.sweep[0].chosen and found.status.ok
-    with pytest.raises(ValueError, match="all combinations diverged"):
-        run(SOBA(0.1, 0.1), split(), 400, sweep={"outer_step": [100.0, 200.0]}, sweep_steps=300)
+    swept: dict[str, Any] = {"sweep": {"outer_step": [100.0, 200.0]}, "sweep_steps": 300}
+    lost = run(SOBA(0.1, 0.1), split(), 400, **swept, throw=False)
+    assert lost.failed and lost.status.lost and lost.best.step == 0 and torch.equal(lost.best.x, X)
+    assert [(trial.status, trial.chosen) for trial in lost.sweep] == [(Status.diverged, k == 0) for k in range(2)]
+    with pytest.raises(BilevelError, match="All combinations of the sweep had diverged") as error:
+        run(SOBA(0.1, 0.1), split(), 400, **swept)
+    assert error.value.status is lost.status and error.value.partial.sweep == lost.sweep
 
 
 def test_rows_are_projected_each() -> None:

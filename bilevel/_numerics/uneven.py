@@ -25,13 +25,10 @@ class Uneven:
     runs: tuple[Tensor, ...]
     data: tuple[Any, ...]
 
-    def each(self, function: Callable[..., Any], *rows: Tensor) -> Any:
-        """function(data, *rows) of each group, put together in the order of the runs: a tensor or a tuple of them."""
+    def each(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """function(data, *rows) of each group, put together in the order of the runs."""
         found = [function(data, *(row[runs] for row in rows)) for runs, data in zip(self.runs, self.data, strict=True)]
-        back = torch.cat(self.runs).argsort()
-        if isinstance(found[0], tuple):
-            return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
-        return torch.cat(found)[back]
+        return torch.cat(found)[torch.cat(self.runs).argsort()]
 
     def of_runs(self, runs: Tensor) -> Any:
         """The batches of these runs, in this order: groups again, or one batch for each where they are of one size."""
