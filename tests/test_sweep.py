@@ -27,6 +27,7 @@ from bilevel._tree import ravel
 from bilevel.algorithms import (
     BOME,
     BSA,
+    ESJS,
     F2SA,
     FSLA,
     MASOBA,
@@ -74,6 +75,7 @@ ALGORITHMS: dict[str, Any] = {
     "pbgd by gradients": PBGD(1.0, 1.0, weight=5.0, form="gradient"),
     "bome": BOME(1.0, 1.0, inner_steps=3),
     "bome by values": BOME(1.0, 1.0, inner_steps=3, barrier="value"),
+    "esj-s": ESJS(1.0, 1.0, inner_steps=3, directions=2, radius=0.1),
     "meha": MEHA(1.0, 1.0, weight=5.0),
     "meha with a step of its own": MEHA(1.0, 1.0, 0.1, weight=5.0),
 }
@@ -159,8 +161,8 @@ def test_ratios_and_seeds_are_swept_too() -> None:
     torch.testing.assert_close(found.x, alone.x, rtol=1e-11, atol=1e-11)
 
 
-OWN_COINS = ("spaba", "bsa")
-REDUCED = ("soba", "saba", "srba", "spaba", "ma-soba", "fsla", "bsa", "mrbo", "vrbo", "f2sa")
+OWN_COINS = ("spaba", "bsa", "esj-s")
+REDUCED = ("soba", "saba", "srba", "spaba", "ma-soba", "fsla", "bsa", "mrbo", "vrbo", "f2sa", "esj-s")
 
 
 @pytest.mark.parametrize("name", REDUCED)

@@ -31,17 +31,20 @@ class Uneven:
         return torch.cat(found)[torch.cat(self.runs).argsort()]
 
     def of_runs(self, runs: Tensor) -> Any:
-        """The batches of these runs, in this order: groups again, or one batch for each where they are of one size."""
-        place = {int(run): k for k, run in enumerate(runs)}
+        """The batches of these runs, in this order: groups again, or one batch for each where they are of one size.
+
+        A run may be asked for several times.
+        """
         groups, data = [], []
         for members, batch in zip(self.runs, self.data, strict=True):
-            kept = [(place[int(run)], k) for k, run in enumerate(members) if int(run) in place]
+            row = {run: k for k, run in enumerate(members.tolist())}
+            kept = [(k, row[run]) for k, run in enumerate(runs.tolist()) if run in row]
             if kept:
                 where, rows = (torch.tensor(part, device="cpu") for part in zip(*kept, strict=True))
                 groups.append(where)
                 data.append(of_rows(batch, rows))
         if len(groups) == 1:
-            return of_rows(data[0], groups[0].argsort())
+            return data[0]
         return Uneven(tuple(groups), tuple(data))
 
 
