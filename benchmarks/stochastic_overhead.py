@@ -5,9 +5,9 @@
 Four tables. A step of `minimize(algorithm=SOBA(...))` against a loop by hand in eager torch that does the same: on
 Q20, where a derivative takes a tenth of a millisecond, and on a convolutional network. The clock is read at every step,
 where the schedule is asked; a number is the lower quartile of all steps, the two loops in turn, so that it says little
-of what else the machine does, and nothing of what a run does once. A sweep of 84 configurations side by side, and one of
-each kind that goes side by side (seeds on blocks of two sizes, coins, optimizers, ...), against single runs of as many
-steps, sweeps and single runs in turn.
+of what else the machine does, and nothing of what a run does once. A sweep of 84 rows side by side, and sweeps
+of each kind that goes side by side (seeds on blocks of two sizes, coins, optimizers), against single runs of as many
+steps, in turn.
 """
 
 from __future__ import annotations

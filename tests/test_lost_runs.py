@@ -38,7 +38,7 @@ from bilevel.compiled.single_loop import compiled_loop
 from bilevel.ranks import Shard
 from bilevel.solvers import GradientDescent, Scheduled
 
-GOOD, LATER = 0.1, 60  # the step of x, and when it becomes a bad one
+GOOD, LATER = 0.1, 24  # the step of x, and when it becomes a bad one
 STEP: Any = Scheduled(GradientDescent(GOOD), lambda k: 1.0 if k < LATER else 2000.0)
 LOOPS: dict[str, Any] = {
     "soba": SOBA(0.2, STEP),
@@ -169,12 +169,12 @@ def test_so_does_a_run_whose_steps_are_programs() -> None:
 
 @pytest.mark.parametrize("kind", ["all of them", "a finite sum"])
 def test_so_does_the_chosen_run_of_a_sweep(kind: str) -> None:
-    swept: dict[str, Any] = {"sweep": {"inner_step": [0.02, 0.2], "seed": [0, 1]}, "sweep_steps": 12}
+    swept: dict[str, Any] = {"sweep": {"inner_step": [0.02, 0.2], "seed": [0, 1]}, "sweep_steps": 6}
     if kind == "all of them":
         swept["sweep"].pop("seed")
     found = run(replace(LOOPS["soba"], linear_step=0.2), DATA[kind], 800, **swept, throw=False)
     demand_least(found)
-    assert found.best.step > 12 and found.history[0].step == 12
+    assert found.best.step >= 6 and found.history[0].step == 6
 
 
 def _over(group: Any, rank: int) -> Any:

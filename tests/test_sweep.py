@@ -232,10 +232,15 @@ def test_a_run_that_began_with_a_sweep_is_resumed_without_it(tmp_path: Path) -> 
 
 def test_a_run_that_chose_and_swept_by_itself_goes_on_further_than_it_was_to(tmp_path: Path) -> None:
     file = tmp_path / "auto.pt"
-    short = run("auto", split(), 25, checkpoint=file)  # type: ignore[arg-type]
-    found = run("auto", split(), 60, checkpoint=file, resume=True)  # type: ignore[arg-type]
-    assert found.sweep == short.sweep and found.history[-1].step == 60
-    assert found.stats.sample_calls > short.stats.sample_calls
+    for steps, rows in ((30, 3), (100, 5)):  # as many as these are long enough to tell of
+        short = run("auto", split(), steps, checkpoint=file)  # type: ignore[arg-type]
+        found = run("auto", split(), 160, checkpoint=file, resume=True)  # type: ignore[arg-type]
+        assert len(short.sweep) == rows and found.sweep == short.sweep and found.history[-1].step == 160
+        assert found.stats.sample_calls > short.stats.sample_calls
+        file.unlink()
+    short = run("auto", split(), 15, checkpoint=file)  # type: ignore[arg-type]
+    found = run("auto", split(), 160, checkpoint=file, resume=True)  # type: ignore[arg-type]
+    assert short.sweep == found.sweep == () and found.history[-1].step == 160
 
 
 @pytest.mark.parametrize(

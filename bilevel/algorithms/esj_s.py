@@ -123,11 +123,12 @@ class ESJS(AbstractAlgorithm[Perturbed]):
         if oracle.like.problem.init is None:
             y = state.y.unsqueeze(runs).expand(*several, *state.y.shape[runs:])
         else:
-            y = beside.problem().start(flat, state.y).detach().reshape(*several, -1)
+            begin = beside.problem().start(flat, state.y).detach()
+            y = begin.reshape(*several, *begin.shape[1:])
         memory, d = begun(self.inner_step, y), torch.zeros_like(y)
         for number in range(self.inner_steps):
             of_g = beside.block("g", number).scale
-            d = slope(beside.problem(g=number), flat, y.flatten(0, runs), of_g).reshape(*several, -1)
+            d = slope(beside.problem(g=number), flat, y.flatten(0, runs), of_g).reshape(y.shape)
             y, memory = moved(self.inner_step, rho, d, y, memory)
         middle = y.select(runs, 0).clone()  # and not a view, which would hold all of them
         value, fx, fy = rows_of_outer_gradients(oracle.problem(), x, middle)
