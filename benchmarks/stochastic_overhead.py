@@ -2,11 +2,12 @@
 
     python benchmarks/stochastic_overhead.py --out benchmarks/results
 
-Three tables. A step of `minimize(algorithm=SOBA(...))` against a loop by hand in eager torch that does the same: on
+Four tables. A step of `minimize(algorithm=SOBA(...))` against a loop by hand in eager torch that does the same: on
 Q20, where a derivative takes a tenth of a millisecond, and on a convolutional network. The clock is read at every step,
 where the schedule is asked; a number is the lower quartile of all steps, the two loops in turn, so that it says little
-of what else the machine does, and nothing of what a run does once. A sweep of 84 configurations side by side, against
-single runs of as many steps.
+of what else the machine does, and nothing of what a run does once. A sweep of 84 rows side by side, and sweeps
+of each kind that goes side by side (seeds on blocks of two sizes, coins, optimizers), against single runs of as many
+steps, in turn.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from bilevel import BilevelProblem, FiniteSum, Split, minimize
-from bilevel.algorithms import SOBA, Power
+from bilevel.algorithms import BSA, ESJS, SABA, SAMA, SOBA, SPABA, Power, ScaleBiO
+from bilevel.solvers import Adam, TorchOptim
 
 Loop = Callable[[int], Any]
 RHO = 0.3
@@ -161,54 +164,78 @@ def steps_table(title: str, found: dict[str, float]) -> Table:
     return Table(title, ["", "CPU ms a step", "x by hand"], rows)
 
 
+def in_turn(
+    w: Workload, algorithm: Any, grid: dict[str, list[Any]], steps: int, rounds: int
+) -> tuple[list[float], list[float]]:
+    """CPU seconds of single runs and of sweeps of as many steps, one after the other."""
+
+    def call(**given: Any) -> float:
+        start = time.process_time()
+        minimize(w.problem, w.x0, w.y0, algorithm=algorithm, data=w.data(), max_steps=steps, **given, throw=False)
+        return time.process_time() - start
+
+    pairs = [(call(evaluate_every=steps), call(sweep=grid, sweep_steps=steps)) for _ in range(rounds)]
+    return [one for one, _ in pairs], [many for _, many in pairs]
+
+
 def sweep_table(w: Workload, steps: int, rounds: int) -> Table:
     """84 configurations side by side, against one."""
-    algorithm = SOBA(RHO, RHO, schedule=Power(0.5))
     grid = {"inner_step": [0.03, 0.1, 0.3, 1.0], "outer_step": [0.05 * k for k in range(1, 22)]}
-
-    def one() -> None:
-        minimize(
-            w.problem,
-            w.x0,
-            w.y0,
-            algorithm=algorithm,
-            data=w.data(),
-            max_steps=steps,
-            evaluate_every=steps,
-            throw=False,
-        )
-
-    def many() -> None:
-        minimize(
-            w.problem,
-            w.x0,
-            w.y0,
-            algorithm=algorithm,
-            data=w.data(),
-            max_steps=steps,
-            sweep=grid,
-            sweep_steps=steps,
-            throw=False,
-        )
-
-    times: dict[str, list[float]] = {"one run": [], "a sweep of 84": []}
-    for _ in range(rounds):
-        for name, call in zip(times, (one, many), strict=True):
-            start = time.process_time()
-            call()
-            times[name].append(time.process_time() - start)
-    single = min(times["one run"])
+    one, many = in_turn(w, SOBA(RHO, RHO, schedule=Power(0.5)), grid, steps, rounds)
     rows = [
-        Row(name, [f"{min(found):.2f}", f"{min(found) / single:.2f}"], {"cpu_s": found, "ratio": min(found) / single})
-        for name, found in times.items()
+        Row(
+            name,
+            [f"{min(found):.2f}", f"{min(found) / min(one):.2f}"],
+            {"cpu_s": found, "ratio": min(found) / min(one)},
+        )
+        for name, found in {"one run": one, "a sweep of 84": many}.items()
     ]
     return Table(f"{w.name}: SOBA, {steps} steps", ["", "CPU s", "x one run"], rows)
+
+
+def sweeps_table(w: Workload, steps: int, rounds: int) -> Table:
+    """Some configurations side by side, of each kind."""
+    steps_of_x = {"outer_step": [0.01 * k for k in range(1, 17)]}
+    seeds = {"seed": [*range(16)]}
+    ragged = replace(w, batch=60)  # a last block of 4
+    kinds: dict[str, tuple[Workload, Any, dict[str, list[Any]]]] = {
+        "SOBA, steps": (w, SOBA(RHO, RHO), steps_of_x),
+        "SOBA, seeds": (w, SOBA(RHO, 0.1), seeds),
+        "SOBA, 7 seeds of each of 12 steps": (
+            w,
+            SOBA(RHO, 0.1),
+            {"outer_step": steps_of_x["outer_step"][:12], "seed": [*range(7)]},
+        ),
+        "SOBA, seeds, a last block of 4": (ragged, SOBA(RHO, 0.1), seeds),
+        "SABA, seeds, a last block of 4": (ragged, SABA(RHO, 0.1), seeds),
+        "SPABA, seeds: coins, a last block of 4": (ragged, SPABA(RHO, 0.1), seeds),
+        "BSA, seeds: coins, a last block of 4": (ragged, BSA(RHO, 0.1, inner_steps=1), seeds),
+        "SOBA, Adam in x": (w, SOBA(RHO, 0.1), {"outer_step": [Adam(0.01 * k) for k in range(1, 17)]}),
+        "SOBA, torch's Adam in x": (w, SOBA(RHO, 0.1), {"outer_step": [_torch_adam(0.01 * k) for k in range(1, 17)]}),
+        "SAMA, steps": (w, SAMA(RHO, 0.1), steps_of_x),
+        "ScaleBiO, learning rates": (w, ScaleBiO(0.02, 0.01), {"outer_step": [0.001 * k for k in range(1, 17)]}),
+        "ESJ-S, steps": (w, ESJS(RHO, 0.1, inner_steps=2, directions=5), steps_of_x),
+        "ESJ-S, seeds, a last block of 4": (ragged, ESJS(RHO, 0.1, inner_steps=2, directions=5), seeds),
+    }
+    rows = []
+    for name, (workload, algorithm, grid) in kinds.items():
+        one, many = in_turn(workload, algorithm, grid, steps, rounds)
+        ratio = min(many) / min(one)
+        count = math.prod(map(len, grid.values()))
+        numbers = {"one": one, "sweep": many, "ratio": ratio, "configurations": count}
+        rows.append(Row(name, [f"{count}", f"{min(one):.2f}", f"{min(many):.2f}", f"{ratio:.1f}"], numbers))
+    title = f"{w.name}: sweeps of what goes side by side, {steps} steps"
+    return Table(title, ["", "configurations", "CPU s of one run", "of the sweep", "x one run"], rows)
+
+
+def _torch_adam(step: float) -> TorchOptim:
+    return TorchOptim(lambda parameters: torch.optim.Adam(parameters, lr=step))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", default="q20,network,sweep")
+    parser.add_argument("--only", default="q20,network,sweep,kinds")
     parser.add_argument("--out", type=Path, help="write JSON and Markdown there")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -222,6 +249,8 @@ def main() -> None:
         tables.append(steps_table("A network of two convolutions (32 and 64 channels): SOBA, 64 images a step", found))
     if "sweep" in given.only:
         tables.append(sweep_table(q20(), 400, max(2, given.rounds // 10)))
+    if "kinds" in given.only:
+        tables.append(sweeps_table(q20(), 200, max(2, given.rounds // 7)))
     command = "python benchmarks/stochastic_overhead.py --out benchmarks/results"
     text = f"`{command}`\n\n" + "\n".join(map(markdown, tables))
     print(text)

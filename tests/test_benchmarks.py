@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -235,6 +236,43 @@ def test_a_grid_side_by_side_is_its_single_runs(load: Any) -> None:
             throw=False,
         ).x
         assert w.measure(x) == pytest.approx(alone.values[-1], rel=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ["SABA", "SRBA"])
+def test_on_q20_variance_reduction_is_linear(load: Any, algorithm: str) -> None:
+    """|grad Phi|^2 of 6.2 falls below 1e-12 within 120 passes."""
+    w = load("_stochastic").q20()
+    steps, passes = ((0.3, 0.3), 8.0) if algorithm == "SABA" else ((1.0, 1.0), 2.7)
+    chosen = getattr(bilevel.algorithms, algorithm)(*steps)
+    found = bilevel.minimize(
+        w.problem, w.x0, w.y0, algorithm=chosen, data=w.data(), max_steps=round(120 * passes), evaluate_every=10**6
+    )
+    assert found.stats.sample_calls <= 126 * w.samples  # two looks at all the data and a last step are 5 of them
+    assert w.measure(found.x) < 1e-12 < 1e-12 * w.measure(w.x0)
+
+
+def test_on_q20_soba_comes_to_the_noise_of_its_steps_and_further_by_reshuffling(load: Any) -> None:
+    w = load("_stochastic").q20()
+    soba = bilevel.algorithms.SOBA(1.0, 1.0, schedule=bilevel.algorithms.Power(0.5))
+
+    def after(order: Any, seed: int) -> float:
+        data = bilevel.Split(*(bilevel.FiniteSum(side, w.batch, order, seed) for side in (w.f, w.g)))
+        given: dict[str, Any] = {"algorithm": soba, "data": data, "max_steps": 2400, "evaluate_every": 2400}
+        found: float = w.measure(bilevel.minimize(w.problem, w.x0, w.y0, **given).x)
+        return found
+
+    shuffled = statistics.median(after("shuffle", seed) for seed in range(4))
+    assert shuffled < 3e-5
+    assert shuffled < min(after("iid", seed) for seed in range(2)) / 10
+
+
+@pytest.mark.parametrize("steps", [10, 50, 100])
+def test_auto_on_q20_does_not_go_uphill_where_its_steps_are_few(load: Any, steps: int) -> None:
+    """The longest steps of x once looked best in a sweep that ended before they ran away, 50 steps in all."""
+    w = load("_stochastic").q20()
+    found = bilevel.minimize(w.problem, w.x0, w.y0, algorithm="auto", data=w.data(), max_steps=steps)
+    assert found.status.ok and w.measure(found.x) < 2 * w.measure(w.x0)
+    assert len(found.sweep) == (3 if steps == 100 else 0)
 
 
 def test_the_loop_by_hand_is_soba(load: Any) -> None:

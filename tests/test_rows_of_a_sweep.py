@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bilevel import BilevelProblem, FiniteSum, Solution, Split, minimize
 from bilevel._flat import FlatProblem
+from bilevel._numerics.uneven import Uneven
 from bilevel._tree import ravel
 from bilevel.algorithms import (
     ESJS,
@@ -32,7 +33,7 @@ from bilevel.algorithms import (
 from bilevel.algorithms.engine.rows import row_of
 from bilevel.algorithms.engine.saga import Table
 from bilevel.algorithms.oracle import Oracle
-from bilevel.extending import AbstractOptimizer, AbstractPreset
+from bilevel.extending import AbstractAlgorithm, AbstractOptimizer, AbstractPreset
 from bilevel.outer import sweep
 from bilevel.outer.batches import sources
 from bilevel.solvers import Adam, Clipped, GradientDescent, HeavyBall, Scheduled, TorchOptim
@@ -111,6 +112,7 @@ MORE = {
     "bome by adam": replace(ALGORITHMS["bome"], inner_step=Adam(0.02), outer_step=Adam(0.01)),
     "meha by adam": MEHA(Adam(0.02), Adam(0.01), weight=5.0),
     "scalebio": ScaleBiO(0.02, 0.01, weight_decay=0.1),
+    "esj-s by adam": ESJS(Adam(0.02), Adam(0.01), inner_steps=3, directions=2, radius=0.1, distribution="gaussian"),
     "vrbo by adam": replace(ALGORITHMS["vrbo"], inner_step=Adam(0.02), outer_step=Adam(0.01), linear_step=0.1),
 }
 
@@ -186,9 +188,77 @@ def test_an_optimizer_that_looks_at_all_it_is_given_sees_its_row() -> None:
     demand_each_alone(SOBA(WholeTensor(), WholeTensor(), 0.1), {"seed": [0, 1]}, split())
 
 
+@final
+@dataclass(frozen=True)
+class Coins(AbstractAlgorithm[Any]):
+    """An algorithm of one's own with coins, which says nothing of several seeds."""
+
+    inner_step: Any
+    outer_step: Any
+    seed: int = 0
+
+    @property
+    def loop(self) -> SingleLoop:
+        return SingleLoop(self.inner_step, self.outer_step, reduction=Page(0.5, self.seed))
+
+    def init(self, oracle: Oracle, x: Tensor, y: Tensor) -> Any:
+        return self.loop.init(oracle, x, y)
+
+    def evaluate(self, oracle: Oracle, state: Any) -> Any:
+        return self.loop.evaluate(oracle, state)
+
+    def step(self, oracle: Oracle, state: Any, found: Any) -> Any:
+        return self.loop.step(oracle, state, found)
+
+    def beside(self, inner_step: Any, outer_step: Any) -> Any:
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
+
+    def stationarity(self, oracle: Oracle, state: Any, found: Any) -> Tensor:
+        return self.loop.stationarity(oracle, state, found)
+
+    def point(self, state: Any) -> tuple[Tensor, Tensor]:
+        return state.x, state.y
+
+
 def test_algorithms_that_say_nothing_of_seeds_run_their_steps_side_by_side_and_seeds_in_turns() -> None:
-    each, found, _ = batches(ESJS(0.1, 0.1), {"seed": [0, 1], "outer_step": [0.05, 0.1]}, split())
-    assert [batch.rows for batch in each] == [0, 0, 0, 0] and len(found) == 4
+    each, found, _ = batches(Coins(0.1, 0.1), {"seed": [0, 1], "outer_step": [0.05, 0.1]}, split())
+    assert [batch.rows for batch in each] == [2, 2] and len(found) == 4
+
+
+def test_runs_of_esj_side_by_side_have_radii_and_directions_of_their_own() -> None:
+    rows, esj = torch.tensor([[1.0, 1.0], [300.0, 100.0]]).double(), ESJS(0.1, 0.1, directions=3)
+    of_rows = esj._radius(rows)
+    assert isinstance(of_rows, Tensor) and of_rows.shape == (2, 1, 1)
+    assert of_rows.flatten().tolist() == [esj._radius(row) for row in rows] and of_rows[0] < of_rows[1] / 100
+    several = replace(esj, seed=(3, 8))
+    u, _ = several._directions(5, rows)
+    assert torch.equal(u, torch.stack([replace(esj, seed=seed)._directions(5, rows[0])[0] for seed in (3, 8)]))
+    with pytest.raises(ValueError, match="one number for a run"):
+        run(several, split(), 3)
+
+
+@pytest.mark.parametrize("own", ["tasks", "init", "tasks and init"])
+def test_runs_of_esj_are_side_by_side_over_tasks_and_from_starts_of_their_own(own: str) -> None:
+    """And curved, so that their radii and their directions are seen."""
+    data = torch.tensor([[0.5, -1.0], [1.0, 0.3], [-0.2, 0.4]]).double()
+
+    def g(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
+        return ((y - x.sin()).square() / 2 + (y - d).square() / 4 + 0.1 * y.cos()).sum()
+
+    def f(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
+        return ((y - 1).square() + y * d).sum() + 0.1 * x.square().sum()
+
+    init = (lambda x, d: x.exp() * d.mean(0)) if "init" in own else None
+    problem = BilevelProblem(f, g, init=init, tasks="tasks" in own)
+    x0, y0 = torch.tensor([0.3, -0.4]).double(), None if init else torch.zeros(2).double()
+    given: dict[str, Any] = {"data": data, "max_steps": 12}
+    esj = ESJS(0.1, 0.1, inner_steps=3, directions=2, radius=0.3)
+    swept: Any = {"inner_step": [0.1, 0.3], "outer_step": [0.05, 0.2]}
+    found = minimize(problem, x0, y0, algorithm=esj, sweep=swept, sweep_steps=12, **given)
+    chosen = next(trial for trial in found.sweep if trial.chosen)
+    alone = minimize(problem, x0, y0, algorithm=replace(esj, **chosen.settings), **given)
+    torch.testing.assert_close(found.x, alone.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.y, alone.y, rtol=1e-12, atol=1e-12)
 
 
 def test_how_often_all_the_data_are_seen_does_not_hang_on_the_block_that_comes_first() -> None:
@@ -207,6 +277,23 @@ def test_the_best_of_seeds_on_ragged_blocks_goes_on_as_if_it_had_run_alone() -> 
     alone = run(SPABA(0.1, **chosen), split(seed=chosen["seed"]), 24)
     torch.testing.assert_close(found.x, alone.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.y, alone.y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("asked", [[0, 1, 2, 3, 4], [4, 0, 3], [2, 4], [0, 1, 3], [1, 0, 3], [2], [1, 1, 4, 0, 4]])
+def test_batches_of_two_sizes_are_told_apart_in_whatever_order_they_are_asked_for(asked: list[int]) -> None:
+    """Run k has samples of value k, three of them or two."""
+    sizes, groups = [3, 3, 2, 3, 2], ([3, 0, 1], [4, 2])
+    data = tuple({"a": torch.tensor([[float(k)] * sizes[k] for k in group])} for group in groups)
+    uneven = Uneven(tuple(torch.tensor(group) for group in groups), data)
+    own = torch.arange(5.0)
+    assert torch.equal(
+        uneven.each(lambda part, rows: part["a"].sum(-1) + 100 * rows, own), own * (100 + torch.tensor(sizes))
+    )
+    found = uneven.of_runs(torch.tensor(asked))
+    expected = torch.tensor([float(k * sizes[k]) for k in asked])
+    total = found.each(lambda part: part["a"].sum(-1)) if isinstance(found, Uneven) else found["a"].sum(-1)
+    assert torch.equal(total, expected)
+    assert isinstance(found, Uneven) == (len({sizes[k] for k in asked}) == 2)
 
 
 def test_rows_of_float32_stay_so_on_ragged_blocks() -> None:

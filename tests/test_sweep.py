@@ -10,12 +10,24 @@ import pytest
 import torch
 from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, samples, split
 
-from bilevel import BilevelProblem, Box, FiniteDifferences, FiniteSum, Solution, Split, Status, minimize, prox
+from bilevel import (
+    BilevelError,
+    BilevelProblem,
+    Box,
+    FiniteDifferences,
+    FiniteSum,
+    Solution,
+    Split,
+    Status,
+    minimize,
+    prox,
+)
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
 from bilevel.algorithms import (
     BOME,
     BSA,
+    ESJS,
     F2SA,
     FSLA,
     MASOBA,
@@ -63,6 +75,7 @@ ALGORITHMS: dict[str, Any] = {
     "pbgd by gradients": PBGD(1.0, 1.0, weight=5.0, form="gradient"),
     "bome": BOME(1.0, 1.0, inner_steps=3),
     "bome by values": BOME(1.0, 1.0, inner_steps=3, barrier="value"),
+    "esj-s": ESJS(1.0, 1.0, inner_steps=3, directions=2, radius=0.1),
     "meha": MEHA(1.0, 1.0, weight=5.0),
     "meha with a step of its own": MEHA(1.0, 1.0, 0.1, weight=5.0),
 }
@@ -148,8 +161,8 @@ def test_ratios_and_seeds_are_swept_too() -> None:
     torch.testing.assert_close(found.x, alone.x, rtol=1e-11, atol=1e-11)
 
 
-OWN_COINS = ("spaba", "bsa")
-REDUCED = ("soba", "saba", "srba", "spaba", "ma-soba", "fsla", "bsa", "mrbo", "vrbo", "f2sa")
+OWN_COINS = ("spaba", "bsa", "esj-s")
+REDUCED = ("soba", "saba", "srba", "spaba", "ma-soba", "fsla", "bsa", "mrbo", "vrbo", "f2sa", "esj-s")
 
 
 @pytest.mark.parametrize("name", REDUCED)
@@ -186,8 +199,13 @@ def test_combinations_that_diverge_are_told_and_not_chosen() -> None:
     found = run(SOBA(0.1, 0.1), split(), 400, sweep={"outer_step": [0.1, 100.0]}, sweep_steps=300)
     assert [trial.status for trial in found.sweep] == [Status.successful, Status.diverged]
     assert found.sweep[0].chosen and found.status.ok
-    with pytest.raises(ValueError, match="all combinations diverged"):
-        run(SOBA(0.1, 0.1), split(), 400, sweep={"outer_step": [100.0, 200.0]}, sweep_steps=300)
+    swept: dict[str, Any] = {"sweep": {"outer_step": [100.0, 200.0]}, "sweep_steps": 300}
+    lost = run(SOBA(0.1, 0.1), split(), 400, **swept, throw=False)
+    assert lost.failed and lost.status.lost and lost.best.step == 0 and torch.equal(lost.best.x, X)
+    assert [(trial.status, trial.chosen) for trial in lost.sweep] == [(Status.diverged, k == 0) for k in range(2)]
+    with pytest.raises(BilevelError, match="All combinations of the sweep had diverged") as error:
+        run(SOBA(0.1, 0.1), split(), 400, **swept)
+    assert error.value.status is lost.status and error.value.partial.sweep == lost.sweep
 
 
 def test_rows_are_projected_each() -> None:
@@ -214,10 +232,15 @@ def test_a_run_that_began_with_a_sweep_is_resumed_without_it(tmp_path: Path) -> 
 
 def test_a_run_that_chose_and_swept_by_itself_goes_on_further_than_it_was_to(tmp_path: Path) -> None:
     file = tmp_path / "auto.pt"
-    short = run("auto", split(), 25, checkpoint=file)  # type: ignore[arg-type]
-    found = run("auto", split(), 60, checkpoint=file, resume=True)  # type: ignore[arg-type]
-    assert found.sweep == short.sweep and found.history[-1].step == 60
-    assert found.stats.sample_calls > short.stats.sample_calls
+    for steps, rows in ((30, 3), (100, 5)):  # as many as these are long enough to tell of
+        short = run("auto", split(), steps, checkpoint=file)  # type: ignore[arg-type]
+        found = run("auto", split(), 160, checkpoint=file, resume=True)  # type: ignore[arg-type]
+        assert len(short.sweep) == rows and found.sweep == short.sweep and found.history[-1].step == 160
+        assert found.stats.sample_calls > short.stats.sample_calls
+        file.unlink()
+    short = run("auto", split(), 15, checkpoint=file)  # type: ignore[arg-type]
+    found = run("auto", split(), 160, checkpoint=file, resume=True)  # type: ignore[arg-type]
+    assert short.sweep == found.sweep == () and found.history[-1].step == 160
 
 
 @pytest.mark.parametrize(

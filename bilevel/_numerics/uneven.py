@@ -25,26 +25,26 @@ class Uneven:
     runs: tuple[Tensor, ...]
     data: tuple[Any, ...]
 
-    def each(self, function: Callable[..., Any], *rows: Tensor) -> Any:
-        """function(data, *rows) of each group, put together in the order of the runs: a tensor or a tuple of them."""
+    def each(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """function(data, *rows) of each group, put together in the order of the runs."""
         found = [function(data, *(row[runs] for row in rows)) for runs, data in zip(self.runs, self.data, strict=True)]
-        back = torch.cat(self.runs).argsort()
-        if isinstance(found[0], tuple):
-            return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
-        return torch.cat(found)[back]
+        return torch.cat(found)[torch.cat(self.runs).argsort()]
 
     def of_runs(self, runs: Tensor) -> Any:
-        """The batches of these runs, in this order: groups again, or one batch for each where they are of one size."""
-        place = {int(run): k for k, run in enumerate(runs)}
+        """The batches of these runs, in this order: groups again, or one batch for each where they are of one size.
+
+        A run may be asked for several times.
+        """
         groups, data = [], []
         for members, batch in zip(self.runs, self.data, strict=True):
-            kept = [(place[int(run)], k) for k, run in enumerate(members) if int(run) in place]
+            row = {run: k for k, run in enumerate(members.tolist())}
+            kept = [(k, row[run]) for k, run in enumerate(runs.tolist()) if run in row]
             if kept:
                 where, rows = (torch.tensor(part, device="cpu") for part in zip(*kept, strict=True))
                 groups.append(where)
                 data.append(of_rows(batch, rows))
         if len(groups) == 1:
-            return of_rows(data[0], groups[0].argsort())
+            return data[0]
         return Uneven(tuple(groups), tuple(data))
 
 

@@ -80,7 +80,7 @@ class AbstractAlgorithm(AbstractRequiring, Generic[S]):
         """Whether the values of its evaluations are those of Phi at x, and not of f at an inner iterate on the way.
 
         Where the data are fixed too, the best iterate is that of the lowest value; for one that says nothing it is the
-        last.
+        last, or, where the run is lost, that of the least measure of stationarity: see `bilevel.outer.solution.Best`.
         """
         return False
 

@@ -23,6 +23,7 @@ from bilevel.solvers.adam import Adam
 TABLES = 2**30  # bytes that the tables of SABA may take: a gibibyte
 _ADAM = 0.01  # of x, where Phi has no curvature to go by: entries that matter are about 1, and move by a hundredth
 ALIKE = 0.03  # of how far rows of the sweep differ: of those that come so near to the best the most cautious is taken
+_EPOCHS = 1  # of a row of the sweep at least: before that not all blocks have been heard of
 _OUTER = (1.0, 3.0, 10.0, 30.0, 100.0)  # times the cautious gamma, which is the scale of x, and not its best step
 
 
@@ -33,13 +34,28 @@ class Choice:
 
     Attributes:
         algorithm: that was chosen.
-        sweep: over which steps; None: over none.
+        sweep: over which steps, the most cautious first; None: over none.
         why: this one.
+        least: how many steps a row takes at least that tells how far it will come.
     """
 
     algorithm: AbstractAlgorithm[Any]
     sweep: dict[str, list[float]] | None
     why: str
+    least: int = 1
+
+    def affordable(self, max_steps: int) -> tuple[dict[str, list[float]] | None, int]:
+        """The sweep of a run of so many steps, and how many each of its rows takes: together a quarter of all.
+
+        Steps of x that are too long look best for a while: no row is shorter than `least`, for which a sweep may take
+        a half. Where that is not enough for all of them, fewer are tried, the cautious ones; None: not even two.
+        """
+        for count in range(0 if self.sweep is None else len(self.sweep["outer_step"]), 1, -1):
+            assert self.sweep is not None
+            if 2 * count * self.least <= max_steps:
+                length = max(self.least, max_steps // (4 * count))
+                return {"outer_step": self.sweep["outer_step"][:count]}, length
+        return None, 0
 
 
 def chosen(s: Setting, data: AbstractData | Split) -> Choice:
@@ -65,12 +81,12 @@ def chosen(s: Setting, data: AbstractData | Split) -> Choice:
         return Choice(algorithm, None, f"auto chose MA-SOBA with Adam: {because}{told}")
     gamma = outer_step(s, rho) if twice else rho
     sweep = {"outer_step": [gamma * k for k in _OUTER]}
-    size = _tables(s, *blocks)
+    size, least = _tables(s, *blocks), _EPOCHS * max(blocks)
     if twice and size * len(_OUTER) <= TABLES:
         why = f"its tables take {size:.1e} bytes, below {TABLES / len(_OUTER):.1e}"
-        return Choice(SABA(rho, gamma), sweep, f"auto chose SABA: {why}")
+        return Choice(SABA(rho, gamma), sweep, f"auto chose SABA: {why}", least)
     why = f"tables would take {size:.1e} bytes" if twice else "it is accurate to rounding all the same"
-    return Choice(SRBA(rho, gamma, products=products), sweep, f"auto chose SRBA: {why}{told}")
+    return Choice(SRBA(rho, gamma, products=products), sweep, f"auto chose SRBA: {why}{told}", least)
 
 
 def _differentiable_twice(s: Setting) -> bool:

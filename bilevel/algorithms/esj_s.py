@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from bilevel._calculus import outer_gradients
 from bilevel._estimate import FlatEstimate
 from bilevel._optimizer import OptimizerState
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
-from bilevel.algorithms.engine.direction import residual_report
+from bilevel.algorithms.engine.direction import residual_report, rows_of_outer_gradients
 from bilevel.algorithms.engine.slopes import arrival, demand_own_steps, slope
-from bilevel.algorithms.engine.steps import Schedule, Step, begun, moved
+from bilevel.algorithms.engine.steps import RowStep, Schedule, are_alike, begun, moved
 from bilevel.algorithms.oracle import Draws, Oracle
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, POSITIVE, demand_ranges
@@ -63,14 +62,15 @@ class ESJS(AbstractAlgorithm[Perturbed]):
         directions: Q.
         radius: r; None: eps^(1/3) max(1, the root mean square of x), eps the rounding unit.
         distribution: "rademacher", "gaussian", "sphere" or "orthonormal" (Q <= p).
-        seed: of the directions.
+        seed: of the directions; one for each of several runs side by side.
         schedule: step -> the factor of both steps; None: constant.
         outer_schedule: the same of gamma alone, where it is another one.
 
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if a number is out of range, or there is no such distribution; from `minimize`, if more orthonormal
-            directions than outer variables are asked for, or y is constrained or no minimizer of g.
+            directions than outer variables are asked for, there are several seeds for one run, or y is constrained or
+            no minimizer of g.
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
@@ -83,13 +83,13 @@ class ESJS(AbstractAlgorithm[Perturbed]):
         tensor([3., 3.], dtype=torch.float64)
     """
 
-    inner_step: Step
-    outer_step: Step
+    inner_step: RowStep
+    outer_step: RowStep
     inner_steps: int = 10
     directions: int = 20
     radius: float | None = None
     distribution: Distribution = "rademacher"
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
     schedule: Schedule | None = None
     outer_schedule: Schedule | None = None
 
@@ -112,30 +112,63 @@ class ESJS(AbstractAlgorithm[Perturbed]):
         return Perturbed(x, oracle.problem().start(x, y).detach(), begun(self.outer_step, x))
 
     def evaluate(self, oracle: Oracle, state: Perturbed) -> Evaluated:
-        x, seed = state.x, self.seed * 1_000_003 + oracle.step
-        u, c = directions("ESJS", self.distribution, self.directions, x, seed)
-        r = fitting(x) if self.radius is None else self.radius
-        points = x + r * torch.cat([torch.zeros_like(u[:1]), u])  # the unperturbed one comes first
+        x, runs = state.x, state.x.dim() - 1  # 1: of several runs side by side, whose axis comes first
+        u, c = self._directions(oracle.step, x)
+        r = self._radius(x)
+        moves = torch.cat([torch.zeros_like(u[..., :1, :]), u], dim=-2)  # the unperturbed one comes first
+        points = x.unsqueeze(-2) + r * moves
+        several, flat = points.shape[:-1], points.flatten(0, -2)
+        beside = oracle.of_runs(torch.arange(len(x)).repeat_interleave(several[-1])) if runs else oracle
         rho = 1.0 if self.schedule is None else self.schedule(oracle.step)
         if oracle.like.problem.init is None:
-            y = state.y.expand(len(points), *state.y.shape)
+            y = state.y.unsqueeze(runs).expand(*several, *state.y.shape[runs:])
         else:
-            y = oracle.problem().start(points, state.y).detach()
+            begin = beside.problem().start(flat, state.y).detach()
+            y = begin.reshape(*several, *begin.shape[1:])
         memory, d = begun(self.inner_step, y), torch.zeros_like(y)
         for number in range(self.inner_steps):
-            d = slope(oracle.problem(g=number), points, y, oracle.block("g", number).scale)
+            of_g = beside.block("g", number).scale
+            d = slope(beside.problem(g=number), flat, y.flatten(0, runs), of_g).reshape(y.shape)
             y, memory = moved(self.inner_step, rho, d, y, memory)
-        value, fx, fy = outer_gradients(oracle.problem(), x, y[0])
-        slopes = ((y[1:] - y[:1]) * fy).flatten(1).sum(1) / r
-        h = oracle.block("f").scale * (fx + c / len(u) * (slopes @ u))
-        best = y[0].clone()  # and not a view, which would hold all of them
-        return Evaluated(FlatEstimate(h, value, best, (residual_report("inner iterate", d[0]),)), d[0])
+        middle = y.select(runs, 0).clone()  # and not a view, which would hold all of them
+        value, fx, fy = rows_of_outer_gradients(oracle.problem(), x, middle)
+        apart = y.narrow(runs, 1, u.shape[-2]) - middle.unsqueeze(runs)
+        slopes = (apart * fy.unsqueeze(runs)).flatten(runs + 1).sum(-1, keepdim=True) / r
+        h = oracle.block("f").scale * (fx + c / u.shape[-2] * (slopes * u).sum(-2))
+        left = d.select(runs, 0)
+        return Evaluated(FlatEstimate(h, value, middle, (residual_report("inner iterate", left),)), left)
+
+    def _directions(self, step: int, x: Tensor) -> tuple[Tensor, float]:
+        """U `(Q, p)`, or where each of several runs has a seed `(runs, Q, p)`, and c."""
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        if isinstance(self.seed, tuple) and (x.dim() == 1 or len(seeds) != len(x)):
+            raise ValueError(f"`ESJS(seed=...)` must be one number for a run, or one for each of several. Got {seeds}.")
+        like = x.reshape(-1, x.shape[-1])[0]
+        drawn = [
+            directions("ESJS", self.distribution, self.directions, like, seed * 1_000_003 + step) for seed in seeds
+        ]
+        (u, c), *others = drawn
+        return (torch.stack([u, *(u for u, _ in others)]) if isinstance(self.seed, tuple) else u), c
+
+    def _radius(self, x: Tensor) -> float | Tensor:
+        """R; where it follows the size of x, for each of several runs `(runs, 1, 1)`."""
+        if self.radius is not None:
+            return self.radius
+        return fitting(x) if x.dim() == 1 else x.new_tensor([fitting(row) for row in x]).reshape(-1, 1, 1)
 
     def step(self, oracle: Oracle, state: Perturbed, found: Evaluated) -> Perturbed:
         rho = 1.0 if self.schedule is None else self.schedule(oracle.step)
         gamma = rho if self.outer_schedule is None else self.outer_schedule(oracle.step)
         x, outer = moved(self.outer_step, gamma, found.estimate.grad, state.x, state.outer)
         return Perturbed(oracle.project(x), found.estimate.y, outer)
+
+    def beside(self, inner_step: RowStep, outer_step: RowStep) -> AbstractAlgorithm[Perturbed] | None:
+        if not are_alike(self, inner_step, outer_step):
+            return None
+        return replace(self, inner_step=inner_step, outer_step=outer_step)
+
+    def of_seeds(self, seeds: tuple[int, ...]) -> AbstractAlgorithm[Perturbed]:
+        return replace(self, seed=seeds)
 
     def stationarity(self, oracle: Oracle, state: Perturbed, found: Evaluated) -> Tensor:
         return arrival(oracle.residual(state.x, found.estimate.grad), found.kept)

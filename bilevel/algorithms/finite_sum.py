@@ -131,8 +131,11 @@ class FiniteSum(AbstractData):
         if self.order == "full" or blocks == 1:
             return Block(self.whole(), 0, 1, samples, 1.0, share=self.share)
         epoch, position = divmod(index, blocks)
-        visits = _visits(blocks, self.order == "iid", self.seed, self.stream, epoch)
-        return self.block_number(visits[position])
+        return self.block_number(self.visits(epoch)[position])
+
+    def visits(self, epoch: int) -> tuple[int, ...]:
+        """Which blocks an epoch visits, in order."""
+        return _visits(self.blocks, self.order == "iid", self.seed, self.stream, epoch)
 
     @property
     def batch_samples(self) -> int:

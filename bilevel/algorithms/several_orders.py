@@ -55,25 +55,46 @@ class SeveralOrders(AbstractData):
     def batch_samples(self) -> int:
         return self.orders[0].batch_samples
 
+    @cached_property
+    def _distinct(self) -> tuple[list[FiniteSum], Tensor]:
+        """An order for each seed, and which of them each run has: runs may differ in other things than their seeds."""
+        distinct = {order.seed: order for order in self.orders}
+        place = {seed: k for k, seed in enumerate(distinct)}
+        return list(distinct.values()), torch.tensor([place[order.seed] for order in self.orders], device="cpu")
+
+    @cached_property
+    def _epochs(self) -> dict[int, Tensor]:
+        """The blocks that the latest epochs visit `(seeds, N)`."""
+        return {}
+
+    def _numbers(self, index: int) -> Tensor:
+        """Of the block of each run."""
+        orders, which = self._distinct
+        epoch, position = divmod(index, orders[0].blocks)
+        if epoch not in self._epochs:
+            for passed in [known for known in self._epochs if known < epoch - 1]:
+                del self._epochs[passed]
+            self._epochs[epoch] = torch.tensor([order.visits(epoch) for order in orders], device="cpu")
+        return self._epochs[epoch][:, position][which]
+
     def block(self, index: int, first: int) -> Block:
-        each = [order.block(index, first) for order in self.orders]
-        numbers = torch.tensor([block.number for block in each], device="cpu")
+        numbers = self._numbers(index)
         last = numbers == self._whole_blocks  # of the smaller one, where there is one
         one = self.orders[0].block_number(0)
         if not bool(last.any()):
             return Block(self._stacked(numbers), None, one.count, one.samples, one.weight, numbers, self.share)
         rest = self.orders[0].block_number(self._whole_blocks)
         if bool(last.all()):
-            data = self._repeated(rest.data, len(each))
+            data = self._repeated(rest.data, len(numbers))
             return Block(data, None, rest.count, rest.samples, rest.weight, numbers, self.share)
         groups = (~last).nonzero().squeeze(-1), last.nonzero().squeeze(-1)
         data = Uneven(groups, (self._stacked(numbers[groups[0]]), self._repeated(rest.data, len(groups[1]))))
-        sizes = self.like.new_tensor([block.samples for block in each])
+        sizes = torch.where(last, rest.samples, one.samples).to(self.like)
         return Block(data, None, one.count, one.samples, one.weight, numbers, self.share, sizes)
 
     def _stacked(self, numbers: Tensor) -> Any:
         build = tree_parts(self.orders[0].tensors)[1]
-        return build([blocks[numbers.to(blocks.device)] for blocks in self._blocks])
+        return build([torch.index_select(blocks, 0, numbers.to(blocks.device)) for blocks in self._blocks])
 
     def _repeated(self, data: Any, times: int) -> Any:
         leaves, build = tree_parts(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -385,10 +384,11 @@ def minimize(
             if algorithm == AUTO:
                 choice = choose(setting, batches)
                 chosen, note = choice.algorithm, choice.why
-                if sweep is None and choice.sweep is not None:
-                    sweep = choice.sweep
-                    rows = math.prod(map(len, sweep.values()))
-                    share, slack = max(1, max_steps // (4 * rows)), ALIKE
+                if sweep is None:
+                    (sweep, share), slack = choice.affordable(max_steps), ALIKE
+                    if resume and checkpoint is not None:  # to more steps, maybe, than it was begun for
+                        known = [row["settings"]["outer_step"] for row in trials_of(checkpoint)]
+                        sweep = {"outer_step": known} if known else None
             else:
                 chosen = resolve_algorithm(algorithm, setting)
             if isinstance(chosen, ValueFunction) and on_x:

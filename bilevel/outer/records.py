@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,10 @@ class Run:
         self.history.append(record)
         return record
 
+    def first_norm(self, count: int) -> float:
+        """The largest measure of stationarity among so many of the first records; 0: there is none yet."""
+        return max((r.grad_norm for r in self.history[:count] if math.isfinite(r.grad_norm)), default=0.0)
+
     def lost(self, step: int) -> int:
         """How many estimates in a row, up to that of a step, are no basis for a step."""
         found = 0
@@ -143,7 +148,7 @@ class Run:
 
     def so_far(self, why: str = "") -> Solution | None:
         """What an exception leaves: a solution at the latest point whose estimate is whole; None before the first."""
-        if self._latest is None or self.best.best is None:
+        if self._latest is None or self.best.kept.best is None:
             return None
         step, problem, x, estimate = self._latest
         return self._solution(problem, x, estimate, Status.interrupted, why, self.history[: step + 1])
@@ -200,6 +205,8 @@ class Run:
         if ended.ok and not status.ok:
             failed = next(record.step for record in history if record.status is status and not record.rejected)
             message = f"the estimate at step {failed}: {status.value}"
+        if self.trials and status.lost and all(trial.status.lost for trial in self.trials):
+            message = f"{message}. All combinations of the sweep had diverged: sweep over shorter steps."
         return Solution(
             x=problem.x.unravel(x.clone()),
             y=estimate.y,
@@ -211,6 +218,6 @@ class Run:
             estimate=estimate,
             failed=not (status.ok or short),
             converged=ended is Status.successful and estimate.status.ok,
-            best=self.best.told(problem.x, problem.y),
+            best=self.best.told(problem.x, problem.y, ended),
             sweep=self.trials,
         )

@@ -16,7 +16,7 @@ from bilevel._result import Stats, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
 from bilevel.outer.batches import positions, run_forward
-from bilevel.outer.best import Candidate
+from bilevel.outer.best import Candidate, Kept
 from bilevel.outer.encoding import decoded, encoded
 from bilevel.outer.entries import MISREAD, unreadable
 from bilevel.outer.looks import BLOWN, Look, blown, is_finite
@@ -25,7 +25,7 @@ from bilevel.outer.randomness import Randomness, drawn_so_far, go_on_from
 from bilevel.outer.records import Rules, Run
 from bilevel.outer.saves import NotSavedError, Saves
 from bilevel.outer.solution import Solution
-from bilevel.outer.sound import demand_point, demand_state, sound_best, sound_records, suspect
+from bilevel.outer.sound import demand_point, demand_state, sound_candidate, sound_records, suspect
 from bilevel.outer.sweep import Winner
 from bilevel.requirements.first_look import looked_at
 from bilevel.requirements.padding import demand_padding_unseen
@@ -36,9 +36,9 @@ from bilevel.requirements.why_not import refusal, why_not
 @final
 @dataclass(frozen=True, eq=False)
 class _Reached:
-    """Where a run is: at `state`, with the oracle calls that led there since the latest record, and the best before.
+    """Where a run is: at `state`, with the oracle calls that led there since the latest record, and what is kept.
 
-    And with the random numbers that were drawn on the way, as far as there is a file to keep them in; how many records
+    That, and the random numbers that were drawn on the way, as far as there is a file to keep them in; how many records
     there are of the steps before; how many calls for samples the latest look at all the data took, and at which norm a
     certificate was last tried.
     """
@@ -46,7 +46,7 @@ class _Reached:
     step: int
     state: Any
     calls: Stats
-    best: Candidate | None = None
+    kept: Kept = Kept()
     drawn: Randomness | None = None
     loaders: Any = None
     records: int = 0
@@ -54,6 +54,7 @@ class _Reached:
     tried: float = math.inf
 
 
+_FIRST = 10  # steps whose largest norm stands for that at the start: a single batch may be a lucky one
 _UNKEPT = Stats()  # where no file is written, nobody asks for the calls since the latest record
 
 
@@ -94,7 +95,7 @@ def _iterate(
 ) -> Solution:
     rules, tally = run.rules, oracle.like.tally
     initial = algorithm.init(oracle, x, y)
-    reached = _Reached(0, initial, tally.stats(), None, *_drawn(rules, oracle))
+    reached = _Reached(0, initial, tally.stats(), Kept(), *_drawn(rules, oracle))
     if begun is not None:
         run.trials = begun.trials
         reached = replace(reached, step=begun.steps, state=begun.state)
@@ -122,7 +123,8 @@ def _iterate(
             seconds = at.seconds + time.perf_counter() - before
             records = len(run.history) if at.estimate is not None else reached.records
             calls = tally.stats() if rules.saves is not None else _UNKEPT
-            kept = run.best.best, *_drawn(rules, oracle), records, at.look, at.tried
+            both = run.best.kept if rules.saves is not None else Kept(run.best.kept.best)  # a copy less is held
+            kept = both, *_drawn(rules, oracle), records, at.look, at.tried
             reached = _Reached(reached.step + 1, state, calls, *kept)
             oracle = oracle.at(reached.step)
             if rules.saves is not None and rules.saves.due(reached.step):
@@ -211,10 +213,13 @@ def _look(
         look = run.rules.looks.look(algorithm, oracle, reached.state, found, reached.tried)
         noticed = tuple(report for report in found.estimate.reports if not report.status.ok)  # at the first look
         seen = replace(look.estimate, reports=(*look.estimate.reports, *noticed))
-        look = blown(replace(look, estimate=seen), run.history[0].grad_norm if run.history else look.norm)
+        look = blown(replace(look, estimate=seen), run.first_norm(1))
     else:
         norm = float(algorithm.stationarity(oracle, reached.state, found))
         look = Look(oracle.first(), found.estimate, norm, norm)
+        says_itself = algorithm.values_are_phi or algorithm.best_by_measure
+        if reached.step >= _FIRST and not says_itself:
+            look = blown(look, run.first_norm(_FIRST))
     took = seconds + time.perf_counter() - before
     is_phi = not on_everything or algorithm.values_are_phi or reached.step > 0  # else y is where it was put
     return _recorded(run, oracle, reached, x, found, look, took, is_phi=is_phi)
@@ -299,7 +304,8 @@ def _save(
         last=last,
         state=encoded(state, initial),
         calls=reached.calls.as_dict(),
-        best=None if reached.best is None else reached.best.as_dict(),
+        best=None if reached.kept.best is None else reached.kept.best.as_dict(),
+        least=None if reached.kept.least is None else reached.kept.least.as_dict(),
         kept=reached.records,
         trials=[trial.to_dict() for trial in run.trials],
         look=reached.look,
@@ -330,12 +336,16 @@ def _resumed(run: Run, saves: Saves, algorithm: AbstractAlgorithm[Any], initial:
         each_step = not run.trials and (oracle.is_fixed or not oracle.has_whole)
         kept = content["step"] if each_step else content.get("kept", content["step"])
         run.history = sound_records(content["history"], content["step"], kept)
-        if content.get("best") is not None:  # files of earlier versions do not tell
-            run.best.best = sound_best(content["best"], *start, run.history)
+        # files of earlier versions do not tell
+        both = (
+            None if content.get(name) is None else sound_candidate(name, content[name], *start, run.history)
+            for name in ("best", "least")
+        )
+        run.best.kept = Kept(*both)
         calls = Stats(**content["calls"])
     if run.rules.ranks is not None:
         state = algorithm.of_rank(state, run.rules.ranks)
     saves.go_on_from(content)
     drawn, loaders = content.get("random"), content.get("loaders")
     look, tried = content.get("look", 0), content.get("tried", math.inf)
-    return _Reached(content["step"], state, calls, run.best.best, drawn, loaders, kept, look, tried)
+    return _Reached(content["step"], state, calls, run.best.kept, drawn, loaders, kept, look, tried)

@@ -89,7 +89,9 @@ class Best(AbstractResult):
     Values are compared only where they are of one function Phi: the data are the same at every step, and the algorithm
     solves the inner problem at each. Those of different batches, and those of a single loop such as `SOBA`, at whose
     inner iterate f may be anything, tell nothing: there it is the last iterate whose estimate succeeded, or, on the
-    batches of a `FiniteSum`, the one of the least measure of stationarity on all the data.
+    batches of a `FiniteSum`, the one of the least measure of stationarity on all the data. Where such a run is lost
+    (`Status.lost`: it has diverged, or is no number any more), whatever its data are, the last iterates are those that
+    ran away, and the best is the one of the least measure that was recorded, the start among them.
 
     Attributes:
         step: the step of its record.
@@ -97,7 +99,8 @@ class Best(AbstractResult):
         y: the inner solution there: the structure of y0.
         value: Phi(x).
         grad_norm: as in its record.
-        compared: whether it was chosen by its value, or, on batches and where values are not Phi's, by its norm.
+        compared: whether it was chosen by its value, or, on batches and where values are not Phi's, by its norm; False:
+            it is the last one.
     """
 
     step: int

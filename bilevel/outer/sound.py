@@ -66,23 +66,23 @@ def sound_record(entry: Any, step: int) -> Record:
     return record
 
 
-def sound_best(content: Any, x: Tensor, y: Tensor, records: Sequence[Record]) -> Candidate:
-    """The best iterate from plain data, for a run that begins at x and y.
+def sound_candidate(what: str, content: Any, x: Tensor, y: Tensor, records: Sequence[Record]) -> Candidate:
+    """The `best` iterate, or that of the `least` measure, from plain data, for a run that begins at x and y.
 
     Raises:
         ValueError: saying what is wrong with it.
     """
     if not isinstance(content, dict) or not isinstance(content.get("counts"), bool):
-        raise ValueError("its 'best' makes no sense")
+        raise ValueError(f"its {what!r} makes no sense")
     for name, like in (("x", x), ("y", y)):
-        demand_alike(content.get(name), like, f"its 'best.{name}'")
+        demand_alike(content.get(name), like, f"its '{what}.{name}'")
     step: Any = content["record"].get("step") if isinstance(content.get("record"), dict) else None
     of_step = next((known for known in records if known.step == step), None)
     if not is_count(step) or of_step is None:
-        raise ValueError("its 'best.record' is of no step of the run")
+        raise ValueError(f"its '{what}.record' is of no step of the run")
     record = sound_record(content["record"], step)
     if repr(record) != repr(of_step):  # NaN is no other than NaN
-        raise ValueError("its 'best.record' is not that of its step")
+        raise ValueError(f"its '{what}.record' is not that of its step")
     return Candidate(content["x"], content["y"], record, content["counts"])
 
 

@@ -154,6 +154,9 @@ def swept(
         slack: the first combination is taken that comes so near to the best, as a share of how far rows differ; 0: the
             best itself. What is best for a while may be too long a step for later.
 
+    Where all have diverged, the first goes on from the start, as if there had been no sweep: the run then ends as one
+    that diverges does, by its status, and with the best of its iterates.
+
     Cost: `steps` steps of every combination, and for each a gradient of f, and some ten of g, on all the data.
     """
     found = combinations(algorithm, sweep)
@@ -163,11 +166,7 @@ def swept(
             at = Oracle(oracle.like, batch.data, batch.draws, oracle.region)
             rows |= batch.run(at, x, y, steps)
     sound = [k for k, row in rows.items() if math.isfinite(row.value)]
-    if not sound:
-        raise ValueError("`minimize(sweep=...)`: all combinations diverged within the sweep. Sweep over shorter steps.")
-    least, most = (pick(rows[k].value for k in sound) for pick in (min, max))
-    near = [k for k in sound if rows[k].value <= least + slack * (most - least)]
-    best = near[0] if slack else min(sound, key=lambda k: rows[k].value)
+    best = _chosen(rows, sound, slack)
     trials = tuple(
         Trial(
             found[k],
@@ -177,8 +176,20 @@ def swept(
         )
         for k in range(len(found))
     )
-    row = rows[best]
-    return Winner(configured(algorithm, found[best]), reordered(oracle.data, found[best]), row.state(), steps, trials)
+    chosen, order = configured(algorithm, found[best]), reordered(oracle.data, found[best])
+    if not sound:  # from the start, for the run to say how it is lost, and to keep the best of its iterates
+        at = Oracle(oracle.like, order, chosen.draws, oracle.region)
+        return Winner(chosen, order, chosen.init(at, x, y), 0, trials)
+    return Winner(chosen, order, rows[best].state(), steps, trials)
+
+
+def _chosen(rows: Mapping[int, _Row], sound: Sequence[int], slack: float) -> int:
+    """Which combination goes on; the first where all have diverged."""
+    if not sound:
+        return 0
+    least, most = (pick(rows[k].value for k in sound) for pick in (min, max))
+    near = [k for k in sound if rows[k].value <= least + slack * (most - least)]
+    return near[0] if slack else min(sound, key=lambda k: rows[k].value)
 
 
 @final
