@@ -218,7 +218,7 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "ellipsis": lambda: ...,
     "error": lambda: ValueError("a value"),
 }
-COUNTS = re.compile(r"steps|terms|max_models|patience|every|budget|skip|exponent|max_halvings")
+COUNTS = re.compile(r"steps|terms|max_models|patience|every|budget|max_iter|skip|exponent|max_halvings")
 
 
 # The first judge: an error is clear, or opaque
