@@ -292,14 +292,20 @@ def _save(
             return own
         state = algorithm.gathered(state, ranks)
         own = algorithm.of_rank(state, ranks)
+    point, written = algorithm.point(state), encoded(state, initial)
+    best = None if reached.best is None else reached.best.as_dict()
+    if run.rules.whole is not None:
+        if not together:
+            return own
+        point, written, best = run.rules.whole.gathered((point, written, best))
     run.rules.saves.save(
         reached.step,
-        algorithm.point(state),
+        point,
         run.history,
         last=last,
-        state=encoded(state, initial),
+        state=written,
         calls=reached.calls.as_dict(),
-        best=None if reached.best is None else reached.best.as_dict(),
+        best=best,
         kept=reached.records,
         trials=[trial.to_dict() for trial in run.trials],
         look=reached.look,
