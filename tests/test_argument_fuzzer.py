@@ -218,7 +218,7 @@ HOSTILE: dict[str, Callable[[], Any]] = {
     "ellipsis": lambda: ...,
     "error": lambda: ValueError("a value"),
 }
-COUNTS = re.compile(r"steps|terms|max_models|patience|every|budget|skip|exponent|max_halvings")
+COUNTS = re.compile(r"steps|terms|max_models|patience|every|budget|max_iter|skip|exponent|max_halvings")
 
 
 # The first judge: an error is clear, or opaque
@@ -233,7 +233,9 @@ THE_USERS = (
     "bilevel.extending.outer_gradients",  # of vectors, in every step of an estimator
 )
 # What is outside the room of properties and raises AssertionError where one does not hold.
-CHECKS_OF_PROPERTIES = tuple(f"bilevel.testing.check_{what}" for what in ("algorithm", "estimator", "problem"))
+CHECKS_OF_PROPERTIES = tuple(
+    f"bilevel.testing.check_{what}" for what in ("algorithm", "composite", "estimator", "problem")
+)
 
 
 def opaque(entry: Public, changed: tuple[str, ...], error: BaseException) -> str:
@@ -315,6 +317,7 @@ NAN_IS_AN_ANSWER = (  # results say by NaN what could not be computed
     *(
         "Evaluation",
         "FlatEstimate",
+        "Gram",
         "Influence",
         "Move",
         "OuterConstraints",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def _sharded(group: Any, rank: int) -> dict[str, Any]:
         "exact": {"algorithm": SOBA(0.1, 0.05)},
         "open order": {"algorithm": F2SA(0.1, 0.05)},
         "norms": {"algorithm": F2SA(Clipped(Adam(0.01), 1.0), 0.05, order=1)},
-        "checkpoint": {"checkpoint": "never"},
+        "sweep": {"sweep": {"outer_step": [0.1, 0.2]}},
     }
     for name, more in options.items():
         more = {"evaluate_every": None, **more}
@@ -175,8 +176,106 @@ def test_first_order_algorithms_on_shared_out_parameters_are_those_of_whole_ones
             ("exact", "asks for second derivatives"),
             ("open order", "Pass `order=1`"),
             ("norms", "norms and products of all of y"),
-            ("checkpoint", "torch.distributed.checkpoint"),
+            ("sweep", "Call `minimize` for each setting"),
             ("alone", "`group=`"),
         ):
             assert found[name][0] == "ValueError" and text in found[name][1], (name, found[name])
         assert found["hypergradient"][0] == "TypeError" and "DTensor" in found["hypergradient"][1]
+
+
+def _resumable(group: Any, rank: int, folder: Path, steps: dict[str, int], name: str) -> dict[str, Any]:
+    """Runs of some algorithms with a checkpoint, up to so many steps, from where the file is if there is one."""
+    ranks = torch.distributed.get_world_size(group)
+    found: dict[str, Any] = {}
+    for each, most in steps.items():
+        module = _fully_sharded(group, each)
+        path = folder / f"{each}-{name}"
+        more: dict[str, Any] = {"max_steps": most, "checkpoint": path, "checkpoint_every": 2, "resume": path.exists()}
+        solution = _run(
+            _problem(lambda y, inputs, net=module: net(inputs)), dict(module.named_parameters()), each, group, **more
+        )
+        y, best = ({name: _whole(leaf) for name, leaf in tree.items()} for tree in (solution.y, solution.best.y))
+        found[each] = solution.x, _flat(y), _flat(best), [record.value for record in solution.history], ranks
+    return found
+
+
+def _stopped(group: Any, rank: int) -> tuple[str, bool, bool]:
+    """What an error in a callback keeps: a y that is shared out as the parameters are."""
+    from torch.distributed.tensor import DTensor
+
+    module = _fully_sharded(group)
+    params = dict(module.named_parameters())
+
+    def callback(record: Any, estimate: Any) -> None:
+        if record.step == 2:
+            raise RuntimeError("on the way")
+
+    try:
+        _run(_problem(lambda y, inputs: module(inputs)), params, "f2sa-1", group, callback=callback)
+    except Exception as error:
+        partial: Any = getattr(error, "partial", None)
+        kinds = all(isinstance(leaf, DTensor) for leaf in (*partial.y.values(), *partial.best.y.values()))
+        return str(error), kinds, all(leaf.shape == params[name].shape for name, leaf in partial.y.items())
+    raise AssertionError
+
+
+RESUMED = ["f2sa-1", "f2sa-2", "soba"]  # plain steps, Adam's, and those of a vector v
+STEPS, HALF = dict.fromkeys(RESUMED, 6), dict.fromkeys(RESUMED, 3)
+
+
+def test_checkpoints_of_shared_out_parameters_resume_bit_for_bit_and_on_other_ranks(tmp_path: Path) -> None:
+    def on(size: int, steps: dict[str, int], name: str) -> dict[str, Any]:
+        every = on_ranks(size, lambda group, rank: _resumable(group, rank, tmp_path, steps, name))
+        for found in every:
+            if isinstance(found, Exception):
+                raise found
+        return dict(every[0])
+
+    undisturbed = on(2, STEPS, "whole")
+    on(2, HALF, "two")
+    files = {each: torch.load(tmp_path / f"{each}-two", weights_only=True) for each in RESUMED}
+    again = on(2, STEPS, "two")
+    on(2, HALF, "one")
+    alone = on(1, STEPS, "one")
+    for each in RESUMED:
+        x, y, best, values, _ = undisturbed[each]
+        assert files[each]["y"].shape == y.shape  # the file holds all of y
+        assert torch.equal(again[each][0], x) and torch.equal(again[each][1], y), each
+        assert torch.equal(again[each][2], best) and again[each][3] == values, each
+        tolerance = 1e-6 if each == "soba" else 1e-11
+        assert alone[each][4] == 1
+        assert torch.allclose(alone[each][0], x, rtol=0, atol=tolerance), each
+        assert torch.allclose(alone[each][1], y, rtol=0, atol=tolerance), each
+        assert not torch.equal(y, torch.zeros_like(y)) and len(values) == len(alone[each][3])
+
+
+def test_what_an_error_keeps_is_shared_out_as_the_parameters_are() -> None:
+    first, second = on_ranks(2, _stopped)
+    assert first == ("on the way", True, True), first
+    assert second[0].startswith("rank 0 has been ended") and second[1:] == (True, True), second
+
+
+def _as_long(group: Any, rank: int, path: Path) -> str:
+    """x with as many entries as rank 0 has of y."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    module = nn.Linear(2, 2, bias=False).double()
+    fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"))
+    params = dict(module.named_parameters())
+    data = FiniteSum((torch.ones(2, 2, dtype=torch.float64),), 2)
+    problem = BilevelProblem(
+        lambda x, y, data: x.sum() + module(data[0]).mean(),
+        lambda x, y, data: module(data[0]).square().mean() * x.exp().sum(),
+    )
+    its: dict[str, Any] = {"algorithm": ALGORITHMS["f2sa-1"], "data": Split(f=data, g=data), "max_steps": 1}
+    try:
+        minimize(problem, X0, params, group=group, checkpoint=path, **its)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError
+
+
+def test_an_x_that_could_be_taken_for_a_part_of_y_is_refused(tmp_path: Path) -> None:
+    for text in on_ranks(2, lambda group, rank: _as_long(group, rank, tmp_path / "file")):
+        assert "`minimize(checkpoint=...)` tells x from parts of y" in text and not (tmp_path / "file").exists()

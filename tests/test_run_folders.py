@@ -137,6 +137,28 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_not_in_t
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("write", range(2))  # what was asked for, and that it has begun
+def test_a_run_that_was_killed_at_one_of_its_first_two_files_is_none(write: int, capsys: Any) -> None:
+    from bilevel.commands import contents
+
+    def dying() -> int:
+        real, count = contents.write_atomically, iter(range(10))
+
+        def dies(path: Path, fill: Any) -> None:
+            if next(count) == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, fill)
+
+        contents.write_atomically = dies
+        return run("quadratic", "--steps", "6")
+
+    assert ended(forked(dying)) == -signal.SIGKILL
+    assert sorted(path.name for path in Path("out").glob("[!.]*")) == ["config.toml"] * write
+    assert run("quadratic", "--resume") == 2 and "no run to resume" in capsys.readouterr().err
+    assert run("quadratic", "--steps", "6") == 0 and len(history()) == 7
+
+
+@pytest.mark.usefixtures("here")
 def test_training_that_was_killed_before_its_first_checkpoint_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.py").write_text(EXPERIMENT)
     from bilevel.outer import saves

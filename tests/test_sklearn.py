@@ -232,11 +232,43 @@ def test_the_package_does_not_hide_scikit_learn_and_says_which_extra_it_needs() 
         ({"cv": 1.5}, "1.5"),
         ({"max_iter": 0}, "at least 1. Got 0"),
         ({"tol": -1.0}, "at least 0. Got -1.0"),
+        ({"tol": 1.0}, "below 1. Got 1.0"),
+        ({"cv": "five"}, "'five'"),
+        ({"cv": True}, "True"),
+        ({"cv": []}, "no folds"),
+        ({"fit_intercept": 1}, "True or False. Got 1"),
     ],
 )
 def test_wrong_parameters_are_refused_by_name(arguments: dict[str, Any], what: str) -> None:
-    with pytest.raises(ValueError, match=rf"RidgeHO\({next(iter(arguments))}=.*{what}"):
+    with pytest.raises((TypeError, ValueError), match=rf"RidgeHO\({next(iter(arguments))}=.*{what}"):
         RidgeHO(**arguments).fit(*regression(d=3))
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [([], "indices of samples"), ([0.5], "float64"), ([40], "of 40 samples"), (np.zeros(40, bool), "without any")],
+)
+def test_folds_of_ones_own_are_looked_at(part: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=what) as caught:
+        RidgeHO(cv=[([0, 1, 2], part)]).fit(*regression(n=40, d=3))
+    assert any("RidgeHO(cv=...)" in note for note in caught.value.__notes__)
+
+
+def test_folds_as_masks_are_those_of_their_indices() -> None:
+    X, y = regression(n=40, d=3)
+    mask = np.arange(40) % 2 == 0
+    one, other = (
+        RidgeHO(cv=[pair]).fit(X, y) for pair in ((mask, ~mask), (np.flatnonzero(mask), np.flatnonzero(~mask)))
+    )
+    assert (one.coef_ == other.coef_).all() and one.validation_loss_ == other.validation_loss_
+
+
+def test_errors_of_scikit_learn_say_whose_they_are() -> None:
+    with pytest.raises(ValueError, match="NaN") as caught:
+        RidgeHO().fit([[np.nan], [1.0]], [0.0, 1.0])
+    assert any("RidgeHO.fit(X=..., y=...)" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match=r"RidgeHO.fit\(X=..., y=...\)` cannot be made arrays. Got a tensor"):
+        RidgeHO().fit(torch.ones(3, 1, requires_grad=True), [0.0, 1.0, 2.0])
 
 
 # Samples

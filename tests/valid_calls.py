@@ -33,6 +33,7 @@ import bilevel.ranks
 import bilevel.reinforcement
 import bilevel.terms
 import bilevel.testing
+import bilevel.tracking
 from bilevel import AID, BilevelProblem, Constants, Polytope, Report, Solved, Stats, Status
 from bilevel._flat import FlatProblem
 from bilevel._tree import ravel
@@ -65,6 +66,8 @@ ROOMS = (
     "bilevel.testing",
     "bilevel.testing.properties",
     "bilevel.testing.strategies",
+    "bilevel.tracking",
+    *(("bilevel.sklearn",) if importlib.util.find_spec("sklearn") else ()),
 )
 
 
@@ -137,6 +140,7 @@ PROTOCOLS: tuple[Any, ...] = (
     bilevel.reinforcement.AbstractPolicy,
     bilevel.reinforcement.AbstractSurrogate,
     bilevel.reinforcement.AbstractBaseline,
+    bilevel.tracking.AbstractTracker,
     bilevel.reinforcement.Advantages,
     bilevel.reinforcement.MetaPolicy,
     bilevel.reinforcement.OfflinePolicy,
@@ -421,6 +425,13 @@ def linear_model() -> Any:
 def known_model() -> Any:
     """A generalized linear model, which knows its derivatives."""
     return bilevel.problems.glm.GeneralizedLinearModel(matrix(3, 2), torch.ones(3, **D), penalty=torch.exp)
+
+
+@functools.cache
+def samples() -> tuple[Any, Any]:
+    """Inputs and classes, for estimators of scikit-learn."""
+    X = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), **D)
+    return X.numpy(), [0, 1] * 4
 
 
 # By the annotation, as it is written; what is not here has no example.
@@ -908,6 +919,24 @@ BY_NAME: dict[str, dict[str, Any]] = {
     | {"x": lambda: learner().x0},
     "train": {"max_steps": lambda: 1, "batch": lambda: 2},
     "read_best": {"path": lambda: best()},
+    # scikit-learn: quick ones
+    **{
+        f"bilevel.sklearn.{name}": {"cv": lambda: 2, "max_iter": lambda: 1, "penalties": lambda: "one"}
+        for name in ("ElasticNetHO", "LassoHO", "LogisticRegressionHO", "RidgeHO", "SVCHO")
+    },
+    "SampleReweightingClassifier": {"cv": lambda: 2, "max_iter": lambda: 1},
+    "InfluenceScorer": {"cv": lambda: 2},
+    **{
+        f"{name}.{method}": {"X": lambda: samples()[0], "y": lambda: samples()[1]}
+        for name in (
+            *("ElasticNetHO", "LassoHO", "LogisticRegressionHO", "RidgeHO", "SVCHO"),
+            *("SampleReweightingClassifier", "InfluenceScorer"),
+        )
+        for method in ("fit", "predict", "decision_function", "predict_proba", "predict_log_proba")
+    },
+    "numbers_of": {"record": lambda: bilevel.Record(0, 1.0, 1.0, Status.successful, Stats(), 0.0)},
+    "TensorBoard": {"folder": lambda: folder() / "board"},
+    "MLflow": {"uri": lambda: f"sqlite:///{folder() / 'mlflow.db'}", "experiment": lambda: "name"},
     # extending
     "outer_gradients": {},
     "report": {"solved": lambda: Solved(X, (Status.successful,), torch.zeros((), **D), 1)},
@@ -950,6 +979,8 @@ else:
     }
 if importlib.util.find_spec("gymnasium") is None:
     WITHOUT_DATA.add("vector_episodes")
+WITHOUT_DATA.add("WandB")  # which would open a connection
+WITHOUT_DATA |= {name for name in ("TensorBoard", "MLflow") if importlib.util.find_spec(name.lower()) is None}
 
 
 def valid(entry: Public) -> dict[str, Any]:
@@ -976,10 +1007,13 @@ def table(entry: Public) -> dict[str, Callable[[], Any]]:
 def owner(entry: Public) -> Any:
     """An instance whose method is called; for a method of the class, the class."""
     constructor = Public(entry.name.rpartition(".")[0], entry.room, entry.owner)
-    return constructor.call(**valid(constructor))
+    return called(constructor, valid(constructor))
 
 
 def called(entry: Public, arguments: dict[str, Any]) -> Any:
+    if entry.room == "bilevel.sklearn" and inspect.isclass(entry.call):
+        made: Any = entry.call(**arguments)
+        return made.fit(*samples())  # which looks at what the constructor keeps
     if entry.owner is None:
         if entry.name.endswith((".gaussian", ".variable")):
             shape = arguments.pop("shape")

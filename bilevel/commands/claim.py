@@ -115,7 +115,8 @@ def _resumed(folder: Folder) -> Claim:
 
 def _begun(folder: Folder, *, overwrite: bool) -> Claim:
     """The folder, for a new run; of what a run left that was killed, nothing that can be used is removed."""
-    if overwrite or not any(_filled(file) for file in folder.files):
+    # who is killed between the first two files leaves what was asked for, and nothing that was computed
+    if overwrite or not any(_filled(file) for file in folder.files if file != folder.config):
         return Claim(folder)
     if not folder.saved and not _filled(folder.solution) and not _filled(folder.model) and _status(folder) == BEGUN:
         note(f"the run in {str(folder.path)!r} was ended before its first checkpoint: another one takes its place.")

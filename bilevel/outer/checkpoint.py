@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -33,12 +33,14 @@ class Checkpoint:
         path: where it is.
         made_of: what the run is told by.
         forced: whether a run goes on from the file of one that is told to be another.
+        of_rank: what this process has of what a file holds, on a device, where that is not all of it.
         place: where it is, whatever the current directory will be.
     """
 
     path: str | os.PathLike[str]
     made_of: Fingerprint
     forced: bool = False
+    of_rank: Callable[[Any, torch.device], Any] | None = None
     place: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +58,10 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"there is no checkpoint at {str(self.path)!r} to resume from. Run without `resume` first."
             )
-        content = read_checkpoint(self.path, x.device)
+        content = read_checkpoint(self.path, x.device if self.of_rank is None else "cpu")
+        if self.of_rank is not None:
+            parts = {name: content[name] for name in ("x", "y", "state", "best") if name in content}
+            content |= self.of_rank(parts, x.device)
         for name, saved, wanted in (("x", content["x"], x), ("y", content["y"], y)):
             # What y has before its last axis are tasks, for each of which the run begins at the same y.
             if saved.shape[-1:] != wanted.shape[-1:] or saved.dtype != wanted.dtype:

@@ -61,7 +61,7 @@ from bilevel.outer.records import Callback, Rules, Run
 from bilevel.outer.rounds import Rounds
 from bilevel.outer.run import iterate
 from bilevel.outer.saves import Saves
-from bilevel.outer.shared_out import demand_first_order, demand_takes_shards
+from bilevel.outer.shared_out import all_shared_out, demand_first_order, demand_takes_shards, with_shards
 from bilevel.outer.solution import Solution
 from bilevel.outer.sweep import Winner, recalled, swept
 from bilevel.outer.together import demand_same_everywhere, without_shards
@@ -69,6 +69,7 @@ from bilevel.outer.watcher import before_save
 from bilevel.outer.words import in_words
 from bilevel.ranks.ranks import Ranks, demand_ranks
 from bilevel.ranks.sharded import shards_of
+from bilevel.ranks.whole_vectors import WholeVectors
 from bilevel.requirements.starts import starts_warm
 
 
@@ -315,8 +316,13 @@ def minimize(
             demand_arguments(name, function, ("x", "y"), first, "minimize({}=...)")
         if y0 is None:
             y0 = own_start("minimize", problem, x0, first)
+        original, start, vectors = problem, y0, None  # what a checkpoint is told by, on whatever ranks
         if shards is not None:
-            demand_first_order(problem, algorithm, estimator, checkpoint, sweep)
+            demand_first_order(problem, algorithm, estimator, sweep)
+            if checkpoint is not None:
+                assert ranks is not None
+                vectors = WholeVectors(shards, ranks)
+                vectors.demand_length_of_x(len(x))
             problem, y0 = shards.problem(problem), shards.local()
         y, y_structure = ravel(y0, "y0")
         demand_alike("minimize(x0, y0)", x_structure, y_structure)
@@ -326,21 +332,23 @@ def minimize(
         if together is not None:
             whole = (1.0, 1.0) if problem.tasks else first_shares(batches)
             flat.over(together, whole, sharded=shards is not None)
-        structures = {"x": x_structure.describe(), "y": y_structure.describe()}
+        described = y_structure.describe() if shards is None else shards.describe()
+        structures = {"x": x_structure.describe(), "y": described}
         settings: dict[str, object] = {"constraint": constraint, **structures}
 
         def run(compares: bool) -> Run:
             saves = None
             if checkpoint is not None:
                 own = settings | on_x
-                made_of = own | {"problem": problem, "data": without_shards(data), "constants": constants}
-                starts = [*tree_leaves(x0), *tree_leaves(y0)]
-                kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force")
+                made_of = own | {"problem": original, "data": without_shards(data), "constants": constants}
+                starts = [*tree_leaves(x0), *tree_leaves(start)]
+                of_rank = None if vectors is None else vectors.of_rank
+                kept = Checkpoint(checkpoint, Fingerprint(settings, made_of, starts), resume == "force", of_rank)
                 seconds = checkpoint_seconds if together is None else None  # whose clocks differ
                 before = partial(before_save, callback)
                 saves = Saves(kept, checkpoint_every, seconds, before=before, writes=writes)
             looks = Looks(evaluate_every, tol, constants)
-            rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks, together)
+            rules = Rules(max_steps, tol, throw, callback, saves, bool(resume), skip, looks, together, vectors)
             return Run(rules, structured, compares, note, by_norm)
 
         chosen: AbstractAlgorithm[Any]
@@ -423,8 +431,10 @@ def minimize(
         made = run(compares)
         if compile and isinstance(chosen, Descent) and is_one_program(chosen, oracle, made.rules):
             return descend(made, chosen, oracle, x, y)
-        solution = iterate(made, chosen, oracle, x, y, begun)
-        return solution if shards is None else replace(solution, y=shards.shared_out(solution.y))
+        if shards is None:
+            return iterate(made, chosen, oracle, x, y, begun)
+        with all_shared_out(shards):
+            return with_shards(iterate(made, chosen, oracle, x, y, begun), shards)
 
 
 def _demand_estimates(ranks: Ranks | None, algorithm: Any) -> None:

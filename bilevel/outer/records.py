@@ -23,6 +23,7 @@ from bilevel.outer.solution import Record, Solution
 from bilevel.outer.trial import Trial
 from bilevel.outer.watcher import AbstractEverywhere
 from bilevel.ranks.ranks import Ranks, first_says
+from bilevel.ranks.whole_vectors import WholeVectors
 
 Callback: TypeAlias = Callable[[Record, Estimate], bool | None]
 # (problem, x, estimate, its number) -> the estimate in the user's structures, with the calls in the problem's tally
@@ -44,6 +45,7 @@ class Rules:
         skip: how many estimates in a row that are lost (see `Status.lost`) are passed over, x staying where it is.
         looks: when a run on batches looks at all the data.
         ranks: the processes that run together; None: this one runs alone.
+        whole: puts vectors together for a checkpoint where each rank has a part of y; None: it has all of it.
     """
 
     max_steps: int
@@ -55,6 +57,7 @@ class Rules:
     skip: int = 0
     looks: Looks = Looks()
     ranks: Ranks | None = None
+    whole: WholeVectors | None = None
 
 
 # How a run ends short of its tolerance. Where that is the outer method's own, nobody was promised it: no error.

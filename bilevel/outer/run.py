@@ -297,15 +297,21 @@ def _save(
             return own
         state = algorithm.gathered(state, ranks)
         own = algorithm.of_rank(state, ranks)
+    point, written = algorithm.point(state), encoded(state, initial)
+    best, least = (None if each is None else each.as_dict() for each in (reached.kept.best, reached.kept.least))
+    if run.rules.whole is not None:
+        if not together:
+            return own
+        point, written, best, least = run.rules.whole.gathered((point, written, best, least))
     run.rules.saves.save(
         reached.step,
-        algorithm.point(state),
+        point,
         run.history,
         last=last,
-        state=encoded(state, initial),
+        state=written,
         calls=reached.calls.as_dict(),
-        best=None if reached.kept.best is None else reached.kept.best.as_dict(),
-        least=None if reached.kept.least is None else reached.kept.least.as_dict(),
+        best=best,
+        least=least,
         kept=reached.records,
         trials=[trial.to_dict() for trial in run.trials],
         look=reached.look,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from bilevel._problem import BilevelProblem
@@ -10,10 +13,12 @@ from bilevel.algorithms.registry import DESCENT
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.inner_problems.smooth import SmoothMinimization
 from bilevel.named.registration import AUTO
-from bilevel.ranks.sharded import REMEDY
+from bilevel.outer.partial import attach
+from bilevel.outer.solution import Solution
+from bilevel.ranks.sharded import REMEDY, Shards
 
 
-def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, checkpoint: Any, sweep: Any) -> None:
+def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, sweep: Any) -> None:
     """Refuse what parameters that are shared out over ranks cannot be used with, whatever the algorithm.
 
     Raises:
@@ -39,10 +44,10 @@ def demand_first_order(problem: BilevelProblem, algorithm: Any, estimator: Any, 
             "`minimize(y0=...)` of parameters that are shared out over ranks (`DTensor`) needs a problem of f and g"
             " alone, without tasks, init, encode or another kind of inner problem."
         )
-    if checkpoint is not None or sweep is not None:
+    if sweep is not None:
         raise ValueError(
-            "`minimize(checkpoint=..., sweep=...)` do not apply to parameters that are shared out over ranks"
-            " (`DTensor`). Leave them out, and save the module by `torch.distributed.checkpoint` in a callback."
+            "`minimize(sweep=...)` does not apply to parameters that are shared out over ranks (`DTensor`): rows side"
+            " by side are as many copies of what does not fit once. Call `minimize` for each setting."
         )
 
 
@@ -57,3 +62,21 @@ def demand_takes_shards(algorithm: AbstractAlgorithm[Any]) -> None:
             f"`minimize(algorithm={algorithm!r:.200})` does not apply to parameters that are shared out over ranks"
             f" (`DTensor`): it asks for second derivatives, or for norms and products of all of y. {REMEDY}"
         )
+
+
+def with_shards(solution: Solution, shards: Shards) -> Solution:
+    """The solution of this rank's part of y as one whose y is shared out as the parameters are."""
+    best = replace(solution.best, y=shards.shared_out(solution.best.y))
+    return replace(solution, y=shards.shared_out(solution.y), best=best)
+
+
+@contextlib.contextmanager
+def all_shared_out(shards: Shards) -> Iterator[None]:
+    """What an error keeps of the run has a y that is shared out likewise."""
+    try:
+        yield
+    except Exception as error:
+        partial = getattr(error, "partial", None)
+        if isinstance(partial, Solution):
+            attach(error, with_shards(partial, shards))
+        raise

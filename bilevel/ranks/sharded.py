@@ -42,6 +42,11 @@ class Shards:
         """This rank's part of y, as plain tensors."""
         return tree_map(lambda leaf: _local(leaf).detach().clone(), self.y0)
 
+    def describe(self) -> str:
+        """The nesting with the shape of each whole tensor in its place."""
+        parts, build = tree_parts(self.y0)
+        return str(build([tuple(part.shape) for part in parts]))
+
     def shared_out(self, y: Tree) -> Tree:
         """A y of plain parts as one of tensors that are shared out as the parameters are."""
         from torch.distributed.tensor import DTensor

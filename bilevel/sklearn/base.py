@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import numbers
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,11 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.preprocessing import LabelEncoder
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from bilevel.arguments.ranges import AT_LEAST_1, BELOW_1
 from bilevel.outer.solution import Solution
+from bilevel.sklearn.checks import check_seed, named, new_inputs, number, training_inputs
 from bilevel.sklearn.features import Features
 from bilevel.sklearn.groups import group_numbers, references
 from bilevel.sklearn.learning import Learned, Posed, Search, Task
@@ -56,15 +56,14 @@ class AbstractLinearHO(BaseEstimator, abc.ABC):
         return type(self).__name__
 
     def _inputs(self, X: Any, y: Any, **others: Any) -> tuple[Any, Any]:
-        check_numbers(self._name, max_iter=(self.max_iter, int, 1), tol=(self.tol, float, 0))
-        return checked_inputs(self, X, y, **others)
-
-    def _new_inputs(self, X: Any) -> Any:
-        check_is_fitted(self)
-        return validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
+        number(self, "max_iter", int, AT_LEAST_1)
+        number(self, "tol", float, BELOW_1)
+        number(self, "fit_intercept", bool)
+        check_seed(self)
+        return training_inputs(self, X, y, **others)
 
     def _predicted(self, X: Any) -> Any:
-        X = self._new_inputs(X)
+        X = new_inputs(self, X)
         return np.asarray(X @ self.coef_.T + self.intercept_)
 
     def _task(self, X: Any, y: Any, targets: Tensor, features: Features, loss: Any, outputs: int) -> Task:
@@ -77,7 +76,9 @@ class AbstractLinearHO(BaseEstimator, abc.ABC):
     ) -> tuple[Learned, Tensor]:
         """What is learned, and the penalties of the features as they came `(..., d)`."""
         groups = group_numbers(self._name, self.penalties, features.count, features.X.shape[0])
-        search = Search(self._name, groups, start, lower, upper, self.max_iter, self.tol)
+        search = Search(
+            self._name, groups, start, lower, upper, number(self, "max_iter", int), number(self, "tol", float)
+        )
         found = search.learn(task, posed)
         self.n_iter_ = found.steps
         self.solution_ = Solution.from_dict(found.solution.to_dict())  # without the data that it holds on to
@@ -136,21 +137,16 @@ class AbstractLinearClassifierHO(ClassifierMixin, AbstractLinearHO, abc.ABC):
         return numbers
 
 
-def checked_inputs(estimator: Any, X: Any, y: Any, **others: Any) -> tuple[Any, Any]:
-    """X and y as arrays, or X as a CSR matrix."""
-    X, y = validate_data(estimator, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2, **others)
-    return X, y
-
-
 def numbered(name: str, y: Any) -> tuple[Any, Tensor]:
     """The classes, and labels as their numbers.
 
     Raises:
         ValueError: if they are not classes, or there is only one.
     """
-    check_classification_targets(y)
     encoder: Any = LabelEncoder()
-    numbers = encoder.fit_transform(y)
+    with named(f"{name}.fit", y=y):
+        check_classification_targets(y)
+        numbers = encoder.fit_transform(y)
     if len(encoder.classes_) < 2:
         raise ValueError(f"`{name}.fit(y=...)` must have at least two classes. Got one class: {encoder.classes_[0]!r}.")
     return encoder.classes_, torch.from_numpy(numbers.astype(np.int64))
@@ -159,18 +155,3 @@ def numbered(name: str, y: Any) -> tuple[Any, Tensor]:
 def is_classification(y: Any) -> bool:
     """Whether targets are classes: texts, booleans or whole numbers."""
     return type_of_target(y) in ("binary", "multiclass")
-
-
-def check_numbers(name: str, **given: tuple[Any, type, float]) -> None:
-    """Refuse numbers of another type, or below what they are at least.
-
-    Raises:
-        TypeError: naming the parameter.
-        ValueError: likewise.
-    """
-    for key, (value, kind, least) in given.items():
-        wanted = numbers.Integral if kind is int else numbers.Real
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise TypeError(f"`{name}({key}=...)` must be {'an int' if kind is int else 'a number'}. Got {value!r}.")
-        if not float(value) >= least:
-            raise ValueError(f"`{name}({key}=...)` must be at least {least}. Got {value!r}.")

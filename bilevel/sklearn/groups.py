@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.arguments.words import got
+from bilevel.sklearn.checks import named
+
 ENOUGH = 10  # samples for each penalty: with fewer, penalties fit what is held out and nothing else
 
 
@@ -25,14 +28,15 @@ def group_numbers(name: str, penalties: Any, d: int, n: int) -> Tensor:
         penalties = "each" if n >= ENOUGH * d else "one"
     if isinstance(penalties, str) and penalties in ("each", "one"):
         return torch.arange(d) if penalties == "each" else torch.zeros(d, dtype=torch.int64)
-    labels = None if isinstance(penalties, str) else np.asarray(penalties)
-    if labels is None or labels.shape != (d,):
-        got = repr(penalties) if labels is None else f"an array of shape {labels.shape}"
-        raise ValueError(
-            f'`{name}(penalties=...)` must be "auto", "each", "one", or a label for each feature, of shape ({d},).'
-            f" Got {got}."
-        )
-    return torch.from_numpy(np.unique(labels, return_inverse=True)[1].astype(np.int64).reshape(-1))
+    with named(name, penalties=penalties):
+        labels = None if isinstance(penalties, str | bytes) else np.asarray(penalties)
+        if labels is None or labels.shape != (d,):
+            arrived = got(penalties) if labels is None else f"an array of shape {labels.shape}"
+            raise ValueError(
+                f'`{name}(penalties=...)` must be "auto", "each", "one", or a label for each feature, of shape ({d},).'
+                f" Got {arrived}."
+            )
+        return torch.from_numpy(np.unique(labels, return_inverse=True)[1].astype(np.int64).reshape(-1))
 
 
 def references(scale: Tensor, groups: Tensor, power: int) -> Tensor:

@@ -7,14 +7,17 @@ from typing import Any, final
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bilevel.arguments.fits import demand_type
+from bilevel.arguments.ranges import COUNT, POSITIVE, demand_range
 from bilevel.attribution.influence import influence
 from bilevel.inner_problems.linear_model import AbstractSampleLoss, LogLoss, Squared
 from bilevel.problems.glm.losses import AbstractRowLoss, Softmax, SumOfOutputs
-from bilevel.sklearn.base import check_numbers, checked_inputs, is_classification, numbered
+from bilevel.sklearn.base import is_classification, numbered
+from bilevel.sklearn.checks import check_seed, held_out_inputs, number, training_inputs
 from bilevel.sklearn.features import Features
 from bilevel.sklearn.learning import Task, run
 from bilevel.sklearn.parts import weights_of_folds
@@ -73,8 +76,9 @@ class InfluenceScorer(BaseEstimator):
             y_val: their targets.
         """
         name = type(self).__name__
-        check_numbers(name, l2=(self.l2, float, 1e-12))
-        X, y = checked_inputs(self, X, y)
+        penalty = number(self, "l2", float, POSITIVE)
+        check_seed(self)
+        X, y = training_inputs(self, X, y)
         features = Features.of(X, intercept=True)
         targets, loss, outputs, encode = self._model(name, y)
         classifier, n = not isinstance(loss, Squared), X.shape[0]
@@ -83,13 +87,13 @@ class InfluenceScorer(BaseEstimator):
         else:
             folds = (torch.full((1, n), 1 / n, dtype=torch.float64),) * 2
         task = Task(features.X, targets, loss, outputs, *folds)
-        l2 = torch.tensor(float(self.l2), dtype=torch.float64)
+        l2 = torch.tensor(penalty, dtype=torch.float64)
         fit = run(task, task.smooth(lambda x: l2 + 0 * x), torch.zeros((), dtype=torch.float64), 0).y
         assert isinstance(fit, Tensor)
         rows = features.dense()
         given = None
         if X_val is not None:
-            X_val, y_val = validate_data(self, X_val, y_val, accept_sparse="csr", dtype=np.float64, reset=False)
+            X_val, y_val = held_out_inputs(self, X_val, y_val)
             given = features.like(X_val).to_dense(), encode(y_val)
         total, errors, count = torch.zeros(3, n, dtype=torch.float64)
         found = []
@@ -97,7 +101,7 @@ class InfluenceScorer(BaseEstimator):
         for params, train, held in zip(fits, task.train > 0, task.held > 0, strict=True):
             test = (rows[held], targets[held]) if given is None else given
             data = (rows[train], targets[train]), test
-            one = influence(losses, params, *data, l2=self.l2, solver=CG(rtol=1e-6), throw=False)
+            one = influence(losses, params, *data, l2=penalty, solver=CG(rtol=1e-6), throw=False)
             found.append(one)
             total[train] += one.scores
             errors[train] += one.errors
@@ -109,7 +113,9 @@ class InfluenceScorer(BaseEstimator):
     def most_harmful(self, count: int) -> Any:
         """The samples with the lowest scores, the worst first: `(count,)` indices."""
         check_is_fitted(self)
-        check_numbers(type(self).__name__ + ".most_harmful", count=(count, int, 0))
+        call = f"{type(self).__name__}.most_harmful"
+        demand_type(call, "count", count, int)
+        demand_range(call, "count", count, COUNT)
         return self.scores_.argsort(kind="stable")[:count]
 
     def _model(self, name: str, y: Any) -> tuple[Tensor, AbstractRowLoss | AbstractSampleLoss, int, Any]:

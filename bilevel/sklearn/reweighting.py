@@ -8,18 +8,19 @@ from typing import Any, final
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn.functional import pad
 
 from bilevel._problem import BilevelProblem
+from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, POSITIVE
 from bilevel.hypergrad.aid import AID
 from bilevel.inner_problems.linear_model import LogLoss
 from bilevel.outer.minimize import minimize
 from bilevel.outer.solution import Solution
 from bilevel.problems.glm._rows import blocks_of
 from bilevel.problems.glm.losses import Softmax
-from bilevel.sklearn.base import check_numbers, checked_inputs, numbered
+from bilevel.sklearn.base import numbered
+from bilevel.sklearn.checks import check_seed, held_out_inputs, new_inputs, number, training_inputs
 from bilevel.sklearn.features import Features
 from bilevel.sklearn.learning import Task, warn_of
 from bilevel.sklearn.parts import weights_of_folds
@@ -110,9 +111,10 @@ class SampleReweightingClassifier(ClassifierMixin, BaseEstimator):
             y_val: their labels.
         """
         name = type(self).__name__
-        check_numbers(name, l2=(self.l2, float, 0), max_iter=(self.max_iter, int, 1), step=(self.step, float, 0))
-        check_numbers(name, threshold=(self.threshold, float, 0))
-        X, y = checked_inputs(self, X, y)
+        l2, threshold = number(self, "l2", float, AT_LEAST_0), number(self, "threshold", float, AT_LEAST_0)
+        step, max_steps = number(self, "step", float, POSITIVE), number(self, "max_iter", int, AT_LEAST_1)
+        check_seed(self)
+        X, y = training_inputs(self, X, y)
         self.classes_, labels = numbered(name, y)
         features, n = Features.of(X, intercept=True), X.shape[0]
         binary = len(self.classes_) == 2
@@ -124,15 +126,15 @@ class SampleReweightingClassifier(ClassifierMixin, BaseEstimator):
         loss, outputs = (LogLoss(), 1) if binary else (Softmax(), len(self.classes_))
         task = Task(features.X, targets, loss, outputs, *folds)
         held = self._trusted(X_val, y_val, features) if X_val is not None else (features.X, labels, task.held)
-        penalty = pad(torch.full((features.count,), float(self.l2), dtype=torch.float64), (0, 1))
+        penalty = pad(torch.full((features.count,), l2, dtype=torch.float64), (0, 1))
         x = torch.zeros(n, dtype=torch.float64)
         found = minimize(
             BilevelProblem(error_probability(*held), task.model(task.train, penalty, torch.sigmoid)),
             x,
             torch.zeros(len(task.train) * outputs, features.X.shape[1], dtype=torch.float64),
             estimator=_estimator(1e-6),
-            outer=Adam(self.step),
-            max_steps=self.max_iter,
+            outer=Adam(step),
+            max_steps=max_steps,
             throw=False,
         )
         warn_of(name, found)
@@ -146,7 +148,7 @@ class SampleReweightingClassifier(ClassifierMixin, BaseEstimator):
         self.intercept_ = b if binary else b - b.mean()
         self.sample_weights_ = torch.sigmoid(x).numpy()
         order = self.sample_weights_.argsort(kind="stable")
-        self.suspects_ = order[self.sample_weights_[order] < self.threshold]
+        self.suspects_ = order[self.sample_weights_[order] < threshold]
         self.validation_loss_ = found.value
         self.n_iter_ = max(1, len(found.history) - 1)
         self.solution_ = Solution.from_dict(found.to_dict())  # without the data that it holds on to
@@ -154,8 +156,7 @@ class SampleReweightingClassifier(ClassifierMixin, BaseEstimator):
 
     def decision_function(self, X: Any) -> Any:
         """The outputs `(n,)`, or `(n, C)` for more than two classes."""
-        check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
+        X = new_inputs(self, X, "decision_function")
         found = np.asarray(X @ self.coef_.T + self.intercept_)
         return found[:, 0] if len(self.classes_) == 2 else found
 
@@ -171,7 +172,7 @@ class SampleReweightingClassifier(ClassifierMixin, BaseEstimator):
         return torch.softmax(z, 1).numpy()
 
     def _trusted(self, X: Any, y: Any, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, reset=False)
+        X, y = held_out_inputs(self, X, y)
         unknown = set(np.unique(y).tolist()) - set(self.classes_.tolist())
         if unknown:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
+from bilevel.arguments.words import got
 from bilevel.terms.gram import Gram
 from bilevel.terms.linear_map import AbstractLinearMap, Size
 
@@ -43,6 +44,8 @@ class Convolution(AbstractLinearMap):
 
     def __post_init__(self) -> None:
         demand_types(self)
+        if self.kernel.dtype not in (torch.float32, torch.float64):  # others have no Fourier transform everywhere
+            raise ValueError(f"`Convolution(kernel=...)` must be of float32 or float64. Got {got(self.kernel)}.")
         own, room = tuple(self.kernel.shape), self.shape[len(self.shape) - self.kernel.dim() :]
         if not 0 < len(own) <= len(self.shape) or any(k > n for k, n in zip(own, room, strict=True)):
             raise ValueError(

@@ -136,7 +136,10 @@ class Mosaic(AbstractLinearMap):
         demand_ranges(self, count=SIZE)
         demand_shapes("Mosaic", {"colors": Shape("...", kind="integer")}, vars(self))
         if not bool(((self.colors >= 0) & (self.colors < self.count)).all()):
-            raise ValueError(f"`Mosaic(colors=...)` must be from 0 to {self.count - 1}. Got {got(self.colors)}.")
+            raise ValueError(
+                f"`Mosaic(colors=...)` must be from 0 to {self.count - 1}, as `count` is {self.count}."
+                f" Got {got(self.colors)}."
+            )
 
     @property
     def in_shape(self) -> Size:

@@ -61,6 +61,10 @@ def check_composite(problem: BilevelProblem, x: Tree, y0: Tree, *, tol: float = 
     solver = FISTA(tol=1e-12, max_steps=100_000)
     known = term.derivative(x_vector, y_vector, 1.0) is not None
     found = estimate(AID(solver, CG(1e-12) if known else Dense()), problem, x, y0)
+    if found.status.lost:
+        raise ValueError(
+            f"`check_composite(problem=..., x=..., y0=...)` must be where AID finds a number. Got {found.status.name}."
+        )
     y = ravel(found.y)[0]
     objective = kind.objective(flat, x_vector.detach(), None)
     gradient = objective.gradient(y)

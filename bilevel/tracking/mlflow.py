@@ -42,6 +42,7 @@ class MLflow(AbstractTracker):
         demand_type("MLflow", "experiment", experiment, str)
         demand_type("MLflow", "run", run, str | None)
         demand_type("MLflow", "uri", uri, str | None)
+        demand_type("MLflow", "settings", settings, dict[str, str | int | float | bool] | None)
         try:
             import mlflow.entities  # pyright: ignore[reportMissingImports]
             from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]

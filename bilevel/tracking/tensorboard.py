@@ -33,6 +33,7 @@ class TensorBoard(AbstractTracker):
         self, folder: str | os.PathLike[str], *, settings: dict[str, str | int | float | bool] | None = None
     ) -> None:
         demand_type("TensorBoard", "folder", folder, str | os.PathLike)
+        demand_type("TensorBoard", "settings", settings, dict[str, str | int | float | bool] | None)
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:

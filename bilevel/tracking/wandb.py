@@ -40,6 +40,8 @@ class WandB(AbstractTracker):
     ) -> None:
         demand_type("WandB", "project", project, str)
         demand_type("WandB", "run", run, str | None)
+        demand_type("WandB", "settings", settings, dict[str, str | int | float | bool] | None)
+        demand_type("WandB", "mode", mode, str)
         if mode not in ("online", "offline", "disabled"):
             raise ValueError(f'`WandB(mode=...)` must be "online", "offline" or "disabled". Got {mode!r:.80}.')
         try:

@@ -19,6 +19,7 @@ from bilevel.arguments.ranges import AT_LEAST_0, COUNT, POSITIVE, SEED, SIZE
 from bilevel.few_shot.networks import mlp
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import functional
+from bilevel.outside.of_argument import of_argument
 from bilevel.problems._plots import COLORS
 from bilevel.problems.networks._batches import generator
 from bilevel.problems.networks._modules import made
@@ -114,7 +115,9 @@ def fair_meta_learning(
         draw: Callable[[int], Batch] = source.batches(batch, seed)
         inputs = 2
     else:
-        rows, told = _parts(read_groups(data), split)
+        with of_argument("fair_meta_learning", "data"):
+            groups = read_groups(data)
+        rows, told = _parts(groups, split)
         train, test = (TableTasks(**{key: part[own] for key, part in rows.items()}) for own in told)
         train, test = (TableTasks(t.x, t.y, t.z, t.task, shots, size) for t, size in ((train, queries), (test, 10**4)))
         test = TableTasks(test.x, test.y, test.z, test.task, shots, int(test.task.bincount().max()))

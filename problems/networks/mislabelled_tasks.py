@@ -17,6 +17,7 @@ from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import BETWEEN_0_AND_1, COUNT, POSITIVE, SEED, SIZE
 from bilevel.few_shot.networks import conv_net
 from bilevel.modules.functional import functional
+from bilevel.outside.of_argument import of_argument
 from bilevel.problems._plots import COLORS, draw_bars
 from bilevel.problems.hyper_cleaning import auc, corrupt
 from bilevel.problems.networks._batches import generator
@@ -148,10 +149,8 @@ def mislabelled_tasks(
 def _splits(data: str | Path | None) -> Splits:
     if data is None:
         return digits()
-    try:
+    with of_argument("mislabelled_tasks", "data"):
         return omniglot(data)
-    except OSError as error:  # there is none, or its name is none
-        raise type(error)(f"`mislabelled_tasks(data=...)`: {str(error)[:300]}") from error
 
 
 @final

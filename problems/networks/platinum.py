@@ -17,6 +17,7 @@ from bilevel.arguments.ranges import COUNT, POSITIVE, SEED, SIZE
 from bilevel.few_shot.networks import conv_net, features
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import functional
+from bilevel.outside.of_argument import of_argument
 from bilevel.problems._plots import COLORS, draw_bars
 from bilevel.problems.networks._modules import made
 from bilevel.problems.networks.adapted import adapted
@@ -168,10 +169,8 @@ def semi_supervised(
 
 def _classes(data: str | Path | None) -> tuple[AbstractImages, AbstractImages]:
     if data is not None:
-        try:
+        with of_argument("semi_supervised", "data"):
             splits = omniglot(data)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"`semi_supervised(data=...)`: {error}") from error
         return splits.train, splits.test
     train = digits().train
     assert isinstance(train, Subset)
