@@ -130,14 +130,10 @@ class SemiSupervised:
     @fitting
     def unlabelled(self, params: Tree, chosen: Tensor, task: Any) -> Tensor:
         """The mean cross-entropy of chosen samples under the labels they are chosen for; 0 where there are none."""
-        chosen, images = chosen.detach(), task["unlabeled_x"]
+        chosen = chosen.detach()
         if isinstance(self.selection, Nothing) and "selection" not in task:
             return chosen.sum() * 0
-        most = len(chosen) * max(self.picks, self.outer_picks)
-        if most < len(images) and "selection" not in task:  # the network sees those alone that may count
-            rows = chosen.amax(0).argsort(descending=True, stable=True)[:most]
-            chosen, images = chosen.index_select(1, rows), images.index_select(0, rows)
-        log = self.logits(params, images).log_softmax(-1)
+        log = self.logits(params, task["unlabeled_x"]).log_softmax(-1)
         return -(chosen.mT * log).sum() / chosen.sum().clamp_min(1)
 
     def init(self, x: Tree, task: Any) -> Tree:
@@ -167,8 +163,8 @@ class SemiSupervised:
             return held[min(k, len(held) - 1)].to(free)
         if isinstance(self.selection, Nothing):  # the number of classes is all that is asked
             with torch.no_grad():
-                one = self.logits(params, task["unlabeled_x"][:1]).detach()
-            return torch.zeros_like(one).mT * torch.zeros_like(free)
+                classes = self.logits(params, task["support_x"]).shape[-1]
+            return torch.zeros_like(free).expand(classes, -1).clone()
         count = self.outer_picks if k >= self.steps else self.picks
         with torch.no_grad():
             params = tree_map(lambda leaf: leaf.detach(), params)
