@@ -444,8 +444,9 @@ def test_a_baseline_that_is_trained_by_torch_alone_is_the_run_itself() -> None:
 
 
 @pytest.mark.slow
-def test_on_digits_choices_by_information_have_more_right_labels_and_fewer_distractors() -> None:
-    instance = semi_supervised(distractors=1, unlabeled=20, max_steps=300)
+@pytest.mark.parametrize("guide", ["support", "cross"])
+def test_on_digits_choices_by_information_have_more_right_labels_and_fewer_distractors(guide: Any) -> None:
+    instance = semi_supervised(distractors=1, unlabeled=20, max_steps=300, guide=guide)
     solution = minimize(instance.problem, instance.x0, instance.y0, throw=False, **instance.settings)
     assert instance.metrics is not None
     found = instance.metrics(solution.x, solution.y)

@@ -178,7 +178,7 @@ class _Redrawn:
         points = self.tasks["support_x"].shape[1] + self.tasks["query_x"].shape[1]
         order = torch.rand(len(each), points, generator=draws, device="cpu").argsort(1)
         ends = {"support": (0, self.shots), "query": (self.shots, self.shots + self.queries)}
-        found = {}
+        found: Batch = {}
         for part in "xyz":
             whole = torch.cat([self.tasks[f"{side}_{part}"] for side in ends], 1)
             found |= {f"{side}_{part}": whole[each, order[:, slice(*ends[side])]] for side in ends}

@@ -54,8 +54,8 @@ class SemiSupervised:
     1 passes of its support and unlabelled sets for the choice, and the choice. Memory of T graphs.
 
     Source: Li, Kothawade, Chen, Iyer, "PLATINUM: semi-supervised model agnostic meta-learning using submodular mutual
-    information", ICML 2022. Its meta-training guides the inner choices by the query set ("cross") or by the support set
-    ("same"); here it is the support set, as its tests have it.
+    information", ICML 2022. Its meta-training guides the inner choices by the query set, whose labels are known there,
+    and the outer one by the support set ("cross"); its tests have the support set alone.
 
     Args:
         body: the network up to the features.
