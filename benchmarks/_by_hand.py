@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def _status(key: str) -> int:
 
 def memory(script: Path, pair: Pair, side: str, processes: int) -> float:
     """The median over child processes."""
-    command = [sys.executable, str(script), "--one", pair.name, "--side", side]
+    command = [sys.executable, str(script), "--one", pair.name, "--side", side, "--steps", str(pair.steps)]
     found = []
     for _ in range(processes):
         child = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -117,22 +117,26 @@ def main(script: str, description: str, pairs: Sequence[Pair]) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processes", type=int, default=3, help="in which memory is measured, a side")
     parser.add_argument("--only", default="", help="names of recipes, separated by commas; default: all")
+    parser.add_argument("--steps", type=int, help="of every recipe; default: its own")
     parser.add_argument("--out", type=Path, help="write JSON and Markdown there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    known = {pair.name: pair for pair in pairs}
+    known = {pair.name: replace(pair, steps=given.steps or pair.steps) for pair in pairs}
     if given.one:
         print(json.dumps(peak(known[given.one].side(given.side), known[given.one].steps)))
         return 0
     rows, good = [], True
-    for pair in pairs if not given.only else [known[name] for name in given.only.split(",")]:
+    for pair in known.values() if not given.only else [known[name.strip()] for name in given.only.split(",")]:
         found, within = compared(Path(script), pair, given.rounds, given.processes)
+        print(f"{found[-1].name}: {json.dumps(found[-1].numbers)}", file=sys.stderr, flush=True)  # a run takes minutes
         rows, good = [*rows, *found], good and within
     table = Table("Recipes against loops by hand", COLUMNS, rows, [f"The limit of both ratios is {LIMIT}."])
     name = Path(script).stem
-    command = f"python benchmarks/{name}.py --rounds {given.rounds}"
+    command = f"python benchmarks/{name}.py --rounds {given.rounds} --processes {given.processes}"
+    command += f" --only {given.only!r}" if given.only else ""
+    command += f" --steps {given.steps}" if given.steps else ""
     text = f"`{command}`\n\n{markdown(table)}"
     print(text)
     if given.out is not None:

@@ -385,14 +385,8 @@ def solved(instance: Instance) -> dict[str, float]:
     return dict(instance.metrics(solution.x, solution.y))
 
 
-_MISSED = {1: "accuracy falls by 0.032, and 0.03 is the gate", 2: "covariance 0.058, and 0.055 is the gate"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "seed",
-    [0, *(pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=why)) for k, why in _MISSED.items())],
-)
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gaussians_are_classified_as_fairly_as_is_asked_for_at_little_loss(seed: int) -> None:
     run = solved(fair_meta_learning(seed=seed))
     assert run["covariance_fair"] <= 1.1 * 0.05

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -375,10 +376,26 @@ def solved(instance: Instance) -> dict[str, float]:
     return dict(instance.metrics(solution.x, solution.y))
 
 
+@functools.cache
+def lines(share: float, seed: int) -> dict[str, float]:
+    return solved(outlier_sinusoids(share=share, seed=seed))
+
+
+def missed(share: float, seed: int, ratio: float) -> Any:
+    why = f"outliers keep {ratio} of the weight of sinusoids, and 0.15 is the gate"
+    return pytest.param(share, seed, marks=pytest.mark.xfail(strict=True, reason=why))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "seed"), [(0.3, 0), missed(0.3, 1, 0.23), missed(0.3, 2, 0.157), (0.6, 0)])
+def test_lines_among_sinusoids_lose_their_weight(share: float, seed: int) -> None:
+    assert lines(share, seed)["weight_out"] <= 0.15 * lines(share, seed)["weight_in"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("share", "seed"), [(0.3, 0), (0.3, 1), (0.3, 2), (0.6, 0)])
-def test_lines_among_sinusoids_lose_their_weight_and_the_error_falls(share: float, seed: int) -> None:
-    found = solved(outlier_sinusoids(share=share, seed=seed))
+def test_with_lines_among_sinusoids_the_error_is_far_below_that_of_maml(share: float, seed: int) -> None:
+    found = lines(share, seed)
     assert found["weight_out"] <= 0.25 * found["weight_in"]
     assert found["test_loss_nested"] <= 0.7 * found["test_loss_maml"]
 

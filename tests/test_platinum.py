@@ -322,6 +322,37 @@ def test_the_weight_of_the_outer_loss_is_the_tasks_own_or_that_of_the_learner() 
     assert torch.equal(drawn(3)["unlabeled_x"], drawn(3)["unlabeled_x"]) and ramp(0.0) == math.exp(-5)
 
 
+def test_crossed_choices_are_those_of_the_query_set_in_steps_and_of_the_support_set_in_f() -> None:
+    crossed, plain, data = learner(guide="cross"), learner(), tasks()
+    turned = {name: data[name.replace("support", "query")] if "support" in name else data[name] for name in data}
+    assert torch.equal(crossed.adapted(crossed.x0, data, 0)["chosen"], plain.adapted(plain.x0, turned, 0)["chosen"])
+    assert not torch.equal(crossed.adapted(crossed.x0, data, 0)["chosen"], plain.adapted(plain.x0, data, 0)["chosen"])
+    last = crossed.adapted(crossed.x0, data)
+    for k in range(3):
+        task = {name: part[k] for name, part in data.items()}
+        params = {part: {n: leaf[k] for n, leaf in own.items()} for part, own in last["params"].items()}
+        before = [crossed.adapted(crossed.x0, data, step)["chosen"][k].amax(0) for step in range(3)]
+        free = 1 - torch.stack(before).amax(0)
+        outer = plain._choice(params, task, 3, free)  # of the support set, from what no step had
+        assert torch.equal(last["chosen"][k], outer)
+    found, held = estimate(crossed, crossed.x0, data), crossed.frozen(crossed.x0, data)
+    torch.testing.assert_close(found.grad, estimate(crossed, crossed.x0, held).grad)
+
+
+def test_where_nothing_is_chosen_the_network_does_not_look_at_unlabelled_samples() -> None:
+    own, data, looked = learner("none"), tasks(), []
+    original = SemiSupervised.logits
+
+    def spied(self: SemiSupervised, params: Any, inputs: Tensor) -> Tensor:
+        looked.append(len(inputs))
+        return original(self, params, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SemiSupervised, "logits", spied)
+        estimate(own, own.x0, data)
+    assert set(looked) == {4, 6} and data["unlabeled_x"].shape[1] == 15  # support and query sets
+
+
 def test_first_order_holds_the_gradients_of_the_steps() -> None:
     own, data = learner(first_order=True), tasks()
     found = estimate(own, own.x0, data)
@@ -403,7 +434,7 @@ def test_a_run_repeats_itself_goes_on_to_the_bit_and_says_what_it_found(tmp_path
 
 
 def test_a_baseline_that_is_trained_by_torch_alone_is_the_run_itself() -> None:
-    instance = small(max_steps=3)
+    instance = small(max_steps=3, guide="support")  # crossed choices here are so near a tie that rounding decides
     found = minimize(instance.problem, instance.x0, instance.y0, throw=False, **instance.settings)
     shown: Any = instance.metrics.__self__  # type: ignore[union-attr]
     torch.testing.assert_close(ravel(shown._trained(shown.own))[0], ravel(found.x)[0], rtol=1e-4, atol=1e-6)
@@ -413,13 +444,15 @@ def test_a_baseline_that_is_trained_by_torch_alone_is_the_run_itself() -> None:
 
 
 @pytest.mark.slow
-def test_on_digits_choices_by_information_have_more_right_labels_and_fewer_distractors() -> None:
-    instance = semi_supervised(distractors=1, unlabeled=20, max_steps=300)
+@pytest.mark.parametrize("guide", ["support", "cross"])
+def test_on_digits_choices_by_information_have_more_right_labels_and_fewer_distractors(guide: Any) -> None:
+    instance = semi_supervised(distractors=1, unlabeled=20, max_steps=300, guide=guide)
     solution = minimize(instance.problem, instance.x0, instance.y0, throw=False, **instance.settings)
     assert instance.metrics is not None
     found = instance.metrics(solution.x, solution.y)
+    assert found["precision"] >= found["precision_pseudo_labels"]
     assert (
-        found["precision"] >= found["precision_pseudo_labels"] and found["precision"] >= 1.3 * found["precision_random"]
-    )
+        found["precision"] >= 2 / 4 and found["precision"] >= 1.3 * found["precision_random"]
+    )  # a label at random: 1/4
     assert found["distractors"] <= 0.75 * found["distractors_random"]
     assert found["gain_random"] - found["gain_random_within"] > 0

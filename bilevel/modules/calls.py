@@ -105,7 +105,10 @@ class Calls:
         if found.mutable:
             self._mutable |= dict.fromkeys(found.mutable)
             self._idle = []
-        slots = self._new()
+        try:  # a copy costs as much as a call of a small module: one that was made already serves
+            slots = self._idle.pop()
+        except IndexError:
+            slots = self._new()
         demand_repeatable((slots, slots), self._run, call)
         self._idle.append(slots)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bilevel._instance import Instance
 from bilevel._tree import Tree, ravel
 from bilevel.arguments.checked import checked
-from bilevel.arguments.ranges import BELOW_1, COUNT, POSITIVE, SEED, SHARE, SIZE
+from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, COUNT, POSITIVE, SEED, SHARE, SIZE
 from bilevel.hypergrad.itd import ITD
 from bilevel.modules.functional import functional
 from bilevel.problems._plots import COLORS
@@ -35,6 +35,7 @@ _RULES = {"entropy": predictive_entropy, "bald": bald}
 @checked(
     flip=SHARE,
     least=COUNT,
+    noise=AT_LEAST_0,
     dropout=BELOW_1,
     step=POSITIVE,
     filters=SIZE,
@@ -53,6 +54,7 @@ def active_cells(
     permute: bool = True,
     rotate: bool = True,
     least: int = 2,
+    noise: float = 0.8,
     dropout: float = 0.2,
     step: float = 0.4,
     filters: int = 16,
@@ -81,6 +83,7 @@ def active_cells(
         permute: whether its channels are permuted.
         rotate: whether its images are turned.
         least: support samples in training, at least, of a random number; 0: always all.
+        noise: of every pixel, a standard deviation; cells are 1 high.
         dropout: of features, in training and for asking.
         step: of the adaptation.
         filters: of each convolution.
@@ -99,7 +102,7 @@ def active_cells(
         >>> active_cells(filters=4).x0["head"]["bias"].shape
         torch.Size([2])
     """
-    cells = MarkerCells(_LEARNED, shots=shots, queries=queries)
+    cells = MarkerCells(_LEARNED, shots=shots, queries=queries, noise=noise)
     source = Augmented(cells, flip, permute, rotate, least)
 
     def body() -> nn.Module:
@@ -117,7 +120,8 @@ def active_cells(
     nets = functional(made(body, seed)), functional(made(lambda: nn.Linear(width, 2), seed))
     own = MaskedDropout(*nets, width, dropout, step)
     draw = Prepared(own, source, batch, seed)
-    shown = _Shown(own, rule, MarkerCells(_LEARNED, shots=10, queries=queries), (batch, plain_steps, seed), rate)
+    plain = MarkerCells(_LEARNED, shots=10, queries=queries, noise=noise)
+    shown = _Shown(own, rule, plain, (batch, plain_steps, seed), rate)
     return Instance(
         problem=own.problem,
         x0=own.x0,
@@ -168,7 +172,8 @@ class _Shown:
 
     @functools.cached_property
     def tasks(self) -> Batch:
-        return MarkerCells(_REAL, shots=_POOL, queries=_JUDGED).sample(_TASKS, self.run[2] + 2**20)
+        noise = self.plain.noise
+        return MarkerCells(_REAL, shots=_POOL, queries=_JUDGED, noise=noise).sample(_TASKS, self.run[2] + 2**20)
 
     @functools.cached_property
     def baseline(self) -> Tree:

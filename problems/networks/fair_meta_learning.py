@@ -33,7 +33,7 @@ from bilevel.solvers.own_steps import OwnSteps
 from bilevel.tasks.source import Batch, batches
 
 _RATE = 1e-3  # of Adam on the start, of a run and of the baseline
-_TRAIN, _TEST, _QUERIES = 90, 30, 400  # synthetic tasks, and points that each of the test is judged on
+_TRAIN, _TEST, _QUERIES = 90, 30, 400  # synthetic tasks, and points of each beside those of one support set
 _MEASURES: tuple[Measure, ...] = ("covariance", "difference")
 _LEAST, _EACH = 20, 4  # rows of a task of a table, and of either group in it
 
@@ -72,7 +72,8 @@ def fair_meta_learning(
     """A start, and a multiplier, from which a few steps give a classifier that is fair to a group of people (PDFM).
 
     A network of 40 and 40 hidden units; see :class:`FairAdaptation`. Without `data` tasks are pairs of Gaussians in the
-    plane, 90 to learn from and 30 to test on (:class:`GaussianGroups`). `data` is a file of communities and crime,
+    plane, 90 to learn from and 30 to test on (:class:`GaussianGroups`), each of `shots` and 400 points, of which a step
+    draws those that it adapts to and is judged on, as from a table. `data` is a file of communities and crime,
     whose tasks are states, of Adult, whose tasks are occupations, or of your own (:func:`read_groups`): tasks with at
     least 20 rows and 4 of either group, of which 70 % are learned from and the others tested on, as `split` draws them.
 
@@ -108,11 +109,11 @@ def fair_meta_learning(
         tensor(1.)
     """
     if data is None:
-        source, tests = (
-            _Fixed(GaussianGroups(shots=shots, queries=queries).sample(_TRAIN, seed)),
-            GaussianGroups(shots=shots, queries=_QUERIES).sample(_TEST, seed + 2**20),
+        groups = GaussianGroups(shots=shots, queries=max(queries, _QUERIES))
+        tests = groups.sample(_TEST, seed + 2**20)
+        draw: Callable[[int], Batch] = functools.partial(
+            _Redrawn(groups.sample(_TRAIN, seed), shots, queries).batch, batch, seed
         )
-        draw: Callable[[int], Batch] = source.batches(batch, seed)
         inputs = 2
     else:
         with of_argument("fair_meta_learning", "data"):
@@ -167,17 +168,24 @@ def _parts(rows: Mapping[str, Tensor], split: int) -> tuple[dict[str, Any], tupl
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Fixed:
-    """Given tasks, some of them at a time."""
+class _Redrawn:
+    """Some of the given tasks at a time, each with other ones of its points to adapt to and to be judged on."""
 
     tasks: Batch
+    shots: int
+    queries: int
 
-    def batches(self, size: int, seed: int) -> Callable[[int], Batch]:
-        return functools.partial(self._batch, size, seed)
-
-    def _batch(self, size: int, seed: int, step: int) -> Batch:
-        order = torch.randperm(len(self.tasks["support_x"]), generator=generator(seed, step), device="cpu")[:size]
-        return {name: part[order] for name, part in self.tasks.items()}
+    def batch(self, size: int, seed: int, step: int) -> Batch:
+        draws = generator(seed, step)
+        each = torch.randperm(len(self.tasks["support_x"]), generator=draws, device="cpu")[:size].unsqueeze(1)
+        points = self.tasks["support_x"].shape[1] + self.tasks["query_x"].shape[1]
+        order = torch.rand(len(each), points, generator=draws, device="cpu").argsort(1)
+        ends = {"support": (0, self.shots), "query": (self.shots, self.shots + self.queries)}
+        found: Batch = {}
+        for part in "xyz":
+            whole = torch.cat([self.tasks[f"{side}_{part}"] for side in ends], 1)
+            found |= {f"{side}_{part}": whole[each, order[:, slice(*ends[side])]] for side in ends}
+        return found
 
 
 @final

@@ -22,7 +22,7 @@ from bilevel.problems._plots import COLORS, draw_bars
 from bilevel.problems.networks._modules import made
 from bilevel.problems.networks.adapted import adapted
 from bilevel.problems.networks.selection import AbstractSelection, AtRandom, Confident, Informative, Nothing
-from bilevel.problems.networks.semi_supervised import SemiSupervised, ramp
+from bilevel.problems.networks.semi_supervised import Guide, SemiSupervised, ramp
 from bilevel.problems.networks.submodular import FacilityQueries, FacilitySamples, GraphCut, LogDeterminant
 from bilevel.problems.networks.unlabelled_episodes import UnlabelledEpisodes
 from bilevel.solvers.adam import Adam
@@ -81,6 +81,7 @@ def semi_supervised(
     outer_picks: int = 5,
     ramp_steps: int = 100,
     first_order: bool = False,
+    guide: Guide = "cross",
     rate: float = 1e-3,
     batch: int = 4,
     max_steps: int = 500,
@@ -116,6 +117,7 @@ def semi_supervised(
         outer_picks: samples for each class in f.
         ramp_steps: in which their weight in f rises to 1.
         first_order: without second derivatives.
+        guide: of the choices in training: "cross", the query set, as published; or "support". In tests it is "support".
         rate: the step length of Adam.
         batch: tasks of a step.
         max_steps: of a run.
@@ -153,6 +155,7 @@ def semi_supervised(
         picks,
         outer_picks,
         first_order=first_order,
+        guide=guide,
     )
     draw = Ramped(source, batch, seed, ramp_steps)
     shown = _Shown(own, selection, draw, tests, (max_steps, test_steps, seed), rate)
@@ -255,7 +258,7 @@ class _Shown:
         made: dict[str, list[Tensor]] = {"accuracy": [], "precision": [], "distractors": []}
         steps = self.run[1]
         longer = replace(
-            own, steps=steps + 1, weight=lambda k, count: ramp(k / (count - 1))
+            own, guide="support", steps=steps + 1, weight=lambda k, count: ramp(k / (count - 1))
         )  # one more choice, no more steps
         for k in range(_TEST // _AT_ONCE):
             tasks = self.tests.sample(_AT_ONCE, 2**21 + k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from bilevel.arguments.ranges import AT_LEAST_0, COUNT, POSITIVE, demand_ranges
 from bilevel.inner_problems.iteration import Iteration
 from bilevel.modules.functional import Functional
 from bilevel.problems.networks.adapted import adapted
-from bilevel.problems.networks.selection import AbstractSelection, Informative, Seen
+from bilevel.problems.networks.selection import AbstractSelection, Informative, Nothing, Seen
+
+Guide: TypeAlias = Literal["support", "cross"]
 
 
 @checked()
@@ -52,8 +54,8 @@ class SemiSupervised:
     1 passes of its support and unlabelled sets for the choice, and the choice. Memory of T graphs.
 
     Source: Li, Kothawade, Chen, Iyer, "PLATINUM: semi-supervised model agnostic meta-learning using submodular mutual
-    information", ICML 2022. Its meta-training guides the inner choices by the query set ("cross") or by the support set
-    ("same"); here it is the support set, as its tests have it.
+    information", ICML 2022. Its meta-training guides the inner choices by the query set, whose labels are known there,
+    and the outer one by the support set ("cross"); its tests have the support set alone.
 
     Args:
         body: the network up to the features.
@@ -66,6 +68,7 @@ class SemiSupervised:
         weight: k -> c_k, with (k, T); None: `ramp(k / T)`.
         outer_weight: a, where tasks have none of their own.
         first_order: hold gradients of the steps constant.
+        guide: of the choices in steps: "support"; or "cross", the query set, in training only. f has "support".
 
     Raises:
         ValueError: if a number is out of range.
@@ -81,6 +84,7 @@ class SemiSupervised:
     weight: Callable[[int, int], float] | None = None
     outer_weight: float = 1.0
     first_order: bool = False
+    guide: Guide = "support"
 
     def __post_init__(self) -> None:
         demand_types(self)
@@ -127,6 +131,8 @@ class SemiSupervised:
     def unlabelled(self, params: Tree, chosen: Tensor, task: Any) -> Tensor:
         """The mean cross-entropy of chosen samples under the labels they are chosen for; 0 where there are none."""
         chosen = chosen.detach()
+        if isinstance(self.selection, Nothing) and "selection" not in task:
+            return chosen.sum() * 0
         log = self.logits(params, task["unlabeled_x"]).log_softmax(-1)
         return -(chosen.mT * log).sum() / chosen.sum().clamp_min(1)
 
@@ -155,14 +161,19 @@ class SemiSupervised:
         held: Tensor | None = task.get("selection")
         if held is not None:
             return held[min(k, len(held) - 1)].to(free)
+        if isinstance(self.selection, Nothing):  # the number of classes is all that is asked
+            with torch.no_grad():
+                classes = self.logits(params, task["support_x"]).shape[-1]
+            return torch.zeros_like(free).expand(classes, -1).clone()
         count = self.outer_picks if k >= self.steps else self.picks
         with torch.no_grad():
             params = tree_map(lambda leaf: leaf.detach(), params)
-            parts = [self.body(params["body"], task[f"{side}_x"]).flatten(1) for side in ("unlabeled", "support")]
-            own, support = (self.head(params["head"], part) for part in parts)
+            guide = "query" if self.guide == "cross" and k < self.steps else "support"
+            parts = [self.body(params["body"], task[f"{side}_x"]).flatten(1) for side in ("unlabeled", guide)]
+            own, labelled = (self.head(params["head"], part) for part in parts)
             noise = task.get("unlabeled_noise")
             noise = torch.zeros_like(free) if noise is None else noise[min(k, len(noise) - 1)]
-            seen = Seen(own, parts[0], task["support_y"], support, parts[1], free, noise)
+            seen = Seen(own, parts[0], task[f"{guide}_y"], labelled, parts[1], free, noise)
             return self.selection.choose(seen, count).detach()
 
     @checked()
