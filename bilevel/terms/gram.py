@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -9,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.batched import is_batched
 from bilevel.arguments.fits import demand_types
 
 
@@ -49,6 +51,21 @@ class Gram:
         """Whether `solve` has a closed form."""
         return self.known and sum(part is not None for part in (self.fourier, self.diagonal, self.dense)) <= 1
 
+    @property
+    def singular(self) -> bool:
+        """Whether the closed form is found not to be positive definite; not looked at under `torch.vmap`."""
+        parts = [part for part in (self.scalar, self.fourier, self.diagonal, self.dense) if isinstance(part, Tensor)]
+        if not self.closed or any(is_batched(part) for part in parts):
+            return False
+        if self.dense is not None:
+            eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
+            return bool(torch.linalg.cholesky_ex(self.dense.detach() + self.scalar * eye)[1])
+        diagonal = self.diagonal if self.fourier is None else self.fourier
+        on = self.scalar if diagonal is None else diagonal.detach() + self.scalar
+        if not isinstance(on, Tensor):
+            return on <= 0
+        return bool(on.min() <= 4 * torch.finfo(on.dtype).eps * on.max())
+
     def __add__(self, other: Gram) -> Gram:
         if not (self.known and other.known):
             return Gram(known=False)
@@ -79,8 +96,7 @@ class Gram:
             return found
         if self.dense is not None:
             eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
-            factor = torch.linalg.cholesky(self.dense + self.scalar * eye)
-            return torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
+            return torch.cholesky_solve(r.unsqueeze(-1), _factor(self.dense + self.scalar * eye)).squeeze(-1)
         return r / (self.scalar if self.diagonal is None else self.diagonal + self.scalar)
 
     def prepared(self) -> Callable[[Tensor], Tensor]:
@@ -88,7 +104,7 @@ class Gram:
         if self.dense is None:
             return self.solve
         eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.dense + self.scalar * eye))
+        inverse = torch.cholesky_inverse(_factor(self.dense + self.scalar * eye))
         return lambda r: r @ inverse
 
     def largest(self) -> Tensor | float:
@@ -101,6 +117,12 @@ class Gram:
         if self.dense is not None:
             top = top + torch.linalg.matrix_norm(self.dense, 2)
         return top
+
+
+def _factor(M: Tensor) -> Tensor:
+    """The Cholesky factor, NaN where there is none: a run then says that it met NaN, as a division by zero does."""
+    L, info = torch.linalg.cholesky_ex(M)
+    return torch.where(info == 0, L, math.nan)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
