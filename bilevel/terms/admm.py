@@ -192,16 +192,18 @@ class _Splitting:
                 total = total + rho * K.adjoint(K.forward(y))
             return total
 
-        return system(self._own + rho * self._blocks, product, self.parts.axes, *self._cg)
+        return system(self._own.plus(rho, self._blocks), product, self.parts.axes, *self._cg)
 
     def image(self, y: Tensor, targets: list[Tensor], k: int) -> Tensor:
         """argmin q(y) + rho/2 sum |K_j y - c_j - target_j|^2."""
         rho = at_step(self.rho, k)
-        pulled: Tensor | float = 0.0
+        pulled: Tensor | None = None
         for term, target in zip(self.parts.blocks, targets, strict=True):
             c = term.expression.offset
-            pulled = pulled + term.expression.map.adjoint(target if c is None else target + c)
-        right = torch.as_tensor(self._right + rho * pulled, dtype=y.dtype, device=y.device)
+            own = term.expression.map.adjoint(target if c is None else target + c)
+            pulled = own if pulled is None else pulled + own
+        right = self._right if pulled is None else self._right + rho * pulled
+        right = torch.as_tensor(right, dtype=y.dtype, device=y.device)
         solve = self._system(rho) if self._kept is None else self._kept
         return solve(right.expand_as(y), y)
 
@@ -211,7 +213,7 @@ class _Splitting:
         Raises:
             ValueError: if it does not fit, or the system of the image has no unique solution.
         """
-        if self._kept is not None and (self._own + self.rho * self._blocks).singular:
+        if self._kept is not None and self._own.plus(self.rho, self._blocks).singular:
             raise ValueError(
                 "the squares and the maps of the other terms must determine y: sum w A'A + rho sum K'K has to be"
                 " positive definite. Got a system that is singular. Add a term of y itself, such as `box(y)` or"

@@ -67,31 +67,37 @@ class Gram:
         return bool(on.min() <= 4 * torch.finfo(on.dtype).eps * on.max())
 
     def __add__(self, other: Gram) -> Gram:
+        return self.plus(1.0, other)
+
+    def plus(self, factor: float | Tensor, other: Gram) -> Gram:
+        """This and a multiple of another.
+
+        Args:
+            factor: of the other.
+            other: what is added.
+        """
         if not (self.known and other.known):
             return Gram(known=False)
         both = self.fourier is not None and other.fourier is not None
         if both and self.axes != other.axes:
             return Gram(known=False)
         return Gram(
-            self.scalar + other.scalar,
-            _sum(self.fourier, other.fourier),
+            self.scalar + factor * other.scalar if _counts(other.scalar) else self.scalar,
+            _sum(self.fourier, factor, other.fourier),
             max(self.axes, other.axes),
-            _sum(self.diagonal, other.diagonal),
-            _sum(self.dense, other.dense),
+            _sum(self.diagonal, factor, other.diagonal),
+            _sum(self.dense, factor, other.dense),
         )
 
     def __rmul__(self, factor: float | Tensor) -> Gram:
-        if not self.known:
-            return self
-        parts = (None if part is None else factor * part for part in (self.fourier, self.diagonal, self.dense))
-        fourier, diagonal, dense = parts
-        return Gram(factor * self.scalar, fourier, self.axes, diagonal, dense)
+        return Gram().plus(factor, self)
 
     def solve(self, r: Tensor) -> Tensor:
         """(A'A)^-1 r, where that is closed: two transforms, a division, or a factorization."""
         if self.fourier is not None:
             axes = tuple(range(-self.axes, 0))
-            below = self.fourier.to(r) + self.scalar
+            below = self.fourier.to(r)
+            below = below + self.scalar if _counts(self.scalar) else below
             found: Tensor = torch.fft.irfftn(torch.fft.rfftn(r, dim=axes) / below, s=r.shape[-self.axes :], dim=axes)
             return found
         if self.dense is not None:
@@ -119,13 +125,19 @@ class Gram:
         return top
 
 
+def _counts(scalar: float | Tensor) -> bool:
+    """Whether it is more than a zero that needs no operation of torch."""
+    return isinstance(scalar, Tensor) or scalar != 0
+
+
 def _factor(M: Tensor) -> Tensor:
     """The Cholesky factor, NaN where there is none: a run then says that it met NaN, as a division by zero does."""
     L, info = torch.linalg.cholesky_ex(M)
     return torch.where(info == 0, L, math.nan)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _sum(a: Tensor | None, factor: float | Tensor, b: Tensor | None) -> Tensor | None:
+    if b is None:
+        return a
+    b = b if isinstance(factor, float) and factor == 1 else factor * b
+    return b if a is None else a + b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -84,14 +85,14 @@ class Parts:
                     dtype = torch.promote_types(dtype, part.dtype)
             if isinstance(term.weight, Tensor):
                 batches.append(tuple(term.weight.shape))
-        try:
-            batch = torch.broadcast_shapes(*batches)
-        except RuntimeError as error:
-            raise ValueError(
-                "the axes of batches in front of `y0`, of what was measured and of weights must go together. Got"
-                f" {sorted(set(batches))}."
-            ) from error
-        return y0.to(dtype).expand(*batch, *shape)
+        found = [max(sizes) for sizes in itertools.zip_longest(*map(reversed, batches), fillvalue=1)][::-1]
+        for batch in batches:
+            if any(n not in (1, m) for n, m in zip(reversed(batch), reversed(found), strict=False)):
+                raise ValueError(
+                    "the axes of batches in front of `y0`, of what was measured and of weights must go together. Got"
+                    f" {sorted(set(batches))}."
+                )
+        return y0.to(dtype).expand(*found, *shape)
 
     def weight(self, term: Term) -> Any:
         """Of a term, for arrays like y."""

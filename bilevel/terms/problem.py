@@ -58,7 +58,7 @@ def proximal_problem(
     """
     made = _Inner(f, scheme)
     if steps is None:
-        return BilevelProblem(made.f, fixed_point=made.image, tasks=tasks)
+        return BilevelProblem(made.f, fixed_point=_Map(made), tasks=tasks)
     return BilevelProblem(made.f, inner=Iteration(made.step, steps), tasks=tasks)
 
 
@@ -71,13 +71,10 @@ class _Inner(AbstractPortable):
     def f(self, x: Tree, y: Any, *data: Any) -> Tensor:
         return self.outer(x, _state(y)["y"], *data)
 
-    def image(self, x: Tree, y: State, *data: Any) -> State:
-        return self._made(x, *data).step(_state(y), 0)
-
     def step(self, x: Tree, y: State, k: int, *data: Any) -> State:
-        return self._made(x, *data).step(_state(y), k)
+        return self.made(x, *data).step(_state(y), k)
 
-    def _made(self, x: Tree, *data: Any) -> Scheme:
+    def made(self, x: Tree, *data: Any) -> Scheme:
         found = self.scheme(x, *data)
         if not isinstance(found, Scheme):
             raise TypeError(
@@ -85,6 +82,22 @@ class _Inner(AbstractPortable):
                 f" {type(found).__name__}."
             )
         return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Map(AbstractPortable):
+    """T."""
+
+    inner: _Inner
+
+    def __call__(self, x: Tree, y: State, *data: Any) -> State:
+        return self.at(x, *data)(y)
+
+    def at(self, x: Tree, *data: Any) -> Callable[[State], State]:
+        """y -> T(x, y): a scheme is made once for all steps of a solver."""
+        scheme = self.inner.made(x, *data)
+        return lambda y: scheme.step(_state(y), 0)
 
 
 def _state(y: Any) -> State:
