@@ -2,9 +2,9 @@
 
     python benchmarks/terms_by_hand.py
 
-CPU time on one thread, both sides in turn in each round, medians of the rounds and of their ratios. The loop by hand keeps the
-Fourier transforms of what does not change outside of its loop, and has no class and no check. The same numbers come out of both:
-the program compares them.
+CPU time on one thread, both sides in turn in each round, medians of the rounds and of their ratios. The loop by hand
+keeps the Fourier transforms of what does not change outside of its loop, and has no class and no check. The same
+numbers come out of both: the program compares them.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def implicit(kernel: Tensor, b: Tensor, steps: int = 60) -> tuple[Callable[[], T
     def scheme(x: Tensor) -> Scheme:
         return ADMM(0.1).on(objective(kernel, b, x.exp()))  # type: ignore[arg-type]
 
-    def f(x: Tensor, y: Tensor) -> Tensor:
+    def f(_: Tensor, y: Tensor) -> Tensor:
         return y.square().mean()
 
     made = ByHand(kernel, b)

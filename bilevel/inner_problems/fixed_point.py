@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -119,11 +119,11 @@ class FixedPoint(AbstractInnerProblem):
         plain = problem.tasks is None and problem.across is None and problem.problem.encode is None
         if not hasattr(self.map, "at") or not plain or x.shape != (problem.x.size,) or x.requires_grad:
             return lambda y: self.image(problem, x, y)
-        structure, at = problem.y, problem.map(lambda x, *data: self.map.at(x, *data), "g", x)  # type: ignore
+        structure, prepared = problem.y, cast("Callable[..., Any]", getattr(self.map, "at"))  # noqa: B009
+        at = cast("Callable[..., Tree]", problem.map(prepared, "g", x))
 
         def image(y: Tensor) -> Tensor:
-            found = called("fixed_point(x, y, data)", at, structure.unravel(y))
-            return structure.ravel(found, "fixed_point(x, y)")
+            return structure.ravel(called("fixed_point(x, y, data)", at, structure.unravel(y)), "fixed_point(x, y)")
 
         return image
 

@@ -240,7 +240,7 @@ class PDHG(AbstractAlgorithm):
 class _Lengths:
     """Bounds on squared norms, computed when they are first needed."""
 
-    def __init__(self, objective: SumOfTerms) -> None:
+    def __init__(self, objective: SumOfTerms | Term) -> None:
         self._parts, self._known = Parts.of(objective), dict[str, Any]()
 
     def curvature(self, y: Tensor) -> Any:
