@@ -19,7 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "compressed-sensing-mri": {"side": 16, "train": 2, "test": 3, "pictures": "synthetic"},
     "deraining": {"side": 16, "train": 2, "test": 3, "steps": 8, "pictures": "synthetic"},
     "joint-optics": {"side": 16, "train": 3, "test": 4, "pictures": "synthetic"},
-    "learned-prior": {"side": 16, "train": 3, "test": 3, "filters": 3, "size": 3, "pictures": "synthetic"},
+    "learned-prior": {"side": 16, "train": 3, "test": 3, "batch": 3, "filters": 3, "size": 3, "pictures": "synthetic"},
 }
 
 

@@ -81,12 +81,15 @@ class Gram:
         both = self.fourier is not None and other.fourier is not None
         if both and self.axes != other.axes:
             return Gram(known=False)
+        diagonal, dense = _sum(self.diagonal, factor, other.diagonal), _sum(self.dense, factor, other.dense)
+        if diagonal is not None and dense is not None and diagonal.dim() == 1:
+            diagonal, dense = None, dense + torch.diag(diagonal)
         return Gram(
             self.scalar + factor * other.scalar if _counts(other.scalar) else self.scalar,
             _sum(self.fourier, factor, other.fourier),
             max(self.axes, other.axes),
-            _sum(self.diagonal, factor, other.diagonal),
-            _sum(self.dense, factor, other.dense),
+            diagonal,
+            dense,
         )
 
     def __rmul__(self, factor: float | Tensor) -> Gram:
