@@ -305,6 +305,44 @@ def test_the_learner_of_sampled_gradients_is_unbiased(episodes: int) -> None:
     assert abs(value + float(value_then.detach())) < 1e-12
 
 
+def test_the_learner_of_sampled_gradients_is_unbiased_over_two_steps() -> None:
+    """(II) with N = 2: D_2 is drawn from y_1(x, D_1), and its score moves with x through y_1 too."""
+    learner = bandit("sampled", 1, inner_steps=2)
+    x = learner.x0
+
+    def moved(weight: Tensor, arm: int) -> Tensor:
+        own = weight.squeeze(1).log_softmax(0)[arm] * MEANS[arm]
+        return weight + STEP * torch.autograd.grad(own, weight, create_graph=True)[0]
+
+    def exact(weight: Tensor) -> Tensor:
+        total = torch.zeros(()).double()
+        for first, second in itertools.product(range(2), repeat=2):
+            y = moved(weight, first)
+            chance = weight.squeeze(1).softmax(0)[first] * y.squeeze(1).softmax(0)[second]
+            total = total + chance * returned(moved(y, second))
+        return total
+
+    leaf = x["weight"].clone().requires_grad_()
+    (true,) = torch.autograd.grad(exact(leaf), leaf)
+    found, edge = torch.zeros_like(true), float(first_arm(x))
+    for number, size in cells(edge):
+        y = moved(leaf, int(torch.special.ndtr(torch.tensor(number).double()) > edge)).detach().requires_grad_()
+        inner_edge = float(first_arm({"weight": y.detach()}))
+        for second, inner_size in cells(inner_edge):
+            end = moved(y, int(torch.special.ndtr(torch.tensor(second).double()) > inner_edge)).detach()
+            for outer, outer_size in cells(edge, float(first_arm({"weight": end}))):
+                batch = {
+                    "means": MEANS.unsqueeze(0),
+                    "inner_start": torch.zeros(1, 2, 1, 0).double(),
+                    "inner_noise": torch.tensor([[number, 0.0], [second, 0.0]]).double().reshape(1, 2, 1, 1, 2),
+                    "outer_start": torch.zeros(1, 1, 0).double(),
+                    "outer_noise": torch.tensor([outer, 0.0]).double().reshape(1, 1, 1, 2),
+                }
+                one = hypergradient(learner.problem, x, learner.y0, estimator=learner.estimator, data=batch)
+                found = found + size * inner_size * outer_size * one.grad["weight"]
+    assert (found + true).abs().max() < 1e-10
+
+
 def test_the_bias_of_expected_returns_from_sampled_gradients_falls_like_one_over_the_episodes() -> None:
     x = ARMS.params["weight"].clone().requires_grad_()
     (true,) = torch.autograd.grad(returned(x + STEP * torch.autograd.grad(returned(x), x, create_graph=True)[0]), x)
