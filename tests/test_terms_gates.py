@@ -414,3 +414,25 @@ def test_a_matrix_beside_a_mask_has_a_closed_form() -> None:
     assert gram.closed
     wanted = torch.linalg.solve(A.mT @ A + 2 * torch.diag(d.square()), r.mT).mT
     torch.testing.assert_close(gram.solve(r), wanted)
+
+
+@pytest.mark.parametrize("segment", [0, 2])
+def test_a_scheme_that_has_run_without_a_graph_has_the_graph_of_its_making(segment: int) -> None:
+    """Also in segments, which are computed twice: nothing is kept from the first time that has no derivative."""
+    seen = STEPS + 0.1 * drawn(20, seed=2)
+
+    def value(k: Tensor, before: bool) -> Tensor:
+        blur = Convolution(k, (20,))
+        scheme = ADMM(k.sum()).on(0.5 * sum_squares(blur @ SMALL - seen) + 0.1 * norm1(Gradient((20,)) @ SMALL))
+        if before:
+            scheme.solve(seen, max_steps=3)
+        return scheme.run(seen, 4, segment=segment).square().sum()
+
+    found = []
+    for before in (False, True):
+        k = torch.tensor([0.25, 0.5, 0.25], dtype=F64).requires_grad_()
+        found.append(torch.autograd.grad(value(k, before), k)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+    k, d = torch.tensor([0.25, 0.5, 0.25], dtype=F64), torch.tensor([1.0, -0.5, 0.3], dtype=F64)
+    differences = (value(k + 1e-6 * d, False) - value(k - 1e-6 * d, False)) / 2e-6
+    assert float(found[0] @ d) == pytest.approx(float(differences), rel=1e-6)
