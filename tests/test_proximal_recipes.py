@@ -72,8 +72,11 @@ def test_batches_of_a_learned_prior_are_new_parts_and_functions_of_their_number(
 
 
 def test_held_out_images_for_choosing_and_for_testing_are_different_ones() -> None:
-    build = catalogue()["learned-prior"].build
-    chosen, test = (build(held_out=name, **SMALL["learned-prior"]).metrics.__self__ for name in ("validation", "test"))
+    metrics: list[Any] = [
+        catalogue()["learned-prior"].build(held_out=name, **SMALL["learned-prior"]).metrics
+        for name in ("validation", "test")
+    ]
+    chosen, test = (each.__self__ for each in metrics)
     assert torch.equal(chosen.truth, test.truth) and not torch.equal(chosen.test_truth, test.test_truth)
 
 

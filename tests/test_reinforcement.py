@@ -18,6 +18,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.inner_problems import Iteration
 from bilevel.reinforcement import (
     AbstractBaseline,
+    AbstractEnvironment,
     AbstractSurrogate,
     Advantages,
     BanditTasks,
@@ -555,3 +556,71 @@ def test_the_first_order_learner_leaves_out_the_hessian() -> None:
         total -= torch.autograd.grad(ScoreFunction().value(ARMS, {"weight": leaf}, after), leaf)[0] / 3
     assert (short.grad["weight"] - total).abs().max() < 1e-12
     assert (full.grad["weight"] - total).abs().max() > 1e-3
+
+
+# What does not fit
+
+
+def learner_of(policy: Any, environment: Any, **settings: Any) -> Learner:
+    return maml_policy(policy, environment, step=0.1, episodes=3, **settings)
+
+
+def gaussian(outputs: int, actions: int) -> GaussianPolicy:
+    return GaussianPolicy(nn.Linear(2, outputs).double(), actions)
+
+
+class Coded(AbstractEnvironment):
+    """A bandit whose task is the number of its good arm."""
+
+    horizon, start_noise, step_noise = 1, 0, 1
+    shape: tuple[int, ...] = ()
+
+    def start(self, task: Any, noise: Tensor) -> Tensor:
+        return noise.new_ones(*noise.shape[:-1], 1)
+
+    def step(self, task: Any, state: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reward = ((action == task["good"]).to(noise.dtype) + 0.1 * noise[..., 0]).reshape(-1, *self.shape)
+        return state, reward, torch.zeros_like(reward)
+
+
+class Columns(Coded):
+    shape = (1,)
+
+
+def test_noise_is_of_the_policys_numbers_whatever_those_of_a_task() -> None:
+    learner = learner_of(softmax_policy(1, 3), Coded())
+    assert learner.prepare is not None
+    data = learner.prepare({"good": torch.tensor([0, 2])}, 0)
+    assert data["inner_noise"].dtype == torch.float64 and data["inner_noise"].unique().numel() > 8
+    found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=data)
+    assert found.status.ok and float(found.grad["weight"].abs().max()) > 0
+
+
+GOALS, MISFITS = (
+    {"goal": torch.zeros(2, 2).double()},
+    {
+        "one mean for two actions": (gaussian(1, 2), Navigation(3), "means of 2 numbers"),
+        "one action in the plane": (gaussian(1, 1), Navigation(3), "a vector of 2 numbers"),
+        "integers in the plane": (softmax_policy(2, 2), Navigation(3), "a vector of 2 numbers"),
+        "a mass of three dimensions": (gaussian(2, 2), PointMass(dimensions=3, horizon=3), "'goal' of 3 numbers"),
+        "a bandit without means": (softmax_policy(1, 2), GaussianBandit(2), "'means' of 2 numbers"),
+        "a table without a start": (softmax_policy(2, 2), Tabular(2), "'start'"),
+        "rewards in a column": (softmax_policy(1, 2), Columns(), r"must return rewards `\(\*b,\)`"),
+    },
+)
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_policies_and_tasks_of_other_environments_are_refused_and_not_broadcast(name: str) -> None:
+    policy, environment, words = MISFITS[name]
+    learner = learner_of(policy, environment)
+    assert learner.prepare is not None
+    tasks = {"good": torch.tensor([0, 1])} if isinstance(environment, Coded) else GOALS
+    data = learner.prepare(tasks, 0)
+    with pytest.raises(ValueError, match=words):
+        hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=data)
+
+
+def test_a_real_action_is_no_arm() -> None:
+    with pytest.raises(ValueError, match="one integer"):
+        GaussianBandit(2).step({"means": torch.zeros(2)}, torch.ones(3, 1), torch.zeros(3, 1), torch.zeros(3, 1))
