@@ -310,7 +310,9 @@ def test_constants_of_an_expression_are_of_its_shape() -> None:
         whole = 0.5 * sum_squares(K @ y - torch.ones(shape, dtype=F64)) + sum_squares(y)
         start = torch.zeros(2, 6, dtype=F64)
         torch.testing.assert_close(ADMM().on(one).solve(start).y, ADMM().on(whole).solve(start).y)
-    with pytest.raises(ValueError, match=r"`expression - c\(c=...\)` must be of the shape of the expression, \(2, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"`expression - c\(c=...\)` must be a dense tensor of the shape of the expression, \(2, 6\)"
+    ):
         _ = y - torch.zeros(5)
     with pytest.raises(ValueError, match=r"`inner\(c=...\)`"):
         inner(torch.zeros(5), y)

@@ -116,11 +116,10 @@ class Term(AbstractPortable):
 
     def __post_init__(self) -> None:
         demand_types(self)
-        negative = isinstance(self.weight, Tensor) and not is_batched(self.weight) and bool((self.weight < 0).any())
-        if negative or (not isinstance(self.weight, Tensor) and self.weight < 0):
-            raise ValueError(
-                f"`w * term(w=...)` must be at least 0. Got {float(torch.as_tensor(self.weight).min()):g}."
-            )
+        if isinstance(self.weight, Tensor):
+            demand_signs("Term", "weight", self.weight, positive=False)
+        else:
+            demand_range("Term", "weight", self.weight, AT_LEAST_0)
 
     @property
     def axes(self) -> int:
@@ -219,9 +218,24 @@ def broadcast(call: str, name: str, c: Tensor, shape: Size) -> Tensor:
         ValueError: if it does not go with K y.
     """
     own = tuple(c.shape[max(0, c.dim() - len(shape)) :])
-    if any(n not in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False)):
+    if c.layout != torch.strided or any(n not in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False)):
         raise ValueError(
-            f"`{call}({name}=...)` must be of the shape of the expression, {shape}, with the axes of a batch in front."
-            f" Got {got(c)}."
+            f"`{call}({name}=...)` must be a dense tensor of the shape of the expression, {shape}, with the axes of a"
+            f" batch in front. Got {got(c)}."
         )
     return c.expand(*c.shape[: max(0, c.dim() - len(shape))], *shape)
+
+
+def demand_signs(call: str, name: str, numbers: Tensor, *, positive: bool) -> None:
+    """Refuse a tensor of other than real numbers that are positive, or at least 0; NaN is for runs to tell.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    wanted = "positive" if positive else "at least 0"
+    real = numbers.layout == torch.strided and not (numbers.is_complex() or numbers.is_meta)
+    real = real and numbers.dtype != torch.bool
+    if not real:
+        raise ValueError(f"`{call}({name}=...)` must be a dense tensor of numbers, {wanted}. Got {got(numbers)}.")
+    if not is_batched(numbers) and bool(((numbers <= 0) if positive else (numbers < 0)).any()):
+        raise ValueError(f"`{call}({name}=...)` must be {wanted}. Got {float(numbers.min()):g}.")

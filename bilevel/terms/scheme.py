@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bilevel._numerics.batched import is_batched
 from bilevel._result import Status
 from bilevel._tree import tree_leaves
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, COUNT, POSITIVE, demand_range
 from bilevel.portable.pickling import AbstractPortable
-from bilevel.terms.expression import SumOfTerms, Term
+from bilevel.terms.expression import SumOfTerms, Term, demand_signs
 from bilevel.terms.least_squares import spread
 
 State = dict[str, Any]  # "y", and lists of tensors
@@ -215,5 +214,5 @@ def demand_setting(call: str, name: str, setting: float | Tensor) -> None:
         raise ValueError(
             f"`{call}({name}=...)` must be a number or a schedule `(N,)`. Got axes {tuple(setting.shape)}."
         )
-    elif not is_batched(setting) and bool((setting <= 0).any()):
-        raise ValueError(f"`{call}({name}=...)` must be positive. Got {float(setting.min()):g}.")
+    else:
+        demand_signs(call, name, setting, positive=True)
