@@ -142,3 +142,15 @@ def test_your_own_pictures_are_read_and_small_ones_refused(tmp_path: Any) -> Non
     image: Any = pytest.importorskip("PIL.Image")
     image.new("L", (50, 40), 128).save(tmp_path / "mine.png")
     assert build(side=16, train=2, test=2, data=str(tmp_path / "mine.png")).y0["y"].mean() == pytest.approx(0.5, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("compressed-sensing-mri", {"share": 2.0}, r"`compressed_sensing_mri\(share=...\)`.*at most 1"),
+        ("joint-optics", {"side": 8}, r"`joint_optics\(side=...\)` must be at least 15"),
+    ],
+)
+def test_settings_that_a_recipe_cannot_have_are_named(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        catalogue()[name].build(**options)
