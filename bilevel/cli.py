@@ -128,7 +128,12 @@ def _add_problem(command: argparse.ArgumentParser, *, needed: bool = True) -> No
         " returns (problem, x0, y0), an Instance or, annotated so, an Experiment",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="an argument of the problem; repeatable")
-    add("--from", dest="source", metavar="FILE", help="an .npz file with data for the problem: `--set data=FILE`")
+    add(
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="data for the problem, an .npz file, or a picture for those that take images: `--set data=FILE`",
+    )
 
 
 def _add_check(command: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "compressed-sensing-mri": {"side": 16, "train": 2, "test": 3, "pictures": "synthetic"},
     "deraining": {"side": 16, "train": 2, "test": 3, "steps": 8, "pictures": "synthetic"},
     "joint-optics": {"side": 16, "train": 3, "test": 4, "pictures": "synthetic"},
-    "learned-prior": {"side": 16, "train": 3, "test": 3, "filters": 3, "size": 3, "pictures": "synthetic"},
+    "learned-prior": {"side": 16, "train": 3, "test": 3, "batch": 3, "filters": 3, "size": 3, "pictures": "synthetic"},
 }
 
 
@@ -30,7 +30,8 @@ def trained(name: str, outer_steps: int, **options: Any) -> tuple[Any, Any]:
         instance.x0,
         instance.y0,
         estimator=instance.settings["estimator"],
-        outer=Adam(instance.settings["outer_step"]),
+        outer=instance.settings.get("outer") or Adam(instance.settings["outer_step"]),
+        data=instance.settings.get("data"),
         max_steps=outer_steps,
         throw=False,
     )
@@ -48,13 +49,35 @@ def test_a_learned_schedule_of_five_steps_beats_the_best_constant_one_on_held_ou
 @pytest.mark.parametrize("name", SMALL)
 def test_what_is_learned_lowers_the_outer_objective_and_metrics_and_pictures_are_made(name: str) -> None:
     instance, solution = trained(name, 6, **SMALL[name])
-    assert solution.history[-1].value < solution.history[0].value
+    data = instance.settings.get("data")
+    batch = None if data is None else data(0)  # the first again, for each step has one of its own
+
+    def value(x: Any) -> float:
+        estimator = instance.settings["estimator"]
+        return hypergradient(instance.problem, x, instance.y0, estimator=estimator, data=batch, throw=False).value
+
+    assert value(solution.x) < value(instance.x0)
     found = instance.metrics(solution.x, solution.y)
     assert all(value == value for value in found.values())
     figure_module: Any = pytest.importorskip("matplotlib.figure")
     figure = figure_module.Figure()
     instance.plot(figure, solution.x, solution.y)
     assert figure.axes or figure.subfigs
+
+
+def test_batches_of_a_learned_prior_are_new_parts_and_functions_of_their_number() -> None:
+    draws = catalogue()["learned-prior"].build(**SMALL["learned-prior"]).settings["data"]
+    (truth, seen), (again, _), (other, _) = draws(3), draws(3), draws(4)
+    assert torch.equal(truth, again) and not torch.equal(truth, other) and truth.shape == seen.shape == (3, 16, 16)
+
+
+def test_held_out_images_for_choosing_and_for_testing_are_different_ones() -> None:
+    metrics: list[Any] = [
+        catalogue()["learned-prior"].build(held_out=name, **SMALL["learned-prior"]).metrics
+        for name in ("validation", "test")
+    ]
+    chosen, test = (each.__self__ for each in metrics)
+    assert torch.equal(chosen.truth, test.truth) and not torch.equal(chosen.test_truth, test.test_truth)
 
 
 def test_the_schedule_is_learned_without_derivatives_too() -> None:
@@ -119,3 +142,15 @@ def test_your_own_pictures_are_read_and_small_ones_refused(tmp_path: Any) -> Non
     image: Any = pytest.importorskip("PIL.Image")
     image.new("L", (50, 40), 128).save(tmp_path / "mine.png")
     assert build(side=16, train=2, test=2, data=str(tmp_path / "mine.png")).y0["y"].mean() == pytest.approx(0.5, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("compressed-sensing-mri", {"share": 2.0}, r"`compressed_sensing_mri\(share=...\)`.*at most 1"),
+        ("joint-optics", {"side": 8}, r"`joint_optics\(side=...\)` must be at least 15"),
+    ],
+)
+def test_settings_that_a_recipe_cannot_have_are_named(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        catalogue()[name].build(**options)

@@ -18,6 +18,7 @@ from bilevel.few_shot.learner import Learner
 from bilevel.inner_problems import Iteration
 from bilevel.reinforcement import (
     AbstractBaseline,
+    AbstractEnvironment,
     AbstractSurrogate,
     Advantages,
     BanditTasks,
@@ -305,6 +306,44 @@ def test_the_learner_of_sampled_gradients_is_unbiased(episodes: int) -> None:
     assert abs(value + float(value_then.detach())) < 1e-12
 
 
+def test_the_learner_of_sampled_gradients_is_unbiased_over_two_steps() -> None:
+    """(II) with N = 2: D_2 is drawn from y_1(x, D_1), and its score moves with x through y_1 too."""
+    learner = bandit("sampled", 1, inner_steps=2)
+    x = learner.x0
+
+    def moved(weight: Tensor, arm: int) -> Tensor:
+        own = weight.squeeze(1).log_softmax(0)[arm] * MEANS[arm]
+        return weight + STEP * torch.autograd.grad(own, weight, create_graph=True)[0]
+
+    def exact(weight: Tensor) -> Tensor:
+        total = torch.zeros(()).double()
+        for first, second in itertools.product(range(2), repeat=2):
+            y = moved(weight, first)
+            chance = weight.squeeze(1).softmax(0)[first] * y.squeeze(1).softmax(0)[second]
+            total = total + chance * returned(moved(y, second))
+        return total
+
+    leaf = x["weight"].clone().requires_grad_()
+    (true,) = torch.autograd.grad(exact(leaf), leaf)
+    found, edge = torch.zeros_like(true), float(first_arm(x))
+    for number, size in cells(edge):
+        y = moved(leaf, int(torch.special.ndtr(torch.tensor(number).double()) > edge)).detach().requires_grad_()
+        inner_edge = float(first_arm({"weight": y.detach()}))
+        for second, inner_size in cells(inner_edge):
+            end = moved(y, int(torch.special.ndtr(torch.tensor(second).double()) > inner_edge)).detach()
+            for outer, outer_size in cells(edge, float(first_arm({"weight": end}))):
+                batch = {
+                    "means": MEANS.unsqueeze(0),
+                    "inner_start": torch.zeros(1, 2, 1, 0).double(),
+                    "inner_noise": torch.tensor([[number, 0.0], [second, 0.0]]).double().reshape(1, 2, 1, 1, 2),
+                    "outer_start": torch.zeros(1, 1, 0).double(),
+                    "outer_noise": torch.tensor([outer, 0.0]).double().reshape(1, 1, 1, 2),
+                }
+                one = hypergradient(learner.problem, x, learner.y0, estimator=learner.estimator, data=batch)
+                found = found + size * inner_size * outer_size * one.grad["weight"]
+    assert (found + true).abs().max() < 1e-10
+
+
 def test_the_bias_of_expected_returns_from_sampled_gradients_falls_like_one_over_the_episodes() -> None:
     x = ARMS.params["weight"].clone().requires_grad_()
     (true,) = torch.autograd.grad(returned(x + STEP * torch.autograd.grad(returned(x), x, create_graph=True)[0]), x)
@@ -517,3 +556,71 @@ def test_the_first_order_learner_leaves_out_the_hessian() -> None:
         total -= torch.autograd.grad(ScoreFunction().value(ARMS, {"weight": leaf}, after), leaf)[0] / 3
     assert (short.grad["weight"] - total).abs().max() < 1e-12
     assert (full.grad["weight"] - total).abs().max() > 1e-3
+
+
+# What does not fit
+
+
+def learner_of(policy: Any, environment: Any, **settings: Any) -> Learner:
+    return maml_policy(policy, environment, step=0.1, episodes=3, **settings)
+
+
+def gaussian(outputs: int, actions: int) -> GaussianPolicy:
+    return GaussianPolicy(nn.Linear(2, outputs).double(), actions)
+
+
+class Coded(AbstractEnvironment):
+    """A bandit whose task is the number of its good arm."""
+
+    horizon, start_noise, step_noise = 1, 0, 1
+    shape: tuple[int, ...] = ()
+
+    def start(self, task: Any, noise: Tensor) -> Tensor:
+        return noise.new_ones(*noise.shape[:-1], 1)
+
+    def step(self, task: Any, state: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reward = ((action == task["good"]).to(noise.dtype) + 0.1 * noise[..., 0]).reshape(-1, *self.shape)
+        return state, reward, torch.zeros_like(reward)
+
+
+class Columns(Coded):
+    shape = (1,)
+
+
+def test_noise_is_of_the_policys_numbers_whatever_those_of_a_task() -> None:
+    learner = learner_of(softmax_policy(1, 3), Coded())
+    assert learner.prepare is not None
+    data = learner.prepare({"good": torch.tensor([0, 2])}, 0)
+    assert data["inner_noise"].dtype == torch.float64 and data["inner_noise"].unique().numel() > 8
+    found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=data)
+    assert found.status.ok and float(found.grad["weight"].abs().max()) > 0
+
+
+GOALS, MISFITS = (
+    {"goal": torch.zeros(2, 2).double()},
+    {
+        "one mean for two actions": (gaussian(1, 2), Navigation(3), "means of 2 numbers"),
+        "one action in the plane": (gaussian(1, 1), Navigation(3), "a vector of 2 numbers"),
+        "integers in the plane": (softmax_policy(2, 2), Navigation(3), "a vector of 2 numbers"),
+        "a mass of three dimensions": (gaussian(2, 2), PointMass(dimensions=3, horizon=3), "'goal' of 3 numbers"),
+        "a bandit without means": (softmax_policy(1, 2), GaussianBandit(2), "'means' of 2 numbers"),
+        "a table without a start": (softmax_policy(2, 2), Tabular(2), "'start'"),
+        "rewards in a column": (softmax_policy(1, 2), Columns(), r"must return rewards `\(\*b,\)`"),
+    },
+)
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_policies_and_tasks_of_other_environments_are_refused_and_not_broadcast(name: str) -> None:
+    policy, environment, words = MISFITS[name]
+    learner = learner_of(policy, environment)
+    assert learner.prepare is not None
+    tasks = {"good": torch.tensor([0, 1])} if isinstance(environment, Coded) else GOALS
+    data = learner.prepare(tasks, 0)
+    with pytest.raises(ValueError, match=words):
+        hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=data)
+
+
+def test_a_real_action_is_no_arm() -> None:
+    with pytest.raises(ValueError, match="one integer"):
+        GaussianBandit(2).step({"means": torch.zeros(2)}, torch.ones(3, 1), torch.zeros(3, 1), torch.zeros(3, 1))

@@ -265,6 +265,24 @@ def test_actions_that_could_not_be_taken_and_missing_data_are_refused() -> None:
     assert learner.prepare(data, 0) is data
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("rewards", lambda value: value[:, :, :2], "must begin with the axes"),
+        ("rewards", lambda value: value * math.nan, "must be finite"),
+        ("alive", torch.zeros_like, "must be 1 from the first step"),
+        ("alive", lambda value: 0.5 * value, "must be 1 from the first step"),
+        ("alive", lambda value: value * torch.tensor([1.0, 0.0, 1.0, 1.0]).double(), "must be 1 from the first step"),
+    ],
+)
+def test_episodes_that_are_none_are_refused(part: str, change: Any, words: str) -> None:
+    policy = walker()
+    data, learner = whole(data_of(policy)), OfflinePolicy(policy).learner()
+    assert learner.prepare is not None
+    with pytest.raises(ValueError, match=words):
+        learner.prepare({**data, f"support_{part}": change(data[f"support_{part}"])}, 0)
+
+
 def test_fixed_tasks_are_different_ones_as_far_as_there_are_so_many() -> None:
     source = OfflineTasks({"goal": torch.arange(10.0).reshape(5, 2)})
     assert sorted(source.sample(5, 3)["goal"][:, 0].tolist()) == [0.0, 2.0, 4.0, 6.0, 8.0]
@@ -322,6 +340,18 @@ def test_vector_environments_end_at_their_end_and_are_functions_of_the_seed() ->
     assert drawn.actions.shape == (2, 5, 1) and drawn.rewards.isfinite().all()
     with pytest.raises(TypeError, match="VectorEnv"):
         vector_episodes(object(), policy, policy.params, horizon=5)
+    for wrong, there, words in (
+        (CategoricalPolicy(module(4, 3)), environment, "one of 2 integers"),
+        (GaussianPolicy(module(4, 2), 2), environment, "one of 2 integers"),
+        (GaussianPolicy(module(3, 2), 2), pendulum, "a vector of 1 numbers"),
+        (CategoricalPolicy(module(3, 2)), pendulum, "a vector of 1 numbers"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=words):
+            vector_episodes(there, wrong, wrong.params, horizon=50)
+    cards = gymnasium.make_vec("Blackjack-v1", num_envs=3, vectorization_mode="sync")
+    three = CategoricalPolicy(module(3, 2))
+    with pytest.raises(TypeError, match="observations in a `Box` or a `Discrete`"):
+        vector_episodes(cards, three, three.params, horizon=5)
 
 
 # Experiments
@@ -345,6 +375,20 @@ def test_an_experiment_runs_and_leaves_its_picture_and_returns(
     assert ("effective share after" in told["numbers"]) == name.startswith("offline")
 
 
+def straight_to_the_goal() -> float:
+    """The mean return of a policy that knows it."""
+    environment, goal = Navigation(50), GoalTasks().sample(4000, seed=0)["goal"]
+    state, total, alive = torch.zeros_like(goal), torch.zeros(len(goal)), torch.ones(len(goal))
+    for _ in range(environment.horizon):
+        state, reward, goes_on = environment.step({"goal": goal}, state, goal - state, torch.zeros(len(goal), 0))
+        total, alive = total + reward * alive, alive * goes_on
+    return float(total.mean())
+
+
+def test_a_policy_that_knows_the_goal_earns_what_the_page_says() -> None:
+    assert straight_to_the_goal() == pytest.approx(-0.13, abs=0.01)
+
+
 @pytest.mark.slow
 def test_navigation_finds_goals_after_one_step_and_joint_training_does_not() -> None:
     """Better after a step by half of the gap to a policy that knows the goal, and than joint training."""
@@ -354,8 +398,7 @@ def test_navigation_finds_goals_after_one_step_and_joint_training_does_not() -> 
         experiment = replace(experiment, evaluation=Evaluating(100, 25))
         trained = experiment.train(0)
         found[steps] = experiment.evaluate(trained.x, 0)
-    knows = -0.134  # straight to the goal, at the greatest speed, whatever the horizon: docs/reinforcement.md
-    one = found[1]
+    knows, one = straight_to_the_goal(), found[1]
     assert one.score.mean - one.before.mean > (knows - one.before.mean) / 2
     assert one.score.mean - one.score.interval > found[0].score.mean + found[0].score.interval
 

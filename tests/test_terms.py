@@ -154,6 +154,10 @@ def test_wavelets_by_name_are_those_of_pywavelets() -> None:
     assert adjoint_gap(A) < 1e-14
     means = torch.tensor(pywt.dwt2(y.numpy(), "db2", mode="periodization")[0])  # which begins a pixel earlier
     torch.testing.assert_close(A.forward(y.roll((1, 1), (0, 1)))[:8, :8], means)
+    for name, shape, levels in (("sym4", (16, 24), 3), ("db8", (8, 8), 3), ("coif1", (2, 16, 16), 2)):
+        basis, z = Wavelets(shape, levels, name), drawn(*shape)
+        assert adjoint_gap(basis) < 1e-14  # filters that are longer than what is left of a side as well
+        torch.testing.assert_close(basis.adjoint(basis.forward(z)), z, rtol=0, atol=1e-9)
     with pytest.raises(ValueError, match="orthogonal wavelet"):
         Wavelets((16, 16), 1, "bior2.2")
 
@@ -214,7 +218,7 @@ def test_whatever_the_algorithm_and_its_rho_the_minimizer_is_that_of_the_objecti
 ) -> None:
     found = EXACT[name].on(deblurred()).solve(ZERO, tol=1e-9, max_steps=4000, every=20)
     assert found.status.ok
-    assert relative(found.y, minimizer) <= 1e-5
+    assert relative(found.y, minimizer) <= 1e-6
 
 
 def test_terms_without_a_closed_system_are_minimized_by_conjugate_gradients() -> None:

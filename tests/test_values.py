@@ -136,7 +136,7 @@ def build_problem(name: str) -> Any:
         "compressed-sensing-mri": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
         "deraining": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
         "joint-optics": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
-        "learned-prior": {"side": 16, "train": 2, "test": 2, "pictures": "synthetic"},
+        "learned-prior": {"side": 16, "train": 2, "test": 2, "batch": 2, "pictures": "synthetic"},
         "energy-planning": {"hours": 24},
         "replay": {**data, "n_train": 12, "hidden": 2},
         "representation": {**data, "n_train": 12, "n_val": 6, "width": 2, "features": 2},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
@@ -114,6 +114,19 @@ class FixedPoint(AbstractInnerProblem):
 
         return problem.map(one, "g", x, y)
 
+    def _image_at(self, problem: FlatProblem, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """y -> T(x, y) at one x, of which a map with a method `at(x, data)` makes once what does not change with y."""
+        plain = problem.tasks is None and problem.across is None and problem.problem.encode is None
+        if not hasattr(self.map, "at") or not plain or x.shape != (problem.x.size,) or x.requires_grad:
+            return lambda y: self.image(problem, x, y)
+        structure, prepared = problem.y, cast("Callable[..., Any]", getattr(self.map, "at"))  # noqa: B009
+        at = cast("Callable[..., Tree]", problem.map(prepared, "g", x))
+
+        def image(y: Tensor) -> Tensor:
+            return structure.ravel(called("fixed_point(x, y, data)", at, structure.unravel(y)), "fixed_point(x, y)")
+
+        return image
+
     def objective(self, problem: FlatProblem, x: Tensor, products: AbstractProducts | None) -> Objective:
         if products is not None and not isinstance(products, Exact):
             raise DoesNotApply(
@@ -121,8 +134,7 @@ class FixedPoint(AbstractInnerProblem):
                 " whose products are backward passes through T. Leave out `products=` and `otherwise=`."
             )
 
-        def image(y: Tensor) -> Tensor:
-            return self.image(problem, x, y)
+        image = self._image_at(problem, x)
 
         def misfit(y: Tensor) -> Tensor:
             apart = y - image(y)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, SIZE, demand_ranges
-from bilevel.reinforcement.environment import AbstractEnvironment
+from bilevel.reinforcement.environment import AbstractEnvironment, demand_action, demand_task
 
 
 @final
@@ -42,9 +42,11 @@ class GaussianBandit(AbstractEnvironment):
         demand_ranges(self, arms=SIZE, spread=AT_LEAST_0)
 
     def start(self, task: Any, noise: Tensor) -> Tensor:
+        demand_task(self, task, "means", self.arms)
         return noise.new_ones(*noise.shape[:-1], 1)
 
     def step(self, task: Any, state: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        demand_action(self, state, action, None)
         means = task["means"].expand(*action.shape, self.arms)
         reward = means.gather(-1, action.long().unsqueeze(-1)).squeeze(-1) + self.spread * noise[..., 0]
         return state, reward, torch.zeros_like(reward)

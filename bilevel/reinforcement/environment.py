@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bilevel.arguments.words import got
 from bilevel.portable.pickling import AbstractPortable
 
 
@@ -49,3 +50,47 @@ class AbstractEnvironment(AbstractPortable, abc.ABC):
     def observe(self, task: Any, state: Tensor) -> Tensor:
         """What a policy sees of the states, `(*b, o)`: all of it, unless the environment says otherwise."""
         return state
+
+
+def demand_task(environment: AbstractEnvironment, task: Any, name: str, size: int | None) -> None:
+    """Refuse a task without what an environment reads of it.
+
+    Args:
+        environment: which.
+        task: what it was given.
+        name: of the entry that it reads.
+        size: of its last axis; None: that of the others is to fit.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    there = isinstance(task, dict) and isinstance(task.get(name), Tensor)
+    if there and (size is None or (task[name].dim() > 0 and task[name].shape[-1] == size)):
+        return
+    wanted = f"an entry {name!r}" + ("" if size is None else f" of {size} numbers")
+    own = got(task[name]) if there else (f"entries {sorted(map(str, task))}" if isinstance(task, dict) else got(task))
+    raise ValueError(f"a task of `{type(environment).__name__}` must have {wanted}. Got {own}.")
+
+
+def demand_action(environment: AbstractEnvironment, state: Tensor, action: Tensor, size: int | None) -> None:
+    """Refuse actions of a policy that is for another environment, which broadcasting would make something else of.
+
+    Args:
+        environment: which.
+        state: `(*b, s)`.
+        action: what the policy gave.
+        size: of an action; None: integers `(*b,)`.
+
+    Raises:
+        ValueError: naming what is required.
+    """
+    batch = state.shape[:-1]
+    if size is None:
+        if action.shape == batch and not action.is_floating_point():
+            return
+        wanted = "one integer, as those of `CategoricalPolicy`"
+    else:
+        if action.shape == (*batch, size):
+            return
+        wanted = f"a vector of {size} numbers, as those of `GaussianPolicy(module, actions={size})`"
+    raise ValueError(f"an action of `{type(environment).__name__}` must be {wanted}. Got {got(action)} for {batch[0]}.")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import FINITE, SIZE, demand_ranges
+from bilevel.arguments.words import got
 from bilevel.modules.functional import Functional, functional
 from bilevel.reinforcement.policy import AbstractPolicy, Params
 
@@ -108,4 +109,10 @@ class GaussianPolicy(AbstractPolicy):
 
     def _moments(self, params: Params, observation: Tensor) -> tuple[Tensor, Tensor]:
         own = {name: leaf for name, leaf in params.items() if name != _LOG_STD}
-        return self.net(own, observation), params[_LOG_STD]
+        mean: Tensor = self.net(own, observation)
+        if mean.shape[-1:] != (self.actions,):
+            raise ValueError(
+                f"`GaussianPolicy(module=...)` must return means of {self.actions} numbers, as `actions` says. Got"
+                f" {got(mean)}."
+            )
+        return mean, params[_LOG_STD]

@@ -173,7 +173,7 @@ class MetaPolicy(AbstractPortable):
         """The batch with the noise of all episodes."""
         steps, episodes = self.most_steps, self.episodes
         after = episodes if self.outer_episodes is None else self.outer_episodes
-        like = next(iter(batch.values()))
+        count, like = len(next(iter(batch.values()))), next(iter(self.policy.params.values()))
         generator = torch.Generator().manual_seed(seed)
         wide = self.policy.noise + self.environment.step_noise
         shapes = {
@@ -183,7 +183,7 @@ class MetaPolicy(AbstractPortable):
             "outer_noise": (after, self.environment.horizon, wide),
         }
         drawn = {
-            name: torch.randn(len(like), *shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
+            name: torch.randn(count, *shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
             for name, shape in shapes.items()
         }
         return {**batch, **drawn}

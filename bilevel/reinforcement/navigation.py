@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, SIZE, demand_ranges
-from bilevel.reinforcement.environment import AbstractEnvironment
+from bilevel.reinforcement.environment import AbstractEnvironment, demand_action, demand_task
 
 
 @final
@@ -49,9 +49,11 @@ class Navigation(AbstractEnvironment):
         demand_ranges(self, horizon=SIZE, speed=POSITIVE, reached=POSITIVE)
 
     def start(self, task: Any, noise: Tensor) -> Tensor:
+        demand_task(self, task, "goal", 2)
         return noise.new_zeros(*noise.shape[:-1], 2)
 
     def step(self, task: Any, state: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        demand_action(self, state, action, 2)
         following = state + action.clamp(-self.speed, self.speed)
         square = (following - task["goal"]).square().sum(-1)
         return following, -square, (square > self.reached**2).to(square.dtype)

@@ -305,6 +305,7 @@ def _demand_data(batch: Any, name: str) -> None:
             f"a task of `OfflinePolicy` must have {', '.join(f'{name}_{part}' for part in _PARTS)}."
             f" Got none of {', '.join(missing)}."
         )
+    _demand_shapes(batch, name)
     acted = batch[f"{name}_log_probs"]
     if not bool(acted.isfinite().all()):
         raise ValueError(
@@ -312,6 +313,25 @@ def _demand_data(batch: Any, name: str) -> None:
             f" which the policy that acted chose what it did. Got {int((~acted.isfinite()).sum())} that are not."
             " An action that it could not choose says nothing of any policy. Leave such episodes out."
         )
+
+
+def _demand_shapes(batch: Any, name: str) -> None:
+    """Refuse episodes whose parts do not go together, or that were over before they began."""
+    rewards, alive = batch[f"{name}_rewards"], batch[f"{name}_alive"]
+    shapes = {part: tuple(batch[f"{name}_{part}"].shape) for part in _PARTS}
+    if rewards.dim() != 3 or any(shape[:3] != shapes["rewards"] for shape in shapes.values()):
+        raise ValueError(
+            f"the parts of `{name}_...` of tasks of `OfflinePolicy` must begin with the axes (tasks, episodes,"
+            f" horizon), and rewards, alive and log_probs have no others. Got {shapes}."
+        )
+    lives = bool(((alive == 0) | (alive == 1)).all()) and bool((alive[..., 0] == 1).all())
+    if not lives or not bool((alive.diff(dim=-1) <= 0).all()):
+        raise ValueError(
+            f"`{name}_alive` of a task of `OfflinePolicy` must be 1 from the first step of an episode to its last, and"
+            " 0 after it. Got something else."
+        )
+    if not bool(rewards.isfinite().all()):
+        raise ValueError(f"`{name}_rewards` of a task of `OfflinePolicy` must be finite. Got some that are not.")
 
 
 def _steps(x: Tree) -> Tree:

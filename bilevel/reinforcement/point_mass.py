@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, SIZE, demand_ranges
-from bilevel.reinforcement.environment import AbstractEnvironment
+from bilevel.reinforcement.environment import AbstractEnvironment, demand_action, demand_task
 
 
 @final
@@ -55,9 +55,11 @@ class PointMass(AbstractEnvironment):
         demand_ranges(self, horizon=SIZE, dimensions=SIZE, dt=POSITIVE, friction=AT_LEAST_0, cost=AT_LEAST_0)
 
     def start(self, task: Any, noise: Tensor) -> Tensor:
+        demand_task(self, task, "goal", self.dimensions)
         return noise.new_zeros(*noise.shape[:-1], 2 * self.dimensions)
 
     def step(self, task: Any, state: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        demand_action(self, state, action, self.dimensions)
         q, u = state[..., : self.dimensions], state[..., self.dimensions :]
         push = action.clamp(-1, 1)
         u = (1 - self.friction) * u + self.dt * push

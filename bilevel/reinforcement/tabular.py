@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import SIZE, demand_ranges
-from bilevel.reinforcement.environment import AbstractEnvironment
+from bilevel.reinforcement.environment import AbstractEnvironment, demand_action, demand_task
 
 
 @final
@@ -41,9 +41,12 @@ class Tabular(AbstractEnvironment):
         demand_ranges(self, horizon=SIZE)
 
     def start(self, task: Any, noise: Tensor) -> Tensor:
+        for name in ("start", "P", "r"):
+            demand_task(self, task, name, None)
         return drawn(task["start"].expand(*noise.shape[:-1], -1), noise)
 
     def step(self, task: Any, state: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        demand_action(self, state, action, None)
         taken = one_hot(action, task["r"].shape[-1], state)
         reward = torch.einsum("...s,...a,sa->...", state, taken, task["r"])
         following = torch.einsum("...s,...a,sat->...t", state, taken, task["P"])

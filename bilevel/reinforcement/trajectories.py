@@ -51,7 +51,7 @@ def rollout(
         noise: standard normal numbers `(episodes, horizon, policy.noise + environment.step_noise)`.
 
     Raises:
-        ValueError: if the noise does not fit.
+        ValueError: if the noise does not fit, or rewards and ends are not one number for each episode.
 
     Example:
         >>> from torch import nn
@@ -78,6 +78,12 @@ def rollout(
             observation = environment.observe(task, state)
             action = policy.sample(params, observation, chance[:, : policy.noise])
             state, reward, goes_on = environment.step(task, state, action, chance[:, policy.noise :])
+            for name, found in (("rewards", reward), ("whether episodes go on", goes_on)):
+                if found.shape != alive.shape:
+                    raise ValueError(
+                        f"`{type(environment).__name__}.step` must return {name} `(*b,)`, one number for each of"
+                        f" {len(alive)} episodes. Got axes {tuple(found.shape)}."
+                    )
             seen.append(observation)
             done.append(action)
             earned.append(reward * alive)

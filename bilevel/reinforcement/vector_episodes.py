@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import SEED, SIZE
+from bilevel.arguments.words import got
 from bilevel.reinforcement.policy import AbstractPolicy, Params
 from bilevel.reinforcement.trajectories import Trajectories
 
@@ -27,7 +29,8 @@ def vector_episodes(
     Cost: horizon forward passes of the policy and steps of the environment.
 
     Args:
-        environment: observations in a `Box` (or `Discrete`: unit vectors), and actions in a `Box` or `Discrete`.
+        environment: observations in a `Box` (or `Discrete`: unit vectors), and actions in a `Box` or `Discrete`;
+            one that resets by itself what has ended, as those of `make_vec` do.
         policy: whose actions; a `Box` of actions clips them, and the score is that of the action before that.
         params: its parameters.
         horizon: the greatest number of steps.
@@ -35,7 +38,8 @@ def vector_episodes(
 
     Raises:
         ImportError: if gymnasium is missing.
-        TypeError: if the environment is no vector environment of it.
+        TypeError: if the environment is no vector environment of it, or has other spaces.
+        ValueError: if the policy's actions are none of the environment's.
 
     Example:
         >>> from torch import nn
@@ -98,7 +102,24 @@ def _spaces(environment: Any) -> tuple[Any, Any]:
             f"`vector_episodes(environment=...)` must be a `gymnasium.vector.VectorEnv`. Got"
             f" {type(environment).__name__}. Write `gymnasium.make_vec(name, num_envs=20)`."
         )
-    return environment.single_observation_space, environment.single_action_space
+    spaces = environment.single_observation_space, environment.single_action_space
+    for name, space in zip(("observations", "actions"), spaces, strict=True):
+        if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+            raise TypeError(
+                f"`vector_episodes(environment=...)` must have {name} in a `Box` or a `Discrete` space. Got {space}."
+                " Wrap it, such as by `gymnasium.wrappers.vector.FlattenObservation`."
+            )
+    if str(environment.metadata.get("autoreset_mode", "")).endswith("DISABLED"):
+        raise ValueError(
+            "`vector_episodes(environment=...)` must reset by itself what has ended. Got one whose autoreset is"
+            " disabled. Leave out `autoreset_mode`."
+        )
+    return spaces
+
+
+def _unfit(wanted: str, action: Tensor) -> str:
+    most = f", up to {int(action.max())}" if not action.is_floating_point() and action.numel() else ""
+    return f"an action of this environment must be {wanted}. Got {got(action)}{most}."
 
 
 def _vectors(observation: Any, space: Any, like: Tensor) -> Tensor:
@@ -113,5 +134,10 @@ def _taken(action: Tensor, space: Any) -> Any:
     gymnasium = with_gymnasium()
     found = action.cpu().numpy()
     if isinstance(space, gymnasium.spaces.Discrete):
+        if found.ndim != 1 or found.dtype.kind != "i" or not bool((found < int(space.n)).all()):
+            raise ValueError(_unfit(f"one of {int(space.n)} integers, as those of `CategoricalPolicy`", action))
         return found + int(space.start)
+    size = math.prod(space.shape)
+    if found.dtype.kind != "f" or found[0].size != size:
+        raise ValueError(_unfit(f"a vector of {size} numbers, as those of `GaussianPolicy`", action))
     return found.astype(space.dtype).reshape(len(found), *space.shape).clip(space.low, space.high)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, BELOW_1, Range, demand_ranges
-from bilevel.terms.expression import SumOfTerms
+from bilevel.terms.expression import SumOfTerms, Term
 from bilevel.terms.gram import Gram
 from bilevel.terms.least_squares import Parts, Solve, system
+from bilevel.terms.optimality import Optimality
 from bilevel.terms.scheme import AbstractAlgorithm, Scheme, State, at_step, demand_settings, proximal_step
 
 Order = Literal["yvu", "vyu", "vuy"]
@@ -74,17 +75,19 @@ class ADMM(AbstractAlgorithm):
         if self.order == "vyu" and self.relaxation != 1.0:
             raise ValueError(f'`ADMM(relaxation=...)` must be 1 with the order "vyu". Got {self.relaxation}.')
 
-    def on(self, objective: SumOfTerms) -> Scheme:
+    def on(self, objective: SumOfTerms | Term) -> Scheme:
         made = _Splitting(objective, self.rho, self.thresholds, self.rtol, self.linear_steps)
 
         def begin(y0: Tensor) -> State:
-            v = [term.expression.at(y0) for term in made.parts.blocks]
+            y0 = made.begun(y0)
+            v = made.images(y0)
             return {"y": y0, "v": v, "u": [torch.zeros_like(each) for each in v]}
 
         def duals(y: Tensor, v: list[Tensor], u: list[Tensor], k: int) -> tuple[list[Tensor], list[Tensor]]:
             a = [self._relaxed(new, old) for new, old in zip(made.images(y), v, strict=True)]
-            v = made.proximal(_sums(a, u), k)
-            return v, _differences(_sums(u, a), v)
+            points = _sums(a, u)
+            v = made.proximal(points, k)
+            return v, _differences(points, v)
 
         def advance(state: State, k: int) -> State:
             y, v, u = state["y"], state["v"], state["u"]
@@ -100,7 +103,13 @@ class ADMM(AbstractAlgorithm):
                 u = _differences(_sums(u, made.images(y)), v)
             return {"y": y, "v": v, "u": u}
 
-        return Scheme(begin, advance)
+        def gap(before: State, after: State, k: int) -> Tensor:
+            y, v, u = after["y"], after["v"], after["u"]
+            if self.order == "vyu":  # v is the proximal map of what u was before y moved
+                u = _differences(u, _differences(made.images(y), made.images(before["y"])))
+            return made.gap(y, v, u, k)
+
+        return Scheme(begin, advance, gap)
 
     def _relaxed(self, a: Tensor, v: Tensor) -> Tensor:
         return a if self.relaxation == 1.0 else self.relaxation * a + (1 - self.relaxation) * v
@@ -138,17 +147,22 @@ class HQS(AbstractAlgorithm):
         demand_settings("HQS", self.rho, self.thresholds)
         demand_ranges(self, rtol=BELOW_1, linear_steps=AT_LEAST_1)
 
-    def on(self, objective: SumOfTerms) -> Scheme:
+    def on(self, objective: SumOfTerms | Term) -> Scheme:
         made = _Splitting(objective, self.rho, self.thresholds, self.rtol, self.linear_steps)
 
         def begin(y0: Tensor) -> State:
-            return {"y": y0, "v": [term.expression.at(y0) for term in made.parts.blocks]}
+            y0 = made.begun(y0)
+            return {"y": y0, "v": made.images(y0)}
 
         def advance(state: State, k: int) -> State:
             y = made.image(state["y"], state["v"], k)
             return {"y": y, "v": made.proximal(made.images(y), k)}
 
-        return Scheme(begin, advance)
+        def gap(_: State, after: State, k: int) -> Tensor:
+            y, v = after["y"], after["v"]  # of the envelope: its slope is rho (z - v), and nothing has to be v
+            return made.gap(y, v, _differences(made.images(y), v), k, points=False)
+
+        return Scheme(begin, advance, gap)
 
 
 @final
@@ -156,7 +170,12 @@ class _Splitting:
     """The two updates that both algorithms consist of."""
 
     def __init__(
-        self, objective: SumOfTerms, rho: float | Tensor, thresholds: Tensor | None, rtol: float, linear_steps: int
+        self,
+        objective: SumOfTerms | Term,
+        rho: float | Tensor,
+        thresholds: Tensor | None,
+        rtol: float,
+        linear_steps: int,
     ) -> None:
         self.parts, self.rho, self.thresholds = Parts.of(objective), rho, thresholds
         self._right = self.parts.right_hand_side()
@@ -173,18 +192,40 @@ class _Splitting:
                 total = total + rho * K.adjoint(K.forward(y))
             return total
 
-        return system(self._own + rho * self._blocks, product, self.parts.axes, *self._cg)
+        return system(self._own.plus(rho, self._blocks), product, self.parts.axes, *self._cg)
 
     def image(self, y: Tensor, targets: list[Tensor], k: int) -> Tensor:
         """argmin q(y) + rho/2 sum |K_j y - c_j - target_j|^2."""
         rho = at_step(self.rho, k)
-        pulled: Tensor | float = 0.0
+        pulled: Tensor | None = None
         for term, target in zip(self.parts.blocks, targets, strict=True):
             c = term.expression.offset
-            pulled = pulled + term.expression.map.adjoint(target if c is None else target + c)
-        right = torch.as_tensor(self._right + rho * pulled, dtype=y.dtype, device=y.device)
+            own = term.expression.map.adjoint(target if c is None else target + c)
+            pulled = own if pulled is None else pulled + own
+        right = self._right if pulled is None else self._right + rho * pulled
+        right = torch.as_tensor(right, dtype=y.dtype, device=y.device)
         solve = self._system(rho) if self._kept is None else self._kept
         return solve(right.expand_as(y), y)
+
+    def begun(self, y0: Tensor) -> Tensor:
+        """y0 as the state holds it.
+
+        Raises:
+            ValueError: if it does not fit, or the system of the image has no unique solution.
+        """
+        if self._kept is not None and self._own.plus(self.rho, self._blocks).singular:
+            raise ValueError(
+                "the squares and the maps of the other terms must determine y: sum w A'A + rho sum K'K has to be"
+                " positive definite. Got a system that is singular. Add a term of y itself, such as `box(y)` or"
+                " `1e-6 * sum_squares(y)`."
+            )
+        return self.parts.begun(y0)
+
+    def gap(self, y: Tensor, v: list[Tensor], u: list[Tensor], k: int, points: bool = True) -> Tensor:
+        """How far y is from a minimizer, with slopes rho u_j."""
+        rho, blocks = at_step(self.rho, k), self.parts.blocks
+        slopes = [(term, rho * each) for term, each in zip(blocks, u, strict=True)]
+        return Optimality(self.parts).gap(y, list(zip(blocks, v, strict=True)) if points else [], slopes)
 
     def images(self, y: Tensor) -> list[Tensor]:
         """K_j y - c_j."""

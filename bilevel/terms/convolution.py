@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.words import got
 from bilevel.terms.gram import Gram
-from bilevel.terms.linear_map import AbstractLinearMap, Size
+from bilevel.terms.linear_map import AbstractLinearMap, Size, demand_array
 
 
 @final
@@ -74,9 +74,11 @@ class Convolution(AbstractLinearMap):
         return found
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Convolution.forward", y, self.shape)
         return filtered(y, self._transfer, self.kernel.dim())
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Convolution.adjoint", z, self.shape)
         return filtered(z, self._transfer.conj(), self.kernel.dim())
 
     @property
@@ -129,10 +131,12 @@ class Gradient(AbstractLinearMap):
         return (self._count, *self.shape)
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Gradient.forward", y, self.shape)
         found = [self._difference(y, axis) for axis in range(-self._count, 0)]
         return torch.stack(found, -len(self.shape) - 1)
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Gradient.adjoint", z, self.out_shape)
         parts = z.unbind(-len(self.shape) - 1)
         found = [self._transposed(part, axis) for axis, part in zip(range(-self._count, 0), parts, strict=True)]
         total = found[0]

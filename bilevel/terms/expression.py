@@ -1,4 +1,4 @@
-"""Expression expressions of a variable, and sums of terms in them."""
+"""Expressions of a variable, and sums of terms in them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.batched import is_batched
 from bilevel.arguments.checked import fitting
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_range
+from bilevel.arguments.words import got
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.terms.block import AbstractBlock
 from bilevel.terms.linear_map import AbstractLinearMap, Identity, Size
@@ -25,13 +27,20 @@ class Expression(AbstractPortable):
     Args:
         map: K.
         offset: c; None: zero. Axes in front of its shape are those of a batch.
+
+    Raises:
+        ValueError: if c is not of the shape of K y, and does not broadcast to it.
     """
 
     map: AbstractLinearMap
     offset: Tensor | None = None
 
+    __array_ufunc__ = None  # `array @ expression` is asked here, and told to be a tensor
+
     def __post_init__(self) -> None:
         demand_types(self)
+        if self.offset is not None:
+            object.__setattr__(self, "offset", broadcast("expression - c", "c", self.offset, self.map.out_shape))
 
     def at(self, y: Tensor) -> Tensor:
         """K y - c."""
@@ -43,11 +52,10 @@ class Expression(AbstractPortable):
         """Whether it is y itself."""
         return isinstance(self.map, Identity) and bool(self.map.factor == 1) and self.offset is None
 
-    def __rmatmul__(self, outer: AbstractLinearMap | Tensor) -> Expression:
+    def __rmatmul__(self, outer: Any) -> Expression:
         if isinstance(outer, Tensor):
             outer = Matrix(outer, self.map.out_shape)
-        if not isinstance(outer, AbstractLinearMap):
-            return NotImplemented
+        demand_type("A @ expression", "A", outer, AbstractLinearMap | Tensor)
         if isinstance(self.map, Identity) and self.map.factor == 1:
             if outer.in_shape != self.map.shape:
                 raise ValueError(f"`A @ y` needs an A of arrays {self.map.shape}. Got one of {outer.in_shape}.")
@@ -59,6 +67,13 @@ class Expression(AbstractPortable):
     def __rmul__(self, factor: float | Tensor) -> Expression:
         demand_type("c * expression", "c", factor, float | Tensor)
         return Expression(factor * self.map, None if self.offset is None else factor * self.offset)
+
+    def __mul__(self, factor: float | Tensor) -> Expression:
+        return self.__rmul__(factor)
+
+    def __truediv__(self, factor: float | Tensor) -> Expression:
+        demand_type("expression / c", "c", factor, float | Tensor)
+        return self.__rmul__(1 / factor)
 
     def __neg__(self) -> Expression:
         return -1.0 * self
@@ -97,8 +112,14 @@ class Term(AbstractPortable):
     expression: Expression
     weight: float | Tensor = 1.0
 
+    __array_ufunc__ = None  # `np.float64(w) * term` is a term
+
     def __post_init__(self) -> None:
         demand_types(self)
+        if isinstance(self.weight, Tensor):
+            demand_signs("Term", "weight", self.weight, positive=False)
+        else:
+            demand_range("Term", "weight", self.weight, AT_LEAST_0)
 
     @property
     def axes(self) -> int:
@@ -124,7 +145,11 @@ class Term(AbstractPortable):
         return replace(self, weight=factor * self.weight)
 
     def __mul__(self, factor: float | Tensor) -> Term:
-        return factor * self
+        return self.__rmul__(factor)
+
+    def __truediv__(self, factor: float | Tensor) -> Term:
+        demand_type("term / c", "c", factor, float | Tensor)
+        return self.__rmul__(1 / factor)
 
 
 @final
@@ -177,4 +202,42 @@ class SumOfTerms(AbstractPortable):
         return self.__add__(other)
 
     def __rmul__(self, factor: float | Tensor) -> SumOfTerms:
-        return SumOfTerms(tuple(factor * term for term in self.terms))
+        return SumOfTerms(tuple(term.__rmul__(factor) for term in self.terms))
+
+    def __mul__(self, factor: float | Tensor) -> SumOfTerms:
+        return self.__rmul__(factor)
+
+    def __truediv__(self, factor: float | Tensor) -> SumOfTerms:
+        return SumOfTerms(tuple(term / factor for term in self.terms))
+
+
+def broadcast(call: str, name: str, c: Tensor, shape: Size) -> Tensor:
+    """c with all axes of K y, and those of a batch in front.
+
+    Raises:
+        ValueError: if it does not go with K y.
+    """
+    own = tuple(c.shape[max(0, c.dim() - len(shape)) :])
+    if c.layout != torch.strided or any(n not in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False)):
+        raise ValueError(
+            f"`{call}({name}=...)` must be a dense tensor of the shape of the expression, {shape}, with the axes of a"
+            f" batch in front. Got {got(c)}."
+        )
+    return c.expand(*c.shape[: max(0, c.dim() - len(shape))], *shape)
+
+
+def demand_signs(call: str, name: str, numbers: Tensor, *, positive: bool) -> None:
+    """Refuse a tensor of other than real numbers that are positive, or at least 0; NaN is for runs to tell.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    wanted = "positive" if positive else "at least 0"
+    real = numbers.layout == torch.strided and not (numbers.is_complex() or numbers.is_meta)
+    real = real and numbers.dtype != torch.bool
+    if not real:
+        raise ValueError(f"`{call}({name}=...)` must be a dense tensor of numbers, {wanted}. Got {got(numbers)}.")
+    if torch.compiler.is_compiling() or is_batched(numbers):  # whose values nobody can look at
+        return
+    if bool(((numbers <= 0) if positive else (numbers < 0)).any()):
+        raise ValueError(f"`{call}({name}=...)` must be {wanted}. Got {float(numbers.min()):g}.")

@@ -11,7 +11,7 @@ from bilevel.arguments.fits import demand_type
 from bilevel.prox.box import Box, Nonnegative
 from bilevel.prox.term import AbstractProxTerm
 from bilevel.terms.block import Absolute, Denoiser, Norms, Product, Proximal, Squares
-from bilevel.terms.expression import Expression, Term
+from bilevel.terms.expression import Expression, Term, broadcast
 from bilevel.terms.linear_map import Identity
 
 
@@ -57,7 +57,14 @@ def norm2_sum(expression: Expression) -> Term:
 
 @checked()
 def box(expression: Expression, lower: float | Tensor | None = None, upper: float | Tensor | None = None) -> Term:
-    """0 where lower <= K y - c <= upper, infinite elsewhere."""
+    """0 where lower <= K y - c <= upper, infinite elsewhere.
+
+    Raises:
+        ValueError: if a bound is not of the shape of the expression, and does not broadcast to it.
+    """
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if isinstance(bound, Tensor):
+            broadcast("box", name, bound, expression.map.out_shape)
     return Term(Proximal(Box(lower, upper)), expression)
 
 
@@ -69,14 +76,24 @@ def nonnegative(expression: Expression) -> Term:
 
 @checked()
 def equal(expression: Expression, value: float | Tensor = 0.0) -> Term:
-    """0 where K y - c = value, infinite elsewhere."""
+    """0 where K y - c = value, infinite elsewhere.
+
+    Raises:
+        ValueError: if the value is not of the shape of the expression, and does not broadcast to it.
+    """
+    if isinstance(value, Tensor):
+        broadcast("equal", "value", value, expression.map.out_shape)
     return Term(Proximal(Box(value, value)), expression)
 
 
 @checked()
 def inner(c: Tensor, expression: Expression) -> Term:
-    """<c, K y - c'>, a cost."""
-    return Term(Product(c), expression)
+    """<c, K y - c'>, a cost.
+
+    Raises:
+        ValueError: if c is not of the shape of the expression, and does not broadcast to it.
+    """
+    return Term(Product(broadcast("inner", "c", c, expression.map.out_shape)), expression)
 
 
 @checked()

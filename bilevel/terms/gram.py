@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -9,6 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.batched import is_batched
 from bilevel.arguments.fits import demand_types
 
 
@@ -49,47 +51,79 @@ class Gram:
         """Whether `solve` has a closed form."""
         return self.known and sum(part is not None for part in (self.fourier, self.diagonal, self.dense)) <= 1
 
+    @property
+    def singular(self) -> bool:
+        """Whether the closed form is found not to be positive definite; not looked at under `torch.vmap`."""
+        parts = [part for part in (self.scalar, self.fourier, self.diagonal, self.dense) if isinstance(part, Tensor)]
+        if not self.closed or any(is_batched(part) for part in parts):
+            return False
+        if self.dense is not None:
+            eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
+            return bool(torch.linalg.cholesky_ex(self.dense.detach() + self.scalar * eye)[1])
+        diagonal = self.diagonal if self.fourier is None else self.fourier
+        on = self.scalar if diagonal is None else diagonal.detach() + self.scalar
+        if not isinstance(on, Tensor):
+            return on <= 0
+        return bool(on.min() <= 4 * torch.finfo(on.dtype).eps * on.max())
+
     def __add__(self, other: Gram) -> Gram:
+        return self.plus(1.0, other)
+
+    def plus(self, factor: float | Tensor, other: Gram) -> Gram:
+        """This and a multiple of another.
+
+        Args:
+            factor: of the other.
+            other: what is added.
+        """
         if not (self.known and other.known):
             return Gram(known=False)
         both = self.fourier is not None and other.fourier is not None
         if both and self.axes != other.axes:
             return Gram(known=False)
+        diagonal, dense = _sum(self.diagonal, factor, other.diagonal), _sum(self.dense, factor, other.dense)
+        if diagonal is not None and dense is not None and diagonal.dim() == 1:
+            dense, diagonal = dense + torch.diag(diagonal), None
         return Gram(
-            self.scalar + other.scalar,
-            _sum(self.fourier, other.fourier),
+            self.scalar + factor * other.scalar if _counts(other.scalar) else self.scalar,
+            _sum(self.fourier, factor, other.fourier),
             max(self.axes, other.axes),
-            _sum(self.diagonal, other.diagonal),
-            _sum(self.dense, other.dense),
+            diagonal,
+            dense,
         )
 
     def __rmul__(self, factor: float | Tensor) -> Gram:
-        if not self.known:
-            return self
-        parts = (None if part is None else factor * part for part in (self.fourier, self.diagonal, self.dense))
-        fourier, diagonal, dense = parts
-        return Gram(factor * self.scalar, fourier, self.axes, diagonal, dense)
+        return Gram().plus(factor, self)
 
     def solve(self, r: Tensor) -> Tensor:
         """(A'A)^-1 r, where that is closed: two transforms, a division, or a factorization."""
         if self.fourier is not None:
-            axes = tuple(range(-self.axes, 0))
-            below = self.fourier.to(r) + self.scalar
-            found: Tensor = torch.fft.irfftn(torch.fft.rfftn(r, dim=axes) / below, s=r.shape[-self.axes :], dim=axes)
-            return found
+            return self._divided(self._inverse(r), r)
         if self.dense is not None:
             eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
-            factor = torch.linalg.cholesky(self.dense + self.scalar * eye)
-            return torch.cholesky_solve(r.unsqueeze(-1), factor).squeeze(-1)
+            return torch.cholesky_solve(r.unsqueeze(-1), _factor(self.dense + self.scalar * eye)).squeeze(-1)
         return r / (self.scalar if self.diagonal is None else self.diagonal + self.scalar)
+
+    def _inverse(self, like: Tensor) -> Tensor:
+        below = self.fourier.to(like) if self.fourier is not None else like
+        return (below + self.scalar if _counts(self.scalar) else below).reciprocal()
+
+    def _divided(self, inverse: Tensor, r: Tensor) -> Tensor:
+        """By a product, which complex numbers take less time for than for a division."""
+        axes = tuple(range(-self.axes, 0))
+        found: Tensor = torch.fft.irfftn(torch.fft.rfftn(r, dim=axes) * inverse, s=r.shape[-self.axes :], dim=axes)
+        return found
 
     def prepared(self) -> Callable[[Tensor], Tensor]:
         """r -> (A'A)^-1 r, for many r: what does not depend on them is computed once."""
+        if self.fourier is not None:
+            inverse = self._inverse(self.fourier)  # here, with the graph of here, whatever the steps are taken in
+            return lambda r: self._divided(inverse.to(r), r)
         if self.dense is None:
             return self.solve
         eye = torch.eye(len(self.dense), dtype=self.dense.dtype, device=self.dense.device)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.dense + self.scalar * eye))
-        return lambda r: r @ inverse
+        whole = torch.cholesky_inverse(_factor(self.dense + self.scalar * eye))
+        return lambda r: r @ whole
 
     def largest(self) -> Tensor | float:
         """A bound on the largest eigenvalue of A'A, exact where there is one part beside the scalar."""
@@ -103,7 +137,19 @@ class Gram:
         return top
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _counts(scalar: float | Tensor) -> bool:
+    """Whether it is more than a zero that needs no operation of torch."""
+    return isinstance(scalar, Tensor) or scalar != 0
+
+
+def _factor(M: Tensor) -> Tensor:
+    """The Cholesky factor, NaN where there is none: a run then says that it met NaN, as a division by zero does."""
+    L, info = torch.linalg.cholesky_ex(M)
+    return torch.where(info == 0, L, math.nan)
+
+
+def _sum(a: Tensor | None, factor: float | Tensor, b: Tensor | None) -> Tensor | None:
+    if b is None:
+        return a
+    b = b if isinstance(factor, float) and factor == 1 else factor * b
+    return b if a is None else a + b

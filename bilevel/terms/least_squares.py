@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -9,10 +10,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.arguments.words import got
 from bilevel.terms.block import Product, Squares, over
 from bilevel.terms.expression import SumOfTerms, Term
 from bilevel.terms.gram import Gram
-from bilevel.terms.linear_map import AbstractLinearMap
+from bilevel.terms.linear_map import AbstractLinearMap, Size
 
 Apply = Callable[[Tensor], Tensor]
 Solve = Callable[[Tensor, Tensor], Tensor]  # right-hand side, guess
@@ -46,8 +48,9 @@ class Parts:
     axes: int
 
     @staticmethod
-    def of(objective: SumOfTerms) -> Parts:
+    def of(objective: SumOfTerms | Term) -> Parts:
         """Each term where it belongs."""
+        objective = objective if isinstance(objective, SumOfTerms) else SumOfTerms((objective,))
 
         def those(*kinds: type) -> tuple[Term, ...]:
             return tuple(term for term in objective.terms if isinstance(term.block, kinds))
@@ -55,6 +58,41 @@ class Parts:
         smooth = those(Squares, Product)
         blocks = tuple(term for term in objective.terms if term not in smooth)
         return Parts(those(Squares), those(Product), blocks, len(objective.shape))
+
+    @property
+    def shape(self) -> Size:
+        """Of y, without the axes of a batch."""
+        return (*self.squares, *self.products, *self.blocks)[0].expression.map.in_shape
+
+    def begun(self, y0: Tensor) -> Tensor:
+        """y0 with the axes of the batch and in the precision of what was measured.
+
+        Raises:
+            ValueError: if it is no array of y's, or not of floating-point numbers.
+        """
+        shape, terms = self.shape, (*self.squares, *self.products, *self.blocks)
+        cut = y0.dim() - len(shape)
+        if cut < 0 or tuple(y0.shape[cut:]) != shape or not y0.is_floating_point():
+            raise ValueError(
+                f"the start `y0` must be of the shape of the variable, {shape}, with the axes of a batch in front, and"
+                f" of floating-point numbers. Got {got(y0)}."
+            )
+        batches, dtype = [tuple(y0.shape[:cut])], y0.dtype
+        for term in terms:
+            for part in (term.expression.offset, term.block.c if isinstance(term.block, Product) else None):
+                if part is not None:
+                    batches.append(tuple(part.shape[: part.dim() - term.axes]))
+                    dtype = torch.promote_types(dtype, part.dtype)
+            if isinstance(term.weight, Tensor):
+                batches.append(tuple(term.weight.shape))
+        found = [max(sizes) for sizes in itertools.zip_longest(*map(reversed, batches), fillvalue=1)][::-1]
+        for batch in batches:
+            if any(n not in (1, m) for n, m in zip(reversed(batch), reversed(found), strict=False)):
+                raise ValueError(
+                    "the axes of batches in front of `y0`, of what was measured and of weights must go together. Got"
+                    f" {sorted(set(batches))}."
+                )
+        return y0.to(dtype).expand(*found, *shape)
 
     def weight(self, term: Term) -> Any:
         """Of a term, for arrays like y."""

@@ -21,6 +21,18 @@ from bilevel.terms.gram import Gram
 Size = tuple[int, ...]
 
 
+def demand_array(call: str, z: Tensor, shape: Size) -> None:
+    """Refuse an array of another shape, which torch's operations may take and make something else of.
+
+    Raises:
+        ValueError: naming the call.
+    """
+    if z.shape[max(0, z.dim() - len(shape)) :] != shape:
+        raise ValueError(
+            f"`{call}` takes arrays of shape {shape}, with the axes of a batch in front. Got {tuple(z.shape)}."
+        )
+
+
 class AbstractLinearMap(AbstractPortable, abc.ABC):
     """A: arrays of `in_shape` -> arrays of `out_shape`, with its adjoint A', <A y, z> = <y, A' z>.
 
@@ -265,10 +277,12 @@ class Stacked(AbstractLinearMap):
         return (sum(math.prod(each.out_shape) for each in self.maps),)
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Stacked.forward", y, self.in_shape)
         batch = y.shape[: y.dim() - len(self.in_shape)]
         return torch.cat([each.forward(y).reshape(*batch, -1) for each in self.maps], -1)
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Stacked.adjoint", z, self.out_shape)
         parts = torch.split(z, [math.prod(each.out_shape) for each in self.maps], -1)
         found = [
             each.adjoint(part.reshape(*z.shape[:-1], *each.out_shape))

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import POSITIVE, demand_range
 from bilevel.terms.expression import SumOfTerms, Term
 from bilevel.terms.least_squares import Parts, norm_squared, spread
-from bilevel.terms.scheme import AbstractAlgorithm, Scheme, State, at_step, demand_settings, proximal_step
+from bilevel.terms.optimality import Optimality
+from bilevel.terms.scheme import (
+    AbstractAlgorithm,
+    Scheme,
+    State,
+    at_step,
+    demand_setting,
+    demand_settings,
+    proximal_step,
+)
 
 _SHORT = 0.99  # of the longest step that is known to converge
 
@@ -45,10 +53,10 @@ class ProximalGradient(AbstractAlgorithm):
     def __post_init__(self) -> None:
         demand_types(self)
         if self.step is not None:
-            _demand_step("ProximalGradient", self.step)
+            demand_setting("ProximalGradient", "step", self.step)
         demand_settings("ProximalGradient", 1.0, self.thresholds)
 
-    def on(self, objective: SumOfTerms) -> Scheme:
+    def on(self, objective: SumOfTerms | Term) -> Scheme:
         parts = Parts.of(objective)
         if len(parts.blocks) > 1 or not all(_is_orthogonal(term) for term in parts.blocks):
             raise ValueError(
@@ -58,11 +66,19 @@ class ProximalGradient(AbstractAlgorithm):
         right = parts.right_hand_side()
 
         def begin(y0: Tensor) -> State:
-            return {"y": y0}
+            return {"y": parts.begun(y0)}
+
+        def length(y: Tensor, k: int) -> Any:
+            return 1 / parts.largest(y) if self.step is None else at_step(self.step, k)
+
+        def gap(before: State, after: State, k: int) -> Tensor:
+            y, new = before["y"], after["y"]
+            slope = (y - new) / length(y, k) - (parts.product(y) - right)  # of the block at the new image
+            return Optimality(parts).gap(new, [], [], slope)
 
         def advance(state: State, k: int) -> State:
             y = state["y"]
-            t = 1 / parts.largest(y) if self.step is None else at_step(self.step, k)
+            t = length(y, k)
             y = y - t * (parts.product(y) - right)
             for term in parts.blocks:
                 a = term.expression.map.gram.scalar
@@ -71,7 +87,7 @@ class ProximalGradient(AbstractAlgorithm):
                 y = y + term.expression.map.adjoint(term.block.prox(z, own, term.axes) - z) / a
             return {"y": y}
 
-        return Scheme(begin, advance)
+        return Scheme(begin, advance, gap)
 
 
 @final
@@ -103,15 +119,21 @@ class LinearizedADMM(AbstractAlgorithm):
         demand_types(self)
         demand_settings("LinearizedADMM", self.rho, self.thresholds)
         if self.step is not None:
-            _demand_step("LinearizedADMM", self.step)
+            demand_setting("LinearizedADMM", "step", self.step)
 
-    def on(self, objective: SumOfTerms) -> Scheme:
+    def on(self, objective: SumOfTerms | Term) -> Scheme:
         parts, lengths = Parts.of(objective), _Lengths(objective)
         right = parts.right_hand_side()
 
         def begin(y0: Tensor) -> State:
+            y0 = parts.begun(y0)
             v = [term.expression.at(y0) for term in parts.blocks]
             return {"y": y0, "v": v, "u": [torch.zeros_like(each) for each in v]}
+
+        def gap(_: State, after: State, k: int) -> Tensor:
+            rho, blocks = at_step(self.rho, k), parts.blocks
+            slopes = [(term, rho * each) for term, each in zip(blocks, after["u"], strict=True)]
+            return Optimality(parts).gap(after["y"], list(zip(blocks, after["v"], strict=True)), slopes)
 
         def advance(state: State, k: int) -> State:
             y, v, u = state["y"], state["v"], state["u"]
@@ -131,7 +153,7 @@ class LinearizedADMM(AbstractAlgorithm):
             u = [b + a - c for a, b, c in zip(images, u, v, strict=True)]
             return {"y": y, "v": v, "u": u}
 
-        return Scheme(begin, advance)
+        return Scheme(begin, advance, gap)
 
 
 @final
@@ -165,22 +187,39 @@ class PDHG(AbstractAlgorithm):
         demand_types(self)
         demand_settings("PDHG", self.rho, None)
         if self.step is not None:
-            _demand_step("PDHG", self.step)
+            demand_setting("PDHG", "step", self.step)
 
-    def on(self, objective: SumOfTerms) -> Scheme:
+    def on(self, objective: SumOfTerms | Term) -> Scheme:
         parts, lengths = Parts.of(objective), _Lengths(objective)
         right = parts.right_hand_side()
         primal = next((term for term in parts.blocks if term.expression.is_variable), None)
         duals = tuple(term for term in parts.blocks if term is not primal)
 
         def begin(y0: Tensor) -> State:
+            y0 = parts.begun(y0)
             return {"y": y0, "p": [torch.zeros_like(term.expression.at(y0)) for term in duals]}
+
+        def length(y: Tensor, rho: Any, k: int) -> Any:
+            t = at_step(self.step, k)
+            if t is not None:
+                return t
+            return _SHORT / (lengths.curvature(y) / 2 + _detached(rho) * lengths.of(duals, y) + lengths.tiny(y))
+
+        def gap(before: State, after: State, k: int) -> Tensor:
+            y, new, rho = before["y"], after["y"], at_step(self.rho, k)
+            slope, points = None, []
+            if primal is not None:  # its slope at the new image, of which that is the proximal map
+                slope = (y - new) / length(y, rho, k) - (parts.product(y) - right)
+                for term, each in zip(duals, before["p"], strict=True):
+                    slope = slope - term.expression.map.adjoint(each)
+            for term, old, each in zip(duals, before["p"], after["p"], strict=True):
+                points.append((term, term.expression.at(2 * new - y) + (old - each) / rho))
+            return Optimality(parts).gap(new, points, list(zip(duals, after["p"], strict=True)), slope)
 
         def advance(state: State, k: int) -> State:
             y, p = state["y"], state["p"]
-            rho, t = at_step(self.rho, k), at_step(self.step, k)
-            if t is None:
-                t = _SHORT / (lengths.curvature(y) / 2 + _detached(rho) * lengths.of(duals, y) + lengths.tiny(y))
+            rho = at_step(self.rho, k)
+            t = length(y, rho, k)
             pull = parts.product(y) - right
             for term, each in zip(duals, p, strict=True):
                 pull = pull + term.expression.map.adjoint(each)
@@ -194,14 +233,14 @@ class PDHG(AbstractAlgorithm):
                 found.append(rho * (z - term.block.prox(z, proximal_step(term, rho, None, k, 0), term.axes)))
             return {"y": new, "p": found}
 
-        return Scheme(begin, advance)
+        return Scheme(begin, advance, gap)
 
 
 @final
 class _Lengths:
     """Bounds on squared norms, computed when they are first needed."""
 
-    def __init__(self, objective: SumOfTerms) -> None:
+    def __init__(self, objective: SumOfTerms | Term) -> None:
         self._parts, self._known = Parts.of(objective), dict[str, Any]()
 
     def curvature(self, y: Tensor) -> Any:
@@ -223,13 +262,6 @@ class _Lengths:
 
 def _detached(number: float | Tensor) -> float | Tensor:
     return number.detach() if isinstance(number, Tensor) else number
-
-
-def _demand_step(call: str, step: float | Tensor) -> None:
-    if not isinstance(step, Tensor):
-        demand_range(call, "step", step, POSITIVE)
-    elif step.dim() > 1:
-        raise ValueError(f"`{call}(step=...)` must be a number or a schedule `(N,)`. Got axes {tuple(step.shape)}.")
 
 
 def _is_orthogonal(term: Term) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,6 +12,7 @@ from bilevel._problem import BilevelProblem, Tasks
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import AT_LEAST_1
+from bilevel.arguments.words import got
 from bilevel.inner_problems.iteration import Iteration
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.terms.scheme import Scheme, State
@@ -34,6 +35,9 @@ def proximal_problem(
 
     The inner variable is the state of the algorithm: y0 of an estimate is `scheme(x).start(first image)`.
 
+    Solvers of fixed points stop where |T(x, z) - z| is small, which very short steps or a very large rho make it
+    anywhere: `scheme(x).residual(estimate.y)` tells how far the image is from the minimizer of its objective.
+
     Args:
         f: `f(x, y)` of the image, or `f(x, y, data)`.
         scheme: `scheme(x)`, or `scheme(x, data)`: the algorithm on the objective at x.
@@ -54,7 +58,7 @@ def proximal_problem(
     """
     made = _Inner(f, scheme)
     if steps is None:
-        return BilevelProblem(made.f, fixed_point=made.image, tasks=tasks)
+        return BilevelProblem(made.f, fixed_point=_Map(made), tasks=tasks)
     return BilevelProblem(made.f, inner=Iteration(made.step, steps), tasks=tasks)
 
 
@@ -65,10 +69,41 @@ class _Inner(AbstractPortable):
     scheme: Callable[..., Scheme]
 
     def f(self, x: Tree, y: Any, *data: Any) -> Tensor:
-        return self.outer(x, y["y"], *data)
-
-    def image(self, x: Tree, y: State, *data: Any) -> State:
-        return self.scheme(x, *data).step(y, 0)
+        return self.outer(x, _state(y)["y"], *data)
 
     def step(self, x: Tree, y: State, k: int, *data: Any) -> State:
-        return self.scheme(x, *data).step(y, k)
+        return self.made(x, *data).step(_state(y), k)
+
+    def made(self, x: Tree, *data: Any) -> Scheme:
+        found = self.scheme(x, *data)
+        if not isinstance(found, Scheme):
+            raise TypeError(
+                "`proximal_problem(scheme=...)` must return a scheme, such as `ADMM().on(objective)`. Got"
+                f" {type(found).__name__}."
+            )
+        return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Map(AbstractPortable):
+    """T."""
+
+    inner: _Inner
+
+    def __call__(self, x: Tree, y: State, *data: Any) -> State:
+        return self.at(x, *data)(y)
+
+    def at(self, x: Tree, *data: Any) -> Callable[[State], State]:
+        """y -> T(x, y): a scheme is made once for all steps of a solver."""
+        scheme = self.inner.made(x, *data)
+        return lambda y: scheme.step(_state(y), 0)
+
+
+def _state(y: Any) -> State:
+    if not isinstance(y, Mapping) or "y" not in y:
+        raise TypeError(
+            "the inner variable of `proximal_problem` is the state of the algorithm: `y0` must be"
+            f" `scheme(x).start(image)`. Got {got(y)}."
+        )
+    return dict(y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -15,7 +15,7 @@ from bilevel.arguments.ranges import SIZE, demand_ranges
 from bilevel.arguments.shapes import Shape, demand_shapes
 from bilevel.arguments.words import got
 from bilevel.terms.gram import Gram
-from bilevel.terms.linear_map import AbstractLinearMap, Size
+from bilevel.terms.linear_map import AbstractLinearMap, Size, demand_array
 
 
 @final
@@ -38,11 +38,13 @@ class FourierSamples(AbstractLinearMap):
     """
 
     mask: Tensor
+    _at: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         demand_types(self)
         if self.mask.dtype != torch.bool or not self.mask.dim():
             raise ValueError(f"`FourierSamples(mask=...)` must be a tensor of booleans. Got {got(self.mask)}.")
+        object.__setattr__(self, "_at", self.mask.reshape(-1).nonzero().squeeze(-1))
 
     @property
     def in_shape(self) -> Size:
@@ -50,18 +52,16 @@ class FourierSamples(AbstractLinearMap):
 
     @property
     def out_shape(self) -> Size:
-        return (int(self.mask.sum()), 2)
-
-    @property
-    def _at(self) -> Tensor:
-        return self.mask.reshape(-1).nonzero().squeeze(-1)
+        return (len(self._at), 2)
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("FourierSamples.forward", y, self.in_shape)
         d = self.mask.dim()
         spectrum = torch.fft.fftn(y, dim=tuple(range(-d, 0)), norm="ortho")
         return torch.view_as_real(spectrum.flatten(-d).index_select(-1, self._at))
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("FourierSamples.adjoint", z, self.out_shape)
         d, values = self.mask.dim(), torch.view_as_complex(z.contiguous())
         empty = values.new_zeros(*values.shape[:-1], self.mask.numel())
         spectrum = empty.index_copy(-1, self._at, values).reshape(*values.shape[:-1], *self.in_shape)
@@ -100,9 +100,11 @@ class Diagonal(AbstractLinearMap):
         return tuple(self.weights.shape)
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Diagonal.forward", y, self.in_shape)
         return self.weights * y
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Diagonal.adjoint", z, self.in_shape)
         return self.weights * z
 
     @property
@@ -154,9 +156,11 @@ class Mosaic(AbstractLinearMap):
         return (self.colors == each).to(like.dtype)
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Mosaic.forward", y, self.in_shape)
         return (self._masks(y) * y).sum(-self.colors.dim() - 1)
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Mosaic.adjoint", z, self.out_shape)
         return self._masks(z) * z.unsqueeze(-self.colors.dim() - 1)
 
     @property
@@ -216,9 +220,11 @@ class Matrix(AbstractLinearMap):
         return (self.matrix.shape[0],)
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Matrix.forward", y, self.in_shape)
         return y.flatten(y.dim() - len(self.in_shape)) @ self.matrix.mT
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Matrix.adjoint", z, self.out_shape)
         return (z @ self.matrix).reshape(*z.shape[:-1], *self.in_shape)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_1, demand_ranges
 from bilevel.terms.gram import Gram
-from bilevel.terms.linear_map import AbstractLinearMap, Size
+from bilevel.terms.linear_map import AbstractLinearMap, Size, demand_array
 
 _HAAR = (0.5**0.5, 0.5**0.5)
 
@@ -67,6 +67,7 @@ class Wavelets(AbstractLinearMap):
         return self.shape
 
     def forward(self, y: Tensor) -> Tensor:
+        demand_array("Wavelets.forward", y, self.shape)
         rows, columns = self.shape[-2:]
         for _ in range(self.levels):
             part = y[..., :rows, :columns]
@@ -77,6 +78,7 @@ class Wavelets(AbstractLinearMap):
         return y
 
     def adjoint(self, z: Tensor) -> Tensor:
+        demand_array("Wavelets.adjoint", z, self.shape)
         for level in reversed(range(self.levels)):
             rows, columns = self.shape[-2] >> level, self.shape[-1] >> level
             part = z[..., :rows, :columns]

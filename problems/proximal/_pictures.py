@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from bilevel.outside.arrays import read_arrays
 from bilevel.outside.images import SUFFIXES, open_image
+from bilevel.portable.pickling import AbstractPortable
+from bilevel.tasks._random import seed_of_step
+from bilevel.terms.convolution import Convolution
 
 Pictures: TypeAlias = Literal["auto", "scikit-image", "synthetic"]
 
 # Which ship with scikit-image: other photographs are for testing than for training.
 _TRAIN = ("coffee", "chelsea", "coins", "rocket", "brick", "page", "cell", "clock", "gravel")
 _TEST = ("camera", "astronaut", "moon", "text")
+_NEW = ("grass", "hubble_deep_field", "stereo_motorcycle", "retina")  # on which nothing was ever chosen
+_HALF = 0.5  # of the parts of an image that is large enough are of it at half its size
 
 
 def images(
-    count: int, side: int, *, test: bool, pictures: Pictures = "auto", data: str = "", seed: int = 0
+    count: int,
+    side: int,
+    *,
+    test: bool,
+    pictures: Pictures = "auto",
+    data: str = "",
+    seed: int = 0,
+    new: bool = False,
 ) -> tuple[Tensor, str]:
     """So many gray images `(count, side, side)` of values in [0, 1], and where they are from.
 
@@ -35,20 +48,80 @@ def images(
         data: a PNG or JPEG file, of whose left half the images for training are parts and of whose right half those for
             testing; or an .npz file with `images` `(n, h, w)`, the last fifth for testing.
         seed: of the parts.
+        new: with `test`: a third set of images, which neither training nor the choice of a setting has seen; of a file
+            other parts of the same images.
 
     Raises:
         ValueError: if a file cannot be read, or its images are smaller than `side`.
         ImportError: if scikit-image is asked for and missing.
     """
-    generator = torch.Generator().manual_seed(2 * seed + test)
+    generator = torch.Generator().manual_seed(2 * seed + test + 1_000_000 * new)
     if data:
         demand_readable(data)
         return _parts(_from_file(data, test), count, side, generator, Path(data).name), Path(data).name
-    if pictures == "auto":
-        pictures = "scikit-image" if find_spec("skimage") is not None else "synthetic"
-    if pictures == "synthetic":
+    if _kind(pictures) == "synthetic":
         return torch.stack([_synthetic(side, generator) for _ in range(count)]), "synthetic images"
-    return _parts(_photographs(test), count, side, generator, pictures), "photographs of scikit-image"
+    whole = _photographs((_NEW if new else _TEST) if test else _TRAIN)
+    return _parts(whole, count, side, generator, "scikit-image"), "photographs of scikit-image"
+
+
+def _kind(pictures: Pictures) -> Pictures:
+    if pictures != "auto":
+        return pictures
+    return "scikit-image" if find_spec("skimage") is not None else "synthetic"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Draws(AbstractPortable):
+    """Batch k of training: new parts of the training images, turned and mirrored, blurred and with new noise.
+
+    Half of the parts of an image that is large enough are of it at half its size: more edges to see in as many pixels.
+
+    Args:
+        whole: the images `(h, w)`.
+        count: how many parts.
+        side: of each.
+        kernel: of the blur.
+        level: the standard deviation of the noise.
+        seed: of all draws.
+    """
+
+    whole: tuple[Tensor, ...]
+    count: int
+    side: int
+    kernel: Tensor
+    level: float
+    seed: int
+
+    @staticmethod
+    def of(count: int, side: int, kernel: Tensor, level: float, *, pictures: Pictures, data: str, seed: int) -> Draws:
+        """Those of the training images that `images` takes its parts of."""
+        if data:
+            demand_readable(data)
+            whole, name = _from_file(data, test=False), Path(data).name
+        elif _kind(pictures) == "synthetic":
+            generator = torch.Generator().manual_seed(seed)
+            whole, name = [_synthetic(2 * side, generator) for _ in range(16)], "synthetic"
+        else:
+            whole, name = _photographs(_TRAIN), "scikit-image"
+        _demand_large(whole, side, name)
+        return Draws(tuple(whole), count, side, kernel, level, seed)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The parts `(count, side, side)`, and how they are seen."""
+        generator, found = torch.Generator().manual_seed(seed_of_step(self.seed, step)), []
+        for _ in range(self.count):
+            number, coin, turn = (float(share) for share in torch.rand(3, generator=generator, device="cpu"))
+            each = self.whole[int(number * len(self.whole))]
+            if min(each.shape) >= 2 * self.side and coin < _HALF:
+                each = torch.nn.functional.avg_pool2d(each[None, None], 2)[0, 0]
+            part = torch.rot90(_part(each, self.side, generator), int(8 * turn) % 4)
+            found.append(part.mT if turn >= 0.5 else part)
+        truth = torch.stack(found)
+        seen = Convolution(self.kernel, (self.side, self.side)).forward(truth)
+        drawn = torch.randn(truth.shape, generator=generator, dtype=torch.float64, device="cpu")
+        return truth, seen + self.level * drawn.to(truth)
 
 
 def demand_readable(path: str) -> None:
@@ -65,7 +138,7 @@ def demand_readable(path: str) -> None:
         raise ValueError(f"`data` must be the path of a PNG, JPEG or .npz file. Got {path[:200]!r}, which is none.")
 
 
-def _photographs(test: bool) -> list[Tensor]:
+def _photographs(names: Sequence[str]) -> list[Tensor]:
     try:
         import skimage.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -74,8 +147,11 @@ def _photographs(test: bool) -> list[Tensor]:
             " without."
         ) from error
     found = []
-    for name in _TEST if test else _TRAIN:
-        levels = torch.as_tensor(getattr(skimage.data, name)(), device="cpu").double() / 255
+    for name in names:
+        picture = getattr(skimage.data, name)()
+        if isinstance(picture, tuple):  # two views, and more
+            picture = picture[0]
+        levels = torch.as_tensor(picture, device="cpu").double() / 255
         found.append(levels if levels.dim() == 2 else levels.mean(-1))
     return found
 
@@ -98,14 +174,19 @@ def _from_file(path: str, test: bool) -> list[Tensor]:
 
 def _parts(whole: Sequence[Tensor], count: int, side: int, generator: torch.Generator, name: str) -> Tensor:
     """Random squares, of one image after the other."""
+    _demand_large(whole, side, name)
+    return torch.stack([_part(whole[k % len(whole)], side, generator) for k in range(count)])
+
+
+def _demand_large(whole: Sequence[Tensor], side: int, name: str) -> None:
     if any(min(each.shape) < side for each in whole) or not whole:
         raise ValueError(f"the images of {name!r} must have at least {side} pixels a side. Set a smaller `side`.")
-    found = []
-    for k in range(count):
-        each = whole[k % len(whole)]
-        top, left = (int(torch.randint(size - side + 1, (), generator=generator, device="cpu")) for size in each.shape)
-        found.append(each[top : top + side, left : left + side])
-    return torch.stack(found)
+
+
+def _part(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A random square."""
+    top, left = (int(torch.randint(size - side + 1, (), generator=generator, device="cpu")) for size in image.shape)
+    return image[top : top + side, left : left + side]
 
 
 def _synthetic(side: int, generator: torch.Generator) -> Tensor:

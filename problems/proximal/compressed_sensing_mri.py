@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel._instance import Instance
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_0, POSITIVE, SEED, SIZE
+from bilevel.arguments.ranges import AT_LEAST_0, SEED, SIZE, Range
 from bilevel.hypergrad.aid import AID
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems.proximal._pictures import Pictures, draw_images, images, noise, psnr
@@ -33,6 +33,7 @@ from bilevel.terms import (
 )
 
 _RHO = 0.05
+_SHARE = Range(open=True, below=1.0, closed=True)
 
 
 @final
@@ -106,7 +107,7 @@ class CompressedSensing(AbstractPortable):
         figure.tight_layout()
 
 
-@checked(side=SIZE, train=SIZE, test=SIZE, share=POSITIVE, level=AT_LEAST_0, seed=SEED)
+@checked(side=SIZE, train=SIZE, test=SIZE, share=_SHARE, level=AT_LEAST_0, seed=SEED)
 def compressed_sensing_mri(
     *,
     side: int = 32,
@@ -124,7 +125,7 @@ def compressed_sensing_mri(
         side: of an image, divisible by 4.
         train: images for training.
         test: images for testing.
-        share: of the frequencies that are sampled, low ones more often.
+        share: of the frequencies that are sampled, low ones more often; at most 1.
         level: the standard deviation of the noise of a sample.
         pictures: as for `deblurring`.
         data: as for `deblurring`.

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel._instance import Instance
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
-from bilevel.arguments.ranges import AT_LEAST_0, SEED, SIZE
+from bilevel.arguments.ranges import AT_LEAST_0, SEED, SIZE, Range
 from bilevel.hypergrad.itd import ITD
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.problems.proximal._pictures import Pictures, draw_images, images, noise, psnr
@@ -21,6 +21,7 @@ from bilevel.solvers.own_steps import OwnSteps
 from bilevel.terms import ADMM, Convolution, Gradient, Scheme, norm1, proximal_problem, sum_squares, variable
 
 _PUPIL = 15  # samples across, of a kernel of as many pixels
+_SIDE = Range(least=float(_PUPIL))
 _DEPTHS = (0.0, 0.5, 1.0)  # of the largest defocus
 
 
@@ -125,7 +126,9 @@ class JointOptics(AbstractPortable):
             axis.set_yticks([])
 
 
-@checked(side=SIZE, train=SIZE, test=SIZE, steps=SIZE, level=AT_LEAST_0, defocus=AT_LEAST_0, seed=SEED)
+@checked(
+    side=Range(least=float(_PUPIL)), train=SIZE, test=SIZE, steps=SIZE, level=AT_LEAST_0, defocus=AT_LEAST_0, seed=SEED
+)
 def joint_optics(
     *,
     side: int = 32,
