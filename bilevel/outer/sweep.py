@@ -137,6 +137,7 @@ def swept(
     y: Tensor,
     steps: int,
     slack: float = 0.0,
+    made: Callable[[AbstractAlgorithm[Any]], AbstractAlgorithm[Any]] = lambda algorithm: algorithm,
 ) -> Winner:
     """Run every combination for so many steps from the same start, and say which one has come furthest.
 
@@ -153,6 +154,7 @@ def swept(
         steps: how many steps each takes.
         slack: the first combination is taken that comes so near to the best, as a share of how far rows differ; 0: the
             best itself. What is best for a while may be too long a step for later.
+        made: what becomes of an algorithm that is run, such as one whose steps are programs; the winner is as it was.
 
     Cost: `steps` steps of every combination, and for each a gradient of f, and some ten of g, on all the data.
     """
@@ -161,7 +163,7 @@ def swept(
     for members in _alike(found, range(len(found)), (*STEPS, "ratio", "seed")):
         for batch in _batches(algorithm, found, members, oracle.data, x):
             at = Oracle(oracle.like, batch.data, batch.draws, oracle.region)
-            rows |= batch.run(at, x, y, steps)
+            rows |= replace(batch, algorithm=made(batch.algorithm)).run(at, x, y, steps)
     sound = [k for k, row in rows.items() if math.isfinite(row.value)]
     if not sound:
         raise ValueError("`minimize(sweep=...)`: all combinations diverged within the sweep. Sweep over shorter steps.")
