@@ -29,6 +29,7 @@ from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.outer.trial import Trial
 from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.properties import Property
+from bilevel.requirements.why_not import why_not
 
 STEPS = ("inner_step", "outer_step")  # what runs side by side may differ in
 
@@ -159,6 +160,9 @@ def swept(
     Cost: `steps` steps of every combination, and for each a gradient of f, and some ten of g, on all the data.
     """
     found = combinations(algorithm, sweep)
+    for settings in found:
+        if why := why_not(configured(algorithm, settings), oracle.like.problem):
+            raise ValueError(why)
     rows: dict[int, _Row] = {}
     for members in _alike(found, range(len(found)), (*STEPS, "ratio", "seed")):
         for batch in _batches(algorithm, found, members, oracle.data, x):
