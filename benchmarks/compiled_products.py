@@ -23,8 +23,12 @@ from torch import Tensor, nn
 
 from bilevel import BilevelProblem, CompiledProducts, Exact, functional, ravel
 from bilevel._flat import FlatProblem
+from bilevel.hypergrad.product_costs import work_of
 
-LOGISTIC = ((200, 20, 1), (500, 50, 3), (10000, 500, 1), (10000, 500, 10), (6000, 1000, 20))
+LOGISTIC = (
+    *((200, 20, 1), (1000, 50, 1), (2000, 100, 1), (4000, 200, 1), (10000, 500, 1)),
+    *((500, 50, 3), (2000, 100, 10), (10000, 500, 10), (6000, 1000, 20)),
+)
 NETWORKS = (((1, 40, 40, 1), 10), ((20, 40, 5), 64), ((784, 128, 10), 128))
 
 
@@ -96,9 +100,12 @@ def main() -> None:
         timings, _ = interleave(products_of(made, CompiledProducts()), given.rounds)
         ms = {each: 1e3 * sorted(timing.cpu)[len(timing.cpu) // 2] for each, timing in timings.items()}
         ratio = against(timings["CompiledProducts"], timings["Exact"])
-        rows.append(Row(name, [*(f"{number:.3f}" for number in ms.values()), f"{ratio:.2f}"], {**ms, "ratio": ratio}))
+        work = work_of(*made)
+        cells = [f"{work.calls}", f"{work.entries}", *(f"{number:.3f}" for number in ms.values()), f"{ratio:.2f}"]
+        rows.append(Row(name, cells, {**ms, "ratio": ratio, "calls": work.calls, "entries": work.entries}))
         print(rows[-1].name, rows[-1].cells, flush=True)
-    table = Table("A product H v, CPU milliseconds", ["", "Exact", "CompiledProducts", "ratio"], rows)
+    columns = ["", "calls", "entries", "Exact", "CompiledProducts", "ratio"]
+    table = Table("A product H v, CPU milliseconds", columns, rows)
     only = f" --only {given.only}" if given.only else ""
     command = f"python benchmarks/compiled_products.py{only} --rounds {given.rounds} --out benchmarks/results"
     print(text := f"`{command}`\n\n{markdown(table)}")

@@ -26,7 +26,13 @@ from bilevel.requirements.why_not import refusal, why_not
 
 
 def apply_estimator(
-    estimator: AbstractEstimator, problem: FlatProblem, x: Tensor, start: FlatStart, chunk_size: int | None = None
+    estimator: AbstractEstimator,
+    problem: FlatProblem,
+    x: Tensor,
+    start: FlatStart,
+    chunk_size: int | None = None,
+    *,
+    applies: bool = False,
 ) -> FlatEstimate:
     """The estimate at x; with `chunk_size` that of so many tasks at a time, to bound memory, and the mean of them.
 
@@ -34,7 +40,7 @@ def apply_estimator(
     h = (dz/dx)' h_z, which every estimator that is linear in the derivatives of f and g commutes with.
 
     The first estimate of a run (`start.count` is 0) brings a look at f and g with it, see `first_look`, and
-    one at g near the inner solution; see `kinked`.
+    one at g near the inner solution; see `kinked`. A run that has asked once whether the estimator applies says so.
 
     Raises:
         ValueError: if the estimator does not apply to the problem, naming it and the reason; at the first estimate of
@@ -42,9 +48,9 @@ def apply_estimator(
     """
     if problem.tasks_over is not None and problem.tasks is not None:
         return _over_ranks(estimator, problem, x, start, chunk_size, problem.tasks_over, problem.tasks)
-    why, of_steps = why_not(estimator, problem.problem), bool(why_iteration(estimator))
-    if why:
+    if not applies and (why := why_not(estimator, problem.problem)):
         raise ValueError(why)
+    of_steps = bool(why_iteration(estimator))
     try:
         if (
             estimator.requires is STRICTEST
@@ -57,8 +63,11 @@ def apply_estimator(
             found = found if start.count else _looked_at(estimator, problem, x, found)
         else:
             found = _chunked(estimator, problem, x, start, chunk_size, problem.tasks)
-        are_functions = all(report.status is not Status.not_repeatable for report in found.reports)
-        if start.count == 0 and are_functions and not of_steps:
+        if (
+            start.count == 0
+            and not of_steps
+            and all(report.status is not Status.not_repeatable for report in found.reports)
+        ):
             found = replace(found, reports=found.reports + kink_reports(estimator, problem, x, found.y, chunk_size))
         return replace(found, of_steps=True) if of_steps else found
     except DoesNotApply as error:

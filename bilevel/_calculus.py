@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from bilevel._linear import LinearOperator
 from bilevel._numerics.known_point import KnownObjective
-from bilevel._numerics.second_derivatives import explained, refuse_dropped_terms
+from bilevel._numerics.second_derivatives import explain, explained, refuse_dropped_terms
 from bilevel._result import Report, Status, Tally
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import POSITIVE, demand_ranges
+from bilevel.arguments.unchecked import unchecked
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import START_ONLY, DoesNotApply
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # it is given a problem in vectors, and makes none
     from bilevel._flat import FlatProblem
     from bilevel.inner_problems.multipliers import Multipliers
 
+_operator = unchecked(LinearOperator)  # of functions of this module
 _LOST = 0.1  # of a product by differences: where rounding is more than that, hardly a digit is left
 
 
@@ -37,9 +40,37 @@ def grad(output: Tensor, leaf: Tensor, *, create_graph: bool = False, checked: b
         return torch.zeros_like(leaf)
     if create_graph and not checked:
         refuse_dropped_terms(output, leaf)
-    with explained():
+    try:
         (found,) = torch.autograd.grad(output, leaf, create_graph=create_graph, allow_unused=True)
+    except RuntimeError as error:
+        explain(error)
+        raise
     return torch.zeros_like(leaf, requires_grad=create_graph) if found is None else found
+
+
+def value_and_gradient(function: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
+    """function(y) `(*batch,)` and its gradient `(*batch, q)`, without a graph: a step of an inner solver.
+
+    What :func:`grad` does, written out: there are more of these than of all other derivatives.
+    """
+    leaf = y.detach().requires_grad_()
+    value = function(leaf)
+    if not value.requires_grad:
+        return value.detach(), torch.zeros_like(leaf)
+    try:
+        (found,) = torch.autograd.grad(value if value.dim() == 0 else value.sum(), leaf, allow_unused=True)
+    except RuntimeError as error:
+        explain(error)
+        raise
+    return value.detach(), torch.zeros_like(leaf) if found is None else found
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def with_graphs() -> contextlib.AbstractContextManager[object]:
+    """Where graphs are made: `torch.enable_grad()`, which takes two microseconds, unless they are made anyhow."""
+    return _AS_IT_IS if torch.is_grad_enabled() else torch.enable_grad()
 
 
 def rows_of(y: Tensor) -> int:
@@ -55,13 +86,16 @@ def total(values: Tensor) -> Tensor:
 def outer_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Phi's integrand f(x, y) `()`, grad_x f `(p,)` and grad_y f `(*tasks, q)`, by one backward pass."""
     problem.tally.outer_gradients += rows_of(y)
-    with torch.enable_grad():
+    with with_graphs():
         x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
         value = problem.by_itself().f(x, y)
         if not value.requires_grad:
             return problem.total(value)[0], torch.zeros_like(x), torch.zeros_like(y)
-        with explained():
+        try:
             fx, fy = torch.autograd.grad(value, (x, y), allow_unused=True)
+        except RuntimeError as error:
+            explain(error)
+            raise
         fx, fy = torch.zeros_like(x) if fx is None else fx, torch.zeros_like(y) if fy is None else fy
     value, fx, fy = problem.total(value.detach(), fx, fy)
     return value, fx, fy
@@ -128,11 +162,14 @@ def hessian_operator(gradient: Tensor, y: Tensor, tally: Tally) -> LinearOperato
         tally.hvps += rows
         if linear:  # g is linear in y
             return torch.zeros_like(v)
-        with explained():
+        try:
             (hv,) = torch.autograd.grad(gradient, y, v, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            explain(error)
+            raise
         return torch.zeros_like(v) if hv is None else hv
 
-    return LinearOperator(mv, y.shape[-1], positive_definite=True)
+    return _operator(mv, y.shape[-1], positive_definite=True)
 
 
 def cross_operator(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[LinearOperator, Tensor, float]:
@@ -248,7 +285,7 @@ class Linearization:
             return hv
 
         if operator is None:
-            self.operator = LinearOperator(mv, y.shape[-1], positive_definite=True, last_mv=last_mv)
+            self.operator = _operator(mv, y.shape[-1], positive_definite=True, last_mv=last_mv)
         else:
             self.operator = replace(operator, last_mv=last_mv)
 
@@ -278,6 +315,9 @@ class Linearization:
         if found is None and self._start_in_x:
             raise DoesNotApply(START_ONLY)
         return found
+
+
+_linearization = unchecked(Linearization)
 
 
 class AbstractProducts(AbstractPortable, abc.ABC):
@@ -347,7 +387,7 @@ class Exact(AbstractProducts):
         tally, rows = problem.tally, rows_of(y)
         if (known := self.known(problem, x)) is not None:
             return known(y)[1]
-        with torch.enable_grad():
+        with with_graphs():
             x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
             gradient = grad(total(problem.part_of_g(x, y)), y, create_graph=True)
         operator = hessian_operator(gradient, y, tally)
@@ -357,8 +397,11 @@ class Exact(AbstractProducts):
             tally.cross_products += rows
             if not gradient.requires_grad:
                 return torch.zeros_like(v), None
-            with explained():
+            try:
                 hv, gv = torch.autograd.grad(gradient, (y, x), v, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                explain(error)
+                raise
             return torch.zeros_like(v) if hv is None else hv, gv
 
         def pull(v: Tensor) -> Tensor | None:
@@ -369,7 +412,7 @@ class Exact(AbstractProducts):
                 return torch.autograd.grad(gradient, x, v, retain_graph=True, allow_unused=True)[0]
 
         start_in_x = problem.problem.init is not None
-        return Linearization(y.detach(), gradient.detach(), operator.mv, products, pull, start_in_x=start_in_x)
+        return _linearization(y.detach(), gradient.detach(), operator.mv, products, pull, start_in_x=start_in_x)
 
     def at_once(
         self, problem: FlatProblem, x: Tensor, y: Tensor, v: Tensor, *, checked: bool = False

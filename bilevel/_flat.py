@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bilevel._numerics.batched import RANDOM, batched, looped, random_state, set_random_state
 from bilevel._numerics.known_objective import AbstractKnownObjective
-from bilevel._numerics.misfits import Misfit, called
+from bilevel._numerics.misfits import Misfit, called, explain_call
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.uneven import Uneven
 from bilevel._problem import BilevelProblem, Split
@@ -24,6 +25,9 @@ from bilevel.requirements.properties import DoesNotApply
 if TYPE_CHECKING:
     from bilevel.ranks.across import Across
     from bilevel.ranks.ranks import Ranks
+
+
+_FUNCTIONS = frozenset({FunctionType, MethodType})
 
 
 @final
@@ -97,13 +101,14 @@ class FlatProblem:
 
         Samples over ranks are each rank's part, and an encoding that is not taken yet is autograd's.
         """
-        if self.across is not None or (self.problem.encode is not None and not self.is_encoded):
-            return None
-        if self._uneven("g") is not None:  # coefficients may have the sizes of batches, of which there are several
-            return None
         inner = self.problem.inner
         given = self.problem.g_as_given if inner is None else inner.g
-        return given if isinstance(given, AbstractKnownObjective) else None
+        if type(given) in _FUNCTIONS or not isinstance(given, AbstractKnownObjective):  # as most are
+            return None
+        if self.across is not None or (self.problem.encode is not None and not self.is_encoded):
+            return None
+        # Coefficients may have the sizes of batches, of which there are several.
+        return given if self._uneven("g") is None else None
 
     def g_at(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """y -> g(x, y) at one x, of which what does not change with y is made once: asked for at every inner step."""
@@ -111,13 +116,25 @@ class FlatProblem:
         if not plain or (self.problem.encode is not None and not self.is_encoded):
             return partial(self.g, x)
         form = "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
-        g, outer, cut, given = self.problem.g, self._unravelled(x), self.y.unravel, self._given
+        g = self.problem.g if self.problem.inner is not None else self.problem.g_as_given
+        outer, cut, given = self._unravelled(x), self.y.unravel, self._given
 
         def at(y: Tensor) -> Tensor:
-            return _scalar("g", called(form, g, outer, cut(y), *given("g")))
+            arguments = (outer, cut(y), *given("g"))
+            try:
+                value = g(*arguments)
+            except Exception as error:
+                explain_call(error, form, arguments)
+                raise
+            return _scalar("g", value)
 
         def at_vector(y: Tensor) -> Tensor:
-            return _scalar("g", called(form, g, outer, y))
+            try:
+                value = g(outer, y)
+            except Exception as error:
+                explain_call(error, form, (outer, y))
+                raise
+            return _scalar("g", value)
 
         is_vector = self.y.spec is None and len(self.y.shapes[0]) == 1
         return at_vector if is_vector and self.data is None else at
@@ -462,7 +479,12 @@ def _task_count(data: Any) -> int:
     return count
 
 
+_USUAL = frozenset({torch.float64, torch.float32})
+
+
 def _scalar(name: str, value: Tree) -> Tensor:
+    if type(value) is Tensor and value.dtype in _USUAL and not value.dim() and not value.is_meta:
+        return value  # without a further look, as it is asked at every step
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
@@ -494,6 +516,5 @@ def ravel_rows(problem: FlatProblem, tree: Tree, name: str) -> Tensor:
         problem.y.dtype,
         problem.y.device,
     )
-    stacked.ravel(tree, name)  # for its checks
-    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in tree_leaves(stacked.aligned(tree))]
+    leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in stacked.leaves(tree, name)]
     return (leaves[0] if len(leaves) == 1 else torch.cat(leaves, dim=-1)).detach()

@@ -20,12 +20,15 @@ from bilevel._result import BilevelError, Report, Status, Tally
 from bilevel._tree import Structure, Tree, demand_alike, ravel, tree_map
 from bilevel.arguments.checked import checked
 from bilevel.arguments.ranges import SIZE
+from bilevel.arguments.unchecked import unchecked
 from bilevel.certificates.error_estimate import second_level
 from bilevel.named.auto import Auto
 from bilevel.named.registry import resolve
 from bilevel.portable.pickling import copied, hindrance, taken_by_value
 from bilevel.ranks.ranks import demand_ranks
 from bilevel.ranks.shard import own_samples
+
+_start, _estimate = unchecked(FlatStart), unchecked(Estimate)
 
 
 @checked(chunk_size=SIZE)
@@ -161,14 +164,14 @@ def _apart(found: FlatEstimate, x: Tensor, start: FlatStart) -> FlatEstimate:
 def flat_start(problem: FlatProblem, start: Start | None, y0: Tensor) -> FlatStart:
     """A user's warm start in vectors; y0 where there is none."""
     if start is None:
-        return FlatStart(y0)
+        return _start(y0)
     if not isinstance(start, Start):
         raise TypeError(
             f"`hypergradient(start=...)` must be a Start. Got {type(start).__name__}."
             f" Pass `estimate.start`, or `bilevel.Start(y=...)`."
         )
     y, v = ravel_rows(problem, start.y, "start.y"), start.v
-    return FlatStart(unshared(y), None if v is None else unshared(ravel_rows(problem, v, "start.v")), start.count)
+    return _start(unshared(y), None if v is None else unshared(ravel_rows(problem, v, "start.v")), start.count)
 
 
 def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int) -> Estimate:
@@ -184,7 +187,7 @@ def structured(problem: FlatProblem, x: Tensor, found: FlatEstimate, count: int)
     x, y, v = x.clone(), found.y, found.v
     # The estimate holds each vector once. What is handed out may be written to: what it is asked later checks that.
     quiet, as_found = problem.alone(Tally()), Unwritten.of(x=x, y=y, v=v, grad=h)
-    return Estimate(
+    return _estimate(
         grad=problem.x.unravel(h),
         value=value,
         y=problem.y.unravel(y),

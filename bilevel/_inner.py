@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, TypeAlias, final
 import torch
 from torch import Tensor
 
-from bilevel._calculus import AbstractProducts, Exact, Linearization, grad, hessian_operator, rows_of, total
+from bilevel._calculus import (
+    AbstractProducts,
+    Exact,
+    Linearization,
+    grad,
+    hessian_operator,
+    rows_of,
+    total,
+    value_and_gradient,
+)
 from bilevel._flat import FlatProblem
 from bilevel._linear import LinearOperator
 from bilevel._numerics.learned_settings import settings_at
@@ -21,6 +30,7 @@ from bilevel._numerics.spectrum import eigenvalue_ends
 from bilevel._result import Solved, Status, Tally
 from bilevel._tree import Tree
 from bilevel.arguments.checked import checked
+from bilevel.arguments.unchecked import unchecked
 from bilevel.portable.pickling import AbstractPortable
 from bilevel.requirements.properties import Feature
 
@@ -167,15 +177,10 @@ class Objective:
         self.tally.gradients += rows_of(y)
         if self._oracle is not None:
             return self._oracle(y)
-        if torch.is_grad_enabled():  # as mostly: setting it takes a microsecond a step
-            return self._by_autograd(y)
-        with torch.enable_grad():
-            return self._by_autograd(y)
-
-    def _by_autograd(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = y.detach().requires_grad_()
-        value = self.function(leaf)
-        return value.detach(), grad(total(value), leaf)
+        if not torch.is_grad_enabled():  # which mostly is: setting it takes a microsecond a step
+            with torch.enable_grad():
+                return value_and_gradient(self.function, y)
+        return value_and_gradient(self.function, y)
 
     def gradient(self, y: Tensor) -> Tensor:
         """grad_y g(x, y): `(*batch, q)`, without a graph."""
@@ -409,6 +414,9 @@ def _values_and_gradients(problem: FlatProblem, x: Tensor, y: Tensor) -> tuple[T
     return value, gradient
 
 
+_objective = unchecked(Objective)
+
+
 def smooth_objective(
     problem: FlatProblem,
     x: Tensor,
@@ -431,7 +439,7 @@ def smooth_objective(
     oracle = made.oracle(problem, x)
     if oracle is None and problem.across is not None:
         oracle = partial(_values_and_gradients, problem, x)
-    return Objective(
+    return _objective(
         problem.g_at(x),
         problem.tally,
         linearize,

@@ -224,10 +224,16 @@ def check_signature(problem: BilevelProblem, data: Any) -> None:
         raise TypeError(
             f"`problem` must be a BilevelProblem. Got {type(problem).__name__}. Write `BilevelProblem(f, g)`."
         )
+    if data is None:
+        given = vars(problem)
+        two = type(problem) is BilevelProblem and len(given) == 2
+        if two and _is_plain(given.get("_f"), 2) and _is_plain(given.get("_g"), 2):  # there is no more to see
+            return
+    else:
+        for batch in (data.f, data.g) if isinstance(data, Split) else (data,):
+            demand_batch(batch)
     _demand_tasks(problem)  # a subclass need not call the constructor
     _demand_one_kind(problem)
-    for batch in (data.f, data.g) if isinstance(data, Split) else (data,):
-        demand_batch(batch)
     first = "x" if problem.encode is None else "z"
     for name in ("f", "g", *_OPTIONAL):
         own = name in _OPTIONAL or _overridden(problem, name)

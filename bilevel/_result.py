@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel._numerics.rows import safe_row_norms
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.arguments.ranges import COUNT, demand_range
+from bilevel.arguments.unchecked import unchecked
 from bilevel.portable.pickling import what_travels
 
 
@@ -289,7 +290,7 @@ class Stats:
         demand_types(self)
 
     def __add__(self, other: Stats) -> Stats:
-        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Stats)))
+        return _stats(*[getattr(self, name) + getattr(other, name) for name in _NAMES])
 
     def __sub__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Stats)))
@@ -300,9 +301,11 @@ class Stats:
 
 
 # What is counted one by one; once, as looking names up takes as long as a small gradient.
-_COUNTS = tuple(field.name for field in fields(Stats) if field.name != "sample_calls")
+_NAMES = tuple(field.name for field in fields(Stats))
+_COUNTS = tuple(name for name in _NAMES if name != "sample_calls")
 
 
+_stats = unchecked(Stats)
 _NONE = 0  # no samples, by default
 
 
@@ -366,7 +369,7 @@ class Tally:
         """What has been counted so far, by the whole that this is a part of."""
         if self.whole is not None:
             return self.whole.stats()
-        return sum((part._own() for part in self.parts), self._own())
+        return sum((part._own() for part in self.parts), self._own()) if self.parts else self._own()
 
     @property
     def sampled(self) -> int:
@@ -380,7 +383,7 @@ class Tally:
         return self.sample_calls + round(self.g_samples * of_g + self.f_samples * self.outer_gradients)
 
     def _own(self) -> Stats:
-        return Stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=self._calls())
+        return _stats(**{name: getattr(self, name) for name in _COUNTS}, sample_calls=self._calls())
 
 
 @final
@@ -414,7 +417,7 @@ class Solved:
     @property
     def status(self) -> Status:
         """The worst of the statuses."""
-        return Status.worst(self.statuses)
+        return self.statuses[0] if len(self.statuses) == 1 else Status.worst(self.statuses)
 
 
 _PLAIN = (str, Status, float, int, tuple)  # the fields of a report
@@ -470,6 +473,9 @@ class Report:
         return f"{self.part}{tasks}: {self.status.value} (residual {self.residual:.3g} after {self.steps} steps)"
 
 
+_report = unchecked(Report)
+
+
 def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
     """How a solver ended, in words; `gradient` is what was measured at its solution, if it was again."""
     if type(part) is not str or type(solved) is not Solved:  # a loop makes two reports at every step
@@ -483,7 +489,7 @@ def report(part: str, solved: Solved, gradient: Tensor | None = None) -> Report:
             raise ValueError("`report(gradient=...)` must have an axis of entries that hold floating point numbers.")
         residual = safe_row_norms(gradient)
     worst = residual.item() if not residual.dim() else float(residual.max()) if residual.numel() else 0.0
-    return Report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
+    return _report(part, solved.status, worst, solved.steps, solved.statuses if solved.value.dim() > 1 else ())
 
 
 @final

@@ -85,9 +85,22 @@ class Structure:
         Raises:
             ValueError: if `tree` has another nesting, other shapes, dtype or device than this structure.
         """
-        vector, other = ravel(tree, name)
+        if self.spec is None and type(tree) is Tensor and self._is_of(tree):  # one tensor, as y and v mostly are
+            return tree.reshape(-1)
+        leaves = self.leaves(tree, name)
+        if len(leaves) == 1:
+            return leaves[0].reshape(-1)
+        return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in leaves])
+
+    def leaves(self, tree: Tree, name: str) -> list[Tensor]:
+        """The leaves of `tree`, in the order of this structure.
+
+        Raises:
+            ValueError: if `tree` has another nesting, other shapes, dtype or device than this structure.
+        """
+        leaves, other = _taken_apart(tree, name[:200])
         if other.spec != self.spec:
-            vector, other = ravel(self.aligned(tree), name)
+            leaves, other = _taken_apart(self.aligned(tree), name[:200])
         if other.spec != self.spec or other.shapes != self.shapes:
             raise ValueError(f"{name} must have the structure {self.describe()}. Got {other.describe()}.")
         if other.dtype != self.dtype or other.device != self.device:
@@ -95,7 +108,12 @@ class Structure:
                 f"{name} must be {self.dtype} on {self.device}. Got {other.dtype} on {other.device}."
                 f" Convert it with `.to(...)`."
             )
-        return vector
+        return leaves
+
+    def _is_of(self, leaf: Tensor) -> bool:
+        """Whether a tensor is one that the only leaf of this structure may be."""
+        same = leaf.dtype == self.dtype and leaf.device == self.device and leaf.layout == torch.strided
+        return same and not leaf.is_nested and leaf.shape == self.shapes[0]
 
     def aligned(self, tree: Tree) -> Tree:
         """The tree with its dicts in the order of this structure, wherever their keys are the same."""
@@ -127,8 +145,16 @@ def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structur
         >>> structure.unravel(vector)["b"]
         tensor(0.)
     """
-    demand_type("ravel", "name", name, str)
-    name = name[:200]
+    if type(name) is not str:  # at every estimate
+        demand_type("ravel", "name", name, str)
+    leaves, structure = _taken_apart(tree, name[:200])
+    if len(leaves) == 1:
+        return leaves[0].reshape(-1), structure
+    return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in leaves]), structure
+
+
+def _taken_apart(tree: Tree, name: str) -> tuple[list[Tensor], Structure]:
+    """The leaves, each of which may be part of a vector, and the structure."""
     leaves: list[Any] = []
     spec = flatten(tree, leaves, name)
     for leaf in leaves:
@@ -143,10 +169,7 @@ def ravel(tree: Tree, name: str = "`ravel(tree=...)`") -> tuple[Tensor, Structur
                 f"all tensors of {name} must have one {attribute}. Got {sorted(map(str, found))}. Convert them with"
                 f" `.to(...)`."
             )
-    structure = Structure(spec, tuple([leaf.shape for leaf in leaves]), leaves[0].dtype, leaves[0].device)
-    if len(leaves) == 1:
-        return leaves[0].reshape(-1), structure
-    return torch.cat([leaf if leaf.dim() == 1 else leaf.reshape(-1) for leaf in leaves]), structure
+    return leaves, Structure(spec, tuple([leaf.shape for leaf in leaves]), leaves[0].dtype, leaves[0].device)
 
 
 def demand_alike(call: str, x: Structure, y: Structure) -> None:
@@ -167,6 +190,8 @@ def demand_alike(call: str, x: Structure, y: Structure) -> None:
         )
     if x.device.type == "meta":
         raise ValueError(f"`{call}` must hold numbers. Got tensors on the device 'meta', which have none.")
+    if x.size and y.size:
+        return
     function, _, names = call.removesuffix(")").partition("(")
     for name, structure, without in zip(names.split(", "), (x, y), _WITHOUT, strict=True):
         if not structure.size:

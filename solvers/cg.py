@@ -87,7 +87,7 @@ class CG(AbstractLinearSolver):
         demand(operator, "CG", self.demands)
         precondition = None if self.preconditioner is None else self.preconditioner.build(operator, b)
         run = partial(conjugate_gradients, precondition=precondition)
-        solve = solve_by_runs if self.recompute else solve_by_one_run
+        solve = partial(solve_by_runs, floats=True) if self.recompute else solve_by_one_run
         return solve(run, operator, b, guess, rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
     def with_tolerance(self, tol: float, size: float, trusting: bool = False) -> CG:
@@ -115,4 +115,4 @@ def accurate_cg(like: Tensor) -> CG:
 
 def solve_rows(operator: LinearOperator, b: Tensor, rtols: Sequence[float]) -> Solved:
     """`CG(rtol).solve(operator, b)` with a tolerance for each row, so that no row's solution depends on the others."""
-    return solve_by_runs(conjugate_gradients, operator, b, None, rtol=rtols)
+    return solve_by_runs(conjugate_gradients, operator, b, None, rtol=rtols, floats=True)

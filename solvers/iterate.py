@@ -16,11 +16,14 @@ from bilevel._optimizer import AbstractOptimizer, number
 from bilevel._result import GROWTH, Solved, Status, ended
 from bilevel._validate import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
+from bilevel.arguments.unchecked import unchecked
 from bilevel.bounds.iterations import gradient_descent, stationary
 from bilevel.certificates.certificate import Constants
 from bilevel.solvers._on_the_way import curvature_on_the_way, is_time_to_give_up, lost_its_way
 from bilevel.solvers.armijo import Armijo, descend, rounding
 from bilevel.solvers.gradient_descent import GradientDescent
+
+_solved = unchecked(Solved)
 
 
 @final
@@ -153,10 +156,12 @@ class Iterate(AbstractUnrollable):
             del gradient, moved  # not to be held while the next gradient is formed
             objective.tally.inner_steps += rows if moving is None else int(moving.sum())
         residual = safe_row_norms(objective.last_gradient(y))
-        return Solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms
+        return _solved(y, _statuses(objective, y, residual, first, tol), residual, steps), norms
 
     def _set(self, objective: Objective, step: int) -> AbstractOptimizer:
         """The optimizer with the values of its settings at the x at hand, for a step."""
+        if not self.optimizer.settings:
+            return self.optimizer
         with torch.no_grad():
             return self.optimizer.at(partial(objective.setting, step=step))
 

@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 from bilevel import AID, ITD, BilevelProblem, Box, FiniteSum, Polytope, Split, hypergradient, hyperobjective, minimize
 from bilevel._result import BilevelError, Status
 from bilevel.algorithms import F2SA, MASOBA, SABA, SOBA, Power
+from bilevel.compiled import single_loop
 from bilevel.compiled.code import Code
 from bilevel.compiled.estimator import Compiled
 from bilevel.compiled.programs import _KNOWN, folder, forget
@@ -206,6 +207,84 @@ def test_a_single_loop_by_programs_is_the_loop(algorithm: Any) -> None:
 
 def scaled(by: float, target: Tensor) -> BilevelProblem:
     return BilevelProblem(lambda x, y: by * (y - target).square().sum(), lambda x, y: (y - x).square().sum() / 2)
+
+
+SWEEPS: list[dict[str, list[Any]]] = [
+    {"outer_step": [0.02, 0.05, 0.3]},
+    {"ratio": [1.0, 4.0], "inner_step": [0.1, 0.4]},
+    {"linear_step": [0.05, 0.1], "outer_step": [0.02, 0.05]},  # two batches of two
+]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=str)
+@pytest.mark.parametrize("algorithm", [SOBA(0.1, 0.1), MASOBA(0.1, 0.1)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("constraint", [None, Box(-1.05, -0.95)], ids=["free", "box"])
+def test_a_sweep_by_programs_is_the_sweep(algorithm: Any, sweep: Any, constraint: Any, monkeypatch: Any) -> None:
+    if type(algorithm).__name__ == "MASOBA" and "linear_step" in sweep:
+        sweep = {"inner_step": [0.1, 0.2], "outer_step": [0.02, 0.05]}
+    monkeypatch.setattr(single_loop, "compiled_loop", functools.partial(compiled_loop, backend="eager"))
+    rows, evaluate = list[int](), single_loop.CompiledLoop.evaluate
+
+    def noted(self: Any, oracle: Any, state: Any) -> Any:
+        rows.append(len(state.x) if state.x.dim() > 1 else 1)
+        return evaluate(self, oracle, state)
+
+    monkeypatch.setattr(single_loop.CompiledLoop, "evaluate", noted)
+    batch = {"X": X, "t": T}
+
+    def loss(y: Tensor, b: Any) -> Tensor:
+        value: Tensor = softplus(-b["t"] * (b["X"] @ y)).mean()
+        return value
+
+    of = BilevelProblem(lambda _, y, b: loss(y, b), lambda x, y, b: loss(y, b) + (x.exp() * y.square()).sum() / 2)
+
+    def run(**more: Any) -> Any:
+        data = Split(f=FiniteSum(batch, batch_size=4), g=FiniteSum(batch, batch_size=3))
+        given = {"data": data, "max_steps": 12, "sweep": sweep, "sweep_steps": 5, "constraint": constraint}
+        return minimize(of, x0, y0, algorithm=algorithm, **given, **more)
+
+    eager = run()
+    assert not rows
+    found = run(compile=True)
+    assert max(rows) > 1 and rows[-1] == 1  # rows of the sweep, and then the one that goes on
+    assert distance(found.x, eager.x) <= 1e-12 and distance(found.y, eager.y) <= 1e-12
+    assert [trial.chosen for trial in found.sweep] == [trial.chosen for trial in eager.sweep]
+    for one, other in zip(found.sweep, eager.sweep, strict=True):
+        assert one.settings == other.settings and one.value == pytest.approx(other.value, rel=1e-12)
+    assert found.stats == eager.stats and found.status is eager.status
+
+
+def test_a_sweep_over_tasks_by_programs_is_the_sweep(monkeypatch: Any) -> None:
+    monkeypatch.setattr(single_loop, "compiled_loop", functools.partial(compiled_loop, backend="eager"))
+    centers = normal(4, 3, seed=7)
+    of = BilevelProblem(
+        lambda _, y, c: (y - c).square().sum(), lambda x, y, c: (y - x - c).square().sum() / 2, tasks=True
+    )
+
+    def run(**more: Any) -> Any:
+        return minimize(
+            of, x0, y0, algorithm=SOBA(0.2, 0.1), data=centers, max_steps=8, sweep={"outer_step": [0.05, 0.2]}, **more
+        )
+
+    eager, found = run(), run(compile=True)
+    assert distance(found.x, eager.x) <= 1e-12 and distance(found.y, eager.y) <= 1e-12
+    assert found.stats == eager.stats
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sweep", "named"),
+    [
+        (SOBA(0.1, 0.1), {"outer_step": [0.02, 0.05], "seed": [0, 1]}, "seed"),
+        (SOBA(0.1, Adam(0.1)), {"outer_step": [Adam(0.1), Adam(0.2)]}, "optimizer"),
+        (SABA(0.1, 0.1), {"outer_step": [0.02, 0.05]}, "memory"),
+    ],
+)
+def test_sweeps_that_are_no_programs_are_refused_by_name(algorithm: Any, sweep: Any, named: str) -> None:
+    of = BilevelProblem(lambda _, y, b: (y - b).square().mean(), lambda x, y, b: (y - x - b).square().mean())
+    data = FiniteSum(T, batch_size=4)
+    one = torch.zeros((), dtype=torch.float64)
+    with pytest.raises(NotCompilableError, match=named):
+        minimize(of, one, one, algorithm=algorithm, data=data, max_steps=4, sweep=sweep, compile=True)
 
 
 def test_another_captured_number_is_another_program_and_equal_code_the_same() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from test_single_loops import OF_F, OF_G, PROBLEM, X, Y, objective, run, samples, split
+from torch import Tensor
 
 from bilevel import (
+    AID,
     BilevelError,
     BilevelProblem,
     Box,
@@ -45,10 +47,11 @@ from bilevel.algorithms import (
     Power,
     StocBiO,
 )
+from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle
 from bilevel.algorithms.several_orders import SeveralOrders
 from bilevel.outer import sweep
-from bilevel.solvers import Adam
+from bilevel.solvers import CG, LBFGS, Adam, GradientDescent
 
 EVEN_G, EVEN_F = samples(20, 0), samples(16, 1)
 STEPS: dict[str, Any] = {"inner_step": [0.05, 0.2], "outer_step": [0.02, 0.1, 0.2]}
@@ -329,3 +332,19 @@ def test_each_row_is_its_own_run_with_tasks_and_with_a_term(
     alone = minimize(problem, *start, algorithm=replace(algorithm, **chosen.settings), max_steps=12, **data)
     torch.testing.assert_close(found.x, alone.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.y, alone.y, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sweep_over_what_does_not_apply_is_refused_before_anything_is_computed() -> None:
+    asked = list[int]()
+
+    def g(x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+        asked.append(1)
+        return (y - x).square().sum()
+
+    problem = BilevelProblem(lambda _, y, b: (y - b).square().sum(), g, iterative=True)
+    one = torch.ones(2, dtype=torch.float64)
+    algorithm = Descent(AID(LBFGS(), CG()), GradientDescent(0.1))
+    outer = [GradientDescent(0.1), GradientDescent(0.2)]
+    with pytest.raises(ValueError, match="does not apply"):
+        minimize(problem, one, one, algorithm=algorithm, data=one, max_steps=4, sweep={"outer": outer})
+    assert not asked

@@ -20,11 +20,11 @@ Precondition: TypeAlias = Callable[[Tensor], Tensor] | None
 def conjugate_gradients(
     operator: LinearOperator,
     r: Tensor,
-    stop: Tensor,
+    stop: Tensor | float,
     max_steps: int,
-    largest_seen: Tensor,
+    largest_seen: Tensor | float,
     precondition: Precondition = None,
-) -> tuple[Tensor, list[int], int, Tensor]:
+) -> tuple[Tensor, list[int], int, Tensor | float]:
     """Solve A d = r from d = 0 by conjugate gradients; a run, in the sense of `solve_by_runs`.
 
     A step is d <- d + alpha p, r <- r - alpha A p, p <- M^-1 r + beta p with alpha = r'M^-1 r / p'A p and beta the
@@ -37,9 +37,9 @@ def conjugate_gradients(
     Args:
         operator: A.
         r: the right-hand sides `(n,)` or `(*batch, n)`, of norm about 1; at the end the residuals.
-        stop: the norm of r to stop at, `()` or `(*batch,)`.
+        stop: the norm of r to stop at, `()` or `(*batch,)`; of one system it may be a float.
         max_steps: at most this many.
-        largest_seen: the largest p'A p / p'p met so far, zero at first.
+        largest_seen: the largest p'A p / p'p met so far, zero at first; likewise.
         precondition: r -> M^-1 r; None is the identity.
 
     Returns:
@@ -96,7 +96,7 @@ def conjugate_gradients(
     for test, why in ((concave, CURVATURE), (rz <= 0, BREAKDOWN), (rr**0.5 <= target, CONVERGED)):
         ends = at.either(test, why, ends)
     ends = at.either((rr < math.inf) & (abs(rz) < math.inf), ends, NONFINITE)
-    return d, at.listed(ends), steps, torch.zeros_like(stop) + largest
+    return d, at.listed(ends), steps, largest if isinstance(stop, float) else torch.zeros_like(stop) + largest
 
 
 def _of_order_one(precondition: Callable[[Tensor], Tensor], r: Tensor) -> Callable[[Tensor], Tensor]:

@@ -16,15 +16,15 @@ def ancestors(node: Any, end: Any = None) -> Iterator[Any]:
         node: where the walk begins, such as `value.grad_fn`; None is no graph.
         end: a node that is not passed, such as that of a leaf.
     """
-    stack, seen = [node], set()
+    stack, seen = [node], {None}
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         yield node
         if node is not end:
-            stack.extend(parent for parent, _ in node.next_functions)
+            stack.extend([parent for parent, _ in node.next_functions])
 
 
 def leads_to(value: Tensor, *leaves: Tensor) -> list[bool]:

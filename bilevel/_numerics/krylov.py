@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel._linear import LinearOperator
-from bilevel._numerics.rows import row_norm_numbers, row_norms
+from bilevel._numerics.rows import row_norm_numbers, row_norms, row_norms_and_numbers
 from bilevel._result import Solved, Status
 from bilevel.arguments.ranges import AT_LEAST_0, BELOW_1, demand_range
+from bilevel.arguments.unchecked import unchecked
 
 # How a run of a recurrence ended, as a number for each row; RESTART is not an end.
 CONVERGED, OUT_OF_STEPS, STALLED, CURVATURE, BREAKDOWN, NONFINITE, RESTART = range(7)
@@ -26,9 +27,12 @@ _STATUS = (
     Status.max_steps,
 )
 
+_solved = unchecked(Solved)
+
 # (operator, right-hand side, residual norm to stop at, most steps, size of A as far as known, zero at first)
-# -> (solution, how each row ended, steps taken, size of A)
-Run: TypeAlias = Callable[[LinearOperator, Tensor, Tensor, int, Tensor], tuple[Tensor, list[int], int, Tensor]]
+# -> (solution, how each row ended, steps taken, size of A); numbers are `(*batch,)`, or floats for one system, where
+# the run says that it takes them so
+Run: TypeAlias = Callable[[LinearOperator, Tensor, Any, int, Any], tuple[Tensor, list[int], int, Any]]
 
 
 def check_tolerances(solver: str, rtol: float, atol: float, max_steps: int | None) -> None:
@@ -60,6 +64,7 @@ def solve_by_runs(
     rtol: float | Sequence[float],
     atol: float = 0.0,
     max_steps: int | None = None,
+    floats: bool = False,
 ) -> Solved:
     """Solve A v = b by runs of a recurrence, each for the true residual of the one before, until that is small.
 
@@ -71,24 +76,29 @@ def solve_by_runs(
         rtol: stop when |b - A v| <= max(rtol |b|, atol); one number, or one for each row.
         atol: the same, absolute.
         max_steps: of all runs together; None is 10 n.
+        floats: whether the run takes the numbers of one system as floats: a tensor of one takes as long as a product
+            with a small matrix.
     """
     max_steps = 10 * operator.size if max_steps is None else max_steps
     eps = torch.finfo(b.dtype).eps
-    v, r, norms, targets, scale, stop = _scaled(operator, b, guess, rtol, atol)
-    steps, norm_A = 0, torch.zeros_like(stop)
+    v, r, norms, targets, scales, stops = _scaled(operator, b, guess, rtol, atol)
+    scale, one = _factor(scales, b), floats and b.dim() == 1
+    stop: Any = stops[0] if one else _column(stops, b)
+    norm_A: Any = 0.0 if one else torch.zeros_like(stop)
+    steps = 0
     running, before, codes = [norm != 0 for norm in norms], [math.inf] * len(norms), [CONVERGED] * len(norms)
     while True:
         # Handed over without a name, so that a run that needs it no more can let go of it.
         correction, ends, used, norm_A = run(
             operator, r / scale if r is b else r.div_(scale), stop, max_steps - steps, norm_A
         )
-        v = correction.mul_(scale) if v is None else torch.addcmul(v, scale, correction)
+        v = correction.mul_(scale) if v is None else correction.mul_(scale).add_(v)
         del correction
         steps += used
         codes = [new if ran else old for ran, new, old in zip(running, ends, codes, strict=True)]
         last = steps >= max_steps or RESTART not in codes
         r = operator.residual(b, v) if last else b - operator.mv(v)
-        residuals = row_norm_numbers(r)
+        residual, residuals = row_norms_and_numbers(r)
         rows = zip(running, codes, residuals, targets, before, norms, strict=True)
         codes = [_judged(code, res, aim, old, norm, eps) if ran else code for ran, code, res, aim, old, norm in rows]
         running = [code == RESTART for code in codes]
@@ -98,12 +108,12 @@ def solve_by_runs(
             r = torch.where(b.new_tensor(running, dtype=torch.bool).unsqueeze(-1), r, torch.zeros_like(r))
         before = residuals
     if not last:
-        residuals = row_norm_numbers(operator.residual(b, v))
+        residual, residuals = row_norms_and_numbers(operator.residual(b, v))
     if any(code != CONVERGED for code in codes):
         sizes = (norm_A * row_norms(v)).reshape(-1).tolist()
         blurs = [eps * size for size in sizes]
         codes = [_ended(*row) for row in zip(codes, residuals, targets, blurs, norms, strict=True)]
-    return Solved(v, tuple([_STATUS[code] for code in codes]), _column(residuals, b), steps)
+    return _solved(v, tuple([_STATUS[code] for code in codes]), residual, steps)
 
 
 def solve_by_one_run(
@@ -118,11 +128,12 @@ def solve_by_one_run(
 ) -> Solved:
     """Solve A v = b by one run, whose own residual, left in its argument, is taken at its word: no product more."""
     max_steps = 10 * operator.size if max_steps is None else max_steps
-    v, r, _, targets, scale, stop = _scaled(operator, b, guess, rtol, atol)
+    v, r, _, targets, scales, stops = _scaled(operator, b, guess, rtol, atol)
+    scale, stop = _factor(scales, b), _column(stops, b)
     r = r / scale if r is b else r.div_(scale)
     correction, codes, steps, _ = run(operator, r, stop, max_steps, torch.zeros_like(stop))
-    v = correction.mul_(scale) if v is None else torch.addcmul(v, scale, correction)
-    residuals = row_norm_numbers(r.mul_(scale))
+    v = correction.mul_(scale) if v is None else correction.mul_(scale).add_(v)
+    residual_norms, residuals = row_norms_and_numbers(r.mul_(scale))
     statuses = []
     for code, residual, target in zip(codes, residuals, targets, strict=True):
         if not math.isfinite(residual):
@@ -130,13 +141,13 @@ def solve_by_one_run(
         elif code == OUT_OF_STEPS and (target == 0 or residual <= target):
             code = CONVERGED
         statuses.append(_STATUS[code])
-    return Solved(v, tuple(statuses), _column(residuals, b), steps)
+    return _solved(v, tuple(statuses), residual_norms, steps)
 
 
 def _scaled(
     operator: LinearOperator, b: Tensor, guess: Tensor | None, rtol: float | Sequence[float], atol: float
-) -> tuple[Tensor | None, Tensor, list[float], list[float], Tensor, Tensor]:
-    """Where to start: v, b - A v, |b|, the targets, the scale that makes the residual of norm 1, where to stop then.
+) -> tuple[Tensor | None, Tensor, list[float], list[float], list[float], list[float]]:
+    """Where to start: v, b - A v, |b|, the targets, the scales that make residuals of norm 1, where to stop then.
 
     Without a guess v is None, for zero, and b - A v is b itself.
     """
@@ -158,7 +169,12 @@ def _scaled(
     scales = [size if 0 < size < math.inf else 1.0 for size in sizes]
     # Below a tenth of a rounding error of b, it has converged exactly as far as this dtype can tell.
     stops = [max(t, 0.1 * eps * norm) / scale for t, norm, scale in zip(targets, norms, scales, strict=True)]
-    return v, r, norms, targets, _column(scales, b).unsqueeze(-1), _column(stops, b)
+    return v, r, norms, targets, scales, stops
+
+
+def _factor(numbers: list[float], like: Tensor) -> Tensor | float:
+    """What multiplies each row by its number: `(*batch, 1)`; of one system a float."""
+    return numbers[0] if like.dim() == 1 else _column(numbers, like).unsqueeze(-1)
 
 
 def _column(numbers: list[float], like: Tensor) -> Tensor:

@@ -47,19 +47,29 @@ def called(form: str, function: Callable[..., R], /, *arguments: Any) -> R:
     """
     try:
         return function(*arguments)
-    except DoesNotApply:
-        raise
     except Exception as error:
-        name, names = form.partition("(")[0], re.findall(r"\w+", form.partition("(")[2])[: len(arguments)]
-        call, misfit = f"`problem.{name}({', '.join(names)})`", _misfit(error)
-        pairs = dict(zip(names, arguments, strict=True))
-        given = ", ".join(f"{word}: {described(argument)}" for word, argument in pairs.items())
-        hint = _of_loaders(pairs.get("data"))
-        if misfit is None:
-            error.add_note(f"{call} was called with {given}.{hint}")
-            raise
-        failed, remedy = misfit
-        raise Misfit(f"{call} {failed}: {_line(error)}. Got {given}. {remedy}{hint}") from error
+        explain_call(error, form, arguments)
+        raise
+
+
+def explain_call(error: Exception, form: str, arguments: tuple[Any, ...]) -> None:
+    """What :func:`called` does with an error, for functions that are called so often that a call more would show.
+
+    Raises:
+        Misfit: from the error, where arguments do not fit together.
+    """
+    if isinstance(error, DoesNotApply):
+        return
+    name, names = form.partition("(")[0], re.findall(r"\w+", form.partition("(")[2])[: len(arguments)]
+    call, misfit = f"`problem.{name}({', '.join(names)})`", _misfit(error)
+    pairs = dict(zip(names, arguments, strict=True))
+    given = ", ".join(f"{word}: {described(argument)}" for word, argument in pairs.items())
+    hint = _of_loaders(pairs.get("data"))
+    if misfit is None:
+        error.add_note(f"{call} was called with {given}.{hint}")
+        return
+    failed, remedy = misfit
+    raise Misfit(f"{call} {failed}: {_line(error)}. Got {given}. {remedy}{hint}") from error
 
 
 def origin(error: BaseException) -> BaseException:

@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_FEW = 64  # rows, whose norms are sooner compared as numbers
+
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of matching rows: `(*batch, n), (*batch, n) -> (*batch,)`."""
@@ -17,8 +19,8 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 def row_norms(a: Tensor) -> Tensor:
     """Euclidean norms of rows: `(*batch, n) -> (*batch,)`; their squares must neither overflow nor underflow."""
-    norms: Tensor = torch.linalg.vector_norm(a, dim=-1)
-    return norms
+    norms: Tensor = torch.linalg.vector_norm(a) if a.dim() == 1 else torch.linalg.vector_norm(a, dim=-1)
+    return norms  # the same bits, and without the axis in half the time
 
 
 def safe_row_norms(a: Tensor) -> Tensor:
@@ -32,8 +34,8 @@ def safe_row_norms(a: Tensor) -> Tensor:
     """
     norms = row_norms(a)
     low, high = _safe_range(a.dtype)
-    if a.dim() == 1 and low < norms.item() < high:  # by four operations less
-        return norms
+    if norms.numel() <= _FEW and all([low < norm < high for norm in norms.reshape(-1).tolist()]):
+        return norms  # by four operations less
     if a.shape[-1] == 0 or bool(((norms > low) & (norms < high)).all()):
         return norms
     largest = a.abs().amax(-1, keepdim=True)
@@ -56,7 +58,18 @@ def row_norm_numbers(a: Tensor) -> list[float]:
     found = row_norms(a)
     norms: list[float] = [found.item()] if a.dim() == 1 else found.reshape(-1).tolist()
     low, high = _safe_range(a.dtype)
-    return norms if all(low < norm < high for norm in norms) else safe_row_norms(a).reshape(-1).tolist()
+    return norms if all([low < norm < high for norm in norms]) else safe_row_norms(a).reshape(-1).tolist()
+
+
+def row_norms_and_numbers(a: Tensor) -> tuple[Tensor, list[float]]:
+    """:func:`safe_row_norms` `(*batch,)` and the same as floats, in one look."""
+    norms = row_norms(a)
+    numbers: list[float] = [norms.item()] if a.dim() == 1 else norms.reshape(-1).tolist()
+    low, high = _safe_range(a.dtype)
+    if all([low < number < high for number in numbers]):
+        return norms, numbers
+    norms = safe_row_norms(a)
+    return norms, norms.reshape(-1).tolist()
 
 
 def norms_beside(dtype: torch.dtype, *sizes: float) -> Callable[[Tensor], Tensor]:

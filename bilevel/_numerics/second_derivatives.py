@@ -53,17 +53,25 @@ class explained:  # noqa: N801
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError):
-            return
-        if any(text in str(error) for text in _SPARSE):
-            raise NotImplementedError(
-                "A gradient of f or g is a sparse tensor, which one vector of all variables cannot take. Leave out"
-                " `sparse=True` of embeddings (`bilevel.functional` does, in layers), or make sparse matrices whose"
-                " values depend on x or y dense."
-            ) from error
-        operation = _missing_derivative(str(error))
-        if operation is not None:
-            raise NotImplementedError(_refusal(operation)) from error
+        if isinstance(error, RuntimeError):
+            explain(error)
+
+
+def explain(error: RuntimeError) -> None:
+    """What :class:`explained` does with an error: for products, which are so many that they do without entering one.
+
+    Raises:
+        NotImplementedError: from the error, where it is about a derivative that torch does not have.
+    """
+    if any(text in str(error) for text in _SPARSE):
+        raise NotImplementedError(
+            "A gradient of f or g is a sparse tensor, which one vector of all variables cannot take. Leave out"
+            " `sparse=True` of embeddings (`bilevel.functional` does, in layers), or make sparse matrices whose"
+            " values depend on x or y dense."
+        ) from error
+    operation = _missing_derivative(str(error))
+    if operation is not None:
+        raise NotImplementedError(_refusal(operation)) from error
 
 
 def _refusal(operation: str) -> str:

@@ -24,8 +24,8 @@ class AbstractSystems(abc.ABC):
     """
 
     @abc.abstractmethod
-    def numbers(self, column: Tensor) -> Number:
-        """A number a system, from a tensor `(*batch,)`."""
+    def numbers(self, column: Tensor | float) -> Number:
+        """A number a system, from a tensor `(*batch,)`; of one system that may be a float."""
 
     @abc.abstractmethod
     def listed(self, number: Number) -> list[Any]:
@@ -73,8 +73,8 @@ class AbstractSystems(abc.ABC):
 class OneSystem(AbstractSystems):
     """Vectors `(n,)`."""
 
-    def numbers(self, column: Tensor) -> Number:
-        return column.item()
+    def numbers(self, column: Tensor | float) -> Number:
+        return column.item() if isinstance(column, Tensor) else column
 
     def listed(self, number: Number) -> list[Any]:
         return [number]
@@ -113,7 +113,7 @@ class OneSystem(AbstractSystems):
 class ManySystems(AbstractSystems):
     """Vectors `(*batch, n)`."""
 
-    def numbers(self, column: Tensor) -> Number:
+    def numbers(self, column: Tensor | float) -> Number:
         return column
 
     def listed(self, number: Number) -> list[Any]:

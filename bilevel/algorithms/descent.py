@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import final
+from functools import cache
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -17,11 +18,21 @@ from bilevel._result import Status
 from bilevel._validate import demand_types
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.oracle import Oracle
+from bilevel.arguments.unchecked import unchecked
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.ranks.ranks import Ranks
 from bilevel.requirements.properties import Property
 from bilevel.requirements.starts import starts_warm
+
+
+@cache
+def _minimizes(kind: type) -> bool:
+    """Whether an outer method is told values, and not asked for steps; kept, as it is asked twice a step."""
+    return not issubclass(kind, AbstractOptimizer)
+
+
+_start, _evaluated = unchecked(FlatStart), unchecked(Evaluated)
 
 
 @final
@@ -101,10 +112,12 @@ class Descent(AbstractAlgorithm[DescentState]):
         return True
 
     def evaluate(self, oracle: Oracle, state: DescentState) -> Evaluated:
-        start = FlatStart(state.y, state.v, oracle.step)
-        found = apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size)
-        if isinstance(self.outer, AbstractOptimizer):
-            return Evaluated(found)
+        start = _start(state.y, state.v, oracle.step)
+        # Whether it applies was asked where the run began, of the whole algorithm.
+        found = apply_estimator(self.estimator, oracle.problem(), state.x, start, self.chunk_size, applies=True)
+        if not _minimizes(type(self.outer)):
+            return _evaluated(found)
+        assert isinstance(self.outer, AbstractMinimizer)
         distance = float(self._distance(oracle, state, found))
         told = Told(float(found.value), found.grad, _failure(found), distance, found.value_error)
         move = self.outer.tell(told, state.x, state.memory, oracle.region)
@@ -120,8 +133,8 @@ class Descent(AbstractAlgorithm[DescentState]):
             if _failure(h) is not None:  # nothing to start from
                 y, v = state.y, state.v
             return DescentState(move.point.detach(), y, v, move.state)
-        assert isinstance(self.outer, AbstractOptimizer)
-        x, memory = self.outer.step(h.grad, state.x, state.memory)
+        outer = cast(AbstractOptimizer, self.outer)  # a minimizer would have moved
+        x, memory = outer.step(h.grad, state.x, state.memory)
         return DescentState(oracle.project(x).detach(), y, v, memory)
 
     def stationarity(self, oracle: Oracle, state: DescentState, found: Evaluated) -> Tensor:

@@ -17,6 +17,7 @@ from bilevel._sets import AbstractSet
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, AT_LEAST_1, COUNT, POSITIVE, demand_ranges
+from bilevel.arguments.unchecked import unchecked
 from bilevel.portable.pickling import AbstractPortable
 
 Role: TypeAlias = Literal["f", "g"]
@@ -84,6 +85,9 @@ class Block:
         return replace(self, data=data, numbers=self.numbers[runs], sizes=sizes)
 
 
+_block = unchecked(Block)
+
+
 class AbstractData(AbstractPortable, abc.ABC):
     """Numbered batches, and all samples together where these are known: what f, or g, or both are called with."""
 
@@ -101,7 +105,7 @@ class AbstractData(AbstractPortable, abc.ABC):
 
     def block(self, index: int, first: int) -> Block:
         """Batch number `index`, with its identity where it has one."""
-        return Block(self.batch(index, first))
+        return _block(self.batch(index, first))
 
     @property
     def samples(self) -> int:

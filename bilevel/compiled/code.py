@@ -92,7 +92,8 @@ class Code:
         if problem.across is not None or problem.tasks_over is not None:
             raise refused("group=...", "a program is of one process, and sends no messages")
         if problem.own_data:
-            raise refused("sweep=...", "several runs side by side have data of their own each")
+            raise refused("sweep={'seed': ...}", "each of several runs side by side then has data of its own",
+                          "Sweep over steps")  # fmt: skip
         data = Data.of(problem.data)
         for device in {problem.x.device, problem.y.device, *(tensor.device for tensor in data.tensors)}:
             if device.type != "cpu":

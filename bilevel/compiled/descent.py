@@ -18,6 +18,7 @@ from bilevel._result import Report, Stats, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm
 from bilevel.algorithms.descent import Descent
 from bilevel.algorithms.oracle import Oracle
+from bilevel.arguments.unchecked import unchecked
 from bilevel.compiled.code import Code, tensors_of
 from bilevel.compiled.norms import row_norm
 from bilevel.compiled.packed import Legend, packed
@@ -77,6 +78,9 @@ def descend(run: Run, algorithm: Descent, oracle: Oracle, x: Tensor, y: Tensor) 
         raise
 
 
+_record = unchecked(Record)
+
+
 @final
 class _Steps:
     """The steps of a run: everything that changes on its way."""
@@ -92,7 +96,8 @@ class _Steps:
         self.warm = starts_warm(algorithm.warm_start, estimator, oracle.like.problem)
         problem = oracle.problem()
         self.y0 = problem.spread(y).contiguous()
-        self.guess = torch.zeros_like(self.y0) if self.warm and estimator.has_v else None
+        self.has_v = estimator.has_v
+        self.guess = torch.zeros_like(self.y0) if self.warm and self.has_v else None
         self.keys = tuple(outer.init(x))
         self.x, self.memory = x.contiguous(), list(outer.init(x).values())
         self.step, self.at, self.row = 0, x, list[float]()
@@ -115,7 +120,7 @@ class _Steps:
         made = self._program(vectors).run(vectors, self._data)
         row: list[float] = made[-1].tolist()
         self.at, self.row, self._made = self.x, row, made
-        count = 3 if self.estimator.has_v else 2
+        count = 3 if self.has_v else 2
         self.x, self.memory = made[count], list(made[count + 1 : -1])
         y = made[1]
         if self.warm:
@@ -132,7 +137,7 @@ class _Steps:
         else:
             estimate = self._found(run, step)
             status, stats = estimate.status, estimate.stats
-        record = Record(step, row[1], row[2], status, stats, time.perf_counter() - begun)
+        record = _record(step, row[1], row[2], status, stats, time.perf_counter() - begun)
         run.history.append(record)
         run.best.see(Candidate(self.at, y, record, status.ok))
         if estimate is not None and run.failed(estimate):
@@ -147,7 +152,7 @@ class _Steps:
 
     def _found(self, run: Run, step: int) -> Estimate:
         problem = self._problem.with_tally(Tally())
-        v = self._made[2] if self.estimator.has_v else None
+        v = self._made[2] if self.has_v else None
         found = read(self._legend, self.row, self._made[0], self._made[1], v, problem.tally)
         if not step:
             found = self._looked_at(found)

@@ -77,6 +77,8 @@ class Iteration:
     def run(self, x: Tensor, y: Tensor) -> Iterated:
         """From a start `(*tasks, q)`."""
         solver, tol = self.solver, self.solver.tol or 0.0
+        if not tol and solver.max_steps:
+            return self._all_steps(x, y)
 
         def goes(k: Tensor, done: Tensor, *_: Tensor) -> Tensor:
             return (k < solver.max_steps) & ~done
@@ -99,6 +101,26 @@ class Iteration:
         begun = (count(), count() > 0, count(), torch.zeros_like(y), zero, *self.begin(y))
         k, done, taken, first, first_value, y, *_ = self.tracing.loop(goes, step, begun, (x,))
         return Iterated(y, k, taken, k + done, row_norm(first), first_value)
+
+    def _all_steps(self, x: Tensor, y: Tensor) -> Iterated:
+        """The same without a tolerance: what is known of the first step is no part of the loop over the others.
+
+        What a loop carries is written anew in each of its rounds, which for small problems is most of what they take.
+        """
+        most = self.solver.max_steps
+
+        def step(carried: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            k, *state = carried
+            return k + 1, *self.advance(fixed[0], self.gradient(fixed[0], state[0])[1], *state)
+
+        begun = self.begin(y)
+        value, g = self.gradient(x, begun[0])
+        state = self.advance(x, g, *begun)
+        if most > 1:
+            state = self.tracing.loop(lambda k, *_: k < most, step, (count() + 1, *state), (x,))[1:]
+        taken = count() + most
+        rows = y.shape[:-1].numel()
+        return Iterated(state[0], taken, taken * rows, taken.clone(), row_norm(g), value)
 
 
 def codes(found: Iterated, residual: Tensor, value: Tensor, tol: float, max_steps: int) -> Tensor:

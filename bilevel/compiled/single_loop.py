@@ -14,9 +14,10 @@ from bilevel._calculus import Exact, grad, total
 from bilevel._estimate import FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._optimizer import AbstractOptimizer, OptimizerState
-from bilevel._result import Report, Status, Tally
+from bilevel._result import BilevelError, Report, Status, Tally
 from bilevel.algorithms.algorithm import AbstractAlgorithm, Evaluated
 from bilevel.algorithms.engine.direction import Coupled
+from bilevel.algorithms.engine.each_run import EachRun
 from bilevel.algorithms.engine.preset import AbstractPreset
 from bilevel.algorithms.engine.reduction import Averaged, MovingAverage, Plain
 from bilevel.algorithms.engine.single_loop import SingleLoop
@@ -49,8 +50,9 @@ def compiled_loop(algorithm: AbstractAlgorithm[Any], backend: Backend = "inducto
         raise refused(name, "its direction is not `Coupled()` with exact products")
     if not isinstance(loop.reduction, Plain | MovingAverage):
         raise refused(name, f"the memory of `{type(loop.reduction).__name__}` is no fixed set of vectors of one point")
-    if isinstance(loop.inner_step, Tensor) or isinstance(loop.outer_step, Tensor):
-        raise refused(name, "several runs side by side are not")
+    if isinstance(loop.inner_step, EachRun) or isinstance(loop.outer_step, EachRun):
+        raise refused("sweep=...", "an optimizer for each of several runs side by side is no step of tensors alone",
+                      "Sweep over steps that are numbers")  # fmt: skip
     return CompiledLoop(loop, backend)
 
 
@@ -58,6 +60,9 @@ def compiled_loop(algorithm: AbstractAlgorithm[Any], backend: Backend = "inducto
 @dataclass(frozen=True, eq=False)
 class CompiledLoop(AbstractAlgorithm[LoopState]):
     """The same loop: each evaluation is one program, which gives the next state as well.
+
+    Several runs side by side, as a sweep has them, are one program too: steps are then tensors `(runs,)`, and the state
+    has an axis of runs in front.
 
     Args:
         loop: whose steps they are.
@@ -101,17 +106,21 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
         if known is None:
             known = self._programs[sizes] = self._made(problem, vectors, oracle)
         made = known.run(vectors, data)
-        value, norm, of_y, of_v = made[-1].tolist()
+        *values, norm, of_y, of_v = made[-1].tolist()
+        value = torch.tensor(values if state.x.dim() > 1 else values[0], dtype=state.x.dtype)
         rows, tally = state.y.shape[:-1].numel(), problem.tally
         tally.gradients += rows
         tally.hvps += rows
         tally.cross_products += rows
         tally.outer_gradients += rows
         reports = (_report("inner iterate", of_y), _report("linear iterate", of_v))
-        found = FlatEstimate(made[-2], torch.tensor(value, dtype=state.x.dtype), state.y, reports, v)
+        found = FlatEstimate(made[-2], value, state.y, reports, v)
         if not oracle.step:
             own = loop.evaluate(oracle.about(oracle.like.with_tally(Tally()), oracle.data), state).estimate
-            found = FlatEstimate(made[-2], found.value, state.y, (*reports, *unlike(own, found)), v)
+            apart = unlike(own, found)
+            if apart and state.x.dim() > 1:  # of a sweep nobody reads the reports
+                raise BilevelError(f"`minimize(sweep=..., compile=True)`: {apart[0]}", apart[0].status)
+            found = FlatEstimate(made[-2], value, state.y, (*reports, *apart), v)
         return Evaluated(found, (made, norm))
 
     def step(self, oracle: Oracle, state: LoopState, found: Evaluated) -> LoopState:
@@ -139,14 +148,17 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
         rho = 1.0 if loop.schedule is None else loop.schedule(k)
         gamma = rho if loop.outer_schedule is None else loop.outer_schedule(k)
         linear = lengths(loop.inner_step, loop.linear_step)
-        assert isinstance(linear, float | int)
         theta = 1.0
         if isinstance(loop.reduction, MovingAverage) and state.memory.x is not None:
             theta = loop.reduction.theta(k)
-        inner = rho * (loop.inner_step if isinstance(loop.inner_step, float | int) else 1.0)
-        outer_step = gamma * (loop.outer_step if isinstance(loop.outer_step, float | int) else 1.0)
+        inner = rho * (1.0 if isinstance(loop.inner_step, AbstractOptimizer) else loop.inner_step)
+        outer_step = gamma * (1.0 if isinstance(loop.outer_step, AbstractOptimizer) else loop.outer_step)
         of_f, of_g = oracle.block("f").scale, oracle.block("g").scale
-        return torch.tensor([inner, rho * linear, outer_step, theta, of_f, of_g], dtype=state.x.dtype)
+        numbers = [inner, rho * linear, outer_step, theta, of_f, of_g]
+        if state.x.dim() == 1:
+            return torch.tensor(numbers, dtype=state.x.dtype)
+        runs = [torch.as_tensor(each, dtype=state.x.dtype).expand(len(state.x)) for each in numbers]
+        return torch.stack(runs)
 
     def _made(self, problem: FlatProblem, vectors: list[Tensor], oracle: Oracle) -> Program:
         code, x = Code.of(problem), vectors[0]
@@ -176,26 +188,31 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
 
         def moved(step: Any, own: list[str] | None, factor: Tensor, d: Tensor, at: Tensor, state: list[Tensor]) -> Any:
             if own is None:
-                return at - factor * d, []
+                return at - _of_rows(factor, at) * d, []
             there, after = step.step(d, at, dict(zip(own, (state.pop(0) for _ in own), strict=True)))
-            return torch.lerp(at, there, factor), [after[key] for key in own]
+            return torch.lerp(at, there, _of_rows(factor, at)), [after[key] for key in own]
+
+        def projected(x: Tensor) -> Tensor:
+            assert region is not None
+            return region.project(x) if x.dim() == 1 else torch.stack([region.project(row) for row in x.unbind()])
 
         def steps(_: FlatProblem, x: Tensor, y: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             """The next state, d_x, |(d_x, d_y, d_v)|, and its parts of y and v."""
             (gy, hv, gv, fx, fy, numbers), rest = others[-6:], list(others[:-6])
             inner, linear, outer_step, theta, w_f, w_g = numbers.unbind()
-            dx, dy, dv = w_f * fx - w_g * gv, w_g * gy, w_g * hv - w_f * fy
+            dx = _of_rows(w_f, x) * fx - _of_rows(w_g, x) * gv
+            dy, dv = _of_rows(w_g, y) * gy, _of_rows(w_g, y) * hv - _of_rows(w_f, y) * fy
             h = []
             if averages:
-                dx = torch.lerp(rest.pop(0), dx, theta)
+                dx = torch.lerp(rest.pop(0), dx, _of_rows(theta, x))
                 h = [dx]
             there, of_x = moved(loop.outer_step, keys[0], outer_step, dx, x, rest)
             y_new, of_y = moved(loop.inner_step, keys[1], inner, dy, y, rest)
-            v = v - linear * dv
+            v = v - _of_rows(linear, v) * dv
             if loop.linear_radius is not None:
                 v = v * (loop.linear_radius / row_norm(v).unsqueeze(-1)).clamp(max=1.0)
-            left = dx if region is None else x - region.project(x - dx)
-            there = there if region is None else region.project(there)
+            left = dx if region is None else x - projected(x - dx)
+            there = there if region is None else projected(there)
             sizes = [row_norm(each.reshape(-1)) for each in (left, dy, dv)]
             norm = row_norm(torch.stack(sizes))
             return there, y_new, v, *h, *of_x, *of_y, dx, norm, sizes[1], sizes[2]
@@ -207,10 +224,15 @@ class CompiledLoop(AbstractAlgorithm[LoopState]):
         def whole(x: Tensor, y: Tensor, v: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
             (value, fx, fy), (gy, hv, gv) = f(x, y), g(x, y, v)
             *state, norm, of_y, of_v = step(x, y, v, *given[:-1], gy, hv, gv, fx, fy, given[-1])
-            row = torch.cat([each.reshape(1).double() for each in (value, norm, of_y, of_v)])
+            row = torch.cat([each.reshape(-1).double() for each in (value, norm, of_y, of_v)])
             return *state, row
 
         return tracing.whole(whole, *vectors)
+
+
+def _of_rows(number: Tensor, at: Tensor) -> Tensor:
+    """A number, or one for each of several runs side by side, as a factor of what stands there."""
+    return number.reshape(-1, *(1 for _ in at.shape[1:])) if number.dim() else number
 
 
 def _report(part: str, residual: float) -> Report:

@@ -13,11 +13,12 @@ from bilevel._estimate import FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._inner import AbstractInnerSolver
 from bilevel._linear import AbstractLinearSolver, unmet
-from bilevel._numerics.rows import safe_row_norms
+from bilevel._numerics.rows import row_norm_numbers
 from bilevel._result import Report, Status, report
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import AT_LEAST_0, demand_ranges
+from bilevel.arguments.unchecked import unchecked
 from bilevel.bounds.beforehand import Beforehand
 from bilevel.bounds.bound import Bound
 from bilevel.bounds.implicit import aid
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
     from bilevel.hypergrad.certified import Certified
 
 
+def _plain(y: Tensor) -> Tensor:
+    return y.detach() if y.requires_grad else y
+
+
+_estimate = unchecked(FlatEstimate)
 _NEEDED = frozenset({Property.stationary, Property.second_derivatives, Property.beyond_start, Property.outer_gradient})
 
 
@@ -180,7 +186,7 @@ class AID(AbstractImplicit):
             beside = (Report(f"the {self.side} side of x", Status.successful, distance, 0),)
         # A name for the start would keep it beyond the inner solve.
         solved, at, ended = solution(
-            problem, x, problem.start(x, start.y).detach(), self.inner, self.products, self.margin
+            problem, x, _plain(problem.start(x, start.y)), self.inner, self.products, self.margin
         )
         y = solved.value
         if lacks := unmet(self.linear.demands, at.operator.properties):
@@ -209,6 +215,7 @@ class AID(AbstractImplicit):
             reports += rounding_reports(used, problem, x, y, h, by_sign=used is not self)
         substitute = substituted(used, at, b, system)
         if v.shape != y.shape:
-            return FlatEstimate(h, value, y, reports, substitute=substitute, multipliers=at.multipliers)
-        error = float((safe_row_norms(v) * solved.residual).sum())  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
-        return FlatEstimate(h, value, y, reports, v, value_error=error, substitute=substitute)
+            return _estimate(h, value, y, reports, substitute=substitute, multipliers=at.multipliers)
+        sizes = zip(row_norm_numbers(v), solved.residual.reshape(-1).tolist(), strict=True)
+        error = sum(size * residual for size, residual in sizes)  # f(y) - f(y*) = grad_y f'(y - y*) = v'grad_y g
+        return _estimate(h, value, y, reports, v, value_error=error, substitute=substitute)

@@ -9,6 +9,8 @@ from bilevel._flat import FlatProblem
 from bilevel._inner import Objective
 from bilevel._problem import BilevelProblem
 from bilevel.arguments.checked import checked
+from bilevel.arguments.fits import demand_type
+from bilevel.arguments.unchecked import unchecked
 from bilevel.inner_problems.composite import Composite
 from bilevel.inner_problems.constrained import LinearlyConstrained
 from bilevel.inner_problems.fixed_point import FixedPoint
@@ -17,8 +19,9 @@ from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained
 from bilevel.inner_problems.smooth import SmoothMinimization
 
+_smooth = unchecked(SmoothMinimization)  # of a method of the problem
 
-@checked()
+
 def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     """The kind of inner problem that was given as `inner=`, or follows from the other arguments of `problem`.
 
@@ -26,6 +29,8 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
         >>> type(inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))).__name__
         'Iteration'
     """
+    if not isinstance(problem, BilevelProblem):  # several times at every step: without what looks at annotations
+        demand_type("inner_problem", "problem", problem, BilevelProblem)
     if isinstance(problem.inner, AbstractInnerProblem):
         return problem.inner
     if problem.fixed_point is not None:
@@ -38,7 +43,7 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
         return LinearlyConstrained(problem.g, problem.constraints)
     if problem.prox is not None:
         return Composite(problem.g_as_given, problem.prox)
-    return SmoothMinimization(problem.g)
+    return _smooth(problem.g)
 
 
 @checked()

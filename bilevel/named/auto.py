@@ -40,6 +40,10 @@ class Auto(AbstractPortable):
         relative_error: the target relative to |h|.
         target_error: the target itself; with both, the larger counts.
         constants: what is known of f and g, or a function of x that tells; None: errors are measured, not certified.
+        compile: whether an implicit estimator that is chosen may have `CompiledProducts`. It then has them where the
+            graph of grad_y g says that they are faster: where its tensors are so small that calling operations is what
+            a product costs. That is a rule fitted to measurements (the page on compiled steps), and nothing is timed.
+            Making the program takes a minute, which is why it is asked for.
 
     Raises:
         ValueError: if both targets are 0 or one is negative; where it is used, if there is nothing to measure errors
@@ -57,6 +61,7 @@ class Auto(AbstractPortable):
     relative_error: float = 0.01
     target_error: float = 0.0
     constants: Constants | Callable[[Tree], Constants] | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         demand_types(self)

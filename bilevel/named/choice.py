@@ -8,9 +8,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from bilevel._apply import apply_estimator
+from bilevel._calculus import Exact
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._numerics.rows import safe_row_norms
+from bilevel._problem import Split
 from bilevel._result import BilevelError, Status, Tally
 from bilevel.certificates.applies import no_certificate
 from bilevel.certificates.certificate import Constants
@@ -92,11 +94,32 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
         why = f"no estimator met the {kind} target {target:.3g} of {tried} tries: taking {fallback}"
         return Chosen(build(fallback, s), why)
     cost, name, estimator, error = best
+    estimator, how = _with_programs(estimator, s) if wish.compile else (estimator, "")
     return Chosen(
         estimator,
         f"chosen: {name}, whose {kind} error {error:.3g} met the target {target:.3g} for {cost} gradients and products,"
-        f" the fewest of {tried} tries ({refused} estimators do not apply)",
+        f" the fewest of {tried} tries ({refused} estimators do not apply){how}",
     )
+
+
+def _with_programs(estimator: AbstractEstimator, s: Setting) -> tuple[AbstractEstimator, str]:
+    """The estimator, its products compiled where that makes them faster, and what was done, in words."""
+    from bilevel.hypergrad.aid import AID
+    from bilevel.hypergrad.compiled_products import CompiledProducts
+    from bilevel.hypergrad.product_costs import work_of
+
+    if not isinstance(estimator, AID) or not isinstance(estimator.products, Exact):
+        return estimator, "; it forms no products that could be compiled"
+    problem = s.problem
+    apart = problem.across is not None or problem.tasks_over is not None or isinstance(problem.data, Split)
+    if apart or problem.known is not None or s.x.device.type != "cpu":
+        return estimator, "; its products are not compiled: g's own formulas, data apart, ranks or the device forbid it"
+    quiet = problem.with_tally(Tally())
+    work = work_of(quiet, s.x, problem.start(s.x, s.y0).detach())
+    told = f"{work.entries} entries in {work.calls} operations"
+    if not work.is_small:
+        return estimator, f"; its products are not compiled: of {told}, that is no faster"
+    return replace(estimator, products=CompiledProducts()), f"; its products are compiled: of {told}, that is faster"
 
 
 def _reference(s: Setting) -> Reference:

@@ -230,7 +230,6 @@ def minimize(
     if TYPE_CHECKING or compile:
         from bilevel.compiled.descent import descend, is_one_program
         from bilevel.compiled.estimator import compiled
-        from bilevel.compiled.refused import refused
         from bilevel.compiled.single_loop import compiled_loop
     _demand_arguments(max_steps, tol, callback, checkpoint, checkpoint_every, checkpoint_seconds, resume)
     demand_type("minimize", "warm_start", warm_start, bool | None)
@@ -352,6 +351,7 @@ def minimize(
             return Run(rules, structured, compares, note, by_norm)
 
         chosen: AbstractAlgorithm[Any]
+        loops = False
         by_norm, slack, note, share = False, 0.0, "", max(1, max_steps // 4)  # how long a sweep is, where nobody says
         if algorithm is None or algorithm == DESCENT:
             named: Any = IMPLICIT if estimator is None else estimator
@@ -408,9 +408,8 @@ def minimize(
                 )
             settings = {"algorithm": chosen, **settings}
             if compile:
-                if sweep is not None:
-                    raise refused("sweep=...", "runs side by side are not written as programs")
-                chosen = compiled_loop(chosen)
+                compiled_loop(chosen)  # which refuses what is none, before anything is swept
+                loops = True
         oracle = Oracle(flat.with_tally(Tally()), batches, chosen.draws, region(constraint, x_structure))
         begun: Winner | None = None
         if sweep is not None:
@@ -421,9 +420,12 @@ def minimize(
                 begun = recalled(chosen, sweep, batches, trials_of(checkpoint))
             if begun is None:
                 length = share if sweep_steps is None else min(sweep_steps, max_steps)
-                begun = swept(chosen, sweep, oracle, x, y, length, slack)
+                as_run: Callable[[Any], Any] = compiled_loop if loops else lambda algorithm: algorithm
+                begun = swept(chosen, sweep, oracle, x, y, length, slack, as_run)
             chosen = begun.algorithm
             oracle = Oracle(oracle.like, begun.data, chosen.draws, oracle.region)
+        if loops:
+            chosen = compiled_loop(chosen)
         by_norm = not chosen.values_are_phi
         compares = on_batches or (oracle.is_fixed and (chosen.values_are_phi or chosen.best_by_measure))
         if shards is not None:

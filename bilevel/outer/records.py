@@ -15,6 +15,7 @@ from bilevel._estimate import Estimate, FlatEstimate
 from bilevel._flat import FlatProblem
 from bilevel._result import BilevelError, Stats, Status
 from bilevel.algorithms.outer_constraints import OuterConstraints
+from bilevel.arguments.unchecked import unchecked
 from bilevel.outer.best import Keeper
 from bilevel.outer.looks import Looks
 from bilevel.outer.partial import attach
@@ -60,6 +61,8 @@ class Rules:
     whole: WholeVectors | None = None
 
 
+_record = unchecked(Record)
+
 # How a run ends short of its tolerance. Where that is the outer method's own, nobody was promised it: no error.
 SHORT = frozenset({Status.steps_used_up, Status.max_steps, Status.stagnated, Status.line_search_failed})
 
@@ -97,7 +100,7 @@ class Run:
         outer: OuterConstraints | None = None,
     ) -> Record:
         """Keep the record of a step, after so many of steps before; one of each, unless it is said how many."""
-        record = Record(step, estimate.value, norm, estimate.status, estimate.stats, seconds, rejected, outer)
+        record = _record(step, estimate.value, norm, estimate.status, estimate.stats, seconds, rejected, outer)
         del self.history[step if before < 0 else before :]
         self.history.append(record)
         return record

@@ -29,6 +29,7 @@ from bilevel.inner_problems.kinds import inner_objective, inner_problem
 from bilevel.outer.trial import Trial
 from bilevel.requirements.iterations import why_iteration
 from bilevel.requirements.properties import Property
+from bilevel.requirements.why_not import why_not
 
 STEPS = ("inner_step", "outer_step")  # what runs side by side may differ in
 
@@ -137,6 +138,7 @@ def swept(
     y: Tensor,
     steps: int,
     slack: float = 0.0,
+    made: Callable[[AbstractAlgorithm[Any]], AbstractAlgorithm[Any]] = lambda algorithm: algorithm,
 ) -> Winner:
     """Run every combination for so many steps from the same start, and say which one has come furthest.
 
@@ -153,6 +155,7 @@ def swept(
         steps: how many steps each takes.
         slack: the first combination is taken that comes so near to the best, as a share of how far rows differ; 0: the
             best itself. What is best for a while may be too long a step for later.
+        made: what becomes of an algorithm that is run, such as one whose steps are programs; the winner is as it was.
 
     Where all have diverged, the first goes on from the start, as if there had been no sweep: the run then ends as one
     that diverges does, by its status, and with the best of its iterates.
@@ -160,11 +163,14 @@ def swept(
     Cost: `steps` steps of every combination, and for each a gradient of f, and some ten of g, on all the data.
     """
     found = combinations(algorithm, sweep)
+    for settings in found:
+        if why := why_not(configured(algorithm, settings), oracle.like.problem):
+            raise ValueError(why)
     rows: dict[int, _Row] = {}
     for members in _alike(found, range(len(found)), (*STEPS, "ratio", "seed")):
         for batch in _batches(algorithm, found, members, oracle.data, x):
             at = Oracle(oracle.like, batch.data, batch.draws, oracle.region)
-            rows |= batch.run(at, x, y, steps)
+            rows |= replace(batch, algorithm=made(batch.algorithm)).run(at, x, y, steps)
     sound = [k for k, row in rows.items() if math.isfinite(row.value)]
     best = _chosen(rows, sound, slack)
     trials = tuple(

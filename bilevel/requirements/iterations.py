@@ -23,9 +23,12 @@ def why_iteration(estimator: object) -> str:
     if requires:
         for name in parts_of(cast(Any, estimator).__class__):
             part = getattr(estimator, name)
-            if any(_sort(part.__class__)) and (why := why_iteration(part)):
+            if _sort(part.__class__) != _NEITHER and (why := why_iteration(part)):
                 return why
     return ""
+
+
+_NEITHER = (False, False)
 
 
 @cache

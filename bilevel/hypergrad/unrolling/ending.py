@@ -36,8 +36,11 @@ def solved(walk: Walk, end: State) -> Solved:
         vector, value = _residual(walk, end)
     residual = safe_row_norms(vector)
     first = (None if walk.is_own else walk.first) or (residual, value)
-    table = torch.stack([residual, value, *first, torch.zeros_like(residual) + walk.inner.allowed(y)]).reshape(5, -1)
-    statuses = tuple(ended(*row) for row in zip(*table.tolist(), strict=True))
+    allowed = walk.inner.allowed(y)
+    allowances = allowed.expand(residual.shape) if isinstance(allowed, Tensor) else None
+    columns = [each.reshape(-1).tolist() for each in (residual, value, *first)]
+    columns.append([allowed] * len(columns[0]) if allowances is None else allowances.reshape(-1).tolist())
+    statuses = tuple([ended(*row) for row in zip(*columns, strict=True)])
     if not all(status.ok for status in statuses):
         statuses = walk.inner.missed(walk.fixed, y, statuses)
     return Solved(y, statuses, residual, walk.steps)
