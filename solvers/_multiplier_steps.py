@@ -330,8 +330,9 @@ class Relaxed:
                 pull = grad(gap.sum(), leaf, create_graph=True, checked=True)
             F, gap = pull.detach(), 2 * gap.detach()
             reach = _BEYOND * (1 + safe_row_norms(y))
-            proven = (gap.sqrt() > _SLIGHT * (1 + row_moduli(y).squeeze(-1))) & (safe_row_norms(F) * reach < gap)
-            if bool((proven | (gap == 0)).all()) or not pull.requires_grad:
+            counts = gap.sqrt() > _SLIGHT * (1 + row_moduli(y).squeeze(-1))
+            proven = counts & (safe_row_norms(F) * reach < gap)
+            if not bool((counts & ~proven).any()) or not pull.requires_grad:
                 break
 
             def mv(v: Tensor, leaf: Tensor = leaf, pull: Tensor = pull, damping: float = damping) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AID, KKT, BilevelProblem, Polytope, Status, hypergradient
+from bilevel import AID, KKT, BilevelProblem, Polytope, Status, hypergradient, ravel
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.polyhedron_projection import projected
 from bilevel._numerics.principal_pivoting import pivoted
@@ -48,13 +48,22 @@ def test_no_matrix_is_formed_of_many_variables() -> None:
     assert found.stats.hvps < q / 4  # a dense Hessian takes q
 
 
-def test_rows_that_are_sparse_or_a_function_are_refused_with_what_to_do() -> None:
-    given: list[tuple[Any, type[Exception]]] = [(torch.eye(3).to_sparse(), ValueError), (sum, TypeError)]
-    for rows, error in given:
-        for part in ("A", "G"):
-            with pytest.raises(error, match=rf"`Polytope\({part}=...\)` must be .*`lower` and `upper`.*dense|jacrev"):
-                Polytope(**{part: rows})
-    assert Polytope(A=torch.eye(3), G=torch.eye(3)).A is not None
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch's own, of its layouts
+@pytest.mark.parametrize("part", ["A", "G"])
+def test_rows_that_are_a_function_are_refused_and_sparse_ones_where_they_have_to_be_dense(part: str) -> None:
+    given: Any = {part: sum}
+    with pytest.raises(TypeError, match=rf"`Polytope\({part}=...\)` must be a matrix, .*`inequalities=`.*jacrev"):
+        Polytope(**given)
+    at, rows = ravel(torch.zeros(3))[1], torch.eye(3).to_sparse()
+    for sparse in (rows, rows.to_sparse_csr()):
+        with pytest.raises(
+            ValueError, match=rf"`Polytope\({part}=...\)` is sparse, .*`inner=ManyConstraints\(.*to_dense"
+        ):
+            Polytope(**{part: sparse}).parts(at)
+    with pytest.raises(ValueError, match="must be a matrix"):
+        Polytope(**{part: torch.ones(3).to_sparse()})
+    with pytest.raises(ValueError, match="must have 3 columns"):
+        Polytope(**{part: torch.eye(2).to_sparse()}).sparse_parts(at)
 
 
 def test_contradictory_constraints_and_steps_used_up_are_statuses() -> None:

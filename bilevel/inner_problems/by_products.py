@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _DENSE = 2000  # entries of y up to which definiteness is measured by a factorization
 _MATCHED = 1e-9  # relative: what a motion of constraints is followed to
 _STEPS = 5000
+_APART = 1e-3  # of a motion: so much is no matter of steps
 
 
 @final
@@ -204,7 +205,8 @@ class ByProducts:
             return torch.where(self.on, self._stretched(self._pulled(w) * self.free), self.size**2 * w)
 
         operator = LinearOperator(mv, r.shape[-1], symmetric=True)
-        found = solve_by_runs(minimal_residual, operator, r, None, rtol=_matched(r), max_steps=_STEPS)
+        steps = min(_STEPS, 20 * r.shape[-1])
+        found = solve_by_runs(minimal_residual, operator, r, None, rtol=_matched(r), max_steps=steps)
         left = safe_row_norms(r - mv(found.value)) / positive_or_one(safe_row_norms(r))
         seen = max(SEEN, 10 * _matched(r))
         statuses = tuple(
@@ -213,7 +215,7 @@ class ByProducts:
             else Status.nonfinite
             if each != each
             else Status.max_steps
-            if status is Status.max_steps
+            if status is Status.max_steps and each < _APART
             else Status.dependent_constraints
             for each, status in zip(left.reshape(-1).tolist(), found.statuses, strict=True)
         )

@@ -101,6 +101,7 @@ class Polytope:
         """Whether there are rows as a sparse matrix."""
         return _is_sparse(self.A) or _is_sparse(self.G)
 
+    @checked()
     def sparse_parts(self, y: Structure) -> tuple[SparseRows, Tensor, Tensor, Tensor, SparseRows, Tensor]:
         """The same with A and G by their entries that are not zero.
 
