@@ -243,6 +243,26 @@ def test_tasks_are_certified_together() -> None:
         assert float((found.grad - exact).abs()) <= certificate.bound <= 100 * tol
 
 
+def test_tasks_of_the_group_lasso_are_certified_one_after_the_other() -> None:
+    case = Case(2)
+    A, b, c, _ = case.data
+    problem = BilevelProblem(
+        lambda x, y, t: (y - c).square().sum() / 2,
+        lambda x, y, t: (A @ y - t * b).square().sum() / 2,
+        prox=lambda x, t: GroupLasso(x.exp(), GROUPS),
+        tasks=True,
+    )
+    x, data = torch.tensor([2.0, 2.5, 1.0], dtype=DOUBLE), torch.tensor([1.0, 1.2], dtype=DOUBLE)
+    zero, constants = torch.zeros(case.q, dtype=DOUBLE), replace(case.constants(True), L_fxy=0.0, C_G=0.0)
+    exact = hypergradient(problem, x, zero, data=data, estimator=FINE)
+    found = hypergradient(
+        problem, x, zero, data=data, estimator=AID(ProximalGradient(tol=1e-6, max_steps=50_000), CG(1e-8))
+    )
+    certificate = certify(problem, x, found, constants, data=data)
+    assert float((found.grad - exact.grad).norm()) <= certificate.bound < 1e-3
+    assert certificate.proven and certificate.theorem == "manifold"
+
+
 def test_in_single_precision_rounding_is_in_the_bound() -> None:
     target = torch.tensor([2.0, -0.5, 0.1, 1.5])
 
