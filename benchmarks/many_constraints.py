@@ -97,7 +97,8 @@ def main() -> None:
     for q in (SMALL, LARGE):
         for name, g, constraints, x, shape in cases(q):
             polytope = constraints(x)
-            A, G = (None if part is None else part.to_dense() for part in (polytope.A, polytope.G))
+            small = q <= PRODUCTS_AT_MOST
+            A, G = (None if part is None or not small else part.to_dense() for part in (polytope.A, polytope.G))
 
             def dense(
                 x: Tensor,
@@ -111,10 +112,10 @@ def main() -> None:
             by_sparse = AID(SparseInteriorPoint(), SparseSaddle())
             sparse = BilevelProblem(f, inner=ManyConstraints(g, constraints=constraints))
             cells = [measured(sparse, x, shape, by_sparse), "", ""]
-            if q <= PRODUCTS_AT_MOST:
+            if small:
                 cells[1] = measured(sparse, x, shape, AID(ProximalMultipliers(), MINRES(1e-10)))
                 cells[2] = measured(BilevelProblem(f, g, constraints=dense), x, shape, KKT(QuadraticProgram()))
-            count = sum(0 if part is None else len(part) for part in (A, G))
+            count = sum(0 if part is None else part.shape[0] for part in (polytope.A, polytope.G))
             print(f"| {name} | {shape} | {count} | {' | '.join(cells)} |", flush=True)
     points = 2 * torch.randn(LARGE, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     disks = ManyConstraints(lambda _, y: (y - points).square().sum() / 2, lambda x, y: y.square().sum(-1) - x.square())
