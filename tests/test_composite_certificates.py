@@ -14,7 +14,22 @@ from torch import Tensor
 
 from bilevel import AID, BilevelProblem, Certificate, Constants, Estimate, certify, hypergradient
 from bilevel.inner_problems import ProximalFixedPoint
-from bilevel.prox import L1, AbstractProxTerm, GroupLasso, LInfBall, ProxDerivative
+from bilevel.prox import (
+    L1,
+    TV1D,
+    TV2D,
+    AbstractProxTerm,
+    Affine,
+    GroupLasso,
+    L1Ball,
+    L2Ball,
+    LInf,
+    LInfBall,
+    NuclearNorm,
+    ProxDerivative,
+    Simplex,
+    Sum,
+)
 from bilevel.prox.derivative import diagonal
 from bilevel.solvers import CG, FISTA, GMRES, ProximalGradient
 
@@ -204,6 +219,30 @@ def test_it_is_refused_with_the_reason_where_no_theorem_applies() -> None:
         lambda x, y: y.square().sum() / 2, lambda x, y: (y.sum() - 3).square() / 2, prox=lambda x: L1(x)
     )
     refused(flat, at, torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=DOUBLE), "strongly convex")
+
+
+@pytest.mark.parametrize(
+    ("term", "shape"),
+    [
+        (lambda x: Simplex(x), (4,)),
+        (lambda x: L1Ball(x), (4,)),
+        (lambda x: L2Ball(x), (4,)),
+        (lambda x: LInf(x), (4,)),
+        (lambda x: TV1D(x), (4,)),
+        (lambda x: TV2D(x), (2, 2)),
+        (lambda x: NuclearNorm(x), (2, 2)),
+        (lambda x: Affine(L1(x), torch.eye(4, dtype=DOUBLE).diff(dim=0)), (4,)),
+        (lambda x: Sum((TV1D(x), L1(x))), (4,)),
+    ],
+    ids=["Simplex", "L1Ball", "L2Ball", "LInf", "TV1D", "TV2D", "NuclearNorm", "Affine", "Sum"],
+)
+def test_terms_on_other_manifolds_are_refused_by_their_name(
+    request: pytest.FixtureRequest, term: Any, shape: tuple[int, ...]
+) -> None:
+    name = request.node.callspec.id
+    y0 = torch.zeros(shape, dtype=DOUBLE)
+    reason = f"no theorem covers the manifold of `{name}`"
+    refused(quadratic(term), torch.tensor(0.3, dtype=DOUBLE), y0, reason, AID(FISTA(tol=1e-10), GMRES(1e-10)))
 
 
 def test_neighbours_of_what_is_refused_are_certified() -> None:

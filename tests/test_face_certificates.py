@@ -122,10 +122,12 @@ def test_what_no_theorem_covers_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-4])
 def test_tasks_are_certified_one_after_the_other(distance: float) -> None:
     problem, x, constants = posed(2), 0.3 * gaussian(3, seed=5), known(2)
+    constraints = problem.constraints
+    assert constraints is not None
     tasks = BilevelProblem(
         lambda x, y, t: problem.f(x, y) * t,
         lambda x, y, t: problem.g(x, y) + 0.1 * (t - 1) * y.sum(),
-        constraints=lambda x, t: problem.constraints(x),
+        constraints=lambda x, t: constraints(x),
         tasks=True,
     )
     data = torch.tensor([1.0, 0.8, 1.2])
