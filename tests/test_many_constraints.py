@@ -218,6 +218,16 @@ def test_failures_are_named(as_rows: bool) -> None:
 
 
 @pytest.mark.parametrize("as_rows", [False, True], ids=["functions", "sparse"])
+@pytest.mark.parametrize(("beyond", "slope"), [(1e-8, 1.0), (-1e-8, 0.0)], ids=["just free", "just held"])
+def test_what_holds_only_just_is_told_by_multipliers(beyond: float, slope: float, as_rows: bool) -> None:
+    problem = many(
+        lambda x, y: (y - x).square().sum() / 2, torch.eye(3, dtype=D), lambda x: 1 + beyond + 0 * x.expand(3), as_rows
+    )
+    found = hypergradient(problem, torch.ones(1, dtype=D), torch.zeros(3, dtype=D))
+    assert torch.allclose(found.grad, torch.full((1,), 3 * slope, dtype=D), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("as_rows", [False, True], ids=["functions", "sparse"])
 def test_steps_used_up_are_no_success(as_rows: bool) -> None:
     _, dense, rows, x = programs(0)
     g = programs(0)[0]
