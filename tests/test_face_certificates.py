@@ -136,6 +136,9 @@ def test_tasks_are_certified_one_after_the_other(distance: float) -> None:
     found = certify(tasks, x, off, replace(constants, L_fyy=1.2, L_fxy=1.2 * 3**0.5), data=data)
     error = float((off.grad - exact.grad).norm())
     assert found.proven and error <= found.bound <= 1e-9 + 1e3 * distance
+    elsewhere = replace(exact, grad=1.1 * exact.grad)  # right y, wrong vector
+    far = certify(tasks, x, elsewhere, replace(constants, L_fyy=1.2, L_fxy=1.2 * 3**0.5), data=data)
+    assert float((0.1 * exact.grad).norm()) <= far.bound * (1 + 1e-9)
     kinked = replace(off, y=off.y + 0.3)  # far from all constraints that hold
     refused = certify(tasks, x, kinked, constants, data=data)
     assert math.isinf(refused.bound) and refused.reason.startswith("task 0: ")

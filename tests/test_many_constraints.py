@@ -236,6 +236,10 @@ def test_steps_used_up_are_no_success(as_rows: bool) -> None:
     linear = SparseSaddle() if as_rows else MINRES()
     found = hypergradient(problem, x, torch.zeros(20, dtype=D), estimator=AID(solver, linear), throw=False)
     assert found.reports[0].status is Status.max_steps
+    above = many(lambda x, y: (y - x).square().sum(), -torch.eye(2, dtype=D), lambda x: -5 + 0 * x.expand(2), as_rows)
+    zero = torch.zeros(2, dtype=D)  # far from y >= 5, which has points
+    found = hypergradient(above, zero[:1], zero, estimator=AID(solver, linear), throw=False)
+    assert found.reports[0].status is Status.max_steps
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
