@@ -132,10 +132,10 @@ class Relaxed:
         """The violation at y with multipliers of the constraints; those of bounds are what is left of the gradient."""
         rows = ConstraintProducts.at(self.constraints, y)
         E, force = rows.values.detach() / self.lengths, rows.transposed(w / self.lengths)
-        slope = self.objective.gradient(y)
+        _, slope, hessian = self.objective.hessian(y)
         finite = torch.stack([torch.where(bound.isfinite(), bound, y) for bound in (self.lower, self.upper)])
         primal = positive_or_one(torch.maximum(row_moduli(finite).amax(0), row_moduli(y)))
-        dual = positive_or_one(torch.maximum(row_moduli(slope), row_moduli(force)))
+        dual = _size_of_forces(slope, force, hessian, y)
         pull = (slope + force) / dual
         over, under = (self.upper - y) / primal, (y - self.lower) / primal
         outside = torch.maximum(-over, -under).clamp_min(0)
@@ -189,7 +189,7 @@ class Relaxed:
             F = slope + pull.detach() + s * (y - at.y)
             size = safe_row_norms(F)
             first = size if first is None else first
-            scale = safe_row_norms(slope) + safe_row_norms(pull.detach())
+            scale = safe_row_norms(slope) + safe_row_norms(pull.detach()) + safe_row_norms(hessian.mv(y))
             aim = torch.maximum((0.01 * at.error * scale), 1e2 * torch.finfo(y.dtype).eps * scale)
             going = rows & (size > aim) & size.isfinite()
             if not bool(going.any()):
@@ -256,7 +256,7 @@ class Relaxed:
             force = rows.transposed(at.w / self.lengths)
             finite = torch.stack([torch.where(bound.isfinite(), bound, at.y) for bound in (self.lower, self.upper)])
             primal = positive_or_one(torch.maximum(row_moduli(finite).amax(0), row_moduli(at.y)))
-            dual = positive_or_one(torch.maximum(row_moduli(slope), row_moduli(force)))
+            dual = _size_of_forces(slope, force, hessian, at.y)
             low, high = at.below / dual > (at.y - self.lower) / primal, at.above / dual > (self.upper - at.y) / primal
             fixed = self.lower >= self.upper
             free = ~(low | high | fixed)
@@ -350,3 +350,9 @@ class Relaxed:
             damping = max(damping, 1e-12)
         found: Tensor = crossed | proven
         return found
+
+
+def _size_of_forces(slope: Tensor, force: Tensor, hessian: LinearOperator, y: Tensor) -> Tensor:
+    """What errors in the gradient are relative to: the largest entry of what cancels in it, H y included."""
+    parts = torch.stack([slope, force, hessian.mv(y)]).abs()
+    return positive_or_one(row_moduli(parts.amax(0)))

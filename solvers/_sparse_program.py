@@ -158,7 +158,7 @@ class SparseProgram:
         steps, idle, least, concave = 0, 0, np.inf, False
         while True:
             H, slope, _ = self._model(at.y)
-            error = self._error(at, slope)
+            error = self._error(at, slope, H)
             idle = 0 if error < 0.9 * least else idle + 1
             if error < least:
                 best, least = at, error
@@ -210,12 +210,12 @@ class SparseProgram:
         z, zl, zu = np.full(len(s), dual), dual * self.low, dual * self.high
         return Iterate(y, np.zeros(len(self.b)), z, s, zl, zu, sl, su)
 
-    def _error(self, at: Iterate, slope: Vector) -> float:
+    def _error(self, at: Iterate, slope: Vector, H: Callable[[Vector], Vector]) -> float:
         """The largest relative violation of the optimality conditions."""
         import numpy as np
 
         force = self.A.T @ at.nu + self.G.T @ at.z
-        primal, dual = _size(at.y), max(_size(slope), _size(force))
+        primal, dual = _size(at.y), _size(np.concatenate([slope, force, H(at.y)]))
         parts = [
             np.where(self.fixed, 0.0, slope + force - at.zl + at.zu) / dual,
             (self.A @ at.y - self.b) / primal,

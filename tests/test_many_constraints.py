@@ -101,7 +101,7 @@ def test_constraints_as_functions_are_those_of_matrices_and_may_be_curved() -> N
     def e(x: Tensor, y: Tensor) -> Tensor:
         return y[:2] - y[2:4] - 0.1 * x[:2]
 
-    x, y0 = normal(q, seed=2) / 3, torch.zeros(q, dtype=D)
+    x, y0 = normal(q, seed=4) / 3, torch.zeros(q, dtype=D)
     bounds = lambda x: Polytope(lower=-0.4, upper=0.6 + 0.1 * x[0])  # noqa: E731
     whole = BilevelProblem(f, g, inequalities=c, equalities=e, constraints=bounds)
     exact = hypergradient(whole, x, y0, estimator=KKT(InteriorPoint()))
@@ -110,6 +110,7 @@ def test_constraints_as_functions_are_those_of_matrices_and_may_be_curved() -> N
     assert torch.allclose(found.y, exact.y, rtol=0, atol=1e-10)
     assert torch.allclose(found.grad, exact.grad, rtol=0, atol=1e-7)
     assert found.multipliers is not None and exact.multipliers is not None
+    assert all(float(each.max()) > 1e-2 for each in exact.multipliers.inequalities.values())  # both hold
     for name in ("curved", "line"):
         assert torch.allclose(found.multipliers.inequalities[name], exact.multipliers.inequalities[name], atol=1e-8)
     assert torch.allclose(found.multipliers.equalities, exact.multipliers.equalities, atol=1e-8)
@@ -240,6 +241,19 @@ def test_steps_used_up_are_no_success(as_rows: bool) -> None:
     zero = torch.zeros(2, dtype=D)  # far from y >= 5, which has points
     found = hypergradient(above, zero[:1], zero, estimator=AID(solver, linear), throw=False)
     assert found.reports[0].status is Status.max_steps
+
+
+@pytest.mark.parametrize("as_rows", [False, True], ids=["functions", "sparse"])
+def test_where_nothing_holds_it_is_the_minimizer_of_g(as_rows: bool) -> None:
+    L, t = normal(6, 6), 10 * normal(6, seed=1)  # the gradient at y* is rounding of what cancels in it
+    Q = L @ L.mT + torch.eye(6, dtype=D)
+    wide = many(
+        lambda x, y: y @ Q @ y / 2 - x * (t @ y), normal(4, 6, seed=2), lambda x: 1e3 + 0 * x.expand(4), as_rows
+    )
+    found = hypergradient(wide, torch.ones(1, dtype=D), torch.zeros(6, dtype=D))
+    exact = torch.linalg.solve(Q, t)
+    assert torch.allclose(found.y, exact, rtol=1e-10, atol=0)
+    assert torch.allclose(found.grad, exact.sum().reshape(1), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])

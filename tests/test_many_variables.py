@@ -40,6 +40,20 @@ def test_products_alone_give_the_hypergradient_of_dense_matrices(inequalities: i
     assert torch.allclose(found.grad, dense.grad, rtol=0, atol=1e-9)
 
 
+def test_where_nothing_holds_active_sets_end_at_the_minimizer_of_g() -> None:
+    L, t = normal(6, 6), 10 * normal(6, seed=1)  # the gradient at y* is rounding of what cancels in it
+    Q = L @ L.mT + torch.eye(6, dtype=D)
+    for wide in (Polytope(lower=-1e3, upper=1e3), Polytope(G=normal(4, 6, seed=2), h=1e3)):
+        problem = BilevelProblem(
+            lambda x, y: y.sum(),
+            lambda x, y: y @ Q @ y / 2 - x * (t @ y),
+            constraints=lambda x, wide=wide: wide,  # type: ignore[misc]
+        )
+        x, y0 = torch.ones(1, dtype=D), torch.zeros(6, dtype=D)
+        found = hypergradient(problem, x, y0, estimator=AID(ActiveSet(), MINRES(1e-12)))
+        assert torch.allclose(found.grad, torch.linalg.solve(Q, t).sum().reshape(1), rtol=1e-9, atol=0)
+
+
 def test_no_matrix_is_formed_of_many_variables() -> None:
     q = 10_000
     problem, x, y0 = smoothed(q), torch.ones(q, dtype=D), torch.zeros(q, dtype=D)
