@@ -47,7 +47,7 @@ def test_where_nothing_holds_active_sets_end_at_the_minimizer_of_g() -> None:
         problem = BilevelProblem(
             lambda x, y: y.sum(),
             lambda x, y: y @ Q @ y / 2 - x * (t @ y),
-            constraints=lambda x, wide=wide: wide,  # type: ignore[misc]
+            constraints=lambda x, wide=wide: wide,
         )
         x, y0 = torch.ones(1, dtype=D), torch.zeros(6, dtype=D)
         found = hypergradient(problem, x, y0, estimator=AID(ActiveSet(), MINRES(1e-12)))
