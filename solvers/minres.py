@@ -39,6 +39,7 @@ class MINRES(AbstractLinearSolver):
         ValueError: if `rtol` is negative, or the operator is not declared symmetric.
 
     Example:
+        >>> import torch
         >>> A = LinearOperator(lambda v: v * torch.tensor([1.0, -2.0]), size=2)
         >>> v = MINRES().solve(A, torch.tensor([3.0, 4.0])).value
         >>> bool(torch.allclose(v, torch.tensor([3.0, -2.0])))

@@ -61,10 +61,12 @@ class SparseInteriorPoint(AbstractInnerSolver):
         >>> q = 1000
         >>> at = torch.arange(q - 1)  # row i is y[i] - y[i + 1]
         >>> G = torch.sparse_coo_tensor(
-        ...     torch.stack([at.repeat(2), torch.cat([at, at + 1])]), torch.tensor([1.0, -1.0]).repeat_interleave(q - 1)
+        ...     torch.stack([at.repeat(2), torch.cat([at, at + 1])]),
+        ...     torch.tensor([1.0, -1.0]).double().repeat_interleave(q - 1),
+        ...     check_invariants=True,
         ... )
         >>> rising = ManyConstraints(
-        ...     lambda x, y: (y - x).square().sum() / 2, constraints=lambda x: Polytope(G=G.double(), h=0.0)
+        ...     lambda x, y: (y - x).square().sum() / 2, constraints=lambda x: Polytope(G=G, h=0.0)
         ... )
         >>> x = torch.arange(q).flip(0).double()  # falling: all y are the mean
         >>> hypergradient(BilevelProblem(lambda x, y: y[0], inner=rising), x, torch.zeros(q).double()).grad[:2]
