@@ -54,7 +54,8 @@ class SparseSaddle(AbstractLinearSolver):
         ...     inner=ManyConstraints(lambda x, y: (y - x).square().sum(), constraints=lambda x: Polytope(G=G, h=1.0)),
         ... )
         >>> x = torch.tensor([0.0, 2.0, 0.5]).double()
-        >>> hypergradient(problem, x, 0 * x, estimator=AID(SparseInteriorPoint(), SparseSaddle())).grad.round(decimals=9)
+        >>> found = hypergradient(problem, x, 0 * x, estimator=AID(SparseInteriorPoint(), SparseSaddle()))
+        >>> found.grad.round(decimals=9)
         tensor([1., 0., 1.], dtype=torch.float64)
     """
 
