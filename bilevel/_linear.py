@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from bilevel._numerics.sparse_rows import SparseRows
 from bilevel.arguments.fits import demand_type, demand_types
 from bilevel.portable.pickling import AbstractPortable
 
@@ -91,6 +92,26 @@ class SaddleBlocks:
 
 @final
 @dataclass(frozen=True, eq=False)
+class SparseBlocks:
+    """The blocks of a matrix [[M, S'], [S, 0]] with sparse S, for solvers that factor it.
+
+    Attributes:
+        M: the leading block, as an operator of size q.
+        S: the rows.
+        free: the entries of the first q unknowns that are coupled to anything `(q,)`.
+        on: the rows that count.
+        size: what the matrix is on the diagonal, for the other unknowns and rows.
+    """
+
+    M: LinearOperator
+    S: SparseRows
+    free: Tensor
+    on: Tensor
+    size: Tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class LinearOperator(AbstractPortable):
     """A matrix A known by its products `mv(v) = A v`; its properties are declared, and solvers demand them.
 
@@ -107,6 +128,7 @@ class LinearOperator(AbstractPortable):
         diagonal: a positive diagonal near A, of the shape of a vector, where its owner knows one; for preconditioners.
             A function without arguments makes it where it is asked for.
         blocks: those of a saddle-point matrix, where it is one.
+        sparse: the same with sparse rows, of one problem.
         transposed_mv: the product A' v, where there is one and A is not symmetric.
         contraction: the spectral radius of I - A, `()` or `(batch,)`, where its owner has estimated it: what decides
             whether the series of its powers converges.
@@ -127,6 +149,7 @@ class LinearOperator(AbstractPortable):
     blocks: SaddleBlocks | None = None
     transposed_mv: Callable[[Tensor], Tensor] | None = None
     contraction: Tensor | None = None
+    sparse: SparseBlocks | None = None
 
     def __post_init__(self) -> None:
         demand_types(self, {"diagonal": "a tensor, a function that returns one, or None"})

@@ -35,6 +35,7 @@ from bilevel.solvers.nystrom import Nystrom as Nystrom, NystromPreconditioner as
 from bilevel.solvers.own_steps import OwnSteps as OwnSteps
 from bilevel.solvers.primal_dual import PrimalDual as PrimalDual
 from bilevel.solvers.proximal_gradient import ProximalGradient as ProximalGradient
+from bilevel.solvers.proximal_multipliers import ProximalMultipliers as ProximalMultipliers
 from bilevel.solvers.quadratic_program import QuadraticProgram as QuadraticProgram
 from bilevel.solvers.quasi_newton import QuasiNewton as QuasiNewton
 from bilevel.solvers.saddle_cholesky import SaddleCholesky as SaddleCholesky
@@ -42,6 +43,8 @@ from bilevel.solvers.scheduled import Cosine as Cosine, Scheduled as Scheduled, 
 from bilevel.solvers.scipy_inner import Scipy as Scipy
 from bilevel.solvers.scipy_minimize import ScipyMinimize as ScipyMinimize
 from bilevel.solvers.slsqp import SLSQP as SLSQP
+from bilevel.solvers.sparse_interior_point import SparseInteriorPoint as SparseInteriorPoint
+from bilevel.solvers.sparse_saddle import SparseSaddle as SparseSaddle
 from bilevel.solvers.torch_optim import TorchOptim as TorchOptim
 from bilevel.solvers.truncated_cg import TruncatedCG as TruncatedCG
 from bilevel.solvers.trust_constr import TrustConstr as TrustConstr

@@ -193,12 +193,11 @@ class _Feasible:
         w, found, off = projected(self.rows(v, 1), A, b, lower, upper, start)
         return w.reshape(v.shape), found.reshape(self.polytope.b.shape), off.reshape(v.shape[:-1])
 
-    def violation(
-        self, w: Tensor, multipliers: Tensor | None = None, slope: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def violation(self, w: Tensor, multipliers: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The largest relative violation, and multipliers: by least squares on the free entries if none are given."""
         p = self.polytope
-        slope = self.gradient(w) if slope is None else slope
+        _, own, hessian = self.objective.hessian(self.natural(w))
+        slope, curved = padded(own, w), padded(hessian.mv(self.natural(w)), w)
         finite = torch.stack([torch.where(limit.isfinite(), limit, w) for limit in (p.lower, p.upper)])
         primal = positive_or_one(torch.maximum(row_moduli(finite).amax(0), row_moduli(w)))
         if multipliers is None:
@@ -207,7 +206,8 @@ class _Feasible:
             M, side = A_F @ A_F.mT, matrix_times(A_F, slope * free)
             multipliers = -matrix_times(torch.linalg.pinv(M, hermitian=True), side)
         force = matrix_times(p.A.mT, multipliers)
-        dual = positive_or_one(torch.maximum(row_moduli(slope), row_moduli(force)))
+        # Where nothing holds the gradient is the rounding of what cancels in it, such as H y.
+        dual = positive_or_one(row_moduli(torch.stack([slope, force, curved]).abs().amax(0)))
         pull = (slope + force) / dual
         above, below = (p.upper - w) / primal, (w - p.lower) / primal
         outside = torch.maximum(-above, -below).clamp_min(0)

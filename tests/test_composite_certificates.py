@@ -14,7 +14,22 @@ from torch import Tensor
 
 from bilevel import AID, BilevelProblem, Certificate, Constants, Estimate, certify, hypergradient
 from bilevel.inner_problems import ProximalFixedPoint
-from bilevel.prox import L1, AbstractProxTerm, GroupLasso, LInfBall, ProxDerivative
+from bilevel.prox import (
+    L1,
+    TV1D,
+    TV2D,
+    AbstractProxTerm,
+    Affine,
+    GroupLasso,
+    L1Ball,
+    L2Ball,
+    LInf,
+    LInfBall,
+    NuclearNorm,
+    ProxDerivative,
+    Simplex,
+    Sum,
+)
 from bilevel.prox.derivative import diagonal
 from bilevel.solvers import CG, FISTA, GMRES, ProximalGradient
 
@@ -206,6 +221,30 @@ def test_it_is_refused_with_the_reason_where_no_theorem_applies() -> None:
     refused(flat, at, torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=DOUBLE), "strongly convex")
 
 
+@pytest.mark.parametrize(
+    ("term", "shape"),
+    [
+        (lambda x: Simplex(x), (4,)),
+        (lambda x: L1Ball(x), (4,)),
+        (lambda x: L2Ball(x), (4,)),
+        (lambda x: LInf(x), (4,)),
+        (lambda x: TV1D(x), (4,)),
+        (lambda x: TV2D(x), (2, 2)),
+        (lambda x: NuclearNorm(x), (2, 2)),
+        (lambda x: Affine(L1(x), torch.eye(4, dtype=DOUBLE).diff(dim=0)), (4,)),
+        (lambda x: Sum((TV1D(x), L1(x))), (4,)),
+    ],
+    ids=["Simplex", "L1Ball", "L2Ball", "LInf", "TV1D", "TV2D", "NuclearNorm", "Affine", "Sum"],
+)
+def test_terms_on_other_manifolds_are_refused_by_their_name(
+    request: pytest.FixtureRequest, term: Any, shape: tuple[int, ...]
+) -> None:
+    name = request.node.callspec.id
+    y0 = torch.zeros(shape, dtype=DOUBLE)
+    reason = f"no theorem covers the manifold of `{name}`"
+    refused(quadratic(term), torch.tensor(0.3, dtype=DOUBLE), y0, reason, AID(FISTA(tol=1e-10), GMRES(1e-10)))
+
+
 def test_neighbours_of_what_is_refused_are_certified() -> None:
     y0, constants = torch.zeros(4, dtype=DOUBLE), Constants(mu=1.0, L=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0)
     for term, at in ((lambda x: L1(x), 0.3), (lambda x: LInfBall(x), 0.3)):
@@ -241,6 +280,26 @@ def test_tasks_are_certified_together() -> None:
         found = hypergradient(problem, x, y0, data=targets, estimator=aid)
         certificate = certify(problem, x, found, constants, data=targets)
         assert float((found.grad - exact).abs()) <= certificate.bound <= 100 * tol
+
+
+def test_tasks_of_the_group_lasso_are_certified_one_after_the_other() -> None:
+    case = Case(2)
+    A, b, c, _ = case.data
+    problem = BilevelProblem(
+        lambda x, y, t: (y - c).square().sum() / 2,
+        lambda x, y, t: (A @ y - t * b).square().sum() / 2,
+        prox=lambda x, t: GroupLasso(x.exp(), GROUPS),
+        tasks=True,
+    )
+    x, data = torch.tensor([2.0, 2.5, 1.0], dtype=DOUBLE), torch.tensor([1.0, 1.2], dtype=DOUBLE)
+    zero, constants = torch.zeros(case.q, dtype=DOUBLE), replace(case.constants(True), L_fxy=0.0, C_G=0.0)
+    exact = hypergradient(problem, x, zero, data=data, estimator=FINE)
+    found = hypergradient(
+        problem, x, zero, data=data, estimator=AID(ProximalGradient(tol=1e-6, max_steps=50_000), CG(1e-8))
+    )
+    certificate = certify(problem, x, found, constants, data=data)
+    assert float((found.grad - exact.grad).norm()) <= certificate.bound < 1e-3
+    assert certificate.proven and certificate.theorem == "manifold"
 
 
 def test_in_single_precision_rounding_is_in_the_bound() -> None:

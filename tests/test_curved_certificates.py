@@ -147,10 +147,16 @@ def test_what_no_theorem_covers_is_refused_with_the_reason() -> None:
     repeated = hypergradient(twice, x, torch.zeros(3), throw=False)
     assert "LICQ" in certify(twice, x, repeated, QUADRATIC).reason
     tasks = BilevelProblem(
-        lambda x, y, t: f(x, y), lambda x, y, t: nearest(x, y), inequalities=lambda x, y, t: y.sum() - t, tasks=True
+        lambda x, y, t: f(x, y),
+        lambda x, y, t: nearest(x, y),
+        inequalities=lambda x, y, t: y.square().sum() - t.square() * x[3].square(),
+        tasks=True,
     )
-    found = hypergradient(tasks, x, torch.zeros(3), data=torch.ones(2))
-    assert "without tasks" in certify(tasks, x, found, QUADRATIC, data=torch.ones(2)).reason
+    data = torch.tensor([1.0, 1.1])
+    found = hypergradient(tasks, x, torch.zeros(3), data=data)
+    by_task = certify(tasks, x, off_by(found, 1e-6, 0), QUADRATIC, data=data)
+    apart = float((off_by(found, 1e-6, 0).grad - found.grad).norm())
+    assert by_task.proven and apart <= by_task.bound < 1e-4
     narrow = certify(on_ball(), x, off_by(exact, 1e-2, 0), replace(QUADRATIC, radius=1e-3))
     assert not narrow.proven and "hold within" in narrow.reason
 

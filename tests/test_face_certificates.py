@@ -113,11 +113,32 @@ def test_what_no_theorem_covers_is_refused_with_the_reason() -> None:
     f, g = posed().f, posed().g
     turned = BilevelProblem(f, g, constraints=lambda x: Polytope(A=torch.ones(1, 4) * x[0].exp(), b=1.0))
     assert "rows of constraints move" in reason(turned)
-    tasks = BilevelProblem(
-        lambda x, y, t: f(x, y) * t, lambda x, y, t: g(x, y), constraints=lambda x, t: Polytope(), tasks=True
-    )
-    assert "without tasks" in reason(tasks, data=torch.ones(2))
     assert not reason(BilevelProblem(f, g, constraints=lambda x: Polytope(A=torch.ones(1, 4), b=1.0)))
     ball = BilevelProblem(f, g, inequalities=lambda x, y: y.square().sum() - 1)
     with pytest.raises(ValueError, match=r"needs the constants L_cyy, L_cxy, M_cyy, M_cxy of nonlinear constraints"):
         reason(ball)
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-7, 1e-4])
+def test_tasks_are_certified_one_after_the_other(distance: float) -> None:
+    problem, x, constants = posed(2), 0.3 * gaussian(3, seed=5), known(2)
+    constraints = problem.constraints
+    assert constraints is not None
+    tasks = BilevelProblem(
+        lambda x, y, t: problem.f(x, y) * t,
+        lambda x, y, t: problem.g(x, y) + 0.1 * (t - 1) * y.sum(),
+        constraints=lambda x, t: constraints(x),
+        tasks=True,
+    )
+    data = torch.tensor([1.0, 0.8, 1.2])
+    exact = hypergradient(tasks, x, torch.zeros(4), data=data)
+    off = replace(exact, y=exact.y + distance * gaussian(12, seed=9).reshape(3, 4), grad=exact.grad * (1 + distance))
+    found = certify(tasks, x, off, replace(constants, L_fyy=1.2, L_fxy=1.2 * 3**0.5), data=data)
+    error = float((off.grad - exact.grad).norm())
+    assert found.proven and error <= found.bound <= 1e-9 + 1e3 * distance
+    elsewhere = replace(exact, grad=1.1 * exact.grad)  # right y, wrong vector
+    far = certify(tasks, x, elsewhere, replace(constants, L_fyy=1.2, L_fxy=1.2 * 3**0.5), data=data)
+    assert float((0.1 * exact.grad).norm()) <= far.bound * (1 + 1e-9)
+    kinked = replace(off, y=off.y + 0.3)  # far from all constraints that hold
+    refused = certify(tasks, x, kinked, constants, data=data)
+    assert math.isinf(refused.bound) and refused.reason.startswith("task 0: ")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AID, KKT, BilevelProblem, Polytope, Status, hypergradient
+from bilevel import AID, KKT, BilevelProblem, Polytope, Status, hypergradient, ravel
 from bilevel._numerics.interior_point import Program
 from bilevel._numerics.polyhedron_projection import projected
 from bilevel._numerics.principal_pivoting import pivoted
@@ -40,6 +40,20 @@ def test_products_alone_give_the_hypergradient_of_dense_matrices(inequalities: i
     assert torch.allclose(found.grad, dense.grad, rtol=0, atol=1e-9)
 
 
+def test_where_nothing_holds_active_sets_end_at_the_minimizer_of_g() -> None:
+    L, t = normal(6, 6), 10 * normal(6, seed=1)  # the gradient at y* is rounding of what cancels in it
+    Q = L @ L.mT + torch.eye(6, dtype=D)
+    for wide in (Polytope(lower=-1e3, upper=1e3), Polytope(G=normal(4, 6, seed=2), h=1e3)):
+        problem = BilevelProblem(
+            lambda x, y: y.sum(),
+            lambda x, y: y @ Q @ y / 2 - x * (t @ y),
+            constraints=lambda x, wide=wide: wide,
+        )
+        x, y0 = torch.ones(1, dtype=D), torch.zeros(6, dtype=D)
+        found = hypergradient(problem, x, y0, estimator=AID(ActiveSet(), MINRES(1e-12)))
+        assert torch.allclose(found.grad, torch.linalg.solve(Q, t).sum().reshape(1), rtol=1e-9, atol=0)
+
+
 def test_no_matrix_is_formed_of_many_variables() -> None:
     q = 10_000
     problem, x, y0 = smoothed(q), torch.ones(q, dtype=D), torch.zeros(q, dtype=D)
@@ -48,13 +62,22 @@ def test_no_matrix_is_formed_of_many_variables() -> None:
     assert found.stats.hvps < q / 4  # a dense Hessian takes q
 
 
-def test_rows_that_are_sparse_or_a_function_are_refused_with_what_to_do() -> None:
-    given: list[tuple[Any, type[Exception]]] = [(torch.eye(3).to_sparse(), ValueError), (sum, TypeError)]
-    for rows, error in given:
-        for part in ("A", "G"):
-            with pytest.raises(error, match=rf"`Polytope\({part}=...\)` must be .*`lower` and `upper`.*dense|jacrev"):
-                Polytope(**{part: rows})
-    assert Polytope(A=torch.eye(3), G=torch.eye(3)).A is not None
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch's own, of its layouts
+@pytest.mark.parametrize("part", ["A", "G"])
+def test_rows_that_are_a_function_are_refused_and_sparse_ones_where_they_have_to_be_dense(part: str) -> None:
+    given: Any = {part: sum}
+    with pytest.raises(TypeError, match=rf"`Polytope\({part}=...\)` must be a matrix, .*`inequalities=`.*jacrev"):
+        Polytope(**given)
+    at, rows = ravel(torch.zeros(3))[1], torch.eye(3).to_sparse()
+    for sparse in (rows, rows.to_sparse_csr()):
+        with pytest.raises(
+            ValueError, match=rf"`Polytope\({part}=...\)` is sparse, .*`inner=ManyConstraints\(.*to_dense"
+        ):
+            Polytope(**{part: sparse}).parts(at)
+    with pytest.raises(ValueError, match="must be a matrix"):
+        Polytope(**{part: torch.ones(3).to_sparse()})
+    with pytest.raises(ValueError, match="must have 3 columns"):
+        Polytope(**{part: torch.eye(2).to_sparse()}).sparse_parts(at)
 
 
 def test_contradictory_constraints_and_steps_used_up_are_statuses() -> None:

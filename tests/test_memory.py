@@ -91,7 +91,7 @@ from bilevel.algorithms import (
 from bilevel.few_shot import Validating, adapt, evaluate, mlp, train
 from bilevel.hypergrad.online import Online
 from bilevel.hypergrad.unrolling.form import AbstractUnrolling
-from bilevel.inner_problems import Iteration
+from bilevel.inner_problems import Iteration, ManyConstraints
 from bilevel.problems import imaml, maml
 from bilevel.solvers import (
     ADMM,
@@ -129,12 +129,15 @@ from bilevel.solvers import (
     OwnSteps,
     PrimalDual,
     ProximalGradient,
+    ProximalMultipliers,
     QuadraticProgram,
     QuasiNewton,
     SaddleCholesky,
     Scheduled,
     Scipy,
     ScipyMinimize,
+    SparseInteriorPoint,
+    SparseSaddle,
     StepDecay,
     TorchOptim,
     TruncatedCG,
@@ -166,6 +169,7 @@ def g(x: Tensor, y: Tensor, *data: Tensor) -> Tensor:
 
 
 NET = functional(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).double())
+ROWS = torch.sparse_coo_tensor(torch.tensor([[0, 1], [0, 2]]), torch.ones(2), (2, 3), check_invariants=True)
 PLAIN = BilevelProblem(f, g)
 PROBLEMS: dict[str, tuple[BilevelProblem, Any, Any, dict[str, Any]]] = {
     "plain": (PLAIN, X, Y0, {}),
@@ -182,6 +186,13 @@ PROBLEMS: dict[str, tuple[BilevelProblem, Any, Any, dict[str, Any]]] = {
         {},
     ),
     "nonlinear": (BilevelProblem(f, g, inequalities=lambda x, y: y.square().sum() - 0.5), X, Y0, {}),
+    "many": (BilevelProblem(f, inner=ManyConstraints(g, lambda x, y: y.square() - 0.05)), X, Y0, {}),
+    "sparse": (
+        BilevelProblem(f, inner=ManyConstraints(g, constraints=lambda x: Polytope(G=ROWS, h=0.1 + x[:2]))),
+        X,
+        Y0,
+        {},
+    ),
     "fixed point": (BilevelProblem(f, fixed_point=lambda x, y: 0.3 * y.sin() + x), X, Y0, {}),
     "composite": (BilevelProblem(f, g, prox=lambda x: prox.L1(0.1 * x.exp())), X, Y0, {}),
     "own steps": (BilevelProblem(f, inner=Iteration(lambda x, y, k: y + 0.5 * (x - y).tanh(), steps=4)), X, Y0, {}),
@@ -217,6 +228,8 @@ BUILT: dict[str, tuple[AbstractEstimator, str]] = {
     "FirstOrder": (FirstOrder(STEPS), "start in x"),
     "Reptile": (Reptile(STEPS), "start in x"),
     "KKT": (KKT(QuadraticProgram()), "constrained"),
+    "AID, many": (AID(ProximalMultipliers(), MINRES()), "many"),
+    "AID, sparse": (AID(SparseInteriorPoint(), SparseSaddle()), "sparse"),
     "FullKKT": (FullKKT(QuadraticProgram()), "constrained"),
     "Online": (Online(AID(LBFGS(), CG()), AID(LBFGS(0.0, 2), TruncatedCG(2))), "plain"),
     "Penalty": (Penalty(LBFGS(), extrapolate=True), "tasks"),
@@ -239,6 +252,8 @@ INNER: dict[str, tuple[AbstractInnerSolver, str]] = {
     "OwnSteps": (OwnSteps(), "own steps"),
     "ActiveSet": (ActiveSet(), "constrained"),
     "InteriorPoint": (InteriorPoint(), "nonlinear"),
+    "ProximalMultipliers": (ProximalMultipliers(), "many"),
+    "SparseInteriorPoint": (SparseInteriorPoint(), "sparse"),
     "SLSQP": (SLSQP(), "nonlinear"),
     "TrustConstr": (TrustConstr(), "nonlinear"),
     "FixedPointIteration": (FixedPointIteration(), "fixed point"),
@@ -314,7 +329,10 @@ def test_every_public_class_that_computes_is_in_these_tables() -> None:
         solvers.Cvxpy,
         solvers.CoordinateDescent,
     }
-    others = {type(each) for each in (*LINEAR.values(), *LINEAR_OF_MAPS.values())} | {SaddleCholesky}  # that of KKT
+    others = {type(each) for each in (*LINEAR.values(), *LINEAR_OF_MAPS.values())} | {
+        SaddleCholesky,
+        SparseSaddle,
+    }  # those of KKT
     assert others == whole(solvers, AbstractLinearSolver)
     preconditioners = {type(each.preconditioner) for each in LINEAR.values() if isinstance(each, CG)} - {type(None)}
     assert preconditioners == whole(solvers, AbstractPreconditioner)

@@ -60,7 +60,7 @@ from bilevel.experiments.catalogue import experiments
 from bilevel.extending import Joint, Reduced
 from bilevel.federated import Clients, Server, Traffic
 from bilevel.few_shot import Validating, adapt, calibration_of, evaluate, mlp, train
-from bilevel.inner_problems import Iteration, NonlinearlyConstrained
+from bilevel.inner_problems import Iteration, ManyConstraints, NonlinearlyConstrained
 from bilevel.outer.partial import attach
 from bilevel.portable.pickling import AbstractPortable, obstacle
 from bilevel.portable.plain import plain, restored
@@ -348,6 +348,7 @@ def instance_of(kind: Any, found: dict[type, Any]) -> Any:
         "Mosaic": lambda: terms.Mosaic(terms.bayer(2, 2)),
         "Minimized": lambda: terms.Minimized(torch.ones(2), {"y": torch.ones(2)}, Status.successful, 0.0, 1),
         "Wavelets": lambda: terms.Wavelets((2, 2), 1),
+        "ManyConstraints": lambda: ManyConstraints(portable_cases.f, portable_cases.f),
         "NonlinearlyConstrained": lambda: NonlinearlyConstrained(portable_cases.f, portable_cases.f),
         "FixedPointFamily": lambda: _fixed_points(),
         "Logistic": lambda: Logistic(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(2)),

@@ -640,6 +640,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
         "best": lambda: bilevel.problems.literature.Point((1.0,), (1.0,), 1.0, 1.0),
     },
     "NonlinearlyConstrained": {"inequalities": lambda: lambda x, y: y},
+    "ManyConstraints": {"inequalities": lambda: lambda x, y: y},
     "Iteration": {"step": lambda: lambda x, y, k: y},
     "Constants": {"mu": lambda: 1.0},
     "register_algorithm": {
@@ -677,6 +678,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
     "BilevelError": {},
     "Polytope.flat": {"y": lambda: ravel(X)[1]},
     "Polytope.parts": {"y": lambda: ravel(X)[1]},
+    "Polytope.sparse_parts": {"y": lambda: ravel(X)[1]},
     "Multipliers.from_dict": {"content": lambda: bilevel.Multipliers().to_dict()},
     "Cosine": {"steps": lambda: 10},
     "StepDecay": {"milestones": lambda: 3},

@@ -25,9 +25,12 @@ from bilevel.certificates.face import certify_on_face
 from bilevel.certificates.fixed_point import certify_fixed_point
 from bilevel.certificates.manifold import certify_on_manifold
 from bilevel.certificates.penalty import certify_penalty
+from bilevel.certificates.task_by_task import certify_tasks
 from bilevel.inner_problems.constrained import LinearlyConstrained
+from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.kinds import inner_problem
 from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained
+from bilevel.prox.group_lasso import GroupLasso
 from bilevel.requirements.properties import DoesNotApply, Feature
 from bilevel.solvers.cg import accurate_cg
 
@@ -64,8 +67,8 @@ def certify(
     and the like; what cancels inside of f and g it does not see, and so the certificate is then a heuristic. A mu or
     C_G that the products contradict makes the bound infinite.
 
-    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...), or `GroupLasso` without tasks,
-    all of this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support;
+    With a non-smooth term that is separable and piecewise quadratic (`L1`, boxes, ...), or `GroupLasso`, all of
+    this holds on the manifold that y* is on: mu, or the least curvature measured there, is that of the support;
     what is shown first is that the margin of the support is larger than the error of y, so that y* has that support.
     Where it is not, the bound is infinite, with the reason. g has to be convex in y. See `docs/non_smooth.md`.
 
@@ -73,8 +76,8 @@ def certify(
     shown first is that strict complementarity has a margin larger than the error of y. Under nonlinear constraints, and
     where rows move with x, Newton and Kantorovich's theorem is taken of the optimality conditions with what holds as
     equations: it needs the constants of the constraints, L_cyy, L_cxy, M_cyy and M_cxy, and mu, L and C_G of none.
-    Where there is no such margin, with tasks and in float32 the bound is infinite, with the reason. g and the
-    constraints have to be convex in y. See `docs/constraints.md`.
+    Where there is no such margin, and in float32, the bound is infinite, with the reason. g and the constraints have to
+    be convex in y. Tasks are certified one after the other. See `docs/constraints.md`.
 
     For a fixed point y = T(x, y) the constants are those of y - T(x, y): mu = 1 - rho where T contracts by rho in the
     2-norm, M_yy and M_xy of dT/dy and dT/dx, C_G of dT/dx. Without mu it is the least singular value of I - dT/dy at y
@@ -141,6 +144,13 @@ def certify(
     z = x_structure.ravel(estimate.grad, "`certify(x=..., estimate=...)`: estimate.grad")
     flat = FlatProblem(problem, x_structure, row_structure(estimate.y, "estimate.y", several=bool(problem.tasks)), data)
     y = ravel_rows(flat, estimate.y, "estimate.y")
+    if problem.tasks and _by_tasks(flat, kind, x_vector.detach()) and not (refine or first_order):
+
+        def one(task: FlatProblem, z: Tensor, y: Tensor) -> Certificate:
+            single = replace(estimate, grad=x_structure.unravel(z), y=task.y.unravel(y), v=None, multipliers=None)
+            return certify(task.problem, x, single, constants, data=task.data, linear=linear)
+
+        return certify_tasks(flat, kind, x_vector.detach(), z.detach(), y, one)
     if (term := kind.term(flat)) is not None:
         if refine or first_order:
             raise ValueError(
@@ -205,6 +215,14 @@ def certify(
     solver = accurate_cg(y) if linear is None else linear
     found = certify_flat(flat, x_vector.detach(), z.detach(), y, v, constants, solver, refine)
     return found if estimate.substitute is None else replace(found, remark=_of_another(estimate.substitute, found))
+
+
+def _by_tasks(problem: FlatProblem, kind: AbstractInnerProblem, x: Tensor) -> bool:
+    """Whether the theorems of this kind are of one problem, so that tasks are certified one after the other."""
+    if {Feature.constraints, Feature.nonlinear_constraints} & kind.features:
+        return True
+    term = kind.term(problem)
+    return term is not None and isinstance(term.one_at(x), GroupLasso)
 
 
 def _of_another(substitute: Substitute, found: Certificate) -> str:

@@ -24,7 +24,6 @@ from bilevel.certificates.measured import ROUNDING
 from bilevel.certificates.remarks import remark
 from bilevel.inner_problems.flat_term import FlatDerivative, FlatTerm
 from bilevel.inner_problems.stationary_point import StationaryPoint
-from bilevel.prox.group_lasso import GroupLasso
 
 _PARTS = (0.1, 1e-2, 1e-3, 1e-4)  # of the largest entry of v: how far a piece is followed
 _SLACK = 1e-9  # a constant is contradicted by more than rounding
@@ -156,7 +155,7 @@ def _certify(
     point = StationaryPoint(term, x, y, at, step, False, None)
     P = term.derivative(x, point.v, step)
     if P is None or not term.is_separable(x):
-        return _refused(problem, z, constants, _no_theorem(problem, term, x))
+        return _refused(problem, z, constants, _no_theorem(term, x))
     piece = Piece(term, x, y, step, at, P, point.v, term.prox(x, point.v, step).detach())
     linearized = point.on_manifold(P)
     steep = P.inverse(torch.ones_like(y)).amax(-1).clamp_min(1.0)  # |P^+|, and 1 where nothing moves
@@ -230,12 +229,10 @@ def _certify(
     )
 
 
-def _no_theorem(problem: FlatProblem, term: FlatTerm, x: Tensor) -> str:
-    """Why there is no certificate for a term that is neither separable nor a group lasso of one problem."""
+def _no_theorem(term: FlatTerm, x: Tensor) -> str:
+    """Why there is no certificate for a term that is neither separable nor a group lasso."""
     found = term.one_at(x)
     name = type(found).__name__
-    if isinstance(found, GroupLasso) and problem.tasks is not None:
-        return "certificates of the group lasso are for one problem, without tasks: certify each task by itself."
     return (
         f"no theorem covers the manifold of `{name}`, which may be curved: certificates are for separable terms, such"
         f" as L1, and the group lasso. See `estimate.error_estimate`."

@@ -16,6 +16,7 @@ from bilevel.inner_problems.linear_model import (
     LogLoss as LogLoss,
     Squared as Squared,
 )
+from bilevel.inner_problems.many_constraints import ManyConstraints as ManyConstraints
 from bilevel.inner_problems.nonlinearly_constrained import NonlinearlyConstrained as NonlinearlyConstrained
 from bilevel.inner_problems.polytope import Polytope as Polytope
 from bilevel.inner_problems.proximal_fixed_point import ProximalFixedPoint as ProximalFixedPoint

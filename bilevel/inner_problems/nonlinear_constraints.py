@@ -12,8 +12,12 @@ from torch import Tensor
 from bilevel._calculus import grad
 from bilevel._linear import LinearOperator
 from bilevel._numerics.rows import matrix_times
+from bilevel._numerics.sparse_rows import SparseRows
 from bilevel.inner_problems.polytope import FlatPolytope, lengths
 from bilevel.portable.pickling import AbstractPortable
+from bilevel.requirements.properties import DoesNotApply
+
+_BENT = 1e-6  # relative to their size: more is no rounding
 
 
 @final
@@ -60,10 +64,13 @@ class FlatConstraints(AbstractPortable):
     Attributes:
         inequalities: y -> c `(*batch, k)`, differentiable; k may be 0.
         equalities: y -> e `(*batch, m)`, likewise.
+        sparse: (G, A), where c is G y - h and e is A y - b with sparse matrices, for solvers that factor them; else
+            None.
     """
 
     inequalities: Callable[[Tensor], Tensor]
     equalities: Callable[[Tensor], Tensor]
+    sparse: tuple[SparseRows, SparseRows] | None = None
 
     def values(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """c and e at y, without a graph."""
@@ -109,6 +116,23 @@ def tangent(linear: FlatPolytope | None, at: Tangents) -> FlatPolytope:
         torch.cat([G, at.C], -2),
         torch.cat([h0, h], -1),
     )
+
+
+def demand_affine(constraints: FlatConstraints, y: Tensor) -> None:
+    """Refuse equalities that are bent: e at a mean of points is the mean of their e, where they are affine."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    noise = torch.randn(y.shape[-1], generator=generator, dtype=torch.float64, device="cpu").to(y)
+    step = (1 + y.abs().amax(-1, keepdim=True)) * noise
+    with torch.no_grad():
+        here, there, middle = (constraints.equalities(y + t * step) for t in (0.0, 1.0, 0.5))
+    size = torch.stack([here.abs(), there.abs(), middle.abs()]).amax()
+    bent = (middle - (here + there) / 2).abs().amax()
+    if bool(bent > max(_BENT, 1e2 * torch.finfo(y.dtype).eps) * size):
+        raise DoesNotApply(
+            "the equalities are not affine in y, so that the feasible set is not convex and y* need not be what"
+            " the optimality conditions find. Write e(x, y) = 0 with e affine in y, or, where it is convex and"
+            " holds anyhow, as `inequalities=`."
+        )
 
 
 def _rows(values: Tensor, leaf: Tensor) -> Tensor:

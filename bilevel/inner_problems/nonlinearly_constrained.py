@@ -20,12 +20,10 @@ from bilevel.inner_problems.activity import Activity
 from bilevel.inner_problems.kind import AbstractInnerProblem
 from bilevel.inner_problems.lagrange import in_structures
 from bilevel.inner_problems.margins import default_margin
-from bilevel.inner_problems.nonlinear_constraints import FlatConstraints, split, tangent
+from bilevel.inner_problems.nonlinear_constraints import FlatConstraints, demand_affine, split, tangent
 from bilevel.inner_problems.optimality import Optimality
 from bilevel.inner_problems.polytope import FlatPolytope, Polytope, padded, polytope_at
 from bilevel.requirements.properties import DoesNotApply, Feature, Property
-
-_BENT = 1e-6  # relative to their size: more is no rounding
 
 
 @final
@@ -167,7 +165,8 @@ class NonlinearlyConstrained(AbstractInnerProblem):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             nonlinear = self.nonlinear(problem, leaf, found)
-            self._demand_affine(nonlinear, y)
+            if self.equalities is not None:
+                demand_affine(nonlinear, y)
             tangents = nonlinear.tangents(y)
             moving = tangent(self.polytope(problem, leaf), tangents)
         polytope = FlatPolytope(*(part.detach() for part in moving.tensors()))
@@ -186,21 +185,3 @@ class NonlinearlyConstrained(AbstractInnerProblem):
         own = (z, found.get("inequalities")), (nu, found.get("equalities"))
         multipliers = in_structures(problem, x, optimality, self.constraints, own)
         return optimality.linearization((report,), multipliers)
-
-    def _demand_affine(self, nonlinear: FlatConstraints, y: Tensor) -> None:
-        """Refuse equalities that are bent: e at a mean of points is the mean of their e, where they are affine."""
-        if self.equalities is None:
-            return
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        noise = torch.randn(y.shape[-1], generator=generator, dtype=torch.float64, device="cpu").to(y)
-        step = (1 + y.abs().amax(-1, keepdim=True)) * noise
-        with torch.no_grad():
-            here, there, middle = (nonlinear.equalities(y + t * step) for t in (0.0, 1.0, 0.5))
-        size = torch.stack([here.abs(), there.abs(), middle.abs()]).amax()
-        bent = (middle - (here + there) / 2).abs().amax()
-        if bool(bent > max(_BENT, 1e2 * torch.finfo(y.dtype).eps) * size):
-            raise DoesNotApply(
-                "the equalities are not affine in y, so that the feasible set is not convex and y* need not be what"
-                " the optimality conditions find. Write e(x, y) = 0 with e affine in y, or, where it is convex and"
-                " holds anyhow, as `inequalities=`."
-            )

@@ -15,7 +15,7 @@ from bilevel._numerics.rows import matrix_times
 from bilevel._result import Report
 from bilevel.inner_problems.margins import default_margin
 from bilevel.inner_problems.polytope import FlatPolytope, padded
-from bilevel.inner_problems.qualification import independence, second_order, widening
+from bilevel.inner_problems.qualification import independence, second_order, widths
 
 if TYPE_CHECKING:  # a floor of imports less
     from bilevel.inner_problems.activity import Activity
@@ -78,20 +78,6 @@ class Optimality:
             return torch.zeros_like(self.x)
         (found,) = torch.autograd.grad(total, self.x, retain_graph=True, allow_unused=True, materialize_grads=True)
         return found
-
-    def widths(self) -> tuple[Report, ...]:
-        """Whether entries whose bounds are equal keep them equal as x moves; nothing where there are none."""
-        fixed = self.moving.fixed
-        if not self.moves or not bool(fixed.any()):
-            return ()
-        lower, upper = (bound.expand(fixed.shape)[fixed] for bound in (self.moving.lower, self.moving.upper))
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        w = torch.randn(lower.shape, generator=generator, dtype=torch.float64, device="cpu").to(lower)
-        moves = [
-            float(torch.linalg.vector_norm(self._in_x((w * part).sum()))) for part in (upper - lower, upper, lower)
-        ]
-        apart = moves[0] / max(*moves, torch.finfo(lower.dtype).tiny)
-        return (widening(apart),)
 
     def turned(self, u: Tensor) -> Tensor:
         """d/dx of nu'A u, summed over the batch: `(p,)`."""
@@ -163,7 +149,7 @@ class Optimality:
             operator=LinearOperator(mv, n + m, blocks=blocks),
             right_hand_side=right_hand_side,
             moved=moved,
-            reports=(*reports, independent, *self.widths()),
+            reports=(*reports, independent, *widths(moving.lower, moving.upper, self._in_x)),
             multipliers=multipliers,
             second_order=None if n > _DENSE else lambda: second_order(blocks, y),
             unreduced=lambda: unreduced(self),

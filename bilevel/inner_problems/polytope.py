@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import matrix_times, positive_or_one
+from bilevel._numerics.sparse_rows import SparseRows
 from bilevel._tree import Structure, Tree
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
@@ -27,7 +28,8 @@ class Polytope:
     """{y : A y = b, G y <= h, lower <= y <= upper}, what `BilevelProblem(constraints=...)` returns at x.
 
     Args:
-        A: the rows of the equalities `(m, q)`, for y as one vector (see `bilevel.ravel`); None: no equality.
+        A: the rows of the equalities `(m, q)`, for y as one vector (see `bilevel.ravel`); None: no equality. They
+            may be a sparse tensor where the problem is `ManyConstraints`.
         b: their right-hand sides `(m,)`, or one number.
         lower: lower bounds: a structure like y, or a number for all entries; None or -inf: unbounded.
         upper: upper bounds, likewise. Entries with equal bounds are fixed.
@@ -37,7 +39,7 @@ class Polytope:
 
     Raises:
         TypeError: if an argument is of the wrong type, as a function in the place of a matrix is.
-        ValueError: if A or G is not a dense matrix.
+        ValueError: if A or G is no matrix.
 
     Example:
         >>> simplex = Polytope(A=torch.ones(1, 3), b=1.0, lower=0.0)
@@ -55,10 +57,11 @@ class Polytope:
 
     def __post_init__(self) -> None:
         for name, rows in (("A", self.A), ("G", self.G)):
-            _demand_dense(name, rows)
+            _demand_matrix(name, rows)
         demand_types(self)
+        given = {name: value for name, value in vars(self).items() if not _is_sparse(value)}
         shapes = {"A": Shape("m q"), "b": Shape(), "G": Shape("k q"), "h": Shape(finite=False)}
-        demand_shapes("Polytope", shapes, vars(self))
+        demand_shapes("Polytope", {name: shape for name, shape in shapes.items() if name in given}, given)
         if isinstance(self.b, float):
             demand_ranges(self, b=FINITE)
         if isinstance(self.h, float):
@@ -80,13 +83,45 @@ class Polytope:
         Raises:
             ValueError: if the number of columns of A or G, or the structure of a bound, is not that of y.
         """
+        for name, rows in (("A", self.A), ("G", self.G)):
+            if _is_sparse(rows):
+                raise ValueError(
+                    f"`Polytope({name}=...)` is sparse, and has to be dense here. Sparse rows are for one problem at"
+                    f" one x, without tasks, as `inner=ManyConstraints(g, constraints=...)`; or pass"
+                    f" `{name}.to_dense()`."
+                )
         like = torch.zeros((), dtype=y.dtype, device=y.device)
         A, G = (like.new_zeros(0, y.size) if rows is None else rows.to(like) for rows in (self.A, self.G))
-        for name, rows in (("A", A), ("G", G)):
-            if rows.shape[1] != y.size:
+        self._demand_columns(y.size)
+        b, h = _like(self.b, like).expand(len(A)), _like(self.h, like).expand(len(G))
+        return A, b, *self._limits(y, like), G, h
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there are rows as a sparse matrix."""
+        return _is_sparse(self.A) or _is_sparse(self.G)
+
+    @checked()
+    def sparse_parts(self, y: Structure) -> tuple[SparseRows, Tensor, Tensor, Tensor, SparseRows, Tensor]:
+        """The same with A and G by their entries that are not zero.
+
+        Raises:
+            ValueError: if the number of columns of A or G, or the structure of a bound, is not that of y.
+        """
+        like = torch.zeros((), dtype=y.dtype, device=y.device)
+        self._demand_columns(y.size)
+        A, G = (SparseRows.of(like.new_zeros(0, y.size) if rows is None else rows, like) for rows in (self.A, self.G))
+        b, h = _like(self.b, like).expand(A.shape[0]), _like(self.h, like).expand(G.shape[0])
+        return A, b, *self._limits(y, like), G, h
+
+    def _demand_columns(self, size: int) -> None:
+        for name, rows in (("A", self.A), ("G", self.G)):
+            if rows is not None and rows.shape[1] != size:
                 raise ValueError(
-                    f"`Polytope({name}=...)` must have {y.size} columns, as y has entries. Got {rows.shape[1]}."
+                    f"`Polytope({name}=...)` must have {size} columns, as y has entries. Got {rows.shape[1]}."
                 )
+
+    def _limits(self, y: Structure, like: Tensor) -> tuple[Tensor, Tensor]:
         limits = []
         for name, bound, none in (("lower", self.lower, -torch.inf), ("upper", self.upper, torch.inf)):
             scalar = bound is None or isinstance(bound, float | int) or (isinstance(bound, Tensor) and not bound.dim())
@@ -96,8 +131,7 @@ class Polytope:
                 limits.append(_like(none if bound is None else bound, like).reshape(1))
             else:
                 limits.append(y.ravel(bound, f"Polytope({name}=...)"))
-        b, h = _like(self.b, like).expand(len(A)), _like(self.h, like).expand(len(G))
-        return A, b, limits[0], limits[1], G, h
+        return limits[0], limits[1]
 
 
 @final
@@ -192,20 +226,17 @@ def _like(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
-def _demand_dense(name: str, rows: Any) -> None:
-    """Refuse rows that are sparse, or known by products only, saying what to do."""
-    cure = (
-        " Solvers hold the rows of A and G as they are, with a slack for each row of G, so that they have to be few if"
-        " y are many. Say limits of single entries by `lower` and `upper`, which cost nothing; put many other rows into"
-        " g as a penalty, or into few by their largest violation"
-    )
-    if isinstance(rows, Tensor) and rows.layout != torch.strided:
-        raise ValueError(
-            f"`Polytope({name}=...)` must be a dense matrix. Got one of layout {rows.layout}.{cure}; or pass"
-            f" `{name}.to_dense()`."
-        )
+def _is_sparse(rows: Any) -> bool:
+    return isinstance(rows, Tensor) and rows.layout != torch.strided
+
+
+def _demand_matrix(name: str, rows: Any) -> None:
+    """Refuse rows that are known by products only, and sparse ones that are no matrix, saying what to do."""
     if callable(rows) and not isinstance(rows, Tensor):
         raise TypeError(
-            f"`Polytope({name}=...)` must be a matrix, and not a function that multiplies by one. Got"
-            f" {type(rows).__name__}.{cure}; or pass the matrix, `torch.func.jacrev` of the function at any y."
+            f"`Polytope({name}=...)` must be a matrix, dense or sparse, and not a function that multiplies by one. Got"
+            f" {type(rows).__name__}. Constraints that are functions of y are `inequalities=` and `equalities=` of"
+            f" `ManyConstraints`; or pass the matrix, `torch.func.jacrev` of the function at any y."
         )
+    if _is_sparse(rows) and rows.dim() != 2:
+        raise ValueError(f"`Polytope({name}=...)` must be a matrix. Got a sparse tensor of shape {tuple(rows.shape)}.")

@@ -12,7 +12,7 @@ from bilevel._numerics.rows import matrix_times, positive_or_one
 from bilevel._numerics.saddle_point import SaddlePoint
 from bilevel._result import Report, Status
 
-_SEEN = 1e-6  # of a motion of all constraints: less is none
+SEEN = 1e-6  # of a motion of all constraints: less is none
 _REGULAR = 1e-6  # squares of singular values above which these are exact to ten digits by their squares
 
 
@@ -46,7 +46,7 @@ def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | No
         weights = matrix_times(U, torch.where(sizes <= least, matrix_times(U.mT, noise), 0.0))
         length = torch.linalg.vector_norm(A, dim=-1)
         weights, noise = weights / positive_or_one(length), noise / positive_or_one(length)
-        apart = moved(weights).abs().amax() > _SEEN * moved(noise).abs().amax()
+        apart = moved(weights).abs().amax() > SEEN * moved(noise).abs().amax()
     else:
         apart = torch.zeros((), dtype=torch.bool, device=A.device)
     statuses = tuple(
@@ -56,14 +56,27 @@ def independence(A: Tensor, free: Tensor, moved: Callable[[Tensor], Tensor] | No
     return Report(part, Status.worst(statuses), float(sizes.amin()), 0, statuses if A.dim() > 2 else ())
 
 
-def widening(apart: float) -> Report:
-    """Whether bounds that meet do so at this x only: y* then has a kink there, or there is no y at other x.
+def widths(lower: Tensor, upper: Tensor, in_x: Callable[[Tensor], Tensor]) -> tuple[Report, ...]:
+    """Whether bounds that meet keep meeting as x moves, or do so at this x only; nothing where none meet.
+
+    In the latter case y* has a kink there, or there is no y at other x. The residual is the derivative in x of their
+    distance, over that of the bounds themselves.
 
     Args:
-        apart: the derivative in x of their distance, over that of the bounds themselves.
+        lower: bounds, with a graph from x where they move.
+        upper: the same.
+        in_x: a number -> its derivative in x.
     """
-    status = Status.dependent_constraints if apart > _SEEN else Status.successful
-    return Report("bounds that meet", status, apart, 0)
+    fixed = lower >= upper
+    if not (lower.requires_grad or upper.requires_grad) or not bool(fixed.any()):
+        return ()
+    lower, upper = (bound.expand(fixed.shape)[fixed] for bound in (lower, upper))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    w = torch.randn(lower.shape, generator=generator, dtype=torch.float64, device="cpu").to(lower)
+    moves = [float(torch.linalg.vector_norm(in_x((w * part).sum()))) for part in (upper - lower, upper, lower)]
+    apart = moves[0] / max(*moves, torch.finfo(lower.dtype).tiny)
+    status = Status.dependent_constraints if apart > SEEN else Status.successful
+    return (Report("bounds that meet", status, apart, 0),)
 
 
 def _singular_values(rows: Tensor) -> Tensor:

@@ -127,10 +127,16 @@ def esj(s: Setting) -> AbstractEstimator:
 
 
 def kkt(s: Setting) -> AbstractEstimator:
-    """`KKT`: as `AID`."""
+    """`KKT`: as `AID`; of many constraints `AID` with a solver of such systems."""
+    from bilevel.hypergrad.aid import AID
     from bilevel.hypergrad.kkt import KKT
 
-    return KKT(s.inner(per_step=2))
+    inner = s.inner(per_step=2)
+    if Feature.many_constraints not in s.features:
+        return KKT(inner)
+    from bilevel.solvers.sparse_saddle import SparseSaddle
+
+    return AID(inner, SparseSaddle() if s.is_sparse else minres(s))
 
 
 def penalty(s: Setting) -> AbstractEstimator:

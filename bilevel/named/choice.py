@@ -141,7 +141,12 @@ def _demand_choice(wish: Auto, s: Setting) -> None:
             "`Auto` does not apply to a problem with `init`: how many inner steps are taken is then part of the"
             " problem. Name the estimator, e.g. `ITD(Iterate(GradientDescent(0.1), max_steps=5))`."
         )
-    if {Feature.constraints, Feature.nonlinear_constraints, Feature.cones} & s.features:
+    if {
+        Feature.constraints,
+        Feature.nonlinear_constraints,
+        Feature.many_constraints,
+        Feature.cones,
+    } & s.features:
         raise ValueError("`Auto` does not apply to a problem with constraints on y. Name the estimator: 'kkt'.")
     if wish.constants is not None and (why := no_certificate(problem)):
         raise ValueError(

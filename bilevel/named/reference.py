@@ -102,7 +102,7 @@ def _implicit(s: Setting) -> tuple[FlatEstimate, str]:
         ValueError: if implicit differentiation does not apply.
     """
     from bilevel.hypergrad.aid import AID
-    from bilevel.hypergrad.kkt import KKT
+    from bilevel.named.builders import kkt
     from bilevel.solvers.cg import CG
     from bilevel.solvers.dense import Dense
     from bilevel.solvers.gmres import GMRES
@@ -111,7 +111,7 @@ def _implicit(s: Setting) -> tuple[FlatEstimate, str]:
     start = FlatStart(s.y0)
     name = implicit_name(s.problem, s.x, s.y0)
     if name == "kkt":
-        return apply_estimator(KKT(s.inner()), s.problem, s.x, start), "the implicit gradient under constraints"
+        return apply_estimator(kkt(s), s.problem, s.x, start), "the implicit gradient under constraints"
     kind = inner_problem(s.problem.problem)
     dense = s.y0.shape[-1] <= _DENSE
     linear: AbstractLinearSolver = Dense() if dense else CG(rtol=1e-13 if s.double else 1e-6)  # some roundings

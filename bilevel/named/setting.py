@@ -108,6 +108,12 @@ class Setting:
         return inner_objective(self.problem.with_tally(Tally()), self.x).separable is not None
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether the constraints on y are rows of a sparse matrix."""
+        constraints = inner_objective(self.problem.with_tally(Tally()), self.x).nonlinear
+        return constraints is not None and constraints.sparse is not None
+
+    @property
     def _is_of_image(self) -> bool:
         """Whether the term of the inner problem is one that splitting solvers take apart."""
         return inner_objective(self.problem.with_tally(Tally()), self.x).image is not None
@@ -154,11 +160,15 @@ class Setting:
         from bilevel.solvers.interior_point import InteriorPoint
         from bilevel.solvers.lbfgs import LBFGS
         from bilevel.solvers.newton import Newton
+        from bilevel.solvers.proximal_multipliers import ProximalMultipliers
         from bilevel.solvers.quadratic_program import QuadraticProgram
+        from bilevel.solvers.sparse_interior_point import SparseInteriorPoint
 
         steps = self.steps(per_step)
         if Feature.cones in self.features:
             return Clarabel()
+        if Feature.many_constraints in self.features:
+            return SparseInteriorPoint() if self.is_sparse else ProximalMultipliers()
         if Feature.nonlinear_constraints in self.features:
             return InteriorPoint()
         if Feature.constraints in self.features:

@@ -38,6 +38,7 @@ class Feature(enum.Enum):
 
     constraints = "the constraints on y"
     nonlinear_constraints = "the nonlinear constraints on y"
+    many_constraints = "the constraints on y, which are known by products only"
     cones = "the cone program that the inner problem is"
     prox = "the non-smooth term of the inner problem"
     own_steps = "the steps that the inner problem consists of"

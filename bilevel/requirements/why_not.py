@@ -96,6 +96,7 @@ _PRONOUN = {Feature.prox: "it", Feature.cones: "it", Feature.fixed_point: "it"}
 _HEEDING = {
     Feature.constraints: "`QuadraticProgram`, or `InteriorPoint` where g is not quadratic",
     Feature.nonlinear_constraints: "`InteriorPoint`",
+    Feature.many_constraints: "`ProximalMultipliers`",
     Feature.cones: "`Clarabel`",
     Feature.prox: "`ProximalGradient`",
     Feature.own_steps: "`OwnSteps`",
