@@ -3,7 +3,8 @@
 #   make demo     find the mislabelled digits in a training set; the picture is runs/demo/plot.png
 #   make test     run the tests
 #   make check    run the linters and the type checkers
-#   make docs     build the documentation, in site/
+#   make docs     build the documentation, in site/: begin at site/index.html
+#   make check-site    build it, and look at every page in Chromium, narrow and wide, light and dark
 #   make test-lowest   run the tests of the core at the lowest versions that pyproject.toml admits, in $(VENV)-lowest
 #
 # Variables: PYTHON (default python3), VENV (default .venv), PYTEST_FLAGS (default -n 2).
@@ -15,17 +16,18 @@ PYTEST_FLAGS ?= -n 2
 IN_VENV = "$(VENV)/bin/python"
 PIP = $(IN_VENV) -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --constraint constraints.txt --editable
+VERSION = $(shell sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' bilevel/__init__.py)
 TORCH = $(shell grep '^torch==' constraints.txt)
 # what computes, what uses scipy, scikit-learn, cvxpy and matplotlib, and the command line
 CORE_TESTS = tree problem problems estimators inner_solvers linear_solvers optimizers quadratic_program kkt cli
 
 # small matrices: threads would only wait for each other
-demo test test-lowest: export OMP_NUM_THREADS ?= 1
+demo test test-lowest docs: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-lowest check docs clean links
+.PHONY: help demo test test-lowest check docs check-site clean links
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,9p' Makefile
+	@sed -n 's/^# \{0,1\}//; 1,10p' Makefile
 
 demo: $(VENV)/.demo
 	$(IN_VENV) -m bilevel run hyper-cleaning --out runs/demo --overwrite
@@ -49,9 +51,13 @@ test-lowest:
 	$(MAKE) VENV="$(VENV)-lowest" "$(VENV)-lowest/.lowest"
 	"$(VENV)-lowest/bin/python" -m pytest $(PYTEST_FLAGS) $(CORE_TESTS:%=tests/test_%.py)
 
-docs: export NO_MKDOCS_2_WARNING ?= 1
+# A warning is an error. Other versions that are in site/ stay there and are listed.
 docs: $(VENV)/.docs
-	$(IN_VENV) -m mkdocs build --strict --quiet
+	$(IN_VENV) -m sphinx -W --keep-going --quiet -d site/.doctrees -b html docs "site/$(VERSION)"
+
+# Without Chromium, what needs one is skipped, and says so.
+check-site: docs
+	$(IN_VENV) .ci/check_site.py site $(CHECK_SITE_FLAGS)
 
 # Type checkers see the package through two links; a checkout without symbolic links has text files in their place, and a
 # source distribution has nothing there.
@@ -66,7 +72,7 @@ links:
 	done
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)-lowest" build dist site *.egg-info
+	rm -rf "$(VENV)" "$(VENV)-lowest" build dist site docs/gallery *.egg-info
 
 # torch first, alone and pinned; the rest may not replace it
 $(VENV)/.torch: constraints.txt
