@@ -3,9 +3,10 @@
     python .ci/check_site.py site [--screenshots FOLDER] [--pages index,theory] [--require-chromium]
 
 As files: every link, anchor, picture, script and style sheet of the site's own leads somewhere, and nothing that a
-page needs comes from elsewhere. In Chromium, which reaches no network, at three widths, light and dark: no error or warning
-is written to the console, no picture is broken, all formulas are typeset, no page is wider than the window, code fits at
-the full width, and text can be read on its ground. Then the search, and the toggle of light and dark, are used.
+page needs comes from elsewhere. In Chromium, which reaches no network, at three widths, light and dark: no error or
+warning is written to the console, no picture is broken, all formulas are typeset, no page is wider than the window,
+code fits at the full width, and text can be read on its ground. Then the search, and the toggle of light and dark, are
+used.
 
 Chromium and its driver are Debian's: `apt install chromium chromium-driver`. Without them the second part is skipped,
 and says so. The exit code is 1 if anything was found.
