@@ -15,8 +15,15 @@ from sklearn.datasets import load_sample_image
 
 from bilevel import ITD, minimize
 from bilevel.solvers import Adam, OwnSteps
-from bilevel.terms import ADMM, Convolution, Gradient, norm1, proximal_problem
-from bilevel.terms import sum_squares, variable
+from bilevel.terms import (
+    ADMM,
+    Convolution,
+    Gradient,
+    norm1,
+    proximal_problem,
+    sum_squares,
+    variable,
+)
 
 plt.style.use("tableau-colorblind10")
 torch.set_default_dtype(torch.float64)

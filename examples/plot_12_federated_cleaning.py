@@ -13,8 +13,14 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 from bilevel import BilevelProblem
-from bilevel.federated import Clients, FederatedSOBA, Participation, dirichlet_split
-from bilevel.federated import federate, stacked
+from bilevel.federated import (
+    Clients,
+    FederatedSOBA,
+    Participation,
+    dirichlet_split,
+    federate,
+    stacked,
+)
 
 plt.style.use("tableau-colorblind10")
 

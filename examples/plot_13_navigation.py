@@ -12,8 +12,14 @@ import torch
 from torch import nn
 
 from bilevel.few_shot import OuterLoop, adapt, evaluate, train
-from bilevel.reinforcement import GaussianPolicy, GoalTasks, MetaPolicy, Navigation
-from bilevel.reinforcement import TrustRegion, rollout
+from bilevel.reinforcement import (
+    GaussianPolicy,
+    GoalTasks,
+    MetaPolicy,
+    Navigation,
+    TrustRegion,
+    rollout,
+)
 
 plt.style.use("tableau-colorblind10")
 torch.manual_seed(0)

@@ -7,11 +7,10 @@ what they cost, and in how wrong they are, and here the truth is known in closed
 """
 
 import matplotlib.pyplot as plt
-import torch
 
 from bilevel import AID, ESJ, ITD, Penalty, Truncated, hypergradient
 from bilevel.problems.quadratic import quadratic
-from bilevel.solvers import CG, LBFGS, GradientDescent, Iterate, Neumann
+from bilevel.solvers import CG, GradientDescent, Iterate, Neumann
 
 plt.style.use("tableau-colorblind10")
 

@@ -14,7 +14,9 @@ Conventions of the pages:
 import argparse
 import ast
 import contextlib
+import importlib
 import io
+import operator
 import re
 import shlex
 import sys
@@ -296,7 +298,7 @@ def test_pictures_are_small() -> None:
         ("# -> 1", "do not end a statement"),
         ("1 + 1\n# -> 3", "says '3'"),
         ("1 + 1\n\n# -> 2", "do not end a statement"),
-        ("f(\n    # -> 1\n)", "do not end a statement"),
+        ("print(\n    # -> 1\n)", "do not end a statement"),
         ("(\n    1  # -> 1\n)", "do not end a statement"),
         ("1 / 0  # raises ValueError: zero", "ZeroDivisionError"),
         ("1 / 0  # raises ZeroDivisionError: nonsense", "the message"),
@@ -333,3 +335,14 @@ def test_a_command_that_does_not_exist_is_refused() -> None:
     ):
         with pytest.raises(AssertionError):
             check_command(command.split())
+
+
+def test_the_api_pages_have_every_public_name_once() -> None:
+    named = re.findall(r"^\.\. auto\w+:: (\S+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    assert len(named) == len(set(named))
+    for name in named:  # rooms are loaded when they are asked for
+        importlib.import_module(".".join(part for part in name.split(".")[:-1] if part[0].islower()))
+    shown = {id(operator.attrgetter(name.removeprefix("bilevel."))(bilevel)) for name in named}
+    public = {name: getattr(bilevel, name) for name in bilevel.__all__}
+    missing = {name for name, value in public.items() if id(value) not in shown}
+    assert {name for name in missing if not isinstance(public[name], types.ModuleType)} == set()
