@@ -85,7 +85,8 @@ class BilevelProblem(AbstractPortable):
     Example:
         >>> import torch
         >>> problem = BilevelProblem(
-        ...     f=lambda x, y: (y - 1).square().sum(), g=lambda x, y: (y - 2).square().sum() + x * y.square().sum()
+        ...     f=lambda x, y: (y - 1).square().sum(),
+        ...     g=lambda x, y: (y - 2).square().sum() + x * y.square().sum(),
         ... )
         >>> float(problem.g(torch.tensor(1.0), torch.zeros(3)))
         12.0

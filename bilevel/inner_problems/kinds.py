@@ -23,7 +23,9 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     """The kind of inner problem that was given as `inner=`, or follows from the other arguments of `problem`.
 
     Example:
-        >>> type(inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))).__name__
+        >>> type(
+        ...     inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))
+        ... ).__name__
         'Iteration'
     """
     if isinstance(problem.inner, AbstractInnerProblem):
