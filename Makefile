@@ -53,7 +53,7 @@ test-lowest:
 
 # A warning is an error. Other versions that are in site/ stay there and are listed.
 docs: $(VENV)/.docs
-	$(IN_VENV) -m sphinx -W --keep-going --quiet -d site/.doctrees -b html docs "site/$(VERSION)"
+	$(IN_VENV) -m sphinx -W --keep-going --quiet -d build/doctrees -b html docs "site/$(VERSION)"
 
 # Without Chromium, what needs one is skipped, and says so.
 check-site: docs

@@ -219,13 +219,13 @@ def in_use(window: Any, site: Path, address: str) -> Iterator[str]:
     except Exception as error:
         yield f"the search finds nothing for `hypergradient` ({type(error).__name__})"
     window.get(f"{address}/{home}/index.html")
-    button = window.find_element(By.CSS_SELECTOR, ".theme-switch-button")
-    seen = set()
-    for _ in range(3):
-        button.click()
-        seen.add(window.execute_script("return getComputedStyle(document.body).backgroundColor"))
-    if len(seen) < 2:
-        yield "the toggle of light and dark changes nothing"
+    seen = []
+    for theme in THEMES:
+        window.find_element(By.CSS_SELECTOR, ".theme-switch-button").click()
+        window.find_element(By.CSS_SELECTOR, f".theme-change-button[data-mode={theme}]").click()
+        seen.append(window.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    if len(set(seen)) < len(THEMES):
+        yield f"the toggle of light and dark changes nothing: the ground is {seen}"
 
 
 def main(arguments: list[str]) -> int:
@@ -255,6 +255,7 @@ def main(arguments: list[str]) -> int:
         finally:
             window.quit()
             server.shutdown()
+            server.server_close()
     print(*wrong, sep="\n")
     print(f"{len(wrong)} things are wrong with the site" if wrong else "The site is right.")
     return 1 if wrong else 0

@@ -46,7 +46,7 @@ estimates = [hypergradient(problem, x, torch.tensor(0.0)) for x in points]
 errors = [abs(float(e.grad - closed_form(x)[1])) for e, x in zip(estimates, points)]
 constants = estimate_constants(problem, points[0], estimates[0].y)
 certificate = certify(problem, points[0], estimates[0], constants)
-print(estimates[0])
+print(estimates[0].status, estimates[0].stats)
 print("error", errors[0], "bound", certificate.bound)
 
 # %%

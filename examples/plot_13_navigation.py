@@ -44,7 +44,8 @@ scores = {
     steps: evaluate(learner, trained.x, goals, episodes=40, steps=steps).score.mean
     for steps in range(4)
 }
-print("mean return after so many policy gradients:", scores)
+print("mean return after so many policy gradients:")
+print({steps: round(score, 2) for steps, score in scores.items()})
 
 # %%
 # One path to each of six goals, before and after adapting.

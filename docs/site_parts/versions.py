@@ -15,7 +15,8 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>bilevel: {title}</title>{head}
+<title>bilevel: {title}</title>
+<link rel="icon" href="data:,">{head}
 <style>body {{ font: 1.1rem/1.6 system-ui, sans-serif; max-width: 40rem; margin: 3rem auto; padding: 0 1rem }}</style>
 </head>
 <body>
