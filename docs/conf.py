@@ -55,8 +55,7 @@ extensions = [
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 exclude_patterns = ["examples", "site_parts"]
-# the gallery's order is a function; a folder of tutorials may be empty
-suppress_warnings = ["config.cache", "toc.empty_glob"]
+suppress_warnings = ["config.cache"]  # the gallery's order is a function
 
 # Markdown. Headings have the anchors that code hosts give them.
 myst_enable_extensions = ["dollarmath", "amsmath"]
