@@ -4,6 +4,7 @@
 #   make test     run the tests
 #   make check    run the linters and the type checkers
 #   make docs     build the documentation, in site/
+#   make test-integrations   run the documentation's recipes with Lightning, Hugging Face, Optuna, curvlinops, in $(VENV)-with
 #   make test-lowest   run the tests of the core at the lowest versions that pyproject.toml admits, in $(VENV)-lowest
 #
 # Variables: PYTHON (default python3), VENV (default .venv), PYTEST_FLAGS (default -n 2).
@@ -20,9 +21,9 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 CORE_TESTS = tree problem problems estimators inner_solvers linear_solvers optimizers quadratic_program kkt cli
 
 # small matrices: threads would only wait for each other
-demo test test-lowest: export OMP_NUM_THREADS ?= 1
+demo test test-lowest test-integrations: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-lowest check docs clean links
+.PHONY: help demo test test-lowest test-integrations check docs clean links
 
 help:
 	@sed -n 's/^# \{0,1\}//; 1,9p' Makefile
@@ -49,6 +50,12 @@ test-lowest:
 	$(MAKE) VENV="$(VENV)-lowest" "$(VENV)-lowest/.lowest"
 	"$(VENV)-lowest/bin/python" -m pytest $(PYTEST_FLAGS) $(CORE_TESTS:%=tests/test_%.py)
 
+# Packages of the recipes; torch is there before them, and the constraints keep it.
+test-integrations:
+	$(MAKE) VENV="$(VENV)-with" "$(VENV)-with/.integrations"
+	"$(VENV)-with/bin/python" -m pytest $(PYTEST_FLAGS) tests/test_integrations.py tests/test_huggingface.py \
+	  tests/test_docs.py -k "integrations or tutorials or distributed or adapters or head or attention"
+
 docs: export NO_MKDOCS_2_WARNING ?= 1
 docs: $(VENV)/.docs
 	$(IN_VENV) -m mkdocs build --strict --quiet
@@ -66,7 +73,7 @@ links:
 	done
 
 clean:
-	rm -rf "$(VENV)" "$(VENV)-lowest" build dist site *.egg-info
+	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-with" build dist site *.egg-info
 
 # torch first, alone and pinned; the rest may not replace it
 $(VENV)/.torch: constraints.txt
@@ -90,6 +97,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	$(INSTALL) ".[docs]"
+	@touch "$@"
+
+$(VENV)/.integrations: $(VENV)/.test
+	$(PIP) install --quiet --constraint constraints.txt "lightning>=2.5" "optuna>=4" torchvision==0.28.0 \
+	  "curvlinops-for-pytorch>=3.0" "transformers>=5.0" "peft>=0.18" "accelerate>=1.1"
 	@touch "$@"
 
 $(VENV)/.lowest: $(VENV)/.torch pyproject.toml .ci/lowest_requirements.py

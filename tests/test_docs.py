@@ -6,6 +6,8 @@ Conventions of the pages:
   A block with ``title="name.py"`` is also saved under that name.
 - ``expression  # -> text`` at the end of a statement: what the interpreter shows for it is exactly the text.
 - ``statement  # raises Name: text``: it raises an exception of that name whose message contains the text.
+- A page with a block that imports a package of ``OPTIONAL`` is skipped where that package is missing (`make
+  test-integrations` has all), and may warn.
 - Blocks marked ``bash``: every ``make`` target exists, and every ``bilevel`` command line is one that its parser
   accepts, of problems and estimators that exist; commands on a file that the page itself defines are carried out.
 """
@@ -20,6 +22,7 @@ import sys
 import textwrap
 import tokenize
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,12 +40,25 @@ from bilevel.named import registry as _registry
 from bilevel.problems import catalogue, literature
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = ("lightning", "transformers", "peft", "accelerate", "optuna", "curvlinops")
+    "lightning",
+    "transformers",
+    "peft",
+    "accelerate",
+    "optuna",
+    "curvlinops",
+)  # `make test-integrations` has all
 COMMANDS = {"git", "pip", "python", "pytest", "mkdocs", "cd", "source"}  # besides `make` and `bilevel`
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
+
+
+def named(page: Path) -> str:
+    """The path of a page from its folder of documentation."""
+    return page.name if page.parent == ROOT else page.relative_to(ROOT / "docs").as_posix()
 
 
 @dataclass(frozen=True)
@@ -132,8 +148,19 @@ def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     torch.set_default_dtype(dtype)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def demand_packages(page: Path) -> bool:
+    """Skip a page whose packages are missing; whether there are any."""
+    needed = [name for name in OPTIONAL if re.search(rf"^(import|from) {name}\b", page.read_text(), re.MULTILINE)]
+    for name in needed:
+        if find_spec(name) is None:
+            pytest.skip(f"{named(page)} needs {name}: `make test-integrations`")
+    return bool(needed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_page_says_what_is_true(page: Path, as_a_user: dict[str, object]) -> None:
+    if demand_packages(page):
+        warnings.simplefilter("ignore")  # of these packages, about each other; pytest puts the filters back
     for block in blocks(page.read_text()):
         if "import cvxpy" in block.text and find_spec("cvxpy") is None:  # an extra that the tests do without
             continue
@@ -195,7 +222,7 @@ def check_bilevel(words: Sequence[str]) -> None:
         assert takes(builds[problem], word.partition("=")[0]), f"{problem} has no argument of {word}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_and_images_lead_somewhere(page: Path) -> None:
     text = _FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -252,8 +279,8 @@ def test_the_table_of_statuses_is_complete() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    assert listed == {page.name for page in PAGES if page.name != "README.md"}
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {named(page) for page in PAGES if page.name != "README.md"}
 
 
 def test_pictures_are_small() -> None:
