@@ -42,13 +42,6 @@ from bilevel.problems import catalogue, literature
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONAL = ("lightning", "transformers", "peft", "accelerate", "optuna", "curvlinops")
-    "lightning",
-    "transformers",
-    "peft",
-    "accelerate",
-    "optuna",
-    "curvlinops",
-)  # `make test-integrations` has all
 COMMANDS = {"git", "pip", "python", "pytest", "mkdocs", "cd", "source"}  # besides `make` and `bilevel`
 
 _FENCE = re.compile(
