@@ -26,7 +26,7 @@ def test_a_distributed_recipe_says_the_same_on_one_rank_and_on_two(name: str, tm
     (program,) = [block.text for block in blocks(PAGE.read_text(encoding="utf-8")) if block.title == name]
     (tmp_path / name).write_text(program)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", name]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", name]
     said = []
     for words in ([name], torchrun):
         run = subprocess.run(
