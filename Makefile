@@ -53,7 +53,7 @@ test-lowest:
 # Packages of the recipes; torch is there before them, and the constraints keep it.
 test-integrations:
 	$(MAKE) VENV="$(VENV)-with" "$(VENV)-with/.integrations"
-	"$(VENV)-with/bin/python" -m pytest $(PYTEST_FLAGS) tests/test_integrations.py tests/test_huggingface.py \
+	"$(VENV)-with/bin/python" -m pytest $(PYTEST_FLAGS) -m "slow or not slow" tests/test_integrations.py tests/test_huggingface.py \
 	  tests/test_docs.py -k "integrations or tutorials or distributed or adapters or head or attention"
 
 docs: export NO_MKDOCS_2_WARNING ?= 1

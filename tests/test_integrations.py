@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow  # `make test-integrations`; in one process they run with the other pages
 @pytest.mark.parametrize("name", ["ddp.py", "fsdp.py"])
 def test_a_distributed_recipe_says_the_same_on_one_rank_and_on_two(name: str, tmp_path: Path) -> None:
     (program,) = [block.text for block in blocks(PAGE.read_text(encoding="utf-8")) if block.title == name]

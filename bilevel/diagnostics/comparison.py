@@ -8,13 +8,14 @@ from typing import Any, final
 
 from bilevel._result import Stats, Status
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.colors import style
 from bilevel.portable.folded import COLUMNS, folded
 from bilevel.portable.frames import frame
 from bilevel.portable.html import grid
 
 _HEAD = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
 _NARROW = ("estimator", "budget", "error", "bound", "std.", "1-cos", "calls", "ms", "MB", "ok")  # in 80 columns
-_UNITS = "error: that of the hypergradient, bound: what is certified of it, std.: its standard error, each over |h|"
+_WORDS = {"error": "that of the hypergradient", "bound": "what is certified of it", "std.": "its standard error"}
 
 
 @final
@@ -122,8 +123,10 @@ class Comparison:
             )
             for line in table
         ]
+        units = ", ".join(f"{name}: {_WORDS[name]}" for i, name in enumerate(_NARROW) if i in shown and name in _WORDS)
+        units += "; in units of |h|"
         failed = [f"{row.name}: {row.status}" for row in applying if _answer(row) == "no"]
-        notes = [folded(note, rest="  ") for note in (self._title, _UNITS, *failed, *self._notes())]
+        notes = [folded(note, rest="  ") for note in dict.fromkeys((self._title, units, *failed, *self._notes()))]
         return "\n".join(line.rstrip() for line in (notes[0], *lines, *notes[1:]))
 
     @property
@@ -167,10 +170,9 @@ class Comparison:
         scale = self.norm or 1.0
         for index, name in enumerate(names):
             rows = sorted((r for r in self.rows if r.name == name and r.applies), key=lambda r: r.cost or 0)
-            color = f"C{index % 10}"
-            axes.plot(
-                [r.cost for r in rows], [max(r.relative or 0.0, 1e-17) for r in rows], "o-", color=color, label=name
-            )
+            color, marker = style(index)
+            errors = [max(r.relative or 0.0, 1e-17) for r in rows]
+            axes.plot([r.cost for r in rows], errors, linestyle="-", color=color, marker=marker, label=name)
             if all(r.certificate is not None for r in rows):
                 axes.plot(
                     [r.cost for r in rows], [(r.certificate or 0.0) / scale for r in rows], ".--", color=color, lw=0.8
@@ -182,7 +184,7 @@ class Comparison:
             ylabel="relative error (dashed: certificate)",
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the lines
 
 
 def _answer(row: Row) -> str:
