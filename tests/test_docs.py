@@ -7,6 +7,8 @@ Conventions of the pages:
 - ``expression  # -> text`` at the end of a statement, or on the line below it: what the interpreter shows for it is
   exactly the text.
 - ``statement  # raises Name: text``: it raises an exception of that name whose message contains the text.
+- A page with a block that imports a package of ``OPTIONAL`` is skipped where that package is missing (`make
+  test-integrations` has all), and may warn.
 - Blocks marked ``bash``: every ``make`` target exists, and every ``bilevel`` command line is one that its parser
   accepts, of problems and estimators that exist; commands on a file that the page itself defines are carried out.
 """
@@ -23,6 +25,7 @@ import sys
 import textwrap
 import tokenize
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -43,11 +46,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 COLUMNS = 88  # of code: what fits beside the navigation
+OPTIONAL = ("lightning", "transformers", "peft", "accelerate", "optuna", "curvlinops")
 COMMANDS = {"git", "pip", "python", "pytest", "cd", "source"}  # besides `make` and `bilevel`
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
+
+
+def named(page: Path) -> str:
+    """The path of a page from its folder of documentation."""
+    return page.name if page.parent == ROOT else page.relative_to(ROOT / "docs").as_posix()
 
 
 @dataclass(frozen=True)
@@ -141,8 +150,19 @@ def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     torch.set_default_dtype(dtype)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix().removeprefix("docs/"))
+def demand_packages(page: Path) -> bool:
+    """Skip a page whose packages are missing; whether there are any."""
+    needed = [name for name in OPTIONAL if re.search(rf"^(import|from) {name}\b", page.read_text(), re.MULTILINE)]
+    for name in needed:
+        if find_spec(name) is None:
+            pytest.skip(f"{named(page)} needs {name}: `make test-integrations`")
+    return bool(needed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_page_says_what_is_true(page: Path, as_a_user: dict[str, object]) -> None:
+    if demand_packages(page):
+        warnings.simplefilter("ignore")  # of these packages, about each other; pytest puts the filters back
     for block in blocks(page.read_text()):
         if "import cvxpy" in block.text and find_spec("cvxpy") is None:  # an extra that the tests do without
             continue
@@ -204,7 +224,7 @@ def check_bilevel(words: Sequence[str]) -> None:
         assert takes(builds[problem], word.partition("=")[0]), f"{problem} has no argument of {word}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix().removeprefix("docs/"))
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_and_images_lead_somewhere(page: Path) -> None:
     text = _FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
