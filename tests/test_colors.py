@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_the_caption_of_hyper_cleaning_is_inside_of_its_picture() -> None:
     metrics = {f"test_accuracy_{name}": 0.9 for name in ("everything", "learned", "oracle")}
     metrics |= {"auc": 1.0, "precision_at_true_count": 1.0}
     draw_cleaning(figure, torch.linspace(0, 1, 20), wrong, metrics, torch.rand(20, 64), labels, labels)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     caption, page = figure._supxlabel.get_window_extent(), figure.bbox
     assert page.y0 <= caption.y0 and caption.y1 <= min(axes.get_window_extent().y0 for axes in figure.axes)

@@ -626,7 +626,8 @@ def test_a_compiled_module_is_the_module_that_was_compiled(in_place: bool) -> No
     net = functional(module)
     if in_place:
         module.compile(backend="eager")
-    again = functional(module if in_place else torch.compile(module, backend="eager"))
+    compiled: Any = module if in_place else torch.compile(module, backend="eager")
+    again = functional(compiled)
     assert list(again.params) == list(net.params)
     assert torch.equal(again(net.params, X), net(net.params, X))
     leaf = {name: p.requires_grad_() for name, p in again.params.items()}
