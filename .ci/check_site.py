@@ -256,7 +256,8 @@ def main(arguments: list[str]) -> int:
             window.quit()
             server.shutdown()
             server.server_close()
-    print(*wrong, sep="\n")
+    for line in wrong:
+        print(line)
     print(f"{len(wrong)} things are wrong with the site" if wrong else "The site is right.")
     return 1 if wrong else 0
 
