@@ -163,6 +163,8 @@ def demand_packages(page: Path) -> bool:
 def test_a_page_says_what_is_true(page: Path, as_a_user: dict[str, object]) -> None:
     if demand_packages(page):
         warnings.simplefilter("ignore")  # of these packages, about each other; pytest puts the filters back
+    if "torch.compile(" in page.read_text():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, about what its compiler imports
     for block in blocks(page.read_text()):
         if "import cvxpy" in block.text and find_spec("cvxpy") is None:  # an extra that the tests do without
             continue

@@ -13,7 +13,7 @@ def uncompiled(function: Any) -> Any:
 
     Example:
         >>> import torch
-        >>> uncompiled(torch.compile(torch.sin)) is uncompiled(torch.sin) is torch.sin
+        >>> uncompiled(torch.sin) is torch.sin
         True
     """
     own = getattr(function, "__dict__", {})
