@@ -179,7 +179,9 @@ class Estimate(AbstractResult):
         Example:
             >>> import torch
             >>> from bilevel import BilevelProblem, hypergradient
-            >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+            >>> problem = BilevelProblem(
+            ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+            ... )
             >>> found = hypergradient(problem, torch.tensor(1.0), torch.tensor(0.0)).to_dict()
             >>> found["grad"], found["status"], Estimate.from_dict(found).start.count
             (tensor(-2.), 'successful', 1)

@@ -77,7 +77,9 @@ def hypergradient(
 
     Example:
         >>> import torch
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x["a"]).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x["a"]).square() / 2
+        ... )
         >>> hypergradient(problem, {"a": torch.tensor(1.0)}, torch.tensor(0.0)).grad
         {'a': tensor(-2.)}
     """

@@ -171,7 +171,9 @@ def hyperobjective(
         NotImplementedError: where a second derivative is asked for.
 
     Example:
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x = torch.tensor(1.0, requires_grad=True)
         >>> phi = hyperobjective(problem, torch.tensor(0.0))
         >>> phi(x).backward()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel._tree import Tree
 from bilevel.arguments.fits import demand_type
+from bilevel.arguments.uncompiled import uncompiled
 from bilevel.arguments.words import got
 from bilevel.requirements.properties import DoesNotApply
 
@@ -77,6 +78,10 @@ class BilevelProblem(AbstractPortable):
         allow_unused: Phi may be a constant of x. Otherwise a hypergradient that is zero because x occurs nowhere, in no
             graph of f, g and the rest, is refused as the mistake that it mostly is. A zero of numbers never is.
 
+    An f or g that went through `torch.compile` is used as it was written, since torch's compiled functions have no
+    second derivative; `compile=True` of the entry points compiles the step as a whole. To keep a compiled one all the
+    same, for an estimator that needs first derivatives alone, call it: `g=lambda x, y: compiled(x, y)`.
+
     Raises:
         TypeError: if f, g, init, encode, constraints, inequalities, equalities, prox or fixed_point cannot be called.
         ValueError: if more than one of constraints (of all sorts), prox, fixed_point, iterative and inner is given, or
@@ -85,7 +90,8 @@ class BilevelProblem(AbstractPortable):
     Example:
         >>> import torch
         >>> problem = BilevelProblem(
-        ...     f=lambda x, y: (y - 1).square().sum(), g=lambda x, y: (y - 2).square().sum() + x * y.square().sum()
+        ...     f=lambda x, y: (y - 1).square().sum(),
+        ...     g=lambda x, y: (y - 2).square().sum() + x * y.square().sum(),
         ... )
         >>> float(problem.g(torch.tensor(1.0), torch.zeros(3)))
         12.0
@@ -142,7 +148,7 @@ class BilevelProblem(AbstractPortable):
             _demand_kind(inner)
         if inner is not None:
             self.inner = inner
-        self._f, self._g = f, g
+        self._f, self._g = uncompiled(f), uncompiled(g)
         if init is not None:
             self.init = init
         if encode is not None:

@@ -198,7 +198,11 @@ def judged(residual: float, tol: float, otherwise: Status = Status.max_steps) ->
         otherwise: why it is larger than that.
 
     Example:
-        >>> judged(1e-9, tol=1e-8).name, judged(1e-7, tol=1e-8).name, judged(math.nan, tol=math.inf).name
+        >>> (
+        ...     judged(1e-9, tol=1e-8).name,
+        ...     judged(1e-7, tol=1e-8).name,
+        ...     judged(math.nan, tol=math.inf).name,
+        ... )
         ('successful', 'max_steps', 'nonfinite')
     """
     if not math.isfinite(residual):

@@ -25,12 +25,14 @@ _DEBUG = "show the traceback of an error"
 _EPILOG = """\
 exit codes:
   0    success
-  1    the computation did not succeed (a solver missed its tolerance, diverged, met NaN, or f or g raised), or a
-       test of `check` failed; what was computed until then is written all the same
+  1    the computation did not succeed (a solver missed its tolerance,
+       diverged, met NaN, or f or g raised), or a test of `check` failed; what
+       was computed until then is written all the same
   2    wrong usage or input: nothing was computed
   3    an optional package is missing; the message names the extra to install
-  130  interrupted by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP: a run has written its checkpoint and can be continued with
-       --resume; a second signal ends it at once
+  130  interrupted by Ctrl-C; 143 by SIGTERM, 129 by SIGHUP: a run has written
+       its checkpoint and can be continued with --resume; a second signal ends
+       it at once
 """
 
 

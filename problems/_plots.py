@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel._tree import Tree, tree_leaves
-
-COLORS = ("#4c72b0", "#c44e52", "#55a868", "#8c8c8c")
+from bilevel.portable.colors import COLORS as COLORS
 
 
 def draw_bars(axes: Any, values: Mapping[str, float], label: str, colors: int = 3) -> None:
@@ -59,6 +58,7 @@ def draw_cleaning(
         truth: those before the corruption.
         names: which accuracies are shown, and how they are called; None: everything, learned, oracle.
     """
+    figure.set_layout_engine("constrained")
     side = math.isqrt(inputs.shape[1])
     pictures = side >= 4 and side * side == inputs.shape[1]
     grid = figure.add_gridspec(2 if pictures else 1, 2, height_ratios=(3, 1) if pictures else (1,))
@@ -85,7 +85,5 @@ def draw_cleaning(
             axes.set_title(
                 f"{given} → {true}" if given != true else f"{given}", fontsize=9, color=COLORS[given != true]
             )
-    figure.suptitle(
-        "The samples with the least weight (label given → true label)" if pictures else "", y=0.02, fontsize=9
-    )
-    figure.tight_layout()
+    if pictures:
+        figure.supxlabel("The samples with the least weight (label given → true label)", fontsize=10)

@@ -233,10 +233,20 @@ def hyper_cleaning_batches(
 
     Example:
         >>> from bilevel import FiniteSum, Split, minimize
-        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+        >>> X, labels = (
+        ...     torch.randn(60, 2, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 3,
+        ... )
         >>> instance, samples = hyper_cleaning_batches(n_train=30, n_val=20, data=(X, labels))
         >>> data = Split(f=FiniteSum(samples.f, 10), g=FiniteSum(samples.g, 10))
-        >>> solution = minimize(instance.problem, instance.x0, instance.y0, algorithm="saba", data=data, max_steps=20)
+        >>> solution = minimize(
+        ...     instance.problem,
+        ...     instance.x0,
+        ...     instance.y0,
+        ...     algorithm="saba",
+        ...     data=data,
+        ...     max_steps=20,
+        ... )
         >>> solution.x.shape, solution.stats.sample_calls > 0
         (torch.Size([30]), True)
     """

@@ -62,7 +62,9 @@ class ActiveSet(AbstractInnerSolver):
         ... )
         >>> x = torch.zeros(10_000)
         >>> x[:3] = torch.tensor([0.5, 0.3, 0.8])
-        >>> hypergradient(problem, x, torch.zeros(10_000), estimator=AID(ActiveSet(), MINRES())).grad[:4]
+        >>> hypergradient(
+        ...     problem, x, torch.zeros(10_000), estimator=AID(ActiveSet(), MINRES())
+        ... ).grad[:4]
         tensor([ 0.6667, -0.3333, -0.3333,  0.0000])
     """
 

@@ -49,7 +49,13 @@ class BiCGStab(AbstractLinearSolver):
 
     Example:
         >>> A = torch.tensor([[1.0, 2.0], [-1.0, 1.0]])
-        >>> v = BiCGStab().solve(LinearOperator(lambda v: v @ A.mT, 2, symmetric=False), torch.tensor([3.0, 0.0])).value
+        >>> v = (
+        ...     BiCGStab()
+        ...     .solve(
+        ...         LinearOperator(lambda v: v @ A.mT, 2, symmetric=False), torch.tensor([3.0, 0.0])
+        ...     )
+        ...     .value
+        ... )
         >>> bool(torch.allclose(v, torch.ones(2)))
         True
     """

@@ -63,8 +63,15 @@ class CoordinateDescent(AbstractInnerSolver):
         >>> from bilevel.prox import L1
         >>> from bilevel.solvers import CG
         >>> g = LinearModel(torch.eye(2), torch.tensor([3.0, 0.5]), weights=torch.ones(2))
-        >>> lasso = BilevelProblem(lambda x, y: y.square().sum() / 2, g, prox=lambda x: L1(x))  # y* = (3 - x, 0) at 1
-        >>> hypergradient(lasso, torch.tensor(1.0), torch.zeros(2), estimator=AID(CoordinateDescent(1e-6), CG())).grad
+        >>> lasso = BilevelProblem(
+        ...     lambda x, y: y.square().sum() / 2, g, prox=lambda x: L1(x)
+        ... )  # y* = (3 - x, 0) at 1
+        >>> hypergradient(
+        ...     lasso,
+        ...     torch.tensor(1.0),
+        ...     torch.zeros(2),
+        ...     estimator=AID(CoordinateDescent(1e-6), CG()),
+        ... ).grad
         tensor(-2.)
     """
 

@@ -41,7 +41,11 @@ class Dense(AbstractLinearSolver):
     Example:
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
         >>> operator = LinearOperator(lambda v: v @ A, size=2, positive_definite=True)
-        >>> bool(torch.allclose(Dense().solve(operator, torch.tensor([3.0, 3.0])).value, torch.ones(2)))
+        >>> bool(
+        ...     torch.allclose(
+        ...         Dense().solve(operator, torch.tensor([3.0, 3.0])).value, torch.ones(2)
+        ...     )
+        ... )
         True
     """
 

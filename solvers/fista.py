@@ -47,7 +47,9 @@ class FISTA(AbstractProximalSteps):
         ValueError: if a number is out of range.
 
     Example:
-        >>> objective = Objective(lambda y: (y - 3).square().sum() / 2, prox=lambda v, t: (v - t).relu())
+        >>> objective = Objective(
+        ...     lambda y: (y - 3).square().sum() / 2, prox=lambda v, t: (v - t).relu()
+        ... )
         >>> FISTA(tol=1e-6).solve(objective, torch.zeros(2)).value.round(decimals=4)
         tensor([2., 2.])
     """

@@ -54,7 +54,13 @@ class GMRES(AbstractLinearSolver):
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 1.0]])
-        >>> v = GMRES().solve(LinearOperator(lambda v: v @ A.mT, 2, symmetric=False), torch.tensor([2.0, 0.0])).value
+        >>> v = (
+        ...     GMRES()
+        ...     .solve(
+        ...         LinearOperator(lambda v: v @ A.mT, 2, symmetric=False), torch.tensor([2.0, 0.0])
+        ...     )
+        ...     .value
+        ... )
         >>> bool(torch.allclose(v, torch.ones(2)))
         True
     """

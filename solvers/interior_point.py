@@ -64,7 +64,10 @@ class InteriorPoint(AbstractInnerSolver):
         ...     lambda x, y: (y - x).square().sum(),
         ...     inequalities=lambda x, y: y.square().sum() - 1,
         ... )
-        >>> x, y0 = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        >>> x, y0 = (
+        ...     torch.tensor([3.0, 4.0], dtype=torch.float64),
+        ...     torch.zeros(2, dtype=torch.float64),
+        ... )
         >>> hypergradient(problem, x, y0, estimator=KKT(InteriorPoint())).y
         tensor([0.6000, 0.8000], dtype=torch.float64)
     """

@@ -40,7 +40,9 @@ class Jacobi(AbstractPreconditioner):
         ValueError: if `samples` is less than 2; from `build`, if the diagonal given has another size.
 
     Example:
-        >>> A = LinearOperator(lambda v: torch.tensor([2.0, 4.0]) * v, size=2, positive_definite=True)
+        >>> A = LinearOperator(
+        ...     lambda v: torch.tensor([2.0, 4.0]) * v, size=2, positive_definite=True
+        ... )
         >>> Jacobi().build(A, torch.zeros(2))(torch.ones(2))
         tensor([0.5000, 0.2500])
     """

@@ -56,8 +56,14 @@ class NormalCG(AbstractLinearSolver):
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-1.0, 1.0]])
-        >>> operator = LinearOperator(lambda v: v @ A.mT, 2, symmetric=False, transposed_mv=lambda v: v @ A)
-        >>> bool(torch.allclose(NormalCG().solve(operator, torch.tensor([2.0, 0.0])).value, torch.ones(2)))
+        >>> operator = LinearOperator(
+        ...     lambda v: v @ A.mT, 2, symmetric=False, transposed_mv=lambda v: v @ A
+        ... )
+        >>> bool(
+        ...     torch.allclose(
+        ...         NormalCG().solve(operator, torch.tensor([2.0, 0.0])).value, torch.ones(2)
+        ...     )
+        ... )
         True
     """
 

@@ -178,7 +178,9 @@ class NystromPreconditioner(AbstractPreconditioner):
         ValueError: if `rank` is less than 1 or `damping` negative.
 
     Example:
-        >>> A = LinearOperator(lambda v: torch.tensor([100.0, 1.0]) * v, size=2, positive_definite=True)
+        >>> A = LinearOperator(
+        ...     lambda v: torch.tensor([100.0, 1.0]) * v, size=2, positive_definite=True
+        ... )
         >>> inverse = NystromPreconditioner(rank=2).build(A, torch.zeros(2))
         >>> bool(torch.allclose(inverse(torch.ones(2)), torch.tensor([0.01, 1.0]), atol=1e-4))
         True

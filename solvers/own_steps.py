@@ -35,8 +35,12 @@ class OwnSteps(AbstractUnrollable):
     Example:
         >>> from bilevel import ITD, BilevelProblem, hypergradient
         >>> from bilevel.inner_problems import Iteration
-        >>> problem = BilevelProblem(lambda x, y: y, inner=Iteration(lambda x, y, k: x * y, steps=3))
-        >>> hypergradient(problem, torch.tensor(2.0), torch.tensor(1.0), estimator=ITD(OwnSteps())).grad  # 3 x^2
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y, inner=Iteration(lambda x, y, k: x * y, steps=3)
+        ... )
+        >>> hypergradient(
+        ...     problem, torch.tensor(2.0), torch.tensor(1.0), estimator=ITD(OwnSteps())
+        ... ).grad  # 3 x^2
         tensor(12.)
     """
 

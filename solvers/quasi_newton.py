@@ -67,7 +67,9 @@ class QuasiNewton(AbstractMinimizer):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> solution = minimize(problem, x0, x0, outer=QuasiNewton())
         >>> round(float(solution.x), 6), solution.converged, len(solution.history)

@@ -46,7 +46,9 @@ class ScipyMinimize(AbstractOuterDriver):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> round(float(minimize(problem, x0, x0, outer=ScipyMinimize()).x), 6)
         3.0

@@ -45,7 +45,9 @@ class TruncatedCG(AbstractLinearSolver):
 
     Example:
         >>> import torch
-        >>> A = LinearOperator(lambda v: v * torch.tensor([2.0, -1.0]), size=2, positive_definite=True)
+        >>> A = LinearOperator(
+        ...     lambda v: v * torch.tensor([2.0, -1.0]), size=2, positive_definite=True
+        ... )
         >>> found = TruncatedCG(max_steps=10).solve(A, torch.tensor([1.0, 0.1]))
         >>> found.concave, found.status.name, found.value.round(decimals=3)
         (True, 'successful', tensor([0.5080, 0.0510]))

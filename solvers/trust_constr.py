@@ -42,9 +42,14 @@ class TrustConstr(AbstractInnerSolver):
         >>> import torch
         >>> from bilevel import KKT, BilevelProblem, Polytope, hypergradient
         >>> nearest = BilevelProblem(
-        ...     lambda x, y: y[0], lambda x, y: (y - x).square().sum(), constraints=lambda x: Polytope(lower=0.0)
+        ...     lambda x, y: y[0],
+        ...     lambda x, y: (y - x).square().sum(),
+        ...     constraints=lambda x: Polytope(lower=0.0),
         ... )
-        >>> x, y0 = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+        >>> x, y0 = (
+        ...     torch.tensor([1.0, -1.0], dtype=torch.float64),
+        ...     torch.ones(2, dtype=torch.float64),
+        ... )
         >>> hypergradient(nearest, x, y0, estimator=KKT(TrustConstr())).grad
         tensor([1., 0.], dtype=torch.float64)
     """

@@ -1,5 +1,6 @@
 """The command line: what it computes is what `minimize` computes, and what it leaves is all of it."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -98,10 +99,21 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_list_names_everything_once_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    words = [line.split()[0] for line in lines if line.startswith("  ")]
+    words = [line.split()[0] for line in lines if re.match("  [^ ]", line)]  # others go on with a description
     for name in [*catalogue(), *bilevel.estimators(), "CG", "LBFGS", "Iterate", "adam", "gradient-descent", "descent"]:
         assert words.count(name) == 1, name
-    assert all(len(line.split()) > 1 for line in lines if line.startswith("  "))
+    assert all(len(line.split()) > 1 for line in lines if re.match("  [^ ]", line))
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--literature"], ["--help"], ["run", "--help"]])
+def test_what_there_is_fits_80_columns(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 80
 
 
 def test_list_as_json_holds_the_descriptions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,3 +254,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("list", "run", "check", "compare"):
         assert re.search(rf"^ +{command} +\w", text, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("words", [["check"], ["compare"], ["compare", "--budgets", "10,100"]])
+def test_tables_and_reasons_fit_80_columns(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([words[0], "quadratic", *words[1:]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and max(map(len, lines)) <= 80
+    assert len([line for line in lines if line.startswith("aid-cg ")]) == (words[0] == "compare") * max(
+        1, len(words) - 1
+    )

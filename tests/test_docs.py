@@ -4,8 +4,11 @@ Conventions of the pages:
 
 - Blocks marked ``python`` run in order, in one namespace a page, in an empty directory, with torch's default float32.
   A block with ``title="name.py"`` is also saved under that name.
-- ``expression  # -> text`` at the end of a statement: what the interpreter shows for it is exactly the text.
+- ``expression  # -> text`` at the end of a statement, or on the line below it: what the interpreter shows for it is
+  exactly the text.
 - ``statement  # raises Name: text``: it raises an exception of that name whose message contains the text.
+- A page with a block that imports a package of ``OPTIONAL`` is skipped where that package is missing (`make
+  test-integrations` has all), and may warn.
 - Blocks marked ``bash``: every ``make`` target exists, and every ``bilevel`` command line is one that its parser
   accepts, of problems and estimators that exist; commands on a file that the page itself defines are carried out.
 """
@@ -13,13 +16,16 @@ Conventions of the pages:
 import argparse
 import ast
 import contextlib
+import importlib
 import io
+import operator
 import re
 import shlex
 import sys
 import textwrap
 import tokenize
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,12 +43,20 @@ from bilevel.named import registry as _registry
 from bilevel.problems import catalogue, literature
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {"git", "pip", "python", "pytest", "mkdocs", "cd", "source"}  # besides `make` and `bilevel`
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+COLUMNS = 88  # of code: what fits beside the navigation
+OPTIONAL = ("lightning", "transformers", "peft", "accelerate", "optuna", "curvlinops")
+COMMANDS = {"git", "pip", "python", "pytest", "cd", "source"}  # besides `make` and `bilevel`
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
 )
+
+
+def named(page: Path) -> str:
+    """The path of a page from its folder of documentation."""
+    return page.name if page.parent == ROOT else page.relative_to(ROOT / "docs").as_posix()
 
 
 @dataclass(frozen=True)
@@ -66,13 +80,17 @@ def blocks(page: str) -> list[Block]:
 
 
 def expectations(source: str) -> dict[int, tuple[str, str]]:
-    """By line, what a trailing comment promises: ("->", text) or ("raises", text)."""
+    """By line of a statement's end, what the comment there or on a line of its own below promises.
+
+    It is ("->", text) or ("raises", text).
+    """
     found = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             match = re.match(r"# *(->|raises\b) *(.*)", token.string)
             if match:
-                found[token.start[0]] = (match[1], match[2].strip())
+                alone = token.line.strip() == token.string.strip()
+                found[token.start[0] - alone] = (match[1], match[2].strip())
     return found
 
 
@@ -132,8 +150,21 @@ def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[
     torch.set_default_dtype(dtype)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def demand_packages(page: Path) -> bool:
+    """Skip a page whose packages are missing; whether there are any."""
+    needed = [name for name in OPTIONAL if re.search(rf"^(import|from) {name}\b", page.read_text(), re.MULTILINE)]
+    for name in needed:
+        if find_spec(name) is None:
+            pytest.skip(f"{named(page)} needs {name}: `make test-integrations`")
+    return bool(needed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_a_page_says_what_is_true(page: Path, as_a_user: dict[str, object]) -> None:
+    if demand_packages(page):
+        warnings.simplefilter("ignore")  # of these packages, about each other; pytest puts the filters back
+    if "torch.compile(" in page.read_text():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, about what its compiler imports
     for block in blocks(page.read_text()):
         if "import cvxpy" in block.text and find_spec("cvxpy") is None:  # an extra that the tests do without
             continue
@@ -195,7 +226,7 @@ def check_bilevel(words: Sequence[str]) -> None:
         assert takes(builds[problem], word.partition("=")[0]), f"{problem} has no argument of {word}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_and_images_lead_somewhere(page: Path) -> None:
     text = _FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -251,9 +282,27 @@ def test_the_table_of_statuses_is_complete() -> None:
     assert rows == [status.name for status in bilevel.Status]
 
 
-def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    assert listed == {page.name for page in PAGES if page.name != "README.md"}
+def listed(page: Path) -> Iterator[Path]:
+    """The pages that a page's tables of contents list; a pattern lists the pages that match."""
+    for block in re.findall(r"^```\{toctree\}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            if line and not line.startswith(":"):
+                yield from (found for found in page.parent.glob(f"{line}.md") if found != page)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    found, todo = [DOCS / "index.md"], [DOCS / "index.md"]
+    while todo:
+        below = list(listed(todo.pop()))
+        found, todo = found + below, todo + below
+    assert sorted(found) == sorted(set(PAGES) - {ROOT / "README.md"})
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_code_is_narrow(page: Path) -> None:
+    for block in blocks(page.read_text()):
+        for number, line in enumerate(block.text.splitlines(), block.line):
+            assert len(line) <= COLUMNS, f"{page.name}:{number} has {len(line)} columns, {COLUMNS} fit"
 
 
 def test_pictures_are_small() -> None:
@@ -269,6 +318,9 @@ def test_pictures_are_small() -> None:
         ("x = 1  # -> 1", "says '1'"),
         ("print('a')  # -> b", "says 'b'"),
         ("# -> 1", "do not end a statement"),
+        ("1 + 1\n# -> 3", "says '3'"),
+        ("1 + 1\n\n# -> 2", "do not end a statement"),
+        ("print(\n    # -> 1\n)", "do not end a statement"),
         ("(\n    1  # -> 1\n)", "do not end a statement"),
         ("1 / 0  # raises ValueError: zero", "ZeroDivisionError"),
         ("1 / 0  # raises ZeroDivisionError: nonsense", "the message"),
@@ -282,7 +334,8 @@ def test_a_page_that_says_something_wrong_fails(source: str, complaint: str) -> 
 
 def test_a_page_that_is_right_passes() -> None:
     namespace: dict[str, object] = {}
-    source = "x = 2\nx + 1  # -> 3\nprint(x)  # -> 2\nx / 0  # raises ZeroDivisionError: division by zero"
+    source = "x = 2\nx + 1  # -> 3\nx * 2\n# -> 4\n"
+    source += "print(x)  # -> 2\nx / 0  # raises ZeroDivisionError: division by zero"
     run_block(source, namespace, "page")
     assert namespace["x"] == 2
 
@@ -304,3 +357,14 @@ def test_a_command_that_does_not_exist_is_refused() -> None:
     ):
         with pytest.raises(AssertionError):
             check_command(command.split())
+
+
+def test_the_api_pages_have_every_public_name_once() -> None:
+    named = re.findall(r"^\.\. auto\w+:: (\S+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    assert len(named) == len(set(named))
+    for name in named:  # rooms are loaded when they are asked for
+        importlib.import_module(".".join(part for part in name.split(".")[:-1] if part[0].islower()))
+    shown = {id(operator.attrgetter(name.removeprefix("bilevel."))(bilevel)) for name in named}
+    public = {name: getattr(bilevel, name) for name in bilevel.__all__}
+    missing = {name for name, value in public.items() if id(value) not in shown}
+    assert {name for name in missing if not isinstance(public[name], types.ModuleType)} == set()

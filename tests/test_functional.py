@@ -610,6 +610,32 @@ ALIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_compiled_g_is_used_as_it_was_written_and_one_inside_of_g_is_refused() -> None:
+    term = TERMS["torch.compile"][0]
+    problem = problem_with(lambda y: y.sin().sum())
+    exact = solve_with(problem, bilevel.Exact())
+    given = BilevelProblem(torch.compile(problem.f), torch.compile(problem.g))
+    assert torch.equal(solve_with(given, bilevel.Exact()), exact)
+    with pytest.raises(NotImplementedError, match="call the eager function in its place"):
+        solve_with(problem_with(term), bilevel.Exact())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_module_is_the_module_that_was_compiled(in_place: bool) -> None:
+    module: Any = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    net = functional(module)
+    if in_place:
+        module.compile(backend="eager")
+    compiled: Any = module if in_place else torch.compile(module, backend="eager")
+    again = functional(compiled)
+    assert list(again.params) == list(net.params)
+    assert torch.equal(again(net.params, X), net(net.params, X))
+    leaf = {name: p.requires_grad_() for name, p in again.params.items()}
+    (slope,) = torch.autograd.grad(again(leaf, X).square().sum(), leaf["0.weight"], create_graph=True)
+    assert slope.requires_grad and float(torch.autograd.grad(slope.sum(), leaf["0.weight"])[0].norm()) > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("term", "twice"), ALIKE.values(), ids=ALIKE.keys())
 def test_finite_difference_products_give_the_answer_where_exact_ones_are_refused(
     term: Callable[[Tensor], Tensor], twice: Callable[[Tensor], Tensor]

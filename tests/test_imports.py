@@ -18,7 +18,8 @@ STANDARD = set(sys.stdlib_module_names)
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 # The layers of docs/design.md, from the bottom up: a module imports from its own line and from those above it. Rooms
 # stand for their modules; a module that is named stands where it is named, wherever its room does.
-LAYERS = tuple(re.findall(r"^\d+ +(.*?)(?: {2,}.*)?$", DESIGN.split("## Layers")[1].split("```")[1], re.MULTILINE))
+_LINES = re.sub(r"\n +", " ", DESIGN.split("## Layers")[1].split("```")[1])  # a long one goes on below, indented
+LAYERS = tuple(re.findall(r"^\d+ +(.*?)(?: {2,}.*)?$", _LINES, re.MULTILINE))
 FLOORS = 10  # of imports at import time, of what is not on top of the library
 ON_TOP = tuple(
     f"bilevel.{r}" for r in ("cli", "__main__", "commands", "experiments", "few_shot", "sklearn", "tasks", "testing")

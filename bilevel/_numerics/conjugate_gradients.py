@@ -47,7 +47,9 @@ def conjugate_gradients(
 
     Example:
         >>> double = LinearOperator(lambda v: 2 * v, size=2)
-        >>> conjugate_gradients(double, torch.tensor([0.6, 0.8]), torch.tensor(1e-6), 10, torch.tensor(0.0))[0]
+        >>> conjugate_gradients(
+        ...     double, torch.tensor([0.6, 0.8]), torch.tensor(1e-6), 10, torch.tensor(0.0)
+        ... )[0]
         tensor([0.3000, 0.4000])
     """
     at, eps, given = systems_of(r), torch.finfo(r.dtype).eps, r

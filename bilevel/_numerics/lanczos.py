@@ -32,7 +32,10 @@ def ritz_ends(operator: LinearOperator, like: Tensor, *, steps: int = 64, seed: 
 
     Example:
         >>> A = torch.diag(torch.tensor([-1.0, 2.0, 5.0]))
-        >>> [round(float(end), 4) for end in ritz_ends(LinearOperator(lambda v: v @ A, 3), torch.zeros(3))]
+        >>> [
+        ...     round(float(end), 4)
+        ...     for end in ritz_ends(LinearOperator(lambda v: v @ A, 3), torch.zeros(3))
+        ... ]
         [-1.0, 5.0]
     """
     n = like.shape[-1]

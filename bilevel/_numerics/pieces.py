@@ -19,7 +19,9 @@ class Pieces:
 
     Example:
         >>> one = torch.ones(1)
-        >>> Pieces(one, 0 * one, -10 * one, 10 * one).least(torch.tensor([2.0]), torch.tensor([-3.0]), torch.zeros(1))
+        >>> Pieces(one, 0 * one, -10 * one, 10 * one).least(
+        ...     torch.tensor([2.0]), torch.tensor([-3.0]), torch.zeros(1)
+        ... )
         tensor([1.])
     """
 

@@ -47,7 +47,10 @@ def all_finite(a: Tensor) -> bool:
     """Whether every entry is a number: by its sum, unless that overflows, in one pass and without a mask in memory.
 
     Example:
-        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([torch.inf, -torch.inf]))
+        >>> (
+        ...     all_finite(torch.tensor([3e38, 3e38])),
+        ...     all_finite(torch.tensor([torch.inf, -torch.inf])),
+        ... )
         (True, False)
     """
     return math.isfinite(a.sum().item()) or bool(a.isfinite().all())

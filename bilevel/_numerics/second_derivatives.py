@@ -31,7 +31,7 @@ _REMEDIES = {
     "torch.cond": "write an `if`, or `torch.where`",
     "while_loop": "write a loop of Python",
     "scan": "write a loop of Python",
-    "torch.compile": "pass the eager function, the one that was given to `torch.compile`",
+    "torch.compile": "call the eager function in its place, the one that was given to `torch.compile`",
     "once_differentiable": "write the backward of that custom function in differentiable torch operations",
     "numpy": "write the backward of the custom function that calls it in differentiable torch operations",
 }

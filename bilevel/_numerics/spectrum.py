@@ -54,7 +54,10 @@ def eigenvalue_ends(
 
     Example:
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
-        >>> [round(float(end), 4) for end in eigenvalue_ends(LinearOperator(lambda v: v @ A, 3), torch.zeros(3))]
+        >>> [
+        ...     round(float(end), 4)
+        ...     for end in eigenvalue_ends(LinearOperator(lambda v: v @ A, 3), torch.zeros(3))
+        ... ]
         [5.0, 1.0]
     """
     n = like.shape[-1]

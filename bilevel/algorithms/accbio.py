@@ -62,9 +62,13 @@ def accbio(
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> algorithm = accbio(mu=1.0, L=1.0, outer_step=0.5, outer_momentum=0.2, inner_steps=1, linear_steps=1)
+        >>> algorithm = accbio(
+        ...     mu=1.0, L=1.0, outer_step=0.5, outer_momentum=0.2, inner_steps=1, linear_steps=1
+        ... )
         >>> round(float(minimize(problem, x0, x0, algorithm=algorithm, max_steps=60).x), 6)
         3.0
     """

@@ -37,7 +37,9 @@ def aid_bio(
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> aid = aid_bio(inner_step=0.5, outer_step=0.5, inner_steps=3, linear_steps=1)
         >>> round(float(minimize(problem, x0, x0, algorithm=aid, max_steps=100).x), 6)
@@ -76,7 +78,9 @@ def itd_bio(inner_step: Step, outer_step: Step | AbstractMinimizer, inner_steps:
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> itd = itd_bio(inner_step=0.5, outer_step=0.5, inner_steps=5)
         >>> round(float(minimize(problem, x0, x0, algorithm=itd, max_steps=100).x), 6)

@@ -49,7 +49,9 @@ class AmIGO(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> amigo = AmIGO(0.5, 0.5, inner_steps=2, linear_steps=2)
         >>> round(float(minimize(problem, x0, x0, algorithm=amigo, max_steps=100).x), 6)

@@ -132,7 +132,9 @@ class AugmentedLagrangian(AbstractAlgorithm[AugmentedState]):
     Example:
         >>> from bilevel import AID, BilevelProblem, minimize
         >>> from bilevel.solvers import CG, LBFGS, QuasiNewton
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> descent = Descent(AID(LBFGS(), CG()), QuasiNewton())
         >>> method = AugmentedLagrangian(descent, inequalities=lambda x, y: y - 1, weight=10.0)

@@ -101,9 +101,13 @@ class BOME(AbstractAlgorithm[Pair]):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=BOME(0.5, 0.1, inner_steps=5), max_steps=300)
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=BOME(0.5, 0.1, inner_steps=5), max_steps=300
+        ... )
         >>> round(float(solution.x), 3)
         3.0
     """

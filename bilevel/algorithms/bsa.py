@@ -52,7 +52,9 @@ class BSA(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> bsa = BSA(0.5, 0.5, inner_steps=3, linear_steps=3)
         >>> round(float(minimize(problem, x0, x0, algorithm=bsa, max_steps=200).x), 2)
@@ -122,7 +124,9 @@ class TTSA(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> ttsa = TTSA(0.5, 0.5, linear_steps=3)
         >>> round(float(minimize(problem, x0, x0, algorithm=ttsa, max_steps=300).x), 2)

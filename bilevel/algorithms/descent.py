@@ -80,7 +80,9 @@ class Descent(AbstractAlgorithm[DescentState]):
         >>> import torch
         >>> from bilevel import AID, BilevelProblem, minimize
         >>> from bilevel.solvers import CG, LBFGS, GradientDescent
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> descent = Descent(AID(LBFGS(), CG()), GradientDescent(0.5))
         >>> round(float(minimize(problem, x0, x0, algorithm=descent).x), 4)

@@ -129,10 +129,17 @@ class F2SA(AbstractAlgorithm[Copies]):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=F2SA(0.5, 0.2, weight=10.0), max_steps=200)
-        >>> round(float(solution.x), 4), round(float(solution.y), 4)  # here y_-1 + y_1 - 6 is zero where h is
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=F2SA(0.5, 0.2, weight=10.0), max_steps=200
+        ... )
+        >>> (
+        ...     round(float(solution.x), 4),
+        ...     round(float(solution.y), 4),
+        ... )  # here y_-1 + y_1 - 6 is zero where h is
         (3.0, 3.0)
     """
 

@@ -48,7 +48,9 @@ class FSLA(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> fsla = FSLA(0.5, 0.2, schedule=None)
         >>> round(float(minimize(problem, x0, x0, algorithm=fsla, max_steps=100).x), 3)

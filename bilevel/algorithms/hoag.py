@@ -61,9 +61,16 @@ def hoag(
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
         >>> from bilevel.solvers import CG, LBFGS
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> round(float(minimize(problem, x0, x0, algorithm=hoag(LBFGS(), CG(), 0.5), max_steps=50).x), 6)
+        >>> round(
+        ...     float(
+        ...         minimize(problem, x0, x0, algorithm=hoag(LBFGS(), CG(), 0.5), max_steps=50).x
+        ...     ),
+        ...     6,
+        ... )
         3.0
     """
     from bilevel.solvers.gradient_descent import GradientDescent

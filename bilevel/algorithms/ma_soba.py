@@ -46,7 +46,9 @@ class MASOBA(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> round(float(minimize(problem, x0, x0, algorithm=MASOBA(0.5, 0.05), max_steps=600).x), 4)
         3.0

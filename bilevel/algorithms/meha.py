@@ -103,11 +103,15 @@ class MEHA(AbstractAlgorithm[Envelope]):
     Example:
         >>> from bilevel import BilevelProblem, minimize, prox
         >>> lasso = BilevelProblem(
-        ...     lambda x, y: (y - 1).square() / 2, lambda x, y: (y - 3).square() / 2, prox=lambda x: prox.L1(x)
+        ...     lambda x, y: (y - 1).square() / 2,
+        ...     lambda x, y: (y - 3).square() / 2,
+        ...     prox=lambda x: prox.L1(x),
         ... )
         >>> x0, y0 = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
         >>> algorithm = MEHA(0.3, 0.1, weight=Growth(4.0, exponent=0.25))
-        >>> round(float(minimize(lasso, x0, y0, algorithm=algorithm, max_steps=300).x), 2)  # y*(x) = 3 - x
+        >>> round(
+        ...     float(minimize(lasso, x0, y0, algorithm=algorithm, max_steps=300).x), 2
+        ... )  # y*(x) = 3 - x
         2.0
     """
 

@@ -52,7 +52,9 @@ class MRBO(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> mrbo = MRBO(0.5, 0.3, linear_steps=3)
         >>> round(float(minimize(problem, x0, x0, algorithm=mrbo, max_steps=200).x), 3)
@@ -119,7 +121,9 @@ class SUSTAIN(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> sustain = SUSTAIN(0.5, 0.3, linear_steps=3)
         >>> round(float(minimize(problem, x0, x0, algorithm=sustain, max_steps=300).x), 1)

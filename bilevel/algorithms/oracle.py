@@ -186,10 +186,14 @@ class Oracle:
         >>> from bilevel import BilevelProblem, Split
         >>> from bilevel._tree import ravel
         >>> from bilevel.outer.batches import sources
-        >>> problem = BilevelProblem(lambda x, y, b: (y - b).square(), lambda x, y, b: (y - x - b).square())
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, b: (y - b).square(), lambda x, y, b: (y - x - b).square()
+        ... )
         >>> one, structure = ravel(torch.ones(()))
         >>> data = Split(f=torch.ones(()), g=lambda index: torch.tensor(10.0 * index))
-        >>> oracle = Oracle(FlatProblem(problem, structure, structure), sources(data), Draws(f=1, g=2)).at(3)
+        >>> oracle = Oracle(
+        ...     FlatProblem(problem, structure, structure), sources(data), Draws(f=1, g=2)
+        ... ).at(3)
         >>> oracle.draw("g", 1)  # item 3 * 2 + 1
         tensor(70.)
         >>> oracle.problem(f=0, g=1).g(one, 2 * one)

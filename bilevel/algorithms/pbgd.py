@@ -119,9 +119,13 @@ class PBGD(AbstractAlgorithm[Penalized]):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=PBGD(0.5, 0.02, weight=10.0), max_steps=600)
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=PBGD(0.5, 0.02, weight=10.0), max_steps=600
+        ... )
         >>> round(float(solution.x), 3)
         3.0
     """

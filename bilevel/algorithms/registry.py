@@ -71,7 +71,9 @@ def register_algorithm(name: str, build: Build, description: str) -> None:
             not one line.
 
     Example:
-        >>> register_algorithm("soba-small", lambda setting: SOBA(1e-3, 1e-4), "SOBA with small steps")
+        >>> register_algorithm(
+        ...     "soba-small", lambda setting: SOBA(1e-3, 1e-4), "SOBA with small steps"
+        ... )
         >>> available()["soba-small"]
         'SOBA with small steps'
         >>> del _REGISTERED["soba-small"]

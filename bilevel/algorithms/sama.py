@@ -73,9 +73,13 @@ class SAMA(AbstractAlgorithm[Adapted]):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=SAMA(0.5, 0.1), max_steps=300)  # here H is the identity
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=SAMA(0.5, 0.1), max_steps=300
+        ... )  # here H is the identity
         >>> round(float(solution.x), 3)
         3.0
     """

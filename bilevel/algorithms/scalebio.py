@@ -56,7 +56,9 @@ class ScaleBiO(AbstractPreset):
 
     Example:
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> solution = minimize(problem, x0, x0, algorithm=ScaleBiO(0.1, 0.05), max_steps=150)
         >>> abs(float(solution.x) - 3) < 0.5

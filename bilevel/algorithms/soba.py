@@ -49,9 +49,13 @@ class SOBA(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=SOBA(inner_step=0.5, outer_step=0.1), max_steps=300)
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=SOBA(inner_step=0.5, outer_step=0.1), max_steps=300
+        ... )
         >>> round(float(solution.x), 4), solution.stats.hvps
         (3.0, 301)
     """

@@ -50,10 +50,13 @@ class SRBA(AbstractPreset):
         >>> from bilevel import BilevelProblem, FiniteSum, minimize
         >>> a = torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
         >>> problem = BilevelProblem(
-        ...     lambda x, y, a: (y - a).square().mean() / 2, lambda x, y, a: (y - a * x).square().mean() / 2
+        ...     lambda x, y, a: (y - a).square().mean() / 2,
+        ...     lambda x, y, a: (y - a * x).square().mean() / 2,
         ... )
         >>> x0, data = torch.tensor(0.0, dtype=torch.float64), FiniteSum(a, batch_size=1)
-        >>> solution = minimize(problem, x0, x0, algorithm=SRBA(0.3, 0.02), data=data, max_steps=1500)
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=SRBA(0.3, 0.02), data=data, max_steps=1500
+        ... )
         >>> round(float(solution.x), 6)  # y*(x) = 3.5 x
         1.0
     """
@@ -118,10 +121,13 @@ class SPABA(AbstractPreset):
         >>> from bilevel import BilevelProblem, FiniteSum, minimize
         >>> a = torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
         >>> problem = BilevelProblem(
-        ...     lambda x, y, a: (y - a).square().mean() / 2, lambda x, y, a: (y - a * x).square().mean() / 2
+        ...     lambda x, y, a: (y - a).square().mean() / 2,
+        ...     lambda x, y, a: (y - a * x).square().mean() / 2,
         ... )
         >>> x0, data = torch.tensor(0.0, dtype=torch.float64), FiniteSum(a, batch_size=1)
-        >>> solution = minimize(problem, x0, x0, algorithm=SPABA(0.3, 0.02), data=data, max_steps=1500)
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=SPABA(0.3, 0.02), data=data, max_steps=1500
+        ... )
         >>> round(float(solution.x), 6)  # y*(x) = 3.5 x
         1.0
     """

@@ -50,7 +50,9 @@ class StocBiO(AbstractPreset):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> stocbio = StocBiO(0.5, 0.5, inner_steps=3, linear_steps=3)
         >>> round(float(minimize(problem, x0, x0, algorithm=stocbio, max_steps=100).x), 6)

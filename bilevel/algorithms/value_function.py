@@ -139,7 +139,9 @@ class ValueFunction(AbstractAlgorithm[ValueFunctionState]):
         ...     inequalities=lambda x, y: torch.stack([y - 1, -1 - y]),
         ... )
         >>> x0 = torch.tensor(0.5, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=ValueFunction(), constraint=Box(-2.0, 2.0))
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=ValueFunction(), constraint=Box(-2.0, 2.0)
+        ... )
         >>> round(float(solution.value), 6), solution.converged
         (0.0, True)
     """

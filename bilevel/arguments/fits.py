@@ -118,6 +118,7 @@ def demand_types(owner: Any, wanted: Mapping[str, str] | None = None) -> None:
         >>> @dataclass(frozen=True)
         ... class Solver:
         ...     max_steps: int
+        ...
         ...     def __post_init__(self):
         ...         demand_types(self)
         >>> Solver(2.5)

@@ -23,7 +23,11 @@ class Range:
         closed: whether the upper end is in it.
 
     Example:
-        >>> Range(below=1.0).refuses(1.0), Range(open=True).refuses(float("nan")), Range().refuses(0)
+        >>> (
+        ...     Range(below=1.0).refuses(1.0),
+        ...     Range(open=True).refuses(float("nan")),
+        ...     Range().refuses(0),
+        ... )
         ('below 1', 'positive and finite', '')
     """
 

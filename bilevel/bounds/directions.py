@@ -73,7 +73,9 @@ def truncated_series(
 
     Example:
         >>> constants = Constants(mu=1.0, L=1.0, L_fyy=0.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=2.0)
-        >>> truncated_series(constants, step=0.5, terms=3, distance=0.0, outer_gradient_norm=4.0).bias
+        >>> truncated_series(
+        ...     constants, step=0.5, terms=3, distance=0.0, outer_gradient_norm=4.0
+        ... ).bias
         1.0
     """
     bound = aid(

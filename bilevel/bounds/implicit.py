@@ -85,7 +85,9 @@ def nystrom(
 
     Example:
         >>> constants = Constants(mu=1.0, L=2.0, L_fyy=0.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0)
-        >>> nystrom(constants, distance=0.0, outer_gradient_norm=1.0, damping=1.0, remainder=0.0).total
+        >>> nystrom(
+        ...     constants, distance=0.0, outer_gradient_norm=1.0, damping=1.0, remainder=0.0
+        ... ).total
         0.5
     """
     return aid(

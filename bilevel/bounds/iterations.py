@@ -89,7 +89,9 @@ def cg(constants: Constants, *, steps: int, damping: float = 0.0) -> float:
         ValueError: if a constant is missing or a number out of range.
 
     Example:
-        >>> round(cg(Constants(mu=1.0, L=1.1), steps=1), 9) == round(0.1 / 2.1, 9)  # (kappa - 1) / (kappa + 1)
+        >>> round(cg(Constants(mu=1.0, L=1.1), steps=1), 9) == round(
+        ...     0.1 / 2.1, 9
+        ... )  # (kappa - 1) / (kappa + 1)
         True
     """
     mu, L = known("bounds.cg", constants, "mu", "L")

@@ -64,7 +64,9 @@ def truncated_itd(
 
     Example:
         >>> constants = Constants(mu=1.0, L=3.0, L_fyy=0.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0)
-        >>> truncated_itd(constants, step=0.5, steps=9, truncate=3, distance=1.0, outer_gradient_norm=8.0).bias
+        >>> truncated_itd(
+        ...     constants, step=0.5, steps=9, truncate=3, distance=1.0, outer_gradient_norm=8.0
+        ... ).bias
         1.0
     """
     call = "bounds.truncated_itd"

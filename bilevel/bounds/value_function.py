@@ -50,10 +50,14 @@ def penalty(
             contradicted by M_yy or M_xy.
 
     Example:
-        >>> constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0, L_f_minus=0.0)
+        >>> constants = Constants(
+        ...     mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0, L_f_minus=0.0
+        ... )
         >>> penalty(constants, weight=10.0, outer_gradient_norm=2.0).bias
         0.2
-        >>> penalty(constants, weight=10.0, outer_gradient_norm=2.0, extrapolate=True, quadratic=True).bias
+        >>> penalty(
+        ...     constants, weight=10.0, outer_gradient_norm=2.0, extrapolate=True, quadratic=True
+        ... ).bias
         0.01
     """
     call = "bounds.penalty"

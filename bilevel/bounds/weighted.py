@@ -56,7 +56,9 @@ def f2sa(
             `quadratic` is contradicted by M_yy or M_xy.
 
     Example:
-        >>> constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0, L_f_minus=0.0)
+        >>> constants = Constants(
+        ...     mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0, L_f_minus=0.0
+        ... )
         >>> f2sa(constants, weight=5.0, outer_gradient_norm=2.0, order=1).bias
         0.4
         >>> f2sa(constants, weight=5.0, outer_gradient_norm=2.0, quadratic=True).bias

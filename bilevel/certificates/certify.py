@@ -115,10 +115,14 @@ def certify(
     Example:
         >>> import torch
         >>> from bilevel import hypergradient
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x = torch.tensor(1.0, dtype=torch.float64)
         >>> constants = Constants(mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0)
-        >>> certify(problem, x, hypergradient(problem, x, torch.zeros_like(x)), constants).bound < 1e-6
+        >>> certify(
+        ...     problem, x, hypergradient(problem, x, torch.zeros_like(x)), constants
+        ... ).bound < 1e-6
         True
     """
     if not isinstance(estimate, Estimate) or not isinstance(constants, Constants):

@@ -85,7 +85,9 @@ def estimate_constants(
         ValueError: if a number is out of range; if NaN or Inf is met.
 
     Example:
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> found = estimate_constants(problem, torch.ones(2), torch.ones(2))
         >>> round(found.mu, 3), round(found.L_fyy, 3), round(found.M_yy, 3)
         (1.0, 1.0, 0.0)

@@ -137,7 +137,11 @@ def convert(text: str, wanted: Any) -> Any:
         ValueError: whose text says what was wanted.
 
     Example:
-        >>> convert("3", int | None), convert("none", int | None), convert("1, 2", tuple[float, ...])
+        >>> (
+        ...     convert("3", int | None),
+        ...     convert("none", int | None),
+        ...     convert("1, 2", tuple[float, ...]),
+        ... )
         (3, None, (1.0, 2.0))
     """
     origin, options = typing.get_origin(wanted), typing.get_args(wanted)

@@ -23,7 +23,7 @@ from bilevel.diagnostics.comparison import Comparison
 from bilevel.named.registry import demand_names
 from bilevel.outer.lock import locked
 
-_WIDTH, _HEIGHT, _DPI = 8.0, 5.0, 110
+_WIDTH, _HEIGHT, _DPI = 9.0, 5.0, 110
 
 
 @final

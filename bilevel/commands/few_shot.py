@@ -279,7 +279,7 @@ def _run(going: _Going) -> None:
     def seconds() -> float:
         return earlier + time.perf_counter() - began
 
-    with training_progress(experiment.settings.max_steps, quiet=request.quiet) as show:
+    with training_progress(experiment.settings.max_steps, quiet=request.quiet, name=request.problem) as show:
         try:
             try:
                 out, resume = str(folder.path), saving.resume

@@ -14,6 +14,7 @@ from bilevel._linear import AbstractLinearSolver, AbstractPreconditioner
 from bilevel._optimizer import AbstractMinimizer, AbstractOptimizer, AbstractOuterDriver
 from bilevel.arguments.nearest import nearest
 from bilevel.named.registration import AUTO
+from bilevel.portable.folded import folded
 
 _SHORT = {"gd": "gradient-descent"}
 _ROLES: dict[str, type] = {
@@ -107,14 +108,15 @@ def literature(*, as_json: bool) -> str:
         [head]
         + [
             f"{each.kind:<{kinds}}  {each.name:<{width}}  {each.sizes[0]}  {each.sizes[1]}  {each.best.f:.6g}"
-            + ("" if each.certain else " (as the source says)")
+            + ("" if each.certain else " *")
             for each in STATEMENTS.values()
         ]
+        + ["* as the source says; no numerical evidence beyond it that this is the best"]
     )
 
 
 def _lines(names: Mapping[str, str], width: int) -> str:
-    return "\n".join(f"  {name:<{width}}  {description}" for name, description in names.items())
+    return "\n".join(folded(description, f"  {name:<{width}}  ") for name, description in names.items())
 
 
 def _classes(module: ModuleType, role: type) -> list[type]:

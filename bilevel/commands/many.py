@@ -21,6 +21,7 @@ from bilevel.commands.plan import Request
 from bilevel.commands.progress import note
 from bilevel.commands.raised import Failure
 from bilevel.commands.result import plain
+from bilevel.portable.folded import COLUMNS
 
 _OPTIONS: Mapping[str, Callable[[str], Any]] = {
     **dict.fromkeys(("estimator", "algorithm", "outer"), str),
@@ -145,7 +146,8 @@ def run_many(
     write_atomically(out / "runs.json", lambda file: file.write(text.encode()))
     if not quiet:
         print(shown(names, table))
-        print(f"{out}: {len(rows)} runs, runs.json. `bilevel report {out}/*/` shows them side by side.")
+        print(f"{out}: {len(rows)} runs, runs.json. All of them side by side:")
+        print(f"  bilevel report {out}/*/")
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise Failure(f"{len(failures)} of {len(made)} runs did not succeed. {failures[0]}{more}")
@@ -198,7 +200,7 @@ def _runs(row: Mapping[str, Any]) -> str:
     return str(row["runs"]) if row["succeeded"] == row["runs"] else f"{row['succeeded']} of {row['runs']}"
 
 
-def shown(names: Sequence[str], table: Sequence[Mapping[str, Any]], width: int = 80) -> str:
+def shown(names: Sequence[str], table: Sequence[Mapping[str, Any]], width: int = COLUMNS) -> str:
     """The table as text within `width` columns: names that do not fit beside each other go below."""
     keys = list(table[0]["combination"]) if table else []
     head = [*keys, "runs", *names]

@@ -52,10 +52,10 @@ def _curves(figure: Any, history: Sequence[Record]) -> None:
     curves = {"Phi": [record.value for record in history], "|h|": [record.grad_norm for record in history]}
     for column, (name, values) in enumerate(curves.items()):
         axes = figure.add_subplot(1, 2, column + 1)
-        axes.plot(steps, values, color="#4c72b0", marker="." if len(steps) < 30 else "")
+        axes.plot(steps, values, color="#0072b2", marker="." if len(steps) < 30 else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("outer step")
-        axes.set_title(name, loc="left")
+        axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if _spans_decades(values):
             axes.set_yscale("log")

@@ -35,9 +35,9 @@ def draw_training(
     seconds = [line["elapsed"] for line in lines]
     losses = [float(line["value"]) for line in lines]  # "NaN" where there was none
     left, right, *more = figure.subplots(1, 2 if paths is None else 3)
-    left.plot(seconds, losses, color="#4c72b0", alpha=0.3 if len(losses) > _SMOOTH else 1.0, linewidth=0.8)
+    left.plot(seconds, losses, color="#0072b2", alpha=0.3 if len(losses) > _SMOOTH else 1.0, linewidth=0.8)
     if len(losses) > _SMOOTH:
-        left.plot(seconds, _running_mean(losses, max(len(losses) // _SMOOTH, 5)), color="#4c72b0")
+        left.plot(seconds, _running_mean(losses, max(len(losses) // _SMOOTH, 5)), color="#0072b2")
     left.set_title("outer loss on training tasks", loc="left")
     validations = [line["validation"] for line in lines if line.get("validation")]
     metric = validations[0]["metric"] if validations else "score"
@@ -45,14 +45,14 @@ def draw_training(
         at = [validation["seconds"] for validation in validations]
         scores = [float(validation["score"]) for validation in validations]
         errors = [float(validation["interval"]) for validation in validations]
-        right.errorbar(at, scores, errors, color="#c44e52", marker=".", linewidth=1, label="validation")
+        right.errorbar(at, scores, errors, color="#d55e00", marker=".", linewidth=1, label="validation")
         if metric == "return":
             before = [float(validation["before"]) for validation in validations]
-            right.plot(at, before, color="#8172b2", marker=".", linewidth=1, linestyle="--", label="before adaptation")
+            right.plot(at, before, color="#cc79a7", marker=".", linewidth=1, linestyle="--", label="before adaptation")
     if test is not None:
         mean, interval = float(test["score"]["mean"]), float(test["score"]["interval"])
-        right.axhline(mean, color="#55a868", linewidth=1, label=f"test {mean:.4g} +- {interval:.2g}")
-        right.axhspan(mean - interval, mean + interval, color="#55a868", alpha=0.2, linewidth=0)
+        right.axhline(mean, color="#009e73", linewidth=1, label=f"test {mean:.4g} +- {interval:.2g}")
+        right.axhspan(mean - interval, mean + interval, color="#009e73", alpha=0.2, linewidth=0)
     if validations or test is not None:
         right.legend(frameon=False)
     right.set_title(f"{metric} on new tasks after adaptation", loc="left")
@@ -66,7 +66,7 @@ def draw_training(
 
 def _draw_paths(axes: Any, paths: Mapping[str, Any]) -> None:
     """A path before and one after adaptation in each task, and its goal."""
-    colors = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b2")
+    colors = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7")
     for k, (goal, before, after) in enumerate(zip(paths["goals"], paths["before"], paths["after"], strict=True)):
         color = colors[k % len(colors)]
         axes.plot(*zip(*before, strict=True), color="#999999", linewidth=0.8, label=None if k else "before adaptation")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
-from bilevel.outer.progress import LINES, Show, State, is_fancy, shown
+from bilevel.outer.progress import LINES, Show, State, is_fancy, remaining, shown
+from bilevel.portable.folded import COLUMNS
 
 if TYPE_CHECKING:
     from bilevel.few_shot.train import Progress
-
-_COLUMNS = 80
 
 
 @contextlib.contextmanager
@@ -27,14 +27,14 @@ def progress(max_steps: int, *, quiet: bool, state: State | None = None, name: s
 
 
 @contextlib.contextmanager
-def training_progress(max_steps: int, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def training_progress(max_steps: int, *, quiet: bool, name: str = "") -> Iterator[Callable[[Progress], None]]:
     """A function to be called with the progress of each training step; without a terminal, a line a validation."""
     if quiet:
         yield lambda progress: None  # noqa: ARG005
     elif is_fancy(sys.stderr):
         latest: list[Progress] = []
         told_so_far = _Training()
-        with shown(max_steps, state=lambda _: told_so_far.of(latest[-1])) as show:
+        with shown(max_steps, name, lambda _: told_so_far.of(latest[-1])) as show:
 
             def update(progress: Progress) -> None:
                 latest[:] = [progress]
@@ -42,12 +42,14 @@ def training_progress(max_steps: int, *, quiet: bool) -> Iterator[Callable[[Prog
 
             yield update
     else:
-        every, told = max(1, max_steps // LINES), _Training()
+        every, told, prefix = max(1, max_steps // LINES), _Training(), f"{name}: " if name else ""
+        begun = time.monotonic()
 
         def line(progress: Progress) -> None:
             text, step = told.of(progress), progress.record.step
             if progress.validation is not None or step % every == 0 or step == max_steps:
-                print(f"step {step:>{len(str(max_steps))}}/{max_steps}  {text}", file=sys.stderr)
+                left = remaining(step, max_steps, time.monotonic() - begun)
+                print(f"{prefix}step {step:>{len(str(max_steps))}}/{max_steps}  {text}{left}", file=sys.stderr)
 
         yield line
 
@@ -90,7 +92,7 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     print(title)
     for name, value in rows:
-        for line in textwrap.wrap(value, max(20, _COLUMNS - width - 4), break_long_words=False) or [""]:
+        for line in textwrap.wrap(value, max(20, COLUMNS - width - 4), break_long_words=False) or [""]:
             print(f"  {name:<{width}}  {line}".rstrip())
             name = ""
 

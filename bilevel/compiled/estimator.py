@@ -54,7 +54,9 @@ class Compiled(AbstractEstimator):
         >>> import torch
         >>> from bilevel import AID, BilevelProblem, hypergradient
         >>> from bilevel.solvers import CG, GradientDescent, Iterate
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> aid = AID(Iterate(GradientDescent(1.0), max_steps=1), CG(rtol=1e-6))
         >>> compiled = Compiled(aid, backend="eager")
         >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=compiled).grad

@@ -90,8 +90,12 @@ def check(
         ValueError: if x, y0 and data do not fit together; if there is neither y0 nor `init`.
 
     Example:
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
-        >>> check(problem, torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)).ok
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum()
+        ... )
+        >>> check(
+        ...     problem, torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        ... ).ok
         True
     """
     demand_autograd("check")

@@ -78,7 +78,9 @@ def compare(
     Example:
         >>> import torch
         >>> curvature = torch.tensor([1.0, 2.0], dtype=torch.float64)
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: curvature @ (y - x).square())
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum(), lambda x, y: curvature @ (y - x).square()
+        ... )
         >>> x = torch.ones(2, dtype=torch.float64)
         >>> found = compare(problem, x, torch.zeros_like(x), estimators=["aid-cg", "one-step"])
         >>> [row.name for row in found.rows if row.relative < 1e-6]

@@ -6,12 +6,16 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
-from bilevel._result import Stats
+from bilevel._result import Stats, Status
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.colors import style
+from bilevel.portable.folded import COLUMNS, folded
 from bilevel.portable.frames import frame
 from bilevel.portable.html import grid
 
 _HEAD = ("estimator", "budget", "error/|h|", "certified", "std. error", "1-cos", "calls", "ms", "MB", "status")
+_NARROW = ("estimator", "budget", "error", "bound", "std.", "1-cos", "calls", "ms", "MB", "ok")  # in 80 columns
+_WORDS = {"error": "that of the hypergradient", "bound": "what is certified of it", "std.": "its standard error"}
 
 
 @final
@@ -108,16 +112,22 @@ class Comparison:
         return grid(self._title, _HEAD, [self._cells(row) for row in self.rows if row.applies], self._notes())
 
     def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [_HEAD]
-        for row in self.rows:
-            if row.applies:
-                table.append(self._cells(row))
-        shown = [i for i in range(len(_HEAD)) if i == 0 or any(line[i] for line in table[1:])]  # no empty columns
-        widths = [max(len(line[i]) for line in table) for i in range(len(_HEAD))]
+        applying = [row for row in self.rows if row.applies]
+        table = [_NARROW, *((*self._cells(row)[:-1], _answer(row)) for row in applying)]
+        shown = [i for i in range(len(_NARROW)) if i == 0 or any(line[i] for line in table[1:])]  # no empty columns
+        widths = [max(len(line[i]) for line in table) for i in range(len(_NARROW))]
+        roomy = sum(widths[i] + 2 for i in shown) - 2 <= COLUMNS
         lines = [
-            "  ".join(line[i].ljust(widths[i]) if i == 0 else line[i].rjust(widths[i]) for i in shown) for line in table
+            ("  " if roomy else " ").join(
+                line[i].ljust(widths[i]) if i == 0 else line[i].rjust(widths[i]) for i in shown
+            )
+            for line in table
         ]
-        return "\n".join(line.rstrip() for line in (self._title, *lines, *self._notes()))
+        units = ", ".join(f"{name}: {_WORDS[name]}" for i, name in enumerate(_NARROW) if i in shown and name in _WORDS)
+        units += "; in units of |h|"
+        failed = [f"{row.name}: {row.status}" for row in applying if _answer(row) == "no"]
+        notes = [folded(note, rest="  ") for note in dict.fromkeys((self._title, units, *failed, *self._notes()))]
+        return "\n".join(line.rstrip() for line in (notes[0], *lines, *notes[1:]))
 
     @property
     def _title(self) -> str:
@@ -142,10 +152,10 @@ class Comparison:
             number(row.relative),
             number(None if row.certificate is None else row.certificate / scale),
             number(None if row.standard_error is None else row.standard_error / scale),
-            number(None if row.cosine is None else 1 - row.cosine),
+            number(None if row.cosine is None else max(0.0, 1 - row.cosine)),
             str(row.cost),
             number(None if row.seconds is None else 1e3 * row.seconds, ".3g"),
-            number(None if row.memory is None else row.memory / 1e6, ".3g"),
+            number(None if row.memory is None else row.memory / 1e6, ".2g"),
             row.status,
         )
 
@@ -160,10 +170,9 @@ class Comparison:
         scale = self.norm or 1.0
         for index, name in enumerate(names):
             rows = sorted((r for r in self.rows if r.name == name and r.applies), key=lambda r: r.cost or 0)
-            color = f"C{index % 10}"
-            axes.plot(
-                [r.cost for r in rows], [max(r.relative or 0.0, 1e-17) for r in rows], "o-", color=color, label=name
-            )
+            color, marker = style(index)
+            errors = [max(r.relative or 0.0, 1e-17) for r in rows]
+            axes.plot([r.cost for r in rows], errors, linestyle="-", color=color, marker=marker, label=name)
             if all(r.certificate is not None for r in rows):
                 axes.plot(
                     [r.cost for r in rows], [(r.certificate or 0.0) / scale for r in rows], ".--", color=color, lw=0.8
@@ -175,4 +184,11 @@ class Comparison:
             ylabel="relative error (dashed: certificate)",
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the lines
+
+
+def _answer(row: Row) -> str:
+    """Whether the estimate succeeded, in a word; empty where there is no status."""
+    if row.status not in Status.__members__:
+        return row.status
+    return "yes" if Status[row.status].ok else "no"

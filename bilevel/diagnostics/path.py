@@ -82,7 +82,9 @@ def solution_path(
         >>> from bilevel.prox import L1
         >>> a = torch.tensor([3.0, 1.0])
         >>> lasso = BilevelProblem(
-        ...     lambda x, y: (y - 2).square().sum(), lambda x, y: (y - a).square().sum() / 2, prox=lambda x: L1(x)
+        ...     lambda x, y: (y - 2).square().sum(),
+        ...     lambda x, y: (y - a).square().sum() / 2,
+        ...     prox=lambda x: L1(x),
         ... )
         >>> path = solution_path(lasso, [torch.tensor(2.0), torch.tensor(0.5)], torch.zeros(2))
         >>> [y.round(decimals=2).tolist() for y in path.y], path.best

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from bilevel.arguments.fits import demand_types
+from bilevel.portable.folded import folded
 from bilevel.portable.html import grid
 
 
@@ -78,14 +79,14 @@ class Check:
         width = max(len(v.name) for v in self.verdicts)
         lines = []
         for v in self.verdicts:
-            lines.append(f"{v.outcome.value:>4}  {v.name:<{width}}  {v.found}")
+            lines.append(folded(v.found, f"{v.outcome.value:>4}  {v.name:<{width}}  "))
             if v.remedy:
-                lines.append(f"{'':>4}  {'':<{width}}  -> {v.remedy}")
+                lines.append(folded(v.remedy, f"{'':>4}  {'':<{width}}  -> "))
         apply = [name for name, why in self.estimators.items() if not why]
-        lines.append(f"estimators that apply: {', '.join(apply) or 'none'}")
+        lines.append(folded(f"estimators that apply: {', '.join(apply) or 'none'}", rest="  "))
         refused: dict[str, list[str]] = {}
         for name, why in self.estimators.items():
             if why:
                 refused.setdefault(why, []).append(name)
-        lines += [f"  not {', '.join(names)}: {why}" for why, names in refused.items()]
+        lines += [folded(f"not {', '.join(names)}: {why}", "  ", "    ") for why, names in refused.items()]
         return "\n".join(lines)

@@ -68,7 +68,9 @@ class Clients(AbstractClients):
         ValueError: if the tensors do not share a leading axis, weights are none, or the problem has tasks.
 
     Example:
-        >>> problem = BilevelProblem(lambda x, y, a: (y - a).square(), lambda x, y, a: (y - a * x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square(), lambda x, y, a: (y - a * x).square() / 2
+        ... )
         >>> clients = Clients(problem, torch.ones(()), torch.zeros(()), torch.arange(4.0))
         >>> clients.inner_gradients(torch.tensor([1, 3]), torch.ones(1), torch.zeros(2, 1))
         tensor([[-1.],

@@ -98,11 +98,15 @@ def federate(
     Example:
         >>> from bilevel import BilevelProblem
         >>> from bilevel.federated import Clients, FederatedSOBA
-        >>> problem = BilevelProblem(lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> clients = Clients(problem, x0, x0, torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
         >>> half = Participation(share=0.67, seed=1)
-        >>> found = federate(clients, x0, x0, method=FederatedSOBA(0.1, 0.01), steps=100, participation=half)
+        >>> found = federate(
+        ...     clients, x0, x0, method=FederatedSOBA(0.1, 0.01), steps=100, participation=half
+        ... )
         >>> found.traffic  # 2 of 3 clients, three vectors of one number of 8 bytes each way
         Traffic(rounds=100, down=4800, up=4800)
     """

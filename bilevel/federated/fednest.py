@@ -46,10 +46,14 @@ class FedNest(AbstractMethod):
         >>> import torch
         >>> from bilevel import BilevelProblem
         >>> from bilevel.federated import Clients, federate
-        >>> problem = BilevelProblem(lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> clients = Clients(problem, x0, x0, torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
-        >>> found = federate(clients, x0, x0, method=FedNest(0.5, 0.05, inner_rounds=5, terms=9), steps=60)
+        >>> found = federate(
+        ...     clients, x0, x0, method=FedNest(0.5, 0.05, inner_rounds=5, terms=9), steps=60
+        ... )
         >>> round(float(found.x), 3), found.traffic.rounds
         (1.0, 960)
     """

@@ -47,7 +47,9 @@ class FederatedMAML(AbstractMethod):
         >>> import torch
         >>> from bilevel import BilevelProblem
         >>> from bilevel.federated import Clients, federate
-        >>> problem = BilevelProblem(lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> clients = Clients(problem, x0, x0, torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
         >>> found = federate(clients, x0, x0, method=FederatedMAML(0.5, 1.0), steps=200)

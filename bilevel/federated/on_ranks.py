@@ -33,11 +33,15 @@ class ClientsOnRanks(AbstractClients):
         >>> from torch import distributed
         >>> from bilevel import BilevelProblem
         >>> from bilevel.federated import Clients, FederatedSOBA, federate
-        >>> problem = BilevelProblem(lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> own = Clients(problem, x0, x0, torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
         >>> with tempfile.NamedTemporaryFile() as file:
-        ...     distributed.init_process_group("gloo", init_method=f"file://{file.name}.0", rank=0, world_size=1)
+        ...     distributed.init_process_group(
+        ...         "gloo", init_method=f"file://{file.name}.0", rank=0, world_size=1
+        ...     )
         >>> clients = ClientsOnRanks(own, distributed.group.WORLD)
         >>> found = federate(clients, x0, x0, method=FederatedSOBA(0.5, 0.02), steps=400)
         >>> distributed.destroy_process_group()

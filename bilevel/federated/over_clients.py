@@ -70,8 +70,12 @@ class OverClients(AbstractAlgorithm[ServedState]):
         >>> from bilevel import BilevelProblem, minimize
         >>> from bilevel.federated import Clients, FederatedSOBA
         >>> a = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
-        >>> one = BilevelProblem(lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2)
-        >>> all_of_them = BilevelProblem(lambda x, y: one.f(x, y, a).mean(), lambda x, y: one.g(x, y, a).mean())
+        >>> one = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2
+        ... )
+        >>> all_of_them = BilevelProblem(
+        ...     lambda x, y: one.f(x, y, a).mean(), lambda x, y: one.g(x, y, a).mean()
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> algorithm = OverClients(Clients(one, x0, x0, a), FederatedSOBA(0.5, 0.02))
         >>> found = minimize(all_of_them, x0, x0, algorithm=algorithm, max_steps=400)

@@ -35,7 +35,9 @@ class Participation:
         ValueError: if `share` is not in (0, 1], or `dropout` and `late` are below 0 or 1 in sum.
 
     Example:
-        >>> Participation(share=0.5).asked(6, number=0).tolist() != Participation(share=0.5).asked(6, number=1).tolist()
+        >>> Participation(share=0.5).asked(6, number=0).tolist() != Participation(share=0.5).asked(
+        ...     6, number=1
+        ... ).tolist()
         True
     """
 

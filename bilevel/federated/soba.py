@@ -48,7 +48,9 @@ class FederatedSOBA(AbstractMethod):
         >>> import torch
         >>> from bilevel import BilevelProblem
         >>> from bilevel.federated import Clients, federate
-        >>> problem = BilevelProblem(lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y, a: (y - a).square() / 2, lambda x, y, a: (y - a * x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> clients = Clients(problem, x0, x0, torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
         >>> found = federate(clients, x0, x0, method=FederatedSOBA(0.5, 0.02), steps=400)

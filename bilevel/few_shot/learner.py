@@ -73,7 +73,9 @@ class Learner(AbstractPortable):
 
         Example:
             >>> from bilevel.problems import maml
-            >>> maml(nn.LSTM(2, 1), lambda output, target: (output[0] - target).square().mean()).looped().problem.tasks
+            >>> maml(
+            ...     nn.LSTM(2, 1), lambda output, target: (output[0] - target).square().mean()
+            ... ).looped().problem.tasks
             'loop'
         """
         problem = copy.copy(self.problem)

@@ -39,7 +39,10 @@ def conv_net(
         ValueError: if a number is not positive.
 
     Example:
-        >>> conv_net(8)(torch.zeros(2, 1, 28, 28)).shape, conv_net(8, classes=5)(torch.zeros(2, 1, 28, 28)).shape
+        >>> (
+        ...     conv_net(8)(torch.zeros(2, 1, 28, 28)).shape,
+        ...     conv_net(8, classes=5)(torch.zeros(2, 1, 28, 28)).shape,
+        ... )
         (torch.Size([2, 32]), torch.Size([2, 5]))
     """
     with RANDOM, torch.random.fork_rng(devices=[]):

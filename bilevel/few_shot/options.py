@@ -165,7 +165,9 @@ class Reporting(AbstractPortable):
         TypeError: if the callback is no function.
 
     Example:
-        >>> Reporting(lambda progress: progress.record.value < 0.1, score_every=1).tensorboard is None
+        >>> Reporting(
+        ...     lambda progress: progress.record.value < 0.1, score_every=1
+        ... ).tensorboard is None
         True
     """
 

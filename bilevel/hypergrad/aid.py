@@ -95,7 +95,9 @@ class AID(AbstractImplicit):
         >>> import torch
         >>> from bilevel import AID, BilevelProblem, hypergradient
         >>> from bilevel.solvers import CG, LBFGS
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> aid = AID(inner=LBFGS(tol=1e-8), linear=CG(rtol=1e-8))
         >>> hypergradient(problem, torch.ones(2), torch.zeros(2), estimator=aid).grad
         tensor([-2., -2.])

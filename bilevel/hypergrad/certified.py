@@ -85,7 +85,9 @@ class Certified(AbstractEstimator):
         >>> import torch
         >>> from bilevel import AID, BilevelProblem, Constants, hypergradient
         >>> from bilevel.solvers import CG, LBFGS
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> known = Constants(mu=1.0, L_fyy=1.0, L_fxy=0.0, M_yy=0.0, M_xy=0.0, C_G=1.0)
         >>> certified = Certified(AID(LBFGS(), CG()), target_error=1e-6, constants=known)
         >>> x = torch.ones(2, dtype=torch.float64)

@@ -49,7 +49,9 @@ class CompiledITD(AbstractEstimator):
     Example:
         >>> from bilevel import BilevelProblem, hypergradient
         >>> from bilevel.solvers import GradientDescent, Iterate
-        >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> compiled = CompiledITD(Iterate(GradientDescent(0.5), max_steps=2), backend="eager")
         >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=compiled).grad
         tensor([0.5625])

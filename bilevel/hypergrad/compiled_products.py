@@ -41,7 +41,9 @@ class CompiledProducts(AbstractProducts):
     Example:
         >>> from bilevel import AID, BilevelProblem, hypergradient
         >>> from bilevel.solvers import CG, GradientDescent, Iterate
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> inner = Iterate(GradientDescent(1.0), max_steps=1)
         >>> aid = AID(inner, CG(rtol=1e-6), products=CompiledProducts(backend="eager"))
         >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=aid).grad

@@ -87,8 +87,15 @@ class ESJ(AbstractEstimator):
         >>> import torch
         >>> from bilevel import ESJ, BilevelProblem, hypergradient
         >>> from bilevel.solvers import GradientDescent, Iterate
-        >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
-        >>> esj = ESJ(Iterate(GradientDescent(1.0), max_steps=1), directions=2, radius=0.5, distribution="orthonormal")
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
+        >>> esj = ESJ(
+        ...     Iterate(GradientDescent(1.0), max_steps=1),
+        ...     directions=2,
+        ...     radius=0.5,
+        ...     distribution="orthonormal",
+        ... )
         >>> x = torch.tensor([1.0, 2.0])
         >>> torch.allclose(hypergradient(problem, x, torch.zeros(2), estimator=esj).grad, x)
         True

@@ -55,9 +55,13 @@ class FiniteDifference(AbstractEstimator):
     Example:
         >>> from bilevel import BilevelProblem, FiniteDifference, hypergradient
         >>> from bilevel.solvers import LBFGS
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> x = torch.ones(1, dtype=torch.float64)
-        >>> hypergradient(problem, x, torch.zeros_like(x), estimator=FiniteDifference(LBFGS(tol=1e-10))).grad
+        >>> hypergradient(
+        ...     problem, x, torch.zeros_like(x), estimator=FiniteDifference(LBFGS(tol=1e-10))
+        ... ).grad
         tensor([-2.0000], dtype=torch.float64)
     """
 

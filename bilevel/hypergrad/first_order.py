@@ -46,10 +46,14 @@ class FirstOrder(AbstractEstimator):
         >>> from bilevel import BilevelProblem, hypergradient
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> maml = BilevelProblem(
-        ...     lambda x, y: y.square().sum() / 2, lambda x, y: (y - 1).square().sum() / 2, init=lambda x: x
+        ...     lambda x, y: y.square().sum() / 2,
+        ...     lambda x, y: (y - 1).square().sum() / 2,
+        ...     init=lambda x: x,
         ... )
         >>> inner = Iterate(GradientDescent(0.5), max_steps=1)
-        >>> hypergradient(maml, torch.zeros(1), torch.zeros(1), estimator=FirstOrder(inner)).grad  # grad f at y = 0.5
+        >>> hypergradient(
+        ...     maml, torch.zeros(1), torch.zeros(1), estimator=FirstOrder(inner)
+        ... ).grad  # grad f at y = 0.5
         tensor([0.5000])
     """
 
@@ -103,10 +107,14 @@ class Reptile(AbstractEstimator):
         >>> from bilevel import BilevelProblem, hypergradient
         >>> from bilevel.solvers import GradientDescent, Iterate
         >>> maml = BilevelProblem(
-        ...     lambda x, y: y.square().sum() / 2, lambda x, y: (y - 1).square().sum() / 2, init=lambda x: x
+        ...     lambda x, y: y.square().sum() / 2,
+        ...     lambda x, y: (y - 1).square().sum() / 2,
+        ...     init=lambda x: x,
         ... )
         >>> inner = Iterate(GradientDescent(0.5), max_steps=2)
-        >>> hypergradient(maml, torch.zeros(1), torch.zeros(1), estimator=Reptile(inner)).grad  # 0 - y_2
+        >>> hypergradient(
+        ...     maml, torch.zeros(1), torch.zeros(1), estimator=Reptile(inner)
+        ... ).grad  # 0 - y_2
         tensor([-0.7500])
     """
 

@@ -35,8 +35,12 @@ class Online(AbstractEstimator):
         >>> from bilevel.solvers import CG, GradientDescent, Iterate
         >>> def aid(steps):
         ...     return AID(Iterate(GradientDescent(0.5), max_steps=steps), CG())
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
-        >>> found = minimize(problem, torch.tensor(0.0), torch.tensor(0.0), estimator=Online(aid(20), aid(1)))
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
+        >>> found = minimize(
+        ...     problem, torch.tensor(0.0), torch.tensor(0.0), estimator=Online(aid(20), aid(1))
+        ... )
         >>> abs(float(found.x) - 3) < 0.1
         True
     """

@@ -72,7 +72,9 @@ class Penalty(AbstractEstimator):
     Example:
         >>> from bilevel import BilevelProblem, Penalty, hypergradient
         >>> from bilevel.solvers import LBFGS
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> penalty = Penalty(LBFGS(tol=1e-10), weight=99.0)
         >>> x = torch.ones(1, dtype=torch.float64)
         >>> hypergradient(problem, x, torch.zeros_like(x), estimator=penalty).grad  # -2 * 99 / 100

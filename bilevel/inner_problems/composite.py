@@ -66,7 +66,9 @@ class Composite(AbstractInnerProblem):
         >>> from bilevel.solvers import CG, ProximalGradient
         >>> a = torch.tensor([3.0, 0.5])
         >>> lasso = Composite(lambda x, y: (y - a).square().sum() / 2, lambda x: L1(x))
-        >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, inner=lasso)  # y* = (3 - x, 0) at x = 1
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y.square().sum() / 2, inner=lasso
+        ... )  # y* = (3 - x, 0) at x = 1
         >>> aid = AID(ProximalGradient(step=1.0), CG())
         >>> hypergradient(problem, torch.tensor(1.0), torch.zeros(2), estimator=aid).grad
         tensor(-2.)

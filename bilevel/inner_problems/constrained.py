@@ -46,7 +46,9 @@ class LinearlyConstrained(AbstractInnerProblem):
 
     Example:
         >>> from bilevel import BilevelProblem, hypergradient
-        >>> nearest = LinearlyConstrained(lambda x, y: (y - x).square().sum(), lambda x: Polytope(lower=0.0))
+        >>> nearest = LinearlyConstrained(
+        ...     lambda x, y: (y - x).square().sum(), lambda x: Polytope(lower=0.0)
+        ... )
         >>> problem = BilevelProblem(lambda x, y: y.sum(), inner=nearest)
         >>> hypergradient(problem, torch.tensor([1.0, -1.0]), torch.zeros(2)).grad
         tensor([1., 0.])

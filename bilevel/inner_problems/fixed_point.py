@@ -58,7 +58,9 @@ class FixedPoint(AbstractInnerProblem):
 
     Example:
         >>> from bilevel import BilevelProblem, hypergradient
-        >>> problem = BilevelProblem(lambda x, y: y.sum(), fixed_point=lambda x, y: -2 * y + 3 * x)  # y* = x
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y.sum(), fixed_point=lambda x, y: -2 * y + 3 * x
+        ... )  # y* = x
         >>> hypergradient(problem, torch.ones(2), torch.zeros(2)).grad.round(decimals=3)
         tensor([1., 1.])
     """

@@ -49,10 +49,14 @@ class Iteration(AbstractInnerProblem):
         >>> from bilevel import ITD, BilevelProblem, hypergradient
         >>> from bilevel.solvers import OwnSteps
         >>> descent = Iteration(
-        ...     lambda x, y, gradient, k: y - x * gradient, steps=2, objective_function=lambda x, y: y.square() / 2
+        ...     lambda x, y, gradient, k: y - x * gradient,
+        ...     steps=2,
+        ...     objective_function=lambda x, y: y.square() / 2,
         ... )
         >>> problem = BilevelProblem(lambda x, y: y, inner=descent)  # y_2 = (1 - x)^2 y_0
-        >>> hypergradient(problem, torch.tensor(0.25), torch.tensor(1.0), estimator=ITD(OwnSteps())).grad
+        >>> hypergradient(
+        ...     problem, torch.tensor(0.25), torch.tensor(1.0), estimator=ITD(OwnSteps())
+        ... ).grad
         tensor(-1.5000)
     """
 

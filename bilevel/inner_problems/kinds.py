@@ -26,7 +26,9 @@ def inner_problem(problem: BilevelProblem) -> AbstractInnerProblem:
     """The kind of inner problem that was given as `inner=`, or follows from the other arguments of `problem`.
 
     Example:
-        >>> type(inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))).__name__
+        >>> type(
+        ...     inner_problem(BilevelProblem(lambda x, y: y, lambda x, y: y * y, iterative=True))
+        ... ).__name__
         'Iteration'
     """
     if not isinstance(problem, BilevelProblem):  # several times at every step: without what looks at annotations

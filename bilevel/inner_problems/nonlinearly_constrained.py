@@ -62,9 +62,13 @@ class NonlinearlyConstrained(AbstractInnerProblem):
 
     Example:
         >>> from bilevel import BilevelProblem, hypergradient
-        >>> ball = NonlinearlyConstrained(lambda x, y: (y - x).square().sum(), lambda x, y: y.square().sum() - 1)
+        >>> ball = NonlinearlyConstrained(
+        ...     lambda x, y: (y - x).square().sum(), lambda x, y: y.square().sum() - 1
+        ... )
         >>> problem = BilevelProblem(lambda x, y: y[0], inner=ball)  # y* = x / |x|
-        >>> hypergradient(problem, torch.tensor([3.0, 4.0]).double(), torch.zeros(2).double()).grad.round(decimals=6)
+        >>> hypergradient(
+        ...     problem, torch.tensor([3.0, 4.0]).double(), torch.zeros(2).double()
+        ... ).grad.round(decimals=6)
         tensor([ 0.1280, -0.0960], dtype=torch.float64)
     """
 

@@ -60,8 +60,12 @@ class ProximalFixedPoint(AbstractInnerProblem):
         >>> from bilevel.prox import L1
         >>> from bilevel.solvers import GMRES, ProximalGradient
         >>> a = torch.tensor([3.0, 0.5])
-        >>> lasso = ProximalFixedPoint(lambda x, y: (y - a).square().sum() / 2, lambda x: L1(x), step=0.5)
-        >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, inner=lasso)  # y* = (3 - x, 0) at x = 1
+        >>> lasso = ProximalFixedPoint(
+        ...     lambda x, y: (y - a).square().sum() / 2, lambda x: L1(x), step=0.5
+        ... )
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y.square().sum() / 2, inner=lasso
+        ... )  # y* = (3 - x, 0) at x = 1
         >>> aid = AID(ProximalGradient(step=1.0), GMRES())
         >>> hypergradient(problem, torch.tensor(1.0), torch.zeros(2), estimator=aid).grad
         tensor(-2.)

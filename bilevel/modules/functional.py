@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bilevel.arguments.checked import checked
 from bilevel.arguments.fits import demand_types
 from bilevel.arguments.ranges import SEED
+from bilevel.arguments.uncompiled import uncompiled
 from bilevel.modules.attributes import attributes, place, reached
 from bilevel.modules.calls import Calls
 from bilevel.modules.copies import left_by_calls, whole_copy
@@ -29,6 +30,8 @@ def functional(
     return the same value for the same arguments. A module in train mode does not: dropout draws a new mask at
     each call, and batch normalization writes to its running statistics. Here both are settled beforehand. The
     module is copied and never touched; a layer in eval mode is used as it is.
+
+    A module that went through `torch.compile` is taken as it was before.
 
     Every call finds the module as it was given: attributes, buffers and generators that a forward writes to are as
     before at the next call, in any thread. A parameter that is reached otherwise than through the registry (a list, a
@@ -85,6 +88,7 @@ def functional(
             raise ValueError(f"`functional({name}=...)` must be one of {', '.join(allowed)}. Got {value!r}.")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"`functional(seed=...)` must be an integer. Got {type(seed).__name__}.")
+    module = uncompiled(module)
     lazy = [name for name, p in module.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(

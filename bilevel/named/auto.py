@@ -52,7 +52,9 @@ class Auto(AbstractPortable):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, hypergradient
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum())
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum(), lambda x, y: (y - x).square().sum()
+        ... )
         >>> x = torch.ones(2, dtype=torch.float64)
         >>> hypergradient(problem, x, torch.zeros_like(x), estimator="auto").note[:6]
         'chosen'

@@ -115,8 +115,14 @@ def register_estimator(name: str, build: Builder, description: str) -> None:
         >>> import torch
         >>> from bilevel import AID, BilevelProblem, hypergradient, register_estimator
         >>> from bilevel.solvers import MINRES
-        >>> register_estimator("mine", lambda s: AID(s.inner(per_step=2), MINRES(max_steps=s.steps(2))), "by MINRES")
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> register_estimator(
+        ...     "mine",
+        ...     lambda s: AID(s.inner(per_step=2), MINRES(max_steps=s.steps(2))),
+        ...     "by MINRES",
+        ... )
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator="mine").grad
         tensor([-2.])
     """

@@ -42,7 +42,10 @@ class Slopes:
         """Whether the two sides keep differing, by more than a floor, as the distance falls: Phi has a kink.
 
         Example:
-            >>> Slopes((-1.0, -1.0), (1.0, 1.0)).one_sided(1e-9), Slopes((0.2, 0.275), (0.4, 0.3)).one_sided(1e-9)
+            >>> (
+            ...     Slopes((-1.0, -1.0), (1.0, 1.0)).one_sided(1e-9),
+            ...     Slopes((0.2, 0.275), (0.4, 0.3)).one_sided(1e-9),
+            ... )
             (True, False)
         """
         gaps = [right - left for left, right in zip(self.left, self.right, strict=True)]

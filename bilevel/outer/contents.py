@@ -44,7 +44,10 @@ def contents(value: Any, *, of_user: bool) -> Named:
         Exception: whatever an object says that cannot be pickled.
 
     Example:
-        >>> dict(contents(Namespace(rate=0.5), of_user=False)), dict(contents(Fraction(1, 3), of_user=False))
+        >>> (
+        ...     dict(contents(Namespace(rate=0.5), of_user=False)),
+        ...     dict(contents(Fraction(1, 3), of_user=False)),
+        ... )
         ({'rate': 0.5}, {'value': '1/3'})
         >>> dict(contents(deque([1, 2], maxlen=5), of_user=False))
         {'items': [1, 2], 'maxlen': 5}

@@ -39,8 +39,12 @@ class Fingerprint:
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem
-        >>> problem = lambda target: BilevelProblem(lambda x, y: (y - target).square(), lambda x, y: (y - x).square())
-        >>> one, other = (Fingerprint({}, {"problem": problem(torch.tensor(t))}).parts for t in (1.0, 2.0))
+        >>> problem = lambda target: BilevelProblem(
+        ...     lambda x, y: (y - target).square(), lambda x, y: (y - x).square()
+        ... )
+        >>> one, other = (
+        ...     Fingerprint({}, {"problem": problem(torch.tensor(t))}).parts for t in (1.0, 2.0)
+        ... )
         >>> [name for name in one if one[name] != other[name]]
         ['problem.f.target']
     """
@@ -95,7 +99,10 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str], changing: Iter
         changing: parts that change while a run goes on.
 
     Example:
-        >>> differences({"estimator": "itd", "x": "(2,)", "outer": "Adam"}, {"estimator": "aid-cg", "x": "(2,)"})
+        >>> differences(
+        ...     {"estimator": "itd", "x": "(2,)", "outer": "Adam"},
+        ...     {"estimator": "aid-cg", "x": "(2,)"},
+        ... )
         ['estimator was itd and is aid-cg']
     """
     return [

@@ -215,7 +215,9 @@ def minimize(
     Example:
         >>> import torch
         >>> from bilevel.solvers import GradientDescent
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> solution = minimize(problem, x0, x0, outer=GradientDescent(0.5), max_steps=50, tol=1e-6)
         >>> round(float(solution.x), 4)

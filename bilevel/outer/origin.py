@@ -25,7 +25,11 @@ def origin_of_function(function: FunctionType) -> Origin:
     """By the file that it was written in; what was typed in or executed from a text is the user's.
 
     Example:
-        >>> origin_of_function(os.path.join), origin_of_function(origin_of_function), origin_of_function(lambda: 0)
+        >>> (
+        ...     origin_of_function(os.path.join),
+        ...     origin_of_function(origin_of_function),
+        ...     origin_of_function(lambda: 0),
+        ... )
         ('foreign', 'library', 'user')
     """
     return origin_of_file(function.__code__.co_filename)

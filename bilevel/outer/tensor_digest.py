@@ -19,7 +19,10 @@ def tensor_text(tensor: Tensor) -> str:
 
     Example:
         >>> import torch
-        >>> tensor_text(torch.ones(2)) == tensor_text(torch.ones(4)[::2]), tensor_text(torch.ones(2))[:21]
+        >>> (
+        ...     tensor_text(torch.ones(2)) == tensor_text(torch.ones(4)[::2]),
+        ...     tensor_text(torch.ones(2))[:21],
+        ... )
         (True, 'tensor (2,) float32 #')
     """
     about = f"tensor {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

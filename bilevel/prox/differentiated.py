@@ -28,7 +28,9 @@ def differentiated(value: Tensor, inputs: Sequence[Tensor], parts: Sequence[Tens
 
     Example:
         >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> y = differentiated(torch.tensor(9.0), [x], [torch.tensor(6.0)], lambda parts, w: (parts[0] * w,))
+        >>> y = differentiated(
+        ...     torch.tensor(9.0), [x], [torch.tensor(6.0)], lambda parts, w: (parts[0] * w,)
+        ... )
         >>> torch.autograd.grad(y, x)
         (tensor(6.),)
     """

@@ -16,7 +16,9 @@ def for_every_row(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     for each level. Tensors that are the same for all rows are expanded.
 
     Example:
-        >>> torch.vmap(lambda row: for_every_row(lambda rows: rows * len(rows), row))(torch.ones(3, 2)).sum()
+        >>> torch.vmap(lambda row: for_every_row(lambda rows: rows * len(rows), row))(
+        ...     torch.ones(3, 2)
+        ... ).sum()
         tensor(18.)
     """
     apply: Callable[..., Tensor] = _EveryRow.apply

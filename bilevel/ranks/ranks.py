@@ -42,7 +42,9 @@ class Ranks:
         >>> import torch
         >>> from torch import distributed
         >>> with tempfile.NamedTemporaryFile() as file:
-        ...     distributed.init_process_group("gloo", init_method=f"file://{file.name}.0", rank=0, world_size=1)
+        ...     distributed.init_process_group(
+        ...         "gloo", init_method=f"file://{file.name}.0", rank=0, world_size=1
+        ...     )
         >>> ranks = Ranks(distributed.group.WORLD)
         >>> ranks.total(torch.ones(2), torch.tensor(3.0)), ranks.messages, ranks.floats
         ((tensor([1., 1.]), tensor(3.)), 1, 3)

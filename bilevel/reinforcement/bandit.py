@@ -27,7 +27,12 @@ class GaussianBandit(AbstractEnvironment):
 
     Example:
         >>> bandit = GaussianBandit(2, spread=0.0)
-        >>> bandit.step({"means": torch.tensor([1.0, 5.0])}, torch.ones(1, 1), torch.tensor([1]), torch.zeros(1, 1))[1]
+        >>> bandit.step(
+        ...     {"means": torch.tensor([1.0, 5.0])},
+        ...     torch.ones(1, 1),
+        ...     torch.tensor([1]),
+        ...     torch.zeros(1, 1),
+        ... )[1]
         tensor([5.])
     """
 

@@ -30,7 +30,11 @@ class AbstractEnvironment(AbstractPortable, abc.ABC):
         ...         return noise
         ...
         ...     def step(self, task, state, action, noise):
-        ...         return state + action + noise, -state[..., 0].square(), torch.ones_like(state[..., 0])
+        ...         return (
+        ...             state + action + noise,
+        ...             -state[..., 0].square(),
+        ...             torch.ones_like(state[..., 0]),
+        ...         )
         >>> Drift().start({}, torch.zeros(3, 1)).shape
         torch.Size([3, 1])
     """

@@ -66,7 +66,12 @@ class Interaction(AbstractAlgorithm[InteractionState]):
 
     Example:
         >>> from bilevel import minimize
-        >>> from bilevel.reinforcement import BanditTasks, CategoricalPolicy, GaussianBandit, rollout
+        >>> from bilevel.reinforcement import (
+        ...     BanditTasks,
+        ...     CategoricalPolicy,
+        ...     GaussianBandit,
+        ...     rollout,
+        ... )
         >>> from bilevel.solvers import Adam
         >>> from bilevel.tasks import batches
         >>> policy, bandit = CategoricalPolicy(torch.nn.Linear(1, 3)), GaussianBandit(3)
@@ -76,7 +81,9 @@ class Interaction(AbstractAlgorithm[InteractionState]):
         >>> offline = OfflinePolicy(policy, step=1.0, regularization=0.0)
         >>> learner, data = offline.learner(), batches(BanditTasks(3), 4, seed=0)
         >>> algorithm = Interaction(offline, collect, Adam(0.1))
-        >>> minimize(learner.problem, learner.x0, learner.y0, algorithm=algorithm, data=data, max_steps=2).status
+        >>> minimize(
+        ...     learner.problem, learner.x0, learner.y0, algorithm=algorithm, data=data, max_steps=2
+        ... ).status
         Status.steps_used_up
     """
 

@@ -91,7 +91,9 @@ def collect(
         >>> from torch import nn
         >>> from bilevel.reinforcement import CategoricalPolicy, GaussianBandit
         >>> policy = CategoricalPolicy(nn.Linear(1, 3))
-        >>> data = collect(GaussianBandit(3), policy, policy.params, {"means": torch.zeros(4, 3)}, episodes=5)
+        >>> data = collect(
+        ...     GaussianBandit(3), policy, policy.params, {"means": torch.zeros(4, 3)}, episodes=5
+        ... )
         >>> data.data["support_rewards"].shape
         torch.Size([4, 5, 1])
     """

@@ -27,7 +27,11 @@ class Tabular(AbstractEnvironment):
         ValueError: if there is none.
 
     Example:
-        >>> task = {"start": torch.tensor([0.0, 1.0]), "P": torch.ones(2, 1, 2) / 2, "r": torch.ones(2, 1)}
+        >>> task = {
+        ...     "start": torch.tensor([0.0, 1.0]),
+        ...     "P": torch.ones(2, 1, 2) / 2,
+        ...     "r": torch.ones(2, 1),
+        ... }
         >>> Tabular(3).start(task, torch.zeros(1, 1))
         tensor([[0., 1.]])
     """

@@ -75,10 +75,17 @@ class TrustRegion(AbstractAlgorithm[TrustRegionState]):
     Example:
         >>> from torch import nn
         >>> from bilevel.few_shot import OuterLoop, train
-        >>> from bilevel.reinforcement import BanditTasks, CategoricalPolicy, GaussianBandit, MetaPolicy
+        >>> from bilevel.reinforcement import (
+        ...     BanditTasks,
+        ...     CategoricalPolicy,
+        ...     GaussianBandit,
+        ...     MetaPolicy,
+        ... )
         >>> meta = MetaPolicy(CategoricalPolicy(nn.Linear(1, 3)), GaussianBandit(3), step=1.0)
         >>> loop = OuterLoop(algorithm=TrustRegion(meta, delta=0.05))
-        >>> train(meta.learner(), BanditTasks(3), max_steps=2, batch=5, outer=loop).history[1].status
+        >>> train(meta.learner(), BanditTasks(3), max_steps=2, batch=5, outer=loop).history[
+        ...     1
+        ... ].status
         Status.successful
     """
 

@@ -45,7 +45,9 @@ def vector_episodes(
         >>> from torch import nn
         >>> from bilevel.reinforcement import CategoricalPolicy
         >>> from bilevel.reinforcement.vector_episodes import with_gymnasium
-        >>> environment = with_gymnasium().make_vec("CartPole-v1", num_envs=4, vectorization_mode="sync")
+        >>> environment = with_gymnasium().make_vec(
+        ...     "CartPole-v1", num_envs=4, vectorization_mode="sync"
+        ... )
         >>> policy = CategoricalPolicy(nn.Linear(4, 2))
         >>> vector_episodes(environment, policy, policy.params, horizon=20).rewards.shape
         torch.Size([4, 20])

@@ -27,7 +27,10 @@ def starts_warm(asked: bool | None, estimator: AbstractEstimator, problem: Bilev
         >>> from bilevel.hypergrad import AID
         >>> from bilevel.solvers import CG, LBFGS
         >>> problem = BilevelProblem(lambda x, y: y, lambda x, y: (y - x) ** 2)
-        >>> starts_warm(None, AID(LBFGS(tol=1e-8), CG()), problem), starts_warm(None, AID(LBFGS(tol=0), CG()), problem)
+        >>> (
+        ...     starts_warm(None, AID(LBFGS(tol=1e-8), CG()), problem),
+        ...     starts_warm(None, AID(LBFGS(tol=0), CG()), problem),
+        ... )
         (True, False)
     """
     if asked is not None:

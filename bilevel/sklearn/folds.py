@@ -29,7 +29,9 @@ class Folds(AbstractRowLoss):
     Example:
         >>> from bilevel.inner_problems import Squared
         >>> two = Folds(Squared(), 2)
-        >>> two.value(torch.tensor([[3.0], [5.0]]), torch.tensor([[1.0], [0.5], [0.0]]))  # the second fold omits it
+        >>> two.value(
+        ...     torch.tensor([[3.0], [5.0]]), torch.tensor([[1.0], [0.5], [0.0]])
+        ... )  # the second fold omits it
         tensor([1.])
     """
 

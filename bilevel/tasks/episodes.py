@@ -41,7 +41,9 @@ class Episodes(AbstractTasks):
     Example:
         >>> import torch
         >>> from bilevel.tasks import ImageClasses
-        >>> source = Episodes(ImageClasses(torch.rand(12, 20, 8, 8)), way=5, shots=1, queries=3, rotations=True)
+        >>> source = Episodes(
+        ...     ImageClasses(torch.rand(12, 20, 8, 8)), way=5, shots=1, queries=3, rotations=True
+        ... )
         >>> batch = source.sample(4, seed=0)
         >>> batch["query_x"].shape, batch["support_y"][0].sort().values
         (torch.Size([4, 15, 1, 8, 8]), tensor([0, 1, 2, 3, 4]))

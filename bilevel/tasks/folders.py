@@ -109,7 +109,10 @@ def split(images: AbstractImages, validation: int, test: int, seed: int) -> Spli
     Example:
         >>> import torch
         >>> from bilevel.tasks import ImageClasses
-        >>> [len(part.names) for part in split(ImageClasses(torch.zeros(10, 5, 8, 8)), 2, 3, seed=0).parts]
+        >>> [
+        ...     len(part.names)
+        ...     for part in split(ImageClasses(torch.zeros(10, 5, 8, 8)), 2, 3, seed=0).parts
+        ... ]
         [5, 2, 3]
     """
     if validation < 1 or test < 1 or validation + test >= len(images):

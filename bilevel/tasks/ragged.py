@@ -34,7 +34,12 @@ def pad(tasks: Sequence[Mapping[str, Tensor]]) -> Batch:
         >>> import torch
         >>> def task(shots):
         ...     x = torch.ones(shots, 2)
-        ...     return {"support_x": x, "support_y": x.sum(1), "query_x": x[:1], "query_y": x[:1].sum(1)}
+        ...     return {
+        ...         "support_x": x,
+        ...         "support_y": x.sum(1),
+        ...         "query_x": x[:1],
+        ...         "query_y": x[:1].sum(1),
+        ...     }
         >>> batch = pad([task(1), task(3)])
         >>> batch["support_mask"]
         tensor([[1., 0., 0.],

@@ -32,7 +32,12 @@ class AbstractTasks(AbstractPortable, abc.ABC):
         ...         slope = torch.randn(count, 1, 1, generator=generator)
         ...         x = torch.randn(count, 10, 1, generator=generator)
         ...         y = slope * x
-        ...         return {"support_x": x[:, :5], "support_y": y[:, :5], "query_x": x[:, 5:], "query_y": y[:, 5:]}
+        ...         return {
+        ...             "support_x": x[:, :5],
+        ...             "support_y": y[:, :5],
+        ...             "query_x": x[:, 5:],
+        ...             "query_y": y[:, 5:],
+        ...         }
         >>> Lines().sample(3, seed=0)["query_x"].shape
         torch.Size([3, 5, 1])
     """

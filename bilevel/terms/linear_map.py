@@ -94,7 +94,9 @@ class LinearMap(AbstractLinearMap):
         known_gram: A'A, where it has a form to solve with.
 
     Example:
-        >>> A = LinearMap(lambda y: y[..., ::2], lambda z: torch.stack([z, 0 * z], -1).flatten(-2), (4,), (2,))
+        >>> A = LinearMap(
+        ...     lambda y: y[..., ::2], lambda z: torch.stack([z, 0 * z], -1).flatten(-2), (4,), (2,)
+        ... )
         >>> A.forward(torch.arange(4.0)), adjoint_gap(A) < 1e-6
         (tensor([0., 2.]), True)
     """

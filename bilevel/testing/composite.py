@@ -47,7 +47,9 @@ def check_composite(problem: BilevelProblem, x: Tree, y0: Tree, *, tol: float = 
         >>> from bilevel.prox import L1
         >>> a = torch.tensor([3.0, 0.5], dtype=torch.float64)
         >>> problem = BilevelProblem(
-        ...     lambda x, y: y.square().sum(), lambda x, y: (y - a).square().sum() / 2, prox=lambda x: L1(x)
+        ...     lambda x, y: y.square().sum(),
+        ...     lambda x, y: (y - a).square().sum() / 2,
+        ...     prox=lambda x: L1(x),
         ... )
         >>> check_composite(problem, torch.tensor(1.0, dtype=torch.float64), torch.zeros_like(a))
     """

@@ -37,7 +37,9 @@ class FixedPointFamily:
 
     Example:
         >>> one = torch.ones(1, dtype=torch.float64)
-        >>> family = FixedPointFamily(torch.full((1, 1), -2.0).double(), torch.ones(1, 1).double(), one, one, one)
+        >>> family = FixedPointFamily(
+        ...     torch.full((1, 1), -2.0).double(), torch.ones(1, 1).double(), one, one, one
+        ... )
         >>> family.solution(2 * one)  # y = -2 y + x + 1
         tensor([1.], dtype=torch.float64)
     """

@@ -34,9 +34,14 @@ class Program:
         nu: multipliers of the equalities `(m,)`.
 
     Example:
-        >>> eye, none = torch.eye(2).double(), torch.zeros(0, 2).double()  # min |y|^2 / 2 + c'y, y_1 <= 0, c = (-1, -1)
+        >>> eye, none = (
+        ...     torch.eye(2).double(),
+        ...     torch.zeros(0, 2).double(),
+        ... )  # min |y|^2 / 2 + c'y, y_1 <= 0, c = (-1, -1)
         >>> held, zero = torch.ones(1).double(), torch.zeros(1).double()
-        >>> Program(eye, eye, none, eye[:1], 0 * eye[:1], 0 * eye[0], eye[1], held, zero, none[:, 0]).gradient()
+        >>> Program(
+        ...     eye, eye, none, eye[:1], 0 * eye[:1], 0 * eye[0], eye[1], held, zero, none[:, 0]
+        ... ).gradient()
         tensor([ 0.5000, -0.5000], dtype=torch.float64)
     """
 

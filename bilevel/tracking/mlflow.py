@@ -28,7 +28,9 @@ class MLflow(AbstractTracker):
         >>> instance = quadratic()
         >>> def run():
         ...     with MLflow("quadratics", run="first") as tracker:
-        ...         return minimize(instance.problem, instance.x0, instance.y0, max_steps=3, callback=tracker)
+        ...         return minimize(
+        ...             instance.problem, instance.x0, instance.y0, max_steps=3, callback=tracker
+        ...         )
     """
 
     def __init__(

@@ -26,7 +26,9 @@ class TensorBoard(AbstractTracker):
         >>> instance = quadratic()
         >>> def run(folder):
         ...     with TensorBoard(folder) as board:
-        ...         return minimize(instance.problem, instance.x0, instance.y0, max_steps=3, callback=board)
+        ...         return minimize(
+        ...             instance.problem, instance.x0, instance.y0, max_steps=3, callback=board
+        ...         )
     """
 
     def __init__(

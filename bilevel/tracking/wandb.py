@@ -27,7 +27,9 @@ class WandB(AbstractTracker):
         >>> instance = quadratic()
         >>> def run():
         ...     with WandB("quadratics", mode="offline") as tracker:
-        ...         return minimize(instance.problem, instance.x0, instance.y0, max_steps=3, callback=tracker)
+        ...         return minimize(
+        ...             instance.problem, instance.x0, instance.y0, max_steps=3, callback=tracker
+        ...         )
     """
 
     def __init__(

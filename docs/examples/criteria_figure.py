@@ -17,7 +17,7 @@ from bilevel import Instance, minimize, solution_path
 from bilevel.problems import elastic_net, group_lasso, sparse_logistic, svm
 from bilevel.solvers import FISTA
 
-COLORS = {"held-out": "#4c72b0", "cross-validation": "#55a868", "sure": "#8172b2"}
+COLORS = {"held-out": "#0072b2", "cross-validation": "#009e73", "sure": "#cc79a7"}
 MODELS: dict[str, tuple[Callable[..., Instance], tuple[str, ...], dict[str, Any]]] = {
     "elastic net, both penalties along a line": (elastic_net, ("held-out", "cross-validation", "sure"), {"d": 60}),
     "group lasso": (group_lasso, ("held-out", "cross-validation", "sure"), {}),

@@ -15,7 +15,7 @@ from bilevel import minimize, solution_path
 from bilevel.problems import highest_penalty, lasso
 from bilevel.problems._sparse import generated
 
-CRITERIA = {"held-out": "#4c72b0", "cross-validation": "#55a868", "sure": "#8172b2"}
+CRITERIA = {"held-out": "#0072b2", "cross-validation": "#009e73", "sure": "#cc79a7"}
 
 
 def main(path: Path) -> None:

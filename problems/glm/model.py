@@ -60,7 +60,9 @@ class GeneralizedLinearModel(AbstractKnownObjective):
         >>> X, b = torch.eye(2), torch.tensor([2.0, 4.0])
         >>> g = GeneralizedLinearModel(X, b, weights=torch.ones(2), penalty=lambda x: x.exp())
         >>> problem = BilevelProblem(lambda x, y: y.sum(), g)
-        >>> hypergradient(problem, torch.zeros(2), torch.zeros(2)).grad.round(decimals=3)  # y* = b / (1 + exp(x))
+        >>> hypergradient(problem, torch.zeros(2), torch.zeros(2)).grad.round(
+        ...     decimals=3
+        ... )  # y* = b / (1 + exp(x))
         tensor([-0.5000, -1.0000])
     """
 

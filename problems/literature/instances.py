@@ -36,7 +36,9 @@ def load(name: str) -> Instance:
         >>> instance = load("Bard1988Ex1")
         >>> instance.minimizer
         tensor([1.], dtype=torch.float64)
-        >>> instance.metrics(instance.minimizer, torch.zeros(1, dtype=torch.float64))["gap to the best known"]
+        >>> instance.metrics(instance.minimizer, torch.zeros(1, dtype=torch.float64))[
+        ...     "gap to the best known"
+        ... ]
         0.0
     """
     found = statement(name)

@@ -41,7 +41,10 @@ def task_loss(loss: Loss, output: Tensor, task: Mapping[str, Tensor], side: Side
             numbers of classes, or, with a mask and tasks side by side, the loss is known to be no plain mean.
 
     Example:
-        >>> task = {"query_y": torch.tensor([1.0, 5.0, 0.0]), "query_mask": torch.tensor([1.0, 1.0, 0.0])}
+        >>> task = {
+        ...     "query_y": torch.tensor([1.0, 5.0, 0.0]),
+        ...     "query_mask": torch.tensor([1.0, 1.0, 0.0]),
+        ... }
         >>> task_loss(mse_loss, torch.zeros(3, 1), task, "query")
         tensor(13.)
     """

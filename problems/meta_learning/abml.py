@@ -58,7 +58,9 @@ def abml(
         TypeError: if an argument is not of its type.
 
     Example:
-        >>> abml(nn.Linear(1, 1), nn.functional.mse_loss, inner=PosteriorDescent(steps=3)).adapt.max_steps
+        >>> abml(
+        ...     nn.Linear(1, 1), nn.functional.mse_loss, inner=PosteriorDescent(steps=3)
+        ... ).adapt.max_steps
         3
     """
     demand_type("abml", "inner", inner, PosteriorDescent)

@@ -78,9 +78,16 @@ def anil(
     Example:
         >>> import torch
         >>> from bilevel import hypergradient
-        >>> learner = anil(nn.Sequential(nn.Linear(1, 8), nn.Tanh()), nn.Linear(8, 1), nn.functional.mse_loss)
-        >>> tasks = {name: torch.ones(4, 3, 1) for name in ("support_x", "support_y", "query_x", "query_y")}
-        >>> found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks)
+        >>> learner = anil(
+        ...     nn.Sequential(nn.Linear(1, 8), nn.Tanh()), nn.Linear(8, 1), nn.functional.mse_loss
+        ... )
+        >>> tasks = {
+        ...     name: torch.ones(4, 3, 1)
+        ...     for name in ("support_x", "support_y", "query_x", "query_y")
+        ... }
+        >>> found = hypergradient(
+        ...     learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks
+        ... )
         >>> found.y["bias"].shape
         torch.Size([4, 1])
     """
@@ -161,7 +168,11 @@ def no_inner_loop(learner: Learner, features: Callable[[Tree, Tensor], Tensor], 
         >>> net = as_functional(nn.Linear(1, 2))
         >>> base = anil(net, nn.Linear(2, 2), nn.functional.cross_entropy)
         >>> learner = no_inner_loop(base, lambda x, inputs: net(x["body"], inputs), classes=2)
-        >>> task = {"support_x": torch.ones(2, 1), "support_y": torch.tensor([0, 1]), "query_x": torch.ones(3, 1)}
+        >>> task = {
+        ...     "support_x": torch.ones(2, 1),
+        ...     "support_y": torch.tensor([0, 1]),
+        ...     "query_x": torch.ones(3, 1),
+        ... }
         >>> learner.predict(learner.x0, learner.y0, task).exp()
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000],

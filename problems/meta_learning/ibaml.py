@@ -75,9 +75,14 @@ def ibaml(
         >>> from bilevel import hypergradient
         >>> prior = GaussianPrior(kl_weight=0.1, log_variance=-2.0)
         >>> learner = ibaml(nn.Linear(1, 1), nn.functional.mse_loss, prior=prior)
-        >>> tasks = {name: torch.ones(3, 4, 1) for name in ("support_x", "support_y", "query_x", "query_y")}
+        >>> tasks = {
+        ...     name: torch.ones(3, 4, 1)
+        ...     for name in ("support_x", "support_y", "query_x", "query_y")
+        ... }
         >>> tasks = learner.prepare(tasks, seed=0)
-        >>> found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks)
+        >>> found = hypergradient(
+        ...     learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks
+        ... )
         >>> found.y["log_variance"]["weight"].shape
         torch.Size([3, 1, 1])
     """

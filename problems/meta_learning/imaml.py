@@ -85,8 +85,13 @@ def imaml(
         >>> from bilevel import hypergradient
         >>> net = nn.Linear(1, 1, bias=False)
         >>> learner = imaml(net, nn.functional.mse_loss, regularization=1.0)
-        >>> tasks = {name: torch.ones(3, 4, 1) for name in ("support_x", "support_y", "query_x", "query_y")}
-        >>> found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks)
+        >>> tasks = {
+        ...     name: torch.ones(3, 4, 1)
+        ...     for name in ("support_x", "support_y", "query_x", "query_y")
+        ... }
+        >>> found = hypergradient(
+        ...     learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks
+        ... )
         >>> found.y["weight"].shape
         torch.Size([3, 1, 1])
     """

@@ -35,7 +35,9 @@ class KLDiagonal(AbstractPreconditioner):
         ValueError: from `build`, if the operator comes without a diagonal.
 
     Example:
-        >>> A = LinearOperator(lambda v: 2 * v, size=1, positive_definite=True, diagonal=torch.tensor([2.0]))
+        >>> A = LinearOperator(
+        ...     lambda v: 2 * v, size=1, positive_definite=True, diagonal=torch.tensor([2.0])
+        ... )
         >>> KLDiagonal().build(A, torch.zeros(1))(torch.ones(1))
         tensor([0.5000])
     """
@@ -93,9 +95,15 @@ class KLProducts(AbstractProducts):
         >>> def g(x, y, task):
         ...     return expectation(x, y, task) + 0.5 * divergence(x, y)
         >>> problem = BilevelProblem(lambda x, y, task: y["mean"].sum(), g, tasks=True)
-        >>> aid = AID(LBFGS(1e-6), CG(preconditioner=KLDiagonal()), products=KLProducts(expectation, weight=0.5))
+        >>> aid = AID(
+        ...     LBFGS(1e-6),
+        ...     CG(preconditioner=KLDiagonal()),
+        ...     products=KLProducts(expectation, weight=0.5),
+        ... )
         >>> prior = {"mean": torch.zeros(1), "log_variance": torch.zeros(1)}
-        >>> hypergradient(problem, prior, prior, estimator=aid, data={"t": torch.ones(4, 1)}).grad["mean"]
+        >>> hypergradient(problem, prior, prior, estimator=aid, data={"t": torch.ones(4, 1)}).grad[
+        ...     "mean"
+        ... ]
         tensor([0.3333])
     """
 

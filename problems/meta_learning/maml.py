@@ -75,8 +75,13 @@ def maml(
     Example:
         >>> from bilevel import hypergradient
         >>> learner = maml(nn.Linear(1, 1), torch.nn.functional.mse_loss, step=0.1)
-        >>> tasks = {name: torch.ones(4, 3, 1) for name in ("support_x", "support_y", "query_x", "query_y")}
-        >>> found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks)
+        >>> tasks = {
+        ...     name: torch.ones(4, 3, 1)
+        ...     for name in ("support_x", "support_y", "query_x", "query_y")
+        ... }
+        >>> found = hypergradient(
+        ...     learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks
+        ... )
         >>> found.y["weight"].shape
         torch.Size([4, 1, 1])
     """

@@ -61,7 +61,9 @@ def shared_embedding(
         ValueError: if the regularization is negative.
 
     Example:
-        >>> learner = shared_embedding(nn.Linear(3, 8), nn.Linear(8, 5), nn.functional.cross_entropy)
+        >>> learner = shared_embedding(
+        ...     nn.Linear(3, 8), nn.Linear(8, 5), nn.functional.cross_entropy
+        ... )
         >>> learner.y0["weight"].shape
         torch.Size([5, 8])
     """

@@ -31,7 +31,9 @@ class Ascending(AbstractOptimizer):
     Example:
         >>> from bilevel.solvers import GradientDescent
         >>> optimizer = Ascending(GradientDescent(0.1), 0.5)
-        >>> optimizer.step(torch.tensor([1.0, -1.0]), torch.zeros(2), optimizer.init(torch.zeros(2)))[0]
+        >>> optimizer.step(
+        ...     torch.tensor([1.0, -1.0]), torch.zeros(2), optimizer.init(torch.zeros(2))
+        ... )[0]
         tensor([-0.1000,  0.5000])
     """
 

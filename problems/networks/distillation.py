@@ -92,8 +92,13 @@ def distillation(
 
     Example:
         >>> from bilevel import minimize
-        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
-        >>> instance = distillation(hidden=4, inner_steps=3, n_train=40, data=(X, labels), max_steps=3)
+        >>> X, labels = (
+        ...     torch.randn(60, 2, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 3,
+        ... )
+        >>> instance = distillation(
+        ...     hidden=4, inner_steps=3, n_train=40, data=(X, labels), max_steps=3
+        ... )
         >>> solution = minimize(instance.problem, instance.x0, instance.y0, **instance.settings)
         >>> solution.x["images"].shape
         torch.Size([3, 2])

@@ -85,10 +85,18 @@ class FairAdaptation:
         >>> from bilevel.solvers import OwnSteps
         >>> net = functional(torch.nn.Linear(2, 1))
         >>> own = FairAdaptation(net, torch.nn.functional.mse_loss, scored="output", steps=2)
-        >>> tasks = {f"{side}_{part}": torch.ones(3, 4, 2)[..., : 2 if part == "x" else 1]
-        ...          for side in ("support", "query") for part in "xy"}
-        >>> tasks |= {f"{side}_z": torch.tensor([[0.0, 1.0, 0.0, 1.0]]).expand(3, 4) for side in ("support", "query")}
-        >>> found = hypergradient(own.problem, own.x0, own.y0, estimator=ITD(OwnSteps()), data=tasks)
+        >>> tasks = {
+        ...     f"{side}_{part}": torch.ones(3, 4, 2)[..., : 2 if part == "x" else 1]
+        ...     for side in ("support", "query")
+        ...     for part in "xy"
+        ... }
+        >>> tasks |= {
+        ...     f"{side}_z": torch.tensor([[0.0, 1.0, 0.0, 1.0]]).expand(3, 4)
+        ...     for side in ("support", "query")
+        ... }
+        >>> found = hypergradient(
+        ...     own.problem, own.x0, own.y0, estimator=ITD(OwnSteps()), data=tasks
+        ... )
         >>> round(float(found.grad["dual"]), 3)  # nothing is unfair: the multiplier may fall
         0.05
     """
@@ -195,7 +203,10 @@ def measured(scores: Tensor, task: Mapping[str, Tensor], side: Side, measure: Me
     Example:
         >>> task = {"query_z": torch.tensor([0.0, 0.0, 1.0, 1.0])}
         >>> scores = torch.tensor([0.0, 0.0, 1.0, 1.0])
-        >>> float(measured(scores, task, "query")), float(measured(scores, task, "query", "difference"))
+        >>> (
+        ...     float(measured(scores, task, "query")),
+        ...     float(measured(scores, task, "query", "difference")),
+        ... )
         (0.25, 1.0)
     """
     z = task[f"{side}_z"].to(scores)

@@ -63,7 +63,9 @@ class FairClassifier:
         ...     FairClassifier(*(draws[f"{side}_{part}"][0].double() for part in "xyz"))
         ...     for side in ("support", "query")
         ... )
-        >>> found = hypergradient(own.problem(new), own.level(0.1), own.y0, estimator=KKT(InteriorPoint()))
+        >>> found = hypergradient(
+        ...     own.problem(new), own.level(0.1), own.y0, estimator=KKT(InteriorPoint())
+        ... )
         >>> round(float(own.covariance(found.y).abs()), 6)
         0.1
     """

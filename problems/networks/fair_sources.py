@@ -103,7 +103,14 @@ class TableTasks(AbstractTasks):
         ValueError: if the four do not have one length, or a task has a single row.
 
     Example:
-        >>> rows = TableTasks(torch.rand(9, 2), torch.ones(9), torch.zeros(9), torch.arange(9) // 5, shots=3, queries=4)
+        >>> rows = TableTasks(
+        ...     torch.rand(9, 2),
+        ...     torch.ones(9),
+        ...     torch.zeros(9),
+        ...     torch.arange(9) // 5,
+        ...     shots=3,
+        ...     queries=4,
+        ... )
         >>> rows.every(seed=0)["query_mask"].sum(1)
         tensor([3., 2.])
     """

@@ -85,7 +85,10 @@ def federated_cleaning(
         ValueError: if an argument is out of its range.
 
     Example:
-        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+        >>> X, labels = (
+        ...     torch.randn(60, 2, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 3,
+        ... )
         >>> instance = federated_cleaning(clients=4, n_train=30, n_val=20, data=(X, labels))
         >>> instance.x0.shape, instance.settings["algorithm"].participation.share
         (torch.Size([30]), 0.5)

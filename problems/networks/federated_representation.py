@@ -96,8 +96,13 @@ def federated_representation(
         ValueError: if an argument is out of its range.
 
     Example:
-        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
-        >>> instance = federated_representation(clients=4, width=5, n_train=30, n_val=20, data=(X, labels))
+        >>> X, labels = (
+        ...     torch.randn(60, 2, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 3,
+        ... )
+        >>> instance = federated_representation(
+        ...     clients=4, width=5, n_train=30, n_val=20, data=(X, labels)
+        ... )
         >>> instance.x0["weight"].shape, instance.y0.shape
         (torch.Size([5, 3]), torch.Size([3, 5]))
     """

@@ -57,10 +57,14 @@ class LearnedOptimizer:
         >>> from bilevel import ITD, hypergradient
         >>> from bilevel.problems.networks.update_rules import LearnedSteps
         >>> from bilevel.solvers import OwnSteps
-        >>> own = LearnedOptimizer(LearnedSteps(2), lambda point, task, number: point["u"].square().sum() / 2, steps=2)
+        >>> own = LearnedOptimizer(
+        ...     LearnedSteps(2), lambda point, task, number: point["u"].square().sum() / 2, steps=2
+        ... )
         >>> tasks = {"start": {"u": torch.ones(1, 1)}}
         >>> x0, y0 = own.start(tasks)
-        >>> found = hypergradient(own.problem, x0, y0, estimator=ITD(OwnSteps()), data=tasks)  # (1 - 0.1)^4 / 2
+        >>> found = hypergradient(
+        ...     own.problem, x0, y0, estimator=ITD(OwnSteps()), data=tasks
+        ... )  # (1 - 0.1)^4 / 2
         >>> round(found.value, 3)
         0.328
     """

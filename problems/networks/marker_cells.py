@@ -186,7 +186,9 @@ def turned(images: Tensor, quarters: Tensor) -> Tensor:
     """The images of task t by quarters[t] quarter turns, `(tasks, n, channels, side, side)`.
 
     Example:
-        >>> turned(torch.tensor([[0.0, 1.0], [2.0, 3.0]]).reshape(1, 1, 1, 2, 2), torch.tensor([1])).flatten()
+        >>> turned(
+        ...     torch.tensor([[0.0, 1.0], [2.0, 3.0]]).reshape(1, 1, 1, 2, 2), torch.tensor([1])
+        ... ).flatten()
         tensor([1., 3., 0., 2.])
     """
     return torch.stack([own.rot90(int(k), (-2, -1)) for own, k in zip(images, quarters.tolist(), strict=True)])

@@ -56,14 +56,20 @@ class MaskedDropout:
     Example:
         >>> from bilevel import hypergradient
         >>> from bilevel.modules.functional import functional
-        >>> own = MaskedDropout(functional(nn.Linear(2, 4)), functional(nn.Linear(4, 2)), features=4)
+        >>> own = MaskedDropout(
+        ...     functional(nn.Linear(2, 4)), functional(nn.Linear(4, 2)), features=4
+        ... )
         >>> tasks = {f"{side}_x": torch.ones(3, 5, 2) for side in ("support", "query")}
-        >>> tasks |= {f"{side}_y": torch.zeros(3, 5, dtype=torch.long) for side in ("support", "query")}
+        >>> tasks |= {
+        ...     f"{side}_y": torch.zeros(3, 5, dtype=torch.long) for side in ("support", "query")
+        ... }
         >>> tasks = own.prepare(tasks, seed=0)
         >>> tasks["query_dropout"].shape
         torch.Size([3, 5, 4])
         >>> learner = own.learner
-        >>> found = hypergradient(learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks)
+        >>> found = hypergradient(
+        ...     learner.problem, learner.x0, learner.y0, estimator=learner.estimator, data=tasks
+        ... )
         >>> found.grad["head"]["weight"].shape
         torch.Size([2, 4])
     """
@@ -216,7 +222,9 @@ def acquire(
         The numbers, `(min(count, size),)`.
 
     Example:
-        >>> acquire(lambda rows: rows, lambda y: torch.arange(6.0), 6, first=1, batch=2, count=3, seed=0).tolist()
+        >>> acquire(
+        ...     lambda rows: rows, lambda y: torch.arange(6.0), 6, first=1, batch=2, count=3, seed=0
+        ... ).tolist()
         [4, 5, 3]
     """
     order = torch.randperm(size, generator=generator(seed, 9), device="cpu")

@@ -64,8 +64,13 @@ class NestedMAML:
         >>> from bilevel.modules.functional import functional
         >>> net = functional(torch.nn.Linear(1, 1))
         >>> own = NestedMAML(net, torch.nn.functional.mse_loss, step=0.1)
-        >>> tasks = {name: torch.ones(4, 3, 1) for name in ("support_x", "support_y", "query_x", "query_y")}
-        >>> twice = own.g(torch.full((9,), 2.0), net.params, tasks | {"number": torch.tensor([0, 3, 5, 8])})
+        >>> tasks = {
+        ...     name: torch.ones(4, 3, 1)
+        ...     for name in ("support_x", "support_y", "query_x", "query_y")
+        ... }
+        >>> twice = own.g(
+        ...     torch.full((9,), 2.0), net.params, tasks | {"number": torch.tensor([0, 3, 5, 8])}
+        ... )
         >>> bool(torch.isclose(twice, 2 * own.f(torch.zeros(9), net.params, tasks)))
         True
     """

@@ -134,7 +134,10 @@ def noisy_labels(
         ValueError: if an argument is out of its range, or the data are no square images.
 
     Example:
-        >>> X, labels = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+        >>> X, labels = (
+        ...     torch.randn(60, 16, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 3,
+        ... )
         >>> noisy_labels(n_train=30, n_val=20, data=(X, labels)).x0.shape
         torch.Size([30])
     """

@@ -104,7 +104,10 @@ def replay(
 
     Example:
         >>> from bilevel import minimize
-        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 4
+        >>> X, labels = (
+        ...     torch.randn(60, 2, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 4,
+        ... )
         >>> instance = replay(hidden=4, inner_steps=3, n_train=40, data=(X, labels))
         >>> solution = minimize(instance.problem, instance.x0, instance.y0, **instance.settings)
         >>> solution.x.shape, solution.x.sum(1)  # two of each of the classes 0 and 1

@@ -101,8 +101,13 @@ def representation(
 
     Example:
         >>> from bilevel import minimize
-        >>> X, labels = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
-        >>> instance = representation(width=8, features=4, n_train=30, n_val=20, data=(X, labels), max_steps=3)
+        >>> X, labels = (
+        ...     torch.randn(60, 2, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(60) % 3,
+        ... )
+        >>> instance = representation(
+        ...     width=8, features=4, n_train=30, n_val=20, data=(X, labels), max_steps=3
+        ... )
         >>> solution = minimize(instance.problem, instance.x0, instance.y0, **instance.settings)
         >>> solution.y.shape, solution.stats.hvps
         (torch.Size([5, 3]), 0)

@@ -90,7 +90,9 @@ class Informative(AbstractSelection):
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
         >>> labels = torch.tensor([0, 1])
-        >>> seen = Seen(logits, logits, labels, logits[:2], logits[:2], torch.ones(3), torch.zeros(3))
+        >>> seen = Seen(
+        ...     logits, logits, labels, logits[:2], logits[:2], torch.ones(3), torch.zeros(3)
+        ... )
         >>> Informative().choose(seen, 1)
         tensor([[1., 0., 0.],
                 [0., 1., 0.]])

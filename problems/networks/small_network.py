@@ -117,7 +117,10 @@ def small_network(
         ValueError: if an argument is out of its range.
 
     Example:
-        >>> X, labels = torch.rand(40, 64, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+        >>> X, labels = (
+        ...     torch.rand(40, 64, generator=torch.Generator().manual_seed(0)),
+        ...     torch.arange(40) % 4,
+        ... )
         >>> instance = small_network(n_train=20, n_val=10, width=2, data=(X, labels))
         >>> sorted(instance.x0), sorted(instance.y0)
         (['decay', 'weights'], ['1.bias', '1.weight', '3.bias', '3.weight'])

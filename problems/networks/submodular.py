@@ -95,7 +95,9 @@ class FacilityQueries(AbstractInformation):
         eta: of the second sum.
 
     Example:
-        >>> FacilityQueries().value(torch.tensor([True, False]), cosines(torch.eye(2), torch.eye(2)))
+        >>> FacilityQueries().value(
+        ...     torch.tensor([True, False]), cosines(torch.eye(2), torch.eye(2))
+        ... )
         tensor(2.)
     """
 
@@ -131,7 +133,9 @@ class FacilitySamples(AbstractInformation):
         eta: how much likeness with Z counts.
 
     Example:
-        >>> FacilitySamples().value(torch.tensor([True, False]), cosines(torch.eye(2), torch.eye(2)))
+        >>> FacilitySamples().value(
+        ...     torch.tensor([True, False]), cosines(torch.eye(2), torch.eye(2))
+        ... )
         tensor(1.)
     """
 
@@ -176,7 +180,14 @@ class LogDeterminant(AbstractInformation):
         ValueError: if eta is above 1 or the ridge is not positive.
 
     Example:
-        >>> round(float(LogDeterminant().value(torch.tensor([True]), cosines(torch.ones(1, 1), torch.ones(1, 1)))), 4)
+        >>> round(
+        ...     float(
+        ...         LogDeterminant().value(
+        ...             torch.tensor([True]), cosines(torch.ones(1, 1), torch.ones(1, 1))
+        ...         )
+        ...     ),
+        ...     4,
+        ... )
         0.2877
     """
 

@@ -85,7 +85,11 @@ def task_weights(
         >>> from bilevel.tasks import Sinusoid
         >>> sinusoids, line = Sinusoid(), torch.nn.Linear(1, 1)
         >>> instance = task_weights(
-        ...     line, torch.nn.functional.mse_loss, sinusoids.sample(40, 0), sinusoids.sample(20, 1), max_steps=3
+        ...     line,
+        ...     torch.nn.functional.mse_loss,
+        ...     sinusoids.sample(40, 0),
+        ...     sinusoids.sample(20, 1),
+        ...     max_steps=3,
         ... )
         >>> minimize(instance.problem, instance.x0, instance.y0, **instance.settings).x.shape
         torch.Size([40])

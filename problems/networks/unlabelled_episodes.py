@@ -37,7 +37,9 @@ class UnlabelledEpisodes(AbstractTasks):
 
     Example:
         >>> from bilevel.tasks import ImageClasses
-        >>> source = UnlabelledEpisodes(ImageClasses(torch.rand(6, 9, 4, 4)), 3, 1, 2, unlabeled=5, distractors=2)
+        >>> source = UnlabelledEpisodes(
+        ...     ImageClasses(torch.rand(6, 9, 4, 4)), 3, 1, 2, unlabeled=5, distractors=2
+        ... )
         >>> batch = source.sample(2, seed=0)
         >>> batch["unlabeled_x"].shape, (batch["unlabeled_y"] < 0).sum(1)
         (torch.Size([2, 25, 1, 4, 4]), tensor([10, 10]))

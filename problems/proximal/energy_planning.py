@@ -135,7 +135,7 @@ class EnergyPlanning(AbstractPortable):
     def plot(self, figure: Any, x: Tensor, y: Any) -> None:
         """Who supplies when, and the store."""
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        plan, colors = y["y"].detach(), (*COLORS, "#dd8452", "#937860")
+        plan, colors = y["y"].detach(), (*COLORS, "#e69f00", "#56b4e9")
         above.stackplot(range(self.hours), plan[:6].tolist(), labels=ROWS[:6], colors=colors, step="post")
         above.plot(range(self.hours), self.demand.tolist(), color="black", linewidth=0.8, label="demand")
         above.set_ylabel("MW")

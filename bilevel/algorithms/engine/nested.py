@@ -78,7 +78,9 @@ class Nested(AbstractAlgorithm[LoopState]):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> loop = Nested(inner_step=0.5, outer_step=0.2, inner_steps=3)
         >>> round(float(minimize(problem, x0, x0, algorithm=loop, max_steps=100).x), 6)

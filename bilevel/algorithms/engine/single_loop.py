@@ -67,11 +67,14 @@ class SingleLoop(AbstractAlgorithm[LoopState]):
         >>> from bilevel.algorithms import Saga
         >>> a = torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
         >>> problem = BilevelProblem(
-        ...     lambda x, y, a: (y - a).square().mean() / 2, lambda x, y, a: (y - a * x).square().mean() / 2
+        ...     lambda x, y, a: (y - a).square().mean() / 2,
+        ...     lambda x, y, a: (y - a * x).square().mean() / 2,
         ... )
         >>> loop = SingleLoop(inner_step=0.3, outer_step=0.02, reduction=Saga())
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
-        >>> solution = minimize(problem, x0, x0, algorithm=loop, data=FiniteSum(a, batch_size=1), max_steps=1500)
+        >>> solution = minimize(
+        ...     problem, x0, x0, algorithm=loop, data=FiniteSum(a, batch_size=1), max_steps=1500
+        ... )
         >>> round(float(solution.x), 6)  # y*(x) = 3.5 x
         1.0
     """

@@ -82,7 +82,9 @@ class Turns(AbstractAlgorithm[LoopState]):
     Example:
         >>> import torch
         >>> from bilevel import BilevelProblem, minimize
-        >>> problem = BilevelProblem(lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: (y - 3).square() / 2, lambda x, y: (y - x).square() / 2
+        ... )
         >>> x0 = torch.tensor(0.0, dtype=torch.float64)
         >>> loop = Turns(inner_step=0.5, outer_step=0.5, inner_steps=2, linear_steps=2)
         >>> round(float(minimize(problem, x0, x0, algorithm=loop, max_steps=100).x), 6)

@@ -37,7 +37,9 @@ class Reverse(AbstractUnrolling):
         >>> import torch
         >>> from bilevel import ITD, BilevelProblem, hypergradient
         >>> from bilevel.solvers import GradientDescent, Iterate
-        >>> problem = BilevelProblem(lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2)
+        >>> problem = BilevelProblem(
+        ...     lambda x, y: y.square().sum() / 2, lambda x, y: (y - x).square().sum() / 2
+        ... )
         >>> itd = ITD(Iterate(GradientDescent(0.5), max_steps=2), Reverse())
         >>> hypergradient(problem, torch.ones(1), torch.zeros(1), estimator=itd).grad  # 0.75 * 0.75
         tensor([0.5625])

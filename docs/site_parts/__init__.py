@@ -1,0 +1,1 @@
+"""What the site needs beyond Sphinx: `docs/conf.py` lists these as extensions."""
