@@ -72,7 +72,9 @@ class ProximalMultipliers(AbstractInnerSolver):
         ...     lambda x, y: (y - x).square().sum() / 2, lambda x, y: y.square().sum(-1) - 1
         ... )
         >>> x = torch.tensor([3.0, 4.0]).double().repeat(1000, 1)
-        >>> hypergradient(BilevelProblem(lambda x, y: y[0, 0], inner=disks), x, torch.zeros_like(x)).grad[:2]
+        >>> hypergradient(
+        ...     BilevelProblem(lambda x, y: y[0, 0], inner=disks), x, torch.zeros_like(x)
+        ... ).grad[:2]
         tensor([[ 0.1280, -0.0960],
                 [ 0.0000,  0.0000]], dtype=torch.float64)
     """

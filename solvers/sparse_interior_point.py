@@ -69,7 +69,9 @@ class SparseInteriorPoint(AbstractInnerSolver):
         ...     lambda x, y: (y - x).square().sum() / 2, constraints=lambda x: Polytope(G=G, h=0.0)
         ... )
         >>> x = torch.arange(q).flip(0).double()  # falling: all y are the mean
-        >>> hypergradient(BilevelProblem(lambda x, y: y[0], inner=rising), x, torch.zeros(q).double()).grad[:2]
+        >>> hypergradient(
+        ...     BilevelProblem(lambda x, y: y[0], inner=rising), x, torch.zeros(q).double()
+        ... ).grad[:2]
         tensor([0.0010, 0.0010], dtype=torch.float64)
     """
 

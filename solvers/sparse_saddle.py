@@ -48,13 +48,19 @@ class SparseSaddle(AbstractLinearSolver):
         >>> from bilevel.inner_problems import ManyConstraints
         >>> from bilevel.solvers import SparseInteriorPoint
         >>> at = torch.arange(3)
-        >>> G = torch.sparse_coo_tensor(torch.stack([at, at]), torch.ones(3).double(), check_invariants=True)
+        >>> G = torch.sparse_coo_tensor(
+        ...     torch.stack([at, at]), torch.ones(3).double(), check_invariants=True
+        ... )
         >>> problem = BilevelProblem(
         ...     lambda x, y: y.sum(),
-        ...     inner=ManyConstraints(lambda x, y: (y - x).square().sum(), constraints=lambda x: Polytope(G=G, h=1.0)),
+        ...     inner=ManyConstraints(
+        ...         lambda x, y: (y - x).square().sum(), constraints=lambda x: Polytope(G=G, h=1.0)
+        ...     ),
         ... )
         >>> x = torch.tensor([0.0, 2.0, 0.5]).double()
-        >>> found = hypergradient(problem, x, 0 * x, estimator=AID(SparseInteriorPoint(), SparseSaddle()))
+        >>> found = hypergradient(
+        ...     problem, x, 0 * x, estimator=AID(SparseInteriorPoint(), SparseSaddle())
+        ... )
         >>> found.grad.round(decimals=9)
         tensor([1., 0., 1.], dtype=torch.float64)
     """

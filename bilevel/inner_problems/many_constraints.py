@@ -65,9 +65,13 @@ class ManyConstraints(AbstractInnerProblem):
 
     Example:
         >>> from bilevel import BilevelProblem, hypergradient
-        >>> rising = ManyConstraints(lambda x, y: (y - x).square().sum() / 2, lambda x, y: y[:-1] - y[1:])
+        >>> rising = ManyConstraints(
+        ...     lambda x, y: (y - x).square().sum() / 2, lambda x, y: y[:-1] - y[1:]
+        ... )
         >>> problem = BilevelProblem(lambda x, y: y[0], inner=rising)  # the mean of what would fall
-        >>> hypergradient(problem, torch.tensor([3.0, 1.0, 5.0]).double(), torch.zeros(3).double()).grad
+        >>> hypergradient(
+        ...     problem, torch.tensor([3.0, 1.0, 5.0]).double(), torch.zeros(3).double()
+        ... ).grad
         tensor([0.5000, 0.5000, 0.0000], dtype=torch.float64)
     """
 

@@ -169,7 +169,9 @@ def learned_prior(
         seed: of parts, noise and filters.
 
     Example:
-        >>> instance = learned_prior(train=2, test=2, batch=2, side=16, filters=2, pictures="synthetic")
+        >>> instance = learned_prior(
+        ...     train=2, test=2, batch=2, side=16, filters=2, pictures="synthetic"
+        ... )
         >>> instance.x0["filters"].shape
         torch.Size([2, 7, 7])
     """
