@@ -19,7 +19,7 @@ from forks import ended, forked, wait_for
 
 from bilevel._files import write_atomically
 from bilevel.cli import main
-from bilevel.commands import few_shot as few_shot_module, outcome as outcome_module
+from bilevel.commands import contents as contents_module, few_shot as few_shot_module, outcome as outcome_module
 from bilevel.commands.contents import write_result
 from bilevel.commands.folder import Folder
 from bilevel.commands.replaced import bring_back, forget, set_aside
@@ -139,7 +139,7 @@ def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_not_in_t
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("write", range(2))  # what was asked for, and that it has begun
 def test_a_run_that_was_killed_at_one_of_its_first_two_files_is_none(write: int, capsys: Any) -> None:
-    from bilevel.commands import contents
+    contents: Any = contents_module
 
     def dying() -> int:
         real, count = contents.write_atomically, iter(range(10))

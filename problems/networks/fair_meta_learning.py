@@ -117,8 +117,8 @@ def fair_meta_learning(
         inputs = 2
     else:
         with of_argument("fair_meta_learning", "data"):
-            groups = read_groups(data)
-        rows, told = _parts(groups, split)
+            read = read_groups(data)
+        rows, told = _parts(read, split)
         train, test = (TableTasks(**{key: part[own] for key, part in rows.items()}) for own in told)
         train, test = (TableTasks(t.x, t.y, t.z, t.task, shots, size) for t, size in ((train, queries), (test, 10**4)))
         test = TableTasks(test.x, test.y, test.z, test.task, shots, int(test.task.bincount().max()))
