@@ -53,9 +53,10 @@ class GradientDescent(AbstractOptimizer):
 
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         assert self.step_size is not None, "call `tuned` first"
-        if type(self.step_size) is float:
-            return torch.sub(point, grad, alpha=self.step_size), state  # one operation, where a product more is two
-        return point - number("GradientDescent", "step", self.step_size) * grad, state
+        step = self.step_size
+        if isinstance(step, float):
+            return torch.sub(point, grad, alpha=step), state  # one operation, where a product more is two
+        return point - number("GradientDescent", "step", step) * grad, state
 
     @property
     def entry_by_entry(self) -> bool:

@@ -98,7 +98,7 @@ def conjugate_gradients(
     for test, why in ((concave, CURVATURE), (rz <= 0, BREAKDOWN), (rr**0.5 <= target, CONVERGED)):
         ends = at.either(test, why, ends)
     ends = at.either((rr < math.inf) & (abs(rz) < math.inf), ends, NONFINITE)
-    return d, at.listed(ends), steps, largest if isinstance(stop, float) else torch.zeros_like(stop) + largest
+    return d, at.listed(ends), steps, largest + torch.zeros_like(stop) if isinstance(stop, Tensor) else largest
 
 
 def _of_order_one(precondition: Callable[[Tensor], Tensor], r: Tensor) -> Callable[[Tensor], Tensor]:
