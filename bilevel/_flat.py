@@ -116,7 +116,7 @@ class FlatProblem:
         if not plain or (self.problem.encode is not None and not self.is_encoded):
             return partial(self.g, x)
         form = "g(x, y, data)" if self.problem.encode is None else "g(z, y, data)"
-        g = self.problem.g if self.problem.inner is not None else self.problem.g_as_given
+        g = self.problem.g  # and not what was given: an error is told by this frame to be one of g
         outer, cut, given = self._unravelled(x), self.y.unravel, self._given
 
         def at(y: Tensor) -> Tensor:

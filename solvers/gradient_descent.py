@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from bilevel._optimizer import AbstractOptimizer, OfX, OptimizerState, Setting, number, settings_of, with_values
@@ -53,10 +52,10 @@ class GradientDescent(AbstractOptimizer):
 
     def step(self, grad: Tensor, point: Tensor, state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         assert self.step_size is not None, "call `tuned` first"
-        step = self.step_size
-        if isinstance(step, float):
-            return torch.sub(point, grad, alpha=step), state  # one operation, where a product more is two
-        return point - number("GradientDescent", "step", step) * grad, state
+        step = (
+            self.step_size if isinstance(self.step_size, float) else number("GradientDescent", "step", self.step_size)
+        )
+        return point - step * grad, state
 
     @property
     def entry_by_entry(self) -> bool:

@@ -206,7 +206,7 @@ def test_a_problem_of_ones_own_may_weigh_by_masks_as_it_likes_and_not_see_the_pa
             with pytest.raises(ValueError, match=r"changes by .* % with what is in the padding"):
                 hypergradient(own(blind, tasks), x, y0, data=data)
         found = check(own(blind, tasks), x, y0, data=PADDED)
-        assert not found.ok and "what is in the padding" in str(found)
+        assert not found.ok and "what is in the padding" in " ".join(str(found).split())
     assert check(own(lambda e, m: (e * m).sum() / m.sum(), tasks), x, y0, data=PADDED).ok
 
 

@@ -17,6 +17,8 @@ def uncompiled(function: Any) -> Any:
         True
     """
     own = getattr(function, "__dict__", {})
-    module = own.get("_modules", {}).get("_orig_mod")  # a module's, whose other attributes are those of its forward
+    parts = own.get("_modules")
+    # a module's, whose other attributes are those of its forward; a scripted one has its parts in no dict
+    module = parts.get("_orig_mod") if isinstance(parts, dict) else None
     inner = own.get("_torchdynamo_orig_callable") if module is None else module
     return function if inner is None else uncompiled(inner)

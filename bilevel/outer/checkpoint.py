@@ -60,7 +60,7 @@ class Checkpoint:
             )
         content = read_checkpoint(self.path, x.device if self.of_rank is None else "cpu")
         if self.of_rank is not None:
-            parts = {name: content[name] for name in ("x", "y", "state", "best") if name in content}
+            parts = {name: content[name] for name in ("x", "y", "state", "best", "least") if name in content}
             content |= self.of_rank(parts, x.device)
         for name, saved, wanted in (("x", content["x"], x), ("y", content["y"], y)):
             # What y has before its last axis are tasks, for each of which the run begins at the same y.
