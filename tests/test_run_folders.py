@@ -235,10 +235,11 @@ def test_a_folder_that_was_made_for_a_run_that_is_refused_is_removed() -> None:
 
 @pytest.fixture
 def heard() -> Iterator[None]:
-    """SIGHUP as it is where nobody has said `nohup`, which a run heeds."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Signals as they are where nobody has said `nohup`, or has begun the tests in the background: a run heeds that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in zip((signal.SIGHUP, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
