@@ -12,6 +12,7 @@ from bilevel._apply import apply_estimator
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
 from bilevel._hypergradient import own_start
+from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._numerics.transforms import demand_autograd
 from bilevel._problem import BilevelProblem, check_signature
@@ -94,7 +95,7 @@ def compare(
     flat = FlatProblem(problem, x_structure, y_structure, data)
     comparer = _Comparer(flat, x_vector.detach().clone(), y_vector.detach().clone(), memory)
     if callable(constants):
-        constants = constants(x)
+        constants = called("constants(x)", constants, x)
     comparer.constants = constants
     comparer.make_reference()
     rows: list[Row] = []

@@ -11,6 +11,7 @@ from bilevel._apply import apply_estimator
 from bilevel._calculus import Exact
 from bilevel._estimate import AbstractEstimator, FlatEstimate, FlatStart
 from bilevel._flat import FlatProblem
+from bilevel._numerics.misfits import called
 from bilevel._numerics.rows import safe_row_norms
 from bilevel._problem import Split
 from bilevel._result import BilevelError, Status, Tally
@@ -56,7 +57,7 @@ def choose(wish: Auto, s: Setting, names: Sequence[str], build: Callable[[str, S
     """
     _demand_choice(wish, s)
     constants = wish.constants
-    known = constants(s.problem.x.unravel(s.x)) if callable(constants) else constants
+    known = called("constants(x)", constants, s.problem.x.unravel(s.x)) if callable(constants) else constants
     measured = _reference(s)
     if measured.wrong:
         why = f"taking {_DIFFERENCES}, as {measured.wrong}, which budgets of steps do not show"

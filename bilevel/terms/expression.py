@@ -40,7 +40,7 @@ class Expression(AbstractPortable):
     def __post_init__(self) -> None:
         demand_types(self)
         if self.offset is not None:
-            object.__setattr__(self, "offset", broadcast("expression - c", "c", self.offset, self.map.out_shape))
+            object.__setattr__(self, "offset", broadcast("Expression", "offset", self.offset, self.map.out_shape))
 
     def at(self, y: Tensor) -> Tensor:
         """K y - c."""
@@ -83,6 +83,7 @@ class Expression(AbstractPortable):
         c = torch.as_tensor(other)
         if not c.is_floating_point():
             c = c.to(torch.get_default_dtype())
+        c = broadcast("expression - c", "c", c, self.map.out_shape)
         return replace(self, offset=c if self.offset is None else self.offset + c)
 
     def __add__(self, other: Any) -> Expression:
